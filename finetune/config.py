@@ -22,6 +22,11 @@ class Base(Settings):
     source: str = "tiny"
     revision: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
 
 class Data(Settings):
     """The subject's photos and how they are captioned, cropped and augmented.
@@ -41,6 +46,11 @@ class Data(Settings):
     crops: int = Field(4, ge=1)  # how many random crops of each photo are cached
     flip: bool = False
     caption_dropout: float = Field(0.0, ge=0, le=1)
+
+    @field_validator("photos")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
 
 
 class NoPrior(Settings):
@@ -132,3 +142,124 @@ class Recipe(Settings):
     run: Run = Run()
     sample: Sample = Sample()
     export: ExportTo = ExportTo()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.run.batch_size % self.run.accumulate:
+            raise ValueError(
+                f"run.batch_size {self.run.batch_size} can't be split into run.accumulate {self.run.accumulate} "
+                "equal micro-batches: make it a multiple"
+            )
+        texts = [*self.data.templates, self.prior.prompt if isinstance(self.prior, ClassImages) else ""]
+        if self.data.class_noun is None and any("{noun}" in text for text in texts):
+            raise ValueError(
+                "data.class_noun is missing but a template uses {noun}: say what the subject is, such as "
+                "data.class_noun=dog"
+            )
+        return self
+
+
+def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A shipped recipe's name or a YAML file, with `section.key=value` overrides, as a checked `Recipe`.
+
+    Raises:
+        BadInput: no such recipe, not YAML, an unknown key (the nearest known one is named) or a bad value.
+    """
+    from finetune.recipes import find
+
+    path = find(str(source))
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise BadInput(f"{path} is not valid YAML ({where}): mend that line") from error
+    return parse_recipe(raw if raw is not None else {}, overrides, where=str(path))
+
+
+def parse_recipe(raw: Any, overrides: list[str] | tuple[str, ...] = (), where: str = "the recipe") -> Recipe:
+    """A recipe from plain data (nested dictionaries), as YAML or JSON gives it."""
+    if not isinstance(raw, dict):
+        raise BadInput(f"{where} holds a {type(raw).__name__} where sections such as 'data:' should be: mend it")
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise BadInput(_sentence(error, where)) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every key, in the order of the sections."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors."""
+    return TypeAdapter(Recipe).json_schema()
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, _, name = key.partition(".")
+    if not equals or not section:
+        raise BadInput(f"{override!r} is no setting: write section.key=value, such as run.steps=400")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise BadInput(f"the value of {override!r} is not valid YAML: put it in quotes") from error
+    if not name:
+        values[section] = value
+        return
+    inside = values.setdefault(section, {})
+    if not isinstance(inside, dict):
+        inside = values[section] = {"source": inside} if section == "base" else {"kind": inside}
+    if name == "kind" and inside.get("kind") != value:
+        inside.clear()  # another kind has other keys: those of the recipe's kind do not carry over
+    inside[name] = value
+
+
+def _sentence(error: ValidationError, where: str) -> str:
+    """pydantic's first complaint as one sentence that names the key, the value and what to do."""
+    first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    known, shown = _keys_at(location[:-1])
+    key = ".".join([*shown, *location[-1:]])
+    if first["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*shown, nearest[0]])!r}?" if nearest else f"known are {', '.join(known)}"
+        return f"{where}: there is no setting {key!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{where}: {key!r} is missing: give it in the recipe or as {key}=VALUE"
+    message = first["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(first["input"], dict) else f" is {first['input']!r}"
+    return f"{where}: {key}{value}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(location: list[str]) -> tuple[list[str], list[str]]:
+    """The known keys of the section at a pydantic location, and that location without the union tags."""
+    model: Any = Recipe
+    shown: list[str] = []
+    for part in location:
+        options = _options(model, part)
+        if len(options) == 1:
+            model = options[0]
+        shown.append(part)
+        if len(options) > 1:
+            return _keys_of_kind(options, location, shown)
+    return list(model.model_fields), shown
+
+
+def _options(model: Any, name: str) -> list[type[Settings]]:
+    """The section classes that `model.name` may hold."""
+    field = model.model_fields.get(name)
+    if field is None:
+        return []
+    candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    return [c for c in candidates if isinstance(c, type) and issubclass(c, Settings)]
+
+
+def _keys_of_kind(options: list[type[Settings]], location: list[str], shown: list[str]) -> tuple[list[str], list[str]]:
+    kinds = {option.model_fields["kind"].default: option for option in options}
+    model = next((kinds[part] for part in location if part in kinds), options[0])
+    return list(model.model_fields), shown

@@ -1,0 +1,350 @@
+"""The job: photos -> plan -> class images -> caches -> training -> pictures -> exports -> page.
+
+Each stage is a function here and can be read on its own; the loop is in `finetune.loop`.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from finetune import families, tokens
+from finetune.config import ClassImages, Recipe
+from finetune.data.batches import Batches, Sample
+from finetune.data.cache import LatentCache, PromptCache
+from finetune.data.captions import caption_photos
+from finetune.data.photos import Photo, scan
+from finetune.data.views import View, views
+from finetune.errors import BadInput, CheckFailed
+from finetune.export import Exported, adapter_from, export_adapter, export_folder
+from finetune.families.base import Family
+from finetune.files import cache_dir, write_json
+from finetune.loop import PromptEncoder, fit, make_accelerator, resolve_precision
+from finetune.prior import class_images
+from finetune.progress import phase
+from finetune.report import write_report
+from finetune.run import RunFolder, next_folder
+from finetune.sample import draw
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Say = Callable[[str], None]
+
+
+@dataclass
+class Job:
+    """A recipe, its base and its photos, looked at but not yet worked on."""
+
+    recipe: Recipe
+    family: Family
+    base_hash: str
+    token: str
+    photos: list[Photo]
+    captions: list[list[str]]
+    caption_summary: str
+    resolution: int
+
+    @property
+    def noun(self) -> str | None:
+        return self.recipe.data.class_noun
+
+    def fill(self, prompt: str) -> str:
+        """A prompt with {token} and {noun} filled in."""
+        return prompt.replace("{token}", self.token).replace("{noun}", self.noun or "")
+
+    @property
+    def class_prompt(self) -> str:
+        prior = self.recipe.prior
+        return self.fill(prior.prompt) if isinstance(prior, ClassImages) else ""
+
+    def sample_prompts(self) -> list[str]:
+        return [self.fill(prompt) for prompt in self.recipe.sample.prompts]
+
+
+def look(recipe: Recipe) -> Job:
+    """Scans the photos, loads the base, settles the token and the captions; writes nothing.
+
+    Raises:
+        BadInput: whatever is wrong with the photos, the captions, the base or the token.
+    """
+    photos = scan(recipe.data.photos)
+    precision = DTYPES[resolve_precision(recipe.run)]
+    family = families.load(recipe.base.source, recipe.base.revision, recipe.method.weight_dtype(precision))
+    resolution = recipe.data.resolution or family.resolution
+    if resolution % family.latent_factor:
+        raise BadInput(
+            f"data.resolution is {resolution}, which {family.name} can't divide by {family.latent_factor}: "
+            f"choose {round(resolution / family.latent_factor) * family.latent_factor}"
+        )
+    token = _token(recipe, family)
+    captioned = caption_photos(
+        photos,
+        captions=recipe.data.captions,
+        templates=recipe.data.templates,
+        token=token,
+        noun=recipe.data.class_noun,
+    )
+    by_file = sum(item.source == "file" for item in captioned)
+    summary = f"{by_file} of {len(photos)} captioned by files, {len(photos) - by_file} by templates"
+    base_hash = families.base_hash(family.folder)
+    return Job(recipe, family, base_hash, token, photos, [c.captions for c in captioned], summary, resolution)
+
+
+def _token(recipe: Recipe, family: Family) -> str:
+    if recipe.data.token != "auto":
+        return recipe.data.token
+    found = tokens.suggest(family, 1, recipe.data.class_noun)
+    if not found:
+        raise BadInput("no rare token was found in this base's tokenizer: give one with data.token=TOKEN")
+    return found[0].text
+
+
+def plan(job: Job) -> dict[str, Any]:
+    """The run in numbers: what is seen how often, what is trained, what it costs in class images."""
+    recipe = job.recipe
+    seen = recipe.run.steps * recipe.run.batch_size
+    rows: dict[str, Any] = {
+        "base": f"{recipe.base.source} ({job.family.name}, {job.family.schedule.prediction})",
+        "subject": f"{len(job.photos)} photos, {job.caption_summary}",
+        "training prompts": list(dict.fromkeys(text for texts in job.captions for text in texts))[:5],
+        "token": f"{job.token} (class noun: {job.noun or 'none'})",
+        "resolution": job.resolution,
+        "steps": f"{recipe.run.steps} of {recipe.run.batch_size} photo(s), {recipe.run.accumulate} micro-batch(es)",
+        "each photo": f"seen {seen / len(job.photos):.0f} times",
+    }
+    if isinstance(recipe.prior, ClassImages):
+        rows["class images"] = (
+            f"{recipe.prior.count} of {job.class_prompt!r}, each seen {seen / recipe.prior.count:.1f} times"
+        )
+    method = recipe.method
+    rows["method"] = f"{method.kind} on {', '.join(method.part_names(job.family))}"
+    rows["precision"] = resolve_precision(recipe.run)
+    return rows
+
+
+def train(recipe: Recipe, run_dir: Path | str | None = None, say: Say = lambda line: None) -> Path:
+    """Runs a recipe from end to end, or goes on where an interrupted run of it stopped; returns the run folder.
+
+    Raises:
+        BadInput: something in the recipe, the photos or the folder; nothing was half-written.
+        CheckFailed: a step was not finite, or an export is not what was trained.
+    """
+    path = Path(run_dir) if run_dir is not None else recipe.run.dir
+    folder = RunFolder(path if path is not None else next_folder(recipe.run.name))
+    job = look(recipe)
+    accelerator = make_accelerator(recipe.run, job.recipe.method.kind != "full")
+    if accelerator.is_main_process:
+        folder.open(recipe)
+        folder.write_info(_info(job, folder.info))
+    accelerator.wait_for_everyone()
+    for name, value in plan(job).items():
+        say(f"{name:>16}  {value}")
+    if not folder.finished:
+        _train(job, folder, accelerator)
+    else:
+        _load_result(job, folder)
+    if accelerator.is_main_process:
+        _finish(job, folder, str(accelerator.device), say)
+    accelerator.wait_for_everyone()
+    return folder.path
+
+
+def resume(run_dir: Path | str, say: Say = lambda line: None) -> Path:
+    """Goes on with an interrupted run: what comes out is what the unbroken run would have given."""
+    return train(RunFolder(Path(run_dir)).recipe, run_dir, say)
+
+
+def _info(job: Job, before: dict[str, Any]) -> dict[str, Any]:
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
+    return before | {
+        "token": job.token,
+        "class_noun": job.noun,
+        "family": job.family.name,
+        "base": job.recipe.base.source,
+        "base_hash": job.base_hash,
+        "resolution": job.resolution,
+        "plan": plan(job),
+        "captions": job.captions,
+        "photos": [str(photo.path) for photo in job.photos],
+        "prompts": job.sample_prompts(),
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+    }
+
+
+def _train(job: Job, folder: RunFolder, accelerator: Accelerator) -> None:
+    recipe, family, device = job.recipe, job.family, accelerator.device
+    for part in family.parts.values():
+        part.to(device)
+    streams = _streams(job, accelerator)
+    if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
+        _draw_samples(job, folder.path / "samples" / "before", "Before")
+    cache = LatentCache(cache_dir(), job.base_hash)
+    all_views = [view for stream in streams for sample in stream for view in sample.views]
+    with phase("Latents", len(all_views)) as advance, accelerator.main_process_first():
+        cache.fill(family, all_views, device, lambda amount: advance(amount, ""))
+    encode_prompts = _prompt_encoder(job, streams, accelerator)
+    trained = recipe.method.attach(family, recipe.run.seed)
+    if recipe.run.gradient_checkpointing:
+        family.enable_gradient_checkpointing(recipe.method.part_names(family))
+    batches = Batches(
+        streams,
+        cache,
+        recipe.run.seed,
+        recipe.run.batch_size,
+        recipe.run.accumulate,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    frozen = [part for part in family.parts if part not in recipe.method.part_names(family) and part != "denoiser"]
+    released = [part for part in frozen if part == "vae" or isinstance(encode_prompts, PromptCache)]
+    family.release(released)
+    if recipe.run.trackers:
+        accelerator.init_trackers("finetune", config={"recipe": recipe.model_dump_json()})
+
+    def preview(step: int) -> None:
+        if recipe.sample.every and step % recipe.sample.every == 0 and accelerator.is_main_process:
+            family.restore(released, device)
+            _draw_samples(job, folder.path / "samples" / f"step-{step:06d}", "Preview", count=1)
+            family.release(released)
+
+    fit(
+        accelerator=accelerator,
+        family=family,
+        trained=trained,
+        objective=recipe.objective.build(family.schedule),
+        encode_prompts=encode_prompts,
+        batches=batches,
+        optim=recipe.optim,
+        run=recipe.run,
+        folder=folder,
+        stratify=batches.samples_per_step if recipe.objective.timesteps == "stratified" else None,
+        on_step=preview,
+    )
+    if recipe.run.trackers:
+        accelerator.end_training()
+    family.restore(released, device)
+    if accelerator.is_main_process:
+        folder.save_result(recipe.method.state_dict(family), {"base_hash": job.base_hash})
+
+
+def _streams(job: Job, accelerator: Accelerator) -> list[list[Sample]]:
+    """Stream 0: the subject's photos. Stream 1, with a prior: class images, their loss weighted by lambda."""
+    data, prior, seed = job.recipe.data, job.recipe.prior, job.recipe.run.seed
+    subject = [
+        Sample(_views(job, photo, data.crop, data.flip), texts, 1.0, data.caption_dropout, photo.path.name)
+        for photo, texts in zip(job.photos, job.captions, strict=True)
+    ]
+    if not isinstance(prior, ClassImages):
+        return [subject]
+    pictures = class_images(
+        job.family,
+        prior,
+        job.noun or "",
+        job.resolution,
+        job.base_hash,
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    accelerator.wait_for_everyone()
+    classes = [
+        Sample(
+            views(picture, job.resolution, "center", 1, prior.flip, seed),
+            [job.class_prompt],
+            prior.weight,
+            prior.caption_dropout,
+            f"class image {picture.path.name}",
+        )
+        for picture in pictures
+    ]
+    return [subject, classes]
+
+
+def _views(job: Job, photo: Photo, crop: str, flip: bool) -> list[View]:
+    return views(photo, job.resolution, crop, job.recipe.data.crops, flip, job.recipe.run.seed)
+
+
+def _prompt_encoder(job: Job, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> PromptEncoder:
+    """Embeddings of frozen encoders are made once; encoders that train run in every step."""
+    family = job.family
+    if set(family.text_encoders) & set(job.recipe.method.part_names(family)):
+        return family.encode_prompts
+    prompts = [text for stream in streams for sample in stream for text in sample.captions]
+    cache = PromptCache(family, job.base_hash, cache_dir())
+    with accelerator.main_process_first():
+        cache.fill(list(dict.fromkeys(["", *prompts])))
+    return cache
+
+
+def _draw_samples(job: Job, folder: Path, title: str, count: int | None = None) -> None:
+    """PNGs <prompt number>-<seed>.png of every sample prompt, at the same seeds each time."""
+    sample = job.recipe.sample
+    seeds = [sample.seed + n for n in range(count or sample.count)]
+    prompts = job.sample_prompts()
+    pairs = [(p, s) for p in range(len(prompts)) for s in seeds]
+    with phase(title, len(pairs)) as advance:
+        pictures = draw(
+            job.family,
+            [prompts[p] for p, _ in pairs],
+            negative=sample.negative,
+            seeds=[s for _, s in pairs],
+            sampler=sample.sampler,
+            steps=sample.steps,
+            guidance=sample.guidance,
+            size=job.resolution,
+            advance=lambda amount: advance(amount, ""),
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for (p, s), picture in zip(pairs, pictures, strict=True):
+        picture.save(folder / f"{p:02d}-{s}.png")
+
+
+def _load_result(job: Job, folder: RunFolder) -> None:
+    job.recipe.method.attach(job.family, job.recipe.run.seed)
+    job.recipe.method.load_state_dict(job.family, folder.result())
+
+
+def _finish(job: Job, folder: RunFolder, device: str, say: Say) -> None:
+    for part in job.family.parts.values():
+        part.to(device)
+    if not (folder.path / "samples" / "after").is_dir():
+        _draw_samples(job, folder.path / "samples" / "after", "After")
+    exported = export_result(job, folder, job.recipe.export.formats)
+    write_report(folder.path)
+    for item in exported:
+        say(f"{item.format:>16}  {item.path}  {'; '.join(item.checks)}")
+    failed = [item.format for item in exported if not item.ok]
+    if failed:
+        raise CheckFailed(f"the export to {', '.join(failed)} is not what was trained: see {folder.path}/report.html")
+
+
+def export_result(job: Job, folder: RunFolder, formats: Sequence[str]) -> list[Exported]:
+    """Writes RUN/exports/ and exports.json, and checks each file."""
+    target = folder.path / "exports"
+    dtype = job.recipe.export.dtype
+    if job.recipe.method.kind == "full":
+        exported = [export_folder(job.family, target / f"{job.recipe.run.name}-diffusers", dtype)]
+    else:
+        adapter = adapter_from(job.recipe.method, job.family)
+        exported = export_adapter(adapter, target, job.recipe.run.name, formats, dtype, _metadata(job), force=True)
+    write_json(target / "exports.json", [asdict(item) | {"path": str(item.path)} for item in exported])
+    return exported
+
+
+def _metadata(job: Job) -> dict[str, str]:
+    """What exports say of themselves: no paths, no captions, no names of files."""
+    trigger = " ".join(text for text in (job.token, job.noun) if text)
+    return {
+        "title": job.recipe.run.name,
+        "trigger_phrase": trigger,
+        "resolution": f"{job.resolution}x{job.resolution}",
+        "base_hash": job.base_hash,
+        "steps": str(job.recipe.run.steps),
+        "seed": str(job.recipe.run.seed),
+    }

@@ -1,0 +1,254 @@
+"""The only training loop. One batch can be read straight through, from latents to the stepped optimiser."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from finetune.batch import Batch
+from finetune.config import Run
+from finetune.draws import Draw, generator, normal, uniform
+from finetune.errors import BadInput, CheckFailed
+from finetune.families.base import Family
+from finetune.objectives import Diffusion
+from finetune.optim import Optim, load_state_tensors, state_tensors
+from finetune.progress import phase
+from finetune.run import RunFolder, State, clone, to_cpu
+
+PromptEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
+
+
+class MicroBatches(Protocol):
+    """Step number and micro-batch number -> this process's batch: a pure function."""
+
+    def micro(self, step: int, index: int) -> Batch: ...
+
+
+class Step(nn.Module):
+    """Latents -> noise -> prediction -> loss, for one micro-batch.
+
+    Only the parts that train are submodules, so that Accelerate wraps, moves and synchronises nothing else.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        trained_parts: Sequence[str],
+        objective: Diffusion,
+        encode_prompts: PromptEncoder,
+    ) -> None:
+        super().__init__()
+        self.trained = nn.ModuleDict({name: family.parts[name] for name in trained_parts})
+        self.family, self.objective, self.encode_prompts = family, objective, encode_prompts
+        self.stratify: int | None = None  # samples of a global batch, to spread them evenly over the timesteps
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The mean over the batch of weight * |prediction - target|^2: a float32 scalar."""
+        x0 = batch.sample_latents()
+        noise = normal(batch.draws, x0.shape[1:], "noise").to(x0.device)
+        t = self.objective.timesteps(self.positions(batch.draws)).to(x0.device)
+        cond = self.encode_prompts(batch.prompts)
+        noisy = self.objective.add_noise(x0, noise, t)
+        prediction = self.family.predict(noisy, t, cond, batch.geometry)
+        error = (prediction.float() - self.objective.target(x0, noise, t)).square().flatten(1).mean(1)
+        return (error * self.objective.weight(t) * batch.weight).mean()
+
+    def positions(self, draws: list[Draw]) -> Tensor:
+        """Where in [0, 1) each sample's timestep lies [B]: uniform, or one in each of `stratify` equal parts."""
+        u = uniform(draws, "timestep")
+        if self.stratify is None:
+            return u
+        order = torch.randperm(self.stratify, generator=generator(draws[0].seed, "strata", draws[0].step))
+        return (order[[draw.sample for draw in draws]] + u) / self.stratify
+
+
+def make_accelerator(run: Run, adapter: bool) -> Accelerator:
+    """Device, precision, accumulation and processes, as the recipe asks for them.
+
+    An adapter on a bf16 base trains without autocast (the adapter is fp32 and the base is cast once); full
+    training in bf16 keeps fp32 weights under autocast. fp16 needs Accelerate's loss scaling in both.
+    """
+    precision = resolve_precision(run)
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise BadInput("run.precision is 'fp16' but there is no GPU here: set run.precision=fp32 or bf16")
+    mixed = {"fp32": "no", "bf16": "no" if adapter else "bf16", "fp16": "fp16"}[precision]
+    return Accelerator(
+        mixed_precision=mixed,
+        gradient_accumulation_steps=run.accumulate,
+        log_with=list(run.trackers) or None,
+        project_dir=run.dir,
+        cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+    )
+
+
+def resolve_precision(run: Run) -> str:
+    """`auto` is bf16 on a GPU that has it and fp32 elsewhere."""
+    if run.precision != "auto":
+        return run.precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def fit(
+    *,
+    accelerator: Accelerator,
+    family: Family,
+    trained: dict[str, nn.Parameter],
+    objective: Diffusion,
+    encode_prompts: PromptEncoder,
+    batches: MicroBatches,
+    optim: Optim,
+    run: Run,
+    folder: RunFolder,
+    stratify: int | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> None:
+    """Trains from the newest checkpoint (or from the start) to `run.steps`, and leaves the EMA, where one is
+    asked for, in the trained parameters.
+
+    Args:
+        trained: name -> fp32 parameter, as `Method.attach` gave them.
+        stratify: the number of samples in a global batch, to stratify their timesteps; None draws uniformly.
+        on_step: called on every process after step n (1-based), for previews.
+
+    Raises:
+        CheckFailed: a loss or gradient that is not finite; the update is not made.
+    """
+    step = Step(family, _parts_of(trained), objective.to(accelerator.device), encode_prompts)
+    step.stratify = stratify
+    optimizer = optim.build(trained)
+    model, optimizer = accelerator.prepare(step, optimizer)
+    start, ema = _restore(accelerator, folder, trained, optimizer, run)
+    model.train()
+    parameters = list(trained.values())
+    saved = start
+    with phase("Training", run.steps) as advance:
+        advance(start, "")
+        for n in range(start, run.steps):
+            began = time.perf_counter()
+            lr = optim.set_lr(optimizer, n, run.steps)
+            loss = torch.zeros((), device=accelerator.device)
+            for index in range(run.accumulate):
+                batch = batches.micro(n, index).to(accelerator.device)
+                seed_dropout(run.seed, n, index, accelerator.process_index)
+                with accelerator.accumulate(model):
+                    micro_loss = model(batch)
+                    accelerator.backward(micro_loss)
+                    loss += micro_loss.detach() / run.accumulate
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm or math.inf)
+                        _check_finite(accelerator, n, loss, norm, batch)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            _update_ema(ema, trained, run.ema, n)
+            _log(accelerator, folder, run, n + 1, loss, norm, lr, time.perf_counter() - began, advance)
+            if (n + 1) % run.checkpoint_every == 0 and accelerator.is_main_process:
+                folder.save(_state(n + 1, trained, optimizer, ema, accelerator), run.keep)
+                saved = n + 1
+            if on_step is not None:
+                on_step(n + 1)
+                model.train()
+    if saved != run.steps and accelerator.is_main_process:
+        folder.save(_state(run.steps, trained, optimizer, ema, accelerator), run.keep)
+    accelerator.wait_for_everyone()
+    _copy_into(trained, ema)
+
+
+def seed_dropout(seed: int, step: int, micro: int, process: int) -> None:
+    """The global generators serve dropout layers only; they too are a function of where the run is."""
+    set_seed(int(torch.randint(2**31, (), generator=generator(seed, "dropout", step, micro, process))))
+
+
+def _parts_of(trained: dict[str, nn.Parameter]) -> list[str]:
+    return list(dict.fromkeys(name.split(".", 1)[0] for name in trained))
+
+
+def _restore(
+    accelerator: Accelerator,
+    folder: RunFolder,
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    run: Run,
+) -> tuple[int, dict[str, Tensor]]:
+    """The step to start at, and the EMA; the newest valid checkpoint's state where there is one."""
+    state = folder.latest()
+    if accelerator.is_main_process:
+        folder.rewind_metrics(state.step if state else 0)
+    if state is None:
+        return 0, clone(trained) if run.ema else {}
+    _copy_into(trained, state.trained)
+    load_state_tensors(optimizer, state.optimizer, state.values.get("optimizer", {}))
+    if accelerator.scaler is not None and "scaler" in state.values:
+        accelerator.scaler.load_state_dict(state.values["scaler"])
+    device = next(iter(trained.values())).device
+    return state.step, {name: value.to(device) for name, value in state.ema.items()}
+
+
+def _copy_into(trained: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            trained[name].copy_(value)
+
+
+def _state(
+    step: int,
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ema: dict[str, Tensor],
+    accelerator: Accelerator,
+) -> State:
+    tensors, values = state_tensors(optimizer)
+    extra: dict[str, Any] = {"optimizer": values}
+    if accelerator.scaler is not None:
+        extra["scaler"] = accelerator.scaler.state_dict()
+    return State(step, to_cpu(clone(trained)), to_cpu(tensors), to_cpu(ema), extra)
+
+
+def _update_ema(ema: dict[str, Tensor], trained: dict[str, nn.Parameter], decay: float | None, step: int) -> None:
+    """ema += (1 - d) (weights - ema), with d = min(decay, (1 + n)/(10 + n)) so that a short run is not its start."""
+    if not ema or decay is None:
+        return
+    decay = min(decay, (1 + step) / (10 + step))
+    averages = [ema[name] for name in trained]
+    torch._foreach_lerp_(averages, [parameter.detach() for parameter in trained.values()], 1 - decay)
+
+
+def _check_finite(accelerator: Accelerator, step: int, loss: Tensor, norm: Tensor | None, batch: Batch) -> None:
+    """Stops before a bad update. Under fp16 an infinite gradient is the scaler's to handle: it skips the step."""
+    bad_loss = not math.isfinite(float(loss))
+    bad_norm = norm is not None and accelerator.scaler is None and not math.isfinite(float(norm))
+    if bad_loss or bad_norm:
+        what = f"loss {float(loss)}" if bad_loss else f"gradient norm {float(norm or 0)}"
+        raise CheckFailed(
+            f"step {step + 1} is not finite ({what}) on {', '.join(sorted(set(batch.names)))}; the weights were "
+            "not updated and the last checkpoint is whole: lower optim.lr, or look at those files"
+        )
+
+
+def _log(
+    accelerator: Accelerator,
+    folder: RunFolder,
+    run: Run,
+    step: int,
+    loss: Tensor,
+    norm: Tensor | None,
+    lr: float,
+    seconds: float,
+    advance: Callable[[int, str], None],
+) -> None:
+    if step % run.log_every and step != run.steps:
+        advance(1, "")
+        return
+    mean = float(accelerator.reduce(loss, reduction="mean"))
+    values = {"loss": mean, "lr": lr, "grad_norm": float(norm) if norm is not None else 0.0}
+    if accelerator.is_main_process:
+        folder.log(step, values | {"seconds": round(seconds, 4)})
+    if run.trackers:
+        accelerator.log(values, step=step)
+    advance(1, f"loss {mean:.4f}")

@@ -1,0 +1,228 @@
+"""The run folder: recipe, metrics, checkpoints that can be trusted, and where to go on.
+
+RUN/recipe.yaml            the resolved recipe          RUN/samples/    before, after, step-000100
+RUN/run.json               what was found out           RUN/exports/    files for other programs
+RUN/metrics.jsonl          one line a step              RUN/report.html the page
+RUN/checkpoints/step-000250/{trained,optimizer,ema}.safetensors + state.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from finetune.config import Recipe, dump_recipe, parse_recipe
+from finetune.errors import BadInput
+from finetune.files import save_tensors, sha256, write_json, write_text
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that a run needs to go on from `step`: all else is a function of the recipe and the step."""
+
+    step: int  # optimiser steps done
+    trained: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)  # what is no tensor: optimiser counters, scaler
+
+
+class RunFolder:
+    """A run's folder. Only the main process writes to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def recipe(self) -> Recipe:
+        file = self.path / "recipe.yaml"
+        if not file.is_file():
+            raise BadInput(f"{self.path} is no run folder (it has no recipe.yaml): give the folder of a run")
+        return parse_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), where=str(file))
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the run found out before training (token, class noun, base hash, plan): run.json."""
+        file = self.path / "run.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def write_info(self, info: dict[str, Any]) -> None:
+        write_json(self.path / "run.json", info)
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "adapter" / "trained.safetensors").is_file()
+
+    def open(self, recipe: Recipe) -> None:
+        """Makes the folder, or checks that an existing one was made by the same recipe.
+
+        Raises:
+            BadInput: the folder holds something else, or a run of another recipe; the changed keys are named.
+        """
+        file = self.path / "recipe.yaml"
+        if file.is_file():
+            changed = _changed_keys(self.recipe, recipe)
+            if changed:
+                raise BadInput(
+                    f"{self.path} holds a run with another recipe (changed: {', '.join(changed)}): "
+                    "undo the change, or choose another folder with run.dir=PATH"
+                )
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise BadInput(f"{self.path} exists and is no run folder: choose another with run.dir=PATH")
+        write_text(file, dump_recipe(recipe))
+
+    # metrics
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drops the lines after `step`: the resumed run writes them again."""
+        file = self.path / "metrics.jsonl"
+        if not file.is_file():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):  # the line that a kill cut short
+                continue
+        write_text(file, "".join(line + "\n" for line in kept))
+
+    # checkpoints
+
+    def save(self, state: State, keep: int) -> Path:
+        """Writes a checkpoint to a temporary folder, renames it, then drops the oldest beyond `keep`."""
+        folder = self.path / "checkpoints" / f"step-{state.step:06d}"
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            _write_state(temporary, state)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+            _sync_folder(folder.parent)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise BadInput(
+                f"the checkpoint of step {state.step} could not be written to {folder.parent} "
+                f"({error.strerror or error}); the one before is untouched: free some space, then "
+                f"`finetune resume {self.path}`"
+            ) from error
+        for old in self._checkpoints()[:-keep]:
+            shutil.rmtree(old)
+        return folder
+
+    def latest(self) -> State | None:
+        """The newest checkpoint whose files match their sizes and hashes; a damaged one is named and skipped."""
+        for folder in reversed(self._checkpoints()):
+            fault = _fault(folder)
+            if fault is None:
+                return _read_state(folder)
+            warnings.warn(f"checkpoint {folder} is damaged ({fault}) and is passed over", stacklevel=2)
+        return None
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("step-*"))
+
+    # what leaves the run
+
+    def save_result(self, trained: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        save_tensors(self.path / "adapter" / "trained.safetensors", trained, metadata)
+
+    def result(self) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        file = self.path / "adapter" / "trained.safetensors"
+        if not file.is_file():
+            raise BadInput(f"{self.path} has not finished training: run `finetune resume {self.path}` first")
+        return load_file(file)
+
+
+def next_folder(name: str, parent: Path = Path("runs")) -> Path:
+    """runs/<name>, or the first runs/<name>-<n> that does not exist."""
+    candidate, number = parent / name, 2
+    while candidate.exists():
+        candidate, number = parent / f"{name}-{number}", number + 1
+    return candidate
+
+
+def _write_state(folder: Path, state: State) -> None:
+    tensors = {"trained": state.trained, "optimizer": state.optimizer, "ema": state.ema}
+    for name, part in tensors.items():
+        if part:
+            save_tensors(folder / f"{name}.safetensors", part)
+    files = {
+        file.name: {"size": file.stat().st_size, "sha256": sha256(file)}
+        for file in sorted(folder.glob("*.safetensors"))
+    }
+    write_json(folder / "state.json", {"step": state.step, "values": state.values, "files": files})
+
+
+def _read_state(folder: Path) -> State:
+    from safetensors.torch import load_file
+
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    parts = {name.removesuffix(".safetensors"): load_file(folder / name) for name in state["files"]}
+    return State(state["step"], parts["trained"], parts.get("optimizer", {}), parts.get("ema", {}), state["values"])
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        files = state["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"state.json: {error}"
+    for name, stated in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != stated["size"] or sha256(file) != stated["sha256"]:
+            return f"{name} is not what was written"
+    return None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """The keys that differ, except those that a run may change: more steps, another name for its folder."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    free = {"run.dir", "run.name", "run.keep", "run.checkpoint_every"}
+    if after.get("run.steps", 0) >= before.get("run.steps", 0):
+        free.add("run.steps")
+    names = sorted(before.keys() | after.keys())
+    return [name for name in names if name not in free and before.get(name) != after.get(name)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def clone(tensors: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
