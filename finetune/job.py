@@ -138,7 +138,7 @@ def train(recipe: Recipe, run_dir: Path | str | None = None, say: Say = lambda l
     path = Path(run_dir) if run_dir is not None else recipe.run.dir
     folder = RunFolder(path if path is not None else next_folder(recipe.run.name))
     job = look(recipe)
-    accelerator = make_accelerator(recipe.run, job.recipe.method.kind != "full")
+    accelerator = make_accelerator(recipe.run, job.recipe.method.is_adapter)
     if accelerator.is_main_process:
         folder.open(recipe)
         folder.write_info(_info(job, folder.info))
@@ -328,7 +328,7 @@ def export_result(job: Job, folder: RunFolder, formats: Sequence[str]) -> list[E
     """Writes RUN/exports/ and exports.json, and checks each file."""
     target = folder.path / "exports"
     dtype = job.recipe.export.dtype
-    if job.recipe.method.kind == "full":
+    if not job.recipe.method.is_adapter:
         exported = [export_folder(job.family, target / f"{job.recipe.run.name}-diffusers", dtype)]
     else:
         adapter = adapter_from(job.recipe.method, job.family)

@@ -37,14 +37,10 @@ class Family(ABC):
     schedule: Schedule
     folder: Path
 
-    # part -> target choice ("attention", "all-linear", "conv") -> full module paths inside the part
-    @abstractmethod
-    def lora_targets(self, part: str, choice: str) -> list[str]: ...
-
     # part -> kohya prefix ("lora_unet", "lora_te", ...)
     export_prefix: ClassVar[dict[str, str]]
     # part -> parameter-name prefixes that never get a gradient (DDP fails on them unless they stay frozen)
-    unread: ClassVar[dict[str, tuple[str, ...]]] = {}
+    unread: dict[str, tuple[str, ...]] = {}
 
     @classmethod
     @abstractmethod
@@ -54,6 +50,13 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> Family: ...
+
+    @abstractmethod
+    def lora_targets(self, part: str, choice: str) -> list[str]:
+        """Full paths of the modules in `part` that a LoRA adapts; `choice` is attention, all-linear or conv."""
+
+    @abstractmethod
+    def enable_gradient_checkpointing(self, parts: Sequence[str]) -> None: ...
 
     @classmethod
     @abstractmethod

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import ClassVar, Literal
+from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,35 +14,44 @@ from finetune.settings import Settings
 Part = Literal["denoiser", "text_encoders"]
 
 
-class Method(Settings):
+class Method(Settings, ABC):
     """A recipe's `method:` section is the constructor of one of these (pydantic, unknown keys refused)."""
 
     kind: str
-    parts: list[Part]
-    exports: ClassVar[tuple[str, ...]]  # the export formats that can hold what this method trains
+    parts: list[Part] = ["denoiser"]
 
     def part_names(self, family: Family) -> list[str]:
         """`parts` as names in `family.parts`: "text_encoders" means all that the family has."""
-        names = [
-            name for part in self.parts for name in ([part] if part == "denoiser" else family.text_encoders)
-        ]
+        names = [name for part in self.parts for name in ([part] if part == "denoiser" else family.text_encoders)]
         return list(dict.fromkeys(names))
 
-    def weight_dtype(self, compute: torch.dtype) -> torch.dtype:
-        """The dtype in which trained base parts are held: an adapter's base may be bf16, full weights stay fp32."""
-        raise NotImplementedError
+    @property
+    @abstractmethod
+    def is_adapter(self) -> bool:
+        """Whether the base stays as it is: then it may be held in bf16 and the result is an adapter file."""
 
     @abstractmethod
     def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
-        """Makes the family trainable in place; returns the trained parameters, fp32, by stable full name
-        ("denoiser.down_blocks.0...lora_A.default.weight"). The same seed gives the same weights. Everything
-        else keeps requires_grad=False."""
+        """Makes the family trainable in place.
+
+        Returns the trained parameters, fp32, by stable full name
+        ("denoiser.down_blocks.0...lora_A.default.weight"). The same seed gives the same weights. Everything else
+        keeps requires_grad=False.
+        """
 
     @abstractmethod
     def state_dict(self, family: Family) -> dict[str, Tensor]:
-        """What was trained, as leaves the run: PEFT keys per part for LoRA ("denoiser.<path>.lora_A.weight"),
-        "denoiser.<parameter>" for full."""
+        """What was trained, as it leaves the run: "denoiser.<path>.lora_A.weight" for LoRA (without
+        `text_model.`), "denoiser.<parameter>" for full."""
 
     @abstractmethod
     def load_state_dict(self, family: Family, state: dict[str, Tensor]) -> None:
-        """The inverse, on an attached family; missing or unknown keys are a BadInput."""
+        """The inverse, on an attached family.
+
+        Raises:
+            BadInput: keys are missing or unknown.
+        """
+
+    def weight_dtype(self, compute: torch.dtype) -> torch.dtype:
+        """The dtype in which the base is loaded: an adapter's base is cast once, trained weights stay fp32."""
+        return compute if self.is_adapter else torch.float32

@@ -1,0 +1,118 @@
+"""Base models: where they come from, and which family a folder is of.
+
+Every module in this package that defines a `Family` with a `name` is a family: a new one is one new file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.errors import BadInput
+from finetune.families.base import Family
+from finetune.files import cache_dir, sha256, write_json
+
+
+def _discover() -> dict[str, type[Family]]:
+    found: dict[str, type[Family]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        for item in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if inspect.isclass(item) and issubclass(item, Family) and not inspect.isabstract(item):
+                found[item.name] = item
+    return dict(sorted(found.items()))
+
+
+REGISTRY: dict[str, type[Family]] = _discover()
+
+
+def load(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Family:
+    """Loads "tiny", a diffusers folder or a hub id, frozen and in eval mode.
+
+    Raises:
+        BadInput: nothing is there, it is no diffusers folder, its family is unknown or a part of it is missing.
+    """
+    folder = resolve(source, revision)
+    return family_of(folder).load(folder, dtype)
+
+
+def resolve(source: str, revision: str | None = None) -> Path:
+    """A base's name as a local diffusers folder; a hub id is downloaded (or found in the hub's cache)."""
+    if source == "tiny":
+        return _tiny()
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise BadInput(f"the base {source!r} is no folder: give 'tiny', a diffusers folder or a hub id like owner/name")
+    return _download(source, revision)
+
+
+def _tiny() -> Path:
+    folder = Path(os.environ.get("FINETUNE_TINY_BASE") or Path(__file__).parents[1] / "tiny_base")
+    if not (folder / "model_index.json").is_file():
+        raise BadInput(f"the tiny base is not in {folder}: install the package again")
+    return folder
+
+
+def _download(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(
+            f"the base {source!r} is neither a folder here nor could it be fetched from the hub ({reason}): check the "
+            "name, your connection, or `hf auth login` for a gated model"
+        ) from error
+
+
+def family_of(folder: Path) -> type[Family]:
+    """The family of a diffusers folder, told from its configs."""
+    index = read_config(folder, "model_index.json")
+    unet = folder / "unet" / "config.json"
+    if not unet.is_file():
+        raise BadInput(f"{folder} has no unet/config.json: the base must be a whole diffusers folder")
+    denoiser = read_config(folder, "unet/config.json")
+    for family in REGISTRY.values():
+        if family.matches(index, denoiser):
+            return family
+    raise BadInput(
+        f"{folder} is a {index.get('_class_name')!r} with {denoiser.get('in_channels')} input channels; "
+        f"supported are {', '.join(REGISTRY)}: choose a text-to-image base of those"
+    )
+
+
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / name
+    if not file.is_file():
+        raise BadInput(f"{folder} has no {name}: the base must be a diffusers folder")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def base_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a base's configs and weights (hashes are kept by path, size and time)."""
+    known_file = cache_dir() / "file-hashes.json"
+    known: dict[str, str] = json.loads(known_file.read_text()) if known_file.is_file() else {}
+    before = len(known)
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix not in (".json", ".txt", ".safetensors") or not file.is_file():
+            continue
+        stat = file.stat()
+        key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        known[key] = known.get(key) or sha256(file)
+        digest.update(f"{file.relative_to(folder)}={known[key]}\n".encode())
+    if len(known) != before:
+        write_json(known_file, known)
+    return digest.hexdigest()

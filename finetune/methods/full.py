@@ -1,0 +1,49 @@
+"""Full fine-tuning: the denoiser's and/or the text encoders' own weights, in fp32."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from finetune.errors import BadInput
+from finetune.families.base import Family
+from finetune.methods.base import Method
+
+
+class Full(Method):
+    """Trains every weight of the chosen parts, except those that the family never reads."""
+
+    kind: Literal["full"] = "full"
+
+    @property
+    def is_adapter(self) -> bool:
+        return False
+
+    def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
+        trained = self._parameters(family)
+        for parameter in trained.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        return trained
+
+    def _parameters(self, family: Family) -> dict[str, nn.Parameter]:
+        return {
+            f"{part}.{name}": parameter
+            for part in self.part_names(family)
+            for name, parameter in family.parts[part].named_parameters()
+            if not name.startswith(family.unread.get(part, ()))
+        }
+
+    def state_dict(self, family: Family) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self._parameters(family).items()}
+
+    def load_state_dict(self, family: Family, state: dict[str, Tensor]) -> None:
+        own = self._parameters(family)
+        wrong = sorted(own.keys() ^ state.keys())
+        if wrong:
+            raise BadInput(f"the weights and the recipe disagree on {len(wrong)} names, such as {wrong[0]!r}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])

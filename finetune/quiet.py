@@ -1,0 +1,26 @@
+"""The one place where other libraries' chatter is silenced: what a person sees is ours."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quiet() -> None:
+    """Call before torch, diffusers and the rest are imported. Errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers|peft|torch")
+    warnings.filterwarnings("ignore", message=".*kernels.*")
+
+
+def quiet_bars() -> None:
+    """Switches off transformers' weight-loading bars; after transformers has been imported."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
