@@ -1,0 +1,85 @@
+"""Prompts -> pictures, seeded: each picture has a generator of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, PngImagePlugin
+
+from finetune.families.base import Family
+
+
+@torch.no_grad()
+def draw(
+    family: Family,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    negative: str = "",
+    sampler: str | None = "dpm++",
+    steps: int = 25,
+    guidance: float = 5.0,
+    size: int | None = None,
+    batch_size: int = 8,
+    advance: Callable[[int], None] = lambda amount: None,
+) -> list[Image.Image]:
+    """One picture for each (prompt, seed) pair, drawn in batches with the family's own modules.
+
+    The starting noise depends on the picture's seed alone and is drawn on the CPU; the batch it is drawn in changes
+    only the last bits of the arithmetic.
+    """
+    side = size or family.resolution
+    modes = {name: part.training for name, part in family.parts.items()}
+    pipeline = family.pipeline(sampler)
+    pictures: list[Image.Image] = []
+    for part in family.parts.values():
+        part.eval()
+    for start in range(0, len(prompts), batch_size):
+        texts = list(prompts[start : start + batch_size])
+        out = pipeline(
+            prompt=texts,
+            negative_prompt=[negative] * len(texts),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            width=side,
+            height=side,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
+        )
+        pictures += out.images
+        advance(len(texts))
+    for name, part in family.parts.items():
+        part.train(modes[name])
+    return pictures
+
+
+def grid(pictures: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None) -> Image.Image:
+    """Pictures in rows of `columns`; each row's caption, where given, stands above it."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    head = 16 if captions else 0
+    page = Image.new("RGB", (columns * width, rows * (height + head)), "white")
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        page.paste(picture, (column * width, row * (height + head) + head))
+    for row, caption in enumerate(captions or []):
+        ImageDraw.Draw(page).text((3, row * (height + head) + 2), caption, fill="black")
+    return page
+
+
+def parameters(
+    prompt: str, negative: str, seed: int, sampler: str, steps: int, guidance: float, size: int, model: str
+) -> str:
+    """The `parameters` text that A1111, Forge and ComfyUI's readers show."""
+    settings = f"Steps: {steps}, Sampler: {sampler}, CFG scale: {guidance}, Seed: {seed}, Size: {size}x{size}"
+    middle = f"\nNegative prompt: {negative}" if negative else ""
+    return f"{prompt}{middle}\n{settings}, Model: {model}"
+
+
+def save_picture(picture: Image.Image, path: Path, text: str) -> None:
+    """A PNG that carries how it was made."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, pnginfo=info)
