@@ -184,7 +184,7 @@ def _train(job: Job, folder: RunFolder, accelerator: Accelerator) -> None:
     streams = _streams(job, accelerator)
     if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
         _draw_samples(job, folder.path / "samples" / "before", "Before")
-    cache = LatentCache(cache_dir(), job.base_hash)
+    cache = LatentCache(cache_dir(), job.base_hash, next(family.parts["vae"].parameters()).dtype)
     all_views = [view for stream in streams for sample in stream for view in sample.views]
     with phase("Latents", len(all_views)) as advance, accelerator.main_process_first():
         cache.fill(family, all_views, device, lambda amount: advance(amount, ""))
@@ -248,11 +248,10 @@ def _streams(job: Job, accelerator: Accelerator) -> list[list[Sample]]:
         job.noun or "",
         job.resolution,
         job.base_hash,
-        accelerator.device,
         accelerator.process_index,
         accelerator.num_processes,
+        accelerator.wait_for_everyone,
     )
-    accelerator.wait_for_everyone()
     classes = [
         Sample(
             views(picture, job.resolution, "center", 1, prior.flip, seed),
@@ -276,7 +275,7 @@ def _prompt_encoder(job: Job, streams: Sequence[Sequence[Sample]], accelerator: 
     if set(family.text_encoders) & set(job.recipe.method.part_names(family)):
         return family.encode_prompts
     prompts = [text for stream in streams for sample in stream for text in sample.captions]
-    cache = PromptCache(family, job.base_hash, cache_dir())
+    cache = PromptCache(family, job.base_hash, cache_dir(), next(family.parts["text_encoder"].parameters()).dtype)
     with accelerator.main_process_first():
         cache.fill(list(dict.fromkeys(["", *prompts])))
     return cache

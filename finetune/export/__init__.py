@@ -1,0 +1,95 @@
+"""Exports. Every module here that defines an `Export` with a `name` is a format: a new one is one new file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.errors import BadInput
+from finetune.export.base import DTYPES, Adapter, Export, Exported
+from finetune.export.folder import export_folder
+from finetune.export.metadata import adapter_metadata
+from finetune.export.verify import apply_adapter, verify
+from finetune.families.base import Family
+from finetune.methods.base import Method
+from finetune.methods.lora import LoRA
+
+__all__ = ["REGISTRY", "Adapter", "Exported", "adapter_from", "apply_adapter", "export_adapter", "export_folder"]
+
+
+def _discover() -> dict[str, Export]:
+    found: dict[str, Export] = {}
+    for module in pkgutil.iter_modules(__path__):
+        for item in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if inspect.isclass(item) and issubclass(item, Export) and not inspect.isabstract(item):
+                found[item.name] = item()
+    return dict(sorted(found.items()))
+
+
+REGISTRY: dict[str, Export] = _discover()
+
+
+def adapter_from(method: Method, family: Family) -> Adapter:
+    """The trained LoRA as plain matrices."""
+    assert isinstance(method, LoRA), f"{method.kind} has no low-rank matrices"
+    state = method.state_dict(family)
+    layers: dict[str, dict[str, tuple]] = {}
+    for key, a in state.items():
+        if key.endswith(".lora_A.weight"):
+            name = key.removesuffix(".lora_A.weight")
+            part, module = name.split(".", 1)
+            layers.setdefault(part, {})[module] = (a.float().cpu(), state[f"{name}.lora_B.weight"].float().cpu())
+    divisor = method.rank**0.5 if method.rank_stabilised else method.rank
+    return Adapter(family.name, family.folder, layers, method.rank, method.alpha_value / divisor)
+
+
+def export_adapter(
+    adapter: Adapter,
+    folder: Path,
+    name: str,
+    formats: Sequence[str],
+    dtype: str,
+    about: dict[str, str],
+    v_prediction: bool = False,
+    force: bool = False,
+) -> list[Exported]:
+    """Writes and checks each format.
+
+    Raises:
+        BadInput: an unknown format, or a file that is already there without `force`.
+    """
+    for wanted in formats:
+        if wanted not in REGISTRY:
+            nearest = difflib.get_close_matches(wanted, REGISTRY, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(REGISTRY)}"
+            raise BadInput(f"there is no export format {wanted!r}; {hint}")
+    exported = []
+    for wanted in formats:
+        export = REGISTRY[wanted]
+        path = export.path(folder, name)
+        if path.exists() and not force:
+            raise BadInput(f"{path} is already there: remove it, or pass --force")
+        if path.is_dir():
+            shutil.rmtree(path)
+        export.write(adapter, path, DTYPES[dtype], adapter_metadata(adapter, about, v_prediction))
+        exported.append(verify(adapter, export, path, DTYPES[dtype]))
+    return exported
+
+
+def read_adapter(path: Path, family: str, base_folder: Path) -> Adapter:
+    """Any LoRA file or folder that one of the formats recognises, for a base of this family.
+
+    Raises:
+        BadInput: nothing is there, or it is of none of the formats.
+    """
+    if not path.exists():
+        raise BadInput(f"there is no adapter {path}: give a .safetensors file, a PEFT folder or a run folder")
+    for export in REGISTRY.values():
+        if export.recognises(path):
+            return export.read(path, family, base_folder)
+    raise BadInput(f"{path} is no LoRA that is read here (known: {', '.join(REGISTRY)}): give one of those")

@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Adapter:
     """A trained LoRA, free of any library's classes.
 
-    `layers`: part ("denoiser", "text_encoder", "text_encoder_2") -> module path inside the part -> (A, B), the
-    fp32 matrices [r, in(,k,k)] and [out, r(,1,1)]; the module's delta is `scale * B @ A` with
-    scale = alpha / rank.
+    `layers`: part ("denoiser", "text_encoder", "text_encoder_2") -> module path inside the part, without
+    `text_model.` -> (A, B), fp32 matrices [r, in(,k,k)] and [out, r(,1,1)]. A module's delta is scale * B A.
     """
 
     family: str  # Family.name
     base_folder: Path
     layers: dict[str, dict[str, tuple[Tensor, Tensor]]]
     rank: int
-    alpha: float
-    rank_stabilised: bool = False
+    scale: float  # alpha / rank, or alpha / sqrt(rank) for rsLoRA
 
     @property
-    def scale(self) -> float:
-        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+    def alpha(self) -> float:
+        """The alpha that gives this scale by the plain rule alpha / rank, which every reader follows."""
+        return self.scale * self.rank
+
+    def modules(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+        for part, layers in self.layers.items():
+            for path, (a, b) in layers.items():
+                yield part, path, a, b
+
+    @property
+    def count(self) -> int:
+        return sum(len(layers) for layers in self.layers.values())
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One written file (or folder) and what its checks found.
+    """One written file or folder, and what its checks found.
 
-    `largest_error`: largest relative error of a module's delta re-built from the re-opened file, against the
-    trained one. `checks`: one line per check, "ok: ..." or "FAILED: ...".
+    `largest_error`: the largest relative error of a module's delta, rebuilt from the re-opened file, against the
+    trained one. `checks`: one line each, "ok: ..." or "FAILED: ...".
     """
 
     format: str
@@ -44,7 +56,7 @@ class Exported:
     size: int  # bytes
     modules: int
     largest_error: float
-    read_by: tuple[str, ...]  # the programs whose rules the file satisfies
+    read_by: list[str]
     checks: list[str] = field(default_factory=list)
 
     @property
@@ -55,11 +67,30 @@ class Exported:
 class Export(ABC):
     """One format."""
 
-    name: ClassVar[str]  # "kohya", "diffusers", "peft"
+    name: ClassVar[str]
+    read_by: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def write(self, adapter: Adapter, path: Path, dtype: str, metadata: dict[str, str]) -> None: ...
+    def path(self, folder: Path, name: str) -> Path:
+        """Where this format of an adapter called `name` is written."""
 
     @abstractmethod
-    def read(self, path: Path, family: str) -> Adapter:
-        """Re-opens a file of this format, with nothing taken from memory."""
+    def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None: ...
+
+    @abstractmethod
+    def read(self, path: Path, family: str, base_folder: Path) -> Adapter:
+        """Re-opens a file of this format, with nothing taken from memory.
+
+        Raises:
+            BadInput: it is not of this format, or a key, an alpha or a shape is wrong; the key is named.
+        """
+
+    @abstractmethod
+    def recognises(self, path: Path) -> bool:
+        """Whether a file or folder is of this format."""
+
+
+def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * B A in the shape of the weight, float32; for a convolution B is 1x1."""
+    product = b.float().flatten(1) @ a.float().flatten(1)
+    return scale * product.view(b.shape[0], *a.shape[1:])

@@ -18,6 +18,7 @@ import torch
 
 from finetune.errors import BadInput
 from finetune.families.base import Family
+from finetune.families.layout import strip_text_model
 from finetune.files import cache_dir, sha256, write_json
 
 
@@ -116,3 +117,11 @@ def base_hash(folder: Path) -> str:
     if len(known) != before:
         write_json(known_file, known)
     return digest.hexdigest()
+
+
+def module_paths(folder: Path) -> dict[str, list[str]]:
+    """part -> every module path that has a weight, without `text_model.`; from configs alone, on the meta device."""
+    found: dict[str, list[str]] = {}
+    for part, skeleton in family_of(folder).skeletons(folder).items():
+        found[part] = [strip_text_model(path) for path, child in skeleton.named_modules() if hasattr(child, "weight")]
+    return found

@@ -63,6 +63,11 @@ class Family(ABC):
     def write_tiny(cls, folder: Path, seed: int = 0) -> None:
         """Writes a small, real, randomly initialised base as a diffusers folder (for tests)."""
 
+    @classmethod
+    @abstractmethod
+    def skeletons(cls, folder: Path) -> dict[str, nn.Module]:
+        """The trainable parts on the meta device, from the folder's configs: no weights are read."""
+
     @property
     def text_encoders(self) -> list[str]:
         return [name for name in self.parts if name.startswith("text_encoder")]

@@ -43,6 +43,15 @@ class DiffusersFamily(Family):
     def load(cls, folder: Path, dtype: torch.dtype) -> Family:
         return cls(folder, dtype)
 
+    @classmethod
+    def skeletons(cls, folder: Path) -> dict[str, nn.Module]:
+        with torch.device("meta"):
+            return {
+                name: _from_config(kind, folder / subfolder)
+                for name, (subfolder, kind) in cls.sources.items()
+                if name in cls.export_prefix
+            }
+
     def _load_part(self, name: str) -> nn.Module:
         subfolder, kind = self.sources[name]
         if not (self.folder / subfolder / "config.json").is_file():
@@ -197,6 +206,12 @@ class StableDiffusion2(StableDiffusion1):
 
     name = "sd2"
     linear_projection = True
+
+
+def _from_config(kind: Any, folder: Path) -> nn.Module:
+    if issubclass(kind, diffusers.ModelMixin):
+        return kind.from_config(kind.load_config(folder))
+    return kind(transformers.CLIPTextConfig.from_pretrained(folder))
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -1,0 +1,73 @@
+"""diffusers' own LoRA file: PEFT keys per part, and the alpha as JSON in the header.
+
+Without that header diffusers takes alpha = rank, and the reloaded adapter is another one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from finetune.errors import BadInput
+from finetune.export.base import Adapter, Export
+from finetune.export.kohya import keys_of
+from finetune.families.layout import add_text_model, strip_text_model
+from finetune.files import save_tensors
+
+HEADER = "lora_adapter_metadata"
+PARTS = {"denoiser": "unet", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
+FILE = "pytorch_lora_weights.safetensors"
+
+
+class Diffusers(Export):
+    name = "diffusers"
+    read_by = ("diffusers",)
+
+    def path(self, folder: Path, name: str) -> Path:
+        return folder / f"{name}-diffusers" / FILE
+
+    def recognises(self, path: Path) -> bool:
+        prefixes = tuple(f"{prefix}." for prefix in PARTS.values())
+        return path.is_file() and any(key.startswith(prefixes) and ".lora_A." in key for key in keys_of(path))
+
+    def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+        tensors = {}
+        for part, module, a, b in adapter.modules():
+            key = f"{PARTS[part]}.{add_text_model(module) if part.startswith('text_encoder') else module}"
+            tensors[f"{key}.lora_A.weight"] = a.to(dtype)
+            tensors[f"{key}.lora_B.weight"] = b.to(dtype)
+        header = json.dumps(_header(adapter), indent=2, sort_keys=True)
+        save_tensors(path, tensors, metadata | {HEADER: header, "format": "pt"})
+
+    def read(self, path: Path, family: str, base_folder: Path) -> Adapter:
+        with safe_open(path, "pt") as opened:
+            about = json.loads((opened.metadata() or {}).get(HEADER, "{}"))
+        if not about:
+            raise BadInput(f"{path} does not say its alpha ({HEADER} is not in its header): diffusers would take the rank")
+        layers: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+        tensors = load_file(path)
+        for key in tensors:
+            if not key.endswith(".lora_A.weight"):
+                continue
+            module = key.removesuffix(".lora_A.weight")
+            prefix, inside = module.split(".", 1)
+            part = next(name for name, value in PARTS.items() if value == prefix)
+            pair = (tensors[key].float(), tensors[f"{module}.lora_B.weight"].float())
+            layers.setdefault(part, {})[strip_text_model(inside)] = pair
+        prefix = PARTS[next(iter(layers))]
+        rank, alpha = int(about[f"{prefix}.r"]), float(about[f"{prefix}.lora_alpha"])
+        return Adapter(family, base_folder, layers, rank, alpha / rank)
+
+
+def _header(adapter: Adapter) -> dict[str, Any]:
+    """peft.LoraConfig's arguments per part; paths without the wrapper match both layouts of CLIP."""
+    header: dict[str, Any] = {}
+    for part, layers in adapter.layers.items():
+        config = {"r": adapter.rank, "lora_alpha": adapter.alpha, "target_modules": sorted(layers)}
+        header |= {f"{PARTS[part]}.{key}": value for key, value in config.items()}
+    return header

@@ -1,0 +1,51 @@
+"""A fully fine-tuned model as a complete diffusers folder, checked by loading it again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from finetune import families
+from finetune.export.base import DTYPES, Exported
+from finetune.families.base import Family
+from finetune.families.layout import strip_text_model
+from finetune.files import save_tensors
+
+
+def export_folder(family: Family, path: Path, dtype: str) -> Exported:
+    """Writes `path` (replacing an older export), in `dtype`, and compares every weight of the re-loaded folder."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    family.pipeline().save_pretrained(temporary, safe_serialization=True)
+    for file in temporary.rglob("*.safetensors"):
+        tensors = {
+            name: value.to(DTYPES[dtype]) if value.is_floating_point() else value for name, value in load_file(file).items()
+        }
+        save_tensors(file, tensors, {"format": "pt"})
+    for file in family.folder.glob("tokenizer*/*"):
+        shutil.copy(file, temporary / file.parent.name / file.name)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    count, checks = _compare(family, path, DTYPES[dtype])
+    ok = checks[0].startswith("ok")
+    return Exported("folder", path, size, count, 0.0 if ok else float("inf"), ["diffusers"] if ok else [], checks)
+
+
+def _compare(family: Family, path: Path, dtype: torch.dtype) -> tuple[int, list[str]]:
+    """Every weight of the folder, loaded as any base is, against the trained one rounded to the stored dtype."""
+    again = families.load(str(path), dtype=dtype)
+    count = 0
+    for part, module in family.parts.items():
+        wanted = {strip_text_model(name): value.to(dtype).cpu() for name, value in module.named_parameters()}
+        found = {strip_text_model(name): value for name, value in again.parts[part].named_parameters()}
+        if wanted.keys() != found.keys():
+            return count, [f"FAILED: {part} has other weights, such as {sorted(wanted.keys() ^ found.keys())[0]}"]
+        for name, value in wanted.items():
+            if not torch.equal(value, found[name].to(dtype)):
+                return count, [f"FAILED: {part}.{name} is not what was trained"]
+        count += len(wanted)
+    return count, [f"ok: {count} weights re-loaded, bit for bit in the stored precision"]

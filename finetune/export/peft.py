@@ -1,0 +1,66 @@
+"""PEFT's own folder, one for each part: adapter_model.safetensors and adapter_config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from finetune.errors import BadInput
+from finetune.export.base import Adapter, Export
+from finetune.families.layout import strip_text_model
+from finetune.files import save_tensors, write_json
+
+PREFIX = "base_model.model."
+
+
+class Peft(Export):
+    name = "peft"
+    read_by = ("peft",)
+
+    def path(self, folder: Path, name: str) -> Path:
+        return folder / f"{name}-peft"
+
+    def recognises(self, path: Path) -> bool:
+        return path.is_dir() and any(path.glob("*/adapter_config.json"))
+
+    def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+        for part, layers in adapter.layers.items():
+            tensors = {}
+            for module, (a, b) in layers.items():
+                tensors[f"{PREFIX}{module}.lora_A.weight"] = a.to(dtype)
+                tensors[f"{PREFIX}{module}.lora_B.weight"] = b.to(dtype)
+            save_tensors(path / part / "adapter_model.safetensors", tensors, {"format": "pt"})
+            config = {
+                "peft_type": "LORA",
+                "task_type": None,
+                "r": adapter.rank,
+                "lora_alpha": adapter.alpha,
+                "lora_dropout": 0.0,
+                "bias": "none",
+                "target_modules": sorted(layers),
+                "inference_mode": True,
+            }
+            write_json(path / part / "adapter_config.json", config)
+
+    def read(self, path: Path, family: str, base_folder: Path) -> Adapter:
+        layers: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+        rules = set()
+        for config_file in sorted(path.glob("*/adapter_config.json")):
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            rules.add((int(config["r"]), float(config["lora_alpha"])))
+            tensors = load_file(config_file.with_name("adapter_model.safetensors"))
+            layers[config_file.parent.name] = {
+                strip_text_model(key.removeprefix(PREFIX).removesuffix(".lora_A.weight")): (
+                    value.float(),
+                    tensors[key.replace(".lora_A.", ".lora_B.")].float(),
+                )
+                for key, value in tensors.items()
+                if key.endswith(".lora_A.weight")
+            }
+        if len(rules) != 1:
+            raise BadInput(f"{path} has parts of several ranks or alphas: {sorted(rules)}")
+        rank, alpha = rules.pop()
+        return Adapter(family, base_folder, layers, rank, alpha / rank)

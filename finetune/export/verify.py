@@ -1,0 +1,98 @@
+"""An export is done when it has been read back and shown to be the trained adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune import families
+from finetune.batch import Geometry
+from finetune.draws import generator
+from finetune.errors import BadInput
+from finetune.export.base import Adapter, Export, Exported, delta
+from finetune.families.base import Family
+from finetune.families.layout import add_text_model
+
+# the largest relative error of a delta: B and A are each rounded once
+BOUNDS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+PREDICTION_BOUND = 1e-4  # two readers of one file, fp32 arithmetic in another order
+
+
+def verify(adapter: Adapter, export: Export, path: Path, dtype: torch.dtype) -> Exported:
+    """Re-opens a written file and compares it: with the trained deltas, and through an independent reader."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    try:
+        again = export.read(path, adapter.family, adapter.base_folder)
+        error, checks = compare(adapter, again, BOUNDS[dtype])
+    except BadInput as fault:
+        return Exported(export.name, path, size, 0, float("inf"), [], [f"FAILED: {fault}"])
+    if "diffusers" in export.read_by and not any(check.startswith("FAILED") for check in checks):
+        checks.append(read_by_diffusers(again, path))
+    whole = not any(check.startswith("FAILED") for check in checks)
+    return Exported(export.name, path, size, again.count, error, list(export.read_by) if whole else [], checks)
+
+
+def compare(trained: Adapter, again: Adapter, bound: float) -> tuple[float, list[str]]:
+    """The largest relative error over the modules' deltas, and the checks that say so."""
+    wanted = {(part, module): delta(a, b, trained.scale) for part, module, a, b in trained.modules()}
+    found = {(part, module): delta(a, b, again.scale) for part, module, a, b in again.modules()}
+    if wanted.keys() != found.keys():
+        odd = sorted(wanted.keys() ^ found.keys())
+        return float("inf"), [f"FAILED: {len(odd)} modules differ, such as {' '.join(odd[0])}"]
+    for place, value in found.items():
+        if value.shape != wanted[place].shape:
+            return float("inf"), [f"FAILED: {' '.join(place)} has shape {tuple(value.shape)}"]
+        if not bool(torch.isfinite(value).all()):
+            return float("inf"), [f"FAILED: {' '.join(place)} is not finite"]
+    errors = {place: _relative(found[place], value) for place, value in wanted.items()}
+    worst = max(errors, key=lambda place: errors[place])
+    line = f"{len(errors)} modules re-read, largest relative error {errors[worst]:.1e}"
+    if errors[worst] > bound:
+        return errors[worst], [f"FAILED: {line} in {' '.join(worst)} (bound {bound:.0e})"]
+    return errors[worst], [f"ok: {line}"]
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    scale = float(wanted.norm())
+    return float((found - wanted).norm()) / scale if scale else float(found.norm())
+
+
+@torch.no_grad()
+def read_by_diffusers(adapter: Adapter, path: Path) -> str:
+    """diffusers' load_lora_weights on a clean base against our own merge of the same file: what both predict."""
+    family = families.load(str(adapter.base_folder))
+    pipeline = family.pipeline()
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+    theirs = probe(family)
+    pipeline.unload_lora_weights()
+    clean = probe(family)
+    apply_adapter(family, adapter)
+    ours = probe(family)
+    moved = _relative(clean, ours)
+    error = _relative(theirs, ours)
+    line = f"diffusers reads it back: prediction error {error:.1e} (the adapter itself moves it by {moved:.1e})"
+    return f"ok: {line}" if error <= max(PREDICTION_BOUND * moved, 1e-6) else f"FAILED: {line}"
+
+
+def probe(family: Family) -> Tensor:
+    """What a family predicts for one fixed prompt, noise and timestep, and its conditions: one flat vector."""
+    side = family.resolution // family.latent_factor
+    channels = family.parts["denoiser"].config.in_channels
+    noise = torch.randn((1, channels, side, side), generator=generator(0, "verify"))
+    square = (family.resolution, family.resolution)
+    cond = family.encode_prompts(["a photo of a small dog on the beach"])
+    prediction = family.predict(noise, torch.tensor([500]), cond, [Geometry(square, (0, 0), square)])
+    return torch.cat([prediction.float().flatten(), *(value.float().flatten() for value in cond.values())])
+
+
+@torch.no_grad()
+def apply_adapter(family: Family, adapter: Adapter, weight: float = 1.0) -> None:
+    """Merges weight * scale * B A into the family's own weights."""
+    for part, module, a, b in adapter.modules():
+        modules = dict(family.parts[part].named_modules())
+        target = modules.get(module) or modules[add_text_model(module)]
+        change = delta(a, b, adapter.scale * weight).to(target.weight.device)
+        target.weight += change.view_as(target.weight).to(target.weight.dtype)

@@ -1,0 +1,138 @@
+"""Rare tokens (arXiv:2208.12242 section 3.1), found in the base's own vocabulary.
+
+Three questions are kept apart: is it one token in every tokenizer of the base; is it rare (CLIP's ids are merge ranks:
+a high id is a rare piece); and does the frozen base already draw something for it (its prior strength).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.batch import Geometry
+from finetune.draws import generator
+from finetune.families.base import Family
+
+END = "</w>"
+VOWELS = set("aeiou")
+RARE_FROM = 0.8  # the last fifth of the vocabulary; CLIP's ids >= 40000 of 49408
+KNOWN = {"sks": "a rifle"}  # tokens in common use that mean something to real bases
+
+
+@dataclass(frozen=True)
+class Token:
+    """What is known of one candidate.
+
+    `pieces` per tokenizer; `rank` the smallest id as a fraction of the vocabulary (1 is rarest); `strength` how much
+    the token changes the frozen base's prediction, as a share of how much the class noun does (None: not measured).
+    """
+
+    text: str
+    pieces: list[list[str]]
+    rank: float
+    meaning: str | None
+    strength: float | None = None
+
+    @property
+    def single(self) -> bool:
+        return all(len(pieces) == 1 for pieces in self.pieces)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: what it is, and whether to use it."""
+        if not self.single:
+            split = " + ".join(next(p for p in self.pieces if len(p) > 1))
+            return f"{self.text!r} is not one token ({split}): choose another"
+        if self.meaning:
+            return f"{self.text!r} is one token, but the base may know it: it is {self.meaning}"
+        if self.rank < RARE_FROM:
+            return f"{self.text!r} is one token, but a common one (rank {self.rank:.2f} of 1): choose a rarer one"
+        return f"{self.text!r} is one rare token (rank {self.rank:.2f} of 1)"
+
+
+def check(family: Family, text: str, noun: str | None = None, measure: bool = True) -> Token:
+    """Everything about one token; `noun` is the class noun it is to stand before."""
+    token = describe(family.tokenizers, text)
+    return _measured(family, token, noun) if measure and token.single else token
+
+
+def suggest(family: Family, count: int = 10, noun: str | None = None, measured: int = 24) -> list[Token]:
+    """The best rare tokens, those with the weakest prior first, of `measured` candidates spread over the rare range."""
+    candidates = rare_tokens(family.tokenizers)
+    chosen = candidates[:: max(1, len(candidates) // measured)][:measured]
+    found = [_measured(family, describe(family.tokenizers, text), noun) for text in chosen]
+    return sorted(found, key=lambda token: token.strength or 0.0)[:count]
+
+
+def describe(tokenizers: Sequence[Any], text: str) -> Token:
+    pieces = [tokenizer.tokenize(text) for tokenizer in tokenizers]
+    ranks = [
+        tokenizer.convert_tokens_to_ids(split[0]) / len(tokenizer) for tokenizer, split in zip(tokenizers, pieces, strict=True)
+    ]
+    shown = [[piece.removesuffix(END) for piece in split] for split in pieces]
+    return Token(text, shown, min(ranks), meaning_of(text))
+
+
+def rare_tokens(tokenizers: Sequence[Any]) -> list[str]:
+    """Whole-word tokens of 3 or 4 letters, one piece in each tokenizer, in the rare range, without a known meaning;
+    rarest first."""
+    vocab = tokenizers[0].get_vocab()
+    floor = RARE_FROM * len(tokenizers[0])
+    words = [(number, text.removesuffix(END)) for text, number in vocab.items() if text.endswith(END) and number >= floor]
+    fitting = [text for _, text in sorted(words, reverse=True) if _looks_rare(text)]
+    return [text for text in fitting if all(len(tokenizer.tokenize(text)) == 1 for tokenizer in tokenizers)]
+
+
+def _looks_rare(text: str) -> bool:
+    """3-4 ASCII letters that nobody would read as a word: few vowels, and not in the list of known ones."""
+    letters = 3 <= len(text) <= 4 and text.isascii() and text.isalpha() and text.islower()
+    return letters and len(VOWELS & set(text)) == 0 and meaning_of(text) is None
+
+
+def meaning_of(text: str) -> str | None:
+    if text in KNOWN:
+        return KNOWN[text]
+    return "a word, name or abbreviation" if text.lower() in _words() else None
+
+
+def _words() -> frozenset[str]:
+    return frozenset(files("finetune").joinpath("words.txt").read_text(encoding="utf-8").split())
+
+
+def _measured(family: Family, token: Token, noun: str | None) -> Token:
+    return Token(token.text, token.pieces, token.rank, token.meaning, prior_strength(family, token.text, noun))
+
+
+@torch.no_grad()
+def prior_strength(family: Family, token: str, noun: str | None, draws: int = 4) -> float:
+    """|eps(a photo of T N) - eps(a photo of N)| / |eps(a photo of N) - eps()|, over fixed noise and timesteps.
+
+    Near 0: the frozen base takes no notice of the token. 1: it changes as much as the class noun itself does.
+    """
+    thing = noun or "thing"
+    prompts = [f"a photo of {token} {thing}", f"a photo of {thing}", ""]
+    with_token, plain, empty = _predictions(family, prompts, draws)
+    return float((with_token - plain).norm() / (plain - empty).norm().clamp(min=1e-8))
+
+
+def _predictions(family: Family, prompts: Sequence[str], draws: int) -> list[Tensor]:
+    """The denoiser's output on pure noise for each prompt: [draws, C, h, w]. Late timesteps are where a word decides."""
+    denoiser: Any = family.parts["denoiser"]
+    device = next(denoiser.parameters()).device
+    side = family.resolution // family.latent_factor
+    shape = (draws, denoiser.config.in_channels, side, side)
+    noise = torch.randn(shape, generator=generator(0, "prior strength")).to(device)
+    last = len(family.schedule.alphas_cumprod) - 1
+    timesteps = torch.linspace(0.6 * last, 0.95 * last, draws, device=device).long()
+    square = (family.resolution, family.resolution)
+    geometry = [Geometry(square, (0, 0), square)] * draws
+    out = []
+    for prompt in prompts:
+        cond = family.encode_prompts([prompt] * draws)
+        out.append(family.predict(noise, timesteps, cond, geometry).float())
+    return out
