@@ -126,7 +126,9 @@ class Sample(Settings):
 
 
 class ExportTo(Settings):
-    formats: list[str] = ["kohya", "diffusers", "peft"]
+    """`formats`: empty for all that can hold what was trained."""
+
+    formats: list[str] = []
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from finetune.data.captions import caption_photos
 from finetune.data.photos import Photo, scan
 from finetune.data.views import View, views
 from finetune.errors import BadInput, CheckFailed
-from finetune.export import Exported, adapter_from, export_adapter, export_folder
 from finetune.families.base import Family
-from finetune.files import cache_dir, write_json
+from finetune.files import cache_dir
 from finetune.loop import PromptEncoder, fit, make_accelerator, resolve_precision
 from finetune.prior import class_images
 from finetune.progress import phase
 from finetune.report import write_report
+from finetune.results import export_run
 from finetune.run import RunFolder, next_folder
 from finetune.sample import draw
 
@@ -314,36 +314,10 @@ def _finish(job: Job, folder: RunFolder, device: str, say: Say) -> None:
         part.to(device)
     if not (folder.path / "samples" / "after").is_dir():
         _draw_samples(job, folder.path / "samples" / "after", "After")
-    exported = export_result(job, folder, job.recipe.export.formats)
+    exported = export_run(folder, job.family)
     write_report(folder.path)
     for item in exported:
         say(f"{item.format:>16}  {item.path}  {'; '.join(item.checks)}")
     failed = [item.format for item in exported if not item.ok]
     if failed:
         raise CheckFailed(f"the export to {', '.join(failed)} is not what was trained: see {folder.path}/report.html")
-
-
-def export_result(job: Job, folder: RunFolder, formats: Sequence[str]) -> list[Exported]:
-    """Writes RUN/exports/ and exports.json, and checks each file."""
-    target = folder.path / "exports"
-    dtype = job.recipe.export.dtype
-    if not job.recipe.method.is_adapter:
-        exported = [export_folder(job.family, target / f"{job.recipe.run.name}-diffusers", dtype)]
-    else:
-        adapter = adapter_from(job.recipe.method, job.family)
-        exported = export_adapter(adapter, target, job.recipe.run.name, formats, dtype, _metadata(job), force=True)
-    write_json(target / "exports.json", [asdict(item) | {"path": str(item.path)} for item in exported])
-    return exported
-
-
-def _metadata(job: Job) -> dict[str, str]:
-    """What exports say of themselves: no paths, no captions, no names of files."""
-    trigger = " ".join(text for text in (job.token, job.noun) if text)
-    return {
-        "title": job.recipe.run.name,
-        "trigger_phrase": trigger,
-        "resolution": f"{job.resolution}x{job.resolution}",
-        "base_hash": job.base_hash,
-        "steps": str(job.recipe.run.steps),
-        "seed": str(job.recipe.run.seed),
-    }

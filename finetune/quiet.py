@@ -13,14 +13,14 @@ def quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers|peft|torch")
-    warnings.filterwarnings("ignore", message=".*kernels.*")
 
 
 def quiet_bars() -> None:
-    """Switches off transformers' weight-loading bars; after transformers has been imported."""
-    import transformers
+    """Switches off transformers' weight-loading bars."""
+    from transformers.utils import logging as transformers_logging
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

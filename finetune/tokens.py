@@ -43,6 +43,10 @@ class Token:
         return all(len(pieces) == 1 for pieces in self.pieces)
 
     @property
+    def good(self) -> bool:
+        return self.single and self.meaning is None and self.rank >= RARE_FROM
+
+    @property
     def verdict(self) -> str:
         """One sentence: what it is, and whether to use it."""
         if not self.single:

@@ -1,0 +1,288 @@
+"""The command line: parses, calls, prints. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.errors import BadInput, CheckFailed
+from finetune.quiet import quiet
+
+app = typer.Typer(
+    name="finetune",
+    help="Fine-tune and personalise diffusion models, with proof.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(help="Shipped recipes.", no_args_is_help=True, rich_markup_mode=None)
+tokens_app = typer.Typer(help="Rare tokens of a base.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(tokens_app, name="tokens")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
+BaseOption = Annotated[str, typer.Option("--base", help="tiny, a diffusers folder or a hub id")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a YAML file")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+) -> None:
+    """Train a recipe from end to end; an interrupted run of the same recipe goes on where it stopped."""
+    from finetune.config import load_recipe
+
+    _train(load_recipe(recipe, overrides or []), dry_run)
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Go on with an interrupted run; what comes out is what the unbroken run would have given."""
+    from finetune.run import RunFolder
+
+    _train(RunFolder(run).recipe.model_copy(), False, run)
+
+
+@app.command()
+def dreambooth(
+    photos: Annotated[Path, typer.Argument(help="a folder with 3-10 photos of the subject")],
+    class_noun: Annotated[str, typer.Option("--class-noun", help="what the subject is, such as dog")],
+    overrides: Overrides = None,
+    base: BaseOption = "tiny",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+) -> None:
+    """The short way: a DreamBooth LoRA with class images from a folder of photos."""
+    from finetune.config import load_recipe
+
+    name = "demo" if base == "tiny" else "dreambooth-lora"
+    own = [f"data.photos={photos}", f"data.class_noun={class_noun}", f"base={base}", f"run.name={class_noun}"]
+    _train(load_recipe(name, [*own, *(overrides or [])]), dry_run)
+
+
+@app.command()
+def demo(out: Annotated[Path | None, typer.Option("--out", help="the run folder")] = None) -> None:
+    """The whole job on the embedded base in minutes: five pictures of a mug become an adapter that works."""
+    from finetune.demo import run_demo
+
+    _loud()
+    run_demo(out, typer.echo)
+
+
+@app.command()
+def sample(
+    source: Annotated[Path, typer.Argument(help="a run folder or an adapter file", metavar="RUN_OR_ADAPTER")],
+    prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="may be given several times")],
+    negative: str = "",
+    seed: int = 0,
+    count: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 4,
+    steps: Annotated[int, typer.Option(min=1)] = 25,
+    guidance: float = 5.0,
+    sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
+    base: BaseOption = "tiny",
+    out: Annotated[Path, typer.Option(help="where the pictures go")] = Path("samples"),
+) -> None:
+    """Draw pictures: PNGs and a grid."""
+    _loud()
+    from finetune.progress import phase
+    from finetune.results import open_result
+    from finetune.sample import draw, grid, parameters, save_picture
+
+    family, info = open_result(source, base, _device())
+    size = info.get("resolution") or family.resolution
+    seeds = [seed + number for number in range(count)]
+    pairs = [(text, one) for text in prompt for one in seeds]
+    with phase("Drawing", len(pairs)) as advance:
+        pictures = draw(
+            family,
+            [text for text, _ in pairs],
+            seeds=[one for _, one in pairs],
+            negative=negative,
+            sampler=sampler,
+            steps=steps,
+            guidance=guidance,
+            size=size,
+            advance=lambda amount: advance(amount, ""),
+        )
+    for number, ((text, one), picture) in enumerate(zip(pairs, pictures, strict=True)):
+        about = parameters(text, negative, one, sampler, steps, guidance, size, info.get("base", base))
+        save_picture(picture, out / f"{number // count:02d}-{one}.png", about)
+    grid(pictures, count, prompt).save(out / "grid.png")
+    typer.echo(f"{len(pictures)} pictures and grid.png in {out}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a finished run's folder")],
+    to: Annotated[list[str] | None, typer.Option("--to", help="kohya, diffusers, peft; folder for full models")] = None,
+) -> None:
+    """Write the run's adapter for other programs into RUN/exports, and check every file."""
+    _loud()
+    from finetune.report import write_report
+    from finetune.results import export_run, open_run
+    from finetune.run import RunFolder
+
+    folder = RunFolder(run)
+    family, _ = open_run(folder)
+    exported = export_run(folder, family, to or [])
+    write_report(run)
+    for item in exported:
+        readers = ", ".join(item.read_by) or "nobody"
+        typer.echo(f"{item.format}: {item.path} ({item.size / 1e6:.2f} MB, {item.modules} modules), read by {readers}")
+        for line in item.checks:
+            typer.echo(f"  {line}")
+    if not all(item.ok for item in exported):
+        raise CheckFailed("an export is not what was trained: see the lines above")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Build RUN/report.html again."""
+    from finetune.report import write_report
+    from finetune.run import RunFolder
+
+    RunFolder(run).recipe  # noqa: B018 - says so if this is no run folder
+    typer.echo(str(write_report(run)))
+
+
+@app.command()
+def doctor() -> None:
+    """What works on this machine, and what to do about what does not."""
+    _loud()
+    from rich.console import Console
+    from rich.table import Table
+
+    from finetune.doctor import examine
+
+    table = Table("", "", "what to do", box=None)
+    findings = examine()
+    for item in findings:
+        mark = {True: "[green]ok[/] ", False: "[red]bad[/] ", None: ""}[item.ok]
+        table.add_row(item.name, f"{mark}{item.value}", item.advice)
+    Console().print(table)
+    bad = [item.name for item in findings if item.ok is False]
+    if bad:
+        raise CheckFailed(f"{', '.join(bad)}: see what to do above")
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """Names and what they are for."""
+    from finetune import recipes
+
+    for name in recipes.names():
+        typer.echo(f"{name:<18} {recipes.summary(recipes.find(name))}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: str) -> None:
+    """Print a recipe."""
+    from finetune import recipes
+
+    typer.echo(recipes.find(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy")
+def recipes_copy(name: str, to: Annotated[Path | None, typer.Argument(help="a new file")] = None) -> None:
+    """Copy a recipe, to change it."""
+    from finetune import recipes
+
+    target = to or Path(f"{name}.yaml")
+    if target.exists():
+        raise BadInput(f"{target} is already there: give another name")
+    target.write_bytes(recipes.find(name).read_bytes())
+    typer.echo(f"wrote {target}; train it with: finetune train {target}")
+
+
+@recipes_app.command("schema")
+def recipes_schema(to: Annotated[Path, typer.Argument(help="a JSON file")] = Path("recipe.schema.json")) -> None:
+    """Write the JSON schema of a recipe, for editors."""
+    from finetune.config import json_schema
+    from finetune.files import write_json
+
+    write_json(to, json_schema())
+    typer.echo(f"wrote {to}; in an editor: # yaml-language-server: $schema={to}")
+
+
+@tokens_app.command("suggest")
+def tokens_suggest(
+    base: BaseOption = "tiny",
+    count: Annotated[int, typer.Option("-n", min=1)] = 10,
+    class_noun: Annotated[str | None, typer.Option("--class-noun")] = None,
+) -> None:
+    """The best rare tokens of a base: single, rare, without a meaning, with the weakest prior first."""
+    _loud()
+    from finetune import families, tokens
+
+    for token in tokens.suggest(families.load(base), count, class_noun):
+        typer.echo(f"{token.text:<6} rank {token.rank:.3f}  prior strength {token.strength:.3f}")
+
+
+@tokens_app.command("check")
+def tokens_check(token: str, base: BaseOption = "tiny", class_noun: Annotated[str | None, typer.Option()] = None) -> None:
+    """What one token is to a base: exit 1 if it should not be used."""
+    _loud()
+    from finetune import families, tokens
+
+    found = tokens.check(families.load(base), token, class_noun)
+    strength = "" if found.strength is None else f"; prior strength {found.strength:.3f}"
+    typer.echo(found.verdict + strength)
+    if not found.good:
+        raise CheckFailed(f"{token!r} is not a good rare token: `finetune tokens suggest --base {base}` finds better ones")
+
+
+def _train(recipe: object, dry_run: bool, run: Path | None = None) -> None:
+    _loud()
+    from finetune import job
+    from finetune.config import Recipe
+    from finetune.run import next_folder
+
+    assert isinstance(recipe, Recipe)
+    if dry_run:
+        for name, value in job.plan(job.look(recipe)).items():
+            typer.echo(f"{name:>16}  {value}")
+        return
+    path = run or recipe.run.dir or next_folder(recipe.run.name)
+    try:
+        job.train(recipe, path, typer.echo)
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; go on with: finetune resume {path}", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"done: look at {path}/report.html")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _loud() -> None:
+    """Other libraries' progress bars off, our own on."""
+    from finetune import progress
+    from finetune.quiet import quiet_bars
+
+    quiet_bars()
+    progress.enable()
+
+
+def main() -> None:
+    """Exit codes: 0, 1 a check failed, 2 bad input. `--debug` anywhere shows the traceback."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    quiet()
+    try:
+        app()
+    except (BadInput, CheckFailed) as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1 if isinstance(error, CheckFailed) else 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""`finetune demo`: the whole job on the embedded base and five pictures of a mug."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune.config import load_recipe
+from finetune.job import train
+from finetune.run import RunFolder, next_folder
+
+LOOK = """
+Look at {run}/report.html:
+  1. "{thing}" is the mug of the five pictures;
+  2. it stands on the beach and in the snow, where it was never photographed;
+  3. "a mug" without the token is still any mug.
+
+With your own photos (5 or so, of one thing, in different places):
+  finetune dreambooth PHOTOS --class-noun dog --base stable-diffusion-v1-5/stable-diffusion-v1-5
+"""
+
+
+def subject_pictures() -> Path:
+    """The demo's pictures: beside the package in a checkout, inside it in a wheel."""
+    inside = Path(__file__).parent / "_examples" / "subject_mug"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "examples" / "subject_mug"
+
+
+def run_demo(out: Path | None, say: Callable[[str], None]) -> Path:
+    recipe = load_recipe("demo", [f"data.photos={subject_pictures()}"])
+    run = train(recipe, out or next_folder("demo"), say)
+    info = RunFolder(run).info
+    say(LOOK.format(run=run, thing=f"{info['token']} {info['class_noun']}"))
+    return run

@@ -1,0 +1,230 @@
+"""The run as one HTML page: RUN/report.html, from the run folder alone, readable without a network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from finetune.data.photos import open_picture
+from finetune.files import write_text
+from finetune.run import RunFolder
+
+SIDE = 160  # pixels of a picture on the page
+
+STYLE = """
+:root{--ink:#1d1d1f;--soft:#6b6b70;--line:#e3e3e6;--page:#fbfbfc;--card:#fff;--mark:#2f6fde;--good:#1f8a4c;--bad:#c23b2e}
+@media(prefers-color-scheme:dark){:root{--ink:#ececef;--soft:#9a9aa2;--line:#33343a;--page:#17181b;--card:#1f2024;--mark:#7aa7ff;
+--good:#5cc689;--bad:#ff8d80}}
+*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:40px 20px 80px}h1{font-size:30px;line-height:1.2;margin:0 0 6px}
+h2{font-size:18px;margin:44px 0 12px}p{margin:6px 0 12px}.soft{color:var(--soft)}
+.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:18px 20px;overflow-x:auto}
+table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:6px 14px 6px 0;vertical-align:top}
+th{font-weight:600;color:var(--soft);white-space:nowrap}tr+tr td,tr+tr th{border-top:1px solid var(--line)}
+img{display:inline-block;border-radius:8px;margin:0 6px 6px 0;vertical-align:top}code,pre{font:13px/1.5 ui-monospace,monospace}
+pre{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 18px;overflow-x:auto}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:18px}.pair h3{font-size:13px;color:var(--soft);margin:0 0 6px;font-weight:600}
+.prompt{font-weight:600;margin:22px 0 8px}.good{color:var(--good)}.bad{color:var(--bad)}
+.row img{width:calc(25% - 8px);max-width:160px;height:auto}svg{max-width:100%;height:auto}
+@media(max-width:700px){.pair{grid-template-columns:1fr}}
+"""
+
+
+def write_report(path: Path) -> Path:
+    """Builds the page of a run folder; whatever is missing there is left out."""
+    folder = RunFolder(path)
+    info = folder.info
+    metrics = _metrics(path / "metrics.jsonl")
+    sections = [
+        _head(info),
+        _subject(info),
+        _plan(info),
+        _curves(metrics),
+        _before_after(path, info),
+        _exports(path),
+        _next_steps(path, info),
+    ]
+    body = "\n".join(section for section in sections if section)
+    title = escape(f"{info.get('token', '')} {info.get('class_noun') or ''}".strip() or path.name)
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><main>{body}</main></body></html>\n"
+    )
+    write_text(path / "report.html", page)
+    return path / "report.html"
+
+
+def _metrics(file: Path) -> list[dict[str, float]]:
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def picture_tag(picture: Image.Image, alt: str) -> str:
+    """An <img> with the picture inside; small ones are enlarged smoothly."""
+    scale = SIDE / min(picture.size)
+    size = (round(picture.width * scale), round(picture.height * scale))
+    held = io.BytesIO()
+    picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(held, "JPEG", quality=88)
+    data = base64.b64encode(held.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" title="{escape(alt)}" width="{size[0]}" height="{size[1]}" src="data:image/jpeg;base64,{data}">'
+
+
+def _head(info: dict[str, Any]) -> str:
+    token, noun = info.get("token", "?"), info.get("class_noun")
+    name = f"{token} {noun}" if noun else token
+    return (
+        f"<h1>“{escape(name)}”</h1><p class=soft>Write <b>{escape(name)}</b> in a prompt to get the subject. Trained on "
+        f"{escape(str(info.get('base')))} ({escape(str(info.get('family')))}), {info.get('resolution')} pixels.</p>"
+    )
+
+
+def _subject(info: dict[str, Any]) -> str:
+    photos = [Path(photo) for photo in info.get("photos", [])]
+    shown = [picture_tag(open_picture(photo), photo.name) for photo in photos[:12] if photo.is_file()]
+    captions = list(dict.fromkeys(text for texts in info.get("captions", []) for text in texts))[:5]
+    listed = "".join(f"<li><code>{escape(text)}</code></li>" for text in captions)
+    return (
+        f"<h2>What it learned from</h2><div class=card>{''.join(shown)}<p class=soft>{len(photos)} photos; the first "
+        f"training prompts:</p><ul>{listed}</ul></div>"
+    )
+
+
+def _plan(info: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(str(name))}</th><td>{escape(', '.join(value) if isinstance(value, list) else str(value))}</td></tr>"
+        for name, value in info.get("plan", {}).items()
+    )
+    return f"<h2>The plan</h2><div class=card><table>{rows}</table></div>" if rows else ""
+
+
+def _curves(metrics: Sequence[dict[str, float]]) -> str:
+    if len(metrics) < 2:
+        return ""
+    steps = [row["step"] for row in metrics]
+    loss = [row["loss"] for row in metrics]
+    seconds = sum(row["seconds"] for row in metrics) / len(metrics)
+    return (
+        "<h2>Training</h2><div class=card>"
+        + curve("loss", steps, loss, smooth(loss))
+        + curve("learning rate", steps, [row["lr"] for row in metrics])
+        + f"<p class=soft>{int(steps[-1])} steps, {seconds:.2f} s a step. Loss at a random timestep is noisy: the thick "
+        "line is its running mean. It says little about likeness; the pictures below do.</p></div>"
+    )
+
+
+def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
+    """Exponential running mean over about `share` of the values, without the bias of its start."""
+    decay = 1 - 1 / max(2.0, share * len(values))
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(mean / weight)
+    return out
+
+
+def curve(title: str, steps: Sequence[float], values: Sequence[float], smoothed: Sequence[float] | None = None) -> str:
+    """An inline SVG line plot with its axes' ends labelled."""
+    width, height, left, top = 960, 190, 70, 24
+    low, high = min(values), max(values)
+    low, high = (min(0.0, low), high * 1.05 or 1.0)
+
+    def points(line: Sequence[float]) -> str:
+        span = max(1e-9, steps[-1] - steps[0])
+        return " ".join(
+            f"{left + (x - steps[0]) / span * (width - left - 10):.1f},"
+            f"{top + (1 - (y - low) / (high - low)) * (height - top - 26):.1f}"
+            for x, y in zip(steps, line, strict=True)
+        )
+
+    raw_style = 'stroke-width="1" opacity=".35"' if smoothed else 'stroke-width="2"'
+    thick = f'<polyline points="{points(smoothed)}" stroke-width="2.5"/>' if smoothed else ""
+    base = height - 26
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(title)}">'
+        f'<g fill="none" stroke="var(--line)"><line x1="{left}" y1="{base}" x2="{width - 10}" y2="{base}"/>'
+        f'<line x1="{left}" y1="{top}" x2="{left}" y2="{base}"/></g>'
+        f'<g fill="none" stroke="var(--mark)"><polyline points="{points(values)}" {raw_style}/>{thick}</g>'
+        f'<g fill="var(--soft)" font-size="12"><text x="{left}" y="14">{escape(title)}</text>'
+        f'<text x="{left - 8}" y="{top + 8}" text-anchor="end">{high:.3g}</text>'
+        f'<text x="{left - 8}" y="{base}" text-anchor="end">{low:.3g}</text>'
+        f'<text x="{left}" y="{height - 8}">{steps[0]:.0f}</text>'
+        f'<text x="{width - 10}" y="{height - 8}" text-anchor="end">step {steps[-1]:.0f}</text></g></svg>'
+    )
+
+
+def _before_after(path: Path, info: dict[str, Any]) -> str:
+    before, after = path / "samples" / "before", path / "samples" / "after"
+    if not after.is_dir():
+        return ""
+    rows = []
+    for number, prompt in enumerate(info.get("prompts", [])):
+        sides = [_row(folder, number) for folder in (before, after)]
+        rows.append(
+            f"<p class=prompt>{escape(prompt)}</p><div class=pair><div><h3>before</h3><div class=row>{sides[0]}</div></div>"
+            f"<div><h3>after</h3><div class=row>{sides[1]}</div></div></div>"
+        )
+    return (
+        "<h2>Before and after</h2><p class=soft>The same prompts at the same seeds. Look for three things: the subject is "
+        "itself; it stands where the prompt puts it; the class without the token is still what it was.</p>"
+        f"<div class=card>{''.join(rows)}</div>"
+    )
+
+
+def _row(folder: Path, number: int) -> str:
+    files = sorted(folder.glob(f"{number:02d}-*.png"))[:4]
+    tags = []
+    for file in files:
+        with Image.open(file) as picture:
+            tags.append(picture_tag(picture, f"seed {file.stem.split('-')[1]}"))
+    return "".join(tags)
+
+
+def _exports(path: Path) -> str:
+    file = path / "exports" / "exports.json"
+    if not file.is_file():
+        return ""
+    rows = []
+    for item in json.loads(file.read_text(encoding="utf-8")):
+        checks = "<br>".join(
+            f'<span class="{"bad" if check.startswith("FAILED") else "good"}">{escape(check)}</span>' for check in item["checks"]
+        )
+        size = item["size"] / 1e6
+        rows.append(
+            f"<tr><td>{escape(item['format'])}</td><td><code>{escape(_inside(item['path'], path))}</code></td><td>{size:.2f} MB</td>"
+            f"<td>{escape(', '.join(item['read_by']))}</td><td>{checks}</td></tr>"
+        )
+    head = "<tr><th>format</th><th>file</th><th>size</th><th>for</th><th>checks</th></tr>"
+    return f"<h2>Files for other programs</h2><div class=card><table>{head}{''.join(rows)}</table></div>"
+
+
+def _inside(item: str, path: Path) -> str:
+    place = Path(item)
+    return str(place.relative_to(path)) if place.is_relative_to(path) else place.name
+
+
+def _next_steps(path: Path, info: dict[str, Any]) -> str:
+    thing = " ".join(text for text in (info.get("token"), info.get("class_noun")) if text)
+    commands = "\n".join(
+        (
+            "# more pictures",
+            f'finetune sample {path} -p "a photo of {thing} in the city" --count 8',
+            "# the files again, or others",
+            f"finetune export {path} --to kohya",
+            "# go on, or train longer",
+            f"finetune train {path}/recipe.yaml run.dir={path} run.steps=N",
+        )
+    )
+    places = (
+        "The kohya file goes to <code>ComfyUI/models/loras</code>, <code>stable-diffusion-webui/models/Lora</code> (A1111, "
+        "Forge, sdnext) or InvokeAI's model manager, if the base is the one that it was trained on."
+    )
+    return f"<h2>Go on</h2><pre>{escape(commands)}</pre><p class=soft>{places}</p>"
