@@ -1,0 +1,49 @@
+"""Small real bases for every test, made once, and a cache of our own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+from finetune.quiet import quiet, quiet_bars
+
+quiet()
+
+import pytest
+import torch
+from PIL import Image
+
+from finetune import families
+
+SHARED = Path(__file__).parents[1] / ".." / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _calm(tmp_path_factory: pytest.TempPathFactory) -> None:
+    torch.set_num_threads(1)
+    quiet_bars()
+    os.environ["FINETUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Family name -> a small random base of it."""
+    root = tmp_path_factory.mktemp("bases")
+    for name, family in families.REGISTRY.items():
+        family.write_tiny(root / name)
+    return {name: root / name for name in families.REGISTRY}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with three different 48x40 photos."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index, colour in enumerate(((200, 30, 30), (30, 200, 30), (30, 30, 200))):
+        picture = Image.new("RGB", (48, 40), colour)
+        picture.paste((250, 250, 250), (8 * index, 8, 8 * index + 12, 24))
+        picture.save(folder / f"{index}.png")
+    return folder
