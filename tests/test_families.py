@@ -1,0 +1,156 @@
+"""Families against diffusers' own pipelines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from finetune import families
+from finetune.batch import Geometry
+from finetune.errors import BadInput
+from finetune.families.samplers import SAMPLERS, make_scheduler
+
+NAMES = list(families.REGISTRY)
+PROMPTS = ["a photo of a zwx mug", ""]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_is_recognised_and_frozen(name: str, tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases[name]))
+    assert family.name == name
+    assert family.schedule.prediction == ("v_prediction" if name == "sd2" else "epsilon")
+    assert (family.resolution, family.latent_factor) == (32, 2)
+    for part in family.parts.values():
+        assert not part.training
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_sd_prompts_equal_the_pipelines(name: str, tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases[name]))
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny_bases[name])
+    theirs, _ = pipeline.encode_prompt(PROMPTS, "cpu", 1, False)
+    assert torch.equal(family.encode_prompts(PROMPTS)["hidden"], theirs)
+
+
+def test_sdxl_prompts_equal_the_pipelines(tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sdxl"]))
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(tiny_bases["sdxl"], add_watermarker=False)
+    hidden, _, pooled, _ = pipeline.encode_prompt(PROMPTS, device="cpu", do_classifier_free_guidance=False)
+    ours = family.encode_prompts(PROMPTS)
+    assert torch.equal(ours["hidden"], hidden)
+    assert torch.equal(ours["pooled"], pooled)
+
+
+def test_sdxl_time_ids_equal_the_pipelines(tiny_bases: dict[str, Path]) -> None:
+    from finetune.families.sdxl import time_ids
+
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(tiny_bases["sdxl"], add_watermarker=False)
+    theirs = pipeline._get_add_time_ids((40, 48), (3, 5), (32, 32), torch.float32, 24)
+    assert torch.equal(time_ids([Geometry((40, 48), (3, 5), (32, 32))]), theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_latents_are_the_vaes_distribution_scaled(name: str, tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases[name]))
+    vae = diffusers.AutoencoderKL.from_pretrained(tiny_bases[name], subfolder="vae")
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        theirs = vae.encode(pixels).latent_dist
+    ours = family.encode_images(pixels)
+    assert torch.allclose(ours.mean, theirs.mean * vae.config.scaling_factor)
+    assert torch.allclose(ours.std, theirs.std * vae.config.scaling_factor)
+    with torch.no_grad():
+        assert torch.allclose(family.decode_latents(ours.mean), vae.decode(theirs.mean).sample, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_prediction_draws_the_pipelines_picture(name: str, tiny_bases: dict[str, Path]) -> None:
+    """One DDIM step written out here with our predict equals the pipeline's."""
+    family = families.load(str(tiny_bases[name]))
+    pipeline = family.pipeline("ddim")
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    theirs = pipeline(
+        PROMPTS[0], num_inference_steps=1, guidance_scale=1.0, latents=noise, output_type="latent", width=32, height=32
+    ).images
+    scheduler = make_scheduler(family.scheduler, "ddim")
+    scheduler.set_timesteps(1)
+    t = scheduler.timesteps
+    with torch.no_grad():
+        square = Geometry((32, 32), (0, 0), (32, 32))
+        predicted = family.predict(noise, t, family.encode_prompts(PROMPTS[:1]), [square])
+    assert torch.allclose(scheduler.step(predicted, t[0], noise).prev_sample, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_samplers_keep_the_bases_schedule(sampler: str, tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sd2"]))
+    made = make_scheduler(family.scheduler, sampler)
+    assert made.config.prediction_type == "v_prediction"
+    assert torch.allclose(made.alphas_cumprod, family.schedule.alphas_cumprod)
+
+
+def test_an_unknown_sampler_names_the_nearest(tiny_bases: dict[str, Path]) -> None:
+    with pytest.raises(BadInput, match="did you mean 'euler'"):
+        families.load(str(tiny_bases["sd1"])).pipeline("eular")
+
+
+def test_long_prompts_say_what_is_cut(tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sd1"]))
+    with pytest.warns(UserWarning, match="snow"):
+        family.encode_prompts(["a photo of a dog " * 4 + "snow"])
+
+
+def test_released_parts_come_back_the_same(tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sd1"]))
+    before = {name: value.clone() for name, value in family.parts["vae"].state_dict().items()}
+    family.release(["vae", "text_encoder"])
+    assert sum(p.numel() for p in family.parts["vae"].parameters()) == 0
+    family.restore(["vae", "text_encoder"])
+    assert all(torch.equal(value, before[name]) for name, value in family.parts["vae"].state_dict().items())
+
+
+def test_base_hash_is_of_the_content(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bases["sd1"], copy)
+    assert families.base_hash(copy) == families.base_hash(tiny_bases["sd1"]) != families.base_hash(tiny_bases["sd2"])
+    config = copy / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("epsilon", "v_prediction"))
+    assert families.base_hash(copy) != families.base_hash(tiny_bases["sd1"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda f: shutil.rmtree(f / "vae"), "vae"),
+        (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "unet"),
+        (lambda f: (f / "tokenizer" / "tokenizer.json").unlink() or shutil.rmtree(f / "tokenizer"), "tokenizer"),
+        (lambda f: (f / "model_index.json").unlink(), "model_index"),
+        (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler"),
+    ],
+)
+def test_a_broken_folder_gets_one_sentence(fault, said: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_bases["sd1"], folder)
+    fault(folder)
+    with pytest.raises(BadInput, match=said) as caught:
+        families.load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_strange_sources(tmp_path: Path, tiny_bases: dict[str, Path]) -> None:
+    with pytest.raises(BadInput, match="is no folder"):
+        families.load("nowhere")
+    with pytest.raises(BadInput, match="hub"):
+        families.load("nobody/nothing-of-this-name")
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_bases["sd1"], folder)
+    index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": "FluxPipeline"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(BadInput, match="FluxPipeline"):
+        families.load(str(folder))
