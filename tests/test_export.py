@@ -1,0 +1,255 @@
+"""Exports: what is written is what was trained, by our own re-reading and by diffusers and PEFT; planted faults are found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from finetune import families
+from finetune.errors import BadInput
+from finetune.export import REGISTRY, Adapter, adapter_from, apply_adapter, export_adapter, export_folder, read_adapter
+from finetune.export.base import delta
+from finetune.export.kohya import key_of
+from finetune.export.verify import probe, verify
+from finetune.families.base import Family
+from finetune.methods.full import Full
+from finetune.methods.lora import LoRA
+
+ABOUT = {"title": "x", "trigger_phrase": "zwx mug", "resolution": "32x32", "base_hash": "h"}
+NAMES = list(families.REGISTRY)
+
+
+def trained(base: Path, **settings: object) -> tuple[LoRA, Family]:
+    """A LoRA whose B is not zero, so that its delta is something."""
+    method, family = LoRA(rank=3, **settings), families.load(str(base))
+    parameters = method.attach(family, 0)
+    made = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in parameters.items():
+            if ".lora_B." in name:
+                value.copy_(torch.randn(value.shape, generator=made) * 0.1)
+    return method, family
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("targets", ["attention", "conv"])
+@pytest.mark.parametrize("parts", [["denoiser"], ["text_encoders"], ["denoiser", "text_encoders"]])
+def test_every_format_holds_what_was_trained(
+    name: str, targets: str, parts: list, tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    method, family = trained(tiny_bases[name], targets=targets, parts=parts, alpha=7)
+    wanted = probe_trained(family)
+    adapter = adapter_from(method, family)
+    for item in export_adapter(adapter, tmp_path, "x", list(REGISTRY), "fp32", ABOUT):
+        assert item.ok, item.checks
+        assert item.largest_error <= 1e-6
+        assert item.modules == adapter.count
+        clean = families.load(str(tiny_bases[name]))
+        assert not torch.allclose(probe_trained(clean), wanted, atol=1e-3)
+        apply_adapter(clean, read_adapter(item.path, name, tiny_bases[name]))
+        assert torch.allclose(probe_trained(clean), wanted, atol=2e-5)
+
+
+@torch.no_grad()
+def probe_trained(family: Family) -> torch.Tensor:
+    return probe(family)
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_alpha_and_rounding(stabilised: bool, dtype: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    method, family = trained(tiny_bases["sd1"], alpha=2, rank_stabilised=stabilised)
+    adapter = adapter_from(method, family)
+    assert adapter.scale == pytest.approx(2 / (3**0.5 if stabilised else 3))
+    assert all(item.ok for item in export_adapter(adapter, tmp_path, "x", list(REGISTRY), dtype, ABOUT))
+
+
+def test_deltas_are_pefts_own(tiny_bases: dict[str, Path]) -> None:
+    method, family = trained(tiny_bases["sd1"], targets="conv", alpha=5)
+    for part, module, a, b in adapter_from(method, family).modules():
+        layer = family.parts[part].get_submodule(module)
+        ours = delta(a, b, 5 / 3)
+        assert torch.allclose(ours, layer.get_delta_weight("default"), atol=1e-6), module
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "module", "key"),
+    [
+        ("sd1", "denoiser", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0",
+         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"),
+        ("sd1", "text_encoder", "encoder.layers.0.self_attn.q_proj", "lora_te_text_model_encoder_layers_0_self_attn_q_proj"),
+        ("sd2", "text_encoder", "text_model.encoder.layers.3.mlp.fc1", "lora_te_text_model_encoder_layers_3_mlp_fc1"),
+        ("sdxl", "text_encoder", "encoder.layers.0.mlp.fc2", "lora_te1_text_model_encoder_layers_0_mlp_fc2"),
+        ("sdxl", "text_encoder_2", "encoder.layers.0.mlp.fc2", "lora_te2_text_model_encoder_layers_0_mlp_fc2"),
+    ],
+)  # fmt: skip
+def test_kohya_names_are_those_that_uis_read(family: str, part: str, module: str, key: str) -> None:
+    assert key_of(family, part, module) == key
+
+
+def test_a_kohya_file_holds_three_tensors_a_module_one_alpha_and_its_metadata(
+    tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    method, family = trained(tiny_bases["sdxl"], targets="conv", alpha=2)
+    adapter = adapter_from(method, family)
+    export_adapter(adapter, tmp_path, "x", ["kohya"], "fp16", ABOUT)
+    tensors = load_file(tmp_path / "x.safetensors")
+    assert len(tensors) == 3 * adapter.count
+    alphas = [value for key, value in tensors.items() if key.endswith(".alpha")]
+    assert {(value.ndim, float(value)) for value in alphas} == {(0, 2.0)}
+    with safe_open(tmp_path / "x.safetensors", "pt") as opened:
+        about = opened.metadata()
+    assert about["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("3", "2.0")
+    assert about["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert about["modelspec.trigger_phrase"] == "zwx mug"
+    assert not any("/" in value and "http" not in value and "lora" not in value for value in about.values())
+
+
+def test_peft_itself_reads_the_peft_folder(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    method, family = trained(tiny_bases["sd1"], alpha=5)
+    wanted = probe_trained(family)
+    export_adapter(adapter_from(method, family), tmp_path, "x", ["peft"], "fp32", ABOUT)
+    clean = families.load(str(tiny_bases["sd1"]))
+    model = peft.PeftModel.from_pretrained(clean.parts["denoiser"], tmp_path / "x-peft" / "denoiser")
+    clean.parts["denoiser"] = model.base_model.model
+    assert torch.allclose(probe_trained(clean), wanted, atol=1e-5)
+
+
+FAULTS = {
+    "missing alpha": lambda t: t.pop(next(k for k in t if k.endswith(".alpha"))),
+    "wrong prefix": lambda t: [t.__setitem__(k.replace("lora_unet_", "unet_"), t.pop(k)) for k in list(t)],
+    "extra key": lambda t: t.__setitem__("lora_unet_nothing.alpha", torch.tensor(1.0)),
+    "not finite": lambda t: t[next(k for k in t if k.endswith("up.weight"))].fill_(float("nan")),
+    "a dropped module": lambda t: [t.pop(k) for k in list(t) if "attn1_to_q" in k],
+    "another alpha": lambda t: [t.__setitem__(k, torch.tensor(1.0)) for k in list(t) if k.endswith(".alpha")],
+    "one other alpha": lambda t: t.__setitem__(next(k for k in t if k.endswith(".alpha")), torch.tensor(9.0)),
+    "swapped matrices": lambda t: t.__setitem__(
+        (k := next(k for k in t if k.endswith("to_k.lora_up.weight"))), t[k].flip(0).contiguous()
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_planted_faults_are_found(fault: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    method, family = trained(tiny_bases["sd1"], alpha=7)
+    adapter = adapter_from(method, family)
+    export_adapter(adapter, tmp_path, "x", ["kohya"], "fp32", ABOUT)
+    path = tmp_path / "x.safetensors"
+    tensors = load_file(path)
+    FAULTS[fault](tensors)
+    save_file(tensors, path)
+    found = verify(adapter, REGISTRY["kohya"], path, torch.float32)
+    assert not found.ok
+    assert found.read_by == []
+
+
+def test_a_truncated_file_and_a_strange_one_get_one_sentence(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"12345678 not safetensors")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "b.safetensors")
+    for name, said in (("a", "no whole safetensors"), ("b", "no LoRA"), ("c", "no adapter")):
+        with pytest.raises(BadInput, match=said):
+            read_adapter(tmp_path / f"{name}.safetensors", "sd1", tiny_bases["sd1"])
+
+
+def test_existing_files_and_unknown_formats(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = adapter_from(*trained(tiny_bases["sd1"]))
+    with pytest.raises(BadInput, match="did you mean 'kohya'"):
+        export_adapter(adapter, tmp_path, "x", ["kohja"], "fp16", ABOUT)
+    assert list(tmp_path.iterdir()) == []
+    export_adapter(adapter, tmp_path, "x", ["kohya"], "fp16", ABOUT)
+    with pytest.raises(BadInput, match="already there"):
+        export_adapter(adapter, tmp_path, "x", ["kohya"], "fp16", ABOUT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_full_model_leaves_as_a_folder(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    import diffusers
+
+    family = families.load(str(tiny_bases[name]))
+    parameters = Full(parts=["denoiser", "text_encoders"]).attach(family, 0)
+    with torch.no_grad():
+        for value in parameters.values():
+            value.add_(0.01)
+    item = export_folder(family, tmp_path / "model", "fp16")
+    assert item.ok, item.checks
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(tmp_path / "model")
+    for key, value in pipeline.unet.state_dict().items():
+        assert torch.equal(value.half(), family.parts["denoiser"].state_dict()[key].half())
+    assert (tmp_path / "model" / "tokenizer" / "merges.txt").is_file()
+
+
+def test_a_folder_that_is_not_what_was_trained_fails(tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    from finetune.export import folder
+
+    family = families.load(str(tiny_bases["sd1"]))
+    parameters = Full().attach(family, 0)
+    real = folder.families.load
+
+    def other(path: str, **settings: object) -> Family:
+        shutil.copy(tiny_bases["sd1"] / "unet" / "diffusion_pytorch_model.safetensors", Path(path) / "unet")
+        return real(path, **settings)
+
+    monkeypatch.setattr(folder.families, "load", other)
+    with torch.no_grad():
+        next(iter(parameters.values())).add_(0.5)
+    assert not export_folder(family, tmp_path / "model", "fp32").ok
+
+
+def test_full_size_names_fit_the_published_architectures(tmp_path: Path) -> None:
+    """SDXL's true configuration on the meta device: 2,567M parameters, and every LoRA target has a kohya name."""
+    family = families.REGISTRY["sdxl"]
+    folder = tmp_path / "sdxl"
+    for name, config in SDXL.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    parts = family.skeletons(folder)
+    assert round(sum(p.numel() for p in parts["denoiser"].parameters()) / 1e6) == 2567
+    from finetune.export.kohya import key_table
+
+    table = key_table("sdxl", folder)
+    assert "lora_unet_mid_block_attentions_0_transformer_blocks_9_attn2_to_out_0" in table
+    assert "lora_te2_text_model_encoder_layers_31_mlp_fc2" in table
+
+
+SDXL = {
+    "unet": {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": 4,
+        "out_channels": 4,
+        "sample_size": 128,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_encoder_2": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+    },
+}
+
+
+def test_an_adapter_is_library_free(tiny_bases: dict[str, Path]) -> None:
+    adapter = adapter_from(*trained(tiny_bases["sd1"]))
+    assert isinstance(adapter, Adapter)
+    assert all(type(a) is torch.Tensor and a.dtype == torch.float32 for _, _, a, _ in adapter.modules())

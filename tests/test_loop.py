@@ -1,0 +1,233 @@
+"""The loop: its loss against the formula, exact resume, accumulation, EMA, the stop before a bad update, processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import families
+from finetune.batch import Batch, Geometry, Latents
+from finetune.config import Run
+from finetune.draws import Draw, normal, uniform
+from finetune.errors import CheckFailed
+from finetune.loop import Step, fit, make_accelerator
+from finetune.methods.base import Method
+from finetune.methods.full import Full
+from finetune.methods.lora import LoRA
+from finetune.objectives import Objective
+from finetune.optim import AdamW, AdamW8bit, Optim
+from finetune.run import RunFolder
+
+
+class Memory:
+    """Batches from memory: eight latents, two captions, the cut by accumulation and rank as in the data plan."""
+
+    def __init__(self, size: int = 4, accumulate: int = 1, rank: int = 0, world: int = 1, bad_at: int = -1) -> None:
+        made = torch.Generator().manual_seed(0)
+        self.mean, self.std = torch.randn(8, 4, 16, 16, generator=made), torch.rand(8, 4, 16, 16, generator=made) * 0.1
+        self.part, self.rank, self.world, self.bad_at = size // accumulate // world, rank, world, bad_at
+
+    def micro(self, step: int, index: int) -> Batch:
+        start = (index * self.world + self.rank) * self.part
+        draws = [Draw(0, step, slot) for slot in range(start, start + self.part)]
+        chosen = [(step * 3 + draw.sample) % 8 for draw in draws]
+        mean = self.mean[chosen] * (float("nan") if step == self.bad_at else 1)
+        prompts = [("a photo of a zwx mug", "a mug")[k % 2] for k in chosen]
+        square = [Geometry((32, 32), (0, 0), (32, 32))] * self.part
+        weight = torch.tensor([1.0 + 0.5 * (k % 2) for k in chosen])
+        return Batch(Latents(mean, self.std[chosen]), prompts, weight, square, draws, [f"{k}.png" for k in chosen])
+
+
+def run_fit(
+    base: Path,
+    folder: Path,
+    method: Method,
+    *,
+    optim: Optim | None = None,
+    steps: int = 4,
+    accumulate: int = 1,
+    batches: Memory | None = None,
+    **settings: object,
+) -> dict[str, torch.Tensor]:
+    run = Run(steps=steps, batch_size=4, accumulate=accumulate, **settings)
+    accelerator = make_accelerator(run, method.is_adapter)
+    family = families.load(str(base))
+    trained = method.attach(family, 0)
+    fit(
+        accelerator=accelerator,
+        family=family,
+        trained=trained,
+        objective=Objective(weighting="min_snr").build(family.schedule),
+        encode_prompts=family.encode_prompts,
+        batches=batches
+        or Memory(4, accumulate, accelerator.process_index, accelerator.num_processes),
+        optim=optim or AdamW(lr=1e-3, schedule="cosine", warmup=2),
+        run=run,
+        folder=RunFolder(folder),
+    )
+    return {name: value.detach().clone() for name, value in trained.items()}
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "run"
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("name", list(families.REGISTRY))
+def test_the_loss_is_the_papers(name: str, tiny_bases: dict[str, Path]) -> None:
+    """mean_i w_i w(t_i) |prediction - target|^2, written out sample by sample."""
+    family = families.load(str(tiny_bases[name]))
+    objective = Objective(weighting="min_snr").build(family.schedule)
+    batch = Memory().micro(2, 0)
+    loss = Step(family, [], objective, family.encode_prompts)(batch)
+    total = 0.0
+    for k, draw in enumerate(batch.draws):
+        x0 = batch.latents.mean[k] + batch.latents.std[k] * normal([draw], (4, 16, 16), "vae")[0]
+        noise = normal([draw], (4, 16, 16), "noise")[0]
+        t = int(float(uniform([draw], "timestep")) * 1000)
+        abar = family.scheduler.alphas_cumprod[t]
+        noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+        cond = family.encode_prompts([batch.prompts[k]])
+        predicted = family.predict(noisy[None], torch.tensor([t]), cond, [batch.geometry[k]])[0]
+        v = name == "sd2"
+        target = abar.sqrt() * noise - (1 - abar).sqrt() * x0 if v else noise
+        snr = float(abar / (1 - abar))
+        weight = min(snr, 5) / (snr + v)
+        total += weight * float(batch.weight[k]) * float((predicted - target).square().mean())
+    assert float(loss) == pytest.approx(total / 4, rel=1e-4)
+
+
+METHODS = {
+    "lora": LoRA(rank=4, dropout=0.2, parts=["denoiser", "text_encoders"]),
+    "full": Full(parts=["denoiser", "text_encoders"]),
+}
+
+
+@pytest.mark.parametrize("kind", list(METHODS))
+@pytest.mark.parametrize("optim", [AdamW(lr=1e-3), AdamW8bit(lr=1e-3)], ids=["adamw", "adamw8bit"])
+def test_killed_and_resumed_is_the_unbroken_run(
+    kind: str, optim: Optim, tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Bit for bit, weights and metrics, with dropout, accumulation and EMA on; killed between two checkpoints."""
+    settings = {"optim": optim, "accumulate": 2, "ema": 0.9, "checkpoint_every": 2, "steps": 6}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    wanted = run_fit(tiny_bases["sdxl"], whole, METHODS[kind], **settings)
+    killer = Memory(4, 2, bad_at=3)
+    with pytest.raises(CheckFailed):
+        run_fit(tiny_bases["sdxl"], cut, METHODS[kind], batches=killer, **settings)
+    assert [row["step"] for row in metrics(cut)] == [1, 2, 3]
+    resumed = run_fit(tiny_bases["sdxl"], cut, METHODS[kind], **settings)
+    assert all(torch.equal(wanted[name], resumed[name]) for name in wanted)
+    assert metrics(cut) == metrics(whole)
+
+
+def test_accumulation_gives_the_whole_batchs_step(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    results = []
+    for accumulate in (1, 2, 4):
+        path = tmp_path / str(accumulate)
+        path.mkdir()
+        results.append((run_fit(tiny_bases["sd1"], path, Full(), accumulate=accumulate), metrics(path)))
+    for weights, rows in results[1:]:
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in results[0][1]], rel=1e-5)
+        assert all(torch.allclose(weights[n], results[0][0][n], atol=2e-5) for n in weights)
+
+
+def test_clipping_limits_the_step_and_reports_the_norm_before(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    norms = []
+    for limit in (0.0, 1e-3):
+        path = tmp_path / str(limit)
+        path.mkdir()
+        run_fit(tiny_bases["sd1"], path, Full(), steps=1, optim=AdamW(lr=1e-3, max_grad_norm=limit))
+        norms.append(metrics(path)[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1]) != 0
+
+
+def test_ema_is_the_formula_and_is_what_leaves_the_run(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    plain, averaged = tmp_path / "plain", tmp_path / "ema"
+    plain.mkdir()
+    averaged.mkdir()
+    run_fit(tiny_bases["sd1"], plain, LoRA(rank=2), steps=3, checkpoint_every=1, keep=3)
+    result = run_fit(tiny_bases["sd1"], averaged, LoRA(rank=2), steps=3, ema=0.9)
+    start = LoRA(rank=2).attach(families.load(str(tiny_bases["sd1"])), 0)
+    wanted = {name: value.detach().clone() for name, value in start.items()}
+    from safetensors.torch import load_file
+
+    for n in range(3):
+        now = load_file(plain / "checkpoints" / f"step-{n + 1:06d}" / "trained.safetensors")
+        decay = min(0.9, (1 + n) / (10 + n))
+        wanted = {name: decay * value + (1 - decay) * now[name] for name, value in wanted.items()}
+    assert all(torch.allclose(result[name], wanted[name], atol=1e-6) for name in wanted)
+
+
+def test_a_bad_step_stops_before_the_update(tiny_bases: dict[str, Path], folder: Path) -> None:
+    with pytest.raises(CheckFailed, match=r"step 3 is not finite .*\.png"):
+        run_fit(tiny_bases["sd1"], folder, LoRA(rank=2), batches=Memory(bad_at=2), checkpoint_every=2)
+    state = RunFolder(folder).latest()
+    assert state is not None
+    assert state.step == 2
+    assert all(bool(torch.isfinite(value).all()) for value in state.trained.values())
+
+
+def test_stratified_timesteps_fill_every_part_once(tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sd1"]))
+    step = Step(family, [], Objective().build(family.schedule), family.encode_prompts)
+    step.stratify = 8
+    positions = step.positions([Draw(0, 5, slot) for slot in range(8)])
+    assert sorted((positions * 8).int().tolist()) == list(range(8))
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from finetune.quiet import quiet
+quiet()
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from safetensors.torch import save_file
+from test_loop import METHODS, run_fit
+from finetune.optim import AdamW
+folder = Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+weights = run_fit(Path(sys.argv[2]), folder, METHODS[sys.argv[3]].model_copy(update={{"dropout": 0.0}} if sys.argv[3] == "lora" else {{}}),
+    optim=AdamW(lr=1e-4, weight_decay=0.0))
+import os
+save_file(weights, folder / f"rank{{os.environ.get('RANK', 0)}}.safetensors")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(METHODS))
+def test_two_processes_give_the_result_of_one(kind: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """torchrun, gloo: losses and weights of one process with the same global batch; both ranks end equal."""
+    from safetensors.torch import load_file
+
+    program = tmp_path / "program.py"
+    program.write_text(PROCESS.format(tests=str(Path(__file__).parent)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(29600 + os.getpid() % 300)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    commands = {"two": [*launch, environment["MASTER_PORT"], str(program)], "one": [sys.executable, str(program)]}
+    for name, command in commands.items():
+        arguments = [str(tmp_path / name), str(tiny_bases["sdxl"]), kind]
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two, other = (load_file(tmp_path / place) for place in ("one/rank0.safetensors", "two/rank0.safetensors", "two/rank1.safetensors"))
+    assert all(torch.equal(two[name], other[name]) for name in two)
+    assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=2e-6) for name in one)
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
