@@ -91,7 +91,9 @@ def check(out: Path, to: Path) -> None:
             torch.testing.assert_close(value, kept[name].half().float(), rtol=0, atol=0)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    drawn = pipeline("a photo of a red mug on the beach", num_inference_steps=20, guidance_scale=3, generator=generator)
+    drawn = pipeline(
+        "a photo of a red mug on the beach", num_inference_steps=20, guidance_scale=3, generator=generator
+    )
     (out / "checked.png").unlink(missing_ok=True)
     drawn.images[0].save(out / "checked.png")
     print(f"{to}: {size:,} bytes; loaded by {type(pipeline).__name__}; a picture is in {out / 'checked.png'}")

@@ -1,17 +1,20 @@
 """The judge: a small classifier trained on renders only, that says what a 64x64 picture shows.
 
-    python examples/tiny_base/judge.py --out build       # trains it and writes judge.safetensors here
+    python examples/tiny_base/judge.py       # trains it; writes judge.safetensors and judge.json beside this file
 
 Class, colour, pattern and place are read by heads of their own. Likeness is the cosine of an embedding that was
-trained to tell one wild look (body, second tone, pattern, logo) from another across poses and places.
+trained to tell one wild look (body, second tone, pattern, logo) from another across poses and places. A picture
+"is" a subject when it is more like the subject's renders than a threshold in judge.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -38,7 +41,13 @@ from world import (
 
 HEADS = {"kind": CLASSES, "colour": tuple(COLOURS), "pattern": PATTERNS, "place": PLACES}
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
+ABOUT = Path(__file__).with_name("judge.json")
 PICTURES, PAIRS = 12000, 6000
+Transform = Callable[[np.ndarray], np.ndarray]  # pictures uint8 [B, 64, 64, 3] -> the same
+
+
+def as_is(pictures: np.ndarray) -> np.ndarray:
+    return pictures
 
 
 class Judge(nn.Module):
@@ -48,7 +57,7 @@ class Judge(nn.Module):
         super().__init__()
         widths = (3, 24, 48, 72, 96)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
             layers += [nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU()]
         self.body = nn.Sequential(*layers)
@@ -67,6 +76,18 @@ def load_judge() -> Judge:
     return judge.eval().requires_grad_(False)
 
 
+def fingerprint() -> str:
+    """The sha256 of the weights: a table of results names the judge it was made with."""
+    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+
+
+def thresholds() -> dict[str, float]:
+    """Per subject, the likeness above which a picture shows it; calibrated with the weights that are there."""
+    about = json.loads(ABOUT.read_text())
+    assert about["fingerprint"] == fingerprint(), "judge.json is of other weights: run `judge.py calibrate`"
+    return about["thresholds"]
+
+
 def to_pixels(pictures: Sequence[Image.Image | np.ndarray]) -> Tensor:
     """Pictures of any size -> [B, 3, 64, 64] in [-1, 1]."""
     images = [item if isinstance(item, Image.Image) else Image.fromarray(item) for item in pictures]
@@ -74,29 +95,40 @@ def to_pixels(pictures: Sequence[Image.Image | np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def classify(judge: Judge, pictures: Sequence[Image.Image]) -> dict[str, list[str]]:
+def classify(judge: Judge, pictures: Sequence[Image.Image | np.ndarray]) -> dict[str, list[str]]:
     logits, _ = judge(to_pixels(pictures))
     return {name: [HEADS[name][k] for k in values.argmax(1)] for name, values in logits.items()}
 
 
-def features(judge: Judge, pictures: Sequence[Image.Image]) -> Tensor:
+def features(judge: Judge, pictures: Sequence[Image.Image | np.ndarray]) -> Tensor:
     """Unit embeddings [B, 64]."""
     return judge(to_pixels(pictures))[1]
 
 
-def likeness(judge: Judge, pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
+def likeness(
+    judge: Judge, pictures: Sequence[Image.Image | np.ndarray], references: Sequence[Image.Image | np.ndarray]
+) -> Tensor:
     """Each picture's mean cosine to the references [B]."""
     return (features(judge, pictures) @ features(judge, references).T).mean(1)
 
 
-def diversity(judge: Judge, pictures: Sequence[Image.Image]) -> float:
+def subject_references(name: str) -> list[Image.Image]:
+    return [subject_picture(name, k) for k in range(20)]
+
+
+def is_subject(judge: Judge, pictures: Sequence[Image.Image | np.ndarray], name: str) -> list[bool]:
+    """Does each picture show the subject? Its error rates: subject_rates()."""
+    return (likeness(judge, pictures, subject_references(name)) > thresholds()[name]).tolist()
+
+
+def diversity(judge: Judge, pictures: Sequence[Image.Image | np.ndarray]) -> float:
     """1 - the mean cosine between different pictures of one prompt."""
     own = features(judge, pictures)
     count = len(own)
     return 1 - float(((own @ own.T).sum() - count) / (count * (count - 1)))
 
 
-def _world(index: int) -> tuple[np.ndarray, list[int]]:
+def world_render(index: int) -> tuple[np.ndarray, list[int]]:
     rng = np.random.default_rng((4, index))
     facts = random_facts(rng)
     return np.asarray(render(pose(look_of(facts, rng), facts.place, rng))), _labels(facts)
@@ -134,7 +166,7 @@ def _loss(judge: Judge, world: Tensor, labels: Tensor, pairs: Tensor) -> Tensor:
 def train(steps: int, batch: int = 64) -> Judge:
     torch.manual_seed(0)
     with ProcessPoolExecutor() as pool:
-        world = list(pool.map(_world, range(PICTURES), chunksize=200))
+        world = list(pool.map(world_render, range(PICTURES), chunksize=200))
         pairs = np.stack(list(pool.map(_pair, range(PAIRS), chunksize=200)))
     pictures, labels = np.stack([item[0] for item in world]), torch.tensor([item[1] for item in world])
     judge = Judge()
@@ -151,28 +183,54 @@ def train(steps: int, batch: int = 64) -> Judge:
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0:
-            print(step, round(float(loss), 3), flush=True)
+            print(step, round(float(loss.detach()), 3), flush=True)
     return judge.eval()
 
 
 @torch.no_grad()
-def examine(judge: Judge) -> dict[str, float]:
-    """Accuracy on 1,200 renders that were never shown, and how well the subjects are told from their classes."""
-    held = [_world(PICTURES + k) for k in range(1200)]
-    logits, _ = judge(to_pixels([picture for picture, _ in held]))
-    figures = {
-        name: float((logits[name].argmax(1) == torch.tensor([row[k] for _, row in held])).float().mean())
-        for k, name in enumerate(HEADS)
-    }
+def world_rates(judge: Judge, shown: Transform = as_is, count: int = 1200) -> dict[str, float]:
+    """How often each head is right on renders that were never shown, seen through `shown`."""
+    held = [world_render(PICTURES + k) for k in range(count)]
+    logits, _ = judge(to_pixels(list(shown(np.stack([picture for picture, _ in held])))))
+    labels = torch.tensor([row for _, row in held])
+    return {name: float((logits[name].argmax(1) == labels[:, k]).float().mean()) for k, name in enumerate(HEADS)}
+
+
+@torch.no_grad()
+def calibrate(judge: Judge, count: int = 200) -> dict[str, float]:
+    """Per subject, the likeness above which a picture shows it.
+
+    Halfway between the 1 % least like renders of the subject and the 1 % most like renders of other things of its
+    class, half of them in wild looks.
+    """
+    thresholds = {}
     for name in SUBJECTS:
-        references = [subject_picture(name, k) for k in range(20)]
-        own = likeness(judge, [subject_picture(name, 1000 + k) for k in range(60)], references)
-        others = likeness(judge, [class_picture(name, k) for k in range(200)], references)
-        figures[f"{name}: subject"], figures[f"{name}: class"] = float(own.mean()), float(others.mean())
-        threshold = float(own.mean() + others.mean()) / 2
-        figures[f"{name}: subject missed"] = float((own < threshold).float().mean())
-        figures[f"{name}: class taken for it"] = float((others > threshold).float().mean())
+        own, others = _likenesses(judge, name, 1000, count, as_is)
+        thresholds[name] = round(float(own.quantile(0.01) + others.quantile(0.99)) / 2, 4)
+    return thresholds
+
+
+@torch.no_grad()
+def subject_rates(judge: Judge, shown: Transform = as_is, count: int = 200) -> dict[str, float]:
+    """On renders that calibrate() did not see: mean likeness, subjects missed, other things taken for the subject."""
+    figures: dict[str, float] = {}
+    for name, threshold in thresholds().items():
+        own, others = _likenesses(judge, name, 5000, count, shown)
+        figures[f"{name}: likeness of the subject"] = float(own.mean())
+        figures[f"{name}: likeness of its class"] = float(others[:count].mean())  # renders with captioned looks
+        figures[f"{name}: subject missed"] = float((own <= threshold).float().mean())
+        figures[f"{name}: others taken for it"] = float((others > threshold).float().mean())
     return figures
+
+
+def _likenesses(judge: Judge, name: str, start: int, count: int, shown: Transform) -> tuple[Tensor, Tensor]:
+    span = range(start, start + count)
+    own = np.stack([np.asarray(subject_picture(name, k)) for k in span])
+    others = np.stack(
+        [np.asarray(class_picture(name, k)) for k in span] + [np.asarray(odd_picture(name, k)) for k in span]
+    )
+    references = subject_references(name)
+    return likeness(judge, list(shown(own)), references), likeness(judge, list(shown(others)), references)
 
 
 def class_picture(kind: str, index: int) -> Image.Image:
@@ -182,14 +240,21 @@ def class_picture(kind: str, index: int) -> Image.Image:
     return render(pose(look_of(facts, rng), facts.place, rng))
 
 
+def odd_picture(kind: str, index: int) -> Image.Image:
+    """A render of a thing of a class in a wild look: off the palette, like the subjects, and none of them."""
+    rng = np.random.default_rng((7, CLASSES.index(kind), index))
+    return render(pose(wild_look(rng, kind), str(rng.choice(PLACES)), rng))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("build"))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("what", nargs="?", choices=["train", "calibrate"], default="train")
+    parser.add_argument("--steps", type=int, default=1200)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    trained = train(arguments.steps)
-    figures = examine(trained)
-    print(json.dumps(figures, indent=2))
-    (arguments.out / "judge.json").write_text(json.dumps(figures, indent=2) + "\n")
-    save_file({name: value.half().contiguous() for name, value in trained.state_dict().items()}, WEIGHTS)
+    if arguments.what == "train":
+        trained = train(arguments.steps)
+        save_file({name: value.half().contiguous() for name, value in trained.state_dict().items()}, WEIGHTS)
+    loaded = load_judge()
+    ABOUT.write_text(json.dumps({"fingerprint": fingerprint(), "thresholds": calibrate(loaded)}, indent=2) + "\n")
+    print(json.dumps(world_rates(loaded) | subject_rates(loaded), indent=2))

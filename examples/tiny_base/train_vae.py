@@ -42,7 +42,7 @@ CONFIG = {
 }
 
 
-def _render(index: int) -> np.ndarray:
+def bank_picture(index: int) -> np.ndarray:
     """Even indices are wild, odd ones captioned pictures; the last ones are the hold-out."""
     picture = wild_picture(1, index) if index % 2 == 0 else world_picture(1, index)[0]
     return np.asarray(picture)
@@ -52,7 +52,7 @@ def make_bank(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     bank = np.lib.format.open_memmap(out / "vae_bank.npy", "w+", np.uint8, (PICTURES + HOLD_OUT, 64, 64, 3))
     with ProcessPoolExecutor() as pool:
-        for index, picture in enumerate(pool.map(_render, range(len(bank)), chunksize=200)):
+        for index, picture in enumerate(pool.map(bank_picture, range(len(bank)), chunksize=200)):
             bank[index] = picture
     bank.flush()
 
@@ -133,7 +133,9 @@ def train(out: Path, minutes: float, batch: int, lr: float) -> None:
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        torch._foreach_lerp_(list(averages.values()), [p.detach() for p in vae.parameters()], 0.002 if step > 500 else 0.05)
+        torch._foreach_lerp_(
+            list(averages.values()), [p.detach() for p in vae.parameters()], 0.002 if step > 500 else 0.05
+        )
         step += 1
         if rank == 0 and step % 100 == 0:
             _report(out, vae, averages, bank, step, time.time() - began, float(loss))
@@ -157,10 +159,21 @@ def _average_gradients(vae: nn.Module, world: int) -> None:
 
 
 def _report(
-    out: Path, vae: AutoencoderKL, averages: dict[str, Tensor], bank: np.ndarray, step: int, seconds: float, loss: float
+    out: Path,
+    vae: AutoencoderKL,
+    averages: dict[str, Tensor],
+    bank: np.ndarray,
+    step: int,
+    seconds: float,
+    loss: float,
 ) -> None:
     held = _averaged(vae, averages)
-    line = {"step": step, "minutes": round(seconds / 60, 2), "loss": loss, "psnr": psnr(held, bank[PICTURES : PICTURES + 64])}
+    line = {
+        "step": step,
+        "minutes": round(seconds / 60, 2),
+        "loss": loss,
+        "psnr": psnr(held, bank[PICTURES : PICTURES + 64]),
+    }
     with (out / "vae_log.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -172,7 +185,12 @@ def _averaged(vae: AutoencoderKL, averages: dict[str, Tensor]) -> AutoencoderKL:
 
 
 def _save(
-    out: Path, vae: AutoencoderKL, averages: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int, seconds: float
+    out: Path,
+    vae: AutoencoderKL,
+    averages: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    seconds: float,
 ) -> None:
     tensors = {f"w.{k}": v.detach().contiguous() for k, v in vae.named_parameters()}
     tensors |= {f"a.{k}": v.contiguous() for k, v in averages.items()}
@@ -207,7 +225,9 @@ def _resume(
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     """Folds per-channel whitening into the quant convolutions, so that latents have mean 0 and deviation 1."""
-    latents = torch.cat([vae.encode(to_pixels(pictures[k : k + 64])).latent_dist.mean for k in range(0, len(pictures), 64)])
+    latents = torch.cat(
+        [vae.encode(to_pixels(pictures[k : k + 64])).latent_dist.mean for k in range(0, len(pictures), 64)]
+    )
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     channels = len(mean)
     quant, post = vae.quant_conv, vae.post_quant_conv
@@ -223,7 +243,9 @@ def _finish(out: Path, vae: AutoencoderKL, averages: dict[str, Tensor], bank: np
     before = psnr(held, bank[PICTURES:])
     whiten(held, bank[:2048])
     after = psnr(held, bank[PICTURES:])
-    subjects = np.stack([np.asarray(subject_picture(name, k)) for name in ("mug", "backpack", "car") for k in range(20)])
+    subjects = np.stack(
+        [np.asarray(subject_picture(name, k)) for name in ("mug", "backpack", "car") for k in range(20)]
+    )
     held.save_pretrained(out / "vae")
     figures = {"psnr": after, "psnr_before_whitening": before, "psnr_subjects": psnr(held, subjects)}
     (out / "vae.json").write_text(json.dumps(figures, indent=2) + "\n")
