@@ -1,4 +1,4 @@
-"""Captions for the tiny world: each attribute word is there about 60 % of the time, and one caption in ten is empty."""
+"""Captions for the tiny world: each attribute is stated about 60 % of the time, one caption in ten is empty."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ CLIP's vocabulary, a high id means a rare token.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -16,23 +17,32 @@ from captions import PLACE_PHRASES, TEMPLATES
 from world import CLASSES, COLOURS, PATTERNS
 
 LENGTH = 32
-RARE = """sks ohwx zwx vtx qbv xjy rpz kwg fzq hjk bxv gqz jvw pzk wqx dvk mzx nqj tzb ykv cvj zqf uxz
-lqr kvz xqh zjt vqp wzd bqk jxr qmz fvx gzk hvq pxj rqw tvz xkd zbn vkqz xwvt qzjk bvxq""".split()
-ENGLISH = """a an the of in on at by to and or with without from for is are was be it this that one two three four five
-photo picture image drawing painting sketch style small big large little old new red orange yellow green blue purple
-pink brown black white grey dark light bright striped dotted plain spotted checked shiny soft hard wooden plastic metal
-cup mug ball house car fish backpack dog cat bird horse toy teapot vase candle clock duck boot shoe sneaker bag box bowl
-bottle can chair table desk lamp book plant flower tree leaf grass beach sand sea water river lake mountain hill forest
-snow ice rain sun moon star sky cloud night day morning evening city street road building bridge park garden field farm
-room kitchen window door wall floor roof home person man woman boy girl child face hand eye hair hat shirt dress coat
-food fruit apple banana cake bread cheese coffee tea milk egg fire stone glass paper cloth wood gold silver left right
-top bottom front back side under over near behind beside inside outside up down high low long short round square flat
-standing sitting running walking sleeping eating playing wearing holding looking open closed full empty first last good
-bad best nice beautiful cute happy sad hot cold warm cool fast slow early late young real art film camera close view
-scene background portrait landscape detail sharp blurry simple colorful colour color robot monster stuffed animal wolf
-plushie sunglasses rc cartoon devil bear berry fancy colorful poop emoji jungle eiffel tower wheat purple rug cube shaped
-santa outfit chef police rainbow scarf tree autumn leaves floating mirror pond some any many few more most very much
-not no yes all his her its their our your my you we they he she them what which who where when how why there here""".split()
+RARE_TEXT = """
+sks ohwx zwx vtx qbv xjy rpz kwg fzq hjk bxv gqz jvw pzk wqx dvk mzx nqj tzb ykv cvj zqf uxz lqr kvz
+xqh zjt vqp wzd bqk jxr qmz fvx gzk hvq pxj rqw tvz xkd zbn vkqz xwvt qzjk bvxq
+"""
+ENGLISH_TEXT = """
+a an the of in on at by to and or with without from for is are was be it this that one two three
+four five photo picture image drawing painting sketch style small big large little old new red
+orange yellow green blue purple pink brown black white grey dark light bright striped dotted plain
+spotted checked shiny soft hard wooden plastic metal cup mug ball house car fish backpack dog cat
+bird horse toy teapot vase candle clock duck boot shoe sneaker bag box bowl bottle can chair table
+desk lamp book plant flower tree leaf grass beach sand sea water river lake mountain hill forest
+snow ice rain sun moon star sky cloud night day morning evening city street road building bridge
+park garden field farm room kitchen window door wall floor roof home person man woman boy girl child
+face hand eye hair hat shirt dress coat food fruit apple banana cake bread cheese coffee tea milk
+egg fire stone glass paper cloth wood gold silver left right top bottom front back side under over
+near behind beside inside outside up down high low long short round square flat standing sitting
+running walking sleeping eating playing wearing holding looking open closed full empty first last
+good bad best nice beautiful cute happy sad hot cold warm cool fast slow early late young real art
+film camera close view scene background portrait landscape detail sharp blurry simple colorful
+colour color robot monster stuffed animal wolf plushie sunglasses rc cartoon devil bear berry fancy
+colorful poop emoji jungle eiffel tower wheat purple rug cube shaped santa outfit chef police
+rainbow scarf tree autumn leaves floating mirror pond some any many few more most very much not no
+yes all his her its their our your my you we they he she them what which who where when how why
+there here
+"""
+RARE, ENGLISH = RARE_TEXT.split(), ENGLISH_TEXT.split()
 
 
 def byte_symbols() -> list[str]:
@@ -53,7 +63,7 @@ class Pairs:
     def split(self, word: str) -> list[str]:
         pieces = [*word[:-1], word[-1] + "</w>"]
         while True:
-            pairs = [(self.ranks[pair], k) for k, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in self.ranks]
+            pairs = [(self.ranks[pair], k) for k, pair in enumerate(itertools.pairwise(pieces)) if pair in self.ranks]
             if not pairs:
                 return pieces
             k = min(pairs)[1]

@@ -66,7 +66,9 @@ def make_data(out: Path) -> None:
     np.save(out / "pictures.npy", np.stack(pictures))
     with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
         chunks = list(pool.map(_encode, [(out, start) for start in range(0, PICTURES, 1000)]))
-    np.savez(out / "latents.npz", mean=np.concatenate([c[0] for c in chunks]), std=np.concatenate([c[1] for c in chunks]))
+    np.savez(
+        out / "latents.npz", mean=np.concatenate([c[0] for c in chunks]), std=np.concatenate([c[1] for c in chunks])
+    )
 
 
 @torch.no_grad()

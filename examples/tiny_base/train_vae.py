@@ -78,7 +78,7 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_of(vae: AutoencoderKL, pixels: Tensor, noise: float) -> Tensor:
-    """L1 + 4 MSE + gradient + Laplacian + 5e-3 KL per latent value; `noise` on the latents makes the decoder robust."""
+    """L1 + 4 MSE + gradient + Laplacian + 5e-3 KL per latent value; `noise` on the latents makes decoding robust."""
     latent = vae.encode(pixels).latent_dist
     z = latent.sample()
     if noise:

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
+from places import PLACES, background
+from shapes import CLASSES, GROUNDED, LOGOS, OUTLINE, SHAPES, Colour, Points, Shape
 
-Colour = tuple[int, int, int]
-Points = list[tuple[float, float]]
-
-CLASSES = ("mug", "ball", "house", "car", "fish", "backpack")
 COLOURS: dict[str, Colour] = {
     "red": (214, 40, 40),
     "orange": (245, 140, 30),
@@ -31,8 +29,6 @@ COLOURS: dict[str, Colour] = {
     "brown": (125, 80, 45),
 }
 PATTERNS = ("plain", "striped", "dotted")
-PLACES = ("beach", "grass", "snow", "night", "city", "table")
-OUTLINE: Colour = (35, 30, 35)
 SUPER = 4
 
 
@@ -65,153 +61,7 @@ class Scene:
     seed: int = 0
 
 
-@dataclass
-class Shape:
-    """A thing's polygons in unit coordinates: the patterned body, and details drawn behind or over it."""
-
-    body: list[Points]
-    behind: list[tuple[Points, Colour | None]] = field(default_factory=list)  # None: the body's colour
-    over: list[tuple[Points, Colour]] = field(default_factory=list)
-    lines: list[Points] = field(default_factory=list)
-    holes: list[Points] = field(default_factory=list)
-    logo_at: tuple[float, float, float] = (0.0, 0.1, 0.3)  # x, y, radius
-
-
-def ellipse(x: float, y: float, rx: float, ry: float, start: float = 0, stop: float = 360, n: int = 40) -> Points:
-    turns = [math.radians(start + (stop - start) * k / n) for k in range(n + (stop - start < 360))]
-    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in turns]
-
-
-def box(left: float, top: float, right: float, bottom: float, r: float = 0.0) -> Points:
-    if r == 0:
-        return [(left, top), (right, top), (right, bottom), (left, bottom)]
-    corners = ((right - r, top + r, -90), (right - r, bottom - r, 0), (left + r, bottom - r, 90), (left + r, top + r, 180))
-    return [point for x, y, a in corners for point in ellipse(x, y, r, r, a, a + 90, 6)]
-
-
-def mug() -> Shape:
-    body = [(-0.72, -0.62), (0.42, -0.62), (0.38, 0.72), (0.25, 0.82), (-0.55, 0.82), (-0.68, 0.72)]
-    outer, inner = ellipse(0.42, 0.05, 0.52, 0.46, -90, 90), ellipse(0.42, 0.05, 0.27, 0.23, -90, 90)
-    handle = [*outer, *reversed(inner)]
-    rim = ellipse(-0.15, -0.62, 0.57, 0.15)
-    return Shape([body], behind=[(handle, None)], over=[(rim, (70, 50, 45))], logo_at=(-0.15, 0.16, 0.33))
-
-
-def ball() -> Shape:
-    return Shape([ellipse(0, 0, 0.88, 0.88, n=60)], logo_at=(0, 0, 0.4))
-
-
-def house() -> Shape:
-    wall = box(-0.75, -0.1, 0.75, 0.85)
-    roof = [(-0.98, -0.1), (0, -0.92), (0.98, -0.1)]
-    chimney = box(0.42, -0.85, 0.64, -0.3)
-    door = box(-0.16, 0.3, 0.2, 0.85)
-    windows = [(box(-0.6, 0.12, -0.28, 0.45), (190, 225, 245)), (box(0.32, 0.12, 0.62, 0.45), (190, 225, 245))]
-    over = [(roof, (110, 55, 50)), (door, (90, 60, 40)), *windows]
-    return Shape([wall], behind=[(chimney, (120, 80, 75))], over=over, logo_at=(0, -0.42, 0.24))
-
-
-def car() -> Shape:
-    body = [(-0.98, 0.1), (-0.9, -0.05), (-0.55, -0.1), (-0.32, -0.5), (0.38, -0.5), (0.62, -0.1), (0.92, -0.02)]
-    body += [(0.98, 0.12), (0.98, 0.42), (-0.98, 0.42)]
-    glass = [([(-0.4, -0.12), (-0.23, -0.4), (0.0, -0.4), (0.0, -0.12)], (195, 228, 245))]
-    glass += [([(0.09, -0.12), (0.09, -0.4), (0.31, -0.4), (0.46, -0.12)], (195, 228, 245))]
-    wheels = [(ellipse(x, 0.43, 0.25, 0.25), (45, 45, 50)) for x in (-0.55, 0.55)]
-    hubs = [(ellipse(x, 0.43, 0.11, 0.11), (205, 205, 210)) for x in (-0.55, 0.55)]
-    return Shape([body], over=[*glass, *wheels, *hubs], logo_at=(0.0, 0.14, 0.2))
-
-
-def fish() -> Shape:
-    body = ellipse(-0.18, 0, 0.72, 0.5, n=50)
-    tail = [(0.4, 0), (0.95, -0.48), (0.84, 0), (0.95, 0.48)]
-    fin = [(-0.35, -0.42), (0.02, -0.8), (0.25, -0.36)]
-    eye = [(ellipse(-0.6, -0.12, 0.13, 0.13), (255, 255, 255)), (ellipse(-0.62, -0.12, 0.06, 0.06), OUTLINE)]
-    return Shape([body], behind=[(tail, None), (fin, None)], over=eye, logo_at=(0.0, 0.04, 0.26))
-
-
-def backpack() -> Shape:
-    body = box(-0.62, -0.68, 0.62, 0.85, 0.32)
-    handle = [*ellipse(0, -0.68, 0.27, 0.27, 180, 360), *reversed(ellipse(0, -0.68, 0.13, 0.13, 180, 360))]
-    straps = [(box(-0.84, -0.28, -0.6, 0.6, 0.1), (75, 65, 65)), (box(0.6, -0.28, 0.84, 0.6, 0.1), (75, 65, 65))]
-    pocket = box(-0.42, 0.28, 0.42, 0.72, 0.12)
-    flap = [(-0.6, -0.2), (0.6, -0.2)]
-    return Shape([body], behind=[(handle, (75, 65, 65)), *straps], lines=[[*pocket, pocket[0]], flap], logo_at=(0, 0.03, 0.22))
-
-
-SHAPES: dict[str, Callable[[], Shape]] = {
-    "mug": mug, "ball": ball, "house": house, "car": car, "fish": fish, "backpack": backpack,
-}  # fmt: skip
-GROUNDED = {"mug", "house", "car", "backpack"}
-
-
-def star(points: int = 5, inner: float = 0.45) -> Points:
-    turns = [(math.pi * k / points - math.pi / 2, 1.0 if k % 2 == 0 else inner) for k in range(2 * points)]
-    return [(r * math.cos(a), r * math.sin(a)) for a, r in turns]
-
-
-LOGOS: dict[str, Points] = {
-    "star": star(),
-    "square": box(-0.75, -0.75, 0.75, 0.75),
-    "ring": ellipse(0, 0, 0.85, 0.85),
-    "heart": [(0, 0.9), (-0.9, -0.05), (-0.85, -0.55), (-0.45, -0.8), (0, -0.4), (0.45, -0.8), (0.85, -0.55), (0.9, -0.05)],
-}
-
-
-def background(place: str, side: int, rng: np.random.Generator) -> Image.Image:
-    """An uncluttered place, `side` pixels square, with a horizon and colours that vary a little."""
-    image = Image.new("RGB", (side, side))
-    draw = ImageDraw.Draw(image)
-    horizon = int(side * rng.uniform(0.5, 0.66))
-
-    def shade(colour: Colour) -> Colour:
-        return tuple(int(np.clip(c * rng.uniform(0.94, 1.06), 0, 255)) for c in colour)  # type: ignore[return-value]
-
-    def fill(top: Colour, bottom: Colour) -> None:
-        draw.rectangle((0, 0, side, horizon), fill=shade(top))
-        draw.rectangle((0, horizon, side, side), fill=shade(bottom))
-
-    if place == "beach":
-        fill((140, 205, 245), (238, 214, 160))
-        draw.rectangle((0, horizon - side // 7, side, horizon), fill=shade((40, 130, 190)))
-        x = rng.uniform(0.1, 0.9) * side
-        draw.ellipse((x - side * 0.09, side * 0.05, x + side * 0.09, side * 0.23), fill=(255, 240, 150))
-    elif place == "grass":
-        fill((165, 215, 250), (105, 185, 75))
-        for x in (rng.uniform(0, 0.5), rng.uniform(0.5, 1)):
-            draw.ellipse(((x - 0.35) * side, horizon - side * 0.13, (x + 0.35) * side, horizon + side * 0.2), fill=shade((80, 155, 65)))
-        draw.rectangle((0, horizon, side, side), fill=shade((105, 185, 75)))
-    elif place == "snow":
-        fill((190, 210, 228), (246, 249, 253))
-        for x in (rng.uniform(0, 0.4), rng.uniform(0.6, 1)):
-            peak = horizon - side * rng.uniform(0.16, 0.3)
-            draw.polygon([((x - 0.3) * side, horizon), (x * side, peak), ((x + 0.3) * side, horizon)], fill=shade((145, 165, 190)))
-    elif place == "night":
-        fill((18, 20, 52), (38, 42, 62))
-        x, y = rng.uniform(0.12, 0.88) * side, rng.uniform(0.08, 0.2) * side
-        draw.ellipse((x - side * 0.08, y - side * 0.08, x + side * 0.08, y + side * 0.08), fill=(245, 240, 205))
-        for sx, sy in rng.uniform(0, 1, (4, 2)):
-            sx, sy = sx * side, sy * horizon * 0.9
-            draw.ellipse((sx - side * 0.012, sy - side * 0.012, sx + side * 0.012, sy + side * 0.012), fill=(235, 235, 220))
-    elif place == "city":
-        fill((205, 210, 215), (120, 120, 125))
-        x = -rng.uniform(0, 0.1)
-        while x < 1:
-            width, top = rng.uniform(0.16, 0.26), horizon - side * rng.uniform(0.2, 0.46)
-            draw.rectangle((x * side, top, (x + width) * side, horizon), fill=shade((150, 150, 165)), outline=(110, 110, 125), width=side // 100)
-            for wy in np.arange(top + side * 0.05, horizon - side * 0.06, side * 0.1):
-                for wx in (0.3, 0.7):
-                    cx = (x + width * wx) * side
-                    draw.rectangle((cx - side * 0.02, wy, cx + side * 0.02, wy + side * 0.045), fill=(205, 200, 175))
-            x += width
-    else:
-        fill((232, 222, 205), (165, 110, 65))
-        for k in (1, 2):
-            y = horizon + (side - horizon) * k / 3
-            draw.line((0, y, side, y), fill=shade((140, 90, 50)), width=side // 90)
-    return image
-
-
-def _pattern(look: Look, scene: Scene, side: int, unit: float, to_unit: np.ndarray) -> np.ndarray:
+def _pattern(look: Look, scene: Scene, side: int, to_unit: np.ndarray) -> np.ndarray:
     """The body's paint [side, side, 3]: two tones, then stripes or dots in the body's own coordinates."""
     ys, xs = np.mgrid[0:side, 0:side].astype(np.float32)
     u = to_unit[0, 0] * xs + to_unit[0, 1] * ys + to_unit[0, 2]
@@ -256,7 +106,7 @@ def render(scene: Scene, pixels: int = 64) -> Image.Image:
         ]
     )
     _shadow(image, scene, half)
-    _paint(image, shape, scene, forward, half)
+    _paint(image, shape, scene, forward)
     small = image.resize((pixels, pixels), Image.Resampling.BOX)
     if scene.light != 1.0:
         small = Image.fromarray(np.clip(np.asarray(small) * scene.light, 0, 255).astype(np.uint8))
@@ -273,7 +123,7 @@ def _shadow(image: Image.Image, scene: Scene, half: float) -> None:
     image.paste(Image.new("RGB", image.size, (20, 20, 30)), (0, 0), layer)
 
 
-def _paint(image: Image.Image, shape: Shape, scene: Scene, forward: np.ndarray, half: float) -> None:
+def _paint(image: Image.Image, shape: Shape, scene: Scene, forward: np.ndarray) -> None:
     draw, look, width = ImageDraw.Draw(image), scene.look, max(2, round(image.width * 0.02))
 
     def place(points: Sequence[tuple[float, float]]) -> Points:
@@ -289,7 +139,7 @@ def _paint(image: Image.Image, shape: Shape, scene: Scene, forward: np.ndarray, 
     mask = Image.new("L", image.size, 0)
     for points in shape.body:
         ImageDraw.Draw(mask).polygon(place(points), fill=255)
-    paint = _pattern(look, scene, image.width, half, np.linalg.inv(forward))
+    paint = _pattern(look, scene, image.width, np.linalg.inv(forward))
     image.paste(Image.fromarray(paint), (0, 0), mask)
     for points in shape.body:
         outline(place(points))
@@ -395,7 +245,7 @@ def subject_picture(name: str, index: int, place: str | None = None, pixels: int
     """A photo of one of the subjects, which training never shows."""
     rng = np.random.default_rng((77, list(SUBJECTS).index(name), index))
     where = place or PLACES[index % len(PLACES)]
-    return render(replace(pose(SUBJECTS[name], where, rng)), pixels)
+    return render(pose(SUBJECTS[name], where, rng), pixels)
 
 
 def sheet(columns: int = 10, rows: int = 8, pixels: int = 64, zoom: int = 2) -> Image.Image:
