@@ -115,13 +115,15 @@ def main(arguments: argparse.Namespace) -> None:
     figures: dict[str, object] = {
         "prompts": len(asked),
         "combinations": arguments.combinations,
+        "guidance": arguments.guidance,
         "sampler": f"DPM++ 2M, {arguments.steps} steps, guidance {arguments.guidance}",
         "drawn as asked": obedience(pictures, facts),
         "targets": TARGETS,
         "seconds": round(time.perf_counter() - began, 1),
     }
     if arguments.combinations == "held-out":
-        figures |= {"vae psnr": vae_figures(arguments.folder), "judge": judge_figures(arguments.folder)}
+        figures |= {"vae psnr": vae_figures(arguments.folder), "vae pictures": HOLD_OUT}
+        figures |= {"judge": judge_figures(arguments.folder)}
     print(json.dumps(figures, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
