@@ -1,21 +1,24 @@
 """Class images for prior preservation (arXiv:2208.12242 section 3.2): drawn once by the frozen base, and kept.
 
 A set is a folder of PNGs and a manifest of what they were made of. Pictures are drawn in fixed chunks, each picture
-with a seed of its own, so that the set is the same files for any number of processes and after any interruption.
+with a seed of its own, so that the set is the same files for any number of processes and after any interruption. What
+has been drawn is never drawn over: a set that grows keeps its pictures.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from finetune import __version__
 from finetune.config import ClassImages
-from finetune.data.photos import Photo, picture_files, read_photo, scan
+from finetune.data.photos import Photo, picture_files, scan
 from finetune.draws import generator
 from finetune.errors import BadInput
 from finetune.families.base import Family
@@ -39,31 +42,35 @@ def class_images(
     """The set's first `prior.count` pictures; those that are missing are drawn (by rank r: chunks r, r + world, ...).
 
     A folder of the user's own pictures (without a manifest) is used as it is, all of it. `wait` is a barrier between
-    the processes: the others' pictures are there after it.
+    the processes: all look at the folder before one of them changes it, and all have drawn before one goes on.
 
     Raises:
-        BadInput: the folder's manifest was made with other settings or another base: it says which.
+        BadInput: the set in the folder was made with other settings or another base (it says which), or pictures
+            of it have been changed since.
     """
     settings = _settings(prior, noun, resolution, base_hash)
-    folder = prior.folder or cache_dir() / "class-images" / f"{noun.replace(' ', '-')}-{_key(settings)}"
+    folder = prior.folder or cache_dir() / "class-images" / f"{_slug(noun)}-{_key(settings)}"
     if prior.folder is not None and _is_users_own(folder):
         return scan(folder)
-    _refuse_stale(folder, settings)
-    manifest = folder / MANIFEST
-    if rank == 0 and not manifest.is_file():
-        write_json(manifest, settings)
+    manifest = _manifest(folder, settings)
+    _refuse_changed(folder, manifest["pictures"])
     files = [folder / f"{index:05d}.png" for index in range(prior.count)]
-    chunks = [range(start, min(start + prior.batch_size, prior.count)) for start in range(0, prior.count, prior.batch_size)]
-    missing = [chunk for chunk in chunks if not all(files[index].is_file() for index in chunk)]
-    mine = [chunk for number, chunk in enumerate(missing) if number % world == rank]
+    starts = range(0, prior.count, prior.batch_size)
+    chunks = [range(start, min(start + prior.batch_size, prior.count)) for start in starts]
+    mine = [chunk for chunk in chunks[rank::world] if not all(files[index].is_file() for index in chunk)]
+    wait()
+    if rank == 0:
+        write_json(folder / MANIFEST, manifest)
     with phase("Class images", sum(len(chunk) for chunk in mine)) as advance:
         for chunk in mine:
             _draw_chunk(family, settings, [files[index] for index in chunk], chunk)
             advance(len(chunk), "")
     wait()
+    photos = [Photo(file, (resolution, resolution), sha256(file)) for file in files]
     if rank == 0:
-        _finish_manifest(folder)
-    return [read_photo(file) for file in files]
+        made = {photo.path.name: {"sha256": photo.digest, "seed": seed_of(n)} for n, photo in enumerate(photos)}
+        write_json(folder / MANIFEST, manifest | {"pictures": manifest["pictures"] | made})
+    return photos
 
 
 def seed_of(index: int) -> int:
@@ -94,17 +101,40 @@ def _is_users_own(folder: Path) -> bool:
     return folder.is_dir() and not (folder / MANIFEST).is_file() and bool(picture_files(folder))
 
 
-def _refuse_stale(folder: Path, settings: dict[str, Any]) -> None:
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return
-    made = json.loads(manifest.read_text(encoding="utf-8"))
-    changed = [key for key in settings if made.get(key) != settings[key]]
+def _slug(noun: str) -> str:
+    return re.sub(r"[^\w-]+", "-", noun).strip("-") or "class"
+
+
+def _manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The folder's manifest, or a new one; refused if it was made with other settings."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        return settings | {"toolkit": __version__, "pictures": {}}
+    try:
+        made = json.loads(file.read_text(encoding="utf-8"))
+        pictures = made["pictures"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"{file} is no manifest of class images: remove {folder} to have the set drawn again"
+        ) from error
+    changed = [
+        f"{key} ({made.get(key)!r} there, {value!r} now)" for key, value in settings.items() if made.get(key) != value
+    ]
     if changed:
         raise BadInput(
-            f"the class images in {folder} were made with another {', '.join(changed)} "
-            f"({changed[0]}: {made.get(changed[0])!r} there, {settings[changed[0]]!r} now): remove the folder, or choose "
+            f"the class images in {folder} were made with another {', '.join(changed)}: remove the folder, or choose "
             "another with prior.folder=PATH"
+        )
+    return made | {"pictures": pictures}
+
+
+def _refuse_changed(folder: Path, recorded: dict[str, Any]) -> None:
+    there = [name for name in sorted(recorded) if (folder / name).is_file()]
+    names = [name for name in there if sha256(folder / name) != recorded[name]["sha256"]]
+    if names:
+        raise BadInput(
+            f"class images in {folder} are not as they were drawn ({', '.join(names)}): remove those files and they "
+            "are drawn again"
         )
 
 
@@ -121,13 +151,7 @@ def _draw_chunk(family: Family, settings: dict[str, Any], files: list[Path], chu
         batch_size=len(chunk),
     )
     for file, picture in zip(files, pictures, strict=True):
+        if file.is_file():
+            continue
         with replacing(file) as temporary:
             picture.save(temporary, format="PNG")
-
-
-def _finish_manifest(folder: Path) -> None:
-    """Adds each picture's hash and seed to a set's manifest."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    files = sorted(folder.glob("*.png"))
-    manifest["pictures"] = {file.name: {"sha256": sha256(file), "seed": seed_of(int(file.stem))} for file in files}
-    write_json(folder / MANIFEST, manifest)

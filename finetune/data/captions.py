@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +40,28 @@ def caption_photos(
     found = {} if captions == "templates" else caption_files(photos[0].path.parent, photos)
     missing = [photo.path.name for photo in photos if photo.path.name not in found]
     if captions == "files" and missing:
-        raise BadInput(f"no caption was found for {', '.join(missing)}: add a .txt beside each, or set data.captions=auto")
+        raise BadInput(
+            f"no caption was found for {', '.join(missing)}: add a .txt beside each, or set data.captions=auto"
+        )
     if missing and not templates:
         raise BadInput("data.templates is empty but some photos have no caption file: give at least one template")
     return [_captioned(photo, found.get(photo.path.name), templates, token, noun) for photo in photos]
+
+
+def summarise(captioned: Sequence[Captioned], token: str) -> str:
+    """Where the captions come from, in a sentence, with a warning for caption files that do not name the token."""
+    by_file = [item for item in captioned if item.source == "file"]
+    summary = (
+        f"{len(by_file)} of {len(captioned)} photos captioned by files, {len(captioned) - len(by_file)} by templates"
+    )
+    word = re.compile(rf"(?<!\w){re.escape(token)}(?!\w)")
+    without = [item.photo.path.name for item in by_file if not any(word.search(text) for text in item.captions)]
+    if without:
+        summary += (
+            f"; WARNING: the token {token!r} is not in the caption of {', '.join(without)}, so it learns nothing from "
+            "them: write {token} into the caption files"
+        )
+    return summary
 
 
 def _captioned(photo: Photo, text: str | None, templates: Sequence[str], token: str, noun: str | None) -> Captioned:
@@ -57,13 +77,28 @@ def fill(text: str, token: str, noun: str | None) -> str:
 
 
 def caption_files(folder: Path, photos: Sequence[Photo]) -> dict[str, str]:
-    """File name -> caption, from metadata.jsonl, captions.csv and .txt files beside the photos (the last one wins)."""
-    found = {**_jsonl(folder / "metadata.jsonl"), **_csv(folder / "captions.csv")}
+    """File name -> caption, from metadata.jsonl, captions.csv and .txt files beside the photos (the last one wins).
+
+    An empty caption counts as none.
+    """
+    found = caption_rows(folder)
     for photo in photos:
         beside = photo.path.with_suffix(".txt")
         if beside.is_file():
-            found[photo.path.name] = " ".join(beside.read_text(encoding="utf-8").split())
+            found[photo.path.name] = " ".join(_text(beside).split())
     return {name: text for name, text in found.items() if text}
+
+
+def caption_rows(folder: Path) -> dict[str, str]:
+    """File name -> caption, from the folder's metadata.jsonl and captions.csv (which wins)."""
+    return {**_jsonl(folder / "metadata.jsonl"), **_csv(folder / "captions.csv")}
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{file} is not UTF-8 text (byte {error.start} is wrong): save it as UTF-8") from error
 
 
 def _jsonl(file: Path) -> dict[str, str]:
@@ -71,7 +106,9 @@ def _jsonl(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     found = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(file).splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             found[str(row["file_name"])] = str(row["text"])
@@ -84,8 +121,7 @@ def _csv(file: Path) -> dict[str, str]:
     """Two columns: file name, caption; a header line file_name,text may stand first."""
     if not file.is_file():
         return {}
-    with file.open(encoding="utf-8", newline="") as opened:
-        rows = [row for row in csv.reader(opened) if row]
+    rows = [row for row in csv.reader(io.StringIO(_text(file))) if row]
     if any(len(row) != 2 for row in rows):
         raise BadInput(f"{file} must have two columns, file name and caption: put captions with commas in quotes")
     return {name.strip(): text.strip() for name, text in rows if name != "file_name"}

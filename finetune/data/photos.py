@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from finetune.errors import BadInput
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 APPLE = {".heic", ".heif"}
+MAX_ASPECT = 20  # resized to a shorter side of 512, a longer strip would not fit into memory
+
+
+class BadPicture(BadInput):
+    """A file that can't be used as a photo; `reason` says why in a few words."""
+
+    def __init__(self, file: Path, reason: str) -> None:
+        super().__init__(f"{file} can't be used ({reason}): mend or remove it")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -44,44 +54,39 @@ def scan(folder: Path) -> list[Photo]:
         raise BadInput(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}): give the folder with the photos")
     photos, bad = [], []
     for file in files:
-        fault = fault_of(file)
-        if fault is None:
+        try:
             photos.append(read_photo(file))
-        else:
-            bad.append(f"{file.name} ({fault})")
+        except BadPicture as fault:
+            bad.append(f"{file.name} ({fault.reason})")
     if bad:
-        raise BadInput(f"{len(bad)} of {len(files)} files in {folder} can't be used: {', '.join(bad)}; mend or remove them")
+        raise BadInput(
+            f"{len(bad)} of {len(files)} files in {folder} can't be used: {', '.join(bad)}; mend or remove them"
+        )
     return photos
 
 
-def fault_of(file: Path) -> str | None:
-    """Why a picture can't be used, or None."""
-    if file.suffix.lower() in APPLE:
-        return "HEIC: convert it to JPEG"
-    if file.stat().st_size == 0:
-        return "empty file"
-    try:
-        open_picture(file)
-    except Image.DecompressionBombError:
-        return "too many pixels"
-    except (OSError, SyntaxError, ValueError) as error:
-        return f"unreadable: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    return None
-
-
 def read_photo(file: Path) -> Photo:
-    content = file.read_bytes()
-    with Image.open(io.BytesIO(content)) as image:
-        sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        width, height = image.size
-    return Photo(file, (height, width) if sideways else (width, height), hashlib.sha256(content).hexdigest())
+    """One file, read and decoded once.
+
+    Raises:
+        BadPicture: it can't be used as a photo.
+    """
+    content = _content(file)
+    width, height = _decode(file, content).size
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadPicture(file, f"{width}x{height} is more than {MAX_ASPECT} times as long as wide: crop it")
+    return Photo(file, (width, height), hashlib.sha256(content).hexdigest())
 
 
 def open_picture(file: Path) -> Image.Image:
-    """A file as an upright RGB picture: EXIF rotation applied, transparency on white, 16-bit and float scaled."""
-    with Image.open(file) as image:
-        image.load()
-        upright = ImageOps.exif_transpose(image)
+    """A file as an upright RGB picture: EXIF rotation applied, transparency on white, 16-bit and float scaled.
+
+    Of an animation the first frame.
+
+    Raises:
+        BadPicture: it can't be read or decoded.
+    """
+    upright = _decode(file, _content(file))
     if upright.mode.startswith(("I", "F")):
         return _scale_deep(upright)
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
@@ -91,12 +96,43 @@ def open_picture(file: Path) -> Image.Image:
     return upright.convert("RGB")
 
 
+def _content(file: Path) -> bytes:
+    if file.suffix.lower() in APPLE:
+        raise BadPicture(file, "HEIC: convert it to JPEG")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise BadPicture(file, error.strerror or type(error).__name__) from error
+    if not content:
+        raise BadPicture(file, "empty file")
+    return content
+
+
+def _decode(file: Path, content: bytes) -> Image.Image:
+    """The whole picture, decoded and turned upright, in the mode of the file."""
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise BadPicture(file, "not a picture, or its beginning is damaged") from error
+    except Image.DecompressionBombError as error:
+        raise BadPicture(file, f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: make it smaller") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise BadPicture(file, "truncated" if "truncated" in said.lower() else f"damaged: {said}") from error
+
+
 def _scale_deep(image: Image.Image) -> Image.Image:
-    """16-bit integers by their range, floats by their own: Pillow's convert would clip both."""
+    """16-bit integers by their range, floats by their own: Pillow's convert would clip both.
+
+    Mode "I" does not tell how deep the file was, so there the values decide.
+    """
     values = np.asarray(image, dtype=np.float64)
     if image.mode.startswith("F"):
         low, high = float(values.min()), float(values.max())
         values = (values - low) / (high - low) * 255 if high > low else values * 0
     else:
-        values = values / (257 if values.max() > 255 else 1)
+        values = values / (257 if image.mode.startswith("I;16") or values.max() > 255 else 1)
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -43,14 +44,31 @@ class View:
 
     def picture(self) -> Image.Image:
         left, top = self.crop
-        image = open_picture(self.photo.path).resize(self.resized, Image.Resampling.LANCZOS)
-        image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        image = _resized(self.photo, self.resized).crop((left, top, left + self.resolution, top + self.resolution))
         return ImageOps.mirror(image) if self.flip else image
 
     def pixels(self) -> Tensor:
         """[3, H, W] float32 in [-1, 1]."""
         values = np.asarray(self.picture(), dtype=np.float32) / 127.5 - 1
         return torch.from_numpy(values).permute(2, 0, 1).contiguous()
+
+
+@lru_cache(maxsize=1)
+def _resized(photo: Photo, size: tuple[int, int]) -> Image.Image:
+    """Kept from one view to the next: the crops and flips of a photo follow each other, and decoding is what costs."""
+    return open_picture(photo.path).resize(size, Image.Resampling.LANCZOS)
+
+
+def enlarged(photos: Sequence[Photo], resolution: int) -> str | None:
+    """A sentence about photos that must be enlarged to `resolution`, or None."""
+    small = sorted((photo for photo in photos if min(photo.size) < resolution), key=lambda photo: min(photo.size))
+    if not small:
+        return None
+    width, height = small[0].size
+    return (
+        f"{len(small)} of {len(photos)} photos are enlarged to {resolution} pixels "
+        f"(the smallest, {small[0].path.name}, is {width}x{height})"
+    )
 
 
 def views(

@@ -1,0 +1,1 @@
+"""Tools that turn photos into a training folder: `python -m data_tools check PHOTOS`."""

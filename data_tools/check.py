@@ -1,0 +1,180 @@
+"""A folder of photos, looked at before it is trained on: facts, problems and near-duplicates, file by file."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from finetune.data.captions import caption_files, caption_rows
+from finetune.data.photos import BadPicture, Photo, open_picture, picture_files, read_photo
+from finetune.errors import BadInput
+
+ORIENTATIONS = {
+    2: "mirrored",
+    3: "upside down",
+    4: "upside down, mirrored",
+    5: "sideways, mirrored",
+    6: "sideways",
+    7: "sideways, mirrored",
+    8: "sideways",
+}
+CROPPED_AWAY = 2.0  # longer side / shorter side: a square crop then loses half of the photo or more
+NEAR = 6  # bits of 64
+CAPTION_LISTS = {"metadata.jsonl", "captions.csv"}
+
+
+@dataclass
+class File:
+    """What is known of one picture file.
+
+    `size` is (width, height) as it is shown, `orientation` how it is stored, `fingerprint` its dHash. `problems` are
+    worth doing something about; `notes` are handled by the training (EXIF is followed, alpha goes on white, ...).
+    """
+
+    path: Path
+    size: tuple[int, int] | None = None
+    orientation: str = ""
+    caption: str | None = None
+    digest: str = ""
+    fingerprint: int | None = None
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass
+class Findings:
+    """A folder's files, and what is wrong with its captions."""
+
+    folder: Path
+    files: list[File]
+    problems: list[str]
+    notes: list[str]
+
+    @property
+    def fine(self) -> bool:
+        return not self.problems and not any(file.problems for file in self.files)
+
+
+def check(folder: Path, resolution: int = 512) -> Findings:
+    """Looks at every picture of a folder as a training at `resolution` pixels would.
+
+    Raises:
+        BadInput: there is no such folder, or no picture in it.
+    """
+    paths = picture_files(folder)
+    if not paths:
+        raise BadInput(f"{folder} holds no pictures: give the folder with the photos")
+    files = [_look(path, resolution) for path in paths]
+    _compare(files)
+    findings = Findings(folder, files, [], _other_files(folder, paths))
+    _captions(findings)
+    return findings
+
+
+def difference_hash(picture: Image.Image) -> int:
+    """64 bits: in the picture shrunk to 9x8 grey pixels, whether each is darker than its right neighbour."""
+    grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
+    bits = (grey[:, :-1] < grey[:, 1:]).flatten()
+    return int("".join("1" if bit else "0" for bit in bits), 2)
+
+
+def _look(path: Path, resolution: int) -> File:
+    file = File(path)
+    try:
+        photo = read_photo(path)
+        upright = open_picture(path)
+    except BadPicture as fault:
+        file.problems.append(fault.reason)
+        return file
+    width, height = file.size = photo.size
+    file.digest, file.fingerprint = photo.digest, difference_hash(upright)
+    if min(width, height) < resolution:
+        file.problems.append(f"low resolution: enlarged {resolution / min(width, height):.1f} times to {resolution}")
+    longer = max(width, height) / min(width, height)
+    if longer >= CROPPED_AWAY:
+        file.problems.append(f"extreme shape: a square crop keeps {1 / longer:.0%} of it")
+    _header(file, path.read_bytes())
+    grey = np.asarray(upright, dtype=np.int16)
+    if int(np.ptp(grey, axis=2).max()) == 0:
+        file.notes.append("grey")
+    return file
+
+
+def _header(file: File, content: bytes) -> None:
+    """What the file says of itself, before it is turned upright and made RGB."""
+    with Image.open(io.BytesIO(content)) as image:
+        file.orientation = ORIENTATIONS.get(image.getexif().get(0x0112, 1), "")
+        mode = image.mode
+        alpha = mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+        frames = getattr(image, "n_frames", 1)
+    if alpha:
+        file.notes.append("transparency: put on white")
+    if mode.startswith(("I", "F")):
+        file.notes.append("16 bits or more: scaled to 8")
+    if mode == "CMYK":
+        file.notes.append("CMYK: converted")
+    if frames > 1:
+        file.notes.append(f"the first of {frames} frames is used")
+
+
+def _compare(files: list[File]) -> None:
+    """Finds each file that is the same as an earlier one, byte for byte or to the eye (dHash, NEAR bits of 64)."""
+    seen: list[File] = []
+    for file in files:
+        if file.fingerprint is None:
+            continue
+        same = next((other for other in seen if other.digest == file.digest), None)
+        distances = [(_distance(file, other), other.name) for other in seen]
+        nearest = min(distances, default=None)
+        if same is not None:
+            file.problems.append(f"the same file as {same.name}")
+        elif nearest is not None and nearest[0] <= NEAR:
+            file.problems.append(f"nearly the same as {nearest[1]} ({nearest[0]} of 64 bits differ)")
+        seen.append(file)
+
+
+def _distance(one: File, other: File) -> int:
+    assert one.fingerprint is not None
+    assert other.fingerprint is not None
+    return (one.fingerprint ^ other.fingerprint).bit_count()
+
+
+def _captions(findings: Findings) -> None:
+    """Each file's caption; captions for some files only and rows without a picture are problems."""
+    names = {file.name for file in findings.files}
+    try:
+        found = caption_files(findings.folder, [Photo(file.path, (0, 0), "") for file in findings.files])
+        rows = caption_rows(findings.folder)
+    except BadInput as fault:
+        findings.problems.append(str(fault))
+        return
+    for file in findings.files:
+        file.caption = found.get(file.name)
+    without = [file.name for file in findings.files if file.caption is None]
+    if found.keys() & names and without:
+        findings.problems.append(
+            f"no caption for {', '.join(without)}, but for the others: a template is used for these"
+        )
+    orphans = sorted(rows.keys() - names)
+    if orphans:
+        findings.problems.append(f"captions for pictures that are not there: {', '.join(orphans)}")
+
+
+def _other_files(folder: Path, pictures: list[Path]) -> list[str]:
+    """Files that nothing reads: videos, raw photos, captions whose name fits no picture."""
+    stems = {path.stem for path in pictures}
+    others = []
+    for path in sorted(folder.iterdir()):
+        is_caption = path.suffix == ".txt" and path.stem in stems
+        if path.name.startswith(".") or path in pictures or path.name in CAPTION_LISTS or is_caption:
+            continue
+        others.append(path.name + ("/" if path.is_dir() else ""))
+    return [f"not read: {', '.join(others)}"] if others else []

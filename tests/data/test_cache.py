@@ -1,0 +1,80 @@
+"""The caches give what the frozen parts give, bit for bit, whatever was on the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import families
+from finetune.data.cache import LatentCache, PromptCache
+from finetune.data.photos import scan
+from finetune.data.views import View, views
+from finetune.families.base import Family
+
+
+@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+def family(request: pytest.FixtureRequest, tiny_bases: dict[str, Path]) -> Family:
+    return families.load(str(tiny_bases[request.param]))
+
+
+def all_views(folder: Path) -> list[View]:
+    return [view for photo in scan(folder) for view in views(photo, 32, "center", 1, True, 0)]
+
+
+def test_latents_are_the_vaes_own(family: Family, photos: Path, tmp_path: Path) -> None:
+    """Against diffusers' encoder on one view, scaled as its pipeline scales it."""
+    cache, wanted = LatentCache(tmp_path, "base"), all_views(photos)
+    counted: list[int] = []
+    cache.fill(family, wanted, "cpu", counted.append)
+    assert sum(counted) == len(wanted) == 6
+    vae = family.parts["vae"]
+    with torch.no_grad():
+        own = vae.encode(wanted[3].pixels()[None]).latent_dist
+    held = cache.latents(wanted[3])
+    assert torch.equal(held.mean, own.mean[0] * vae.config.scaling_factor)
+    assert torch.equal(held.std, own.std[0] * vae.config.scaling_factor)
+
+
+def test_a_warm_a_cold_and_a_damaged_cache_are_the_same_bits(family: Family, photos: Path, tmp_path: Path) -> None:
+    wanted = all_views(photos)
+    cold = LatentCache(tmp_path / "a", "base")
+    cold.fill(family, wanted, "cpu")
+    files = sorted((tmp_path / "a").rglob("*.safetensors"))
+    assert len(files) == len(wanted)
+    files[0].write_bytes(files[0].read_bytes()[:40])
+    files[1].unlink()
+    kept = {file: file.stat().st_mtime_ns for file in files[2:]}
+    warm = LatentCache(tmp_path / "a", "base")
+    warm.fill(family, wanted, "cpu")
+    for view in wanted:
+        assert torch.equal(warm.latents(view).mean, cold.latents(view).mean)
+        assert torch.equal(warm.latents(view).std, cold.latents(view).std)
+    assert {file: file.stat().st_mtime_ns for file in files[2:]} == kept
+    assert sorted((tmp_path / "a").rglob("*.safetensors")) == files
+
+
+def test_another_base_or_precision_is_another_file(family: Family, photos: Path, tmp_path: Path) -> None:
+    wanted = all_views(photos)[:1]
+    for base, dtype in (("one", torch.float32), ("two", torch.float32), ("one", torch.bfloat16)):
+        LatentCache(tmp_path, base, dtype).fill(family, wanted, "cpu")
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+
+
+def test_prompts_are_the_encoders_own_and_come_back_from_the_disk(family: Family, tmp_path: Path) -> None:
+    prompts = ["", "a photo of a dog", "a red mug on the beach"]
+    cache = PromptCache(family, "base", tmp_path)
+    cache.fill(prompts)
+    with torch.no_grad():
+        own = family.encode_prompts(prompts)
+    got = cache([prompts[2], prompts[0], prompts[2]])
+    assert got.keys() == own.keys()
+    for name, value in own.items():
+        torch.testing.assert_close(got[name], value[[2, 0, 2]], rtol=0, atol=1e-5)
+    damaged = sorted(tmp_path.rglob("*.safetensors"))[0]
+    damaged.write_bytes(b"x" * 100)
+    again = PromptCache(family, "base", tmp_path)
+    again.fill(prompts)
+    for name in own:
+        assert torch.equal(again(prompts)[name], cache(prompts)[name])

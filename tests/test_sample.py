@@ -1,0 +1,113 @@
+"""Sampling: seeds, the grid, and what a PNG says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune import families
+from finetune.families.samplers import SAMPLERS
+from finetune.sample import A1111_SAMPLERS, draw, grid, parameters, save_picture
+
+
+@pytest.mark.parametrize("name", list(families.REGISTRY))
+def test_a_picture_is_a_function_of_prompt_and_seed(name: str, tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases[name]))
+    settings = {"steps": 2, "guidance": 3.0}
+    together = draw(family, ["a mug", "a dog", "a mug"], seeds=[1, 1, 2], **settings)
+    alone = draw(family, ["a dog"], seeds=[1], **settings)
+    first, second, third = (np.asarray(picture, dtype=int) for picture in together)
+    assert first.shape == (32, 32, 3)
+    assert np.abs(second - np.asarray(alone[0], dtype=int)).max() <= 1
+    assert np.abs(first - third).max() > 1
+
+
+def test_guidance_1_is_no_guidance(tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sd1"]))
+    plain, negative = (
+        draw(family, ["a mug"], seeds=[1], steps=2, guidance=1.0, negative=text)[0] for text in ("", "a dog")
+    )
+    assert np.array_equal(np.asarray(plain), np.asarray(negative))
+
+
+def test_drawing_leaves_the_modes_as_they_were(tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sd1"]))
+    family.parts["denoiser"].train()
+    draw(family, ["a mug"], seeds=[1], steps=1)
+    assert family.parts["denoiser"].training
+    assert not family.parts["vae"].training
+
+
+def test_the_grid_and_the_parameters(tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (8, 6), (k, 0, 0)) for k in range(5)]
+    page = grid(pictures, 2)
+    assert page.size == (16, 18)
+    assert page.getpixel((12, 8)) == (3, 0, 0)
+    text = parameters("a mug", "blurry", 7, "dpm++", 20, 5.0, 64, "tiny")
+    save_picture(pictures[0], tmp_path / "a" / "b.png", text)
+    with Image.open(tmp_path / "a" / "b.png") as image:
+        assert image.text["parameters"] == text
+    assert text.splitlines() == [
+        "a mug",
+        "Negative prompt: blurry",
+        "Steps: 20, Sampler: DPM++ 2M, CFG scale: 5.0, Seed: 7, Size: 64x64, Model: tiny",
+    ]
+
+
+def test_every_sampler_has_the_name_that_other_programs_know() -> None:
+    assert A1111_SAMPLERS.keys() == SAMPLERS.keys()
+
+
+def test_a_model_name_with_a_comma_is_quoted_as_a1111_does() -> None:
+    text = parameters("p", "", 1, "euler", 5, 1.0, 64, "models/a, b")
+    assert text.splitlines() == [
+        "p",
+        'Steps: 5, Sampler: Euler, CFG scale: 1.0, Seed: 1, Size: 64x64, Model: "models/a, b"',
+    ]
+
+
+def test_captions_stand_above_their_rows() -> None:
+    pictures = [Image.new("RGB", (60, 10), "red")] * 4
+    page = np.asarray(grid(pictures, 2, ["first", "second"]))
+    assert page.shape == (2 * (10 + 16), 120, 3)
+    for top in (0, 26):
+        assert (page[top : top + 16] < 100).all(axis=2).any(), "no black ink"
+        assert (page[top + 16 : top + 26] == (255, 0, 0)).all()
+
+
+def test_released_parts_come_back_in_eval_mode(tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sd1"]))
+    whole = draw(family, ["a mug"], seeds=[1], steps=1)
+    family.release(["vae", "text_encoder"])
+    again = draw(family, ["a mug"], seeds=[1], steps=1)
+    assert not any(part.training for part in family.parts.values())
+    assert np.array_equal(np.asarray(whole[0]), np.asarray(again[0]))
+
+
+@pytest.mark.parametrize("name", list(families.REGISTRY))
+def test_a_picture_is_what_diffusers_own_call_gives(name: str, tiny_bases: dict[str, Path]) -> None:
+    """One at a time, from a pipeline that diffusers itself has loaded from the folder."""
+    kind = getattr(diffusers, families.REGISTRY[name].pipeline_class)
+    pipeline = kind.from_pretrained(tiny_bases[name], safety_checker=None, requires_safety_checker=False)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = pipeline(
+        "a mug",
+        negative_prompt="blurry",
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        width=32,
+        height=32,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    family = families.load(str(tiny_bases[name]))
+    settings = {"sampler": "ddim", "steps": 3, "guidance": 4.0, "size": 32}
+    got = draw(family, ["a dog", "a mug"], seeds=[9, 5], negative="blurry", **settings)[1]
+    assert np.abs(np.asarray(got, dtype=int) - np.asarray(wanted, dtype=int)).max() <= 1
