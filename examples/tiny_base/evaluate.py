@@ -77,7 +77,7 @@ def round_trip(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
 
 def vae_figures(folder: Path) -> dict[str, float]:
     """PSNR in dB on pictures that no training saw: the captioned world's, and the wild ones."""
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
     held = np.stack([np.asarray(bank_picture(k)) for k in range(PICTURES, PICTURES + HOLD_OUT)])
     return {"all": psnr(vae, held), "wild": psnr(vae, held[0::2]), "world": psnr(vae, held[1::2])}
 
@@ -85,7 +85,7 @@ def vae_figures(folder: Path) -> dict[str, float]:
 def judge_figures(folder: Path) -> dict[str, dict[str, float]]:
     """How often the judge is right on held-out renders, as they are and after the VAE's round trip."""
     judge = load_judge()
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
     return {
         "renders": world_rates(judge) | subject_rates(judge),
         "after the VAE": world_rates(judge, lambda pictures: round_trip(vae, pictures))
@@ -139,6 +139,6 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--combinations", choices=["held-out", "training"], default="held-out")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--processes", type=int, default=4)
     main(parser.parse_args())
