@@ -69,6 +69,7 @@ def assemble(out: Path, to: Path) -> int:
         halves = {name: value.half().contiguous() for name, value in weights[part].items()}
         assert all(value.isfinite().all() for value in halves.values()), f"{part} overflows fp16"
         save_file(halves, to / part / file, metadata={"format": "pt"})
+        (to / part / file).chmod(0o644)  # safetensors writes files that only their owner can read
     for name in COPIED:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(base / name, to / name)
