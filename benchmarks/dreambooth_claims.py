@@ -1,7 +1,7 @@
 """DreamBooth's claims, measured on the tiny base: 3 subjects x 3 seeds x {LoRA, full} x {no prior, class images}.
 
     python benchmarks/dreambooth_claims.py                    # all 36 runs, then docs/results.md
-    python benchmarks/dreambooth_claims.py --subjects mug --seeds 0 --methods lora run.steps=200   # a trial: prints only
+    python benchmarks/dreambooth_claims.py --subjects mug --seeds 0 --methods lora run.steps=200   # a trial
 
 Each run trains through `finetune.train` with the shipped recipe, draws 24 pictures a prompt with the trained weights,
 and shows them to a judge that was trained on renders only (examples/tiny_base/judge.py). Finished runs are kept under
@@ -45,7 +45,9 @@ def photos_of(subject: str, work: Path) -> Path:
     return folder
 
 
-def one_run(work: Path, subject: str, seed: int, method: str, prior: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+def one_run(
+    work: Path, subject: str, seed: int, method: str, prior: str, overrides: tuple[str, ...]
+) -> dict[str, Any]:
     """Trains one combination (unless it is done) and measures it."""
     from finetune.quiet import quiet
 
@@ -87,10 +89,15 @@ def measure(family: Any, subject: str, thing: str, seed: int, folder: Path | Non
 
     from finetune.sample import draw, grid
 
-    prompts = {"subject": f"a photo of {thing}", "class": f"a photo of a {subject}", "beach": f"a photo of {thing} on the beach"}
+    prompts = {
+        "subject": f"a photo of {thing}",
+        "class": f"a photo of a {subject}",
+        "beach": f"a photo of {thing} on the beach",
+    }
     seeds = [1000 * seed + number for number in range(COUNT)]
     drawn = {
-        name: draw(family, [text] * COUNT, seeds=seeds, steps=STEPS, guidance=GUIDANCE, size=64) for name, text in prompts.items()
+        name: draw(family, [text] * COUNT, seeds=seeds, steps=STEPS, guidance=GUIDANCE, size=64)
+        for name, text in prompts.items()
     }
     if folder is not None:
         for name, pictures in drawn.items():
@@ -135,7 +142,7 @@ def base_figures(work: Path, subject: str, seed: int) -> dict[str, Any]:
 
 
 def derive(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
-    """The claims' figures: the share of the way from the class to the real subject, and diversity against the base's."""
+    """The claims' figures: the way from the class to the real subject, and diversity against the base's."""
     gain = (row["likeness"] - base["class_likeness"]) / (row["real"] - base["class_likeness"])
     return {
         "gain": gain,
@@ -151,7 +158,9 @@ def table(rows: list[dict[str, Any]], bases: dict[tuple[str, int], dict[str, Any
     """A Markdown table: mean and, over subjects and seeds, standard deviation."""
     lines: list[str] = []
     for method, prior in product(METHODS, PRIORS):
-        chosen = [derive(r, bases[r["subject"], r["seed"]]) for r in rows if (r["method"], r["prior"]) == (method, prior)]
+        chosen = [
+            derive(r, bases[r["subject"], r["seed"]]) for r in rows if (r["method"], r["prior"]) == (method, prior)
+        ]
         if not chosen:
             continue
         if not lines:
@@ -178,7 +187,13 @@ def verdicts(rows: list[dict[str, Any]], bases: dict[tuple[str, int], dict[str, 
     for method in METHODS:
         claims = (
             ("likeness gain", "gain", "class_images", 0.7, True),
-            ("“a noun” has become the subject, with class images", "“a noun” is the subject", "class_images", 0.05, False),
+            (
+                "“a noun” has become the subject, with class images",
+                "“a noun” is the subject",
+                "class_images",
+                0.05,
+                False,
+            ),
             ("diversity of “a noun” against the base, with class images", "diversity", "class_images", 0.8, True),
             ("collapse without class images", "“a noun” is the subject", "none", 0.4, True),
             ("new places drawn", "on the beach", "class_images", 0.9, True),
@@ -187,7 +202,9 @@ def verdicts(rows: list[dict[str, Any]], bases: dict[tuple[str, int], dict[str, 
             value = mean(key, method, prior)
             holds = value >= bound if at_least else value <= bound
             sign = "≥" if at_least else "≤"
-            lines.append(f"- {'holds' if holds else '**DOES NOT HOLD**'}: {method}, {text}: {value:.2f} ({sign} {bound})")
+            lines.append(
+                f"- {'holds' if holds else '**DOES NOT HOLD**'}: {method}, {text}: {value:.2f} ({sign} {bound})"
+            )
     return lines
 
 

@@ -1,7 +1,7 @@
 """Fine-tuning and personalisation of diffusion models, with proof.
 
-    from finetune import load_recipe, train
-    train(load_recipe("dreambooth-lora", ["data.photos=photos/", "data.class_noun=dog"]))
+from finetune import load_recipe, train
+train(load_recipe("dreambooth-lora", ["data.photos=photos/", "data.class_noun=dog"]))
 """
 
 from __future__ import annotations

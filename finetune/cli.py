@@ -118,7 +118,9 @@ def sample(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a finished run's folder")],
-    to: Annotated[list[str] | None, typer.Option("--to", help="kohya, diffusers, peft; folder for full models")] = None,
+    to: Annotated[
+        list[str] | None, typer.Option("--to", help="kohya, diffusers, peft; folder for full models")
+    ] = None,
 ) -> None:
     """Write the run's adapter for other programs into RUN/exports, and check every file."""
     _loud()
@@ -223,7 +225,9 @@ def tokens_suggest(
 
 
 @tokens_app.command("check")
-def tokens_check(token: str, base: BaseOption = "tiny", class_noun: Annotated[str | None, typer.Option()] = None) -> None:
+def tokens_check(
+    token: str, base: BaseOption = "tiny", class_noun: Annotated[str | None, typer.Option()] = None
+) -> None:
     """What one token is to a base: exit 1 if it should not be used."""
     _loud()
     from finetune import families, tokens
@@ -232,7 +236,9 @@ def tokens_check(token: str, base: BaseOption = "tiny", class_noun: Annotated[st
     strength = "" if found.strength is None else f"; prior strength {found.strength:.3f}"
     typer.echo(found.verdict + strength)
     if not found.good:
-        raise CheckFailed(f"{token!r} is not a good rare token: `finetune tokens suggest --base {base}` finds better ones")
+        raise CheckFailed(
+            f"{token!r} is not a good rare token: `finetune tokens suggest --base {base}` finds better ones"
+        )
 
 
 def _train(recipe: object, dry_run: bool, run: Path | None = None) -> None:

@@ -39,7 +39,9 @@ def _versions() -> list[Finding]:
         try:
             found = version(name)
         except PackageNotFoundError:
-            findings.append(Finding(name, "missing", False, "install it: pip install -c constraints.txt finetune-diffusion"))
+            findings.append(
+                Finding(name, "missing", False, "install it: pip install -c constraints.txt finetune-diffusion")
+            )
             continue
         bound = bounds.get(name)
         inside = bound is None or bound.contains(found, prereleases=True)
@@ -123,7 +125,9 @@ def _hub() -> Finding:
     try:
         urllib.request.urlopen("https://huggingface.co/api/models?limit=1", timeout=3).close()
     except (OSError, urllib.error.URLError):
-        return Finding("hub", "out of reach", None, "use base=tiny or a local folder, or check the connection or proxy")
+        return Finding(
+            "hub", "out of reach", None, "use base=tiny or a local folder, or check the connection or proxy"
+        )
     return Finding("hub", "reachable", True)
 
 
@@ -133,7 +137,9 @@ def _space() -> Finding:
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 2**30
     enough = free >= NEEDED_GB
-    advice = "" if enough else f"free some space, or set FINETUNE_CACHE to another disk (about {NEEDED_GB} GiB are wanted)"
+    advice = (
+        "" if enough else f"free some space, or set FINETUNE_CACHE to another disk (about {NEEDED_GB} GiB are wanted)"
+    )
     return Finding("free space", f"{free:.0f} GiB at {cache_dir()}", enough, advice)
 
 

@@ -19,9 +19,9 @@ from finetune import families, tokens
 from finetune.config import ClassImages, Recipe
 from finetune.data.batches import Batches, Sample
 from finetune.data.cache import LatentCache, PromptCache
-from finetune.data.captions import caption_photos
+from finetune.data.captions import caption_photos, summarise
 from finetune.data.photos import Photo, scan
-from finetune.data.views import View, views
+from finetune.data.views import enlarged, views
 from finetune.errors import BadInput, CheckFailed
 from finetune.families.base import Family
 from finetune.files import cache_dir
@@ -31,7 +31,7 @@ from finetune.progress import phase
 from finetune.report import write_report
 from finetune.results import export_run
 from finetune.run import RunFolder, next_folder
-from finetune.sample import draw
+from finetune.sample import draw, parameters, save_picture
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Say = Callable[[str], None]
@@ -90,8 +90,7 @@ def look(recipe: Recipe) -> Job:
         token=token,
         noun=recipe.data.class_noun,
     )
-    by_file = sum(item.source == "file" for item in captioned)
-    summary = f"{by_file} of {len(photos)} captioned by files, {len(photos) - by_file} by templates"
+    summary = summarise(captioned, token)
     base_hash = families.base_hash(family.folder)
     return Job(recipe, family, base_hash, token, photos, [c.captions for c in captioned], summary, resolution)
 
@@ -111,13 +110,15 @@ def plan(job: Job) -> dict[str, Any]:
     seen = recipe.run.steps * recipe.run.batch_size
     rows: dict[str, Any] = {
         "base": f"{recipe.base.source} ({job.family.name}, {job.family.schedule.prediction})",
-        "subject": f"{len(job.photos)} photos, {job.caption_summary}",
+        "subject": job.caption_summary,
         "training prompts": list(dict.fromkeys(text for texts in job.captions for text in texts))[:5],
         "token": f"{job.token} (class noun: {job.noun or 'none'})",
         "resolution": job.resolution,
         "steps": f"{recipe.run.steps} of {recipe.run.batch_size} photo(s), {recipe.run.accumulate} micro-batch(es)",
         "each photo": f"seen {seen / len(job.photos):.0f} times",
     }
+    if note := enlarged(job.photos, job.resolution):
+        rows["enlarged"] = note
     if isinstance(recipe.prior, ClassImages):
         rows["class images"] = (
             f"{recipe.prior.count} of {job.class_prompt!r}, each seen {seen / recipe.prior.count:.1f} times"
@@ -138,19 +139,19 @@ def train(recipe: Recipe, run_dir: Path | str | None = None, say: Say = lambda l
     path = Path(run_dir) if run_dir is not None else recipe.run.dir
     folder = RunFolder(path if path is not None else next_folder(recipe.run.name))
     job = look(recipe)
-    accelerator = make_accelerator(recipe.run, job.recipe.method.is_adapter)
+    accelerator = make_accelerator(recipe.run, job.recipe.method.is_adapter, folder.path)
     if accelerator.is_main_process:
         folder.open(recipe)
         folder.write_info(_info(job, folder.info))
     accelerator.wait_for_everyone()
     for name, value in plan(job).items():
         say(f"{name:>16}  {value}")
-    if not folder.finished:
-        _train(job, folder, accelerator)
-    else:
+    if folder.finished:
         _load_result(job, folder)
+    else:
+        _train(job, folder, accelerator)
     if accelerator.is_main_process:
-        _finish(job, folder, str(accelerator.device), say)
+        _finish(job, folder, accelerator.device, say)
     accelerator.wait_for_everyone()
     return folder.path
 
@@ -178,40 +179,51 @@ def _info(job: Job, before: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(job: Job, folder: RunFolder, accelerator: Accelerator) -> None:
-    recipe, family, device = job.recipe, job.family, accelerator.device
-    for part in family.parts.values():
-        part.to(device)
-    streams = _streams(job, accelerator)
+    """The pictures of before, the training, and the trained weights in RUN/adapter."""
+    recipe = job.recipe
+    _to_device(job, accelerator.device)
     if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
         _draw_samples(job, folder.path / "samples" / "before", "Before")
-    cache = LatentCache(cache_dir(), job.base_hash, next(family.parts["vae"].parameters()).dtype)
-    all_views = [view for stream in streams for sample in stream for view in sample.views]
-    with phase("Latents", len(all_views)) as advance, accelerator.main_process_first():
-        cache.fill(family, all_views, device, lambda amount: advance(amount, ""))
+    if recipe.run.trackers:
+        accelerator.init_trackers("finetune", config={"recipe": recipe.model_dump_json()})
+    fit_job(job, folder, accelerator)
+    if recipe.run.trackers:
+        accelerator.end_training()
+    if accelerator.is_main_process:
+        folder.save_result(recipe.method.state_dict(job.family), {"base_hash": job.base_hash})
+
+
+def _to_device(job: Job, device: torch.device) -> None:
+    for part in job.family.parts.values():
+        part.to(device)
+
+
+def fit_job(
+    job: Job, folder: RunFolder, accelerator: Accelerator, on_step: Callable[[int], None] | None = None
+) -> None:
+    """Class images, caches, the method attached, and the loop: what is trained ends in `job.family`."""
+    recipe, family, device = job.recipe, job.family, accelerator.device
+    _to_device(job, device)
+    streams = _streams(job, accelerator)
+    cache = _latents(job, streams, accelerator)
     encode_prompts = _prompt_encoder(job, streams, accelerator)
     trained = recipe.method.attach(family, recipe.run.seed)
     if recipe.run.gradient_checkpointing:
         family.enable_gradient_checkpointing(recipe.method.part_names(family))
+    run = recipe.run
     batches = Batches(
-        streams,
-        cache,
-        recipe.run.seed,
-        recipe.run.batch_size,
-        recipe.run.accumulate,
-        accelerator.process_index,
-        accelerator.num_processes,
+        streams, cache, run.seed, run.batch_size, run.accumulate, accelerator.process_index, accelerator.num_processes
     )
-    frozen = [part for part in family.parts if part not in recipe.method.part_names(family) and part != "denoiser"]
-    released = [part for part in frozen if part == "vae" or isinstance(encode_prompts, PromptCache)]
-    family.release(released)
-    if recipe.run.trackers:
-        accelerator.init_trackers("finetune", config={"recipe": recipe.model_dump_json()})
+    idle = _idle_parts(job, encode_prompts)
+    family.release(idle)
 
-    def preview(step: int) -> None:
+    def after_step(step: int) -> None:
         if recipe.sample.every and step % recipe.sample.every == 0 and accelerator.is_main_process:
-            family.restore(released, device)
+            family.restore(idle, device)
             _draw_samples(job, folder.path / "samples" / f"step-{step:06d}", "Preview", count=1)
-            family.release(released)
+            family.release(idle)
+        if on_step is not None:
+            on_step(step)
 
     fit(
         accelerator=accelerator,
@@ -221,23 +233,40 @@ def _train(job: Job, folder: RunFolder, accelerator: Accelerator) -> None:
         encode_prompts=encode_prompts,
         batches=batches,
         optim=recipe.optim,
-        run=recipe.run,
+        run=run,
         folder=folder,
         stratify=batches.samples_per_step if recipe.objective.timesteps == "stratified" else None,
-        on_step=preview,
+        on_step=after_step,
     )
-    if recipe.run.trackers:
-        accelerator.end_training()
-    family.restore(released, device)
-    if accelerator.is_main_process:
-        folder.save_result(recipe.method.state_dict(family), {"base_hash": job.base_hash})
+    family.restore(idle, device)
+
+
+def _latents(job: Job, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> LatentCache:
+    cache = LatentCache(cache_dir(), job.base_hash, next(job.family.parts["vae"].parameters()).dtype)
+    views = [view for stream in streams for sample in stream for view in sample.views]
+    with phase("Latents", len(views)) as advance, accelerator.main_process_first():
+        cache.fill(job.family, views, accelerator.device, lambda amount: advance(amount, ""))
+    return cache
+
+
+def _idle_parts(job: Job, encode_prompts: PromptEncoder) -> list[str]:
+    """Frozen parts whose work is cached: they leave memory while the loop runs."""
+    busy = {"denoiser", *job.recipe.method.part_names(job.family)}
+    cached = isinstance(encode_prompts, PromptCache)
+    return [part for part in job.family.parts if part not in busy and (part == "vae" or cached)]
 
 
 def _streams(job: Job, accelerator: Accelerator) -> list[list[Sample]]:
     """Stream 0: the subject's photos. Stream 1, with a prior: class images, their loss weighted by lambda."""
     data, prior, seed = job.recipe.data, job.recipe.prior, job.recipe.run.seed
     subject = [
-        Sample(_views(job, photo, data.crop, data.flip), texts, 1.0, data.caption_dropout, photo.path.name)
+        Sample(
+            views(photo, job.resolution, data.crop, data.crops, data.flip, seed),
+            texts,
+            1.0,
+            data.caption_dropout,
+            photo.path.name,
+        )
         for photo, texts in zip(job.photos, job.captions, strict=True)
     ]
     if not isinstance(prior, ClassImages):
@@ -263,10 +292,6 @@ def _streams(job: Job, accelerator: Accelerator) -> list[list[Sample]]:
         for picture in pictures
     ]
     return [subject, classes]
-
-
-def _views(job: Job, photo: Photo, crop: str, flip: bool) -> list[View]:
-    return views(photo, job.resolution, crop, job.recipe.data.crops, flip, job.recipe.run.seed)
 
 
 def _prompt_encoder(job: Job, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> PromptEncoder:
@@ -299,9 +324,9 @@ def _draw_samples(job: Job, folder: Path, title: str, count: int | None = None) 
             size=job.resolution,
             advance=lambda amount: advance(amount, ""),
         )
-    folder.mkdir(parents=True, exist_ok=True)
     for (p, s), picture in zip(pairs, pictures, strict=True):
-        picture.save(folder / f"{p:02d}-{s}.png")
+        about = (sample.negative, s, sample.sampler, sample.steps, sample.guidance, job.resolution)
+        save_picture(picture, folder / f"{p:02d}-{s}.png", parameters(prompts[p], *about, job.recipe.base.source))
 
 
 def _load_result(job: Job, folder: RunFolder) -> None:
@@ -309,9 +334,8 @@ def _load_result(job: Job, folder: RunFolder) -> None:
     job.recipe.method.load_state_dict(job.family, folder.result())
 
 
-def _finish(job: Job, folder: RunFolder, device: str, say: Say) -> None:
-    for part in job.family.parts.values():
-        part.to(device)
+def _finish(job: Job, folder: RunFolder, device: torch.device, say: Say) -> None:
+    _to_device(job, device)
     if not (folder.path / "samples" / "after").is_dir():
         _draw_samples(job, folder.path / "samples" / "after", "After")
     exported = export_run(folder, job.family)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -69,7 +70,7 @@ class Step(nn.Module):
         return (order[[draw.sample for draw in draws]] + u) / self.stratify
 
 
-def make_accelerator(run: Run, adapter: bool) -> Accelerator:
+def make_accelerator(run: Run, adapter: bool, folder: Path | None = None) -> Accelerator:
     """Device, precision, accumulation and processes, as the recipe asks for them.
 
     An adapter on a bf16 base trains without autocast (the adapter is fp32 and the base is cast once); full
@@ -83,7 +84,7 @@ def make_accelerator(run: Run, adapter: bool) -> Accelerator:
         mixed_precision=mixed,
         gradient_accumulation_steps=run.accumulate,
         log_with=list(run.trackers) or None,
-        project_dir=run.dir,
+        project_dir=folder,
         cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     )
 

@@ -13,11 +13,15 @@ def enable() -> None:
     _enabled = True
 
 
+def _silent(amount: int, note: str = "") -> None:
+    """What `phase` gives while nothing is shown."""
+
+
 @contextmanager
 def phase(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     """`with phase("Training", 250) as advance: advance(1, "loss 0.12")`: speed and time left are added."""
     if not _enabled:
-        yield lambda amount, note="": None
+        yield _silent
         return
     from rich.progress import (
         BarColumn,

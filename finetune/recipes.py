@@ -37,5 +37,9 @@ def find(source: str) -> Path:
 
 def summary(path: Path) -> str:
     """What a recipe is for: the second line of the comment it begins with."""
-    lines = [line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    lines = [
+        line.removeprefix("#").strip()
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("#")
+    ]
     return lines[1] if len(lines) > 1 else ""

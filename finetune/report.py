@@ -195,7 +195,8 @@ def _exports(path: Path) -> str:
     rows = []
     for item in json.loads(file.read_text(encoding="utf-8")):
         checks = "<br>".join(
-            f'<span class="{"bad" if check.startswith("FAILED") else "good"}">{escape(check)}</span>' for check in item["checks"]
+            f'<span class="{"bad" if check.startswith("FAILED") else "good"}">{escape(check)}</span>'
+            for check in item["checks"]
         )
         size = item["size"] / 1e6
         rows.append(

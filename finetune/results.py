@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,15 @@ import torch
 
 from finetune import families
 from finetune.errors import BadInput
-from finetune.export import REGISTRY, Exported, adapter_from, apply_adapter, export_adapter, export_folder, read_adapter
+from finetune.export import (
+    REGISTRY,
+    Exported,
+    adapter_from,
+    apply_adapter,
+    export_adapter,
+    export_folder,
+    read_adapter,
+)
 from finetune.families.base import Family
 from finetune.files import write_json
 from finetune.run import RunFolder
@@ -50,7 +59,7 @@ def open_run(folder: RunFolder) -> tuple[Family, dict[str, Any]]:
 def export_run(folder: RunFolder, family: Family, formats: Sequence[str] = ()) -> list[Exported]:
     """Writes RUN/exports/ from a family with the run's training in it, checks every file, and notes it all in
     exports.json. Without `formats`: all that can hold what was trained."""
-    recipe, info = folder.recipe, folder.info
+    recipe = folder.recipe
     target, name = folder.path / "exports", recipe.run.name
     if recipe.method.is_adapter:
         exported = export_adapter(
@@ -87,8 +96,6 @@ def _about(folder: RunFolder) -> dict[str, str]:
 
 def _merged(file: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:
     """What exports.json lists: the new files, and older ones of other formats that are still there."""
-    import json
-
     old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     new = [asdict(item) | {"path": str(item.path)} for item in exported]
     formats = {item["format"] for item in new}

@@ -66,7 +66,7 @@ def check(family: Family, text: str, noun: str | None = None, measure: bool = Tr
 
 
 def suggest(family: Family, count: int = 10, noun: str | None = None, measured: int = 24) -> list[Token]:
-    """The best rare tokens, those with the weakest prior first, of `measured` candidates spread over the rare range."""
+    """The best rare tokens, those weakest prior first, of `measured` candidates spread over the rare range."""
     candidates = rare_tokens(family.tokenizers)
     chosen = candidates[:: max(1, len(candidates) // measured)][:measured]
     found = [_measured(family, describe(family.tokenizers, text), noun) for text in chosen]
@@ -76,7 +76,8 @@ def suggest(family: Family, count: int = 10, noun: str | None = None, measured: 
 def describe(tokenizers: Sequence[Any], text: str) -> Token:
     pieces = [tokenizer.tokenize(text) for tokenizer in tokenizers]
     ranks = [
-        tokenizer.convert_tokens_to_ids(split[0]) / len(tokenizer) for tokenizer, split in zip(tokenizers, pieces, strict=True)
+        tokenizer.convert_tokens_to_ids(split[0]) / len(tokenizer)
+        for tokenizer, split in zip(tokenizers, pieces, strict=True)
     ]
     shown = [[piece.removesuffix(END) for piece in split] for split in pieces]
     return Token(text, shown, min(ranks), meaning_of(text))
@@ -87,7 +88,9 @@ def rare_tokens(tokenizers: Sequence[Any]) -> list[str]:
     rarest first."""
     vocab = tokenizers[0].get_vocab()
     floor = RARE_FROM * len(tokenizers[0])
-    words = [(number, text.removesuffix(END)) for text, number in vocab.items() if text.endswith(END) and number >= floor]
+    words = [
+        (number, text.removesuffix(END)) for text, number in vocab.items() if text.endswith(END) and number >= floor
+    ]
     fitting = [text for _, text in sorted(words, reverse=True) if _looks_rare(text)]
     return [text for text in fitting if all(len(tokenizer.tokenize(text)) == 1 for tokenizer in tokenizers)]
 
@@ -125,7 +128,7 @@ def prior_strength(family: Family, token: str, noun: str | None, draws: int = 4)
 
 
 def _predictions(family: Family, prompts: Sequence[str], draws: int) -> list[Tensor]:
-    """The denoiser's output on pure noise for each prompt: [draws, C, h, w]. Late timesteps are where a word decides."""
+    """The denoiser's output on pure noise for each prompt: [draws, C, h, w]. Late timesteps decide what is drawn."""
     denoiser: Any = family.parts["denoiser"]
     device = next(denoiser.parameters()).device
     side = family.resolution // family.latent_factor

@@ -23,7 +23,9 @@ def test_a_recipe_is_its_sections_constructors() -> None:
 
 
 def test_overrides_are_yaml_and_win() -> None:
-    recipe = parse_recipe(MINIMAL, ["method.rank=3", "base=other/base", "data.templates=['a {token}']", "run.ema=0.99"])
+    recipe = parse_recipe(
+        MINIMAL, ["method.rank=3", "base=other/base", "data.templates=['a {token}']", "run.ema=0.99"]
+    )
     assert (recipe.method.rank, recipe.base.source, recipe.run.ema) == (3, "other/base", 0.99)
     assert recipe.data.templates == ["a {token}"]
 

@@ -115,7 +115,9 @@ class Held:
 def streams(folder: Path, classes: int = 5) -> list[list[Sample]]:
     photo = scan(folder)
     subject = [Sample(views(p, 16, "center", 1, True, 0), ["a", "b"], 1.0, 0.3, p.path.name) for p in photo]
-    other = [Sample(views(photo[k % 3], 16, "random", 1, False, k), [f"c{k}"], 0.5, 0.0, f"c{k}") for k in range(classes)]
+    other = [
+        Sample(views(photo[k % 3], 16, "random", 1, False, k), [f"c{k}"], 0.5, 0.0, f"c{k}") for k in range(classes)
+    ]
     return [subject, other]
 
 

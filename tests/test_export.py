@@ -1,4 +1,4 @@
-"""Exports: what is written is what was trained, by our own re-reading and by diffusers and PEFT; planted faults are found."""
+"""Exports: what is written is what was trained, read again by us, by diffusers and by PEFT; faults are found."""
 
 from __future__ import annotations
 
@@ -238,7 +238,12 @@ SDXL = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
-    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_encoder": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
     "text_encoder_2": {
         "hidden_size": 1280,
         "intermediate_size": 5120,

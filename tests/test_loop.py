@@ -65,8 +65,7 @@ def run_fit(
         trained=trained,
         objective=Objective(weighting="min_snr").build(family.schedule),
         encode_prompts=family.encode_prompts,
-        batches=batches
-        or Memory(4, accumulate, accelerator.process_index, accelerator.num_processes),
+        batches=batches or Memory(4, accumulate, accelerator.process_index, accelerator.num_processes),
         optim=optim or AdamW(lr=1e-3, schedule="cosine", warmup=2),
         run=run,
         folder=RunFolder(folder),
@@ -226,7 +225,10 @@ def test_two_processes_give_the_result_of_one(kind: str, tiny_bases: dict[str, P
         arguments = [str(tmp_path / name), str(tiny_bases["sdxl"]), kind]
         done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
-    one, two, other = (load_file(tmp_path / place) for place in ("one/rank0.safetensors", "two/rank0.safetensors", "two/rank1.safetensors"))
+    one, two, other = (
+        load_file(tmp_path / place)
+        for place in ("one/rank0.safetensors", "two/rank0.safetensors", "two/rank1.safetensors")
+    )
     assert all(torch.equal(two[name], other[name]) for name in two)
     assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=2e-6) for name in one)
     losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two")]

@@ -48,7 +48,9 @@ class Diffusers(Export):
         with safe_open(path, "pt") as opened:
             about = json.loads((opened.metadata() or {}).get(HEADER, "{}"))
         if not about:
-            raise BadInput(f"{path} does not say its alpha ({HEADER} is not in its header): diffusers would take the rank")
+            raise BadInput(
+                f"{path} does not say its alpha ({HEADER} is not in its header): diffusers would take the rank"
+            )
         layers: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
         tensors = load_file(path)
         for key in tensors:

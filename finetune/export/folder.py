@@ -22,7 +22,8 @@ def export_folder(family: Family, path: Path, dtype: str) -> Exported:
     family.pipeline().save_pretrained(temporary, safe_serialization=True)
     for file in temporary.rglob("*.safetensors"):
         tensors = {
-            name: value.to(DTYPES[dtype]) if value.is_floating_point() else value for name, value in load_file(file).items()
+            name: value.to(DTYPES[dtype]) if value.is_floating_point() else value
+            for name, value in load_file(file).items()
         }
         save_tensors(file, tensors, {"format": "pt"})
     for file in family.folder.glob("tokenizer*/*"):

@@ -57,7 +57,9 @@ class Kohya(Export):
             layers.setdefault(part, {})[module] = (a.float(), b.float())
             scales.add((a.shape[0], alpha / a.shape[0]))
         if len(scales) != 1:
-            raise BadInput(f"{path} has modules of several ranks or alphas ({sorted(scales)[:3]}): diffusers would misread it")
+            raise BadInput(
+                f"{path} has modules of several ranks or alphas ({sorted(scales)[:3]}): diffusers would misread it"
+            )
         rank, scale = scales.pop()
         return Adapter(family, base_folder, layers, rank, scale)
 

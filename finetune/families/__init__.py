@@ -52,7 +52,9 @@ def resolve(source: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder.absolute()
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise BadInput(f"the base {source!r} is no folder: give 'tiny', a diffusers folder or a hub id like owner/name")
+        raise BadInput(
+            f"the base {source!r} is no folder: give 'tiny', a diffusers folder or a hub id like owner/name"
+        )
     return _download(source, revision)
 
 

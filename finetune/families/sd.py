@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import diffusers
 import torch
@@ -31,13 +31,15 @@ class DiffusersFamily(Family):
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self.folder, self.dtype = folder, dtype
         self.parts = {name: self._load_part(name) for name in self.sources}
-        self.tokenizers = [_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in self.text_encoders]
+        self.tokenizers = [
+            _tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in self.text_encoders
+        ]
         self.scheduler = _scheduler(folder)
         self.schedule = Schedule.from_config(dict(self.scheduler.config))
-        vae = self.parts["vae"].config
+        vae, denoiser = cast(Any, self.parts["vae"]).config, cast(Any, self.parts["denoiser"]).config
         self.latent_factor = 2 ** (len(vae.block_out_channels) - 1)
         self.scaling = float(vae.scaling_factor)
-        self.resolution = int(self.parts["denoiser"].config.sample_size) * self.latent_factor
+        self.resolution = int(denoiser.sample_size) * self.latent_factor
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> Family:
@@ -106,7 +108,7 @@ class DiffusersFamily(Family):
         return vae.decode((latents / self.scaling).to(vae.dtype)).sample.float()
 
     def tokenize(self, index: int, prompts: Sequence[str]) -> Tensor:
-        """Token ids [B, length] of the `index`-th tokenizer; what does not fit is cut, with a warning that says what."""
+        """Token ids [B, length] of the `index`-th tokenizer; what does not fit is cut, and a warning names it."""
         tokenizer = self.tokenizers[index]
         length = tokenizer.model_max_length
         for prompt in prompts:
@@ -114,7 +116,8 @@ class DiffusersFamily(Family):
             if len(whole) > length:
                 cut = tokenizer.decode(whole[length - 1 : -1])
                 warnings.warn(
-                    f"the prompt {prompt!r} is longer than {length} tokens; {cut!r} is not read: shorten it", stacklevel=2
+                    f"the prompt {prompt!r} is longer than {length} tokens; {cut!r} is not read: shorten it",
+                    stacklevel=2,
                 )
         return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")[
             "input_ids"
@@ -141,7 +144,9 @@ class DiffusersFamily(Family):
 
     def pipeline(self, sampler: str | None = None) -> Any:
         self.restore(list(self.parts), next(self.parts["denoiser"].parameters()).device)
-        pipeline = getattr(diffusers, self.pipeline_class)(**self._pipeline_parts(make_scheduler(self.scheduler, sampler)))
+        pipeline = getattr(diffusers, self.pipeline_class)(
+            **self._pipeline_parts(make_scheduler(self.scheduler, sampler))
+        )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -185,7 +190,10 @@ class StableDiffusion1(DiffusersFamily):
     ) -> Tensor:
         denoiser: Any = self.parts["denoiser"]
         return denoiser(
-            noisy.to(denoiser.dtype), timesteps, encoder_hidden_states=cond["hidden"].to(denoiser.dtype), return_dict=False
+            noisy.to(denoiser.dtype),
+            timesteps,
+            encoder_hidden_states=cond["hidden"].to(denoiser.dtype),
+            return_dict=False,
         )[0]
 
     def _pipeline_parts(self, scheduler: Any) -> dict[str, Any]:
@@ -232,4 +240,6 @@ def _scheduler(folder: Path) -> Any:
     if not file.is_file():
         raise BadInput(f"{folder} has no scheduler/scheduler_config.json: it tells what the base predicts")
     config = diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler")
-    return getattr(diffusers, config.get("_class_name", "DDIMScheduler")).from_pretrained(folder, subfolder="scheduler")
+    return getattr(diffusers, config.get("_class_name", "DDIMScheduler")).from_pretrained(
+        folder, subfolder="scheduler"
+    )

@@ -50,7 +50,7 @@ class StableDiffusionXL(DiffusersFamily):
         return torch.float32 if name == "vae" and self.dtype == torch.float16 else self.dtype
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """{"hidden": [B, length, w1 + w2], "pooled": [B, w]}: second-last layers joined, the second's pooled vector."""
+        """{"hidden": [B, length, w1 + w2], "pooled": [B, w]}: second-last layers joined; the second's pooled."""
         hidden, pooled = [], None
         for index, name in enumerate(self.text_encoders):
             encoder: Any = self.parts[name]

@@ -4,14 +4,52 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
 import transformers
 
-WORDS = """a an the of in on at by photo picture drawing dog mug cat toy bag car beach snow night city table red blue
-green style small large night grass sks ohwx zwx vtx qbv xjy rpz kwg""".split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "of",
+    "in",
+    "on",
+    "at",
+    "by",
+    "photo",
+    "picture",
+    "drawing",
+    "dog",
+    "mug",
+    "cat",
+    "toy",
+    "bag",
+    "car",
+    "beach",
+    "snow",
+    "night",
+    "city",
+    "table",
+    "red",
+    "blue",
+    "green",
+    "style",
+    "small",
+    "large",
+    "night",
+    "grass",
+    "sks",
+    "ohwx",
+    "zwx",
+    "vtx",
+    "qbv",
+    "xjy",
+    "rpz",
+    "kwg",
+]
 LENGTH = 16
 
 
@@ -31,7 +69,7 @@ def tiny_tokenizer(folder: Path) -> Any:
             left += right
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
-    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=cast(Any, merges), model_max_length=LENGTH)
     assert len(tokenizer) == len(vocab)
     tokenizer.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
@@ -86,7 +124,12 @@ def tiny_unet(cross_width: int, **extra: Any) -> diffusers.UNet2DConditionModel:
 
 def tiny_scheduler(prediction: str) -> diffusers.DDIMScheduler:
     return diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction, clip_sample=False, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction,
+        clip_sample=False,
+        steps_offset=1,
     )
 
 

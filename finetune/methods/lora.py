@@ -1,10 +1,10 @@
-"""LoRA through PEFT (arXiv:2106.09685): W + (alpha / r) B A, with W frozen; rsLoRA (arXiv:2312.03732) alpha / sqrt(r)."""
+"""LoRA through PEFT (arXiv:2106.09685): W + (alpha / r) B A with W frozen; rsLoRA (arXiv:2312.03732): alpha / sqrt(r)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import peft
 import torch
@@ -60,7 +60,7 @@ class LoRA(Method):
     def _config(self, family: Family, part: str) -> Any:
         return peft.LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha_value,
+            lora_alpha=cast(int, self.alpha_value),  # PEFT computes with floats too
             lora_dropout=self.dropout,
             use_rslora=self.rank_stabilised,
             target_modules=family.lora_targets(part, self.targets),

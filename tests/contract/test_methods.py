@@ -73,7 +73,9 @@ def test_every_trained_weight_gets_a_gradient(name: str, kind: str, parts: list,
 
 
 @every_case
-def test_step_0_is_the_base_and_the_seed_decides(name: str, kind: str, parts: list, tiny_bases: dict[str, Path]) -> None:
+def test_step_0_is_the_base_and_the_seed_decides(
+    name: str, kind: str, parts: list, tiny_bases: dict[str, Path]
+) -> None:
     family, again = (families.load(str(tiny_bases[name])) for _ in range(2))
     before = predict(family)
     first = methods.REGISTRY[kind](parts=parts).attach(family, 0)
@@ -97,7 +99,9 @@ def test_saved_and_loaded_is_the_same(name: str, kind: str, parts: list, tiny_ba
 
 
 @every_case
-def test_checkpointing_gives_the_same_gradients(name: str, kind: str, parts: list, tiny_bases: dict[str, Path]) -> None:
+def test_checkpointing_gives_the_same_gradients(
+    name: str, kind: str, parts: list, tiny_bases: dict[str, Path]
+) -> None:
     gradients = []
     for checkpointing in (False, True):
         family = families.load(str(tiny_bases[name]))
