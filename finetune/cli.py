@@ -81,7 +81,7 @@ def sample(
     seed: int = 0,
     count: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 4,
     steps: Annotated[int, typer.Option(min=1)] = 25,
-    guidance: float = 5.0,
+    guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
     sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
     base: BaseOption = "tiny",
     out: Annotated[Path, typer.Option(help="where the pictures go")] = Path("samples"),
@@ -94,6 +94,7 @@ def sample(
 
     family, info = open_result(source, base, _device())
     size = info.get("resolution") or family.resolution
+    guidance = guidance if guidance is not None else info.get("guidance", 5.0)
     seeds = [seed + number for number in range(count)]
     pairs = [(text, one) for text in prompt for one in seeds]
     with phase("Drawing", len(pairs)) as advance:

@@ -6,6 +6,7 @@ Each stage is a function here and can be read on its own; the loop is in `finetu
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -146,7 +147,7 @@ def train(recipe: Recipe, run_dir: Path | str | None = None, say: Say = lambda l
     accelerator.wait_for_everyone()
     for name, value in plan(job).items():
         say(f"{name:>16}  {value}")
-    if folder.finished:
+    if folder.finished(recipe.run.steps):
         _load_result(job, folder)
     else:
         _train(job, folder, accelerator)
@@ -174,6 +175,7 @@ def _info(job: Job, before: dict[str, Any]) -> dict[str, Any]:
         "captions": job.captions,
         "photos": [str(photo.path) for photo in job.photos],
         "prompts": job.sample_prompts(),
+        "guidance": job.recipe.sample.guidance,
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
     }
 
@@ -190,7 +192,9 @@ def _train(job: Job, folder: RunFolder, accelerator: Accelerator) -> None:
     if recipe.run.trackers:
         accelerator.end_training()
     if accelerator.is_main_process:
-        folder.save_result(recipe.method.state_dict(job.family), {"base_hash": job.base_hash})
+        shutil.rmtree(folder.path / "samples" / "after", ignore_errors=True)  # of a shorter run
+        about = {"base_hash": job.base_hash, "steps": str(recipe.run.steps)}
+        folder.save_result(recipe.method.state_dict(job.family), about)
 
 
 def _to_device(job: Job, device: torch.device) -> None:
@@ -307,7 +311,7 @@ def _prompt_encoder(job: Job, streams: Sequence[Sequence[Sample]], accelerator: 
 
 
 def _draw_samples(job: Job, folder: Path, title: str, count: int | None = None) -> None:
-    """PNGs <prompt number>-<seed>.png of every sample prompt, at the same seeds each time."""
+    """PNGs <prompt number>-<seed>.png of every sample prompt, at the same seeds each time; all or no folder."""
     sample = job.recipe.sample
     seeds = [sample.seed + n for n in range(count or sample.count)]
     prompts = job.sample_prompts()
@@ -324,9 +328,12 @@ def _draw_samples(job: Job, folder: Path, title: str, count: int | None = None) 
             size=job.resolution,
             advance=lambda amount: advance(amount, ""),
         )
+    temporary = folder.with_name(f".{folder.name}.tmp")
     for (p, s), picture in zip(pairs, pictures, strict=True):
         about = (sample.negative, s, sample.sampler, sample.steps, sample.guidance, job.resolution)
-        save_picture(picture, folder / f"{p:02d}-{s}.png", parameters(prompts[p], *about, job.recipe.base.source))
+        save_picture(picture, temporary / f"{p:02d}-{s}.png", parameters(prompts[p], *about, job.recipe.base.source))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def _load_result(job: Job, folder: RunFolder) -> None:

@@ -58,9 +58,15 @@ class RunFolder:
     def write_info(self, info: dict[str, Any]) -> None:
         write_json(self.path / "run.json", info)
 
-    @property
-    def finished(self) -> bool:
-        return (self.path / "adapter" / "trained.safetensors").is_file()
+    def finished(self, steps: int) -> bool:
+        """Whether the trained weights are there, and of that many steps: a longer run of the recipe goes on."""
+        from safetensors import safe_open
+
+        file = self.path / "adapter" / "trained.safetensors"
+        if not file.is_file():
+            return False
+        with safe_open(file, "pt") as held:
+            return (held.metadata() or {}).get("steps") == str(steps)
 
     def open(self, recipe: Recipe) -> None:
         """Makes the folder, or checks that an existing one was made by the same recipe.

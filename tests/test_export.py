@@ -84,7 +84,8 @@ def test_deltas_are_pefts_own(tiny_bases: dict[str, Path]) -> None:
     [
         ("sd1", "denoiser", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0",
          "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"),
-        ("sd1", "text_encoder", "encoder.layers.0.self_attn.q_proj", "lora_te_text_model_encoder_layers_0_self_attn_q_proj"),
+        ("sd1", "text_encoder", "encoder.layers.0.self_attn.q_proj",
+         "lora_te_text_model_encoder_layers_0_self_attn_q_proj"),
         ("sd2", "text_encoder", "text_model.encoder.layers.3.mlp.fc1", "lora_te_text_model_encoder_layers_3_mlp_fc1"),
         ("sdxl", "text_encoder", "encoder.layers.0.mlp.fc2", "lora_te1_text_model_encoder_layers_0_mlp_fc2"),
         ("sdxl", "text_encoder_2", "encoder.layers.0.mlp.fc2", "lora_te2_text_model_encoder_layers_0_mlp_fc2"),
@@ -258,3 +259,16 @@ def test_an_adapter_is_library_free(tiny_bases: dict[str, Path]) -> None:
     adapter = adapter_from(*trained(tiny_bases["sd1"]))
     assert isinstance(adapter, Adapter)
     assert all(type(a) is torch.Tensor and a.dtype == torch.float32 for _, _, a, _ in adapter.modules())
+
+
+def test_an_adapter_too_faint_for_fp16_is_told_to_leave_as_fp32(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    layer = {"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": None}
+    family = families.load(str(tiny_bases["sd1"]))
+    weight = dict(family.parts["denoiser"].named_modules())[next(iter(layer))].weight
+    torch.manual_seed(0)
+    pair = (torch.randn(2, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], 2) * 1e-6)
+    faint = Adapter("sd1", tiny_bases["sd1"], {"denoiser": {next(iter(layer)): pair}}, 2, 1.0)
+    dtypes = ("fp16", "fp32")
+    half, single = (export_adapter(faint, tmp_path / d, "x", ["kohya"], d, ABOUT)[0] for d in dtypes)
+    assert any("export fp32" in check for check in half.checks)
+    assert single.ok

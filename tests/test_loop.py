@@ -203,8 +203,10 @@ from test_loop import METHODS, run_fit
 from finetune.optim import AdamW
 folder = Path(sys.argv[1])
 folder.mkdir(exist_ok=True)
-weights = run_fit(Path(sys.argv[2]), folder, METHODS[sys.argv[3]].model_copy(update={{"dropout": 0.0}} if sys.argv[3] == "lora" else {{}}),
-    optim=AdamW(lr=1e-4, weight_decay=0.0))
+method = METHODS[sys.argv[3]]
+if method.kind == "lora":
+    method = method.model_copy(update={{"dropout": 0.0}})
+weights = run_fit(Path(sys.argv[2]), folder, method, optim=AdamW(lr=1e-4, weight_decay=0.0))
 import os
 save_file(weights, folder / f"rank{{os.environ.get('RANK', 0)}}.safetensors")
 """

@@ -1,4 +1,7 @@
-"""LoRA through PEFT (arXiv:2106.09685): W + (alpha / r) B A with W frozen; rsLoRA (arXiv:2312.03732): alpha / sqrt(r)."""
+"""LoRA through PEFT (arXiv:2106.09685): W + (alpha / r) B A with W frozen.
+
+rsLoRA (arXiv:2312.03732) scales by alpha / sqrt(r).
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,145 @@
+"""The whole job, in process, on small random bases of every family and on every shipped recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from finetune import families, job, recipes
+from finetune.config import load_recipe, parse_recipe
+from finetune.errors import BadInput
+from finetune.results import open_result
+from finetune.run import RunFolder
+
+SHORT = {"steps": 2, "checkpoint_every": 1}
+LOOK = {"count": 1, "steps": 1, "prompts": ["a photo of {token} {noun}", "a photo of a {noun}"]}
+LORA, FULL = {"kind": "lora", "rank": 2}, {"kind": "full"}
+
+
+def settings(base: Path | str, photos: Path, method: dict, **sections: dict) -> dict:
+    return {
+        "base": str(base),
+        "data": {"photos": str(photos), "class_noun": "mug"},
+        "prior": {"kind": "class_images", "count": 2, "steps": 1},
+        "method": method,
+        "optim": {"kind": "adamw", "lr": 1e-3},
+        "run": SHORT,
+        "sample": LOOK,
+    } | sections
+
+
+@pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("family", list(families.REGISTRY))
+def test_from_photos_to_page(
+    family: str, method: dict, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    recipe = parse_recipe(settings(tiny_bases[family], photos, method))
+    run = job.train(recipe, tmp_path / "run", lines.append)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 3 + 2 * 2  # photos; before and after of two prompts
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert str(tmp_path) not in json.dumps([load_metadata(file) for file in (run / "exports").rglob("*.safetensors")])
+    exported = json.loads((run / "exports" / "exports.json").read_text())
+    assert all(check.startswith("ok: ") for item in exported for check in item["checks"])
+    assert {item["format"] for item in exported} == ({"kohya", "diffusers", "peft"} if method is LORA else {"folder"})
+    assert any("class images" in line for line in lines)
+    for name in ("before", "after"):
+        assert sorted(file.name for file in (run / "samples" / name).iterdir()) == ["00-0.png", "01-0.png"]
+
+
+def load_metadata(file: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as held:
+        return held.metadata() or {}
+
+
+def test_a_stopped_job_goes_on_to_the_same_weights(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the third step of four; `resume` ends with the unbroken run's weights and metrics, bit for bit."""
+    recipe = parse_recipe(settings(tiny_bases["sd1"], photos, LORA, run={"steps": 4, "checkpoint_every": 2}))
+    whole = job.train(recipe, tmp_path / "whole")
+    monkeypatch.setattr(RunFolder, "log", stop_at(3, RunFolder.log))
+    with pytest.raises(KeyboardInterrupt):
+        job.train(recipe, tmp_path / "stopped")
+    monkeypatch.undo()
+    job.resume(tmp_path / "stopped")
+    first, second = (load_file(run / "adapter" / "trained.safetensors") for run in (whole, tmp_path / "stopped"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert metrics(whole) == metrics(tmp_path / "stopped")
+
+
+def stop_at(step: int, log: object) -> object:
+    def stopping(self: RunFolder, number: int, values: dict[str, float]) -> None:
+        if number == step:
+            raise KeyboardInterrupt
+        log(self, number, values)  # type: ignore[operator]
+
+    return stopping
+
+
+def metrics(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_a_finished_run_draws_again_what_it_drew(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    from finetune.sample import draw
+
+    run = job.train(parse_recipe(settings(tiny_bases["sd1"], photos, LORA)), tmp_path / "run")
+    family, info = open_result(run)
+    again = draw(family, info["prompts"], seeds=[0, 0], steps=1, guidance=info["guidance"], size=info["resolution"])
+    for number, picture in enumerate(again):
+        with Image.open(run / "samples" / "after" / f"{number:02d}-0.png") as held:
+            assert held.tobytes() == picture.tobytes()
+
+
+def test_a_kill_while_pictures_are_drawn_leaves_no_short_set(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = job.save_picture
+    monkeypatch.setattr(job, "save_picture", lambda picture, path, text: die(path, saved, picture, text))
+    recipe = parse_recipe(settings(tiny_bases["sd1"], photos, LORA))
+    with pytest.raises(KeyboardInterrupt):
+        job.train(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    run = job.train(recipe, tmp_path / "run")
+    assert len(list((run / "samples" / "before").iterdir())) == 2
+
+
+def die(path: Path, saved: object, picture: Image.Image, text: str) -> None:
+    if path.name.startswith("01"):
+        raise KeyboardInterrupt
+    saved(picture, path, text)  # type: ignore[operator]
+
+
+def test_a_resolution_that_latents_cannot_have_is_refused(tiny_bases: dict[str, Path], photos: Path) -> None:
+    data = {"photos": str(photos), "class_noun": "mug", "resolution": 65}
+    with pytest.raises(BadInput, match=r"data\.resolution is 65"):
+        job.look(parse_recipe(settings(tiny_bases["sd1"], photos, LORA, data=data)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_shipped_recipe_trains(name: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    """Two steps of each recipe; where it names a real base, a small random one of that family stands in."""
+    source = load_recipe(name).base.source
+    stand_in = {"tiny": "tiny"}.get(source, tiny_bases["sdxl" if "xl" in source else "sd1"])
+    short = [
+        f"data.photos={photos}", f"base={stand_in}", "run.steps=2", "sample.steps=1", "sample.count=1",
+        "data.token=sks",
+        "optim.warmup=0", "optim.lr=1e-3",
+        *(["prior.count=2", "prior.steps=1"] if load_recipe(name).prior.kind == "class_images" else []),
+    ]  # fmt: skip
+    run = job.train(load_recipe(name, short), tmp_path / "run")
+    assert (run / "report.html").is_file()
+    exported = json.loads((run / "exports" / "exports.json").read_text())
+    assert all(check.startswith("ok: ") for item in exported for check in item["checks"])
