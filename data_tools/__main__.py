@@ -1,4 +1,7 @@
-"""`python -m data_tools check PHOTOS [--resolution 512] [--json]`: exit 0 fine, 1 problems found, 2 bad input."""
+"""Tools for folders of photos: `python -m data_tools check PHOTOS` and `python -m data_tools unpack DATASET OUT`.
+
+Exit 0 fine, 1 problems found, 2 bad input.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,32 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    from data_tools.check import check
     from finetune.errors import BadInput
 
     try:
-        findings = check(options.photos, options.resolution)
+        return options.run(options)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _check(options: argparse.Namespace) -> int:
+    from data_tools.check import check
+
+    findings = check(options.photos, options.resolution)
     if options.json:
         _print_json(findings)
     else:
         _print_table(findings)
     return 0 if findings.fine else 1
+
+
+def _unpack(options: argparse.Namespace) -> int:
+    from data_tools.unpack import unpack
+
+    count = unpack(options.source, options.out, options.split, options.image, options.caption, options.limit)
+    print(f"{count} pictures in {options.out}; look them over with: python -m data_tools check {options.out}")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +56,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder of photos")
     command.add_argument("--resolution", type=_pixels, default=512, help="pixels trained at (default: 512)")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.set_defaults(run=_check)
+    command = commands.add_parser("unpack", help="a data set of the hub, or a local one, as a folder with captions")
+    command.add_argument("source", metavar="DATASET", help="a hub id, an image folder or a .parquet file")
+    command.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    command.add_argument("--split", default="train")
+    command.add_argument("--image", default="image", help="the column of pictures")
+    command.add_argument("--caption", default="text", help="the column of captions, where there is one")
+    command.add_argument("--limit", type=_number, help="at most so many pictures")
+    command.set_defaults(run=_unpack)
     return parser
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of pictures: give one such as 100")
+    return int(text)
 
 
 def _pixels(text: str) -> int:

@@ -1,0 +1,20 @@
+"""The Python API: a recipe, a run, pictures from it.
+
+python examples/train_api.py [PHOTOS] [section.key=value ...]
+"""
+
+import sys
+from pathlib import Path
+
+from finetune import load_recipe, train
+from finetune.results import open_result
+from finetune.sample import draw, grid
+
+photos = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "subject_mug"
+recipe = load_recipe("demo", [f"data.photos={photos}", "data.class_noun=mug", "run.name=api", *sys.argv[2:]])
+run = train(recipe, say=print)
+
+family, info = open_result(run)
+prompt = f"a photo of {info['token']} {info['class_noun']} on the beach"
+grid(draw(family, [prompt] * 4, seeds=range(4), guidance=3.0), 4, [prompt]).save(run / "beach.png")
+print(f"look at {run}/report.html and {run}/beach.png")

@@ -1,0 +1,58 @@
+"""Data sets become photo folders: the stored bytes, captions, and sentences for what is not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from data_tools.__main__ import main
+from finetune.data.captions import caption_rows
+from finetune.data.photos import scan
+
+
+@pytest.fixture
+def parquet(photos: Path, tmp_path: Path) -> Path:
+    files = sorted(photos.iterdir())
+    rows = datasets.Dataset.from_dict({"image": [str(file) for file in files], "text": ["a", "", "c, d"]})
+    file = tmp_path / "set.parquet"
+    rows.cast_column("image", datasets.Image()).to_parquet(str(file))
+    return file
+
+
+def test_bytes_and_captions_come_out_as_they_went_in(parquet: Path, photos: Path, tmp_path: Path) -> None:
+    assert main(["unpack", str(parquet), str(tmp_path / "out")]) == 0
+    names = [f"0000{number}.png" for number in range(3)]
+    assert [photo.path.name for photo in scan(tmp_path / "out")] == names
+    for name, file in zip(names, sorted(photos.iterdir()), strict=True):
+        assert (tmp_path / "out" / name).read_bytes() == file.read_bytes()
+    assert caption_rows(tmp_path / "out") == {names[0]: "a", names[2]: "c, d"}
+
+
+def test_an_image_folder_with_a_limit(photos: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"file_name": f"{number}.png", "text": f"nr {number}"}) for number in range(3)]
+    (photos / "metadata.jsonl").write_text("\n".join(lines))
+    assert main(["unpack", str(photos), str(tmp_path / "out"), "--limit", "2"]) == 0
+    assert set(caption_rows(tmp_path / "out").values()) == {"nr 0", "nr 1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["/nowhere", "out"], "/nowhere"),
+        (["{set}", "{here}"], "already there"),
+        (["{set}", "out", "--image", "x"], "'x'"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str], word: str, parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(["unpack", *(text.format(set=parquet, here=tmp_path) for text in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert word in error
+    assert not (tmp_path / "out").exists()
