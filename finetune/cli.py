@@ -217,12 +217,13 @@ def tokens_suggest(
     count: Annotated[int, typer.Option("-n", min=1)] = 10,
     class_noun: Annotated[str | None, typer.Option("--class-noun")] = None,
 ) -> None:
-    """The best rare tokens of a base: single, rare, without a meaning, with the weakest prior first."""
+    """The best rare tokens of a base: single, rare, without a meaning, told apart, and with a weak prior."""
     _loud()
     from finetune import families, tokens
 
     for token in tokens.suggest(families.load(base), count, class_noun):
-        typer.echo(f"{token.text:<6} rank {token.rank:.3f}  prior strength {token.strength:.3f}")
+        measured = f"prior strength {token.strength:.3f}  embedding moved by {token.distance:.2f}"
+        typer.echo(f"{token.text:<6} rank {token.rank:.3f}  {measured}")
 
 
 @tokens_app.command("check")
@@ -234,8 +235,8 @@ def tokens_check(
     from finetune import families, tokens
 
     found = tokens.check(families.load(base), token, class_noun)
-    strength = "" if found.strength is None else f"; prior strength {found.strength:.3f}"
-    typer.echo(found.verdict + strength)
+    measured = f"; prior strength {found.strength:.3f}, embedding moved by {found.distance:.2f}" if found.single else ""
+    typer.echo(found.verdict + measured)
     if not found.good:
         raise CheckFailed(
             f"{token!r} is not a good rare token: `finetune tokens suggest --base {base}` finds better ones"

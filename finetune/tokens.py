@@ -1,13 +1,16 @@
 """Rare tokens (arXiv:2208.12242 section 3.1), found in the base's own vocabulary.
 
-Three questions are kept apart: is it one token in every tokenizer of the base; is it rare (CLIP's ids are merge ranks:
-a high id is a rare piece); and does the frozen base already draw something for it (its prior strength).
+Four questions are kept apart: is it one token in every tokenizer of the base; is it rare (CLIP's ids are merge ranks:
+a high id is a rare piece); do the base's text encoders tell it apart at all (how far it moves the embedding); and does
+the frozen base already draw something for it (its prior strength). A token with a weak prior that the encoders hardly
+notice is a bad one: "T mug" and "mug" are then nearly the same prompt, and the class becomes the subject (measured in
+docs/results.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -29,7 +32,8 @@ class Token:
     """What is known of one candidate.
 
     `pieces` per tokenizer; `rank` the smallest id as a fraction of the vocabulary (1 is rarest); `strength` how much
-    the token changes the frozen base's prediction, as a share of how much the class noun does (None: not measured).
+    the token changes the frozen base's prediction, as a share of how much the class noun does; `distance` how far it
+    moves the prompt's embedding, as a share of the embedding's norm (None: not measured).
     """
 
     text: str
@@ -37,6 +41,7 @@ class Token:
     rank: float
     meaning: str | None
     strength: float | None = None
+    distance: float | None = None
 
     @property
     def single(self) -> bool:
@@ -66,11 +71,15 @@ def check(family: Family, text: str, noun: str | None = None, measure: bool = Tr
 
 
 def suggest(family: Family, count: int = 10, noun: str | None = None, measured: int = 24) -> list[Token]:
-    """The best rare tokens, those weakest prior first, of `measured` candidates spread over the rare range."""
+    """The best rare tokens of `measured` candidates spread over the rare range: of the third that the text encoders
+    tell apart best, those with the weakest prior first; then the rest, the best told apart first."""
     candidates = rare_tokens(family.tokenizers)
     chosen = candidates[:: max(1, len(candidates) // measured)][:measured]
     found = [_measured(family, describe(family.tokenizers, text), noun) for text in chosen]
-    return sorted(found, key=lambda token: token.strength or 0.0)[:count]
+    found.sort(key=lambda token: token.distance or 0.0, reverse=True)
+    distinct = -(-len(found) // 3)
+    first = sorted(found[:distinct], key=lambda token: token.strength or 0.0)
+    return [*first, *found[distinct:]][:count]
 
 
 def describe(tokenizers: Sequence[Any], text: str) -> Token:
@@ -112,17 +121,29 @@ def _words() -> frozenset[str]:
 
 
 def _measured(family: Family, token: Token, noun: str | None) -> Token:
-    return Token(token.text, token.pieces, token.rank, token.meaning, prior_strength(family, token.text, noun))
+    thing = noun or "thing"
+    return replace(
+        token,
+        strength=prior_strength(family, token.text, thing),
+        distance=embedding_distance(family, token.text, thing),
+    )
 
 
 @torch.no_grad()
-def prior_strength(family: Family, token: str, noun: str | None, draws: int = 4) -> float:
+def embedding_distance(family: Family, token: str, noun: str) -> float:
+    """|E(a photo of T N) - E(a photo of N)| / |E(a photo of N)| over all that the denoiser is conditioned on."""
+    both = family.encode_prompts([f"a photo of {token} {noun}", f"a photo of {noun}"])
+    with_token, plain = (torch.cat([value[index].float().flatten() for value in both.values()]) for index in (0, 1))
+    return float((with_token - plain).norm() / plain.norm())
+
+
+@torch.no_grad()
+def prior_strength(family: Family, token: str, noun: str, draws: int = 4) -> float:
     """|eps(a photo of T N) - eps(a photo of N)| / |eps(a photo of N) - eps()|, over fixed noise and timesteps.
 
     Near 0: the frozen base takes no notice of the token. 1: it changes as much as the class noun itself does.
     """
-    thing = noun or "thing"
-    prompts = [f"a photo of {token} {thing}", f"a photo of {thing}", ""]
+    prompts = [f"a photo of {token} {noun}", f"a photo of {noun}", ""]
     with_token, plain, empty = _predictions(family, prompts, draws)
     return float((with_token - plain).norm() / (plain - empty).norm().clamp(min=1e-8))
 

@@ -62,10 +62,28 @@ def test_suggestions_are_single_in_every_tokenizer(name: str, tiny_bases: dict[s
     family = families.load(str(tiny_bases[name]))
     found = tokens.suggest(family, 3, "mug")
     assert len(found) == 3
-    assert [token.strength for token in found] == sorted(token.strength for token in found)
     for token in found:
         assert all(len(t(token.text)["input_ids"]) == 3 for t in family.tokenizers)
         assert token.text not in ("mug", "sks", "dog")
+
+
+def test_the_best_are_told_apart_and_then_weak(tiny_bases: dict[str, Path]) -> None:
+    """Every candidate measured: the first suggestion is among the third that moves the embedding most, and there is
+    no weaker prior in that third."""
+    family = families.load(str(tiny_bases["sd1"]))
+    found = tokens.suggest(family, 1000, "mug", measured=1000)
+    moved = {token.text: tokens.embedding_distance(family, token.text, "mug") for token in found}
+    third = sorted(moved, key=lambda text: -moved[text])[: -(-len(found) // 3)]
+    strengths = {text: tokens.prior_strength(family, text, "mug") for text in third}
+    assert len(found) >= 6
+    assert found[0].text == min(strengths, key=lambda text: strengths[text])
+
+
+def test_embedding_distance_is_that_of_the_encoder(tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sd1"]))
+    hidden = family.encode_prompts(["a photo of zwx mug", "a photo of mug"])["hidden"]
+    wanted = float((hidden[0] - hidden[1]).pow(2).sum().sqrt() / hidden[1].pow(2).sum().sqrt())
+    assert tokens.embedding_distance(family, "zwx", "mug") == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_token_in_one_tokenizer_only_is_refused(tiny_bases: dict[str, Path]) -> None:
