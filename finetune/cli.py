@@ -235,7 +235,9 @@ def tokens_check(
     from finetune import families, tokens
 
     found = tokens.check(families.load(base), token, class_noun)
-    measured = f"; prior strength {found.strength:.3f}, embedding moved by {found.distance:.2f}" if found.single else ""
+    measured = (
+        f"; prior strength {found.strength:.3f}, embedding moved by {found.distance:.2f}" if found.single else ""
+    )
     typer.echo(found.verdict + measured)
     if not found.good:
         raise CheckFailed(

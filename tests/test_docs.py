@@ -1,0 +1,104 @@
+"""Every command in README.md and docs/ is run here, in the order in which a reader meets it; links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_tools.__main__ import main as data_tools
+from finetune.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = (
+    "run.steps=2", "sample.steps=1", "sample.count=1", "sample.prompts=['a photo of {token}']", "optim.warmup=0",
+    "optim.lr=1e-3",
+)  # fmt: skip
+FEW_CLASS_IMAGES = ("prior.count=2", "prior.steps=1")
+# What `.ci/run` and `make` run themselves; the demo has a test of its own (test_demo.py).
+BY_MAKE = (
+    "make demo", "make test", "make check", "python3 -m venv .venv",
+    '.venv/bin/pip install -c constraints.txt -e ".[dev]"', ".venv/bin/finetune demo", ".venv/bin/python -m pytest -n 2",
+)  # fmt: skip
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line.split("  #")[0].split(" # ")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def shortened(line: str, photos: Path, bases: dict[str, Path]) -> list[str]:
+    """The command on small things: the test's photos and random bases, two steps; everything else as it is written."""
+    words = shlex.split(line.replace("PHOTOS", str(photos)).replace("DRAWINGS", str(photos)))
+    words = [word.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(bases["sd1"])) for word in words]
+    words = [re.sub(r"run\.steps=\d+", "run.steps=3", word) for word in words]
+    if words[1:3] == ["train", "sdxl-lora"]:
+        words.append(f"base={bases['sdxl']}")
+    if words[1] in ("train", "dreambooth") and not words[2].endswith("recipe.yaml"):
+        words += [*SHORT, *(() if words[2] == "style-lora" else FEW_CLASS_IMAGES)]
+    if words[1] == "sample":
+        words += ["--steps", "1"]
+    return words
+
+
+def run(words: list[str]) -> int:
+    if words[:3] == ["python", "-m", "data_tools"]:
+        return data_tools(words[3:])
+    assert words[0] == "finetune", words
+    try:
+        app(words[1:], standalone_mode=False)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_runs(
+    page: Path, photos: Path, tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for line in commands(page):
+        if line in BY_MAKE:
+            continue
+        expected = 1 if "data_tools check" in line else 0  # the test's photos are smaller than 512 pixels
+        if "sks" in line:
+            with pytest.raises(Exception, match="not a good rare token"):
+                run(shortened(line, photos, tiny_bases))
+            continue
+        assert run(shortened(line, photos, tiny_bases)) == expected, line
+
+
+def test_the_makefile_runs_the_lines_that_readme_shows() -> None:
+    makefile = (
+        (ROOT / "Makefile")
+        .read_text(encoding="utf-8")
+        .replace("$(VENV)", ".venv")
+        .replace("pip install -q", "pip install")
+    )
+    for line in BY_MAKE[4:]:
+        assert line in makefile, line
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert not missing
+
+
+@pytest.mark.slow
+def test_the_api_example_runs(photos: Path, tmp_path: Path) -> None:
+    example = ROOT / "examples" / "train_api.py"
+    command = [sys.executable, str(example), str(photos), *SHORT, *FEW_CLASS_IMAGES]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "api" / "beach.png").is_file()
+    assert (tmp_path / "runs" / "api" / "report.html").is_file()
