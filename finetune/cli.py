@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from finetune.errors import BadInput, CheckFailed
+from finetune.errors import BadInput, CheckFailed, Stopped
 from finetune.quiet import quiet
 
 app = typer.Typer(
@@ -249,20 +250,28 @@ def _train(recipe: object, dry_run: bool, run: Path | None = None) -> None:
     _loud()
     from finetune import job
     from finetune.config import Recipe
-    from finetune.run import next_folder
 
     assert isinstance(recipe, Recipe)
     if dry_run:
         for name, value in job.plan(job.look(recipe)).items():
             typer.echo(f"{name:>16}  {value}")
         return
-    path = run or recipe.run.dir or next_folder(recipe.run.name)
+    say = typer.echo if _is_main_process() else _silent
     try:
-        job.train(recipe, path, typer.echo)
-    except KeyboardInterrupt:
-        typer.echo(f"\nstopped; go on with: finetune resume {path}", err=True)
+        path = job.train(recipe, run, say)
+    except Stopped as stop:
+        typer.echo(f"\n{stop}", err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"done: look at {path}/report.html")
+    say(f"done: look at {path}/report.html")
+
+
+def _is_main_process() -> bool:
+    """Under torchrun, one process talks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _silent(line: str) -> None:
+    """What the other processes say."""
 
 
 def _device() -> str:
@@ -277,7 +286,8 @@ def _loud() -> None:
     from finetune.quiet import quiet_bars
 
     quiet_bars()
-    progress.enable()
+    if _is_main_process():
+        progress.enable()
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.config import load_recipe
 from finetune.job import train
-from finetune.run import RunFolder, next_folder
+from finetune.run import RunFolder
 
 LOOK = """
 Look at {run}/report.html:
@@ -28,7 +28,7 @@ def subject_pictures() -> Path:
 
 def run_demo(out: Path | None, say: Callable[[str], None]) -> Path:
     recipe = load_recipe("demo", [f"data.photos={subject_pictures()}"])
-    run = train(recipe, out or next_folder("demo"), say)
+    run = train(recipe, out, say)
     info = RunFolder(run).info
     say(LOOK.format(run=run, thing=f"{info['token']} {info['class_noun']}"))
     return run

@@ -1,6 +1,8 @@
-"""The two kinds of failure that a person is told about in one sentence."""
+"""The kinds of failure that a person is told about in one sentence."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 
 class BadInput(ValueError):
@@ -9,3 +11,10 @@ class BadInput(ValueError):
 
 class CheckFailed(RuntimeError):
     """A check on a result did not hold (an export differs, a step is not finite); exits with 1."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C in a run whose folder is `path`: it can go on from there."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"stopped; go on with: finetune resume {path}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from finetune import families, tokens
 from finetune.config import ClassImages, Recipe
@@ -23,7 +24,7 @@ from finetune.data.cache import LatentCache, PromptCache
 from finetune.data.captions import caption_photos, summarise
 from finetune.data.photos import Photo, scan
 from finetune.data.views import enlarged, views
-from finetune.errors import BadInput, CheckFailed
+from finetune.errors import BadInput, CheckFailed, Stopped
 from finetune.families.base import Family
 from finetune.files import cache_dir
 from finetune.loop import PromptEncoder, fit, make_accelerator, resolve_precision
@@ -136,15 +137,26 @@ def train(recipe: Recipe, run_dir: Path | str | None = None, say: Say = lambda l
     Raises:
         BadInput: something in the recipe, the photos or the folder; nothing was half-written.
         CheckFailed: a step was not finite, or an export is not what was trained.
+        Stopped: Ctrl-C; `resume` goes on.
     """
-    path = Path(run_dir) if run_dir is not None else recipe.run.dir
-    folder = RunFolder(path if path is not None else next_folder(recipe.run.name))
     job = look(recipe)
-    accelerator = make_accelerator(recipe.run, job.recipe.method.is_adapter, folder.path)
+    accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
+    chosen = [run_dir or recipe.run.dir or next_folder(recipe.run.name)]
+    path = Path(broadcast_object_list(chosen)[0])  # processes that started at different moments see different folders
+    accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(path)
+    try:
+        return _stages(job, RunFolder(path), accelerator, say)
+    except KeyboardInterrupt as stop:
+        raise Stopped(path) from stop
+
+
+def _stages(job: Job, folder: RunFolder, accelerator: Accelerator, say: Say) -> Path:
+    recipe = job.recipe
     if accelerator.is_main_process:
         folder.open(recipe)
         folder.write_info(_info(job, folder.info))
     accelerator.wait_for_everyone()
+    say(f"{'run folder':>16}  {folder.path}")
     for name, value in plan(job).items():
         say(f"{name:>16}  {value}")
     if folder.finished(recipe.run.steps):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -70,7 +69,7 @@ class Step(nn.Module):
         return (order[[draw.sample for draw in draws]] + u) / self.stratify
 
 
-def make_accelerator(run: Run, adapter: bool, folder: Path | None = None) -> Accelerator:
+def make_accelerator(run: Run, adapter: bool) -> Accelerator:
     """Device, precision, accumulation and processes, as the recipe asks for them.
 
     An adapter on a bf16 base trains without autocast (the adapter is fp32 and the base is cast once); full
@@ -84,7 +83,7 @@ def make_accelerator(run: Run, adapter: bool, folder: Path | None = None) -> Acc
         mixed_precision=mixed,
         gradient_accumulation_steps=run.accumulate,
         log_with=list(run.trackers) or None,
-        project_dir=folder,
+        project_dir=".",  # trackers ask for one; `job.train` sets it once the run folder is known
         cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     )
 

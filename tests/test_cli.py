@@ -147,3 +147,26 @@ def test_from_photos_to_pictures(photos: Path, tmp_path: Path) -> None:
     assert longer.returncode == 0, longer.stderr
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     assert finetune("resume", run).returncode == 0
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run(photos: Path, tmp_path: Path) -> None:
+    """torchrun: one folder, said once; the losses are those of one process (test_loop.py compares weights)."""
+    settings = [f"data.photos={photos}", "data.class_noun=mug", *SHORT, "run.batch_size=2"]
+    losses = {}
+    port = str(29900 + os.getpid() % 90)
+    for name, launch in (
+        ("one", ["-m", "finetune"]),
+        ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m", "finetune"]),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        done = subprocess.run(
+            [sys.executable, *launch, "train", "demo", *settings], capture_output=True, text=True, cwd=tmp_path / name,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("run folder") == 1
+        assert [path.name for path in (tmp_path / name / "runs").iterdir()] == ["demo"]
+        lines = (tmp_path / name / "runs" / "demo" / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)

@@ -23,7 +23,8 @@ FEW_CLASS_IMAGES = ("prior.count=2", "prior.steps=1")
 # What `.ci/run` and `make` run themselves; the demo has a test of its own (test_demo.py).
 BY_MAKE = (
     "make demo", "make test", "make check", "python3 -m venv .venv",
-    '.venv/bin/pip install -c constraints.txt -e ".[dev]"', ".venv/bin/finetune demo", ".venv/bin/python -m pytest -n 2",
+    '.venv/bin/pip install -c constraints.txt -e ".[dev]"',
+    ".venv/bin/finetune demo", ".venv/bin/python -m pytest -n 2",
 )  # fmt: skip
 
 

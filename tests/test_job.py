@@ -143,3 +143,13 @@ def test_every_shipped_recipe_trains(name: str, tiny_bases: dict[str, Path], pho
     assert (run / "report.html").is_file()
     exported = json.loads((run / "exports" / "exports.json").read_text())
     assert all(check.startswith("ok: ") for item in exported for check in item["checks"])
+
+
+def test_tensorboard_gets_every_step(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = parse_recipe(settings(tiny_bases["sd1"], photos, LORA, run=SHORT | {"trackers": ["tensorboard"]}))
+    run = job.train(recipe, tmp_path / "run")
+    (file,) = [file for file in run.rglob("events.out.tfevents*") if file.parent.name == "finetune"]
+    events = EventAccumulator(str(file.parent)).Reload().Scalars("loss")
+    assert [event.value for event in events] == pytest.approx([row["loss"] for row in metrics(run)], rel=1e-6)
