@@ -10,46 +10,10 @@ import diffusers
 import torch
 import transformers
 
-WORDS = [
-    "a",
-    "an",
-    "the",
-    "of",
-    "in",
-    "on",
-    "at",
-    "by",
-    "photo",
-    "picture",
-    "drawing",
-    "dog",
-    "mug",
-    "cat",
-    "toy",
-    "bag",
-    "car",
-    "beach",
-    "snow",
-    "night",
-    "city",
-    "table",
-    "red",
-    "blue",
-    "green",
-    "style",
-    "small",
-    "large",
-    "night",
-    "grass",
-    "sks",
-    "ohwx",
-    "zwx",
-    "vtx",
-    "qbv",
-    "xjy",
-    "rpz",
-    "kwg",
-]
+WORDS = (
+    "a an the of in on at by photo picture drawing dog mug cat toy bag car beach snow night city table red "
+    "blue green style small large grass sks ohwx zwx vtx qbv xjy rpz kwg"
+).split()
 LENGTH = 16
 
 
@@ -59,7 +23,7 @@ def tiny_tokenizer(folder: Path) -> Any:
     symbols = [chr(byte) for byte in plain] + [chr(256 + k) for k in range(256 - len(plain))]
     vocab = {text: k for k, text in enumerate([*symbols, *[symbol + "</w>" for symbol in symbols]])}
     merges: list[tuple[str, str]] = []
-    for word in dict.fromkeys(WORDS):
+    for word in WORDS:
         left = word[0] if len(word) > 1 else ""
         for k in range(1, len(word)):
             right = word[k] + ("</w>" if k == len(word) - 1 else "")

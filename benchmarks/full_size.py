@@ -1,0 +1,96 @@
+"""A LoRA run on a base of SD 1.5's true size with random weights, on a CPU: does it fit, and what does a step cost?
+
+    python benchmarks/full_size.py                # 3 steps at 256 pixels; about 5 GB on the disk, 8 GB of memory
+
+The pictures are noise; what is shown is that every part of the job, from photos to checked exports, takes the true
+sizes. The tokenizer is CLIP's real one where ../shared/clip-vocab is, and the tests' small one elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CLIP = ROOT / ".." / "shared" / "clip-vocab"
+
+
+def write_sd15(folder: Path) -> None:
+    """SD 1.5's published configuration, random weights, fp16 safetensors."""
+    import diffusers
+    import torch
+    import transformers
+
+    from finetune.families.tiny import tiny_scheduler, tiny_tokenizer
+
+    torch.manual_seed(0)
+    real = (CLIP / "vocab.json").is_file()
+    tokenizer = (
+        transformers.CLIPTokenizer.from_pretrained(CLIP, model_max_length=77) if real else tiny_tokenizer(folder)
+    )
+    text = transformers.CLIPTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=512,
+        ),
+        text_encoder=transformers.CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+        scheduler=tiny_scheduler("epsilon"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
+
+
+def main() -> None:
+    from finetune.quiet import quiet
+
+    quiet()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "finetune-full-size")
+    parser.add_argument("--steps", type=int, default=3)
+    arguments = parser.parse_args()
+    base = arguments.work / "sd15"
+    if not (base / "model_index.json").is_file():
+        write_sd15(base)
+        print(f"wrote {base}; start again to train on it (so that the peak memory is the run's alone)")
+        return
+    os.environ.setdefault("FINETUNE_CACHE", str(arguments.work / "cache"))
+    from finetune import load_recipe, train
+    from finetune.demo import subject_pictures
+
+    settings = [
+        f"data.photos={subject_pictures()}", "data.class_noun=mug", f"base={base}", "data.resolution=256",
+        f"run.steps={arguments.steps}", "run.precision=fp32", "run.gradient_checkpointing=true", "prior.count=2",
+        "prior.steps=2", "sample.steps=2", "sample.count=1", "sample.prompts=['a photo of {token} {noun}']",
+        "optim.lr=1e-3", "run.name=full-size",
+    ]  # fmt: skip
+    began = time.perf_counter()
+    run = train(load_recipe("sd15-lora", settings), arguments.work / f"run-{os.getpid()}", print)
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print("steps", [(round(step["loss"], 4), f"{step['seconds']:.1f} s") for step in steps])
+    print(f"whole job {time.perf_counter() - began:.0f} s, peak memory {peak:.1f} GiB, page {run}/report.html")
+
+
+if __name__ == "__main__":
+    main()
