@@ -153,3 +153,15 @@ def test_tensorboard_gets_every_step(tiny_bases: dict[str, Path], photos: Path, 
     (file,) = [file for file in run.rglob("events.out.tfevents*") if file.parent.name == "finetune"]
     events = EventAccumulator(str(file.parent)).Reload().Scalars("loss")
     assert [event.value for event in events] == pytest.approx([row["loss"] for row in metrics(run)], rel=1e-6)
+
+
+def test_previews_are_drawn_and_change_nothing(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    """The same run with and without previews: pictures every step, and the same weights, bit for bit."""
+    ends = []
+    for every in (0, 1):
+        sample = LOOK | {"every": every, "count": 2}
+        run = job.train(parse_recipe(settings(tiny_bases["sdxl"], photos, LORA, sample=sample)), tmp_path / str(every))
+        ends.append(load_file(run / "adapter" / "trained.safetensors"))
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["after", "before", "step-000001", "step-000002"]
+    assert len(list((run / "samples" / "step-000001").iterdir())) == 2  # one of each prompt
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
