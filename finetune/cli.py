@@ -257,11 +257,7 @@ def _train(recipe: object, dry_run: bool, run: Path | None = None) -> None:
             typer.echo(f"{name:>16}  {value}")
         return
     say = typer.echo if _is_main_process() else _silent
-    try:
-        path = job.train(recipe, run, say)
-    except Stopped as stop:
-        typer.echo(f"\n{stop}", err=True)
-        raise typer.Exit(130) from None
+    path = job.train(recipe, run, say)
     say(f"done: look at {path}/report.html")
 
 
@@ -291,7 +287,10 @@ def _loud() -> None:
 
 
 def main() -> None:
-    """Exit codes: 0, 1 a check failed, 2 bad input. `--debug` anywhere shows the traceback."""
+    """Exit codes: 0, 1 a check failed, 2 bad input, 130 and 143 stopped by SIGINT or SIGTERM.
+
+    `--debug` anywhere shows the traceback.
+    """
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     quiet()
@@ -302,6 +301,9 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(1 if isinstance(error, CheckFailed) else 2)
+    except Stopped as stop:
+        typer.echo(f"\n{stop}", err=True)
+        sys.exit(128 + stop.number)
 
 
 if __name__ == "__main__":

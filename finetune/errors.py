@@ -14,7 +14,8 @@ class CheckFailed(RuntimeError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C in a run whose folder is `path`: it can go on from there."""
+    """A signal (SIGINT or SIGTERM) stopped the run in `path`: it can go on from there."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, number: int) -> None:
         super().__init__(f"stopped; go on with: finetune resume {path}")
+        self.number = number

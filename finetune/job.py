@@ -34,6 +34,7 @@ from finetune.report import write_report
 from finetune.results import export_run
 from finetune.run import RunFolder, next_folder
 from finetune.sample import draw, parameters, save_picture
+from finetune.signals import Interrupted, Signals
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Say = Callable[[str], None]
@@ -137,20 +138,21 @@ def train(recipe: Recipe, run_dir: Path | str | None = None, say: Say = lambda l
     Raises:
         BadInput: something in the recipe, the photos or the folder; nothing was half-written.
         CheckFailed: a step was not finite, or an export is not what was trained.
-        Stopped: Ctrl-C; `resume` goes on.
+        Stopped: SIGINT or SIGTERM; `resume` goes on.
     """
     job = look(recipe)
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     chosen = [run_dir or recipe.run.dir or next_folder(recipe.run.name)]
     path = Path(broadcast_object_list(chosen)[0])  # processes that started at different moments see different folders
     accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(path)
-    try:
-        return _stages(job, RunFolder(path), accelerator, say)
-    except KeyboardInterrupt as stop:
-        raise Stopped(path) from stop
+    with Signals() as signals:
+        try:
+            return _stages(job, RunFolder(path), accelerator, say, signals)
+        except Interrupted as stop:
+            raise Stopped(path, stop.number) from stop
 
 
-def _stages(job: Job, folder: RunFolder, accelerator: Accelerator, say: Say) -> Path:
+def _stages(job: Job, folder: RunFolder, accelerator: Accelerator, say: Say, signals: Signals) -> Path:
     recipe = job.recipe
     if accelerator.is_main_process:
         folder.open(recipe)
@@ -162,7 +164,7 @@ def _stages(job: Job, folder: RunFolder, accelerator: Accelerator, say: Say) -> 
     if folder.finished(recipe.run.steps):
         _load_result(job, folder)
     else:
-        _train(job, folder, accelerator)
+        _train(job, folder, accelerator, signals)
     if accelerator.is_main_process:
         _finish(job, folder, accelerator.device, say)
     accelerator.wait_for_everyone()
@@ -192,7 +194,7 @@ def _info(job: Job, before: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _train(job: Job, folder: RunFolder, accelerator: Accelerator) -> None:
+def _train(job: Job, folder: RunFolder, accelerator: Accelerator, signals: Signals) -> None:
     """The pictures of before, the training, and the trained weights in RUN/adapter."""
     recipe = job.recipe
     _to_device(job, accelerator.device)
@@ -200,7 +202,7 @@ def _train(job: Job, folder: RunFolder, accelerator: Accelerator) -> None:
         _draw_samples(job, folder.path / "samples" / "before", "Before")
     if recipe.run.trackers:
         accelerator.init_trackers("finetune", config={"recipe": recipe.model_dump_json()})
-    fit_job(job, folder, accelerator)
+    fit_job(job, folder, accelerator, signals=signals)
     if recipe.run.trackers:
         accelerator.end_training()
     if accelerator.is_main_process:
@@ -215,7 +217,11 @@ def _to_device(job: Job, device: torch.device) -> None:
 
 
 def fit_job(
-    job: Job, folder: RunFolder, accelerator: Accelerator, on_step: Callable[[int], None] | None = None
+    job: Job,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    on_step: Callable[[int], None] | None = None,
+    signals: Signals | None = None,
 ) -> None:
     """Class images, caches, the method attached, and the loop: what is trained ends in `job.family`."""
     recipe, family, device = job.recipe, job.family, accelerator.device
@@ -253,6 +259,7 @@ def fit_job(
         folder=folder,
         stratify=batches.samples_per_step if recipe.objective.timesteps == "stratified" else None,
         on_step=after_step,
+        signals=signals,
     )
     family.restore(idle, device)
 

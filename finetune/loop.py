@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from finetune.batch import Batch
@@ -21,6 +20,7 @@ from finetune.objectives import Diffusion
 from finetune.optim import Optim, load_state_tensors, state_tensors
 from finetune.progress import phase
 from finetune.run import RunFolder, State, clone, to_cpu
+from finetune.signals import Interrupted, Signals
 
 PromptEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
 
@@ -108,6 +108,7 @@ def fit(
     folder: RunFolder,
     stratify: int | None = None,
     on_step: Callable[[int], None] | None = None,
+    signals: Signals | None = None,
 ) -> None:
     """Trains from the newest checkpoint (or from the start) to `run.steps`, and leaves the EMA, where one is
     asked for, in the trained parameters.
@@ -119,7 +120,9 @@ def fit(
 
     Raises:
         CheckFailed: a loss or gradient that is not finite; the update is not made.
+        Interrupted: SIGINT or SIGTERM; the step was finished and its checkpoint written.
     """
+    signals = signals or Signals()
     step = Step(family, _parts_of(trained), objective.to(accelerator.device), encode_prompts)
     step.stratify = stratify
     optimizer = optim.build(trained)
@@ -127,42 +130,66 @@ def fit(
     start, ema = _restore(accelerator, folder, trained, optimizer, run)
     model.train()
     parameters = list(trained.values())
-    saved = start
-    with phase("Training", run.steps) as advance:
+    with phase("Training", run.steps) as advance, signals.deferred():
         advance(start, "")
         for n in range(start, run.steps):
             began = time.perf_counter()
             lr = optim.set_lr(optimizer, n, run.steps)
-            loss = torch.zeros((), device=accelerator.device)
-            for index in range(run.accumulate):
-                batch = batches.micro(n, index).to(accelerator.device)
-                seed_dropout(run.seed, n, index, accelerator.process_index)
-                with accelerator.accumulate(model):
-                    micro_loss = model(batch)
-                    accelerator.backward(micro_loss)
-                    loss += micro_loss.detach() / run.accumulate
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm or math.inf)
-                        _check_finite(accelerator, n, loss, norm, batch)
-                    optimizer.step()
-                    optimizer.zero_grad()
+            loss, norm = _update(accelerator, model, optimizer, parameters, batches, n, run, optim.max_grad_norm)
             _update_ema(ema, trained, run.ema, n)
             _log(accelerator, folder, run, n + 1, loss, norm, lr, time.perf_counter() - began, advance)
-            if (n + 1) % run.checkpoint_every == 0 and accelerator.is_main_process:
+            stop = _signal_anywhere(accelerator, signals)
+            due = (n + 1) % run.checkpoint_every == 0 or n + 1 == run.steps
+            if (due or stop) and accelerator.is_main_process:
                 folder.save(_state(n + 1, trained, optimizer, ema, accelerator), run.keep)
-                saved = n + 1
+            if stop:
+                raise Interrupted(stop)
             if on_step is not None:
                 on_step(n + 1)
                 model.train()
-    if saved != run.steps and accelerator.is_main_process:
-        folder.save(_state(run.steps, trained, optimizer, ema, accelerator), run.keep)
     accelerator.wait_for_everyone()
     _copy_into(trained, ema)
 
 
+def _update(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    batches: MicroBatches,
+    n: int,
+    run: Run,
+    max_grad_norm: float,
+) -> tuple[Tensor, Tensor | None]:
+    """One optimiser step from its micro-batches: their mean loss, and the gradient's norm before clipping."""
+    loss = torch.zeros((), device=accelerator.device)
+    norm = None
+    for index in range(run.accumulate):
+        batch = batches.micro(n, index).to(accelerator.device)
+        seed_dropout(run.seed, n, index, accelerator.process_index)
+        with accelerator.accumulate(model):
+            micro_loss = model(batch)
+            accelerator.backward(micro_loss)
+            loss += micro_loss.detach() / run.accumulate
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+                _check_finite(accelerator, n, loss, norm, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    return loss, norm
+
+
+def _signal_anywhere(accelerator: Accelerator, signals: Signals) -> int:
+    """The signal that any of the processes has received, or 0: all of them stop after the same step."""
+    own = signals.received or 0
+    if accelerator.num_processes == 1:
+        return own
+    return int(accelerator.gather(torch.tensor([own], device=accelerator.device)).max())
+
+
 def seed_dropout(seed: int, step: int, micro: int, process: int) -> None:
-    """The global generators serve dropout layers only; they too are a function of where the run is."""
-    set_seed(int(torch.randint(2**31, (), generator=generator(seed, "dropout", step, micro, process))))
+    """torch's global generators serve dropout layers only; they too are a function of where the run is."""
+    torch.manual_seed(int(torch.randint(2**31, (), generator=generator(seed, "dropout", step, micro, process))))
 
 
 def _parts_of(trained: dict[str, nn.Parameter]) -> list[str]:

@@ -162,6 +162,11 @@ def test_previews_are_drawn_and_change_nothing(tiny_bases: dict[str, Path], phot
         sample = LOOK | {"every": every, "count": 2}
         run = job.train(parse_recipe(settings(tiny_bases["sdxl"], photos, LORA, sample=sample)), tmp_path / str(every))
         ends.append(load_file(run / "adapter" / "trained.safetensors"))
-    assert sorted(path.name for path in (run / "samples").iterdir()) == ["after", "before", "step-000001", "step-000002"]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [
+        "after",
+        "before",
+        "step-000001",
+        "step-000002",
+    ]
     assert len(list((run / "samples" / "step-000001").iterdir())) == 2  # one of each prompt
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())

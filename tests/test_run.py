@@ -10,6 +10,7 @@ import torch
 
 from finetune.config import Recipe, parse_recipe
 from finetune.errors import BadInput
+from finetune.files import save_tensors
 from finetune.run import RunFolder, State, next_folder
 
 
@@ -108,3 +109,16 @@ def test_metrics_rewind_to_the_checkpoint_and_drop_a_cut_line(folder: RunFolder)
 def test_a_second_run_gets_a_folder_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "dog").mkdir()
     assert next_folder("dog", tmp_path) == tmp_path / "dog-2"
+
+
+def test_equal_content_is_equal_bytes_whatever_the_metadata_order(tmp_path: Path) -> None:
+    """safetensors itself writes metadata in a random order."""
+    from safetensors import safe_open
+
+    about = {f"key {n}": f"wärt\n{n}" for n in range(20)}
+    for turn in range(5):
+        save_tensors(tmp_path / str(turn), {"b": torch.ones(3), "a": torch.zeros(2)}, dict(reversed(about.items())))
+    assert len({(tmp_path / str(turn)).read_bytes() for turn in range(5)}) == 1
+    with safe_open(tmp_path / "0", "pt") as held:
+        assert held.metadata() == about
+        assert torch.equal(held.get_tensor("b"), torch.ones(3))

@@ -1,0 +1,162 @@
+"""Kills a run at random moments, resumes it, and compares what comes out with the run that was never killed.
+
+    python benchmarks/chaos.py --kills 60
+
+A small LoRA run with class images, caching, accumulation, dropout, EMA and frequent checkpoints is started in a
+process of its own and killed with SIGKILL at a random moment, again and again, until it ends; then the next run
+starts, from empty caches. After one kill in five a byte of the newest checkpoint is flipped too. Ends with 0 if every
+adapter has the SHA-256 of the unbroken run's, and every metrics.jsonl its lines (timing aside).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+DROPOUT = {"caption_dropout": 0.1}
+PHASES = ("before the first file", "class images", "latents and prompts", "training", "saving", "pictures and exports")
+
+
+def recipe(work: Path) -> Any:
+    from PIL import Image
+
+    from finetune import families
+    from finetune.config import parse_recipe
+
+    base, photos = work / "base", work / "photos"
+    if not base.is_dir():
+        families.REGISTRY["sd1"].write_tiny(base)
+        photos.mkdir()
+        for number in range(4):
+            Image.linear_gradient("L").rotate(90 * number).convert("RGB").save(photos / f"{number}.png")
+    return parse_recipe(
+        {
+            "base": str(base),
+            "data": {
+                "photos": str(photos),
+                "class_noun": "mug",
+                "crop": "random",
+                "flip": True,
+                "caption_dropout": 0.1,
+            },
+            "prior": {"kind": "class_images", "count": 8, "steps": 4, "batch_size": 2},
+            "method": {"kind": "lora", "rank": 4, "dropout": 0.1, "parts": ["denoiser", "text_encoders"]},
+            "optim": {"kind": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup": 5},
+            "run": {"steps": 60, "batch_size": 2, "accumulate": 2, "ema": 0.99, "checkpoint_every": 3, "keep": 3},
+            "sample": {"count": 1, "steps": 2},
+        }
+    )
+
+
+def work_on(work: Path, run: Path) -> None:
+    """What a child process does: train, or go on."""
+    import torch
+
+    from finetune.job import train
+
+    torch.set_num_threads(1)
+    os.environ["FINETUNE_CACHE"] = str(work / "caches" / run.name)
+    noted = (work / "damaged.txt").open("a")
+    warnings.showwarning = lambda message, *rest: print(message, file=noted, flush=True)
+    warnings.simplefilter("always", UserWarning)
+    train(recipe(work), run)
+
+
+def phase_of(work: Path, run: Path) -> str:
+    """Where a killed run stood, from what lies there."""
+    cache = work / "caches" / run.name
+    if any((run / "checkpoints").glob(".*.tmp")):
+        return "saving"
+    if (run / "adapter" / "trained.safetensors").is_file():
+        return "pictures and exports"
+    if (run / "metrics.jsonl").is_file():
+        return "training"
+    if len(list(cache.rglob("class-images/*/*.png"))) == 8:
+        return "latents and prompts"
+    return "class images" if run.is_dir() else "before the first file"
+
+
+def flip_a_byte(run: Path, dice: random.Random) -> bool:
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1:]
+    if not newest:
+        return False
+    file = dice.choice(sorted(newest[0].glob("*.safetensors")))
+    data = bytearray(file.read_bytes())
+    data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+    file.write_bytes(data)
+    return True
+
+
+def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The adapter's hash, and the metrics without their timing."""
+    from finetune.files import sha256
+
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["seconds"]
+    return sha256(run / "adapter" / "trained.safetensors"), rows
+
+
+def kill_once(context: Any, work: Path, run: Path, longest: float, dice: random.Random) -> bool:
+    """Starts or resumes the run and kills it at a random moment; False if it came to its end first."""
+    process = context.Process(target=work_on, args=(work, run))
+    process.start()
+    process.join(dice.uniform(0, longest))
+    ended = process.exitcode is not None
+    if ended and process.exitcode != 0:
+        sys.exit(f"a resumed run failed with exit code {process.exitcode}: {run}")
+    process.kill()
+    process.join()
+    return not ended
+
+
+def main() -> None:
+    from finetune.quiet import quiet
+
+    quiet()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path)
+    arguments = parser.parse_args()
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="chaos-"))
+    work.mkdir(parents=True, exist_ok=True)
+    import finetune.job  # noqa: F401 - once, so that every child starts with everything imported
+
+    dice, context = random.Random(arguments.seed), multiprocessing.get_context("fork")
+    recipe(work)
+    began = time.monotonic()
+    unbroken = context.Process(target=work_on, args=(work, work / "unbroken"))
+    unbroken.start()
+    unbroken.join()
+    length = time.monotonic() - began
+    wanted = outcome(work / "unbroken")
+    kills, flipped, runs, same, where = 0, 0, 0, 0, Counter[str]()
+    while kills < arguments.kills:
+        run = work / f"run-{runs}"
+        runs += 1
+        while kill_once(context, work, run, length / 3 if kills < arguments.kills else 10 * length, dice):
+            kills += 1
+            where[phase_of(work, run)] += 1
+            flipped += dice.random() < 0.2 and flip_a_byte(run, dice)
+        same += outcome(run) == wanted
+    damaged = (work / "damaged.txt").read_text().count("is damaged")
+    print(f"unbroken run: {length:.1f} s, adapter {wanted[0][:16]}")
+    print(f"{kills} kills: " + ", ".join(f"{where[name]} in {name}" for name in PHASES if where[name]))
+    print(f"{flipped} checkpoints damaged on purpose, {damaged} times a damaged one was met, named and passed over")
+    print(f"{runs} runs came to their end, {same} with the unbroken run's adapter (SHA-256) and metrics")
+    sys.exit(0 if same == runs else 1)
+
+
+if __name__ == "__main__":
+    main()
