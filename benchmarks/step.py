@@ -128,8 +128,8 @@ def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None])
     )
     with tempfile.TemporaryDirectory(dir=work) as run:
         folder = RunFolder(Path(run) / "run")
-        folder.open(recipe)
-        job.fit_job(job.look(recipe), folder, make_accelerator(recipe.run, adapter=True), on_step)
+        with folder.held(recipe):
+            job.fit_job(job.look(recipe), folder, make_accelerator(recipe.run, adapter=True), on_step)
 
 
 def side_by_side(size: str, work: Path, steps: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ recipes_app = typer.Typer(help="Shipped recipes.", no_args_is_help=True, rich_ma
 tokens_app = typer.Typer(help="Rare tokens of a base.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(tokens_app, name="tokens")
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_ERRORS = (*NO_SPACE, errno.EACCES, errno.EROFS, errno.EPERM)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
 BaseOption = Annotated[str, typer.Option("--base", help="tiny, a diffusers folder or a hub id")]
@@ -304,6 +308,12 @@ def main() -> None:
     except Stopped as stop:
         typer.echo(f"\n{stop}", err=True)
         sys.exit(128 + stop.number)
+    except OSError as error:
+        if debug or error.errno not in DISK_ERRORS:
+            raise
+        advice = "free some space" if error.errno in NO_SPACE else "choose a folder that you may write to"
+        typer.echo(f"error: {error.filename or 'a file'} could not be written ({error.strerror}): {advice}", err=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,13 +45,28 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file: contiguous CPU tensors, sorted by name, so that equal content is equal bytes."""
+    """Writes a safetensors file: contiguous CPU tensors, sorted by name, so that equal content is equal bytes.
+
+    Raises:
+        OSError: the disk is full, or the folder can't be written to.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with replacing(path) as temporary:
-        save_file(plain, temporary, metadata=metadata)
+        try:
+            save_file(plain, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise _os_error(error, path) from error
         _sort_metadata(temporary)
+
+
+def _os_error(error: Exception, path: Path) -> OSError:
+    """safetensors' own error for a failed write ("... (os error 28)") as the OSError that it is."""
+    number = re.search(r"os error (\d+)", str(error))
+    code = int(number[1]) if number else errno.EIO
+    return OSError(code, os.strerror(code), str(path))
 
 
 def _sort_metadata(path: Path) -> None:

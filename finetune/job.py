@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -147,7 +148,9 @@ def train(recipe: Recipe, run_dir: Path | str | None = None, say: Say = lambda l
     accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(path)
     with Signals() as signals:
         try:
-            return _stages(job, RunFolder(path), accelerator, say, signals)
+            folder = RunFolder(path)
+            with folder.held(recipe) if accelerator.is_main_process else nullcontext():
+                return _stages(job, folder, accelerator, say, signals)
         except Interrupted as stop:
             raise Stopped(path, stop.number) from stop
 
@@ -155,7 +158,6 @@ def train(recipe: Recipe, run_dir: Path | str | None = None, say: Say = lambda l
 def _stages(job: Job, folder: RunFolder, accelerator: Accelerator, say: Say, signals: Signals) -> Path:
     recipe = job.recipe
     if accelerator.is_main_process:
-        folder.open(recipe)
         folder.write_info(_info(job, folder.info))
     accelerator.wait_for_everyone()
     say(f"{'run folder':>16}  {folder.path}")

@@ -128,6 +128,8 @@ def fit(
     optimizer = optim.build(trained)
     model, optimizer = accelerator.prepare(step, optimizer)
     start, ema = _restore(accelerator, folder, trained, optimizer, run)
+    if accelerator.is_main_process:
+        folder.check_space(_checkpoint_bytes(trained, run) * (run.keep + 1))
     model.train()
     parameters = list(trained.values())
     with phase("Training", run.steps) as advance, signals.deferred():
@@ -215,6 +217,11 @@ def _restore(
         accelerator.scaler.load_state_dict(state.values["scaler"])
     device = next(iter(trained.values())).device
     return state.step, {name: value.to(device) for name, value in state.ema.items()}
+
+
+def _checkpoint_bytes(trained: dict[str, nn.Parameter], run: Run) -> int:
+    """Weights, two moments of Adam, and the EMA, in fp32: what 8-bit moments save is left as a margin."""
+    return sum(parameter.numel() for parameter in trained.values()) * 4 * (3 + bool(run.ema))
 
 
 def _copy_into(trained: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:

@@ -8,10 +8,14 @@ RUN/checkpoints/step-000250/{trained,optimizer,ema}.safetensors + state.json
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import platform
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,8 +72,34 @@ class RunFolder:
         with safe_open(file, "pt") as held:
             return (held.metadata() or {}).get("steps") == str(steps)
 
-    def open(self, recipe: Recipe) -> None:
-        """Makes the folder, or checks that an existing one was made by the same recipe.
+    @contextmanager
+    def held(self, recipe: Recipe) -> Iterator[None]:
+        """Makes the folder, or takes an existing one of the same recipe, and keeps other processes off it.
+
+        The lock is the kernel's: a process that dies, however it dies, lets go of it.
+
+        Raises:
+            BadInput: as `check`; or another process is at work there.
+        """
+        self.check(recipe)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "run.lock").open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise BadInput(
+                    f"{self.path} is in use by {holder}: wait for it, or choose another folder with run.dir=PATH"
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            write_text(self.path / "recipe.yaml", dump_recipe(recipe))
+            yield
+
+    def check(self, recipe: Recipe) -> None:
+        """Whether this recipe may run here.
 
         Raises:
             BadInput: the folder holds something else, or a run of another recipe; the changed keys are named.
@@ -84,7 +114,15 @@ class RunFolder:
                 )
         elif self.path.exists() and any(self.path.iterdir()):
             raise BadInput(f"{self.path} exists and is no run folder: choose another with run.dir=PATH")
-        write_text(file, dump_recipe(recipe))
+
+    def check_space(self, needed: int) -> None:
+        """Refuses a run whose checkpoints (`needed` bytes in all) would not fit on the disk."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise BadInput(
+                f"{self.path} has {free / 1e9:.2f} GB free but the run's checkpoints need {needed / 1e9:.2f} GB: free "
+                "some space, lower run.keep, or choose another disk with run.dir=PATH"
+            )
 
     # metrics
 
@@ -112,9 +150,10 @@ class RunFolder:
         """Writes a checkpoint to a temporary folder, renames it, then drops the oldest beyond `keep`."""
         folder = self.path / "checkpoints" / f"step-{state.step:06d}"
         temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        for left_over in folder.parent.glob(".step-*.tmp"):  # of a killed process
+            shutil.rmtree(left_over, ignore_errors=True)
         try:
+            temporary.mkdir(parents=True)
             _write_state(temporary, state)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)

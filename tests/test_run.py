@@ -21,6 +21,11 @@ def recipe(photos: Path, **run: object) -> Recipe:
     )  # fmt: skip
 
 
+def take(folder: RunFolder, recipe: Recipe) -> None:
+    with folder.held(recipe):
+        pass
+
+
 def state(step: int) -> State:
     return State(step, {"denoiser.x": torch.full((4,), float(step))}, {"0/step": torch.tensor(step)}, {}, {"a": 1})
 
@@ -28,7 +33,7 @@ def state(step: int) -> State:
 @pytest.fixture
 def folder(tmp_path: Path, photos: Path) -> RunFolder:
     run = RunFolder(tmp_path / "run")
-    run.open(recipe(photos))
+    take(run, recipe(photos))
     return run
 
 
@@ -81,19 +86,19 @@ def test_no_pickle_is_written(folder: RunFolder) -> None:
 def test_a_changed_recipe_is_refused_by_its_keys(folder: RunFolder, photos: Path) -> None:
     changed = recipe(photos, seed=1)
     with pytest.raises(BadInput, match=r"run\.seed"):
-        folder.open(changed)
+        take(folder, changed)
 
 
 def test_more_steps_are_allowed_and_fewer_are_not(folder: RunFolder, photos: Path) -> None:
-    folder.open(recipe(photos, steps=900))
+    take(folder, recipe(photos, steps=900))
     with pytest.raises(BadInput, match=r"run\.steps"):
-        folder.open(recipe(photos, steps=100))
+        take(folder, recipe(photos, steps=100))
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(BadInput, match="no run folder"):
-        RunFolder(tmp_path).open(recipe(photos))
+        take(RunFolder(tmp_path), recipe(photos))
     assert not (tmp_path / "recipe.yaml").exists()
 
 
