@@ -156,18 +156,23 @@ def derive(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]], bases: dict[tuple[str, int], dict[str, Any]]) -> str:
     """A Markdown table: mean and, over subjects and seeds, standard deviation."""
-    lines: list[str] = []
+    untouched = [derive(base | {"cpu_seconds": 0.0}, base) for base in bases.values()]
+    lines = [
+        f"| method | prior | runs | {' | '.join(untouched[0])} |",
+        "|---" * (len(untouched[0]) + 3) + "|",
+        f"| the base, untouched | | | {' | '.join(_cells(untouched))} |",
+    ]
     for method, prior in product(METHODS, PRIORS):
         chosen = [
             derive(r, bases[r["subject"], r["seed"]]) for r in rows if (r["method"], r["prior"]) == (method, prior)
         ]
-        if not chosen:
-            continue
-        if not lines:
-            lines += [f"| method | prior | runs | {' | '.join(chosen[0])} |", "|---" * (len(chosen[0]) + 3) + "|"]
-        cells = [_cell([item[key] for item in chosen]) for key in chosen[0]]
-        lines.append(f"| {method} | {prior.replace('_', ' ')} | {len(chosen)} | {' | '.join(cells)} |")
+        if chosen:
+            lines.append(f"| {method} | {prior.replace('_', ' ')} | {len(chosen)} | {' | '.join(_cells(chosen))} |")
     return "\n".join(lines)
+
+
+def _cells(chosen: list[dict[str, float]]) -> list[str]:
+    return [_cell([item[key] for item in chosen]) for key in chosen[0]]
 
 
 def _cell(values: list[float]) -> str:
