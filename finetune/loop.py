@@ -148,7 +148,6 @@ def fit(
                 raise Interrupted(stop)
             if on_step is not None:
                 on_step(n + 1)
-                model.train()
     accelerator.wait_for_everyone()
     _copy_into(trained, ema)
 

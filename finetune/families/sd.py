@@ -189,10 +189,11 @@ class StableDiffusion1(DiffusersFamily):
         self, noisy: Tensor, timesteps: Tensor, cond: dict[str, Tensor], geometry: Sequence[Geometry]
     ) -> Tensor:
         denoiser: Any = self.parts["denoiser"]
+        dtype = denoiser.conv_in.weight.dtype  # diffusers' own `.dtype` walks all modules: 3 % of a small step
         return denoiser(
-            noisy.to(denoiser.dtype),
+            noisy.to(dtype),
             timesteps,
-            encoder_hidden_states=cond["hidden"].to(denoiser.dtype),
+            encoder_hidden_states=cond["hidden"].to(dtype),
             return_dict=False,
         )[0]
 

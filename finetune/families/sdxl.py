@@ -65,7 +65,7 @@ class StableDiffusionXL(DiffusersFamily):
         self, noisy: Tensor, timesteps: Tensor, cond: dict[str, Tensor], geometry: Sequence[Geometry]
     ) -> Tensor:
         denoiser: Any = self.parts["denoiser"]
-        dtype = denoiser.dtype
+        dtype = denoiser.conv_in.weight.dtype
         added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": time_ids(geometry).to(noisy.device, dtype)}
         return denoiser(
             noisy.to(dtype),
