@@ -1,7 +1,7 @@
 # make demo: installs and runs the demo. make test: installs and runs the tests. make check: lint and types.
 VENV ?= .venv
 PYTHON ?= python3
-ENV = OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1
+ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	$(ENV) $(VENV)/bin/finetune demo
 
 test: $(VENV)/installed
-	$(ENV) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+	$(ENV) $(VENV)/bin/python -m pytest -n 2
 
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .

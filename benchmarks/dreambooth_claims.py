@@ -143,9 +143,13 @@ def base_figures(work: Path, subject: str, seed: int) -> dict[str, Any]:
 
 def derive(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
     """The claims' figures: the way from the class to the real subject, and diversity against the base's."""
-    gain = (row["likeness"] - base["class_likeness"]) / (row["real"] - base["class_likeness"])
+
+    def gain(key: str) -> float:
+        return (row[key] - base["class_likeness"]) / (row["real"] - base["class_likeness"])
+
     return {
-        "gain": gain,
+        "gain": gain("likeness"),
+        "gain on the beach": gain("beach_likeness"),
         "is the subject": row["is_subject"],
         "“a noun” is the subject": row["class_is_subject"],
         "diversity": row["class_diversity"] / base["class_diversity"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from finetune.config import load_recipe
 from finetune.job import train
 from finetune.run import RunFolder
@@ -27,6 +29,7 @@ def subject_pictures() -> Path:
 
 
 def run_demo(out: Path | None, say: Callable[[str], None]) -> Path:
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # 64-pixel tensors: more threads only wait for each other
     recipe = load_recipe("demo", [f"data.photos={subject_pictures()}"])
     run = train(recipe, out, say)
     info = RunFolder(run).info
