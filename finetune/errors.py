@@ -13,7 +13,7 @@ class CheckFailed(RuntimeError):
     """A check on a result did not hold (an export differs, a step is not finite); exits with 1."""
 
 
-class Stopped(KeyboardInterrupt):
+class Stopped(BaseException):  # not a KeyboardInterrupt: typer would end the program in our place
     """A signal (SIGINT or SIGTERM) stopped the run in `path`: it can go on from there."""
 
     def __init__(self, path: Path, number: int) -> None:
