@@ -6,12 +6,15 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from finetune.errors import BadInput, CheckFailed, Stopped
 from finetune.quiet import quiet
+
+if TYPE_CHECKING:
+    from finetune.config import Recipe
 
 app = typer.Typer(
     name="finetune",
@@ -29,7 +32,9 @@ app.add_typer(tokens_app, name="tokens")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_ERRORS = (*NO_SPACE, errno.EACCES, errno.EROFS, errno.EPERM)
 
+Processes = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 BaseOption = Annotated[str, typer.Option("--base", help="tiny, a diffusers folder or a hub id")]
 
 
@@ -37,20 +42,21 @@ BaseOption = Annotated[str, typer.Option("--base", help="tiny, a diffusers folde
 def train(
     recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a YAML file")],
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+    dry_run: DryRun = False,
+    processes: Processes = None,
 ) -> None:
     """Train a recipe from end to end; an interrupted run of the same recipe goes on where it stopped."""
     from finetune.config import load_recipe
 
-    _train(load_recipe(recipe, overrides or []), dry_run)
+    _train(load_recipe(recipe, overrides or []), dry_run, processes)
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+def resume(run: Annotated[Path, typer.Argument(help="a run folder")], processes: Processes = None) -> None:
     """Go on with an interrupted run; what comes out is what the unbroken run would have given."""
     from finetune.run import RunFolder
 
-    _train(RunFolder(run).recipe.model_copy(), False, run)
+    _train(RunFolder(run).recipe, False, processes, run)
 
 
 @app.command()
@@ -59,14 +65,15 @@ def dreambooth(
     class_noun: Annotated[str, typer.Option("--class-noun", help="what the subject is, such as dog")],
     overrides: Overrides = None,
     base: BaseOption = "tiny",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+    dry_run: DryRun = False,
+    processes: Processes = None,
 ) -> None:
     """The short way: a DreamBooth LoRA with class images from a folder of photos."""
     from finetune.config import load_recipe
 
     name = "demo" if base == "tiny" else "dreambooth-lora"
     own = [f"data.photos={photos}", f"data.class_noun={class_noun}", f"base={base}", f"run.name={class_noun}"]
-    _train(load_recipe(name, [*own, *(overrides or [])]), dry_run)
+    _train(load_recipe(name, [*own, *(overrides or [])]), dry_run, processes)
 
 
 @app.command()
@@ -250,12 +257,14 @@ def tokens_check(
         )
 
 
-def _train(recipe: object, dry_run: bool, run: Path | None = None) -> None:
+def _train(recipe: Recipe, dry_run: bool, processes: int | None, run: Path | None = None) -> None:
+    if processes:
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"processes": processes})})
+    if processes and processes > 1 and not dry_run and "RANK" not in os.environ:
+        raise _Launch(processes)
     _loud()
     from finetune import job
-    from finetune.config import Recipe
 
-    assert isinstance(recipe, Recipe)
     if dry_run:
         for name, value in job.plan(job.look(recipe)).items():
             typer.echo(f"{name:>16}  {value}")
@@ -290,30 +299,46 @@ def _loud() -> None:
         progress.enable()
 
 
-def main() -> None:
-    """Exit codes: 0, 1 a check failed, 2 bad input, 130 and 143 stopped by SIGINT or SIGTERM.
+class _Launch(Exception):
+    """The command is to run in several processes, of which this is none."""
 
-    `--debug` anywhere shows the traceback.
+
+def run(arguments: list[str]) -> tuple[int, str]:
+    """The exit code and what is to be said about it: 1 a check failed, 2 bad input, 130 and 143 stopped by a signal.
+
+    Raises:
+        Exception: a fault of our own; with `--debug` also those that are told in one sentence.
     """
-    debug = "--debug" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    debug = "--debug" in arguments
     quiet()
     try:
-        app()
+        app([argument for argument in arguments if argument != "--debug"])
+    except SystemExit as end:
+        return int(end.code or 0), ""
+    except _Launch as wish:
+        from finetune.launch import launch
+
+        return launch(int(wish.args[0]), run, arguments), ""
     except (BadInput, CheckFailed) as error:
         if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1 if isinstance(error, CheckFailed) else 2)
+        return (1 if isinstance(error, CheckFailed) else 2), f"error: {error}"
     except Stopped as stop:
-        typer.echo(f"\n{stop}", err=True)
-        sys.exit(128 + stop.number)
+        return 128 + stop.number, f"\n{stop}"
     except OSError as error:
         if debug or error.errno not in DISK_ERRORS:
             raise
         advice = "free some space" if error.errno in NO_SPACE else "choose a folder that you may write to"
-        typer.echo(f"error: {error.filename or 'a file'} could not be written ({error.strerror}): {advice}", err=True)
-        sys.exit(2)
+        return 2, f"error: {error.filename or 'a file'} could not be written ({error.strerror}): {advice}"
+    return 0, ""
+
+
+def main() -> None:
+    """The `finetune` command; `--debug` anywhere shows the traceback of what is told in one sentence."""
+    code, message = run(sys.argv[1:])
+    if message:
+        typer.echo(message, err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ class Run(Settings):
     steps: int = Field(800, ge=1)
     batch_size: int = Field(1, ge=1)
     accumulate: int = Field(1, ge=1)
+    processes: int | None = Field(None, ge=1)  # None: as many as were launched
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
     ema: float | None = Field(None, gt=0, lt=1)

@@ -71,8 +71,8 @@ class Job:
         return [self.fill(prompt) for prompt in self.recipe.sample.prompts]
 
 
-def look(recipe: Recipe) -> Job:
-    """Scans the photos, loads the base, settles the token and the captions; writes nothing.
+def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
+    """Scans the photos, loads the base on `device`, settles the token and the captions; writes nothing.
 
     Raises:
         BadInput: whatever is wrong with the photos, the captions, the base or the token.
@@ -86,6 +86,7 @@ def look(recipe: Recipe) -> Job:
             f"data.resolution is {resolution}, which {family.name} can't divide by {family.latent_factor}: "
             f"choose {round(resolution / family.latent_factor) * family.latent_factor}"
         )
+    family.to(device)
     token = _token(recipe, family)
     captioned = caption_photos(
         photos,
@@ -141,8 +142,8 @@ def train(recipe: Recipe, run_dir: Path | str | None = None, say: Say = lambda l
         CheckFailed: a step was not finite, or an export is not what was trained.
         Stopped: SIGINT or SIGTERM; `resume` goes on.
     """
-    job = look(recipe)
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
+    job = look(recipe, accelerator.device)
     chosen = [run_dir or recipe.run.dir or next_folder(recipe.run.name)]
     path = Path(broadcast_object_list(chosen)[0])  # processes that started at different moments see different folders
     accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(path)
@@ -199,7 +200,6 @@ def _info(job: Job, before: dict[str, Any]) -> dict[str, Any]:
 def _train(job: Job, folder: RunFolder, accelerator: Accelerator, signals: Signals) -> None:
     """The pictures of before, the training, and the trained weights in RUN/adapter."""
     recipe = job.recipe
-    _to_device(job, accelerator.device)
     if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
         _draw_samples(job, folder.path / "samples" / "before", "Before")
     if recipe.run.trackers:
@@ -213,11 +213,6 @@ def _train(job: Job, folder: RunFolder, accelerator: Accelerator, signals: Signa
         folder.save_result(recipe.method.state_dict(job.family), about)
 
 
-def _to_device(job: Job, device: torch.device) -> None:
-    for part in job.family.parts.values():
-        part.to(device)
-
-
 def fit_job(
     job: Job,
     folder: RunFolder,
@@ -227,7 +222,6 @@ def fit_job(
 ) -> None:
     """Class images, caches, the method attached, and the loop: what is trained ends in `job.family`."""
     recipe, family, device = job.recipe, job.family, accelerator.device
-    _to_device(job, device)
     streams = _streams(job, accelerator)
     cache = _latents(job, streams, accelerator)
     encode_prompts = _prompt_encoder(job, streams, accelerator)
@@ -363,7 +357,7 @@ def _load_result(job: Job, folder: RunFolder) -> None:
 
 
 def _finish(job: Job, folder: RunFolder, device: torch.device, say: Say) -> None:
-    _to_device(job, device)
+    job.family.to(device)
     if not (folder.path / "samples" / "after").is_dir():
         _draw_samples(job, folder.path / "samples" / "after", "After")
     exported = export_run(folder, job.family)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from finetune import badstep
 from finetune.batch import Batch
 from finetune.config import Run
+from finetune.data.batches import check_split
 from finetune.draws import Draw, generator, normal, uniform
+from finetune.dropout import SampleDropout, replace_dropout
 from finetune.errors import BadInput, CheckFailed
 from finetune.families.base import Family
 from finetune.objectives import Diffusion
@@ -46,11 +51,14 @@ class Step(nn.Module):
     ) -> None:
         super().__init__()
         self.trained = nn.ModuleDict({name: family.parts[name] for name in trained_parts})
+        for name, part in self.trained.items():
+            replace_dropout(part, name)
         self.family, self.objective, self.encode_prompts = family, objective, encode_prompts
         self.stratify: int | None = None  # samples of a global batch, to spread them evenly over the timesteps
 
     def forward(self, batch: Batch) -> Tensor:
         """The mean over the batch of weight * |prediction - target|^2: a float32 scalar."""
+        SampleDropout.drawing(batch.draws)
         x0 = batch.sample_latents()
         noise = normal(batch.draws, x0.shape[1:], "noise").to(x0.device)
         t = self.objective.timesteps(self.positions(batch.draws)).to(x0.device)
@@ -79,13 +87,28 @@ def make_accelerator(run: Run, adapter: bool) -> Accelerator:
     if precision == "fp16" and not torch.cuda.is_available():
         raise BadInput("run.precision is 'fp16' but there is no GPU here: set run.precision=fp32 or bf16")
     mixed = {"fp32": "no", "bf16": "no" if adapter else "bf16", "fp16": "fp16"}[precision]
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=mixed,
         gradient_accumulation_steps=run.accumulate,
         log_with=list(run.trackers) or None,
         project_dir=".",  # trackers ask for one; `job.train` sets it once the run folder is known
         cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     )
+    _check_launch(accelerator, run)
+    return accelerator
+
+
+def _check_launch(accelerator: Accelerator, run: Run) -> None:
+    """Some launchers start fewer processes than they were asked for, and some settings change precision in silence."""
+    world = accelerator.num_processes
+    if run.processes not in (None, world):
+        raise BadInput(
+            f"run.processes is {run.processes} but {world} process(es) were started: use `finetune train --processes "
+            f"{run.processes}` or torchrun (`accelerate launch --cpu` starts one, whatever it is told)"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise BadInput("ACCELERATE_USE_FSDP is set, but weights are not sharded here: unset it")
+    check_split(run.batch_size, run.accumulate, world)
 
 
 def resolve_precision(run: Run) -> str:
@@ -137,14 +160,15 @@ def fit(
         for n in range(start, run.steps):
             began = time.perf_counter()
             lr = optim.set_lr(optimizer, n, run.steps)
-            loss, norm = _update(accelerator, model, optimizer, parameters, batches, n, run, optim.max_grad_norm)
+            loss, norm = _update(accelerator, model, optimizer, parameters, batches, n, run, folder, optim)
             _update_ema(ema, trained, run.ema, n)
             _log(accelerator, folder, run, n + 1, loss, norm, lr, time.perf_counter() - began, advance)
-            stop = _signal_anywhere(accelerator, signals)
+            stop = _anywhere(accelerator, signals.received or 0)
             due = (n + 1) % run.checkpoint_every == 0 or n + 1 == run.steps
             if (due or stop) and accelerator.is_main_process:
                 folder.save(_state(n + 1, trained, optimizer, ema, accelerator), run.keep)
             if stop:
+                accelerator.wait_for_everyone()  # whoever started us ends the others when one of us ends
                 raise Interrupted(stop)
             if on_step is not None:
                 on_step(n + 1)
@@ -160,37 +184,32 @@ def _update(
     batches: MicroBatches,
     n: int,
     run: Run,
-    max_grad_norm: float,
+    folder: RunFolder,
+    optim: Optim,
 ) -> tuple[Tensor, Tensor | None]:
     """One optimiser step from its micro-batches: their mean loss, and the gradient's norm before clipping."""
     loss = torch.zeros((), device=accelerator.device)
-    norm = None
+    norm, seen = None, []
     for index in range(run.accumulate):
         batch = batches.micro(n, index).to(accelerator.device)
-        seed_dropout(run.seed, n, index, accelerator.process_index)
+        seen.append(batch)
         with accelerator.accumulate(model):
             micro_loss = model(batch)
             accelerator.backward(micro_loss)
             loss += micro_loss.detach() / run.accumulate
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-                _check_finite(accelerator, n, loss, norm, batch)
+                norm = accelerator.clip_grad_norm_(parameters, optim.max_grad_norm or math.inf)
+                _check_finite(accelerator, model, folder, n, loss, norm, seen)
             optimizer.step()
             optimizer.zero_grad()
     return loss, norm
 
 
-def _signal_anywhere(accelerator: Accelerator, signals: Signals) -> int:
-    """The signal that any of the processes has received, or 0: all of them stop after the same step."""
-    own = signals.received or 0
+def _anywhere(accelerator: Accelerator, own: int) -> int:
+    """The largest of the processes' numbers: what one of them has met, all of them act upon in the same step."""
     if accelerator.num_processes == 1:
         return own
     return int(accelerator.gather(torch.tensor([own], device=accelerator.device)).max())
-
-
-def seed_dropout(seed: int, step: int, micro: int, process: int) -> None:
-    """torch's global generators serve dropout layers only; they too are a function of where the run is."""
-    torch.manual_seed(int(torch.randint(2**31, (), generator=generator(seed, "dropout", step, micro, process))))
 
 
 def _parts_of(trained: dict[str, nn.Parameter]) -> list[str]:
@@ -252,16 +271,29 @@ def _update_ema(ema: dict[str, Tensor], trained: dict[str, nn.Parameter], decay:
     torch._foreach_lerp_(averages, [parameter.detach() for parameter in trained.values()], 1 - decay)
 
 
-def _check_finite(accelerator: Accelerator, step: int, loss: Tensor, norm: Tensor | None, batch: Batch) -> None:
-    """Stops before a bad update. Under fp16 an infinite gradient is the scaler's to handle: it skips the step."""
-    bad_loss = not math.isfinite(float(loss))
-    bad_norm = norm is not None and accelerator.scaler is None and not math.isfinite(float(norm))
-    if bad_loss or bad_norm:
-        what = f"loss {float(loss)}" if bad_loss else f"gradient norm {float(norm or 0)}"
-        raise CheckFailed(
-            f"step {step + 1} is not finite ({what}) on {', '.join(sorted(set(batch.names)))}; the weights were "
-            "not updated and the last checkpoint is whole: lower optim.lr, or look at those files"
-        )
+def _check_finite(
+    accelerator: Accelerator,
+    model: nn.Module,
+    folder: RunFolder,
+    n: int,
+    loss: Tensor,
+    norm: Tensor | None,
+    seen: list[Batch],
+) -> None:
+    """Stops every process before a bad update. Under fp16 an infinite gradient is the scaler's: it skips the step."""
+    value, length = float(loss), None if norm is None or accelerator.scaler is not None else float(norm)
+    bad = not math.isfinite(value) or (length is not None and not math.isfinite(length))
+    if not _anywhere(accelerator, int(bad)):
+        return
+    step: Step = accelerator.unwrap_model(model)
+    samples = badstep.describe(seen, [step.objective.timesteps(step.positions(batch.draws)) for batch in seen])
+    everyone = gather_object([(value, samples)])
+    worst = next((loss for loss, _ in everyone if not math.isfinite(loss)), value)
+    samples = [sample for _, part in everyone for sample in part]
+    bundle = folder.path / f"bad-step-{n + 1:06d}"
+    if accelerator.is_main_process:
+        bundle = badstep.write_bundle(folder.path, n + 1, worst, length, samples)
+    raise CheckFailed(badstep.sentence(n + 1, worst, length, samples, bundle))
 
 
 def _log(

@@ -37,8 +37,7 @@ def open_result(source: Path, base: str = "tiny", device: str | torch.device = "
     else:
         family, info = families.load(base), {}
         apply_adapter(family, read_adapter(source, family.name, family.folder))
-    for part in family.parts.values():
-        part.to(device)
+    family.to(device)
     return family, info
 
 
@@ -58,12 +57,15 @@ def open_run(folder: RunFolder) -> tuple[Family, dict[str, Any]]:
 
 def export_run(folder: RunFolder, family: Family, formats: Sequence[str] = ()) -> list[Exported]:
     """Writes RUN/exports/ from a family with the run's training in it, checks every file, and notes it all in
-    exports.json. Without `formats`: all that can hold what was trained."""
+    exports.json. Without `formats`: all that can hold what was trained. A family under an adapter is used up: its
+    parts leave memory, since the checks load a clean base."""
     recipe = folder.recipe
     target, name = folder.path / "exports", recipe.run.name
     if recipe.method.is_adapter:
+        adapter = adapter_from(recipe.method, family)
+        family.release(list(family.parts))
         exported = export_adapter(
-            adapter_from(recipe.method, family),
+            adapter,
             target,
             name,
             formats or recipe.export.formats or list(REGISTRY),

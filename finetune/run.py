@@ -246,9 +246,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _changed_keys(old: Recipe, new: Recipe) -> list[str]:
-    """The keys that differ, except those that a run may change: more steps, another name for its folder."""
+    """The keys that differ, except those that a run may change: more steps, more processes, its folder's name."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    free = {"run.dir", "run.name", "run.keep", "run.checkpoint_every"}
+    free = {"run.dir", "run.name", "run.keep", "run.checkpoint_every", "run.processes"}
     if after.get("run.steps", 0) >= before.get("run.steps", 0):
         free.add("run.steps")
     names = sorted(before.keys() | after.keys())

@@ -23,6 +23,7 @@ from finetune.families.base import Family
 
 END = "</w>"
 VOWELS = set("aeiou")
+MEASURED_SIDE = 32
 RARE_FROM = 0.8  # the last fifth of the vocabulary; CLIP's ids >= 40000 of 49408
 KNOWN = {"sks": "a rifle"}  # tokens in common use that mean something to real bases
 
@@ -67,7 +68,9 @@ class Token:
 def check(family: Family, text: str, noun: str | None = None, measure: bool = True) -> Token:
     """Everything about one token; `noun` is the class noun it is to stand before."""
     token = describe(family.tokenizers, text)
-    return _measured(family, token, noun) if measure and token.single else token
+    if not measure or not token.single:
+        return token
+    return _with_strengths(family, [_with_distance(family, token, noun)], noun)[0]
 
 
 def suggest(family: Family, count: int = 10, noun: str | None = None, measured: int = 24) -> list[Token]:
@@ -75,9 +78,10 @@ def suggest(family: Family, count: int = 10, noun: str | None = None, measured: 
     tell apart best, those with the weakest prior first; then the rest, the best told apart first."""
     candidates = rare_tokens(family.tokenizers)
     chosen = candidates[:: max(1, len(candidates) // measured)][:measured]
-    found = [_measured(family, describe(family.tokenizers, text), noun) for text in chosen]
+    found = [_with_distance(family, describe(family.tokenizers, text), noun) for text in chosen]
     found.sort(key=lambda token: token.distance or 0.0, reverse=True)
     distinct = -(-len(found) // 3)
+    found = [*_with_strengths(family, found[: max(distinct, count)], noun), *found[max(distinct, count) :]]
     first = sorted(found[:distinct], key=lambda token: token.strength or 0.0)
     return [*first, *found[distinct:]][:count]
 
@@ -120,13 +124,13 @@ def _words() -> frozenset[str]:
     return frozenset(files("finetune").joinpath("words.txt").read_text(encoding="utf-8").split())
 
 
-def _measured(family: Family, token: Token, noun: str | None) -> Token:
-    thing = noun or "thing"
-    return replace(
-        token,
-        strength=prior_strength(family, token.text, thing),
-        distance=embedding_distance(family, token.text, thing),
-    )
+def _with_distance(family: Family, token: Token, noun: str | None) -> Token:
+    return replace(token, distance=embedding_distance(family, token.text, noun or "thing"))
+
+
+def _with_strengths(family: Family, found: Sequence[Token], noun: str | None) -> list[Token]:
+    measured = prior_strengths(family, [token.text for token in found], noun or "thing")
+    return [replace(token, strength=strength) for token, strength in zip(found, measured, strict=True)]
 
 
 @torch.no_grad()
@@ -137,30 +141,33 @@ def embedding_distance(family: Family, token: str, noun: str) -> float:
     return float((with_token - plain).norm() / plain.norm())
 
 
-@torch.no_grad()
 def prior_strength(family: Family, token: str, noun: str, draws: int = 4) -> float:
-    """|eps(a photo of T N) - eps(a photo of N)| / |eps(a photo of N) - eps()|, over fixed noise and timesteps.
+    """`prior_strengths` of one token."""
+    return prior_strengths(family, [token], noun, draws)[0]
 
-    Near 0: the frozen base takes no notice of the token. 1: it changes as much as the class noun itself does.
+
+@torch.no_grad()
+def prior_strengths(family: Family, texts: Sequence[str], noun: str, draws: int = 4) -> list[float]:
+    """|eps(a photo of T N) - eps(a photo of N)| / |eps(a photo of N) - eps()| for each T.
+
+    Over fixed noise and timesteps. Near 0: the frozen base takes no notice of the token. 1: it changes as much as the
+    class noun itself does.
     """
-    prompts = [f"a photo of {token} {noun}", f"a photo of {noun}", ""]
-    with_token, plain, empty = _predictions(family, prompts, draws)
-    return float((with_token - plain).norm() / (plain - empty).norm().clamp(min=1e-8))
+    plain, empty = _predict(family, f"a photo of {noun}", draws), _predict(family, "", draws)
+    scale = (plain - empty).norm().clamp(min=1e-8)
+    return [float((_predict(family, f"a photo of {text} {noun}", draws) - plain).norm() / scale) for text in texts]
 
 
-def _predictions(family: Family, prompts: Sequence[str], draws: int) -> list[Tensor]:
-    """The denoiser's output on pure noise for each prompt: [draws, C, h, w]. Late timesteps decide what is drawn."""
+def _predict(family: Family, prompt: str, draws: int) -> Tensor:
+    """The denoiser's output on pure noise: [draws, C, h, w]. Late timesteps decide what is drawn; a large base is
+    asked at 32x32 latents, since a person waits for the answer."""
     denoiser: Any = family.parts["denoiser"]
     device = next(denoiser.parameters()).device
-    side = family.resolution // family.latent_factor
+    side = min(family.resolution // family.latent_factor, MEASURED_SIDE)
     shape = (draws, denoiser.config.in_channels, side, side)
     noise = torch.randn(shape, generator=generator(0, "prior strength")).to(device)
     last = len(family.schedule.alphas_cumprod) - 1
     timesteps = torch.linspace(0.6 * last, 0.95 * last, draws, device=device).long()
-    square = (family.resolution, family.resolution)
-    geometry = [Geometry(square, (0, 0), square)] * draws
-    out = []
-    for prompt in prompts:
-        cond = family.encode_prompts([prompt] * draws)
-        out.append(family.predict(noise, timesteps, cond, geometry).float())
-    return out
+    square = (side * family.latent_factor, side * family.latent_factor)
+    cond = family.encode_prompts([prompt] * draws)
+    return family.predict(noise, timesteps, cond, [Geometry(square, (0, 0), square)] * draws).float()

@@ -13,14 +13,14 @@ FILES = sorted((ROOT / "finetune").rglob("*.py"))
 # From the ground up. A module may import its own layer and those above it in this list.
 LAYERS = (
     ("errors", "settings", "draws", "quiet", "progress", "files", "signals"),
-    ("batch", "objectives", "optim", "recipes"),
+    ("batch", "dropout", "objectives", "optim", "recipes"),
     ("families",),
     ("methods", "data"),
     ("config",),
-    ("run", "sample", "tokens", "export"),
+    ("run", "badstep", "sample", "tokens", "export"),
     ("loop", "prior", "results", "report"),
     ("job",),
-    ("demo", "doctor"),
+    ("demo", "doctor", "launch"),
     ("cli", "__main__", "__init__"),
 )
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}

@@ -204,8 +204,6 @@ from finetune.optim import AdamW
 folder = Path(sys.argv[1])
 folder.mkdir(exist_ok=True)
 method = METHODS[sys.argv[3]]
-if method.kind == "lora":
-    method = method.model_copy(update={{"dropout": 0.0}})
 weights = run_fit(Path(sys.argv[2]), folder, method, optim=AdamW(lr=1e-4, weight_decay=0.0))
 import os
 save_file(weights, folder / f"rank{{os.environ.get('RANK', 0)}}.safetensors")

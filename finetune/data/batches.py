@@ -54,11 +54,7 @@ class Batches:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if batch_size % (accumulate * world):
-            raise BadInput(
-                f"run.batch_size {batch_size} can't be split into {accumulate} micro-batches on {world} processes: "
-                f"make it a multiple of {accumulate * world}"
-            )
+        check_split(batch_size, accumulate, world)
         self.streams, self.cache, self.seed = streams, cache, seed
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
 
@@ -100,3 +96,12 @@ class Batches:
 def _order(seed: int, stream: int, epoch: int, count: int) -> list[int]:
     """Each epoch's order: a permutation, so that every photo is seen once an epoch."""
     return torch.randperm(count, generator=generator(seed, "order", stream, epoch)).tolist()
+
+
+def check_split(batch_size: int, accumulate: int, world: int) -> None:
+    """Raises BadInput where a step's samples can't be dealt out evenly."""
+    if batch_size % (accumulate * world):
+        raise BadInput(
+            f"run.batch_size {batch_size} can't be split into {accumulate} micro-batches on {world} processes: "
+            f"choose a multiple of {accumulate * world}"
+        )

@@ -45,22 +45,27 @@ def _faint(adapter: Adapter) -> bool:
 
 def compare(trained: Adapter, again: Adapter, bound: float) -> tuple[float, list[str]]:
     """The largest relative error over the modules' deltas, and the checks that say so."""
-    wanted = {(part, module): delta(a, b, trained.scale) for part, module, a, b in trained.modules()}
-    found = {(part, module): delta(a, b, again.scale) for part, module, a, b in again.modules()}
+    wanted, found = _by_place(trained), _by_place(again)
     if wanted.keys() != found.keys():
         odd = sorted(wanted.keys() ^ found.keys())
         return float("inf"), [f"FAILED: {len(odd)} modules differ, such as {' '.join(odd[0])}"]
-    for place, value in found.items():
-        if value.shape != wanted[place].shape:
+    errors = {}
+    for place, factors in wanted.items():  # one delta at a time: all of them are as large as the base
+        right, value = delta(*factors, trained.scale), delta(*found[place], again.scale)
+        if value.shape != right.shape:
             return float("inf"), [f"FAILED: {' '.join(place)} has shape {tuple(value.shape)}"]
         if not bool(torch.isfinite(value).all()):
             return float("inf"), [f"FAILED: {' '.join(place)} is not finite"]
-    errors = {place: _relative(found[place], value) for place, value in wanted.items()}
+        errors[place] = _relative(value, right)
     worst = max(errors, key=lambda place: errors[place])
     line = f"{len(errors)} modules re-read, largest relative error {errors[worst]:.1e}"
     if errors[worst] > bound:
         return errors[worst], [f"FAILED: {line} in {' '.join(worst)} (bound {bound:.0e})"]
     return errors[worst], [f"ok: {line}"]
+
+
+def _by_place(adapter: Adapter) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    return {(part, module): (a, b) for part, module, a, b in adapter.modules()}
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:

@@ -72,6 +72,11 @@ class Family(ABC):
     def text_encoders(self) -> list[str]:
         return [name for name in self.parts if name.startswith("text_encoder")]
 
+    def to(self, device: torch.device | str) -> None:
+        """Moves every part."""
+        for part in self.parts.values():
+            part.to(device)
+
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> Latents:
         """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/f, W/f], float32, no gradient."""

@@ -1,0 +1,97 @@
+"""Several processes on this machine, each running the same command: `finetune train RECIPE --processes 2`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from finetune.errors import BadInput
+
+GRACE = 10.0  # seconds for the other processes to end by themselves once one has failed
+
+
+Command = Callable[[list[str]], tuple[int, str]]
+
+
+def launch(processes: int, run: Command, arguments: list[str]) -> int:
+    """Calls `run(arguments)`, which gives an exit code and a message, in each process; returns the exit code of all.
+
+    torch.multiprocessing ends the others when one fails. SIGINT and SIGTERM are passed on: the processes finish
+    the step together. What several of them say is said once.
+
+    Raises:
+        BadInput: a process was ended by a signal (killed, out of memory).
+    """
+    import torch.multiprocessing as multiprocessing
+
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    said = multiprocessing.get_context("spawn").SimpleQueue()
+    work = (processes, _free_port(), run, arguments, said)
+    context: Any = multiprocessing.start_processes(_work, work, processes, join=False, start_method="spawn")
+    _pass_signals_on(context.pids())
+    failure = _join(context)
+    lines: list[str] = []
+    while not said.empty():
+        lines.append(said.get())
+    for line in dict.fromkeys(lines):
+        print(line, file=sys.stderr)
+    return 0 if failure is None else _exit_code(context, failure, bool(lines))
+
+
+def _work(rank: int, world: int, port: int, run: Command, arguments: list[str], said: Any) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    code, message = run(arguments)
+    if message:
+        said.put(message)
+    sys.exit(code)
+
+
+def _pass_signals_on(pids: list[int]) -> None:
+    def handle(number: int, frame: object) -> None:
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+def _join(context: Any) -> Exception | None:
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+    try:
+        while not context.join(grace_period=GRACE):
+            continue
+    except (ProcessExitedException, ProcessRaisedException) as failure:
+        return failure
+    return None
+
+
+def _exit_code(context: Any, failure: Exception, explained: bool) -> int:
+    """The code of a run that failed; where no process could say why, the reason is told here."""
+    codes = [process.exitcode for process in context.processes]
+    for rank, code in enumerate(codes):
+        if code is not None and code < 0 and -code not in (signal.SIGTERM, signal.SIGINT):
+            raise BadInput(
+                f"process {rank} of {len(codes)} was ended by {signal.Signals(-code).name} (SIGKILL: often a "
+                "lack of memory); the others were stopped and the last checkpoint is whole: `finetune resume RUN`"
+            )
+    stated = [code for code in codes if code in (1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)]
+    if explained and stated:
+        return max(stated)
+    raise failure from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
