@@ -259,9 +259,8 @@ def tokens_check(
 
 def _train(recipe: Recipe, dry_run: bool, processes: int | None, run: Path | None = None) -> None:
     if processes:
-        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"processes": processes})})
-    if processes and processes > 1 and not dry_run and "RANK" not in os.environ:
-        raise _Launch(processes)
+        _launch_or_check(processes, dry_run)
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"processes": None})})
     _loud()
     from finetune import job
 
@@ -272,6 +271,14 @@ def _train(recipe: Recipe, dry_run: bool, processes: int | None, run: Path | Non
     say = typer.echo if _is_main_process() else _silent
     path = job.train(recipe, run, say)
     say(f"done: look at {path}/report.html")
+
+
+def _launch_or_check(processes: int, dry_run: bool) -> None:
+    launched = os.environ.get("WORLD_SIZE")
+    if launched is None and processes > 1 and not dry_run:
+        raise _Launch(processes)
+    if launched is not None and int(launched) != processes:
+        raise BadInput(f"--processes is {processes} but {launched} were started: leave --processes out under torchrun")
 
 
 def _is_main_process() -> bool:
@@ -318,7 +325,7 @@ def run(arguments: list[str]) -> tuple[int, str]:
     except _Launch as wish:
         from finetune.launch import launch
 
-        return launch(int(wish.args[0]), run, arguments), ""
+        return launch(int(wish.args[0]), run, arguments)
     except (BadInput, CheckFailed) as error:
         if debug:
             raise

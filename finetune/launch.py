@@ -10,22 +10,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from finetune.errors import BadInput
-
 GRACE = 10.0  # seconds for the other processes to end by themselves once one has failed
 
 
 Command = Callable[[list[str]], tuple[int, str]]
 
 
-def launch(processes: int, run: Command, arguments: list[str]) -> int:
-    """Calls `run(arguments)`, which gives an exit code and a message, in each process; returns the exit code of all.
+def launch(processes: int, run: Command, arguments: list[str]) -> tuple[int, str]:
+    """Calls `run(arguments)`, which gives an exit code and a message, in each process; returns those of all.
 
     torch.multiprocessing ends the others when one fails. SIGINT and SIGTERM are passed on: the processes finish
     the step together. What several of them say is said once.
-
-    Raises:
-        BadInput: a process was ended by a signal (killed, out of memory).
     """
     import torch.multiprocessing as multiprocessing
 
@@ -39,9 +34,9 @@ def launch(processes: int, run: Command, arguments: list[str]) -> int:
     lines: list[str] = []
     while not said.empty():
         lines.append(said.get())
-    for line in dict.fromkeys(lines):
-        print(line, file=sys.stderr)
-    return 0 if failure is None else _exit_code(context, failure, bool(lines))
+    if failure is None:
+        return 0, ""
+    return _explained(context, failure, "\n".join(dict.fromkeys(lines)))
 
 
 def _work(rank: int, world: int, port: int, run: Command, arguments: list[str], said: Any) -> None:
@@ -76,18 +71,19 @@ def _join(context: Any) -> Exception | None:
     return None
 
 
-def _exit_code(context: Any, failure: Exception, explained: bool) -> int:
-    """The code of a run that failed; where no process could say why, the reason is told here."""
+def _explained(context: Any, failure: Exception, said: str) -> tuple[int, str]:
+    """The exit code and message of a run that failed; where no process could say why, the reason is told here."""
     codes = [process.exitcode for process in context.processes]
     for rank, code in enumerate(codes):
         if code is not None and code < 0 and -code not in (signal.SIGTERM, signal.SIGINT):
-            raise BadInput(
-                f"process {rank} of {len(codes)} was ended by {signal.Signals(-code).name} (SIGKILL: often a "
-                "lack of memory); the others were stopped and the last checkpoint is whole: `finetune resume RUN`"
+            name = signal.Signals(-code).name
+            return 2, (
+                f"error: process {rank} of {len(codes)} was ended by {name} (SIGKILL: often a lack of memory); the "
+                "others were stopped and the last checkpoint is whole: `finetune resume RUN`"
             )
     stated = [code for code in codes if code in (1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)]
-    if explained and stated:
-        return max(stated)
+    if said and stated:
+        return max(stated), said
     raise failure from None
 
 

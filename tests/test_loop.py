@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from finetune import families
 from finetune.batch import Batch, Geometry, Latents
@@ -174,8 +175,19 @@ def test_ema_is_the_formula_and_is_what_leaves_the_run(tiny_bases: dict[str, Pat
 
 
 def test_a_bad_step_stops_before_the_update(tiny_bases: dict[str, Path], folder: Path) -> None:
-    with pytest.raises(CheckFailed, match=r"step 3 is not finite .*\.png"):
-        run_fit(tiny_bases["sd1"], folder, LoRA(rank=2), batches=Memory(bad_at=2), checkpoint_every=2)
+    """Step 3 of four samples in two micro-batches: all are named with their timesteps, and kept as they were."""
+    batches = Memory(4, 2, bad_at=2)
+    with pytest.raises(
+        CheckFailed, match=r"step 3 is not finite \(loss nan\) on 6\.png \(timestep \d+\), 7\.png .*lr"
+    ):
+        run_fit(tiny_bases["sd1"], folder, LoRA(rank=2), batches=batches, accumulate=2, checkpoint_every=2)
+    facts = json.loads((folder / "bad-step-000003" / "step.json").read_text())
+    draws = [Draw(0, 2, slot) for slot in range(4)]
+    assert [item["timestep"] for item in facts["samples"]] == [int(u * 1000) for u in uniform(draws, "timestep")]
+    assert [item["name"] for item in facts["samples"]] == ["6.png", "7.png", "0.png", "1.png"]
+    kept = load_file(folder / "bad-step-000003" / "latents.safetensors")
+    assert torch.equal(kept["0003.std"], batches.std[1])
+    assert bool(kept["0003.mean"].isnan().all())
     state = RunFolder(folder).latest()
     assert state is not None
     assert state.step == 2

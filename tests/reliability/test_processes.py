@@ -1,0 +1,173 @@
+"""Any number of processes, one result; and what happens when one of them dies, or was never started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]), "OMP_NUM_THREADS": "1",
+}  # fmt: skip
+PROGRAM = """
+import sys, work
+from finetune.launch import launch
+code, message = launch({count}, work.{name}, sys.argv[1:])
+print(message, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def processes(count: int, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PROGRAM.format(count=count, name=name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400, check=False)
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """|one - other| / |one| over all weights."""
+    assert one.keys() == other.keys()
+    apart = sum(float((one[name] - other[name]).double().square().sum()) for name in one)
+    return (apart / sum(float(value.double().square().sum()) for value in one.values())) ** 0.5
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def class_images(cache: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(cache)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in (cache / "class-images").rglob("*.png")
+    }
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_end_equal(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    """LoRA (with dropout) and full, SD1 and SDXL, text encoders trained too: 20 steps of a batch of four."""
+    for count in (1, 2):
+        done = processes(count, "work", tmp_path / str(count), photos, tiny_bases["sd1"], tiny_bases["sdxl"])
+        assert done.returncode == 0, done.stderr[-3000:]
+    runs = sorted(path.name for path in (tmp_path / "1" / "runs").iterdir())
+    assert runs == ["sd1-full", "sd1-lora", "sdxl-full", "sdxl-lora"]
+    for name in runs:
+        one, two = (tmp_path / count / "runs" / name for count in ("1", "2"))
+        assert len(losses(one)) == 20
+        assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+        weights = [load_file(run / "adapter" / "trained.safetensors") for run in (one, two)]
+        assert distance(*weights) < 1e-5, name
+    pictures = class_images(tmp_path / "1" / "cache")
+    assert len(pictures) == 10
+    assert class_images(tmp_path / "2" / "cache") == pictures
+    assert (tmp_path / "2" / "written.txt").read_text() == "", "the second process wrote into a run folder"
+
+
+def command(base: Path, photos: Path, run: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "finetune", "train", "dreambooth-lora", f"base={base}", f"data.photos={photos}",
+        "data.class_noun=mug", "prior.count=2", "prior.steps=1", f"run.dir={run}", "sample.steps=1", "sample.count=1",
+        "run.batch_size=2", *more,
+    ]  # fmt: skip
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    words = list(map(str, arguments))
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def wait_for_steps(run: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= count:
+            return
+        time.sleep(0.05)
+    pytest.fail("the run never got there")
+
+
+def second_process(launcher: int, run: Path) -> psutil.Process:
+    first = int((run / "run.lock").read_text().split()[1])
+    workers = [child for child in psutil.Process(launcher).children() if "spawn_main" in " ".join(child.cmdline())]
+    (second,) = [child for child in workers if child.pid != first]
+    return second
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run_and_the_run_goes_on_with_one(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = command(tiny_bases["sd1"], photos, run, "run.checkpoint_every=2")
+    with start(*arguments, "--processes", "2", "run.steps=100000") as process:
+        wait_for_steps(run, 5)
+        second_process(process.pid, run).kill()
+        began = time.monotonic()
+        _, error = process.communicate(timeout=60)
+    assert time.monotonic() - began < 60
+    assert process.returncode == 2, error
+    assert "process 1 of 2 was ended by SIGKILL" in error
+    assert "Traceback" not in error
+    reached = int(sorted((run / "checkpoints").iterdir())[-1].name[-6:])
+    assert reached >= 4
+    text = (run / "recipe.yaml").read_text().replace("steps: 100000", f"steps: {reached + 2}")
+    (run / "recipe.yaml").write_text(text)
+    done = subprocess.run([sys.executable, "-m", "finetune", "resume", str(run)], env=ENVIRONMENT, check=False)
+    assert done.returncode == 0
+    assert len(losses(run)) == reached + 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_of_them_after_the_same_step(
+    number: signal.Signals, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = command(tiny_bases["sd1"], photos, run, "run.checkpoint_every=100000", "run.steps=100000")
+    with start(*arguments, "--processes", "2") as process:
+        wait_for_steps(run, 3)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    assert error.count(f"finetune resume {run}") == 1
+    (saved,) = (run / "checkpoints").iterdir()
+    assert int(saved.name[-6:]) == len(losses(run)) >= 3
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["run.processes=2"], ("run.processes is 2 but 1 process", "--processes 2")),
+        (["--processes", "3"], ("run.batch_size 2", "3 processes", "multiple of 3")),
+        (["--processes", "0"], ("--processes", "greater than or equal to 1")),
+    ],
+)
+def test_a_launch_that_is_not_what_was_asked_for_is_refused(
+    more: list[str], words: tuple[str, ...], tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with start(*command(tiny_bases["sd1"], photos, run, *more)) as process:
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 2, error
+    assert "Traceback" not in error
+    assert all(word in error for word in words), error
+    assert error.lower().count("error") == 1, error
+    assert not run.exists()
+
+
+@pytest.mark.slow
+def test_a_bad_step_of_one_process_stops_all_and_names_everything(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    done = processes(2, "one_bad_rank", tmp_path, tiny_bases["sd1"])
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("step 3 is not finite (loss nan)") == 1
+    facts = json.loads((tmp_path / "bad-step-000003" / "step.json").read_text())
+    assert [item["sample"] for item in facts["samples"]] == [0, 1, 2, 3]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]

@@ -1,0 +1,79 @@
+"""What the processes of test_processes.py do: trains several recipes, one after the other, in one process group."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+SETTINGS = (
+    "data.class_noun=mug", "data.crop=random", "data.flip=true", "data.caption_dropout=0.2", "prior.kind=class_images",
+    "prior.count=5", "prior.steps=1", "prior.batch_size=2", "run.steps=20", "run.batch_size=4", "sample.steps=1",
+    "sample.count=1", "sample.prompts=['a {noun}']", "objective.timesteps=stratified",
+)  # fmt: skip
+METHODS = {
+    "lora": ("method.kind=lora", "method.rank=4", "method.dropout=0.1", "optim.lr=1e-3"),
+    "full": ("method.kind=full", "optim.lr=1e-4"),
+}
+PARTS = ("method.parts=[denoiser, text_encoders]", "optim.kind=adamw")
+
+
+def note_writes(folder: Path, note: Path) -> None:
+    """Every file below `folder` that this process opens for writing, renames or removes goes into `note`."""
+    note.parent.mkdir(exist_ok=True)
+    handle = note.open("a")
+    modes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & modes
+        if (writes or event in ("os.rename", "os.remove", "os.mkdir")) and str(folder) in str(arguments[0]):
+            os.write(handle.fileno(), f"{event} {arguments[0]}\n".encode())
+
+    sys.addaudithook(hook)
+
+
+def work(arguments: list[str]) -> tuple[int, str]:
+    """arguments: a folder, the photos, and base folders; RUNS/<family>-<method> come out."""
+    from finetune.quiet import quiet, quiet_bars
+
+    quiet()
+    quiet_bars()
+    import torch
+
+    from finetune import load_recipe, train
+    from finetune.errors import BadInput, CheckFailed
+
+    torch.set_num_threads(1)
+    out, photos, *bases = map(Path, arguments)
+    os.environ["FINETUNE_CACHE"] = str(out / "cache")
+    if os.environ.get("RANK", "0") != "0":
+        note_writes(out / "runs", out / "written.txt")
+    for base in bases:
+        for name, method in METHODS.items():
+            own = [f"base={base}", f"data.photos={photos}", *SETTINGS, *method, *PARTS]
+            try:
+                train(
+                    load_recipe("dreambooth-lora" if name == "lora" else "dreambooth-full", own),
+                    out / "runs" / f"{base.name}-{name}",
+                )
+            except (BadInput, CheckFailed) as error:
+                return 2, str(error)
+    return 0, ""
+
+
+def one_bad_rank(arguments: list[str]) -> tuple[int, str]:
+    """arguments: a folder, a base. The second process meets a NaN in step 3."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from test_loop import Memory, run_fit
+
+    from finetune.errors import CheckFailed
+    from finetune.methods.lora import LoRA
+
+    out, base = map(Path, arguments)
+    rank = int(os.environ["RANK"])
+    batches = Memory(4, 1, rank, 2, bad_at=2 if rank == 1 else -1)
+    try:
+        run_fit(base, out, LoRA(rank=2), batches=batches, checkpoint_every=2)
+    except CheckFailed as error:
+        return 1, str(error)
+    return 0, "nothing was found"
