@@ -174,6 +174,7 @@ def fit(
                 on_step(n + 1)
     accelerator.wait_for_everyone()
     _copy_into(trained, ema)
+    accelerator.free_memory()  # it holds on to the model and the optimiser
 
 
 def _update(
