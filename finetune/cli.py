@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +36,7 @@ DISK_ERRORS = (*NO_SPACE, errno.EACCES, errno.EROFS, errno.EPERM)
 
 Processes = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave out photos that can't be used")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 BaseOption = Annotated[str, typer.Option("--base", help="tiny, a diffusers folder or a hub id")]
 
@@ -43,12 +46,13 @@ def train(
     recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a YAML file")],
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    skip_bad: SkipBad = False,
     processes: Processes = None,
 ) -> None:
     """Train a recipe from end to end; an interrupted run of the same recipe goes on where it stopped."""
     from finetune.config import load_recipe
 
-    _train(load_recipe(recipe, overrides or []), dry_run, processes)
+    _train(load_recipe(recipe, [*(overrides or []), *_skipping(skip_bad)]), dry_run, processes)
 
 
 @app.command()
@@ -66,6 +70,7 @@ def dreambooth(
     overrides: Overrides = None,
     base: BaseOption = "tiny",
     dry_run: DryRun = False,
+    skip_bad: SkipBad = False,
     processes: Processes = None,
 ) -> None:
     """The short way: a DreamBooth LoRA with class images from a folder of photos."""
@@ -73,7 +78,7 @@ def dreambooth(
 
     name = "demo" if base == "tiny" else "dreambooth-lora"
     own = [f"data.photos={photos}", f"data.class_noun={class_noun}", f"base={base}", f"run.name={class_noun}"]
-    _train(load_recipe(name, [*own, *(overrides or [])]), dry_run, processes)
+    _train(load_recipe(name, [*own, *(overrides or []), *_skipping(skip_bad)]), dry_run, processes)
 
 
 @app.command()
@@ -273,6 +278,10 @@ def _train(recipe: Recipe, dry_run: bool, processes: int | None, run: Path | Non
     say(f"done: look at {path}/report.html")
 
 
+def _skipping(skip_bad: bool) -> list[str]:
+    return ["data.skip_bad=true"] if skip_bad else []
+
+
 def _launch_or_check(processes: int, dry_run: bool) -> None:
     launched = os.environ.get("WORLD_SIZE")
     if launched is None and processes > 1 and not dry_run:
@@ -306,6 +315,18 @@ def _loud() -> None:
         progress.enable()
 
 
+@contextmanager
+def _pickle_allowed(allowed: bool) -> Iterator[None]:
+    """For this command and the processes that it starts; see finetune.families.weights."""
+    if allowed:
+        os.environ["FINETUNE_ALLOW_PICKLE"] = "1"
+    try:
+        yield
+    finally:
+        if allowed:
+            del os.environ["FINETUNE_ALLOW_PICKLE"]
+
+
 class _Launch(Exception):
     """The command is to run in several processes, of which this is none."""
 
@@ -319,7 +340,8 @@ def run(arguments: list[str]) -> tuple[int, str]:
     debug = "--debug" in arguments
     quiet()
     try:
-        app([argument for argument in arguments if argument != "--debug"])
+        with _pickle_allowed("--allow-pickle" in arguments):
+            app([argument for argument in arguments if argument not in ("--debug", "--allow-pickle")])
     except SystemExit as end:
         return int(end.code or 0), ""
     except _Launch as wish:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,8 @@ from finetune.methods import MethodSettings
 from finetune.objectives import Objective
 from finetune.optim import Optim
 from finetune.settings import Settings
+
+Sampler = Literal["dpm++", "ddim", "euler", "unipc"]  # finetune.families.samplers makes them
 
 
 class Base(Settings):
@@ -33,15 +36,19 @@ class Data(Settings):
 
     `captions: auto` uses a .txt file beside a photo (or metadata.jsonl / captions.csv in the folder) where one
     exists and `templates` elsewhere; `files` demands one for every photo; `templates` ignores them.
-    Templates and caption files may contain {token} and {noun}.
+    Templates and caption files may contain {token} and {noun}. A caption that is longer than the text encoders read is
+    refused, or cut. A token of more than `token_pieces` pieces is refused: each piece has a meaning of its own.
     """
 
     photos: Path
     class_noun: str | None = None
-    token: str = "auto"
+    skip_bad: bool = False  # leave out files that can't be used
+    token: str = Field("auto", min_length=1)
+    token_pieces: int = Field(1, ge=1)
     captions: Literal["auto", "files", "templates"] = "auto"
     templates: list[str] = ["a photo of {token} {noun}"]
-    resolution: int | None = None  # None: the base's own
+    long_captions: Literal["refuse", "cut"] = "refuse"
+    resolution: int | None = Field(None, ge=8, le=4096)  # None: the base's own
     crop: Literal["center", "random"] = "center"
     crops: int = Field(4, ge=1)  # how many random crops of each photo are cached
     flip: bool = False
@@ -73,7 +80,7 @@ class ClassImages(Settings):
     prompt: str = "a photo of a {noun}"
     negative: str = ""
     folder: Path | None = None
-    sampler: str = "dpm++"
+    sampler: Sampler = "dpm++"
     steps: int = Field(20, ge=1)
     guidance: float = 4.0
     batch_size: int = Field(8, ge=1)
@@ -121,7 +128,7 @@ class Sample(Settings):
     every: int = Field(0, ge=0)
     count: int = Field(4, ge=1)
     seed: int = 0
-    sampler: str = "dpm++"
+    sampler: Sampler = "dpm++"
     steps: int = Field(25, ge=1)
     guidance: float = 5.0
 
@@ -153,6 +160,10 @@ class Recipe(Settings):
                 f"run.batch_size {self.run.batch_size} can't be split into run.accumulate {self.run.accumulate} "
                 "equal micro-batches: make it a multiple"
             )
+        if self.optim.text_lr is not None and "text_encoders" not in self.method.parts:
+            raise ValueError(
+                "optim.text_lr is set but method.parts has no text_encoders: add them, or leave text_lr out"
+            )
         texts = [*self.data.templates, self.prior.prompt if isinstance(self.prior, ClassImages) else ""]
         if self.data.class_noun is None and any("{noun}" in text for text in texts):
             raise ValueError(
@@ -170,13 +181,32 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     """
     from finetune.recipes import find
 
-    path = find(str(source))
+    return read_recipe(find(str(source)), overrides)
+
+
+def read_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A recipe file as a checked `Recipe`.
+
+    Raises:
+        BadInput: as `load_recipe`.
+    """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = " ".join(str(error).split())
         raise BadInput(f"{path} is not valid YAML ({where}): mend that line") from error
     return parse_recipe(raw if raw is not None else {}, overrides, where=str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only, and a key that stands twice is an error: YAML would take the last one in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def parse_recipe(raw: Any, overrides: list[str] | tuple[str, ...] = (), where: str = "the recipe") -> Recipe:
@@ -223,8 +253,10 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _sentence(error: ValidationError, where: str) -> str:
-    """pydantic's first complaint as one sentence that names the key, the value and what to do."""
-    first = error.errors(include_url=False)[0]
+    """pydantic's first complaint (an unknown key before a missing one, which it may be) as one sentence that names the
+    key, the value and what to do."""
+    complaints = error.errors(include_url=False)
+    first = next((item for item in complaints if item["type"] == "extra_forbidden"), complaints[0])
     location = [str(part) for part in first["loc"]]
     known, shown = _keys_at(location[:-1])
     key = ".".join([*shown, *location[-1:]])
@@ -235,7 +267,7 @@ def _sentence(error: ValidationError, where: str) -> str:
     if first["type"] == "missing":
         return f"{where}: {key!r} is missing: give it in the recipe or as {key}=VALUE"
     message = first["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(first["input"], dict) else f" is {first['input']!r}"
+    value = "" if isinstance(first["input"], dict) else f" is {reprlib.repr(first['input'])[:80]}"
     return f"{where}: {key}{value}: {message[0].lower()}{message[1:]}"
 
 
@@ -243,13 +275,15 @@ def _keys_at(location: list[str]) -> tuple[list[str], list[str]]:
     """The known keys of the section at a pydantic location, and that location without the union tags."""
     model: Any = Recipe
     shown: list[str] = []
+    kinds: dict[str, type[Settings]] = {}
     for part in location:
+        if part in kinds:
+            model, kinds = kinds[part], {}
+            continue
         options = _options(model, part)
-        if len(options) == 1:
-            model = options[0]
+        model = options[0] if options else model
+        kinds = {option.model_fields["kind"].default: option for option in options} if len(options) > 1 else {}
         shown.append(part)
-        if len(options) > 1:
-            return _keys_of_kind(options, location, shown)
     return list(model.model_fields), shown
 
 
@@ -260,9 +294,3 @@ def _options(model: Any, name: str) -> list[type[Settings]]:
         return []
     candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
     return [c for c in candidates if isinstance(c, type) and issubclass(c, Settings)]
-
-
-def _keys_of_kind(options: list[type[Settings]], location: list[str], shown: list[str]) -> tuple[list[str], list[str]]:
-    kinds = {option.model_fields["kind"].default: option for option in options}
-    model = next((kinds[part] for part in location if part in kinds), options[0])
-    return list(model.model_fields), shown

@@ -22,14 +22,15 @@ from finetune import families, tokens
 from finetune.config import ClassImages, Recipe
 from finetune.data.batches import Batches, Sample
 from finetune.data.cache import LatentCache, PromptCache
-from finetune.data.captions import caption_photos, summarise
-from finetune.data.photos import Photo, scan
+from finetune.data.captions import Captioned, caption_photos, summarise
+from finetune.data.photos import Photo, scan, sort_out
 from finetune.data.views import enlarged, views
 from finetune.errors import BadInput, CheckFailed, Stopped
+from finetune.export import check_formats
 from finetune.families.base import Family
 from finetune.files import cache_dir
 from finetune.loop import PromptEncoder, fit, make_accelerator, resolve_precision
-from finetune.prior import class_images
+from finetune.prior import check_set, class_images
 from finetune.progress import phase
 from finetune.report import write_report
 from finetune.results import export_run
@@ -77,7 +78,8 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
     Raises:
         BadInput: whatever is wrong with the photos, the captions, the base or the token.
     """
-    photos = scan(recipe.data.photos)
+    photos, left_out = _photos(recipe)
+    check_formats(recipe.export.formats, recipe.method.is_adapter)
     precision = DTYPES[resolve_precision(recipe.run)]
     family = families.load(recipe.base.source, recipe.base.revision, recipe.method.weight_dtype(precision))
     resolution = recipe.data.resolution or family.resolution
@@ -87,6 +89,7 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
             f"choose {round(resolution / family.latent_factor) * family.latent_factor}"
         )
     family.to(device)
+    recipe.objective.build(family.schedule)
     token = _token(recipe, family)
     captioned = caption_photos(
         photos,
@@ -95,14 +98,52 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
         token=token,
         noun=recipe.data.class_noun,
     )
-    summary = summarise(captioned, token)
+    _refuse_long(recipe, family, captioned)
+    summary = "; ".join(text for text in (summarise(captioned, token), left_out) if text)
     base_hash = families.base_hash(family.folder)
+    if isinstance(recipe.prior, ClassImages):
+        check_set(recipe.prior, recipe.data.class_noun or "", resolution, base_hash)
     return Job(recipe, family, base_hash, token, photos, [c.captions for c in captioned], summary, resolution)
 
 
+def _photos(recipe: Recipe) -> tuple[list[Photo], str]:
+    """The photos, and a sentence about those that were left out."""
+    folder = recipe.data.photos
+    photos, bad = sort_out(folder) if recipe.data.skip_bad else (scan(folder), "")
+    if len(photos) > 1 and len({photo.digest for photo in photos}) == 1:
+        raise BadInput(
+            f"all {len(photos)} photos in {folder} are the same picture: give different photos of the subject"
+        )
+    return photos, f"{bad}; they are left out" if bad else ""
+
+
+def _refuse_long(recipe: Recipe, family: Family, captioned: list[Captioned]) -> None:
+    """Captions that the text encoders would not read to their end."""
+    if recipe.data.long_captions == "cut":
+        return
+    length = min(tokenizer.model_max_length for tokenizer in family.tokenizers)
+    long = [
+        item.photo.path.name
+        for item in captioned
+        if any(len(tokenizer(text)["input_ids"]) > length for tokenizer in family.tokenizers for text in item.captions)
+    ]
+    if long:
+        raise BadInput(
+            f"the captions of {', '.join(long)} are longer than the {length} tokens that the text encoder reads: "
+            "shorten them, or set data.long_captions=cut"
+        )
+
+
 def _token(recipe: Recipe, family: Family) -> str:
-    if recipe.data.token != "auto":
-        return recipe.data.token
+    token, most = recipe.data.token, recipe.data.token_pieces
+    if token != "auto":
+        pieces = max(tokens.describe(family.tokenizers, token).pieces, key=len)
+        if len(pieces) > most:
+            raise BadInput(
+                f"the token {token!r} is {len(pieces)} pieces to this base ({' + '.join(pieces)}), each with a "
+                f"meaning: find one with `finetune tokens suggest`, or allow it with data.token_pieces={len(pieces)}"
+            )
+        return token
     found = tokens.suggest(family, 1, recipe.data.class_noun)
     if not found:
         raise BadInput("no rare token was found in this base's tokenizer: give one with data.token=TOKEN")

@@ -49,7 +49,7 @@ def class_images(
             of it have been changed since.
     """
     settings = _settings(prior, noun, resolution, base_hash)
-    folder = prior.folder or cache_dir() / "class-images" / f"{_slug(noun)}-{_key(settings)}"
+    folder = _folder(prior, noun, settings)
     if prior.folder is not None and _is_users_own(folder):
         return scan(folder)
     manifest = _manifest(folder, settings)
@@ -71,6 +71,24 @@ def class_images(
         made = {photo.path.name: {"sha256": photo.digest, "seed": seed_of(n)} for n, photo in enumerate(photos)}
         write_json(folder / MANIFEST, manifest | {"pictures": manifest["pictures"] | made})
     return photos
+
+
+def check_set(prior: ClassImages, noun: str, resolution: int, base_hash: str) -> None:
+    """Looks at the set that `class_images` would use; changes nothing.
+
+    Raises:
+        BadInput: as `class_images`.
+    """
+    settings = _settings(prior, noun, resolution, base_hash)
+    folder = _folder(prior, noun, settings)
+    if prior.folder is not None and _is_users_own(folder):
+        scan(folder)
+    else:
+        _refuse_changed(folder, _manifest(folder, settings)["pictures"])
+
+
+def _folder(prior: ClassImages, noun: str, settings: dict[str, Any]) -> Path:
+    return prior.folder or cache_dir() / "class-images" / f"{_slug(noun)}-{_key(settings)}"
 
 
 def seed_of(index: int) -> int:

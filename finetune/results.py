@@ -17,6 +17,7 @@ from finetune.export import (
     Exported,
     adapter_from,
     apply_adapter,
+    check_formats,
     export_adapter,
     export_folder,
     read_adapter,
@@ -75,9 +76,7 @@ def export_run(folder: RunFolder, family: Family, formats: Sequence[str] = ()) -
             force=True,
         )
     else:
-        wrong = [item for item in formats or recipe.export.formats if item != "folder"]
-        if wrong:
-            raise BadInput(f"{folder.path} trained whole weights, which a {wrong[0]} file can't hold: use --to folder")
+        check_formats(formats or recipe.export.formats, is_adapter=False)
         exported = [export_folder(family, target / f"{name}-model", recipe.export.dtype)]
     write_json(target / "exports.json", _merged(target / "exports.json", exported))
     return exported

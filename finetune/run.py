@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from finetune.config import Recipe, dump_recipe, parse_recipe
+from finetune.config import Recipe, dump_recipe, read_recipe
 from finetune.errors import BadInput
 from finetune.files import save_tensors, sha256, write_json, write_text
 
@@ -51,7 +50,7 @@ class RunFolder:
         file = self.path / "recipe.yaml"
         if not file.is_file():
             raise BadInput(f"{self.path} is no run folder (it has no recipe.yaml): give the folder of a run")
-        return parse_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), where=str(file))
+        return read_recipe(file)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -82,7 +81,12 @@ class RunFolder:
             BadInput: as `check`; or another process is at work there.
         """
         self.check(recipe)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(
+                f"the folder {self.path} could not be made ({error.strerror}): choose another with run.dir=PATH"
+            ) from error
         with (self.path / "run.lock").open("a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,7 +116,7 @@ class RunFolder:
                     f"{self.path} holds a run with another recipe (changed: {', '.join(changed)}): "
                     "undo the change, or choose another folder with run.dir=PATH"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is no run folder: choose another with run.dir=PATH")
 
     def check_space(self, needed: int) -> None:

@@ -60,19 +60,12 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *words: str, cod
     ("arguments", "words"),
     [
         (["train", "demmo"], ("demmo", "did you mean 'demo'")),
-        (["train", "demo", "run.stepz=3"], ("run.stepz", "run.steps")),
-        (["train", "demo", "run.steps=-3"], ("run.steps", "-3")),
-        (["train", "demo", "data.photos=/nowhere"], ("/nowhere",)),
         (["resume", "/nowhere"], ("/nowhere", "run folder")),
         (["dreambooth", "/nowhere", "--class-noun", "dog"], ("/nowhere",)),
-        (["sample", "/nowhere", "-p", "a"], ("/nowhere",)),
-        (["export", "/nowhere"], ("/nowhere", "run folder")),
-        (["recipes", "show", "nothing"], ("nothing",)),
-        (["tokens", "suggest", "--base", "/nowhere"], ("/nowhere",)),
-        (["report", "/nowhere"], ("/nowhere", "run folder")),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_2(arguments: list[str], words: tuple[str, ...], tmp_path: Path) -> None:
+    """As the shell sees it; all the other cases are in reliability/test_bad_input.py."""
     assert_one_sentence(finetune(*arguments, cwd=tmp_path), *words)
     assert not list(tmp_path.iterdir())
 

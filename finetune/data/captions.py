@@ -38,6 +38,7 @@ def caption_photos(
         BadInput: `captions` is "files" and some photo has none (all are named); no template; no noun for {noun}.
     """
     found = {} if captions == "templates" else caption_files(photos[0].path.parent, photos)
+    _refuse_orphans(photos[0].path.parent, found)
     missing = [photo.path.name for photo in photos if photo.path.name not in found]
     if captions == "files" and missing:
         raise BadInput(
@@ -46,6 +47,16 @@ def caption_photos(
     if missing and not templates:
         raise BadInput("data.templates is empty but some photos have no caption file: give at least one template")
     return [_captioned(photo, found.get(photo.path.name), templates, token, noun) for photo in photos]
+
+
+def _refuse_orphans(folder: Path, found: dict[str, str]) -> None:
+    """A caption without its photo is a misspelt name, or a photo that was not copied."""
+    orphans = sorted(name for name in found if not (folder / name).exists())
+    if orphans:
+        raise BadInput(
+            f"metadata.jsonl or captions.csv in {folder} names {', '.join(orphans)}, which is not there: remove the "
+            "line, or add the photo"
+        )
 
 
 def summarise(captioned: Sequence[Captioned], token: str) -> str:

@@ -15,6 +15,7 @@ from finetune.errors import BadInput
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 APPLE = {".heic", ".heif"}
+MIN_SIDE = 16  # pixels: less holds nothing to learn from
 MAX_ASPECT = 20  # resized to a shorter side of 512, a longer strip would not fit into memory
 
 
@@ -22,7 +23,7 @@ class BadPicture(BadInput):
     """A file that can't be used as a photo; `reason` says why in a few words."""
 
     def __init__(self, file: Path, reason: str) -> None:
-        super().__init__(f"{file} can't be used ({reason}): mend or remove it")
+        super().__init__(f"{shown(file)} can't be used ({reason}): mend or remove it")
         self.reason = reason
 
 
@@ -39,15 +40,28 @@ def picture_files(folder: Path) -> list[Path]:
     """Every picture file in a folder, sorted by name; hidden files are left out."""
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}: give the folder that holds the photos")
-    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    entries = (file for file in folder.iterdir() if not file.name.startswith("."))
+    files = sorted(file for file in entries if file.is_file() or file.is_symlink())  # a dead link is a bad photo
     return [file for file in files if file.suffix.lower() in SUFFIXES | APPLE]
 
 
 def scan(folder: Path) -> list[Photo]:
-    """Opens and decodes every picture of a folder once.
+    """`sort_out`, where every file must be good.
 
     Raises:
         BadInput: no folder, no pictures, or bad files: all of them are named at once.
+    """
+    photos, bad = sort_out(folder)
+    if bad:
+        raise BadInput(f"{bad}; mend or remove them, or leave them out with --skip-bad")
+    return photos
+
+
+def sort_out(folder: Path) -> tuple[list[Photo], str]:
+    """Opens and decodes every picture of a folder once: the good ones, and a sentence that names the bad ones.
+
+    Raises:
+        BadInput: no folder, or no good picture in it.
     """
     files = picture_files(folder)
     if not files:
@@ -57,12 +71,16 @@ def scan(folder: Path) -> list[Photo]:
         try:
             photos.append(read_photo(file))
         except BadPicture as fault:
-            bad.append(f"{file.name} ({fault.reason})")
-    if bad:
-        raise BadInput(
-            f"{len(bad)} of {len(files)} files in {folder} can't be used: {', '.join(bad)}; mend or remove them"
-        )
-    return photos
+            bad.append(f"{shown(file.name)} ({fault.reason})")
+    sentence = f"{len(bad)} of {len(files)} files in {folder} can't be used: {', '.join(bad)}" if bad else ""
+    if not photos:
+        raise BadInput(f"{folder} holds no pictures that can be used: {', '.join(bad)}; mend them")
+    return photos, sentence
+
+
+def shown(name: Path | str) -> str:
+    """A file's name as text that can be printed, whatever its bytes are."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def read_photo(file: Path) -> Photo:
@@ -71,8 +89,12 @@ def read_photo(file: Path) -> Photo:
     Raises:
         BadPicture: it can't be used as a photo.
     """
+    if shown(file) != str(file):
+        raise BadPicture(file, "its name is not UTF-8: rename it")
     content = _content(file)
     width, height = _decode(file, content).size
+    if min(width, height) < MIN_SIDE:
+        raise BadPicture(file, f"{width}x{height} pixels are too small to learn from")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadPicture(file, f"{width}x{height} is more than {MAX_ASPECT} times as long as wide: crop it")
     return Photo(file, (width, height), hashlib.sha256(content).hexdigest())

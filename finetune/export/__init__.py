@@ -19,7 +19,16 @@ from finetune.families.base import Family
 from finetune.methods.base import Method
 from finetune.methods.lora import LoRA
 
-__all__ = ["REGISTRY", "Adapter", "Exported", "adapter_from", "apply_adapter", "export_adapter", "export_folder"]
+__all__ = [
+    "REGISTRY",
+    "Adapter",
+    "Exported",
+    "adapter_from",
+    "apply_adapter",
+    "check_formats",
+    "export_adapter",
+    "export_folder",
+]
 
 
 def _discover() -> dict[str, Export]:
@@ -32,6 +41,7 @@ def _discover() -> dict[str, Export]:
 
 
 REGISTRY: dict[str, Export] = _discover()
+FOLDER = "folder"  # whole models: a diffusers folder
 
 
 def adapter_from(method: Method, family: Family) -> Adapter:
@@ -46,6 +56,20 @@ def adapter_from(method: Method, family: Family) -> Adapter:
             layers.setdefault(part, {})[module] = (a.float().cpu(), state[f"{name}.lora_B.weight"].float().cpu())
     divisor = method.rank**0.5 if method.rank_stabilised else method.rank
     return Adapter(family.name, family.folder, layers, method.rank, method.alpha_value / divisor)
+
+
+def check_formats(formats: Sequence[str], is_adapter: bool = True) -> None:
+    """Raises BadInput for a format that does not exist, or can't hold what is trained."""
+    known = list(REGISTRY) if is_adapter else [FOLDER]
+    for wanted in formats:
+        if wanted in known:
+            continue
+        if wanted in (*REGISTRY, FOLDER):
+            what = "an adapter" if is_adapter else "whole weights"
+            raise BadInput(f"a {wanted} file can't hold {what}, which this run trains: use {' or '.join(known)}")
+        nearest = difflib.get_close_matches(wanted, known, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
+        raise BadInput(f"there is no export format {wanted!r}; {hint}")
 
 
 def export_adapter(
@@ -63,11 +87,7 @@ def export_adapter(
     Raises:
         BadInput: an unknown format, or a file that is already there without `force`.
     """
-    for wanted in formats:
-        if wanted not in REGISTRY:
-            nearest = difflib.get_close_matches(wanted, REGISTRY, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(REGISTRY)}"
-            raise BadInput(f"there is no export format {wanted!r}; {hint}")
+    check_formats(formats)
     exported = []
     for wanted in formats:
         export = REGISTRY[wanted]

@@ -19,6 +19,7 @@ import torch
 from finetune.errors import BadInput
 from finetune.families.base import Family
 from finetune.families.layout import strip_text_model
+from finetune.families.weights import pickle_allowed
 from finetune.files import cache_dir, sha256, write_json
 
 
@@ -69,7 +70,7 @@ def _download(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors", *(["*/*.bin"] if pickle_allowed() else [])]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -100,7 +101,10 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
     if not file.is_file():
         raise BadInput(f"{folder} has no {name}: the base must be a diffusers folder")
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{file} is no JSON ({error}): fetch the base again") from error
 
 
 def base_hash(folder: Path) -> str:
@@ -110,8 +114,10 @@ def base_hash(folder: Path) -> str:
     before = len(known)
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
-        if file.suffix not in (".json", ".txt", ".safetensors") or not file.is_file():
+        if file.suffix not in (".json", ".txt", ".safetensors", ".bin") or not file.is_file():
             continue
+        if file.suffix == ".bin" and any(file.parent.glob("*.safetensors")):
+            continue  # never read
         stat = file.stat()
         key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
         known[key] = known.get(key) or sha256(file)

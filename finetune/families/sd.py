@@ -16,6 +16,7 @@ from finetune.batch import Geometry, Latents
 from finetune.errors import BadInput
 from finetune.families.base import Family
 from finetune.families.samplers import make_scheduler
+from finetune.families.weights import load_weights
 from finetune.objectives import Schedule
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -36,10 +37,21 @@ class DiffusersFamily(Family):
         ]
         self.scheduler = _scheduler(folder)
         self.schedule = Schedule.from_config(dict(self.scheduler.config))
+        self._check_widths()
         vae, denoiser = cast(Any, self.parts["vae"]).config, cast(Any, self.parts["denoiser"]).config
         self.latent_factor = 2 ** (len(vae.block_out_channels) - 1)
         self.scaling = float(vae.scaling_factor)
         self.resolution = int(denoiser.sample_size) * self.latent_factor
+
+    def _check_widths(self) -> None:
+        """The denoiser reads the text encoders' hidden states, side by side."""
+        widths = [int(cast(Any, self.parts[name]).config.hidden_size) for name in self.text_encoders]
+        wanted = cast(Any, self.parts["denoiser"]).config.cross_attention_dim
+        if sum(widths) != wanted:
+            raise BadInput(
+                f"in {self.folder} the unet reads text of width {wanted} but the text encoder(s) write "
+                f"{' + '.join(map(str, widths))}: they are of different bases, put the right ones together"
+            )
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> Family:
@@ -58,17 +70,7 @@ class DiffusersFamily(Family):
         subfolder, kind = self.sources[name]
         if not (self.folder / subfolder / "config.json").is_file():
             raise BadInput(f"{self.folder} has no {subfolder}/config.json: the base must be a whole diffusers folder")
-        keywords: dict[str, Any] = {"use_safetensors": True}
-        dtype = self._part_dtype(name)
-        keywords["torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"] = dtype
-        try:
-            part = kind.from_pretrained(self.folder, subfolder=subfolder, **keywords)
-        except OSError as error:
-            raise BadInput(
-                f"{self.folder / subfolder} has no weights that can be read as safetensors "
-                f"({str(error).splitlines()[0]}): pickled .bin weights are not read"
-            ) from error
-        return part.requires_grad_(False).eval()
+        return load_weights(self.folder / subfolder, kind, self._part_dtype(name)).requires_grad_(False).eval()
 
     def _part_dtype(self, name: str) -> torch.dtype:
         return self.dtype
@@ -241,6 +243,10 @@ def _scheduler(folder: Path) -> Any:
     if not file.is_file():
         raise BadInput(f"{folder} has no scheduler/scheduler_config.json: it tells what the base predicts")
     config = diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler")
-    return getattr(diffusers, config.get("_class_name", "DDIMScheduler")).from_pretrained(
-        folder, subfolder="scheduler"
-    )
+    kind = getattr(diffusers, config.get("_class_name", "DDIMScheduler"), None)
+    if kind is None:
+        raise BadInput(f"{file} names {config['_class_name']!r}, which is no scheduler of diffusers: mend it")
+    try:
+        return kind.from_pretrained(folder, subfolder="scheduler")
+    except (NotImplementedError, ValueError) as error:
+        raise BadInput(f"{file} can't be used ({error}): scaled_linear and linear are supported") from error

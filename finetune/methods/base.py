@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from finetune.families.base import Family
@@ -18,7 +19,7 @@ class Method(Settings, ABC):
     """A recipe's `method:` section is the constructor of one of these (pydantic, unknown keys refused)."""
 
     kind: str
-    parts: list[Part] = ["denoiser"]
+    parts: list[Part] = Field(["denoiser"], min_length=1)
 
     def part_names(self, family: Family) -> list[str]:
         """`parts` as names in `family.parts`: "text_encoders" means all that the family has."""

@@ -81,10 +81,10 @@ def test_reasons_say_what_is_wrong(tmp_path: Path, corner: Image.Image, monkeypa
     corner.save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-200])
     (tmp_path / "text.png").write_text("hello")
-    Image.new("RGB", (400, 8)).save(tmp_path / "strip.png")
+    Image.new("RGB", (800, 20)).save(tmp_path / "strip.png")
     with pytest.raises(BadInput) as caught:
         scan(tmp_path)
-    for reason in ("cut.jpg (truncated)", "text.png (not a picture", "strip.png (400x8 is more than 20 times"):
+    for reason in ("cut.jpg (truncated)", "text.png (not a picture", "strip.png (800x20 is more than 20 times"):
         assert reason in str(caught.value)
     corner.save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)

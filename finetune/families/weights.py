@@ -1,0 +1,56 @@
+"""A part's weights from its folder: safetensors, complete, and of the shapes that its config says."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from finetune.errors import BadInput
+
+ALLOW_PICKLE = "FINETUNE_ALLOW_PICKLE"  # an environment variable, so that started processes inherit it
+
+
+def pickle_allowed() -> bool:
+    """`--allow-pickle`: then tensors are read from pickles with torch's weights_only, which runs no code."""
+    return os.environ.get(ALLOW_PICKLE) == "1"
+
+
+def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
+    """A diffusers or transformers model from its folder.
+
+    Raises:
+        BadInput: no weights that may be read, damaged ones, or ones that do not fit the config. Both libraries would
+            fill what is missing with random numbers and go on.
+    """
+    pickled = not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
+    if pickled and not pickle_allowed():
+        raise BadInput(
+            f"{folder} holds its weights as a pickle (.bin), which can run code: convert it to safetensors, or pass "
+            "--allow-pickle to read the tensors alone"
+        )
+    keywords: dict[str, Any] = {"use_safetensors": not pickled, "output_loading_info": True}
+    keywords["torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"] = dtype
+    try:
+        model, info = kind.from_pretrained(folder, **keywords)
+    except (OSError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{folder} has no weights that can be read ({reason}): fetch the base again") from error
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"the weights in {folder} do not fit its config.json ({reason}): fetch the base again"
+        ) from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise BadInput(
+            f"the weights in {folder} do not fit its config.json ({len(missing)} are missing or of another shape, "
+            f"such as {missing[0]}): fetch the base again"
+        )
+    return model
