@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +78,12 @@ def dreambooth(
     from finetune.config import load_recipe
 
     name = "demo" if base == "tiny" else "dreambooth-lora"
-    own = [f"data.photos={photos}", f"data.class_noun={class_noun}", f"base={base}", f"run.name={class_noun}"]
+    own = [
+        f"data.photos={photos}",
+        f"data.class_noun={class_noun}",
+        f"base={base}",
+        f"run.name={_file_name(class_noun)}",
+    ]
     _train(load_recipe(name, [*own, *(overrides or []), *_skipping(skip_bad)]), dry_run, processes)
 
 
@@ -160,13 +166,16 @@ def export(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    captions: Annotated[bool, typer.Option("--captions", help="show the captions of the photos' files")] = False,
+) -> None:
     """Build RUN/report.html again."""
     from finetune.report import write_report
     from finetune.run import RunFolder
 
     RunFolder(run).recipe  # noqa: B018 - says so if this is no run folder
-    typer.echo(str(write_report(run)))
+    typer.echo(str(write_report(run, captions)))
 
 
 @app.command()
@@ -276,6 +285,10 @@ def _train(recipe: Recipe, dry_run: bool, processes: int | None, run: Path | Non
     say = typer.echo if _is_main_process() else _silent
     path = job.train(recipe, run, say)
     say(f"done: look at {path}/report.html")
+
+
+def _file_name(noun: str) -> str:
+    return re.sub(r"[^\w-]+", "-", noun).strip("-_") or "run"
 
 
 def _skipping(skip_bad: bool) -> list[str]:

@@ -100,7 +100,7 @@ class Run(Settings):
     """
 
     dir: Path | None = None  # None: runs/<name>-<n>
-    name: str = "run"
+    name: str = Field("run", pattern=r"^\w[\w .+-]*$", max_length=100)  # of files: no folders in it
     seed: int = 0
     steps: int = Field(800, ge=1)
     batch_size: int = Field(1, ge=1)

@@ -52,6 +52,7 @@ class Job:
     token: str
     photos: list[Photo]
     captions: list[list[str]]
+    captions_from_files: int
     caption_summary: str
     resolution: int
 
@@ -103,7 +104,8 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
     base_hash = families.base_hash(family.folder)
     if isinstance(recipe.prior, ClassImages):
         check_set(recipe.prior, recipe.data.class_noun or "", resolution, base_hash)
-    return Job(recipe, family, base_hash, token, photos, [c.captions for c in captioned], summary, resolution)
+    texts, from_files = [c.captions for c in captioned], sum(c.source == "file" for c in captioned)
+    return Job(recipe, family, base_hash, token, photos, texts, from_files, summary, resolution)
 
 
 def _photos(recipe: Recipe) -> tuple[list[Photo], str]:
@@ -231,6 +233,7 @@ def _info(job: Job, before: dict[str, Any]) -> dict[str, Any]:
         "resolution": job.resolution,
         "plan": plan(job),
         "captions": job.captions,
+        "captions_from_files": job.captions_from_files,
         "photos": [str(photo.path) for photo in job.photos],
         "prompts": job.sample_prompts(),
         "guidance": job.recipe.sample.guidance,

@@ -37,14 +37,17 @@ pre{background:var(--card);border:1px solid var(--line);border-radius:12px;paddi
 """
 
 
-def write_report(path: Path) -> Path:
-    """Builds the page of a run folder; whatever is missing there is left out."""
-    folder = RunFolder(path)
-    info = folder.info
+def write_report(path: Path, with_captions: bool = False) -> Path:
+    """Builds the page of a run folder; whatever is missing there is left out.
+
+    It may be passed on: it names no folders of this machine, and the captions of the photos' files only
+    `with_captions`.
+    """
+    info = _shareable(RunFolder(path).info)
     metrics = _metrics(path / "metrics.jsonl")
     sections = [
         _head(info),
-        _subject(info),
+        _subject(info, with_captions),
         _plan(info),
         _curves(metrics),
         _before_after(path, info),
@@ -60,6 +63,16 @@ def write_report(path: Path) -> Path:
     )
     write_text(path / "report.html", page)
     return path / "report.html"
+
+
+def _shareable(info: dict[str, Any]) -> dict[str, Any]:
+    """run.json with a base's folder as its last name."""
+    base = str(info.get("base", ""))
+    if not Path(base).is_absolute():
+        return info
+    plan = {name: value.replace(base, Path(base).name) if isinstance(value, str) else value
+            for name, value in info.get("plan", {}).items()}  # fmt: skip
+    return info | {"base": Path(base).name, "plan": plan}
 
 
 def _metrics(file: Path) -> list[dict[str, float]]:
@@ -87,21 +100,22 @@ def _head(info: dict[str, Any]) -> str:
     )
 
 
-def _subject(info: dict[str, Any]) -> str:
+def _subject(info: dict[str, Any], with_captions: bool) -> str:
     photos = [Path(photo) for photo in info.get("photos", [])]
     shown = [picture_tag(open_picture(photo), photo.name) for photo in photos[:12] if photo.is_file()]
     captions = list(dict.fromkeys(text for texts in info.get("captions", []) for text in texts))[:5]
     listed = "".join(f"<li><code>{escape(text)}</code></li>" for text in captions)
-    return (
-        f"<h2>What it learned from</h2><div class=card>{''.join(shown)}<p class=soft>{len(photos)} photos; the first "
-        f"training prompts:</p><ul>{listed}</ul></div>"
-    )
+    prompts = f"the first training prompts:</p><ul>{listed}</ul>"
+    if info.get("captions_from_files") and not with_captions:
+        prompts = "their own captions are not shown here (<code>finetune report RUN --captions</code>).</p>"
+    return f"<h2>What it learned from</h2><div class=card>{''.join(shown)}<p class=soft>{len(photos)} photos; {prompts}</div>"
 
 
 def _plan(info: dict[str, Any]) -> str:
     rows = "".join(
         f"<tr><th>{escape(str(name))}</th><td>{escape(', '.join(value) if isinstance(value, list) else str(value))}</td></tr>"
         for name, value in info.get("plan", {}).items()
+        if name != "training prompts"
     )
     return f"<h2>The plan</h2><div class=card><table>{rows}</table></div>" if rows else ""
 
@@ -209,19 +223,22 @@ def _exports(path: Path) -> str:
 
 def _inside(item: str, path: Path) -> str:
     place = Path(item)
-    return str(place.relative_to(path)) if place.is_relative_to(path) else place.name
+    return (
+        str(place.relative_to(path)) if place.is_relative_to(path) else item if not place.is_absolute() else place.name
+    )
 
 
 def _next_steps(path: Path, info: dict[str, Any]) -> str:
     thing = " ".join(text for text in (info.get("token"), info.get("class_noun")) if text)
+    run = path.name if path.is_absolute() else path  # a page may be passed on: no folders of this machine in it
     commands = "\n".join(
         (
             "# more pictures",
-            f'finetune sample {path} -p "a photo of {thing} in the city" --count 8',
+            f'finetune sample {run} -p "a photo of {thing} in the city" --count 8',
             "# the files again, or others",
-            f"finetune export {path} --to kohya",
+            f"finetune export {run} --to kohya",
             "# go on, or train longer",
-            f"finetune train {path}/recipe.yaml run.dir={path} run.steps=N",
+            f"finetune train {run}/recipe.yaml run.dir={run} run.steps=N",
         )
     )
     places = (

@@ -78,7 +78,7 @@ def export_run(folder: RunFolder, family: Family, formats: Sequence[str] = ()) -
     else:
         check_formats(formats or recipe.export.formats, is_adapter=False)
         exported = [export_folder(family, target / f"{name}-model", recipe.export.dtype)]
-    write_json(target / "exports.json", _merged(target / "exports.json", exported))
+    write_json(target / "exports.json", _merged(folder.path, exported))
     return exported
 
 
@@ -95,9 +95,11 @@ def _about(folder: RunFolder) -> dict[str, str]:
     }
 
 
-def _merged(file: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:
-    """What exports.json lists: the new files, and older ones of other formats that are still there."""
+def _merged(run: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:
+    """What exports.json lists, with paths inside the run folder: the new files, and older ones of other formats that
+    are still there."""
+    file = run / "exports" / "exports.json"
     old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    new = [asdict(item) | {"path": str(item.path)} for item in exported]
+    new = [asdict(item) | {"path": str(item.path.relative_to(run))} for item in exported]
     formats = {item["format"] for item in new}
-    return [item for item in old if item["format"] not in formats and Path(item["path"]).exists()] + new
+    return [item for item in old if item["format"] not in formats and (run / item["path"]).exists()] + new

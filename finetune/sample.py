@@ -79,6 +79,7 @@ def parameters(
     label = A1111_SAMPLERS.get(sampler, sampler)
     settings = f"Steps: {steps}, Sampler: {label}, CFG scale: {guidance}, Seed: {seed}, Size: {size}x{size}"
     middle = f"\nNegative prompt: {negative}" if negative else ""
+    model = Path(model).name if Path(model).is_absolute() else model  # pictures are passed on
     name = json.dumps(model, ensure_ascii=False) if "," in model or ":" in model else model
     return f"{prompt}{middle}\n{settings}, Model: {name}"
 

@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Path:
     rows = [{"step": n, "loss": 1 / n, "lr": 1e-4, "grad_norm": 1.0, "seconds": 0.5} for n in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     exported = {
-        "format": "kohya", "path": str(tmp_path / "exports" / "x.safetensors"), "size": 1000, "read_by": ["ComfyUI"],
+        "format": "kohya", "path": "exports/x.safetensors", "size": 1000, "read_by": ["ComfyUI"],
         "checks": ["ok: 3 modules re-read", "FAILED: one is odd"],
     }  # fmt: skip
     (tmp_path / "exports").mkdir()

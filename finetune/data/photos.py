@@ -53,7 +53,7 @@ def scan(folder: Path) -> list[Photo]:
     """
     photos, bad = sort_out(folder)
     if bad:
-        raise BadInput(f"{bad}; mend or remove them, or leave them out with --skip-bad")
+        raise BadInput(f"in {folder} {bad}; mend or remove them, or leave them out with --skip-bad")
     return photos
 
 
@@ -72,7 +72,7 @@ def sort_out(folder: Path) -> tuple[list[Photo], str]:
             photos.append(read_photo(file))
         except BadPicture as fault:
             bad.append(f"{shown(file.name)} ({fault.reason})")
-    sentence = f"{len(bad)} of {len(files)} files in {folder} can't be used: {', '.join(bad)}" if bad else ""
+    sentence = f"{len(bad)} of {len(files)} files can't be used: {', '.join(bad)}" if bad else ""
     if not photos:
         raise BadInput(f"{folder} holds no pictures that can be used: {', '.join(bad)}; mend them")
     return photos, sentence

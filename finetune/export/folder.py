@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from finetune import families
 from finetune.export.base import DTYPES, Exported
 from finetune.families.base import Family
 from finetune.families.layout import strip_text_model
-from finetune.files import save_tensors
+from finetune.files import save_tensors, write_json
 
 
 def export_folder(family: Family, path: Path, dtype: str) -> Exported:
@@ -28,12 +29,21 @@ def export_folder(family: Family, path: Path, dtype: str) -> Exported:
         save_tensors(file, tensors, {"format": "pt"})
     for file in family.folder.glob("tokenizer*/*"):
         shutil.copy(file, temporary / file.parent.name / file.name)
+    _forget_origin(temporary)
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     count, checks = _compare(family, path, DTYPES[dtype])
     ok = checks[0].startswith("ok")
     return Exported("folder", path, size, count, 0.0 if ok else float("inf"), ["diffusers"] if ok else [], checks)
+
+
+def _forget_origin(folder: Path) -> None:
+    """diffusers notes in each config where a part was loaded from: a path of this machine, in a folder to be shared."""
+    for file in folder.rglob("*.json"):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+            write_json(file, values)
 
 
 def _compare(family: Family, path: Path, dtype: torch.dtype) -> tuple[int, list[str]]:
