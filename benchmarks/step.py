@@ -109,12 +109,21 @@ def floor_step(source: str) -> Callable[[], None]:
     return step
 
 
-def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None]) -> None:
-    """The toolkit's own loop on the toolkit's own data plan, as `finetune train` runs it."""
+def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None]) -> float:
+    """The toolkit's own loop on the toolkit's own data plan, as `finetune train` runs it; seconds of a checkpoint."""
     from finetune import job
     from finetune.config import parse_recipe
     from finetune.loop import make_accelerator
-    from finetune.run import RunFolder
+    from finetune.run import RunFolder, State
+
+    saving: list[float] = []
+
+    class Timed(RunFolder):
+        def save(self, state: State, keep: int) -> Path:
+            began = time.perf_counter()
+            path = super().save(state, keep)
+            saving.append(time.perf_counter() - began)
+            return path
 
     recipe = parse_recipe(
         {
@@ -127,9 +136,10 @@ def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None])
         }
     )
     with tempfile.TemporaryDirectory(dir=work) as run:
-        folder = RunFolder(Path(run) / "run")
+        folder = Timed(Path(run) / "run")
         with folder.held(recipe):
             job.fit_job(job.look(recipe), folder, make_accelerator(recipe.run, adapter=True), on_step)
+    return saving[-1]
 
 
 def side_by_side(size: str, work: Path, steps: int) -> dict[str, Any]:
@@ -151,9 +161,9 @@ def side_by_side(size: str, work: Path, steps: int) -> dict[str, Any]:
         floor_each.append(time.process_time() - began)
         mark[0] = time.process_time()
 
-    our_run(source, work, steps + 1, on_step)
+    saving = our_run(source, work, steps + 1, on_step)
     ours, bare = statistics.median(ours_each), statistics.median(floor_each[1:])
-    return {"ours": ours, "floor": bare, "ratio": ours / bare}
+    return {"ours": ours, "floor": bare, "ratio": ours / bare, "saving": saving}
 
 
 def alone(size: str, work: Path, which: str) -> dict[str, float]:
@@ -202,6 +212,9 @@ def main() -> None:
         print(f"{size}: {SIZES[size]}, LoRA rank {RANK}, {BATCH} pictures a step, {arguments.steps} steps")
         print(
             f"  CPU-s per step: ours {row['ours']:.4f}, floor {row['floor']:.4f}, ratio {row['ratio']:.3f}", flush=True
+        )
+        print(
+            f"  a checkpoint: {row['saving']:.3f} s, the time of {row['saving'] / row['ours']:.1f} steps", flush=True
         )
         cold, warm, bare = child(size, work, "ours"), child(size, work, "ours"), child(size, work, "floor")
         print(

@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 GRACE = 10.0  # seconds for the other processes to end by themselves once one has failed
@@ -29,8 +30,8 @@ def launch(processes: int, run: Command, arguments: list[str]) -> tuple[int, str
     said = multiprocessing.get_context("spawn").SimpleQueue()
     work = (processes, _free_port(), run, arguments, said)
     context: Any = multiprocessing.start_processes(_work, work, processes, join=False, start_method="spawn")
-    _pass_signals_on(context.pids())
-    failure = _join(context)
+    with _signals_passed_on(context.pids()):
+        failure = _join(context)
     lines: list[str] = []
     while not said.empty():
         lines.append(said.get())
@@ -48,16 +49,19 @@ def _work(rank: int, world: int, port: int, run: Command, arguments: list[str], 
     sys.exit(code)
 
 
-def _pass_signals_on(pids: list[int]) -> None:
+@contextmanager
+def _signals_passed_on(pids: list[int]) -> Iterator[None]:
     def handle(number: int, frame: object) -> None:
         for pid in pids:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                continue
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _join(context: Any) -> Exception | None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from finetune import families
@@ -54,10 +58,11 @@ def run_fit(
     steps: int = 4,
     accumulate: int = 1,
     batches: Memory | None = None,
+    make: Callable[[Run, bool], Accelerator] = make_accelerator,
     **settings: object,
 ) -> dict[str, torch.Tensor]:
     run = Run(steps=steps, batch_size=4, accumulate=accumulate, **settings)
-    accelerator = make_accelerator(run, method.is_adapter)
+    accelerator = make(run, method.is_adapter)
     family = families.load(str(base))
     trained = method.attach(family, 0)
     fit(
@@ -245,3 +250,28 @@ def test_two_processes_give_the_result_of_one(kind: str, tiny_bases: dict[str, P
     assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=2e-6) for name in one)
     losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_under_fp16_an_overflow_is_the_scalers_to_handle(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """torch's own scaler, on the CPU, begun far too high: the first steps overflow, are skipped, and are no error; its
+    state is in the checkpoint, so that the resumed run is the unbroken one."""
+
+    def with_scaler(run: Run, adapter: bool) -> Accelerator:
+        accelerator = make_accelerator(run, adapter)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-40)
+        return accelerator
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    unbroken = run_fit(tiny_bases["sd1"], whole, LoRA(rank=2), make=with_scaler, steps=6)
+    norms = [row["grad_norm"] for row in metrics(whole)]
+    assert not all(map(math.isfinite, norms))
+    assert math.isfinite(norms[-1])
+    run_fit(tiny_bases["sd1"], broken, LoRA(rank=2), make=with_scaler, steps=6, checkpoint_every=3)
+    for late in (broken / "checkpoints").glob("step-000006"):
+        shutil.rmtree(late)
+    resumed = run_fit(tiny_bases["sd1"], broken, LoRA(rank=2), make=with_scaler, steps=6)
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+    start = LoRA(rank=2).attach(families.load(str(tiny_bases["sd1"])), 0)
+    assert any(not torch.equal(start[name], unbroken[name]) for name in unbroken)

@@ -39,7 +39,7 @@ def export_folder(family: Family, path: Path, dtype: str) -> Exported:
 
 
 def _forget_origin(folder: Path) -> None:
-    """diffusers notes in each config where a part was loaded from: a path of this machine, in a folder to be shared."""
+    """diffusers notes in each config where a part came from: a path of this machine, in a folder to be shared."""
     for file in folder.rglob("*.json"):
         values = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
