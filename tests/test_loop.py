@@ -8,12 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from finetune import families
@@ -252,12 +253,22 @@ def test_two_processes_give_the_result_of_one(kind: str, tiny_bases: dict[str, P
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.fixture
+def _own_precision() -> Iterator[None]:
+    """Accelerate keeps one precision for the whole program."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_own_precision")
 def test_under_fp16_an_overflow_is_the_scalers_to_handle(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     """torch's own scaler, on the CPU, begun far too high: the first steps overflow, are skipped, and are no error; its
     state is in the checkpoint, so that the resumed run is the unbroken one."""
 
     def with_scaler(run: Run, adapter: bool) -> Accelerator:
-        accelerator = make_accelerator(run, adapter)
+        accelerator = Accelerator(mixed_precision="fp16", gradient_accumulation_steps=run.accumulate, cpu=True)
+        accelerator.native_amp = True  # as on a GPU: autocast, and gradients unscaled before they are clipped
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-40)
         return accelerator
 
