@@ -23,11 +23,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-DROPOUT = {"caption_dropout": 0.1}
+METHODS: dict[str, dict[str, Any]] = {"lora": {"kind": "lora", "rank": 4, "dropout": 0.1}, "full": {"kind": "full"}}
 PHASES = ("before the first file", "class images", "latents and prompts", "training", "saving", "pictures and exports")
 
 
-def recipe(work: Path) -> Any:
+def recipe(work: Path, method: str, optim: str) -> Any:
     from PIL import Image
 
     from finetune import families
@@ -50,15 +50,15 @@ def recipe(work: Path) -> Any:
                 "caption_dropout": 0.1,
             },
             "prior": {"kind": "class_images", "count": 8, "steps": 4, "batch_size": 2},
-            "method": {"kind": "lora", "rank": 4, "dropout": 0.1, "parts": ["denoiser", "text_encoders"]},
-            "optim": {"kind": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup": 5},
+            "method": METHODS[method] | {"parts": ["denoiser", "text_encoders"]},
+            "optim": {"kind": optim, "lr": 1e-3, "schedule": "cosine", "warmup": 5},
             "run": {"steps": 60, "batch_size": 2, "accumulate": 2, "ema": 0.99, "checkpoint_every": 3, "keep": 3},
             "sample": {"count": 1, "steps": 2},
         }
     )
 
 
-def work_on(work: Path, run: Path) -> None:
+def work_on(work: Path, run: Path, kinds: tuple[str, str]) -> None:
     """What a child process does: train, or go on."""
     import torch
 
@@ -69,7 +69,7 @@ def work_on(work: Path, run: Path) -> None:
     noted = (work / "damaged.txt").open("a")
     warnings.showwarning = lambda message, *rest: print(message, file=noted, flush=True)
     warnings.simplefilter("always", UserWarning)
-    train(recipe(work), run)
+    train(recipe(work, *kinds), run)
 
 
 def phase_of(work: Path, run: Path) -> str:
@@ -107,9 +107,11 @@ def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
     return sha256(run / "adapter" / "trained.safetensors"), rows
 
 
-def kill_once(context: Any, work: Path, run: Path, longest: float, dice: random.Random) -> bool:
+def kill_once(
+    context: Any, work: Path, run: Path, kinds: tuple[str, str], longest: float, dice: random.Random
+) -> bool:
     """Starts or resumes the run and kills it at a random moment; False if it came to its end first."""
-    process = context.Process(target=work_on, args=(work, run))
+    process = context.Process(target=work_on, args=(work, run, kinds))
     process.start()
     process.join(dice.uniform(0, longest))
     ended = process.exitcode is not None
@@ -126,6 +128,8 @@ def main() -> None:
     quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--method", choices=list(METHODS), default="lora")
+    parser.add_argument("--optim", choices=["adamw", "adamw8bit"], default="adamw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path)
     arguments = parser.parse_args()
@@ -133,10 +137,11 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     import finetune.job  # noqa: F401 - once, so that every child starts with everything imported
 
+    kinds = (arguments.method, arguments.optim)
     dice, context = random.Random(arguments.seed), multiprocessing.get_context("fork")
-    recipe(work)
+    recipe(work, *kinds)
     began = time.monotonic()
-    unbroken = context.Process(target=work_on, args=(work, work / "unbroken"))
+    unbroken = context.Process(target=work_on, args=(work, work / "unbroken", kinds))
     unbroken.start()
     unbroken.join()
     length = time.monotonic() - began
@@ -145,7 +150,7 @@ def main() -> None:
     while kills < arguments.kills:
         run = work / f"run-{runs}"
         runs += 1
-        while kill_once(context, work, run, length / 3 if kills < arguments.kills else 10 * length, dice):
+        while kill_once(context, work, run, kinds, length / 3 if kills < arguments.kills else 10 * length, dice):
             kills += 1
             where[phase_of(work, run)] += 1
             flipped += dice.random() < 0.2 and flip_a_byte(run, dice)

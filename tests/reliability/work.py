@@ -47,7 +47,7 @@ def work(arguments: list[str]) -> tuple[int, str]:
     out, photos, *bases = map(Path, arguments)
     os.environ["FINETUNE_CACHE"] = str(out / "cache")
     if os.environ.get("RANK", "0") != "0":
-        note_writes(out / "runs", out / "written.txt")
+        note_writes(out, out / "written.txt")
     for base in bases:
         for name, method in METHODS.items():
             own = [f"base={base}", f"data.photos={photos}", *SETTINGS, *method, *PARTS]
