@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetune.cli_adapters import register
 from finetune.errors import BadInput, CheckFailed, Stopped
 from finetune.quiet import quiet
 
@@ -31,6 +32,8 @@ recipes_app = typer.Typer(help="Shipped recipes.", no_args_is_help=True, rich_ma
 tokens_app = typer.Typer(help="Rare tokens of a base.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(tokens_app, name="tokens")
+
+register(app)
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_ERRORS = (*NO_SPACE, errno.EACCES, errno.EROFS, errno.EPERM)

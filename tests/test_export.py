@@ -267,7 +267,7 @@ def test_an_adapter_too_faint_for_fp16_is_told_to_leave_as_fp32(tiny_bases: dict
     weight = dict(family.parts["denoiser"].named_modules())[next(iter(layer))].weight
     torch.manual_seed(0)
     pair = (torch.randn(2, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], 2) * 1e-6)
-    faint = Adapter("sd1", tiny_bases["sd1"], {"denoiser": {next(iter(layer)): pair}}, 2, 1.0)
+    faint = Adapter("sd1", tiny_bases["sd1"], {"denoiser": {next(iter(layer)): pair}}, 1.0)
     dtypes = ("fp16", "fp32")
     half, single = (export_adapter(faint, tmp_path / d, "x", ["kohya"], d, ABOUT)[0] for d in dtypes)
     assert any("export fp32" in check for check in half.checks)

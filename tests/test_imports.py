@@ -18,9 +18,9 @@ LAYERS = (
     ("methods", "data"),
     ("config",),
     ("run", "badstep", "sample", "tokens", "export"),
-    ("loop", "prior", "results", "report"),
+    ("loop", "prior", "results", "adapters", "report"),
     ("job",),
-    ("demo", "doctor", "launch"),
+    ("demo", "doctor", "launch", "cli_adapters"),
     ("cli", "__main__", "__init__"),
 )
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
@@ -31,7 +31,7 @@ HOMES = {
     "peft": ("methods.lora",),
     "accelerate": ("loop", "job"),
     "bitsandbytes": ("optim",),
-    "typer": ("cli",),
+    "typer": ("cli", "cli_adapters"),
     "rich": ("cli", "progress"),
     "pydantic": ("settings", "config", "methods", "optim", "objectives"),
 }

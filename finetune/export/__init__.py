@@ -55,7 +55,7 @@ def adapter_from(method: Method, family: Family) -> Adapter:
             part, module = name.split(".", 1)
             layers.setdefault(part, {})[module] = (a.float().cpu(), state[f"{name}.lora_B.weight"].float().cpu())
     divisor = method.rank**0.5 if method.rank_stabilised else method.rank
-    return Adapter(family.name, family.folder, layers, method.rank, method.alpha_value / divisor)
+    return Adapter(family.name, family.folder, layers, method.alpha_value / divisor)
 
 
 def check_formats(formats: Sequence[str], is_adapter: bool = True) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,14 +19,27 @@ class Adapter:
     """A trained LoRA, free of any library's classes.
 
     `layers`: part ("denoiser", "text_encoder", "text_encoder_2") -> module path inside the part, without
-    `text_model.` -> (A, B), fp32 matrices [r, in(,k,k)] and [out, r(,1,1)]. A module's delta is scale * B A.
+    `text_model.` -> (A, B), fp32 matrices [r, in(,k,k)] and [out, r(,1,1)]. A module's delta is scale * B A; r is its
+    own.
     """
 
     family: str  # Family.name
     base_folder: Path
     layers: dict[str, dict[str, tuple[Tensor, Tensor]]]
-    rank: int
     scale: float  # alpha / rank, or alpha / sqrt(rank) for rsLoRA
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a module."""
+        return max(len(a) for _, _, a, _ in self.modules())
+
+    def padded(self) -> Adapter:
+        """The same deltas with every module at the largest rank, for formats that know one rank only."""
+        rank = self.rank
+        layers = {
+            part: {path: _pad(a, b, rank) for path, (a, b) in modules.items()} for part, modules in self.layers.items()
+        }
+        return replace(self, layers=layers)
 
     @property
     def alpha(self) -> float:
@@ -41,6 +54,15 @@ class Adapter:
     @property
     def count(self) -> int:
         return sum(len(layers) for layers in self.layers.values())
+
+
+def _pad(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - len(a)
+    if not missing:
+        return a, b
+    return torch.cat([a, a.new_zeros(missing, *a.shape[1:])]), torch.cat(
+        [b, b.new_zeros(len(b), missing, *b.shape[2:])], 1
+    )
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Diffusers(Export):
         return path.is_file() and any(key.startswith(prefixes) and ".lora_A." in key for key in keys_of(path))
 
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+        adapter = adapter.padded()
         tensors = {}
         for part, module, a, b in adapter.modules():
             key = f"{PARTS[part]}.{add_text_model(module) if part.startswith('text_encoder') else module}"
@@ -63,7 +64,7 @@ class Diffusers(Export):
             layers.setdefault(part, {})[strip_text_model(inside)] = pair
         prefix = PARTS[next(iter(layers))]
         rank, alpha = int(about[f"{prefix}.r"]), float(about[f"{prefix}.lora_alpha"])
-        return Adapter(family, base_folder, layers, rank, alpha / rank)
+        return Adapter(family, base_folder, layers, alpha / rank)
 
 
 def _header(adapter: Adapter) -> dict[str, Any]:

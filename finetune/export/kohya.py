@@ -33,12 +33,12 @@ class Kohya(Export):
 
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
         known = key_table(adapter.family, adapter.base_folder)
-        tensors = {}
+        tensors, rank = {}, adapter.rank
         for part, module, a, b in adapter.modules():
             key = key_of(adapter.family, part, module)
             assert key in known, f"{key} is no module of {adapter.family}"
             tensors[key + DOWN] = a.to(dtype)
-            tensors[key + UP] = b.to(dtype)
+            tensors[key + UP] = (b * (len(a) / rank)).to(dtype)  # one alpha for all: the readers divide by each rank
             tensors[key + ALPHA] = torch.tensor(float(adapter.alpha))
         save_tensors(path, tensors, metadata)
 
@@ -50,18 +50,13 @@ class Kohya(Export):
         if strangers:
             raise BadInput(f"{path} has {len(strangers)} modules that {family} has not, such as {strangers[0]!r}")
         layers: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
-        scales = set()
-        for name in sorted(names):
-            a, b, alpha = _three(path, tensors, name)
+        modules = {name: _three(path, tensors, name) for name in sorted(names)}
+        scales = {alpha / len(a) for a, _, alpha in modules.values()}
+        scale = scales.pop() if len(scales) == 1 else 1.0
+        for name, (a, b, alpha) in modules.items():
             part, module = known[name]
-            layers.setdefault(part, {})[module] = (a.float(), b.float())
-            scales.add((a.shape[0], alpha / a.shape[0]))
-        if len(scales) != 1:
-            raise BadInput(
-                f"{path} has modules of several ranks or alphas ({sorted(scales)[:3]}): diffusers would misread it"
-            )
-        rank, scale = scales.pop()
-        return Adapter(family, base_folder, layers, rank, scale)
+            layers.setdefault(part, {})[module] = (a.float(), b.float() * (alpha / len(a) / scale))
+        return Adapter(family, base_folder, layers, scale)
 
 
 def key_of(family: str, part: str, module: str) -> str:

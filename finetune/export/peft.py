@@ -27,6 +27,7 @@ class Peft(Export):
         return path.is_dir() and any(path.glob("*/adapter_config.json"))
 
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+        adapter = adapter.padded()
         for part, layers in adapter.layers.items():
             tensors = {}
             for module, (a, b) in layers.items():
@@ -63,4 +64,4 @@ class Peft(Export):
         if len(rules) != 1:
             raise BadInput(f"{path} has parts of several ranks or alphas: {sorted(rules)}")
         rank, alpha = rules.pop()
-        return Adapter(family, base_folder, layers, rank, alpha / rank)
+        return Adapter(family, base_folder, layers, alpha / rank)

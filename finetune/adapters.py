@@ -1,0 +1,104 @@
+"""Adapter files of any trainer: looked at, converted, added, made smaller, or taken out of a tuned model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune import families
+from finetune.errors import BadInput
+from finetune.export import REGISTRY, Adapter, Exported, apply_adapter, check_formats, export_adapter, export_folder
+from finetune.export.algebra import Kept, combine, extract, resize
+from finetune.export.inspection import Inspection, inspect_adapter
+from finetune.export.verify import read_by_diffusers
+
+# what diffusers raises on files that it does not understand
+READER_ERRORS = (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError)
+
+
+def verify_file(path: Path, base: str) -> Inspection:
+    """`inspect_adapter`, and what diffusers makes of the file when it loads it on a clean base."""
+    found = inspect_adapter(path, base)
+    if found.adapter is None or path.is_dir():
+        found.verdicts["diffusers"] = ("fully", "through PEFT") if path.is_dir() else ("refused", "nothing fits")
+        return found
+    try:
+        line = read_by_diffusers(found.adapter, path)
+    except READER_ERRORS as error:
+        found.verdicts["diffusers"] = ("refused", " ".join(str(error).split())[:160])
+        return found
+    state = "fully" if line.startswith("ok") else "partly"
+    found.verdicts["diffusers"] = (state, line.split(": ", 1)[1])
+    return found
+
+
+def open_adapter(path: Path, base: str) -> tuple[Adapter, Inspection]:
+    """A file's adapter, where nothing of it would be lost.
+
+    Raises:
+        BadInput: it has keys or modules that can't be taken over; they are named.
+    """
+    found = inspect_adapter(path, base)
+    grave = [line for line in found.problems if not line.startswith("modules without alpha")]
+    if found.adapter is None or grave:
+        raise BadInput(f"{path} can't be taken over: {'; '.join(grave)}: see `finetune verify {path} --base {base}`")
+    return found.adapter, found
+
+
+def write(
+    adapter: Adapter, base: str, out: Path, formats: Sequence[str], dtype: str, force: bool, about: dict[str, str]
+) -> list[Exported]:
+    """`out` has no ending: NAME.safetensors, NAME-diffusers/ and NAME-peft/ are written beside each other."""
+    family = families.family_of(families.resolve(base))
+    scheduler = families.read_config(families.resolve(base), "scheduler/scheduler_config.json")
+    folder = out.parent
+    for wanted in formats:
+        check_formats([wanted])
+        path = REGISTRY[wanted].path(folder, out.name)
+        if path.exists() and not force:
+            raise BadInput(f"{path} is already there: give another --out, or pass --force")
+    own = {"title": out.name, "trigger_phrase": "", "resolution": ""} | about
+    v_prediction = scheduler.get("prediction_type") == "v_prediction"
+    assert family.name == adapter.family
+    return export_adapter(adapter, folder, out.name, list(formats), dtype, own, v_prediction, force=True)
+
+
+def about_of(found: Inspection) -> dict[str, str]:
+    """What a converted file keeps of the old one's metadata: the trigger and the resolution, nothing private."""
+    metadata = found.metadata
+    return {
+        "trigger_phrase": metadata.get("modelspec.trigger_phrase", ""),
+        "resolution": metadata.get("modelspec.resolution", ""),
+    }
+
+
+def weighted(text: str) -> tuple[Path, float]:
+    """FILE or FILE:WEIGHT."""
+    name, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(name), float(number)
+    except ValueError as error:
+        raise BadInput(f"{text!r} is no file, and {number!r} no weight: write FILE or FILE:0.7") from error
+
+
+def merged(files: Sequence[tuple[Path, float]], base: str, rank: int | None) -> tuple[Adapter, Kept | None]:
+    """The weighted sum of adapters as one adapter; at `rank`, if one is given."""
+    adapter = combine([(open_adapter(path, base)[0], weight) for path, weight in files])
+    return resize(adapter, rank) if rank else (adapter, None)
+
+
+def merged_model(files: Sequence[tuple[Path, float]], base: str, out: Path, dtype: str) -> Exported:
+    """The base with adapters added into its weights, as a diffusers folder."""
+    if out.exists():
+        raise BadInput(f"{out} is already there: give another --out")
+    adapters = [(open_adapter(path, base)[0], weight) for path, weight in files]
+    family = families.load(base)
+    for adapter, weight in adapters:
+        apply_adapter(family, adapter, weight)
+    return export_folder(family, out, dtype)
+
+
+def extracted(model: str, base: str, rank: int) -> tuple[Adapter, Kept]:
+    return extract(families.load(base), families.load(model), rank)

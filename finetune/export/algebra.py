@@ -1,0 +1,148 @@
+"""What can be done with adapters as matrices: sums, lower ranks, and the difference of two models.
+
+Everything goes by singular values (Eckart and Young): the best approximation of a delta by a given rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetune.errors import BadInput
+from finetune.export.base import Adapter, delta
+from finetune.families.base import Family
+from finetune.families.layout import strip_text_model
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of the deltas an approximation holds: share of the energy (squared singular values), and the relative
+    error |approximation - delta| / |delta|, over all modules and of the worst one."""
+
+    energy: float
+    error: float
+    worst: float
+    worst_module: str
+
+
+def resize(adapter: Adapter, rank: int | None = None, energy: float | None = None) -> tuple[Adapter, Kept]:
+    """Every module at `rank`, or at the smallest rank that keeps `energy` (0 to 1) of it."""
+    layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    spectra: dict[str, tuple[Tensor, int]] = {}
+    for part, module, a, b in adapter.modules():
+        u, s, v = _svd_of_product(b.flatten(1) * adapter.scale, a.flatten(1))
+        r = _rank_for(s, rank, energy)
+        layers.setdefault(part, {})[module] = _factors(u, s, v, r, a, b)
+        spectra[f"{part}.{module}"] = (s, r)
+    return Adapter(adapter.family, adapter.base_folder, layers, 1.0), _kept(spectra)
+
+
+def combine(weighted: Sequence[tuple[Adapter, float]]) -> Adapter:
+    """The adapter whose deltas are the weighted sums: ranks add up, nothing is lost.
+
+    Raises:
+        BadInput: they are of different families.
+    """
+    names = {adapter.family for adapter, _ in weighted}
+    if len(names) != 1:
+        raise BadInput(f"adapters of {' and '.join(sorted(names))} can't be added: give adapters of one family")
+    layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for adapter, weight in weighted:
+        for part, module, a, b in adapter.modules():
+            held = layers.setdefault(part, {})
+            pair = (a, b * (adapter.scale * weight))
+            if module in held:
+                pair = (torch.cat([held[module][0], pair[0]]), torch.cat([held[module][1], pair[1]], 1))
+            held[module] = pair
+    return Adapter(weighted[0][0].family, weighted[0][0].base_folder, layers, 1.0)
+
+
+@torch.no_grad()
+def extract(base: Family, tuned: Family, rank: int) -> tuple[Adapter, Kept]:
+    """The difference of two models as a LoRA, on every linear layer and convolution that moved.
+
+    Raises:
+        BadInput: they are of different families or shapes, or do not differ.
+    """
+    if base.name != tuned.name:
+        raise BadInput(f"the model is a {tuned.name} and the base a {base.name}: give the base it was tuned from")
+    layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    spectra: dict[str, tuple[Tensor, int]] = {}
+    for part in base.export_prefix:
+        others = {strip_text_model(path): child for path, child in tuned.parts[part].named_modules()}
+        for path, child in base.parts[part].named_modules():
+            if not isinstance(child, torch.nn.Linear | torch.nn.Conv2d):
+                continue
+            module = strip_text_model(path)
+            change = _difference(part, module, child.weight, others.get(module))
+            if not bool(change.any()):
+                continue
+            u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
+            r = min(rank, len(s))
+            ones = [1] * (change.ndim - 2)
+            root = s[:r].sqrt()
+            pair = ((root[:, None] * v[:r]).reshape(r, *change.shape[1:]), (u[:, :r] * root).reshape(-1, r, *ones))
+            layers.setdefault(part, {})[module] = pair
+            spectra[f"{part}.{module}"] = (s, r)
+    if not layers:
+        raise BadInput("the model and the base have the same weights: there is nothing to extract")
+    return Adapter(base.name, base.folder, layers, 1.0), _kept(spectra)
+
+
+def _difference(part: str, module: str, weight: Tensor, other: object) -> Tensor:
+    theirs = getattr(other, "weight", None)
+    if theirs is None or theirs.shape != weight.shape:
+        raise BadInput(
+            f"{part} {module} is of another shape in the model than in the base: give the base it was tuned from"
+        )
+    return theirs.float() - weight.float()
+
+
+def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of B A by way of two small QR decompositions: U [out, r], S [r], V [r, in], in float64."""
+    q, r = torch.linalg.qr(b.double())
+    p, t = torch.linalg.qr(a.double().T)
+    u, s, v = torch.linalg.svd(r @ t.T)
+    return q @ u, s, v @ p.T
+
+
+def _rank_for(s: Tensor, rank: int | None, energy: float | None) -> int:
+    if rank is not None:
+        return min(rank, len(s))
+    share = s.square().cumsum(0) / s.square().sum().clamp(min=1e-30)
+    return int((share < (energy or 1.0) - 1e-12).sum().clamp(max=len(s) - 1)) + 1
+
+
+def _factors(u: Tensor, s: Tensor, v: Tensor, r: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of rank r in the shapes of the old ones, the singular values shared between them."""
+    root = s[:r].sqrt()
+    return (root[:, None] * v[:r]).float().reshape(r, *a.shape[1:]), (u[:, :r] * root).float().reshape(
+        len(b), r, *b.shape[2:]
+    )
+
+
+def _kept(spectra: dict[str, tuple[Tensor, int]]) -> Kept:
+    whole = sum(float(s.square().sum()) for s, _ in spectra.values())
+    lost = sum(float(s[r:].square().sum()) for s, r in spectra.values())
+    errors = {
+        name: (float(s[r:].square().sum()) / max(float(s.square().sum()), 1e-30)) ** 0.5
+        for name, (s, r) in spectra.items()
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    return Kept(1 - lost / max(whole, 1e-30), (lost / max(whole, 1e-30)) ** 0.5, errors[worst], worst)
+
+
+def largest_difference(one: Adapter, other: Adapter) -> float:
+    """The largest relative difference of a module's delta between two adapters; infinite where modules differ."""
+    first = {(part, module): (a, b) for part, module, a, b in one.modules()}
+    second = {(part, module): (a, b) for part, module, a, b in other.modules()}
+    if first.keys() != second.keys():
+        return float("inf")
+    worst = 0.0
+    for place, pair in first.items():
+        wanted, found = delta(*pair, one.scale), delta(*second[place], other.scale)
+        worst = max(worst, float((wanted - found).norm() / wanted.norm().clamp(min=1e-30)))
+    return worst
