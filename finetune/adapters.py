@@ -7,7 +7,17 @@ from pathlib import Path
 
 from finetune import families
 from finetune.errors import BadInput
-from finetune.export import REGISTRY, Adapter, Exported, apply_adapter, check_formats, export_adapter, export_folder
+from finetune.export import (
+    FOLDER,
+    REGISTRY,
+    Adapter,
+    Exported,
+    apply_adapter,
+    check_formats,
+    export_adapter,
+    export_checkpoint,
+    export_folder,
+)
 from finetune.export.algebra import Kept, combine, extract, resize
 from finetune.export.inspection import Inspection, inspect_adapter
 from finetune.export.verify import read_by_diffusers
@@ -89,15 +99,20 @@ def merged(files: Sequence[tuple[Path, float]], base: str, rank: int | None) -> 
     return resize(adapter, rank) if rank else (adapter, None)
 
 
-def merged_model(files: Sequence[tuple[Path, float]], base: str, out: Path, dtype: str) -> Exported:
-    """The base with adapters added into its weights, as a diffusers folder."""
+def merged_model(
+    files: Sequence[tuple[Path, float]], base: str, out: Path, dtype: str, wanted: str = FOLDER
+) -> Exported:
+    """The base with adapters added into its weights, as a diffusers folder or a single file."""
     if out.exists():
         raise BadInput(f"{out} is already there: give another --out")
     adapters = [(open_adapter(path, base)[0], weight) for path, weight in files]
     family = families.load(base)
     for adapter, weight in adapters:
         apply_adapter(family, adapter, weight)
-    return export_folder(family, out, dtype)
+    if wanted == FOLDER:
+        return export_folder(family, out, dtype)
+    about = {"title": out.stem, "trigger_phrase": "", "resolution": f"{family.resolution}x{family.resolution}"}
+    return export_checkpoint(family, out, dtype, about)
 
 
 def extracted(model: str, base: str, rank: int) -> tuple[Adapter, Kept]:

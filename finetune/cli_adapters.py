@@ -87,12 +87,13 @@ def merge(
     files: Annotated[list[str], typer.Argument(help="FILE or FILE:WEIGHT, several", metavar="FILE[:WEIGHT]...")],
     out: Out, to: To = None, rank: Rank = None, base: BaseOption = "tiny", dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
-    """Add LoRAs into one (--to kohya, diffusers, peft), or into their base (--to folder: a diffusers model)."""
+    """Add LoRAs into one (--to kohya, diffusers, peft), or into their base (--to folder, checkpoint)."""
     from finetune.adapters import merged, merged_model, weighted, write
 
     pairs = [weighted(text) for text in files]
-    if to == ["folder"]:
-        _say([merged_model(pairs, base, out, _dtype(dtype))])
+    if to in (["folder"], ["checkpoint"]):
+        path = out.with_name(f"{out.name}.safetensors") if to == ["checkpoint"] else out
+        _say([merged_model(pairs, base, path, _dtype(dtype), to[0])])
         return
     adapter, kept = merged(pairs, base, rank)
     if kept:

@@ -20,10 +20,14 @@ Sampler = Literal["dpm++", "ddim", "euler", "unipc"]  # finetune.families.sample
 
 
 class Base(Settings):
-    """`source`: "tiny", a diffusers folder, or a hub id (`revision` pins one)."""
+    """`source`: "tiny", a diffusers folder, a hub id (`revision` pins one) or a single-file checkpoint (.safetensors).
+
+    A file has weights only: configs and tokenizers come from `like`, a folder or hub id of the same kind.
+    """
 
     source: str = "tiny"
     revision: str | None = None
+    like: str | None = None
 
     @model_validator(mode="before")
     @classmethod

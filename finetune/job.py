@@ -82,7 +82,9 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
     photos, left_out = _photos(recipe)
     check_formats(recipe.export.formats, recipe.method.is_adapter)
     precision = DTYPES[resolve_precision(recipe.run)]
-    family = families.load(recipe.base.source, recipe.base.revision, recipe.method.weight_dtype(precision))
+    family = families.load(
+        recipe.base.source, recipe.base.revision, recipe.method.weight_dtype(precision), recipe.base.like
+    )
     resolution = recipe.data.resolution or family.resolution
     if resolution % family.latent_factor:
         raise BadInput(

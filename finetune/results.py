@@ -13,12 +13,14 @@ import torch
 from finetune import families
 from finetune.errors import BadInput
 from finetune.export import (
+    FOLDER,
     REGISTRY,
     Exported,
     adapter_from,
     apply_adapter,
     check_formats,
     export_adapter,
+    export_checkpoint,
     export_folder,
     read_adapter,
 )
@@ -45,7 +47,7 @@ def open_result(source: Path, base: str = "tiny", device: str | torch.device = "
 def open_run(folder: RunFolder) -> tuple[Family, dict[str, Any]]:
     recipe, info = folder.recipe, folder.info
     trained = folder.result()
-    family = families.load(recipe.base.source, recipe.base.revision)
+    family = families.load(recipe.base.source, recipe.base.revision, like=recipe.base.like)
     if families.base_hash(family.folder) != info.get("base_hash"):
         raise BadInput(
             f"the base {recipe.base.source!r} is not the one that {folder.path} was trained on (its content changed): "
@@ -77,9 +79,16 @@ def export_run(folder: RunFolder, family: Family, formats: Sequence[str] = ()) -
         )
     else:
         check_formats(formats or recipe.export.formats, is_adapter=False)
-        exported = [export_folder(family, target / f"{name}-model", recipe.export.dtype)]
+        wanted = formats or recipe.export.formats or [FOLDER]
+        exported = [_whole_model(family, target, name, item, recipe.export.dtype, _about(folder)) for item in wanted]
     write_json(target / "exports.json", _merged(folder.path, exported))
     return exported
+
+
+def _whole_model(family: Family, target: Path, name: str, wanted: str, dtype: str, about: dict[str, str]) -> Exported:
+    if wanted == FOLDER:
+        return export_folder(family, target / f"{name}-model", dtype)
+    return export_checkpoint(family, target / f"{name}.safetensors", dtype, about)
 
 
 def _about(folder: RunFolder) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from finetune.errors import BadInput
 from finetune.export.base import DTYPES, Adapter, Export, Exported
+from finetune.export.checkpoint import export_checkpoint
 from finetune.export.folder import export_folder
 from finetune.export.metadata import adapter_metadata
 from finetune.export.verify import apply_adapter, verify
@@ -20,6 +21,8 @@ from finetune.methods.base import Method
 from finetune.methods.lora import LoRA
 
 __all__ = [
+    "CHECKPOINT",
+    "FOLDER",
     "REGISTRY",
     "Adapter",
     "Exported",
@@ -27,6 +30,7 @@ __all__ = [
     "apply_adapter",
     "check_formats",
     "export_adapter",
+    "export_checkpoint",
     "export_folder",
 ]
 
@@ -41,7 +45,7 @@ def _discover() -> dict[str, Export]:
 
 
 REGISTRY: dict[str, Export] = _discover()
-FOLDER = "folder"  # whole models: a diffusers folder
+FOLDER, CHECKPOINT = "folder", "checkpoint"  # whole models
 
 
 def adapter_from(method: Method, family: Family) -> Adapter:
@@ -60,11 +64,11 @@ def adapter_from(method: Method, family: Family) -> Adapter:
 
 def check_formats(formats: Sequence[str], is_adapter: bool = True) -> None:
     """Raises BadInput for a format that does not exist, or can't hold what is trained."""
-    known = list(REGISTRY) if is_adapter else [FOLDER]
+    known = list(REGISTRY) if is_adapter else [FOLDER, CHECKPOINT]
     for wanted in formats:
         if wanted in known:
             continue
-        if wanted in (*REGISTRY, FOLDER):
+        if wanted in (*REGISTRY, FOLDER, CHECKPOINT):
             what = "an adapter" if is_adapter else "whole weights"
             raise BadInput(f"a {wanted} file can't hold {what}, which this run trains: use {' or '.join(known)}")
         nearest = difflib.get_close_matches(wanted, known, n=1)

@@ -47,3 +47,21 @@ def adapter_metadata(adapter: Adapter, about: dict[str, str], v_prediction: bool
     }
     own = {f"finetune_{key}": about[key] for key in about.keys() - {"title", "resolution", "trigger_phrase"}}
     return kohya | {f"modelspec.{key}": value for key, value in spec.items()} | own
+
+
+def checkpoint_metadata(family: str, about: dict[str, str], v_prediction: bool) -> dict[str, str]:
+    """`modelspec.*` of a whole model."""
+    architecture = ARCHITECTURE[family]
+    if family == "sd2" and v_prediction:
+        architecture = "stable-diffusion-v2-768-v"
+    spec = {
+        "sai_model_spec": "1.0.1",
+        "architecture": architecture,
+        "implementation": IMPLEMENTATION[family],
+        "title": about["title"],
+        "resolution": about["resolution"],
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "trigger_phrase": about["trigger_phrase"],
+        "prediction_type": "v" if v_prediction else "epsilon",
+    }
+    return {f"modelspec.{key}": value for key, value in spec.items()}

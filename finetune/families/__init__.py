@@ -18,6 +18,7 @@ import torch
 
 from finetune.errors import BadInput
 from finetune.families.base import Family
+from finetune.families.checkpoint import LIKE, detect, unpack
 from finetune.families.layout import strip_text_model
 from finetune.families.weights import pickle_allowed
 from finetune.files import cache_dir, sha256, write_json
@@ -35,21 +36,26 @@ def _discover() -> dict[str, type[Family]]:
 REGISTRY: dict[str, type[Family]] = _discover()
 
 
-def load(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Family:
-    """Loads "tiny", a diffusers folder or a hub id, frozen and in eval mode.
+def load(
+    source: str, revision: str | None = None, dtype: torch.dtype = torch.float32, like: str | None = None
+) -> Family:
+    """Loads "tiny", a diffusers folder, a hub id or a single-file checkpoint, frozen and in eval mode.
 
     Raises:
         BadInput: nothing is there, it is no diffusers folder, its family is unknown or a part of it is missing.
     """
-    folder = resolve(source, revision)
+    folder = resolve(source, revision, like)
     return family_of(folder).load(folder, dtype)
 
 
-def resolve(source: str, revision: str | None = None) -> Path:
-    """A base's name as a local diffusers folder; a hub id is downloaded (or found in the hub's cache)."""
+def resolve(source: str, revision: str | None = None, like: str | None = None) -> Path:
+    """A base's name as a local diffusers folder; a hub id is downloaded (or found in the hub's cache), a single file
+    is taken apart into the cache, with configs and tokenizers of `like` (None: the family's own on the hub)."""
     if source == "tiny":
         return _tiny()
     folder = Path(source).expanduser()
+    if folder.is_file():
+        return _from_file(folder, like)
     if folder.is_dir():
         return folder.absolute()
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
@@ -66,11 +72,35 @@ def _tiny() -> Path:
     return folder
 
 
-def _download(source: str, revision: str | None) -> Path:
+def _from_file(file: Path, like: str | None) -> Path:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            shapes = {key: torch.Size(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BadInput(
+            f"the base {file} is no whole safetensors file ({error}): give a .safetensors checkpoint"
+        ) from error
+    try:
+        name = detect(list(shapes), shapes)
+    except BadInput as fault:
+        raise BadInput(f"the base {file} can't be used: {fault}") from fault
+    folder = resolve(like) if like else _download(LIKE[name], None, weights=False)
+    if family_of(folder).name != name:
+        raise BadInput(
+            f"the base {file} is a {name} but base.like={like} a {family_of(folder).name}: choose one like it"
+        )
+    return unpack(file, folder, family_of(folder))
+
+
+def _download(source: str, revision: str | None, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors", *(["*/*.bin"] if pickle_allowed() else [])]
+    patterns = ["*.json", "*/*.json", "*/*.txt"]
+    if weights:
+        patterns += ["*/*.safetensors", *(["*/*.bin"] if pickle_allowed() else [])]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

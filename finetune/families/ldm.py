@@ -60,3 +60,63 @@ def _inside(kind: str, inside: list[str]) -> str:
 
 def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
+
+
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def vae_name(path: str, config: dict[str, Any]) -> str:
+    """A diffusers VAE module path -> its original path ("decoder.up.3.block.0.conv1")."""
+    half, _, rest = path.partition(".")
+    if half not in ("encoder", "decoder"):
+        return path
+    head, _, inside = rest.partition(".")
+    if head in ("conv_in", "conv_out"):
+        return path
+    if head == "conv_norm_out":
+        return f"{half}.norm_out"
+    if head == "mid_block":
+        kind, number, leaf = inside.split(".", 2)
+        if kind == "attentions":
+            return f"{half}.mid.attn_1.{VAE_ATTENTION[leaf]}"
+        return f"{half}.mid.block_{int(number) + 1}.{_vae_leaf(leaf)}"
+    block, kind, number, leaf = inside.split(".", 3)
+    side, level = (
+        ("down", int(block)) if half == "encoder" else ("up", len(config["block_out_channels"]) - 1 - int(block))
+    )
+    if kind == "resnets":
+        return f"{half}.{side}.{level}.block.{number}.{_vae_leaf(leaf)}"
+    return f"{half}.{side}.{level}.{side}sample.{leaf}"
+
+
+def _vae_leaf(leaf: str) -> str:
+    return "nin_shortcut" if leaf == "conv_shortcut" else leaf
+
+
+OPEN_CLIP = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+OPEN_CLIP_OUTSIDE = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+    "text_projection.weight": "text_projection",
+}
+
+
+def open_clip_name(key: str) -> tuple[str, int | None]:
+    """A CLIP weight's name in transformers (without `text_model.`) -> its name in OpenCLIP, and which third of it
+    where query, key and value are one matrix there."""
+    if key in OPEN_CLIP_OUTSIDE:
+        return OPEN_CLIP_OUTSIDE[key], None
+    number, rest = key.removeprefix("encoder.layers.").split(".", 1)
+    module, leaf = rest.rsplit(".", 1)
+    block = f"transformer.resblocks.{number}"
+    if module.startswith("self_attn.") and module[-6:] in ("q_proj", "k_proj", "v_proj"):
+        return f"{block}.attn.in_proj_{leaf}", "qkv".index(module[-6])
+    return f"{block}.{OPEN_CLIP[module]}.{leaf}", None
