@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune.cli_adapters import register
+from finetune.cli_adapters import register, say_exported
 from finetune.errors import BadInput, CheckFailed, Stopped
 from finetune.quiet import quiet
 
@@ -152,20 +152,15 @@ def export(
     """Write the run's adapter for other programs into RUN/exports, and check every file."""
     _loud()
     from finetune.report import write_report
-    from finetune.results import export_run, open_run
+    from finetune.results import export_run, open_run, write_companions
     from finetune.run import RunFolder
 
     folder = RunFolder(run)
     family, _ = open_run(folder)
     exported = export_run(folder, family, to or [])
+    write_companions(folder)
     write_report(run)
-    for item in exported:
-        readers = ", ".join(item.read_by) or "nobody"
-        typer.echo(f"{item.format}: {item.path} ({item.size / 1e6:.2f} MB, {item.modules} modules), read by {readers}")
-        for line in item.checks:
-            typer.echo(f"  {line}")
-    if not all(item.ok for item in exported):
-        raise CheckFailed("an export is not what was trained: see the lines above")
+    say_exported(exported)
 
 
 @app.command()

@@ -63,7 +63,7 @@ def convert(
 
     adapter, found = open_adapter(file, base)
     own = found.dtype if found.dtype in ("fp32", "fp16", "bf16") else "fp32"
-    _say(write(adapter, base, out, to or ["kohya"], _dtype(dtype or own), force, about_of(found)))
+    say_exported(write(adapter, base, out, to or ["kohya"], _dtype(dtype or own), force, about_of(found)))
 
 
 def resize(
@@ -80,7 +80,7 @@ def resize(
     adapter, found = open_adapter(file, base)
     small, kept = smaller(adapter, rank, energy)
     _say_kept(kept)
-    _say(write(small, base, out, to or ["kohya"], _dtype(dtype), force, about_of(found)))
+    say_exported(write(small, base, out, to or ["kohya"], _dtype(dtype), force, about_of(found)))
 
 
 def merge(
@@ -93,12 +93,12 @@ def merge(
     pairs = [weighted(text) for text in files]
     if to in (["folder"], ["checkpoint"]):
         path = out.with_name(f"{out.name}.safetensors") if to == ["checkpoint"] else out
-        _say([merged_model(pairs, base, path, _dtype(dtype), to[0])])
+        say_exported([merged_model(pairs, base, path, _dtype(dtype), to[0])])
         return
     adapter, kept = merged(pairs, base, rank)
     if kept:
         _say_kept(kept)
-    _say(write(adapter, base, out, to or ["kohya"], _dtype(dtype), force, {}))
+    say_exported(write(adapter, base, out, to or ["kohya"], _dtype(dtype), force, {}))
 
 
 def extract(
@@ -111,7 +111,7 @@ def extract(
 
     adapter, kept = extracted(model, base, rank)
     _say_kept(kept)
-    _say(write(adapter, base, out, to or ["kohya"], _dtype(dtype), force, {}))
+    say_exported(write(adapter, base, out, to or ["kohya"], _dtype(dtype), force, {}))
 
 
 def _dtype(name: str) -> str:
@@ -127,7 +127,12 @@ def _say_kept(kept: Kept) -> None:
     )
 
 
-def _say(exported: list[Exported]) -> None:
+def say_exported(exported: list[Exported]) -> None:
+    """What was written, who reads it and its checks.
+
+    Raises:
+        CheckFailed: a check did not hold.
+    """
     for item in exported:
         readers = ", ".join(item.read_by) or "nobody"
         typer.echo(f"{item.format}: {item.path} ({item.size / 1e6:.2f} MB, {item.modules} modules), read by {readers}")

@@ -138,9 +138,12 @@ class Sample(Settings):
 
 
 class ExportTo(Settings):
-    """`formats`: empty for all that can hold what was trained."""
+    """`formats`: empty for all that can hold what was trained. `metadata`: "minimal" is what readers need;
+    "standard" adds trigger, date, base hash, steps and seed; "full" also the recipe (with its paths) and the captions.
+    """
 
     formats: list[str] = []
+    metadata: Literal["minimal", "standard", "full"] = "standard"
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
 
 

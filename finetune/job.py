@@ -9,7 +9,6 @@ import platform
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,165 +17,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from finetune import families, tokens
 from finetune.config import ClassImages, Recipe
 from finetune.data.batches import Batches, Sample
 from finetune.data.cache import LatentCache, PromptCache
-from finetune.data.captions import Captioned, caption_photos, summarise
-from finetune.data.photos import Photo, scan, sort_out
-from finetune.data.views import enlarged, views
-from finetune.errors import BadInput, CheckFailed, Stopped
-from finetune.export import check_formats
-from finetune.families.base import Family
+from finetune.data.views import views
+from finetune.errors import CheckFailed, Stopped
 from finetune.files import cache_dir
-from finetune.loop import PromptEncoder, fit, make_accelerator, resolve_precision
-from finetune.prior import check_set, class_images
+from finetune.loop import PromptEncoder, fit, make_accelerator
+from finetune.plan import Job, look, plan
+from finetune.prior import class_images
 from finetune.progress import phase
 from finetune.report import write_report
-from finetune.results import export_run
+from finetune.results import export_run, open_exported, write_companions
 from finetune.run import RunFolder, next_folder
 from finetune.sample import draw, parameters, save_picture
 from finetune.signals import Interrupted, Signals
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Say = Callable[[str], None]
-
-
-@dataclass
-class Job:
-    """A recipe, its base and its photos, looked at but not yet worked on."""
-
-    recipe: Recipe
-    family: Family
-    base_hash: str
-    token: str
-    photos: list[Photo]
-    captions: list[list[str]]
-    captions_from_files: int
-    caption_summary: str
-    resolution: int
-
-    @property
-    def noun(self) -> str | None:
-        return self.recipe.data.class_noun
-
-    def fill(self, prompt: str) -> str:
-        """A prompt with {token} and {noun} filled in."""
-        return prompt.replace("{token}", self.token).replace("{noun}", self.noun or "")
-
-    @property
-    def class_prompt(self) -> str:
-        prior = self.recipe.prior
-        return self.fill(prior.prompt) if isinstance(prior, ClassImages) else ""
-
-    def sample_prompts(self) -> list[str]:
-        return [self.fill(prompt) for prompt in self.recipe.sample.prompts]
-
-
-def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
-    """Scans the photos, loads the base on `device`, settles the token and the captions; writes nothing.
-
-    Raises:
-        BadInput: whatever is wrong with the photos, the captions, the base or the token.
-    """
-    photos, left_out = _photos(recipe)
-    check_formats(recipe.export.formats, recipe.method.is_adapter)
-    precision = DTYPES[resolve_precision(recipe.run)]
-    family = families.load(
-        recipe.base.source, recipe.base.revision, recipe.method.weight_dtype(precision), recipe.base.like
-    )
-    resolution = recipe.data.resolution or family.resolution
-    if resolution % family.latent_factor:
-        raise BadInput(
-            f"data.resolution is {resolution}, which {family.name} can't divide by {family.latent_factor}: "
-            f"choose {round(resolution / family.latent_factor) * family.latent_factor}"
-        )
-    family.to(device)
-    recipe.objective.build(family.schedule)
-    token = _token(recipe, family)
-    captioned = caption_photos(
-        photos,
-        captions=recipe.data.captions,
-        templates=recipe.data.templates,
-        token=token,
-        noun=recipe.data.class_noun,
-    )
-    _refuse_long(recipe, family, captioned)
-    summary = "; ".join(text for text in (summarise(captioned, token), left_out) if text)
-    base_hash = families.base_hash(family.folder)
-    if isinstance(recipe.prior, ClassImages):
-        check_set(recipe.prior, recipe.data.class_noun or "", resolution, base_hash)
-    texts, from_files = [c.captions for c in captioned], sum(c.source == "file" for c in captioned)
-    return Job(recipe, family, base_hash, token, photos, texts, from_files, summary, resolution)
-
-
-def _photos(recipe: Recipe) -> tuple[list[Photo], str]:
-    """The photos, and a sentence about those that were left out."""
-    folder = recipe.data.photos
-    photos, bad = sort_out(folder) if recipe.data.skip_bad else (scan(folder), "")
-    if len(photos) > 1 and len({photo.digest for photo in photos}) == 1:
-        raise BadInput(
-            f"all {len(photos)} photos in {folder} are the same picture: give different photos of the subject"
-        )
-    return photos, f"{bad}; they are left out" if bad else ""
-
-
-def _refuse_long(recipe: Recipe, family: Family, captioned: list[Captioned]) -> None:
-    """Captions that the text encoders would not read to their end."""
-    if recipe.data.long_captions == "cut":
-        return
-    length = min(tokenizer.model_max_length for tokenizer in family.tokenizers)
-    long = [
-        item.photo.path.name
-        for item in captioned
-        if any(len(tokenizer(text)["input_ids"]) > length for tokenizer in family.tokenizers for text in item.captions)
-    ]
-    if long:
-        raise BadInput(
-            f"the captions of {', '.join(long)} are longer than the {length} tokens that the text encoder reads: "
-            "shorten them, or set data.long_captions=cut"
-        )
-
-
-def _token(recipe: Recipe, family: Family) -> str:
-    token, most = recipe.data.token, recipe.data.token_pieces
-    if token != "auto":
-        pieces = max(tokens.describe(family.tokenizers, token).pieces, key=len)
-        if len(pieces) > most:
-            raise BadInput(
-                f"the token {token!r} is {len(pieces)} pieces to this base ({' + '.join(pieces)}), each with a "
-                f"meaning: find one with `finetune tokens suggest`, or allow it with data.token_pieces={len(pieces)}"
-            )
-        return token
-    found = tokens.suggest(family, 1, recipe.data.class_noun)
-    if not found:
-        raise BadInput("no rare token was found in this base's tokenizer: give one with data.token=TOKEN")
-    return found[0].text
-
-
-def plan(job: Job) -> dict[str, Any]:
-    """The run in numbers: what is seen how often, what is trained, what it costs in class images."""
-    recipe = job.recipe
-    seen = recipe.run.steps * recipe.run.batch_size
-    rows: dict[str, Any] = {
-        "base": f"{recipe.base.source} ({job.family.name}, {job.family.schedule.prediction})",
-        "subject": job.caption_summary,
-        "training prompts": list(dict.fromkeys(text for texts in job.captions for text in texts))[:5],
-        "token": f"{job.token} (class noun: {job.noun or 'none'})",
-        "resolution": job.resolution,
-        "steps": f"{recipe.run.steps} of {recipe.run.batch_size} photo(s), {recipe.run.accumulate} micro-batch(es)",
-        "each photo": f"seen {seen / len(job.photos):.0f} times",
-    }
-    if note := enlarged(job.photos, job.resolution):
-        rows["enlarged"] = note
-    if isinstance(recipe.prior, ClassImages):
-        rows["class images"] = (
-            f"{recipe.prior.count} of {job.class_prompt!r}, each seen {seen / recipe.prior.count:.1f} times"
-        )
-    method = recipe.method
-    rows["method"] = f"{method.kind} on {', '.join(method.part_names(job.family))}"
-    rows["precision"] = resolve_precision(recipe.run)
-    return rows
 
 
 def train(recipe: Recipe, run_dir: Path | str | None = None, say: Say = lambda line: None) -> Path:
@@ -403,10 +260,15 @@ def _load_result(job: Job, folder: RunFolder) -> None:
 
 
 def _finish(job: Job, folder: RunFolder, device: torch.device, say: Say) -> None:
-    job.family.to(device)
-    if not (folder.path / "samples" / "after").is_dir():
-        _draw_samples(job, folder.path / "samples" / "after", "After")
+    dtype = next(job.family.parts["denoiser"].parameters()).dtype
     exported = export_run(folder, job.family)
+    after = folder.path / "samples" / "after"
+    shown = None if after.is_dir() else open_exported(folder, exported, dtype)
+    if shown is not None:  # what is shown is what the file gives, not what was in memory
+        shown.to(device)
+        job.family = shown
+        _draw_samples(job, after, "After")
+    write_companions(folder)
     write_report(folder.path)
     for item in exported:
         say(f"{item.format:>16}  {item.path}  {'; '.join(item.checks)}")

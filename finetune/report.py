@@ -203,7 +203,7 @@ def _row(folder: Path, number: int) -> str:
 
 
 def _exports(path: Path) -> str:
-    file = path / "exports" / "exports.json"
+    file = path / "exports.json"
     if not file.is_file():
         return ""
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import torch
 
-from finetune import families
+from finetune import __version__, families
+from finetune.config import dump_recipe
 from finetune.errors import BadInput
 from finetune.export import (
+    CHECKPOINT,
     FOLDER,
     REGISTRY,
     Exported,
@@ -24,8 +27,9 @@ from finetune.export import (
     export_folder,
     read_adapter,
 )
+from finetune.export.card import Card, licence_of, model_card, sidecar
 from finetune.families.base import Family
-from finetune.files import write_json
+from finetune.files import write_json, write_text
 from finetune.run import RunFolder
 
 
@@ -60,7 +64,7 @@ def open_run(folder: RunFolder) -> tuple[Family, dict[str, Any]]:
 
 def export_run(folder: RunFolder, family: Family, formats: Sequence[str] = ()) -> list[Exported]:
     """Writes RUN/exports/ from a family with the run's training in it, checks every file, and notes it all in
-    exports.json. Without `formats`: all that can hold what was trained. A family under an adapter is used up: its
+    RUN/exports.json. Without `formats`: all that can hold what was trained. A family under an adapter is used up: its
     parts leave memory, since the checks load a clean base."""
     recipe = folder.recipe
     target, name = folder.path / "exports", recipe.run.name
@@ -81,7 +85,7 @@ def export_run(folder: RunFolder, family: Family, formats: Sequence[str] = ()) -
         check_formats(formats or recipe.export.formats, is_adapter=False)
         wanted = formats or recipe.export.formats or [FOLDER]
         exported = [_whole_model(family, target, name, item, recipe.export.dtype, _about(folder)) for item in wanted]
-    write_json(target / "exports.json", _merged(folder.path, exported))
+    write_json(folder.path / "exports.json", _merged(folder.path, exported))
     return exported
 
 
@@ -92,23 +96,105 @@ def _whole_model(family: Family, target: Path, name: str, wanted: str, dtype: st
 
 
 def _about(folder: RunFolder) -> dict[str, str]:
-    """What exports say of themselves: no paths, no captions, no names of files."""
+    """What exports say of themselves, by `export.metadata`; paths and captions only where "full" is asked for."""
     recipe, info = folder.recipe, folder.info
-    return {
+    side = info["resolution"]
+    needed = {"title": recipe.run.name, "resolution": f"{side}x{side}", "trigger_phrase": "", "date": ""}
+    if recipe.export.metadata == "minimal":
+        return needed
+    standard = {
         "title": recipe.run.name,
-        "trigger_phrase": " ".join(text for text in (info["token"], info["class_noun"]) if text),
-        "resolution": f"{info['resolution']}x{info['resolution']}",
+        "resolution": f"{side}x{side}",
+        "trigger_phrase": trigger(info),
         "base_hash": info["base_hash"],
         "steps": str(recipe.run.steps),
         "seed": str(recipe.run.seed),
+        "version": __version__,
     }
+    if recipe.export.metadata == "standard":
+        return standard
+    captions = list(dict.fromkeys(text for texts in info["captions"] for text in texts))
+    return standard | {"recipe": dump_recipe(recipe), "captions": json.dumps(captions, ensure_ascii=False)}
+
+
+def trigger(info: dict[str, Any]) -> str:
+    """What calls the subject in a prompt: "zwx mug"."""
+    return " ".join(text for text in (info["token"], info["class_noun"]) if text)
 
 
 def _merged(run: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:
     """What exports.json lists, with paths inside the run folder: the new files, and older ones of other formats that
     are still there."""
-    file = run / "exports" / "exports.json"
+    file = run / "exports.json"
     old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     new = [asdict(item) | {"path": str(item.path.relative_to(run))} for item in exported]
     formats = {item["format"] for item in new}
     return [item for item in old if item["format"] not in formats and (run / item["path"]).exists()] + new
+
+
+def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.dtype) -> Family | None:
+    """What a user of the first good export gets: the file on a clean base, or the whole model. None: none is good."""
+    item = next((item for item in exported if item.ok), None)
+    if item is None:
+        return None
+    base = folder.recipe.base
+    if item.format == FOLDER:
+        return families.load(str(item.path), dtype=dtype)
+    if item.format == CHECKPOINT:
+        like = families.resolve(base.source, base.revision, base.like)
+        return families.load(str(item.path), dtype=dtype, like=str(like))
+    family = families.load(base.source, base.revision, dtype, base.like)
+    apply_adapter(family, read_adapter(item.path, family.name, family.folder))
+    return family
+
+
+def write_companions(folder: RunFolder) -> None:
+    """Beside the exports: README.md with pictures, and for a file that UIs list, NAME.json and NAME.png."""
+    target, card = folder.path / "exports", _card(folder)
+    for number, (_, url) in enumerate(card.pictures):
+        (target / url).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder.path / "samples" / "after" / _first_picture(folder, number), target / url)
+    write_text(target / "README.md", model_card(card))
+    if (target / f"{card.title}.safetensors").is_file():
+        write_json(target / f"{card.title}.json", sidecar(card))
+        if card.pictures:
+            shutil.copy(target / card.pictures[0][1], target / f"{card.title}.png")
+
+
+def _card(folder: RunFolder) -> Card:
+    recipe, info = folder.recipe, folder.info
+    listed = json.loads((folder.path / "exports.json").read_text(encoding="utf-8"))
+    base = families.resolve(recipe.base.source, recipe.base.revision, recipe.base.like)
+    prompts = info["prompts"] if (folder.path / "samples" / "after").is_dir() else []
+    settings = {
+        "method": recipe.method.kind,
+        "steps": f"{recipe.run.steps} of {recipe.run.batch_size}",
+        "learning rate": f"{recipe.optim.lr:g}",
+        "resolution": str(info["resolution"]),
+        "prior preservation": recipe.prior.kind,
+        "seed": str(recipe.run.seed),
+        "base hash": info["base_hash"][:16],
+    }
+    return Card(
+        title=recipe.run.name,
+        trigger=trigger(info),
+        family=info["family"],
+        base=short_name(recipe.base.source),
+        licence=licence_of(base),
+        is_adapter=recipe.method.is_adapter,
+        settings=settings,
+        pictures=[(prompt, f"images/{number:02d}.png") for number, prompt in enumerate(prompts)],
+        files=[
+            f"`{Path(item['path']).relative_to('exports')}` ({item['format']}): {'; '.join(item['checks'])}"
+            for item in listed
+        ],
+    )
+
+
+def _first_picture(folder: RunFolder, prompt: int) -> str:
+    return min(file.name for file in (folder.path / "samples" / "after").glob(f"{prompt:02d}-*.png"))
+
+
+def short_name(source: str) -> str:
+    """A base as it may be told to others: a folder's last name."""
+    return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source

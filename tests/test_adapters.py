@@ -15,7 +15,7 @@ from finetune.adapters import extracted, merged, merged_model, open_adapter, ver
 from finetune.cli import run
 from finetune.errors import BadInput
 from finetune.export import REGISTRY, Adapter, adapter_from, apply_adapter, export_adapter
-from finetune.export.algebra import combine, largest_difference, resize
+from finetune.export.algebra import combine, resize
 from finetune.export.base import delta
 from finetune.export.inspection import inspect_adapter
 from finetune.families.ldm import unet_name
@@ -31,6 +31,19 @@ def written(
     adapter = adapter_from(method, family)
     export_adapter(adapter, folder, "x", formats or list(REGISTRY), dtype, ABOUT)
     return adapter
+
+
+def largest_difference(one: Adapter, other: Adapter) -> float:
+    """The largest relative difference of a module's delta between two adapters; infinite where modules differ."""
+    first = {(part, module): (a, b) for part, module, a, b in one.modules()}
+    second = {(part, module): (a, b) for part, module, a, b in other.modules()}
+    if first.keys() != second.keys():
+        return float("inf")
+    worst = 0.0
+    for place, pair in first.items():
+        wanted, found = delta(*pair, one.scale), delta(*second[place], other.scale)
+        worst = max(worst, float((wanted - found).norm() / wanted.norm().clamp(min=1e-30)))
+    return worst
 
 
 PATHS = {"kohya": "x.safetensors", "diffusers": "x-diffusers/pytorch_lora_weights.safetensors", "peft": "x-peft"}

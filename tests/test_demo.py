@@ -43,6 +43,6 @@ def test_the_demo_teaches_the_mug(tmp_path: Path) -> None:
     for prompt, place in ((beach, "beach"), (snow, "snow")):
         places = judge.classify(known, drawn("after", prompt))["place"]
         assert places.count(place) >= 3
-    exported = json.loads((run / "exports" / "exports.json").read_text())
+    exported = json.loads((run / "exports.json").read_text())
     assert all(check.startswith("ok: ") for item in exported for check in item["checks"])
     assert any("report.html" in line for line in lines)

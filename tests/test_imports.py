@@ -19,6 +19,7 @@ LAYERS = (
     ("config",),
     ("run", "badstep", "sample", "tokens", "export"),
     ("loop", "prior", "results", "adapters", "report"),
+    ("plan",),
     ("job",),
     ("demo", "doctor", "launch", "cli_adapters"),
     ("cli", "__main__", "__init__"),

@@ -45,7 +45,7 @@ def test_from_photos_to_page(
     assert page.count("<img") == 3 + 2 * 2  # photos; before and after of two prompts
     assert "http" not in page.replace("http://www.w3.org", "")
     assert str(tmp_path) not in json.dumps([load_metadata(file) for file in (run / "exports").rglob("*.safetensors")])
-    exported = json.loads((run / "exports" / "exports.json").read_text())
+    exported = json.loads((run / "exports.json").read_text())
     assert all(check.startswith("ok: ") for item in exported for check in item["checks"])
     assert {item["format"] for item in exported} == ({"kohya", "diffusers", "peft"} if method is LORA else {"folder"})
     assert any("class images" in line for line in lines)
@@ -141,7 +141,7 @@ def test_every_shipped_recipe_trains(name: str, tiny_bases: dict[str, Path], pho
     ]  # fmt: skip
     run = job.train(load_recipe(name, short), tmp_path / "run")
     assert (run / "report.html").is_file()
-    exported = json.loads((run / "exports" / "exports.json").read_text())
+    exported = json.loads((run / "exports.json").read_text())
     assert all(check.startswith("ok: ") for item in exported for check in item["checks"])
 
 

@@ -30,8 +30,7 @@ def run(tmp_path: Path) -> Path:
         "format": "kohya", "path": "exports/x.safetensors", "size": 1000, "read_by": ["ComfyUI"],
         "checks": ["ok: 3 modules re-read", "FAILED: one is odd"],
     }  # fmt: skip
-    (tmp_path / "exports").mkdir()
-    (tmp_path / "exports" / "exports.json").write_text(json.dumps([exported]))
+    (tmp_path / "exports.json").write_text(json.dumps([exported]))
     return tmp_path
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import BadInput
-from finetune.export.base import Adapter, delta
+from finetune.export.base import Adapter
 from finetune.families.base import Family
 from finetune.families.layout import strip_text_model
 
@@ -133,16 +133,3 @@ def _kept(spectra: dict[str, tuple[Tensor, int]]) -> Kept:
     }
     worst = max(errors, key=lambda name: errors[name])
     return Kept(1 - lost / max(whole, 1e-30), (lost / max(whole, 1e-30)) ** 0.5, errors[worst], worst)
-
-
-def largest_difference(one: Adapter, other: Adapter) -> float:
-    """The largest relative difference of a module's delta between two adapters; infinite where modules differ."""
-    first = {(part, module): (a, b) for part, module, a, b in one.modules()}
-    second = {(part, module): (a, b) for part, module, a, b in other.modules()}
-    if first.keys() != second.keys():
-        return float("inf")
-    worst = 0.0
-    for place, pair in first.items():
-        wanted, found = delta(*pair, one.scale), delta(*second[place], other.scale)
-        worst = max(worst, float((wanted - found).norm() / wanted.norm().clamp(min=1e-30)))
-    return worst

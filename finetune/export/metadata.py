@@ -1,4 +1,4 @@
-"""What an adapter file says of itself, in the header that UIs read. No paths, no captions, no file names."""
+"""What an exported file says of itself, in the header that UIs read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ ARCHITECTURE = {
     "sd2": "stable-diffusion-v2-512",
     "sdxl": "stable-diffusion-xl-v1-base",
 }
+SPECIFIED = {"title", "resolution", "date", "trigger_phrase"}  # have a place in modelspec
 IMPLEMENTATION = {
     "sd1": "diffusers",
     "sd2": "diffusers",
@@ -20,48 +21,34 @@ IMPLEMENTATION = {
 
 
 def adapter_metadata(adapter: Adapter, about: dict[str, str], v_prediction: bool) -> dict[str, str]:
-    """`ss_*` (Forge, A1111, sdnext) and `modelspec.*` 1.0.1 strings.
+    """`ss_*` (Forge, A1111, sdnext), `modelspec.*` 1.0.1 and `finetune_*` strings.
 
-    `about`: title, trigger_phrase, resolution ("512x512"), and whatever else the run says of itself.
+    `about`: title, resolution ("512x512"), trigger_phrase, and whatever else the run says of itself.
     """
-    base, architecture = KOHYA_BASE[adapter.family], ARCHITECTURE[adapter.family]
-    if adapter.family == "sd2" and v_prediction:
-        base, architecture = "sd_v2_v", "stable-diffusion-v2-768-v"
+    v2_768 = adapter.family == "sd2" and v_prediction
     kohya = {
-        "ss_base_model_version": base,
+        "ss_base_model_version": "sd_v2_v" if v2_768 else KOHYA_BASE[adapter.family],
         "ss_v2": str(adapter.family == "sd2"),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(adapter.rank),
         "ss_network_alpha": str(adapter.alpha),
         "ss_output_name": about["title"],
     }
-    spec = {
-        "sai_model_spec": "1.0.1",
-        "architecture": f"{architecture}/lora",
-        "implementation": IMPLEMENTATION[adapter.family],
-        "title": about["title"],
-        "resolution": about["resolution"],
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "trigger_phrase": about["trigger_phrase"],
-        "prediction_type": "v" if v_prediction else "epsilon",
-    }
-    own = {f"finetune_{key}": about[key] for key in about.keys() - {"title", "resolution", "trigger_phrase"}}
-    return kohya | {f"modelspec.{key}": value for key, value in spec.items()} | own
+    return kohya | checkpoint_metadata(adapter.family, about, v_prediction, kind="/lora")
 
 
-def checkpoint_metadata(family: str, about: dict[str, str], v_prediction: bool) -> dict[str, str]:
-    """`modelspec.*` of a whole model."""
-    architecture = ARCHITECTURE[family]
-    if family == "sd2" and v_prediction:
-        architecture = "stable-diffusion-v2-768-v"
+def checkpoint_metadata(family: str, about: dict[str, str], v_prediction: bool, kind: str = "") -> dict[str, str]:
+    """`modelspec.*` and `finetune_*` strings; what is empty is left out."""
+    architecture = "stable-diffusion-v2-768-v" if family == "sd2" and v_prediction else ARCHITECTURE[family]
     spec = {
         "sai_model_spec": "1.0.1",
-        "architecture": architecture,
+        "architecture": f"{architecture}{kind}",
         "implementation": IMPLEMENTATION[family],
         "title": about["title"],
         "resolution": about["resolution"],
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": about.get("date", datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")),
         "trigger_phrase": about["trigger_phrase"],
         "prediction_type": "v" if v_prediction else "epsilon",
     }
-    return {f"modelspec.{key}": value for key, value in spec.items()}
+    own = {f"finetune_{key}": about[key] for key in about.keys() - SPECIFIED}
+    return {f"modelspec.{key}": value for key, value in spec.items() if value} | own

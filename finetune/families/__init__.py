@@ -98,7 +98,7 @@ def _download(source: str, revision: str | None, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*/*.json", "*/*.txt"]
+    patterns = ["README.md", "*.json", "*/*.json", "*/*.txt"]
     if weights:
         patterns += ["*/*.safetensors", *(["*/*.bin"] if pickle_allowed() else [])]
     try:

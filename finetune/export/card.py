@@ -1,0 +1,96 @@
+"""What lies beside an export: the sidecar that Forge and InvokeAI read, and a model card in the hub's format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+VERSIONS = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """`base`: a hub id, or a name. `pictures`: (prompt, file beside the card). `files`: lines about the exports."""
+
+    title: str
+    trigger: str
+    family: str
+    base: str
+    licence: str | None
+    is_adapter: bool
+    settings: dict[str, str]
+    pictures: Sequence[tuple[str, str]]
+    files: Sequence[str]
+
+
+def sidecar(card: Card) -> dict[str, Any]:
+    """NAME.json: Forge, A1111 and InvokeAI show and use these."""
+    return {
+        "description": f"{card.trigger}: trained on {card.base}",
+        "sd version": VERSIONS.get(card.family, "Unknown"),
+        "activation text": card.trigger,
+        "preferred weight": 1.0,
+        "notes": "; ".join(f"{name} {value}" for name, value in card.settings.items()),
+    }
+
+
+def model_card(card: Card) -> str:
+    """README.md: YAML front matter as the hub reads it, then a page."""
+    front: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers", *(["lora", "template:sd-lora"] if card.is_adapter else [])],
+        "instance_prompt": card.trigger,
+    }
+    if card.base.count("/") == 1:
+        front["base_model"] = card.base
+    if card.licence:
+        front["license"] = card.licence
+    front["widget"] = [{"text": prompt, "output": {"url": url}} for prompt, url in card.pictures]
+    licence = (
+        f"That of the base: {card.licence}." if card.licence else "That of the base, which its folder does not state."
+    )
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {card.title}",
+        "<Gallery />" if card.pictures else "",
+        f"Write `{card.trigger}` in a prompt. Trained on {card.base}.",
+        "## Files\n\n" + "\n".join(f"- {line}" for line in card.files),
+        _use(card),
+        "## Settings\n\n| | |\n|---|---|\n"
+        + "\n".join(f"| {name} | {value} |" for name, value in card.settings.items()),
+        f"## Licence\n\n{licence}",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _use(card: Card) -> str:
+    prompt = card.pictures[0][0] if card.pictures else card.trigger
+    load = (
+        f'pipeline = DiffusionPipeline.from_pretrained("{card.base}")\npipeline.load_lora_weights(".", weight_name='
+        f'"{card.title}.safetensors")'
+        if card.is_adapter
+        else f'pipeline = DiffusionPipeline.from_pretrained("{card.title}-model")'
+    )
+    code = f'from diffusers import DiffusionPipeline\n\n{load}\npipeline("{prompt}").images[0]'
+    return f"## Use\n\n```python\n{code}\n```"
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that a base's own model card states."""
+    file = folder / "README.md"
+    if not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---"):
+        return None
+    try:
+        front = yaml.safe_load(text[3:].split("\n---", 1)[0])
+    except yaml.YAMLError:
+        return None
+    stated = front.get("license") if isinstance(front, dict) else None
+    return str(stated) if stated else None
