@@ -19,7 +19,7 @@ from finetune.export import (
     export_folder,
 )
 from finetune.export.algebra import Kept, combine, extract, resize
-from finetune.export.inspection import Inspection, inspect_adapter
+from finetune.export.inspection import Inspection, inspect_adapter, open_adapter
 from finetune.export.verify import read_by_diffusers
 
 # what diffusers raises on files that it does not understand
@@ -40,19 +40,6 @@ def verify_file(path: Path, base: str) -> Inspection:
     state = "fully" if line.startswith("ok") else "partly"
     found.verdicts["diffusers"] = (state, line.split(": ", 1)[1])
     return found
-
-
-def open_adapter(path: Path, base: str) -> tuple[Adapter, Inspection]:
-    """A file's adapter, where nothing of it would be lost.
-
-    Raises:
-        BadInput: it has keys or modules that can't be taken over; they are named.
-    """
-    found = inspect_adapter(path, base)
-    grave = [line for line in found.problems if not line.startswith("modules without alpha")]
-    if found.adapter is None or grave:
-        raise BadInput(f"{path} can't be taken over: {'; '.join(grave)}: see `finetune verify {path} --base {base}`")
-    return found.adapter, found
 
 
 def write(

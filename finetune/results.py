@@ -25,9 +25,9 @@ from finetune.export import (
     export_adapter,
     export_checkpoint,
     export_folder,
-    read_adapter,
 )
 from finetune.export.card import Card, licence_of, model_card, sidecar
+from finetune.export.inspection import open_adapter
 from finetune.families.base import Family
 from finetune.files import write_json, write_text
 from finetune.run import RunFolder
@@ -43,7 +43,7 @@ def open_result(source: Path, base: str = "tiny", device: str | torch.device = "
         family, info = open_run(RunFolder(source))
     else:
         family, info = families.load(base), {}
-        apply_adapter(family, read_adapter(source, family.name, family.folder))
+        apply_adapter(family, open_adapter(source, base)[0])
     family.to(device)
     return family, info
 
@@ -144,7 +144,7 @@ def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.
         like = families.resolve(base.source, base.revision, base.like)
         return families.load(str(item.path), dtype=dtype, like=str(like))
     family = families.load(base.source, base.revision, dtype, base.like)
-    apply_adapter(family, read_adapter(item.path, family.name, family.folder))
+    apply_adapter(family, open_adapter(item.path, str(family.folder))[0])
     return family
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from finetune import families
 from finetune.errors import BadInput
-from finetune.export import REGISTRY, Adapter, adapter_from, apply_adapter, export_adapter, export_folder, read_adapter
+from finetune.export import REGISTRY, Adapter, adapter_from, apply_adapter, export_adapter, export_folder
 from finetune.export.base import delta
+from finetune.export.inspection import accepted_names, open_adapter
 from finetune.export.kohya import key_of
 from finetune.export.verify import probe, verify
 from finetune.families.base import Family
@@ -53,7 +54,7 @@ def test_every_format_holds_what_was_trained(
         assert item.modules == adapter.count
         clean = families.load(str(tiny_bases[name]))
         assert not torch.allclose(probe_trained(clean), wanted, atol=1e-3)
-        apply_adapter(clean, read_adapter(item.path, name, tiny_bases[name]))
+        apply_adapter(clean, open_adapter(item.path, str(tiny_bases[name]))[0])
         assert torch.allclose(probe_trained(clean), wanted, atol=2e-5)
 
 
@@ -155,9 +156,9 @@ def test_planted_faults_are_found(fault: str, tiny_bases: dict[str, Path], tmp_p
 def test_a_truncated_file_and_a_strange_one_get_one_sentence(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"12345678 not safetensors")
     save_file({"weight": torch.zeros(2)}, tmp_path / "b.safetensors")
-    for name, said in (("a", "no whole safetensors"), ("b", "no LoRA"), ("c", "no adapter")):
+    for name, said in (("a", "no whole safetensors"), ("b", "no LoRA"), ("c", "no file")):
         with pytest.raises(BadInput, match=said):
-            read_adapter(tmp_path / f"{name}.safetensors", "sd1", tiny_bases["sd1"])
+            open_adapter(tmp_path / f"{name}.safetensors", str(tiny_bases["sd1"]))
 
 
 def test_existing_files_and_unknown_formats(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
@@ -205,23 +206,51 @@ def test_a_folder_that_is_not_what_was_trained_fails(tiny_bases: dict[str, Path]
     assert not export_folder(family, tmp_path / "model", "fp32").ok
 
 
-def test_full_size_names_fit_the_published_architectures(tmp_path: Path) -> None:
-    """SDXL's true configuration on the meta device: 2,567M parameters, and every LoRA target has a kohya name."""
-    family = families.REGISTRY["sdxl"]
-    folder = tmp_path / "sdxl"
-    for name, config in SDXL.items():
-        (folder / name).mkdir(parents=True)
-        (folder / name / "config.json").write_text(json.dumps(config))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+@pytest.mark.parametrize(
+    ("name", "millions", "modules", "some"),
+    [
+        ("sd1", 860, "SD1", ("mid_block_attentions_0_proj_in", "input_blocks_8_1_transformer_blocks_0_attn2_to_k")),
+        ("sd2", 866, "SD2", ("up_blocks_3_attentions_2_proj_out", "output_blocks_11_1_proj_out")),
+        (
+            "sdxl",
+            2567,
+            "SDXL",
+            ("mid_block_attentions_0_transformer_blocks_9_attn2_to_out_0", "middle_block_1_proj_in"),
+        ),
+    ],
+)
+def test_full_size_names_fit_the_published_architectures(
+    name: str, millions: int, modules: str, some: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The published configurations on the meta device: parameter counts, and a name for every LoRA target."""
+    family = families.REGISTRY[name]
+    folder = tmp_path / name
+    for part, config in globals()[modules].items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(config))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": family.pipeline_class}))
     parts = family.skeletons(folder)
-    assert round(sum(p.numel() for p in parts["denoiser"].parameters()) / 1e6) == 2567
-    from finetune.export.kohya import key_table
+    assert round(sum(p.numel() for p in parts["denoiser"].parameters()) / 1e6) == millions
+    table = accepted_names(name, folder)
+    assert all(f"lora_unet_{one}" in table for one in some)
+    last = len([path for path, _ in parts["text_encoder"].named_modules() if path.endswith("mlp.fc2")]) - 1
+    prefix = "lora_te1_" if name == "sdxl" else "lora_te_"
+    assert f"{prefix}text_model_encoder_layers_{last}_mlp_fc2" in table
+    if name == "sdxl":
+        assert "lora_te2_text_model_encoder_layers_31_mlp_fc2" in table
 
-    table = key_table("sdxl", folder)
-    assert "lora_unet_mid_block_attentions_0_transformer_blocks_9_attn2_to_out_0" in table
-    assert "lora_te2_text_model_encoder_layers_31_mlp_fc2" in table
 
-
+SD1 = {
+    "unet": {"_class_name": "UNet2DConditionModel", "in_channels": 4, "sample_size": 64, "cross_attention_dim": 768,
+             "attention_head_dim": 8},
+    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+}  # fmt: skip
+SD2 = {
+    "unet": {"_class_name": "UNet2DConditionModel", "in_channels": 4, "sample_size": 96, "cross_attention_dim": 1024,
+             "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+    "text_encoder": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+                     "num_attention_heads": 16},
+}  # fmt: skip
 SDXL = {
     "unet": {
         "_class_name": "UNet2DConditionModel",

@@ -103,17 +103,3 @@ def export_adapter(
         export.write(adapter, path, DTYPES[dtype], adapter_metadata(adapter, about, v_prediction))
         exported.append(verify(adapter, export, path, DTYPES[dtype]))
     return exported
-
-
-def read_adapter(path: Path, family: str, base_folder: Path) -> Adapter:
-    """Any LoRA file or folder that one of the formats recognises, for a base of this family.
-
-    Raises:
-        BadInput: nothing is there, or it is of none of the formats.
-    """
-    if not path.exists():
-        raise BadInput(f"there is no adapter {path}: give a .safetensors file, a PEFT folder or a run folder")
-    for export in REGISTRY.values():
-        if export.recognises(path):
-            return export.read(path, family, base_folder)
-    raise BadInput(f"{path} is no LoRA that is read here (known: {', '.join(REGISTRY)}): give one of those")

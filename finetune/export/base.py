@@ -107,10 +107,6 @@ class Export(ABC):
             BadInput: it is not of this format, or a key, an alpha or a shape is wrong; the key is named.
         """
 
-    @abstractmethod
-    def recognises(self, path: Path) -> bool:
-        """Whether a file or folder is of this format."""
-
 
 def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale * B A in the shape of the weight, float32; for a convolution B is 1x1."""

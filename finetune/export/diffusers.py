@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from finetune.errors import BadInput
 from finetune.export.base import Adapter, Export
-from finetune.export.kohya import keys_of
 from finetune.families.layout import add_text_model, strip_text_model
 from finetune.files import save_tensors
 
@@ -30,10 +29,6 @@ class Diffusers(Export):
 
     def path(self, folder: Path, name: str) -> Path:
         return folder / f"{name}-diffusers" / FILE
-
-    def recognises(self, path: Path) -> bool:
-        prefixes = tuple(f"{prefix}." for prefix in PARTS.values())
-        return path.is_file() and any(key.startswith(prefixes) and ".lora_A." in key for key in keys_of(path))
 
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
         adapter = adapter.padded()

@@ -96,6 +96,8 @@ def inspect_adapter(path: Path, base: str) -> Inspection:
         return _peft_folder(path, family, folder)
     if not path.is_file():
         raise BadInput(f"there is no file {path}: give a .safetensors file or a PEFT folder")
+    if path.suffix != ".safetensors":
+        raise BadInput(f"{path} is no .safetensors file: other kinds are not read, since they can run code")
     keys = keys_of(path)
     if not any(key.endswith((*ENDINGS, *OTHERS)) for key in keys):
         raise BadInput(f"{path} is no LoRA: none of its {len(keys)} keys is one (such as {', '.join(keys[:1])})")
@@ -103,6 +105,19 @@ def inspect_adapter(path: Path, base: str) -> Inspection:
         metadata = dict(opened.metadata() or {})
         tensors = {key: opened.get_tensor(key) for key in keys}
     return _inspect(path, tensors, metadata, family, folder)
+
+
+def open_adapter(path: Path, base: str) -> tuple[Adapter, Inspection]:
+    """A file's adapter, where nothing of it would be lost.
+
+    Raises:
+        BadInput: it has keys or modules that can't be taken over; they are named.
+    """
+    found = inspect_adapter(path, base)
+    grave = [line for line in found.problems if not line.startswith("modules without alpha")]
+    if found.adapter is None or grave:
+        raise BadInput(f"{path} can't be taken over: {'; '.join(grave)}: see `finetune verify {path} --base {base}`")
+    return found.adapter, found
 
 
 def accepted_names(family: str, folder: Path) -> dict[str, tuple[str, str]]:
@@ -256,10 +271,9 @@ def _verdicts(found: Inspection, modules: list[str]) -> dict[str, tuple[str, str
 
 
 def _peft_folder(path: Path, family: str, folder: Path) -> Inspection:
-    export = Peft()
-    if not export.recognises(path):
+    if not any(path.glob("*/adapter_config.json")):
         raise BadInput(f"{path} is no PEFT folder (it has no PART/adapter_config.json): give a LoRA file")
-    adapter = export.read(path, family, folder)
+    adapter = Peft().read(path, family, folder)
     files = sorted(path.glob("*/adapter_model.safetensors"))
     with safe_open(files[0], "pt") as opened:
         dtype = _dtype(opened.get_tensor(next(iter(opened.keys()))))

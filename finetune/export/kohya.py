@@ -28,9 +28,6 @@ class Kohya(Export):
     def path(self, folder: Path, name: str) -> Path:
         return folder / f"{name}.safetensors"
 
-    def recognises(self, path: Path) -> bool:
-        return path.is_file() and any(key.endswith(DOWN) for key in keys_of(path))
-
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
         known = key_table(adapter.family, adapter.base_folder)
         tensors, rank = {}, adapter.rank

@@ -23,9 +23,6 @@ class Peft(Export):
     def path(self, folder: Path, name: str) -> Path:
         return folder / f"{name}-peft"
 
-    def recognises(self, path: Path) -> bool:
-        return path.is_dir() and any(path.glob("*/adapter_config.json"))
-
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
         adapter = adapter.padded()
         for part, layers in adapter.layers.items():
