@@ -243,7 +243,8 @@ def test_full_size_names_fit_the_published_architectures(
 SD1 = {
     "unet": {"_class_name": "UNet2DConditionModel", "in_channels": 4, "sample_size": 64, "cross_attention_dim": 768,
              "attention_head_dim": 8},
-    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                     "num_attention_heads": 12},
 }  # fmt: skip
 SD2 = {
     "unet": {"_class_name": "UNet2DConditionModel", "in_channels": 4, "sample_size": 96, "cross_attention_dim": 1024,

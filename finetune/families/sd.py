@@ -170,9 +170,11 @@ class StableDiffusion1(DiffusersFamily):
     @classmethod
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
         linear = bool(denoiser_config.get("use_linear_projection", False))
-        plain = model_index.get("_class_name") == cls.pipeline_class and denoiser_config.get("in_channels") == (
-            denoiser_config.get("out_channels")
-        )
+        channels = (
+            denoiser_config.get("in_channels", 4),
+            denoiser_config.get("out_channels", 4),
+        )  # old configs omit them
+        plain = model_index.get("_class_name") == cls.pipeline_class and channels[0] == channels[1]
         return plain and linear == cls.linear_projection
 
     @classmethod
