@@ -24,6 +24,7 @@ OUTSIDE = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+UP_BLOCKS = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)  # diffusers' default, which configs may omit
 MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
 
 
@@ -48,7 +49,7 @@ def unet_name(path: str, config: dict[str, Any]) -> str:
         return _join("input_blocks", str(first + int(number)), "01"[kind == "attentions"], _inside(kind, inside))
     first = int(block) * (layers + 1)
     if kind == "upsamplers":
-        attends = "CrossAttn" in config["up_block_types"][int(block)]
+        attends = "CrossAttn" in config.get("up_block_types", UP_BLOCKS)[int(block)]
         return _join("output_blocks", str(first + layers), "12"[attends], *inside)
     return _join("output_blocks", str(first + int(number)), "01"[kind == "attentions"], _inside(kind, inside))
 
