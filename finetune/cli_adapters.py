@@ -1,4 +1,4 @@
-"""The commands for adapter files: verify, convert, resize, merge, extract."""
+"""The commands for files of others: inspect a base; verify, convert, resize, merge and extract adapters."""
 
 from __future__ import annotations
 
@@ -23,8 +23,24 @@ Rank = Annotated[int | None, typer.Option("--rank", min=1)]
 
 
 def register(app: typer.Typer) -> None:
-    for command in (verify, convert, resize, merge, extract):
+    for command in (inspect, verify, convert, resize, merge, extract):
         app.command()(command)
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(help="tiny, a diffusers folder, a hub id or a .safetensors checkpoint")],
+    like: Annotated[
+        str | None, typer.Option("--like", help="for a single file: a folder or hub id of its kind")
+    ] = None,
+) -> None:
+    """What a base is: family, objective, schedule, resolution, encoders, sizes, licence."""
+    from finetune import families
+    from finetune.export.card import licence_of
+    from finetune.families.facts import facts
+
+    folder = families.resolve(source, like=like)
+    for name, value in (facts(folder) | {"licence": licence_of(folder) or "not stated in its folder"}).items():
+        typer.echo(f"{name:>16}  {value}")
 
 
 def verify(file: File, base: BaseOption = "tiny") -> None:

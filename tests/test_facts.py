@@ -1,0 +1,60 @@
+"""What is told of a base against the loaded base, and against the published sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_export import NAMES, SD2
+
+from finetune import families
+from finetune.cli import run
+from finetune.families.facts import facts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_facts_are_those_of_the_loaded_base(name: str, tiny_bases: dict[str, Path]) -> None:
+    told, family = facts(tiny_bases[name]), families.load(str(tiny_bases[name]))
+    assert told["family"].startswith(f"{name} (")
+    assert told["predicts"] == family.schedule.prediction
+    assert told["resolution"] == f"{family.resolution} pixels"
+    for part, module in family.parts.items():
+        assert f"{part} {sum(p.numel() for p in module.parameters()) / 1e6:.1f}M" in told["parameters"]
+    assert told["text_encoder"].endswith(f"{family.tokenizers[0].model_max_length} tokens")
+    assert told["weights"].startswith("safetensors")
+
+
+def test_published_sizes_without_any_weights(tmp_path: Path) -> None:
+    """SD 2.1: 866M in the UNet, 340M in the encoder, 84M in the VAE (arXiv:2112.10752's code and the model card)."""
+    scheduler = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": "v_prediction",
+    }
+    levels = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    channels = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
+    vae = {"_class_name": "AutoencoderKL", **levels, **channels}
+    for part, config in {**SD2, "vae": vae}.items():
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    told = facts(tmp_path)
+    assert told["family"].startswith("sd2")
+    assert told["parameters"] == "denoiser 866M, text_encoder 340M, vae 84M"
+    assert told["resolution"] == "768 pixels"
+    assert told["schedule"].startswith("scaled_linear 0.00085 to 0.012, 1000 timesteps, terminal SNR 0.0047")
+    assert told["weights"] == "none here"
+
+
+def test_the_command(tiny_bases: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "tiny"]) == (0, "")
+    said = capsys.readouterr().out
+    for words in ("sd1", "v_prediction", "64 pixels", "licence"):
+        assert words in said
+    code, message = run(["inspect", "/nowhere"])
+    assert code == 2
+    assert "/nowhere" in message
