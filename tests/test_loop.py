@@ -1,13 +1,10 @@
-"""The loop: its loss against the formula, exact resume, accumulation, EMA, the stop before a bad update, processes."""
+"""The loop: its loss against the formula, exact resume, accumulation, EMA, the stop before a bad update, fp16."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -206,51 +203,6 @@ def test_stratified_timesteps_fill_every_part_once(tiny_bases: dict[str, Path]) 
     step.stratify = 8
     positions = step.positions([Draw(0, 5, slot) for slot in range(8)])
     assert sorted((positions * 8).int().tolist()) == list(range(8))
-
-
-PROCESS = """
-import sys
-from pathlib import Path
-from finetune.quiet import quiet
-quiet()
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from safetensors.torch import save_file
-from test_loop import METHODS, run_fit
-from finetune.optim import AdamW
-folder = Path(sys.argv[1])
-folder.mkdir(exist_ok=True)
-method = METHODS[sys.argv[3]]
-weights = run_fit(Path(sys.argv[2]), folder, method, optim=AdamW(lr=1e-4, weight_decay=0.0))
-import os
-save_file(weights, folder / f"rank{{os.environ.get('RANK', 0)}}.safetensors")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", list(METHODS))
-def test_two_processes_give_the_result_of_one(kind: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    """torchrun, gloo: losses and weights of one process with the same global batch; both ranks end equal."""
-    from safetensors.torch import load_file
-
-    program = tmp_path / "program.py"
-    program.write_text(PROCESS.format(tests=str(Path(__file__).parent)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(29600 + os.getpid() % 300)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    commands = {"two": [*launch, environment["MASTER_PORT"], str(program)], "one": [sys.executable, str(program)]}
-    for name, command in commands.items():
-        arguments = [str(tmp_path / name), str(tiny_bases["sdxl"]), kind]
-        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two, other = (
-        load_file(tmp_path / place)
-        for place in ("one/rank0.safetensors", "two/rank0.safetensors", "two/rank1.safetensors")
-    )
-    assert all(torch.equal(two[name], other[name]) for name in two)
-    assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=2e-6) for name in one)
-    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.fixture
