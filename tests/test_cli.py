@@ -145,7 +145,7 @@ def test_from_photos_to_pictures(photos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_make_one_run(photos: Path, tmp_path: Path) -> None:
-    """torchrun: one folder, said once; the losses are those of one process (reliability/test_processes.py compares weights)."""
+    """torchrun: one folder, said once; the losses are those of one (test_processes.py compares weights)."""
     settings = [f"data.photos={photos}", "data.class_noun=mug", *SHORT, "run.batch_size=2"]
     losses = {}
     port = str(29900 + os.getpid() % 90)
