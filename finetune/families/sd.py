@@ -248,7 +248,5 @@ def _scheduler(folder: Path) -> Any:
     kind = getattr(diffusers, config.get("_class_name", "DDIMScheduler"), None)
     if kind is None:
         raise BadInput(f"{file} names {config['_class_name']!r}, which is no scheduler of diffusers: mend it")
-    try:
-        return kind.from_pretrained(folder, subfolder="scheduler")
-    except (NotImplementedError, ValueError) as error:
-        raise BadInput(f"{file} can't be used ({error}): scaled_linear and linear are supported") from error
+    Schedule.from_config(dict(config))  # refuses what is not supported, where diffusers would raise
+    return kind.from_pretrained(folder, subfolder="scheduler")
