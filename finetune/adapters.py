@@ -29,8 +29,11 @@ READER_ERRORS = (ValueError, KeyError, RuntimeError, IndexError, AttributeError,
 def verify_file(path: Path, base: str) -> Inspection:
     """`inspect_adapter`, and what diffusers makes of the file when it loads it on a clean base."""
     found = inspect_adapter(path, base)
-    if found.adapter is None or path.is_dir():
-        found.verdicts["diffusers"] = ("fully", "through PEFT") if path.is_dir() else ("refused", "nothing fits")
+    if path.is_dir():
+        found.verdicts["diffusers"] = ("unknown", "it reads such folders part by part through PEFT: not tried here")
+        return found
+    if found.adapter is None:
+        found.verdicts["diffusers"] = ("refused", "nothing fits")
         return found
     try:
         line = read_by_diffusers(found.adapter, path)
@@ -46,7 +49,6 @@ def write(
     adapter: Adapter, base: str, out: Path, formats: Sequence[str], dtype: str, force: bool, about: dict[str, str]
 ) -> list[Exported]:
     """`out` has no ending: NAME.safetensors, NAME-diffusers/ and NAME-peft/ are written beside each other."""
-    family = families.family_of(families.resolve(base))
     scheduler = families.read_config(families.resolve(base), "scheduler/scheduler_config.json")
     folder = out.parent
     for wanted in formats:
@@ -56,7 +58,6 @@ def write(
             raise BadInput(f"{path} is already there: give another --out, or pass --force")
     own = {"title": out.name, "trigger_phrase": "", "resolution": ""} | about
     v_prediction = scheduler.get("prediction_type") == "v_prediction"
-    assert family.name == adapter.family
     return export_adapter(adapter, folder, out.name, list(formats), dtype, own, v_prediction, force=True)
 
 

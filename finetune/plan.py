@@ -10,7 +10,7 @@ import torch
 from finetune import families, tokens
 from finetune.config import ClassImages, Recipe
 from finetune.data.captions import Captioned, caption_photos, summarise
-from finetune.data.photos import Photo, scan, sort_out
+from finetune.data.photos import Photo, sort_out
 from finetune.data.views import enlarged
 from finetune.errors import BadInput
 from finetune.export import check_formats
@@ -92,7 +92,9 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
 def _photos(recipe: Recipe) -> tuple[list[Photo], str]:
     """The photos, and a sentence about those that were left out."""
     folder = recipe.data.photos
-    photos, bad = sort_out(folder) if recipe.data.skip_bad else (scan(folder), "")
+    photos, bad = sort_out(folder)
+    if bad and not recipe.data.skip_bad:
+        raise BadInput(f"in {folder} {bad}; mend or remove them, or leave them out with --skip-bad")
     if len(photos) > 1 and len({photo.digest for photo in photos}) == 1:
         raise BadInput(
             f"all {len(photos)} photos in {folder} are the same picture: give different photos of the subject"

@@ -53,7 +53,7 @@ def scan(folder: Path) -> list[Photo]:
     """
     photos, bad = sort_out(folder)
     if bad:
-        raise BadInput(f"in {folder} {bad}; mend or remove them, or leave them out with --skip-bad")
+        raise BadInput(f"in {folder} {bad}; mend or remove them")
     return photos
 
 

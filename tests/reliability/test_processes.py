@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from work import wait_for_steps
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
@@ -87,15 +88,6 @@ def command(base: Path, photos: Path, run: Path, *more: str) -> list[str]:
 def start(*arguments: object) -> subprocess.Popen[str]:
     words = list(map(str, arguments))
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-
-
-def wait_for_steps(run: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= count:
-            return
-        time.sleep(0.05)
-    pytest.fail("the run never got there")
 
 
 def second_process(launcher: int, run: Path) -> psutil.Process:

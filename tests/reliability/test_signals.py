@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from work import wait_for_steps
 
 from finetune.signals import Interrupted, Signals
 
@@ -72,15 +73,6 @@ def start(base: Path, photos: Path, run: Path, steps: int) -> subprocess.Popen[s
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def wait_for_steps(run: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= count:
-            return
-        time.sleep(0.02)
-    pytest.fail("the run never got there")
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
-"""What the processes of test_processes.py do: trains several recipes, one after the other, in one process group."""
+"""What started processes do (several recipes, one after the other, in one process group), and waiting for them."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 SETTINGS = (
@@ -77,3 +78,13 @@ def one_bad_rank(arguments: list[str]) -> tuple[int, str]:
     except CheckFailed as error:
         return 1, str(error)
     return 0, "nothing was found"
+
+
+def wait_for_steps(run: Path, count: int) -> None:
+    """Until a run's metrics have so many lines."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= count:
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"{run} never came to step {count}")
