@@ -7,12 +7,15 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from finetune import families
 from finetune.errors import BadInput
+from finetune.families.base import Family
 from finetune.methods import MethodSettings
-from finetune.objectives import Objective
+from finetune.objectives import ObjectiveSettings
 from finetune.optim import Optim
 from finetune.settings import Settings
 
@@ -22,12 +25,22 @@ Sampler = Literal["dpm++", "ddim", "euler", "unipc"]  # finetune.families.sample
 class Base(Settings):
     """`source`: "tiny", a diffusers folder, a hub id (`revision` pins one) or a single-file checkpoint (.safetensors).
 
-    A file has weights only: configs and tokenizers come from `like`, a folder or hub id of the same kind.
+    A file has weights only: configs and tokenizers come from `like`, a folder or hub id of the same kind. `without`
+    leaves parts out that the family can do without (text_encoder_3, the T5 of SD3).
     """
 
     source: str = "tiny"
     revision: str | None = None
     like: str | None = None
+    without: list[str] = []
+
+    def load(self, dtype: torch.dtype = torch.float32) -> Family:
+        """The family, frozen.
+
+        Raises:
+            BadInput: as `families.load`.
+        """
+        return families.load(self.source, self.revision, dtype, self.like, self.without)
 
     @model_validator(mode="before")
     @classmethod
@@ -154,7 +167,7 @@ class Recipe(Settings):
     data: Data
     prior: Prior = NoPrior()
     method: MethodSettings
-    objective: Objective = Objective()
+    objective: ObjectiveSettings = ObjectiveSettings()
     optim: Optim
     run: Run = Run()
     sample: Sample = Sample()

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from finetune import objectives
 from finetune.config import ClassImages, Recipe
 from finetune.data.batches import Batches, Sample
 from finetune.data.cache import LatentCache, PromptCache
@@ -150,7 +151,7 @@ def fit_job(
         accelerator=accelerator,
         family=family,
         trained=trained,
-        objective=recipe.objective.build(family.schedule),
+        objective=objectives.build(recipe.objective, family.schedule, family.shift(job.resolution)),
         encode_prompts=encode_prompts,
         batches=batches,
         optim=recipe.optim,

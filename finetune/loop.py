@@ -17,11 +17,11 @@ from finetune import badstep
 from finetune.batch import Batch
 from finetune.config import Run
 from finetune.data.batches import check_split
-from finetune.draws import Draw, generator, normal, uniform
+from finetune.draws import Draw, generator, uniform
 from finetune.dropout import SampleDropout, replace_dropout
 from finetune.errors import BadInput, CheckFailed
 from finetune.families.base import Family
-from finetune.objectives import Diffusion
+from finetune.objectives import Objective
 from finetune.optim import Optim, load_state_tensors, state_tensors
 from finetune.progress import phase
 from finetune.run import RunFolder, State, clone, to_cpu
@@ -46,7 +46,7 @@ class Step(nn.Module):
         self,
         family: Family,
         trained_parts: Sequence[str],
-        objective: Diffusion,
+        objective: Objective,
         encode_prompts: PromptEncoder,
     ) -> None:
         super().__init__()
@@ -57,15 +57,15 @@ class Step(nn.Module):
         self.stratify: int | None = None  # samples of a global batch, to spread them evenly over the timesteps
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean over the batch of weight * |prediction - target|^2: a float32 scalar."""
+        """The mean over the batch of weight * error(prediction, target): a float32 scalar."""
         SampleDropout.drawing(batch.draws)
         x0 = batch.sample_latents()
-        noise = normal(batch.draws, x0.shape[1:], "noise").to(x0.device)
+        noise, added = (value.to(x0.device) for value in self.objective.noises(batch.draws, x0.shape[1:]))
         t = self.objective.timesteps(self.positions(batch.draws)).to(x0.device)
         cond = self.encode_prompts(batch.prompts)
-        noisy = self.objective.add_noise(x0, noise, t)
+        noisy = self.objective.add_noise(x0, added, t)
         prediction = self.family.predict(noisy, t, cond, batch.geometry)
-        error = (prediction.float() - self.objective.target(x0, noise, t)).square().flatten(1).mean(1)
+        error = self.objective.error(prediction.float(), self.objective.target(x0, noise, t)).flatten(1).mean(1)
         return (error * self.objective.weight(t) * batch.weight).mean()
 
     def positions(self, draws: list[Draw]) -> Tensor:
@@ -123,7 +123,7 @@ def fit(
     accelerator: Accelerator,
     family: Family,
     trained: dict[str, nn.Parameter],
-    objective: Diffusion,
+    objective: Objective,
     encode_prompts: PromptEncoder,
     batches: MicroBatches,
     optim: Optim,

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from finetune import families, tokens
+from finetune import objectives, tokens
 from finetune.config import ClassImages, Recipe
 from finetune.data.captions import Captioned, caption_photos, summarise
 from finetune.data.photos import Photo, sort_out
 from finetune.data.views import enlarged
 from finetune.errors import BadInput
 from finetune.export import check_formats
+from finetune.families import base_hash as base_hash_of
 from finetune.families.base import Family
 from finetune.loop import resolve_precision
 from finetune.prior import check_set
@@ -61,9 +62,7 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
     photos, left_out = _photos(recipe)
     check_formats(recipe.export.formats, recipe.method.is_adapter)
     precision = DTYPES[resolve_precision(recipe.run)]
-    family = families.load(
-        recipe.base.source, recipe.base.revision, recipe.method.weight_dtype(precision), recipe.base.like
-    )
+    family = recipe.base.load(recipe.method.weight_dtype(precision))
     resolution = recipe.data.resolution or family.resolution
     if resolution % family.latent_factor:
         raise BadInput(
@@ -71,7 +70,7 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
             f"choose {round(resolution / family.latent_factor) * family.latent_factor}"
         )
     family.to(device)
-    recipe.objective.build(family.schedule)
+    objectives.build(recipe.objective, family.schedule, family.shift(resolution))
     token = _token(recipe, family)
     captioned = caption_photos(
         photos,
@@ -82,7 +81,7 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
     )
     _refuse_long(recipe, family, captioned)
     summary = "; ".join(text for text in (summarise(captioned, token), left_out) if text)
-    base_hash = families.base_hash(family.folder)
+    base_hash = base_hash_of(family.folder)
     if isinstance(recipe.prior, ClassImages):
         check_set(recipe.prior, recipe.data.class_noun or "", resolution, base_hash)
     texts, from_files = [c.captions for c in captioned], sum(c.source == "file" for c in captioned)
@@ -106,11 +105,12 @@ def _refuse_long(recipe: Recipe, family: Family, captioned: list[Captioned]) -> 
     """Captions that the text encoders would not read to their end."""
     if recipe.data.long_captions == "cut":
         return
-    length = min(tokenizer.model_max_length for tokenizer in family.tokenizers)
+    length = max(family.text_length(index) for index in range(len(family.tokenizers)))
+    readers = [family.tokenizers[n] for n in range(len(family.tokenizers)) if family.text_length(n) == length]
     long = [
         item.photo.path.name
         for item in captioned
-        if any(len(tokenizer(text)["input_ids"]) > length for tokenizer in family.tokenizers for text in item.captions)
+        if any(len(tokenizer(text)["input_ids"]) > length for tokenizer in readers for text in item.captions)
     ]
     if long:
         raise BadInput(
@@ -122,7 +122,7 @@ def _refuse_long(recipe: Recipe, family: Family, captioned: list[Captioned]) -> 
 def _token(recipe: Recipe, family: Family) -> str:
     token, most = recipe.data.token, recipe.data.token_pieces
     if token != "auto":
-        pieces = max(tokens.describe(family.tokenizers, token).pieces, key=len)
+        pieces = max(tokens.describe(family.word_tokenizers, token).pieces, key=len)
         if len(pieces) > most:
             raise BadInput(
                 f"the token {token!r} is {len(pieces)} pieces to this base ({' + '.join(pieces)}), each with a "

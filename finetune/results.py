@@ -51,7 +51,7 @@ def open_result(source: Path, base: str = "tiny", device: str | torch.device = "
 def open_run(folder: RunFolder) -> tuple[Family, dict[str, Any]]:
     recipe, info = folder.recipe, folder.info
     trained = folder.result()
-    family = families.load(recipe.base.source, recipe.base.revision, like=recipe.base.like)
+    family = recipe.base.load()
     if families.base_hash(family.folder) != info.get("base_hash"):
         raise BadInput(
             f"the base {recipe.base.source!r} is not the one that {folder.path} was trained on (its content changed): "
@@ -143,7 +143,7 @@ def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.
     if item.format == CHECKPOINT:
         like = families.resolve(base.source, base.revision, base.like)
         return families.load(str(item.path), dtype=dtype, like=str(like))
-    family = families.load(base.source, base.revision, dtype, base.like)
+    family = base.load(dtype)
     apply_adapter(family, open_adapter(item.path, str(family.folder))[0])
     return family
 

@@ -44,9 +44,8 @@ def draw(
         texts = list(prompts[start : start + batch_size])
         out = pipeline(
             prompt=texts,
-            negative_prompt=[negative] * len(texts),
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            **family.sampling_arguments(guidance, [negative] * len(texts)),
             width=side,
             height=side,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],

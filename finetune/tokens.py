@@ -67,7 +67,7 @@ class Token:
 
 def check(family: Family, text: str, noun: str | None = None, measure: bool = True) -> Token:
     """Everything about one token; `noun` is the class noun it is to stand before."""
-    token = describe(family.tokenizers, text)
+    token = describe(family.word_tokenizers, text)
     if not measure or not token.single:
         return token
     return _with_strengths(family, [_with_distance(family, token, noun)], noun)[0]
@@ -76,9 +76,9 @@ def check(family: Family, text: str, noun: str | None = None, measure: bool = Tr
 def suggest(family: Family, count: int = 10, noun: str | None = None, measured: int = 24) -> list[Token]:
     """The best rare tokens of `measured` candidates spread over the rare range: of the third that the text encoders
     tell apart best, those with the weakest prior first; then the rest, the best told apart first."""
-    candidates = rare_tokens(family.tokenizers)
+    candidates = rare_tokens(family.word_tokenizers)
     chosen = candidates[:: max(1, len(candidates) // measured)][:measured]
-    found = [_with_distance(family, describe(family.tokenizers, text), noun) for text in chosen]
+    found = [_with_distance(family, describe(family.word_tokenizers, text), noun) for text in chosen]
     found.sort(key=lambda token: token.distance or 0.0, reverse=True)
     distinct = -(-len(found) // 3)
     found = [*_with_strengths(family, found[: max(distinct, count)], noun), *found[max(distinct, count) :]]
@@ -164,9 +164,9 @@ def _predict(family: Family, prompt: str, draws: int) -> Tensor:
     denoiser: Any = family.parts["denoiser"]
     device = next(denoiser.parameters()).device
     side = min(family.resolution // family.latent_factor, MEASURED_SIDE)
-    shape = (draws, denoiser.config.in_channels, side, side)
+    shape = (draws, family.latent_channels, side, side)
     noise = torch.randn(shape, generator=generator(0, "prior strength")).to(device)
-    last = len(family.schedule.alphas_cumprod) - 1
+    last = family.schedule.steps - 1
     timesteps = torch.linspace(0.6 * last, 0.95 * last, draws, device=device).long()
     square = (side * family.latent_factor, side * family.latent_factor)
     cond = family.encode_prompts([prompt] * draws)

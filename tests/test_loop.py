@@ -23,7 +23,7 @@ from finetune.loop import Step, fit, make_accelerator
 from finetune.methods.base import Method
 from finetune.methods.full import Full
 from finetune.methods.lora import LoRA
-from finetune.objectives import Objective
+from finetune.objectives import ObjectiveSettings, build
 from finetune.optim import AdamW, AdamW8bit, Optim
 from finetune.run import RunFolder
 
@@ -67,7 +67,7 @@ def run_fit(
         accelerator=accelerator,
         family=family,
         trained=trained,
-        objective=Objective(weighting="min_snr").build(family.schedule),
+        objective=build(ObjectiveSettings(weighting="min_snr"), family.schedule),
         encode_prompts=family.encode_prompts,
         batches=batches or Memory(4, accumulate, accelerator.process_index, accelerator.num_processes),
         optim=optim or AdamW(lr=1e-3, schedule="cosine", warmup=2),
@@ -93,7 +93,7 @@ def folder(tmp_path: Path) -> Path:
 def test_the_loss_is_the_papers(name: str, tiny_bases: dict[str, Path]) -> None:
     """mean_i w_i w(t_i) |prediction - target|^2, written out sample by sample."""
     family = families.load(str(tiny_bases[name]))
-    objective = Objective(weighting="min_snr").build(family.schedule)
+    objective = build(ObjectiveSettings(weighting="min_snr"), family.schedule)
     batch = Memory().micro(2, 0)
     loss = Step(family, [], objective, family.encode_prompts)(batch)
     total = 0.0
@@ -199,7 +199,7 @@ def test_a_bad_step_stops_before_the_update(tiny_bases: dict[str, Path], folder:
 
 def test_stratified_timesteps_fill_every_part_once(tiny_bases: dict[str, Path]) -> None:
     family = families.load(str(tiny_bases["sd1"]))
-    step = Step(family, [], Objective().build(family.schedule), family.encode_prompts)
+    step = Step(family, [], build(ObjectiveSettings(), family.schedule), family.encode_prompts)
     step.stratify = 8
     positions = step.positions([Draw(0, 5, slot) for slot in range(8)])
     assert sorted((positions * 8).int().tolist()) == list(range(8))

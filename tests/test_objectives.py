@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from finetune.errors import BadInput
-from finetune.objectives import Diffusion, Objective, Schedule
+from finetune.objectives import ObjectiveSettings, Schedule, build
+from finetune.objectives.diffusion import Diffusion
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
@@ -51,7 +52,7 @@ def test_noise_and_target_equal_diffusers(prediction: str) -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_min_snr_equals_the_papers_formula_and_diffusers(prediction: str) -> None:
     schedule = make(prediction).schedule
-    objective = Objective(weighting="min_snr", gamma=5).build(schedule)
+    objective = build(ObjectiveSettings(weighting="min_snr", gamma=5), schedule)
     t = torch.tensor([0, 100, 146, 147, 500, 999])
     snr = diffusers.training_utils.compute_snr(diffusers.DDPMScheduler(**SD), t)
     capped = torch.minimum(snr, torch.tensor(5.0))
@@ -68,4 +69,4 @@ def test_an_unknown_prediction_and_a_contradiction_are_refused() -> None:
     with pytest.raises(BadInput, match="sample"):
         Schedule.from_config({**SD, "prediction_type": "sample"})
     with pytest.raises(BadInput, match="epsilon"):
-        Objective(prediction="v_prediction").build(make("epsilon").schedule)
+        build(ObjectiveSettings(prediction="v_prediction"), make("epsilon").schedule)

@@ -31,7 +31,7 @@ from finetune.config import Run
 from finetune.draws import Draw
 from finetune.loop import fit, make_accelerator
 from finetune.methods.full import Full
-from finetune.objectives import Objective
+from finetune.objectives import ObjectiveSettings, build
 from finetune.optim import AdamW
 from finetune.run import RunFolder
 
@@ -153,7 +153,7 @@ def train(out: Path, steps: int) -> None:
         accelerator=accelerator,
         family=family,
         trained=trained,
-        objective=Objective().build(family.schedule),
+        objective=build(ObjectiveSettings(), family.schedule),
         encode_prompts=family.encode_prompts,
         batches=Rendered(out, accelerator.process_index, accelerator.num_processes),
         optim=AdamW(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup=100),

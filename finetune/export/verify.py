@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -93,8 +92,7 @@ def read_by_diffusers(adapter: Adapter, path: Path) -> str:
 def probe(family: Family) -> Tensor:
     """What a family predicts for one fixed prompt, noise and timestep, and its conditions: one flat vector."""
     side = family.resolution // family.latent_factor
-    channels = cast(Any, family.parts["denoiser"]).config.in_channels
-    noise = torch.randn((1, channels, side, side), generator=generator(0, "verify"))
+    noise = torch.randn((1, family.latent_channels, side, side), generator=generator(0, "verify"))
     square = (family.resolution, family.resolution)
     cond = family.encode_prompts(["a photo of a small dog on the beach"])
     prediction = family.predict(noise, torch.tensor([500]), cond, [Geometry(square, (0, 0), square)])

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import pkgutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,24 @@ def _discover() -> dict[str, type[Family]]:
 
 
 REGISTRY: dict[str, type[Family]] = _discover()
+DENOISERS = sorted({family.sources["denoiser"][0] for family in REGISTRY.values()}, reverse=True)
 
 
 def load(
-    source: str, revision: str | None = None, dtype: torch.dtype = torch.float32, like: str | None = None
+    source: str,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    like: str | None = None,
+    without: Sequence[str] = (),
 ) -> Family:
-    """Loads "tiny", a diffusers folder, a hub id or a single-file checkpoint, frozen and in eval mode.
+    """Loads "tiny", a diffusers folder, a hub id or a single-file checkpoint, frozen and in eval mode; `without` names
+    parts to leave out, where the family can do without.
 
     Raises:
         BadInput: nothing is there, it is no diffusers folder, its family is unknown or a part of it is missing.
     """
     folder = resolve(source, revision, like)
-    return family_of(folder).load(folder, dtype)
+    return family_of(folder).load(folder, dtype, without)
 
 
 def resolve(source: str, revision: str | None = None, like: str | None = None) -> Path:
@@ -98,7 +105,7 @@ def _download(source: str, revision: str | None, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["README.md", "*.json", "*/*.json", "*/*.txt"]
+    patterns = ["README.md", "*.json", "*/*.json", "*/*.txt", "*/*.model"]
     if weights:
         patterns += ["*/*.safetensors", *(["*/*.bin"] if pickle_allowed() else [])]
     try:
@@ -114,10 +121,13 @@ def _download(source: str, revision: str | None, weights: bool = True) -> Path:
 def family_of(folder: Path) -> type[Family]:
     """The family of a diffusers folder, told from its configs."""
     index = read_config(folder, "model_index.json")
-    unet = folder / "unet" / "config.json"
-    if not unet.is_file():
-        raise BadInput(f"{folder} has no unet/config.json: the base must be a whole diffusers folder")
-    denoiser = read_config(folder, "unet/config.json")
+    part = next((name for name in DENOISERS if (folder / name / "config.json").is_file()), None)
+    if part is None:
+        raise BadInput(
+            f"{folder} has no {' or '.join(f'{name}/config.json' for name in DENOISERS)}: the base must be a whole "
+            "diffusers folder"
+        )
+    denoiser = read_config(folder, f"{part}/config.json")
     for family in REGISTRY.values():
         if family.matches(index, denoiser):
             return family

@@ -14,30 +14,34 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batch import Geometry, Latents
-from finetune.objectives import Schedule
+from finetune.objectives import AnySchedule, FlowSchedule
 
 
 class Family(ABC):
     """A loaded base model: its parts, and how a prompt, a picture and a prediction are made with them.
 
     Attributes:
-        parts: "denoiser", "vae", "text_encoder" and for SDXL "text_encoder_2": plain modules, frozen and in
+        parts: "denoiser", "vae", "text_encoder" and for some "text_encoder_2" and "_3": plain modules, frozen and in
             eval mode after loading; a method unfreezes what it trains.
         tokenizers: one per text encoder, in the same order.
         schedule: noise schedule and prediction type, from the base's scheduler config.
         folder: the diffusers folder it was loaded from (a local path, also for hub ids).
     """
 
-    name: ClassVar[str]  # "sd1", "sd2", "sdxl": also what recipes, exports and reports call it
+    name: ClassVar[str]  # "sd1", "sdxl", "flux": also what recipes, exports and reports call it
     pipeline_class: ClassVar[str]  # the `_class_name` in model_index.json
+    # part -> (folder of a diffusers base, class of its model)
+    sources: ClassVar[dict[str, tuple[str, Any]]]
+    optional: ClassVar[tuple[str, ...]] = ()  # parts that a base may lack, and a recipe may leave out
     latent_factor: int  # picture pixels per latent pixel
+    latent_channels: int
     resolution: int  # native side length in pixels
     parts: dict[str, nn.Module]
     tokenizers: list[Any]
-    schedule: Schedule
+    schedule: AnySchedule
     folder: Path
 
-    # part -> kohya prefix ("lora_unet", "lora_te", ...)
+    # part -> kohya prefix ("lora_unet", "lora_te", ...): the parts that can be trained
     export_prefix: ClassVar[dict[str, str]]
     # part -> parameter-name prefixes that never get a gradient (DDP fails on them unless they stay frozen)
     unread: dict[str, tuple[str, ...]] = {}
@@ -49,7 +53,8 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: Path, dtype: torch.dtype) -> Family: ...
+    def load(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
+        """Raises BadInput where a part is missing, damaged, or can't be left out."""
 
     @abstractmethod
     def lora_targets(self, part: str, choice: str) -> list[str]:
@@ -65,12 +70,32 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def skeletons(cls, folder: Path) -> dict[str, nn.Module]:
-        """The trainable parts on the meta device, from the folder's configs: no weights are read."""
+    def skeletons(cls, folder: Path, parts: Sequence[str] | None = None) -> dict[str, nn.Module]:
+        """Parts (None: those that can be trained) on the meta device, from the configs: no weights are read."""
+
+    @classmethod
+    @abstractmethod
+    def resolution_of(cls, folder: Path) -> int:
+        """The native side length in pixels, from the configs."""
 
     @property
     def text_encoders(self) -> list[str]:
         return [name for name in self.parts if name.startswith("text_encoder")]
+
+    @property
+    def trainable_text_encoders(self) -> list[str]:
+        return [name for name in self.text_encoders if name in self.export_prefix]
+
+    @property
+    def word_tokenizers(self) -> list[Any]:
+        """The tokenizers for which a rare token must be one piece: CLIP's, which T5's never agree with."""
+        return [tokenizer for tokenizer in self.tokenizers if type(tokenizer).__name__.startswith("CLIP")]
+
+    def shift(self, side: int) -> float:
+        """The resolution shift of timesteps for training pictures of this side length; 1 for none."""
+        if not isinstance(self.schedule, FlowSchedule):
+            return 1.0
+        return self.schedule.shift_for(side, self.resolution, (side // (2 * self.latent_factor)) ** 2)
 
     def to(self, device: torch.device | str) -> None:
         """Moves every part."""
@@ -85,20 +110,48 @@ class Family(ABC):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents -> pixels [B, 3, H, W] in [-1, 1]."""
 
+    def encode_prompts(self, prompts: Sequence[str], kept: Tensor | None = None) -> dict[str, Tensor]:
+        """Prompts -> conditioning tensors, first dimension len(prompts); with gradients if encoders train.
+
+        `kept` [encoders, B] is 0 where an encoder's output is dropped, and 1 elsewhere.
+        """
+        return self.join_texts([self.encode_text(n, prompts) for n in range(len(self.text_encoders))], kept)
+
     @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Prompts -> conditioning tensors, first dimension len(prompts); with gradients if encoders train."""
+    def text_length(self, index: int) -> int:
+        """How many tokens the `index`-th text encoder reads."""
+
+    @abstractmethod
+    def encode_text(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the `index`-th text encoder gives, first dimension len(prompts)."""
+
+    def join_texts(self, encoded: Sequence[dict[str, Tensor]], kept: Tensor | None = None) -> dict[str, Tensor]:
+        """All encoders' outputs -> the conditioning tensors; dropped ones are zero (arXiv:2403.03206 section 5.2)."""
+        if kept is not None:
+            encoded = [
+                {name: value * _beside(keep, value) for name, value in tensors.items()}
+                for keep, tensors in zip(kept, encoded, strict=True)
+            ]
+        return self._join(encoded)
+
+    @abstractmethod
+    def _join(self, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]: ...
 
     @abstractmethod
     def predict(
         self, noisy: Tensor, timesteps: Tensor, cond: dict[str, Tensor], geometry: Sequence[Geometry]
     ) -> Tensor:
-        """The denoiser's raw output, latent shape; dtype of the denoiser's weights."""
+        """The denoiser's raw output, latent shape; dtype of the denoiser's weights. `timesteps` [B] as the
+        objective gives them."""
 
     @abstractmethod
     def pipeline(self, sampler: str | None = None) -> Any:
         """The diffusers pipeline around these very modules (adapted, if they are); reloads parts released
         with `release`."""
+
+    def sampling_arguments(self, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
+        """What the pipeline is called with for a guidance scale and one negative prompt for each picture."""
+        return {"guidance_scale": guidance, "negative_prompt": list(negatives)}
 
     @abstractmethod
     def release(self, parts: Sequence[str]) -> None:
@@ -106,3 +159,7 @@ class Family(ABC):
 
     @abstractmethod
     def restore(self, parts: Sequence[str], device: torch.device | str = "cpu") -> None: ...
+
+
+def _beside(keep: Tensor, value: Tensor) -> Tensor:
+    return keep.to(value.device, value.dtype).view(-1, *[1] * (value.ndim - 1))

@@ -133,7 +133,7 @@ def unpack(file: Path, like: Path, family: Any) -> Path:
     try:
         with safe_open(file, "pt") as opened:
             _check_prediction(opened.keys(), like)
-            for part, skeleton in all_skeletons(family, like).items():
+            for part, skeleton in family.skeletons(like, list(family.sources)).items():
                 tensors = dict(unpacked(_Lazy(opened), family.name, part, skeleton, file))
                 subfolder = family.sources[part][0]
                 title = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
@@ -143,15 +143,6 @@ def unpack(file: Path, like: Path, family: Any) -> Path:
         raise
     temporary.rename(folder)
     return folder
-
-
-def all_skeletons(family: Any, folder: Path) -> dict[str, nn.Module]:
-    """Every part on the meta device, the VAE too."""
-    import diffusers
-
-    with torch.device("meta"):
-        vae = diffusers.AutoencoderKL.from_config(diffusers.AutoencoderKL.load_config(folder / "vae"))
-    return {**family.skeletons(folder), "vae": vae}
 
 
 class _Lazy(Mapping[str, Tensor]):

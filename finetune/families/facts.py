@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from finetune import families
-from finetune.families.checkpoint import all_skeletons
-from finetune.objectives import Schedule
+from finetune.objectives import FlowSchedule, read_schedule
 
 
 def facts(folder: Path) -> dict[str, str]:
@@ -18,17 +18,13 @@ def facts(folder: Path) -> dict[str, str]:
         BadInput: it is no diffusers folder, or of no supported family.
     """
     family = families.family_of(folder)
-    parts = all_skeletons(family, folder)
+    parts = family.skeletons(folder, list(family.sources))
     scheduler = families.read_config(folder, "scheduler/scheduler_config.json")
-    schedule = Schedule.from_config(scheduler)
-    last = float(schedule.alphas_cumprod[-1])
     return {
         "family": f"{family.name} ({family.pipeline_class})",
-        "predicts": schedule.prediction,
-        "schedule": f"{scheduler.get('beta_schedule', 'linear')} {scheduler.get('beta_start', 1e-4):g} to "
-        f"{scheduler.get('beta_end', 0.02):g}, {len(schedule.alphas_cumprod)} timesteps, "
-        f"terminal SNR {last / (1 - last):.2g}",
-        "resolution": f"{_resolution(folder)} pixels",
+        "predicts": read_schedule(scheduler).prediction,
+        "schedule": _schedule(scheduler),
+        "resolution": f"{family.resolution_of(folder)} pixels",
         **{part: _encoder(folder, part) for part in parts if part.startswith("text_encoder")},
         "parameters": ", ".join(f"{part} {_millions(module)}" for part, module in parts.items()),
         "weights": _weights(folder),
@@ -36,16 +32,24 @@ def facts(folder: Path) -> dict[str, str]:
     }
 
 
-def _resolution(folder: Path) -> int:
-    vae = families.read_config(folder, "vae/config.json")
-    levels = len(vae.get("block_out_channels", (0,)))
-    return int(families.read_config(folder, "unet/config.json").get("sample_size", 64)) * 2 ** (levels - 1)
+def _schedule(config: dict[str, Any]) -> str:
+    schedule = read_schedule(config)
+    if isinstance(schedule, FlowSchedule):
+        shift = "by the number of tokens" if schedule.dynamic else f"{schedule.shift:g}"
+        return f"rectified flow, {schedule.steps} timesteps, shift {shift}"
+    last = float(schedule.alphas_cumprod[-1])
+    return (
+        f"{config.get('beta_schedule', 'linear')} {config.get('beta_start', 1e-4):g} to "
+        f"{config.get('beta_end', 0.02):g}, {schedule.steps} timesteps, terminal SNR {last / (1 - last):.2g}"
+    )
 
 
 def _encoder(folder: Path, part: str) -> str:
     config = families.read_config(folder, f"{part}/config.json")
+    if "d_model" in config:
+        return f"T5, {config['num_layers']} layers of width {config['d_model']}, frozen"
     length = config.get("max_position_embeddings", 77)
-    return f"{config.get('num_hidden_layers')} layers of width {config.get('hidden_size')}, {length} tokens"
+    return f"CLIP, {config.get('num_hidden_layers')} layers of width {config.get('hidden_size')}, {length} tokens"
 
 
 def _millions(module: nn.Module) -> str:

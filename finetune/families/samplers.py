@@ -31,7 +31,27 @@ def make_scheduler(base: Any, sampler: str | None) -> Any:
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(SAMPLERS)}"
         raise BadInput(f"there is no sampler {sampler!r}; {hint}")
     name, settings = SAMPLERS[sampler]
+    if type(base).__name__.startswith("FlowMatch"):
+        return _for_flow(base, sampler, name)
     schedule = {key: base.config[key] for key in _SCHEDULE if key in base.config} | {"steps_offset": 1}
     if base.config.get("rescale_betas_zero_snr"):
         schedule["rescale_betas_zero_snr"] = True
     return getattr(diffusers, name)(**schedule, **settings)
+
+
+def _for_flow(base: Any, sampler: str, name: str) -> Any:
+    """Euler is the flow's own scheduler; the others take its noise levels and its shift."""
+    if sampler == "euler":
+        return type(base).from_config(base.config)
+    if sampler == "ddim":
+        raise BadInput("the sampler 'ddim' is for diffusion and this base is a flow: use euler, dpm++ or unipc")
+    settings = {"use_dynamic_shifting": True} if base.config.get("use_dynamic_shifting") else {}
+    kind = {"algorithm_type": "dpmsolver++"} if sampler == "dpm++" else {}
+    return getattr(diffusers, name)(
+        num_train_timesteps=base.config["num_train_timesteps"],
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=base.config.get("shift", 1.0),
+        **settings,
+        **kind,
+    )

@@ -12,10 +12,10 @@ import transformers
 from torch import Tensor
 
 from finetune.batch import Geometry
-from finetune.families.sd import DiffusersFamily
+from finetune.families.unet import UNetFamily
 
 
-class StableDiffusionXL(DiffusersFamily):
+class StableDiffusionXL(UNetFamily):
     name = "sdxl"
     pipeline_class = "StableDiffusionXLPipeline"
     export_prefix: ClassVar = {"denoiser": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
@@ -26,8 +26,8 @@ class StableDiffusionXL(DiffusersFamily):
         "text_encoder_2": ("text_encoder_2", transformers.CLIPTextModelWithProjection),
     }
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        super().__init__(folder, dtype)
+    def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> None:
+        super().__init__(folder, dtype, without)
         encoder: Any = self.parts["text_encoder"]
         last = encoder.config.num_hidden_layers - 1
         names = {name for name, _ in encoder.named_modules()}
@@ -49,17 +49,17 @@ class StableDiffusionXL(DiffusersFamily):
         """SDXL's VAE overflows in fp16 (black pictures): it stays in fp32 then."""
         return torch.float32 if name == "vae" and self.dtype == torch.float16 else self.dtype
 
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """{"hidden": [B, length, w1 + w2], "pooled": [B, w]}: second-last layers joined; the second's pooled."""
-        hidden, pooled = [], None
-        for index, name in enumerate(self.text_encoders):
-            encoder: Any = self.parts[name]
-            ids = self.tokenize(index, prompts).to(encoder.device)
-            out = encoder(ids, output_hidden_states=True)
-            hidden.append(out.hidden_states[-2])
-            pooled = out[0]
-        assert pooled is not None
-        return {"hidden": torch.cat(hidden, dim=-1), "pooled": pooled}
+    def encode_text(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """{"hidden": [B, length, width]}: the second-last layer; the second encoder's "pooled" [B, width] too."""
+        encoder: Any = self.parts[self.text_encoders[index]]
+        ids = self.tokenize(index, prompts).to(encoder.device)
+        out = encoder(ids, output_hidden_states=True)
+        hidden = {"hidden": out.hidden_states[-2]}
+        return hidden if self.text_encoders[index] == "text_encoder" else hidden | {"pooled": out[0]}
+
+    def _join(self, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """{"hidden": [B, length, w1 + w2], "pooled": [B, w2]}."""
+        return {"hidden": torch.cat([one["hidden"] for one in encoded], dim=-1), "pooled": encoded[-1]["pooled"]}
 
     def predict(
         self, noisy: Tensor, timesteps: Tensor, cond: dict[str, Tensor], geometry: Sequence[Geometry]
@@ -75,17 +75,8 @@ class StableDiffusionXL(DiffusersFamily):
             return_dict=False,
         )[0]
 
-    def _pipeline_parts(self, scheduler: Any) -> dict[str, Any]:
-        return {
-            "vae": self.parts["vae"],
-            "text_encoder": self.parts["text_encoder"],
-            "text_encoder_2": self.parts["text_encoder_2"],
-            "tokenizer": self.tokenizers[0],
-            "tokenizer_2": self.tokenizers[1],
-            "unet": self.parts["denoiser"],
-            "scheduler": scheduler,
-            "add_watermarker": False,
-        }
+    def _pipeline_extras(self) -> dict[str, Any]:
+        return {"add_watermarker": False}
 
 
 def time_ids(geometry: Sequence[Geometry]) -> Tensor:

@@ -113,7 +113,7 @@ def write_sd(folder: Path, seed: int, linear_projection: bool) -> None:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        _save(pipeline, folder)
+        save(pipeline, folder)
 
 
 def write_sdxl(folder: Path, seed: int) -> None:
@@ -139,10 +139,10 @@ def write_sdxl(folder: Path, seed: int) -> None:
             scheduler=tiny_scheduler("epsilon"),
             add_watermarker=False,
         )
-        _save(pipeline, folder)
+        save(pipeline, folder)
 
 
-def _save(pipeline: Any, folder: Path) -> None:
+def save(pipeline: Any, folder: Path) -> None:
     """Saves beside the tokenizer files for older readers, which diffusers' own saving would not write."""
     kept = {file: file.read_bytes() for file in folder.glob("tokenizer*/*") if file.suffix in (".json", ".txt")}
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -22,8 +22,9 @@ class Method(Settings, ABC):
     parts: list[Part] = Field(["denoiser"], min_length=1)
 
     def part_names(self, family: Family) -> list[str]:
-        """`parts` as names in `family.parts`: "text_encoders" means all that the family has."""
-        names = [name for part in self.parts for name in ([part] if part == "denoiser" else family.text_encoders)]
+        """`parts` as names in `family.parts`: "text_encoders" means all that the family lets train."""
+        texts = family.trainable_text_encoders
+        names = [name for part in self.parts for name in ([part] if part == "denoiser" else texts)]
         return list(dict.fromkeys(names))
 
     @property

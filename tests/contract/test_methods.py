@@ -24,7 +24,7 @@ every_case = pytest.mark.parametrize(("name", "kind", "parts"), CASES)
 
 
 def predict(family: Family, seed: int = 0) -> torch.Tensor:
-    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(2, family.latent_channels, 16, 16, generator=torch.Generator().manual_seed(seed))
     cond = family.encode_prompts(["a photo of a zwx mug", "a mug"])
     return family.predict(noise, torch.tensor([20, 700]), cond, [Geometry((40, 48), (0, 4), (32, 32))] * 2)
 
@@ -131,9 +131,18 @@ def test_an_adapter_switched_off_is_the_base(name: str, tiny_bases: dict[str, Pa
 @pytest.mark.parametrize("name", list(families.REGISTRY))
 def test_the_choice_of_targets_grows(name: str, tiny_bases: dict[str, Path]) -> None:
     family = families.load(str(tiny_bases[name]))
-    attention, linear, conv = (set(family.lora_targets("denoiser", c)) for c in ("attention", "all-linear", "conv"))
-    assert attention < linear < conv
-    assert all(path.split(".")[-1] in ("to_q", "to_k", "to_v", "0") for path in attention)
+    attention, linear = (set(family.lora_targets("denoiser", c)) for c in ("attention", "all-linear"))
+    assert attention < linear
+    assert all(path.split(".")[-1].removesuffix("_proj").split("_")[-1] in "q k v 0 out".split() for path in attention)
+    if any(isinstance(child, torch.nn.Conv2d) for child in _blocks(family)):
+        assert linear < set(family.lora_targets("denoiser", "conv"))
+    else:
+        with pytest.raises(BadInput, match="all-linear"):
+            family.lora_targets("denoiser", "conv")
+
+
+def _blocks(family: Family) -> list[torch.nn.Module]:
+    return [child for path, child in family.parts["denoiser"].named_modules() if "blocks." in path]
 
 
 def test_adapters_on_a_bf16_base_are_fp32(tiny_bases: dict[str, Path]) -> None:

@@ -1,0 +1,206 @@
+"""What all families share that are loaded from diffusers folders: parts, VAE, tokenizing, release and restore."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor, nn
+
+from finetune.batch import Latents
+from finetune.errors import BadInput
+from finetune.families.base import Family
+from finetune.families.samplers import make_scheduler
+from finetune.families.weights import load_weights
+from finetune.objectives import read_schedule
+
+CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+class DiffusersFamily(Family):
+    # the longest text that the sampling pipeline gives to a T5 encoder; CLIP's length is its tokenizer's
+    t5_length: ClassVar[int] = 256
+
+    def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> None:
+        self.folder, self.dtype = folder, dtype
+        self.parts = {name: self._load_part(name) for name in self._present(without)}
+        self.tokenizers = [
+            _tokenizer(folder / name.replace("text_encoder", "tokenizer"), self.sources[name][1])
+            for name in self.text_encoders
+        ]
+        self.scheduler = _scheduler(folder)
+        self.schedule = read_schedule(dict(self.scheduler.config))
+        self._check_widths()
+        vae = cast(Any, self.parts["vae"]).config
+        self.latent_factor = 2 ** (len(vae.block_out_channels) - 1)
+        self.latent_channels = int(vae.latent_channels)
+        self.scaling, self.offset = float(vae.scaling_factor), float(getattr(vae, "shift_factor", None) or 0.0)
+        self.resolution = self.resolution_of(folder)
+
+    def _present(self, without: Sequence[str]) -> list[str]:
+        odd = [name for name in without if name not in self.optional]
+        if odd:
+            can = f"only {', '.join(self.optional)} can" if self.optional else "all parts are needed"
+            raise BadInput(f"base.without has {odd[0]!r}, which {self.name} can't do without ({can}): remove it")
+        lacking = [name for name in self.optional if not self.is_in(self.folder, name)]
+        return [name for name in self.sources if name not in (*without, *lacking)]
+
+    @classmethod
+    def is_in(cls, folder: Path, part: str) -> bool:
+        return (folder / cls.sources[part][0] / "config.json").is_file()
+
+    @property
+    def hidden_width(self) -> int:
+        """The width of text that the denoiser reads."""
+        config = cast(Any, self.parts["denoiser"]).config
+        return int(getattr(config, "cross_attention_dim", None) or config.joint_attention_dim)
+
+    def _check_widths(self) -> None:
+        """The denoiser reads the text encoders' hidden states, side by side."""
+        widths = [int(cast(Any, self.parts[name]).config.hidden_size) for name in self.text_encoders]
+        if sum(widths) != self.hidden_width:
+            raise BadInput(
+                f"in {self.folder} the {self.sources['denoiser'][0]} reads text of width {self.hidden_width} but the "
+                f"text encoder(s) write {' + '.join(map(str, widths))}: they are of different bases, put the right "
+                "ones together"
+            )
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
+        return cls(folder, dtype, without)
+
+    @classmethod
+    def skeletons(cls, folder: Path, parts: Sequence[str] | None = None) -> dict[str, nn.Module]:
+        wanted = cls.export_prefix if parts is None else parts
+        with torch.device("meta"):
+            return {
+                name: _from_config(kind, folder / subfolder)
+                for name, (subfolder, kind) in cls.sources.items()
+                if name in wanted and (name not in cls.optional or cls.is_in(folder, name))
+            }
+
+    def _load_part(self, name: str) -> nn.Module:
+        subfolder, kind = self.sources[name]
+        if not self.is_in(self.folder, name):
+            raise BadInput(f"{self.folder} has no {subfolder}/config.json: the base must be a whole diffusers folder")
+        return load_weights(self.folder / subfolder, kind, self._part_dtype(name)).requires_grad_(False).eval()
+
+    def _part_dtype(self, name: str) -> torch.dtype:
+        return self.dtype
+
+    def lora_targets(self, part: str, choice: str) -> list[str]:
+        """Full paths of the modules that a LoRA of this choice adapts; deterministic order."""
+        if part == "denoiser":
+            return self._denoiser_targets(choice)
+        dead = self.unread.get(part, ())
+        linear = [path for path, child in self.parts[part].named_modules() if isinstance(child, nn.Linear)]
+        return [path for path in linear if path.endswith(CLIP_TARGETS) and not path.startswith(dead)]
+
+    def _denoiser_targets(self, choice: str) -> list[str]:
+        raise TypeError("a family names its denoiser's targets")
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Latents:
+        vae: Any = self.parts["vae"]
+        latent = vae.encode(pixels.to(vae.dtype)).latent_dist
+        return Latents((latent.mean.float() - self.offset) * self.scaling, latent.std.float() * self.scaling)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        vae: Any = self.parts["vae"]
+        return vae.decode((latents / self.scaling + self.offset).to(vae.dtype)).sample.float()
+
+    def text_length(self, index: int) -> int:
+        tokenizer = self.tokenizers[index]
+        own = int(tokenizer.model_max_length)
+        return own if tokenizer in self.word_tokenizers else min(own, self.t5_length)
+
+    def tokenize(self, index: int, prompts: Sequence[str]) -> Tensor:
+        """Token ids [B, length] of the `index`-th tokenizer; what does not fit is cut, and a warning names it."""
+        tokenizer, length = self.tokenizers[index], self.text_length(index)
+        for prompt in prompts:
+            whole = tokenizer(prompt, truncation=False)["input_ids"]
+            if len(whole) > length:
+                cut = tokenizer.decode(whole[length - 1 : -1])
+                warnings.warn(
+                    f"the prompt {prompt!r} is longer than {length} tokens; {cut!r} is not read: shorten it",
+                    stacklevel=2,
+                )
+        return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")[
+            "input_ids"
+        ]
+
+    def release(self, parts: Sequence[str]) -> None:
+        for name in parts:
+            self.parts[name] = nn.Identity()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def restore(self, parts: Sequence[str], device: torch.device | str = "cpu") -> None:
+        for name in parts:
+            if isinstance(self.parts[name], nn.Identity):
+                self.parts[name] = self._load_part(name).to(device)
+
+    def enable_gradient_checkpointing(self, parts: Sequence[str]) -> None:
+        for name in parts:
+            part: Any = self.parts[name]
+            if name == "denoiser":
+                part.enable_gradient_checkpointing()
+            else:
+                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def pipeline(self, sampler: str | None = None) -> Any:
+        self.restore(list(self.parts), next(self.parts["denoiser"].parameters()).device)
+        pipeline = getattr(diffusers, self.pipeline_class)(
+            **self._pipeline_parts(), scheduler=make_scheduler(self.scheduler, sampler), **self._pipeline_extras()
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _pipeline_parts(self) -> dict[str, Any]:
+        """Models and tokenizers by the names of the pipeline's arguments: those of the folder; None if left out."""
+        held: dict[str, Any] = {self.sources[name][0]: self.parts.get(name) for name in self.sources}
+        names = [name for name in self.sources if name.startswith("text_encoder")]
+        tokenizers = dict(zip(self.text_encoders, self.tokenizers, strict=True))
+        return held | {name.replace("text_encoder", "tokenizer"): tokenizers.get(name) for name in names}
+
+    def _pipeline_extras(self) -> dict[str, Any]:
+        return {}
+
+
+def _from_config(kind: Any, folder: Path) -> nn.Module:
+    if issubclass(kind, diffusers.ModelMixin):
+        return kind.from_config(kind.load_config(folder))
+    return kind(kind.config_class.from_pretrained(folder))
+
+
+def _tokenizer(folder: Path, encoder: Any) -> Any:
+    """The tokenizer of a CLIP or T5 encoder; for CLIP two lengths are checked that a wrong layout silently breaks."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder.parent} has no {folder.name} folder: the base must be a whole diffusers folder")
+    if issubclass(encoder, transformers.T5EncoderModel):
+        return transformers.T5Tokenizer.from_pretrained(folder)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    if len(tokenizer) < 256 or tokenizer.model_max_length > 10_000:
+        raise BadInput(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens and length {tokenizer.model_max_length}: its "
+            "vocab.json, merges.txt or tokenizer_config.json is missing"
+        )
+    return tokenizer
+
+
+def _scheduler(folder: Path) -> Any:
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        raise BadInput(f"{folder} has no scheduler/scheduler_config.json: it tells what the base predicts")
+    config = diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler")
+    kind = getattr(diffusers, config.get("_class_name", "DDIMScheduler"), None)
+    if kind is None:
+        raise BadInput(f"{file} names {config['_class_name']!r}, which is no scheduler of diffusers: mend it")
+    read_schedule(dict(config))  # refuses what is not supported, where diffusers would raise
+    return kind.from_pretrained(folder, subfolder="scheduler")

@@ -1,0 +1,95 @@
+"""Stable Diffusion 3 and 3.5: a multimodal transformer on a rectified flow (arXiv:2403.03206), three text encoders.
+
+T5 may be absent: its tokens are zeros then, as the model was trained to bear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor
+
+from finetune.batch import Geometry
+from finetune.errors import BadInput
+from finetune.families.transformer import TransformerFamily
+
+T5 = "text_encoder_3"
+
+
+class StableDiffusion3(TransformerFamily):
+    name = "sd3"
+    pipeline_class = "StableDiffusion3Pipeline"
+    export_prefix: ClassVar = {"denoiser": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    sources: ClassVar = {
+        "denoiser": ("transformer", diffusers.SD3Transformer2DModel),
+        "vae": ("vae", diffusers.AutoencoderKL),
+        "text_encoder": ("text_encoder", transformers.CLIPTextModelWithProjection),
+        "text_encoder_2": ("text_encoder_2", transformers.CLIPTextModelWithProjection),
+        T5: (T5, transformers.T5EncoderModel),
+    }
+    optional = (T5,)
+
+    @classmethod
+    def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
+        return model_index.get("_class_name") == cls.pipeline_class and denoiser_config.get("in_channels") == 16
+
+    @classmethod
+    def write_tiny(cls, folder: Path, seed: int = 0) -> None:
+        from finetune.families.tiny_transformers import write_sd3
+
+        write_sd3(folder, seed)
+
+    @classmethod
+    def resolution_of(cls, folder: Path) -> int:
+        config = diffusers.SD3Transformer2DModel.load_config(folder / "transformer")
+        vae = diffusers.AutoencoderKL.load_config(folder / "vae")
+        return int(config.get("sample_size", 128)) * 2 ** (len(vae["block_out_channels"]) - 1)
+
+    def _check_widths(self) -> None:
+        """T5's tokens are as wide as the denoiser reads; CLIP's two are put side by side and padded to that."""
+        clip = [cast(Any, self.parts[name]).config.hidden_size for name in ("text_encoder", "text_encoder_2")]
+        t5 = [cast(Any, self.parts[T5]).config.d_model] if T5 in self.parts else []
+        if sum(clip) > self.hidden_width or any(width != self.hidden_width for width in t5):
+            raise BadInput(
+                f"in {self.folder} the transformer reads text of width {self.hidden_width} but the text encoders "
+                f"write {' + '.join(map(str, clip))} and {t5 or 'nothing'}: they are of different bases, put the "
+                "right ones together"
+            )
+
+    def encode_text(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """CLIP: {"hidden": second-last layer, "pooled": its projection}; T5: {"t5": last layer}."""
+        if self.text_encoders[index] == T5:
+            return self._encode_t5(index, prompts)
+        encoder: Any = self.parts[self.text_encoders[index]]
+        out = encoder(self.tokenize(index, prompts).to(encoder.device), output_hidden_states=True)
+        return {"hidden": out.hidden_states[-2], "pooled": out[0]}
+
+    def _join(self, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """{"hidden": [B, CLIP's length + T5's, width], "pooled": [B, w1 + w2]}."""
+        clip = torch.cat([one["hidden"] for one in encoded[:2]], dim=-1)
+        clip = torch.nn.functional.pad(clip, (0, self.hidden_width - clip.shape[-1]))
+        t5 = encoded[2]["t5"] if len(encoded) == 3 else clip.new_zeros(len(clip), self.t5_length, clip.shape[-1])
+        pooled = torch.cat([one["pooled"] for one in encoded[:2]], dim=-1)
+        return {"hidden": torch.cat([clip, t5], dim=-2), "pooled": pooled}
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, cond: dict[str, Tensor], geometry: Sequence[Geometry]
+    ) -> Tensor:
+        denoiser: Any = self.parts["denoiser"]
+        dtype = denoiser.proj_out.weight.dtype
+        return denoiser(
+            hidden_states=noisy.to(dtype),
+            timestep=timesteps,
+            encoder_hidden_states=cond["hidden"].to(dtype),
+            pooled_projections=cond["pooled"].to(dtype),
+            return_dict=False,
+        )[0]
+
+    def sampling_arguments(self, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
+        length = self.text_length(2) if T5 in self.parts else self.t5_length
+        return super().sampling_arguments(guidance, negatives) | {"max_sequence_length": length}

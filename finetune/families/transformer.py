@@ -1,0 +1,37 @@
+"""What the families with a transformer (SD3, Flux) share: T5 beside CLIP, and which modules a LoRA adapts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from finetune.errors import BadInput
+from finetune.families.loading import DiffusersFamily
+
+BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+class TransformerFamily(DiffusersFamily):
+    def _denoiser_targets(self, choice: str) -> list[str]:
+        """`all-linear` leaves the modulations (`norm*.linear`) as they are, as other trainers do."""
+        if choice == "conv":
+            raise BadInput(
+                f"method.targets is 'conv' but {self.name} has no convolutions in its blocks: use all-linear"
+            )
+        linear = [
+            path
+            for path, child in self.parts["denoiser"].named_modules()
+            if isinstance(child, nn.Linear) and path.startswith(BLOCKS)
+        ]
+        if choice == "attention":
+            return [path for path in linear if ".attn" in path and path.endswith(ATTENTION)]
+        return [path for path in linear if ".norm" not in path]
+
+    def _encode_t5(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """{"t5": [B, length, width]}; no attention mask, as the sampling pipelines have it."""
+        encoder: Any = self.parts[self.text_encoders[index]]
+        ids = self.tokenize(index, prompts).to(encoder.device)
+        return {"t5": encoder(ids)[0]}

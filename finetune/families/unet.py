@@ -1,0 +1,33 @@
+"""What the families with a UNet share: which of its modules a LoRA adapts, and its native size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from finetune.families.loading import DiffusersFamily
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class UNetFamily(DiffusersFamily):
+    def _denoiser_targets(self, choice: str) -> list[str]:
+        module = self.parts["denoiser"]
+        if choice == "attention":
+            linear = [path for path, child in module.named_modules() if isinstance(child, nn.Linear)]
+            return [path for path in linear if path.endswith(ATTENTION)]
+        both = [path for path, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)]
+        inside = [path for path in both if ".attentions." in path or path.startswith("attentions.")]
+        if choice == "all-linear":
+            return inside
+        return [*inside, *[path for path in both if ".resnets." in path or "samplers." in path]]
+
+    @classmethod
+    def resolution_of(cls, folder: Path) -> int:
+        def read(part: str) -> dict:
+            return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+
+        levels = len(read("vae").get("block_out_channels", (0,)))
+        return int(read("unet").get("sample_size", 64)) * 2 ** (levels - 1)

@@ -1,0 +1,102 @@
+"""The objective seam: noising, target and loss weight. Tensors only, no model. A new one is one new file here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from finetune.draws import Draw, normal
+from finetune.objectives.densities import Density, position
+from finetune.objectives.schedule import AnySchedule, Prediction
+from finetune.objectives.weights import Weighting
+from finetune.settings import Settings
+
+
+class ObjectiveSettings(Settings):
+    """The `objective:` section of a recipe. What is `auto` or null is the base's own, or the paper's.
+
+    `prediction`: what the base was trained to predict; anything else is refused. `timesteps: stratified` spreads one
+    global batch evenly over the timesteps, which lowers the variance of the loss and leaves its mean as it is.
+    `density`: uniform for diffusion, logit_normal for flows. `shift` moves timesteps towards noise for large pictures.
+    `weighting`: by timestep, `gamma` being min-SNR's cap or P2's exponent. `loss: huber` grows linearly above
+    `huber_c`. `noise_offset` adds a constant per channel to the noise, `input_perturbation` (arXiv:2301.11706) noise
+    that the target knows nothing of.
+    """
+
+    prediction: Literal["auto", "epsilon", "v_prediction", "sample", "flow_prediction"] = "auto"
+    timesteps: Literal["uniform", "stratified"] = "uniform"
+    density: Literal["auto"] | Density = "auto"
+    logit_mean: float = 0.0
+    logit_std: float = Field(1.0, gt=0)
+    mode_scale: float = Field(1.29, ge=-1, le=1.7519)
+    shift: Literal["auto"] | float = "auto"
+    weighting: Weighting = "none"
+    gamma: float | None = Field(None, gt=0)
+    loss: Literal["l2", "huber"] = "l2"
+    huber_c: float = Field(0.1, gt=0)
+    noise_offset: float = Field(0.0, ge=0, le=1)
+    input_perturbation: float = Field(0.0, ge=0, le=1)
+
+
+class Objective(ABC):
+    """How a base was trained: latents are noised to a timestep, and its output is compared with a target.
+
+    Tensors are [B, ...]; `t` [B] are timesteps as the model takes them.
+    """
+
+    predictions: ClassVar[tuple[str, ...]]
+    default_density: ClassVar[Density]
+
+    def __init__(self, schedule: AnySchedule, settings: ObjectiveSettings | None = None, shift: float = 1.0) -> None:
+        self.schedule, self.settings, self.shift = schedule, settings or ObjectiveSettings(), shift
+        self.prediction: Prediction = schedule.prediction
+
+    def to(self, device: torch.device | str) -> Objective:
+        return self
+
+    def positions(self, uniform: Tensor) -> Tensor:
+        """Uniform numbers [B] in [0, 1) -> where on the way to pure noise (1) each sample lies, by the density."""
+        own = self.settings
+        density = self.default_density if own.density == "auto" else own.density
+        return position(uniform, density, own.logit_mean, own.logit_std, own.mode_scale, self.shift)
+
+    def noises(self, draws: Sequence[Draw], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The noise [B, C, h, w] that the target knows, and the noise that is added: the same unless perturbed."""
+        own = self.settings
+        noise = normal(draws, shape, "noise")
+        if own.noise_offset:
+            noise = noise + own.noise_offset * normal(draws, (shape[0], 1, 1), "noise offset")
+        if not own.input_perturbation:
+            return noise, noise
+        return noise, noise + own.input_perturbation * normal(draws, shape, "input perturbation")
+
+    def error(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """|prediction - target|^2, or pseudo-Huber 2 c (sqrt(e^2 + c^2) - c) (arXiv:2403.16728), by element."""
+        difference = prediction - target
+        if self.settings.loss == "l2":
+            return difference.square()
+        c = self.settings.huber_c
+        return 2 * c * ((difference.square() + c**2).sqrt() - c)
+
+    @abstractmethod
+    def timesteps(self, uniform: Tensor) -> Tensor:
+        """Uniform numbers [B] in [0, 1) -> timesteps [B] (the inverse distribution function)."""
+
+    @abstractmethod
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def clean(self, noisy: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        """The x0 that a model output at `noisy` stands for: the inverse of `target`."""
+
+    @abstractmethod
+    def weight(self, t: Tensor) -> Tensor:
+        """Loss weight [B] of each sample, float32."""

@@ -1,0 +1,47 @@
+"""Rectified flow (arXiv:2403.03206 section 2): z_t = (1 - t) x0 + t eps, and the model predicts eps - x0."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from finetune.errors import BadInput
+from finetune.objectives.base import Objective, ObjectiveSettings
+from finetune.objectives.densities import Density
+from finetune.objectives.schedule import AnySchedule
+
+
+class RectifiedFlow(Objective):
+    """Timesteps are float32, t * T: 0 is the picture and T pure noise."""
+
+    predictions = ("flow_prediction",)
+    default_density: ClassVar[Density] = "logit_normal"
+
+    def __init__(self, schedule: AnySchedule, settings: ObjectiveSettings | None = None, shift: float = 1.0) -> None:
+        super().__init__(schedule, settings, shift)
+        if self.settings.weighting != "none":
+            raise BadInput(
+                f"objective.weighting is {self.settings.weighting!r}, but this base is a flow, which has none: leave "
+                "it out and choose objective.density"
+            )
+
+    def timesteps(self, uniform: Tensor) -> Tensor:
+        return self.positions(uniform) * self.schedule.steps
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        part = self._part(t, x0)
+        return (1 - part) * x0 + part * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise - x0
+
+    def clean(self, noisy: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        return noisy - self._part(t, noisy) * output
+
+    def weight(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float32)
+
+    def _part(self, t: Tensor, like: Tensor) -> Tensor:
+        return (t / self.schedule.steps).view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
