@@ -70,6 +70,7 @@ class Data(Settings):
     crops: int = Field(4, ge=1)  # how many random crops of each photo are cached
     flip: bool = False
     caption_dropout: float = Field(0.0, ge=0, le=1)
+    encoder_dropout: float = Field(0.0, ge=0, le=1)  # each of several text encoders on its own
 
     @field_validator("photos")
     @classmethod

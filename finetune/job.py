@@ -158,6 +158,7 @@ def fit_job(
         run=run,
         folder=folder,
         stratify=batches.samples_per_step if recipe.objective.timesteps == "stratified" else None,
+        encoder_dropout=recipe.data.encoder_dropout,
         on_step=after_step,
         signals=signals,
     )

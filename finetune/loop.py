@@ -27,7 +27,7 @@ from finetune.progress import phase
 from finetune.run import RunFolder, State, clone, to_cpu
 from finetune.signals import Interrupted, Signals
 
-PromptEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
+PromptEncoder = Callable[[Sequence[str], Tensor | None], dict[str, Tensor]]
 
 
 class MicroBatches(Protocol):
@@ -48,12 +48,14 @@ class Step(nn.Module):
         trained_parts: Sequence[str],
         objective: Objective,
         encode_prompts: PromptEncoder,
+        encoder_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.trained = nn.ModuleDict({name: family.parts[name] for name in trained_parts})
         for name, part in self.trained.items():
             replace_dropout(part, name)
         self.family, self.objective, self.encode_prompts = family, objective, encode_prompts
+        self.encoder_dropout = encoder_dropout
         self.stratify: int | None = None  # samples of a global batch, to spread them evenly over the timesteps
 
     def forward(self, batch: Batch) -> Tensor:
@@ -62,11 +64,18 @@ class Step(nn.Module):
         x0 = batch.sample_latents()
         noise, added = (value.to(x0.device) for value in self.objective.noises(batch.draws, x0.shape[1:]))
         t = self.objective.timesteps(self.positions(batch.draws)).to(x0.device)
-        cond = self.encode_prompts(batch.prompts)
+        cond = self.encode_prompts(batch.prompts, self.kept(batch.draws))
         noisy = self.objective.add_noise(x0, added, t)
         prediction = self.family.predict(noisy, t, cond, batch.geometry)
         error = self.objective.error(prediction.float(), self.objective.target(x0, noise, t)).flatten(1).mean(1)
         return (error * self.objective.weight(t) * batch.weight).mean()
+
+    def kept(self, draws: list[Draw]) -> Tensor | None:
+        """[encoders, B]: 0 where a text encoder's output is dropped, on its own (arXiv:2403.03206, 5.2)."""
+        if not self.encoder_dropout:
+            return None
+        each = [uniform(draws, f"text encoder {n}") for n in range(len(self.family.text_encoders))]
+        return (torch.stack(each) >= self.encoder_dropout).float()
 
     def positions(self, draws: list[Draw]) -> Tensor:
         """Where in [0, 1) each sample's timestep lies [B]: uniform, or one in each of `stratify` equal parts."""
@@ -130,6 +139,7 @@ def fit(
     run: Run,
     folder: RunFolder,
     stratify: int | None = None,
+    encoder_dropout: float = 0.0,
     on_step: Callable[[int], None] | None = None,
     signals: Signals | None = None,
 ) -> None:
@@ -139,6 +149,7 @@ def fit(
     Args:
         trained: name -> fp32 parameter, as `Method.attach` gave them.
         stratify: the number of samples in a global batch, to stratify their timesteps; None draws uniformly.
+        encoder_dropout: the probability with which each text encoder's output is zeroed.
         on_step: called on every process after step n (1-based), for previews.
 
     Raises:
@@ -146,7 +157,7 @@ def fit(
         Interrupted: SIGINT or SIGTERM; the step was finished and its checkpoint written.
     """
     signals = signals or Signals()
-    step = Step(family, _parts_of(trained), objective.to(accelerator.device), encode_prompts)
+    step = Step(family, _parts_of(trained), objective.to(accelerator.device), encode_prompts, encoder_dropout)
     step.stratify = stratify
     optimizer = optim.build(trained)
     model, optimizer = accelerator.prepare(step, optimizer)

@@ -69,6 +69,11 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
             f"data.resolution is {resolution}, which {family.name} can't divide by {family.latent_factor}: "
             f"choose {round(resolution / family.latent_factor) * family.latent_factor}"
         )
+    if recipe.data.encoder_dropout and len(family.text_encoders) == 1:
+        raise BadInput(
+            f"data.encoder_dropout is {recipe.data.encoder_dropout} but {family.name} has one text encoder: use "
+            "data.caption_dropout"
+        )
     family.to(device)
     objectives.build(recipe.objective, family.schedule, family.shift(resolution))
     token = _token(recipe, family)

@@ -21,7 +21,7 @@ def test_facts_are_those_of_the_loaded_base(name: str, tiny_bases: dict[str, Pat
     assert told["resolution"] == f"{family.resolution} pixels"
     for part, module in family.parts.items():
         assert f"{part} {sum(p.numel() for p in module.parameters()) / 1e6:.1f}M" in told["parameters"]
-    assert told["text_encoder"].endswith(f"{family.tokenizers[0].model_max_length} tokens")
+    assert told["text_encoder"].endswith(f"{family.text_length(0)} tokens")
     assert told["weights"].startswith("safetensors")
 
 
@@ -44,7 +44,7 @@ def test_published_sizes_without_any_weights(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     told = facts(tmp_path)
     assert told["family"].startswith("sd2")
-    assert told["parameters"] == "denoiser 866M, text_encoder 340M, vae 84M"
+    assert told["parameters"] == "denoiser 866M, vae 84M, text_encoder 340M"
     assert told["resolution"] == "768 pixels"
     assert told["schedule"].startswith("scaled_linear 0.00085 to 0.012, 1000 timesteps, terminal SNR 0.0047")
     assert told["weights"] == "none here"

@@ -13,6 +13,7 @@ import torch
 from finetune import families
 from finetune.batch import Geometry
 from finetune.errors import BadInput
+from finetune.families.flux import image_ids, pack, unpack
 from finetune.families.samplers import SAMPLERS, make_scheduler
 
 NAMES = list(families.REGISTRY)
@@ -23,7 +24,8 @@ PROMPTS = ["a photo of a zwx mug", ""]
 def test_a_folder_is_recognised_and_frozen(name: str, tiny_bases: dict[str, Path]) -> None:
     family = families.load(str(tiny_bases[name]))
     assert family.name == name
-    assert family.schedule.prediction == ("v_prediction" if name == "sd2" else "epsilon")
+    flows = {"sd2": "v_prediction", "sd3": "flow_prediction", "flux": "flow_prediction"}
+    assert family.schedule.prediction == flows.get(name, "epsilon")
     assert (family.resolution, family.latent_factor) == (32, 2)
     for part in family.parts.values():
         assert not part.training
@@ -47,6 +49,59 @@ def test_sdxl_prompts_equal_the_pipelines(tiny_bases: dict[str, Path]) -> None:
     assert torch.equal(ours["pooled"], pooled)
 
 
+@pytest.mark.parametrize("without", [[], ["text_encoder_3"]], ids=["t5", "no-t5"])
+def test_sd3_prompts_equal_the_pipelines(without: list, tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sd3"]), without=without)
+    left_out = {"text_encoder_3": None, "tokenizer_3": None} if without else {}
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(tiny_bases["sd3"], **left_out)
+    length = family.sampling_arguments(1.0, [])["max_sequence_length"]
+    asked = {"do_classifier_free_guidance": False, "max_sequence_length": length}
+    hidden, _, pooled, _ = pipeline.encode_prompt(PROMPTS, PROMPTS, PROMPTS, **asked)
+    ours = family.encode_prompts(PROMPTS)
+    assert torch.allclose(ours["hidden"], hidden, atol=1e-5)
+    assert torch.equal(ours["pooled"], pooled)
+
+
+def test_flux_prompts_equal_the_pipelines(tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["flux"]))
+    pipeline = diffusers.FluxPipeline.from_pretrained(tiny_bases["flux"])
+    hidden, pooled, _ = pipeline.encode_prompt(PROMPTS, PROMPTS, max_sequence_length=16)
+    ours = family.encode_prompts(PROMPTS)
+    assert torch.allclose(ours["hidden"], hidden, atol=1e-5)
+    assert torch.equal(ours["pooled"], pooled)
+
+
+def test_flux_packs_as_the_pipeline_does() -> None:
+    latents = torch.randn(2, 16, 8, 12)
+    packed = diffusers.FluxPipeline._pack_latents(latents, 2, 16, 8, 12)
+    assert torch.equal(pack(latents), packed)
+    assert torch.equal(unpack(packed, 4, 6), latents)
+    assert torch.equal(
+        image_ids(4, 6), diffusers.FluxPipeline._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32)
+    )
+
+
+def test_a_dropped_encoder_is_zeros_and_the_others_stay(tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sdxl"]))
+    whole = family.encode_prompts(PROMPTS)
+    some = family.encode_prompts(PROMPTS, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    width = family.parts["text_encoder"].config.hidden_size
+    assert not some["hidden"][0, :, :width].any()
+    assert not some["pooled"][1].any()
+    assert torch.equal(some["hidden"][0, :, width:], whole["hidden"][0, :, width:])
+    assert torch.equal(some["hidden"][1, :, :width], whole["hidden"][1, :, :width])
+
+
+def test_only_what_can_be_left_out_is(tiny_bases: dict[str, Path]) -> None:
+    assert list(families.load(str(tiny_bases["sd3"]), without=["text_encoder_3"]).parts) == [
+        "denoiser", "vae", "text_encoder", "text_encoder_2",
+    ]  # fmt: skip
+    with pytest.raises(BadInput, match="only text_encoder_3 can"):
+        families.load(str(tiny_bases["sd3"]), without=["vae"])
+    with pytest.raises(BadInput, match="all parts are needed"):
+        families.load(str(tiny_bases["sd1"]), without=["text_encoder"])
+
+
 def test_sdxl_time_ids_equal_the_pipelines(tiny_bases: dict[str, Path]) -> None:
     from finetune.families.sdxl import time_ids
 
@@ -63,7 +118,8 @@ def test_latents_are_the_vaes_distribution_scaled(name: str, tiny_bases: dict[st
     with torch.no_grad():
         theirs = vae.encode(pixels).latent_dist
     ours = family.encode_images(pixels)
-    assert torch.allclose(ours.mean, theirs.mean * vae.config.scaling_factor)
+    offset = vae.config.shift_factor or 0.0
+    assert torch.allclose(ours.mean, (theirs.mean - offset) * vae.config.scaling_factor, atol=1e-6)
     assert torch.allclose(ours.std, theirs.std * vae.config.scaling_factor)
     with torch.no_grad():
         assert torch.allclose(family.decode_latents(ours.mean), vae.decode(theirs.mean).sample, atol=1e-5)
@@ -71,15 +127,19 @@ def test_latents_are_the_vaes_distribution_scaled(name: str, tiny_bases: dict[st
 
 @pytest.mark.parametrize("name", NAMES)
 def test_our_prediction_draws_the_pipelines_picture(name: str, tiny_bases: dict[str, Path]) -> None:
-    """One DDIM step written out here with our predict equals the pipeline's."""
+    """One step written out here with our predict equals the pipeline's: DDIM, or Euler for a flow."""
     family = families.load(str(tiny_bases[name]))
-    pipeline = family.pipeline("ddim")
-    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    sampler = "euler" if family.schedule.prediction == "flow_prediction" else "ddim"
+    pipeline = family.pipeline(sampler)
+    noise = torch.randn(1, family.latent_channels, 16, 16, generator=torch.Generator().manual_seed(1))
+    arguments = family.sampling_arguments(1.0, [""]) | {"negative_prompt": None}
+    given = pack(noise) if name == "flux" else noise
     theirs = pipeline(
-        PROMPTS[0], num_inference_steps=1, guidance_scale=1.0, latents=noise, output_type="latent", width=32, height=32
+        PROMPTS[0], num_inference_steps=1, latents=given, output_type="latent", width=32, height=32, **arguments
     ).images
-    scheduler = make_scheduler(family.scheduler, "ddim")
-    scheduler.set_timesteps(1)
+    theirs = unpack(theirs, 8, 8) if name == "flux" else theirs
+    scheduler = make_scheduler(family.scheduler, sampler)
+    scheduler.set_timesteps(1, **({"mu": 1.0} if name == "flux" else {}))
     t = scheduler.timesteps
     with torch.no_grad():
         square = Geometry((32, 32), (0, 0), (32, 32))
@@ -150,7 +210,7 @@ def test_strange_sources(tmp_path: Path, tiny_bases: dict[str, Path]) -> None:
         families.load("nobody/nothing-of-this-name")
     folder = tmp_path / "base"
     shutil.copytree(tiny_bases["sd1"], folder)
-    index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": "FluxPipeline"}
+    index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": "KandinskyPipeline"}
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(BadInput, match="FluxPipeline"):
+    with pytest.raises(BadInput, match="KandinskyPipeline"):
         families.load(str(folder))

@@ -65,24 +65,37 @@ class PromptCache:
 
     def __init__(self, family: Family, base_hash: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.family, self.base_hash, self.folder, self.dtype = family, base_hash, folder / "prompts", dtype
-        self.held: dict[str, dict[str, Tensor]] = {}
+        self.held: dict[str, list[dict[str, Tensor]]] = {}
 
     @torch.no_grad()
     def fill(self, prompts: Sequence[str]) -> None:
         device = next(self.family.parts["denoiser"].parameters()).device
         for prompt in prompts:
-            tensors = _load(self._file(prompt))
-            if tensors is None:
-                tensors = {name: value[0] for name, value in self.family.encode_prompts([prompt]).items()}
-                save_tensors(self._file(prompt), tensors)
-            self.held[prompt] = {name: value.to(device) for name, value in tensors.items()}
+            self.held[prompt] = [
+                {name: value.to(device) for name, value in self._one(index, prompt).items()}
+                for index in range(len(self.family.text_encoders))
+            ]
 
-    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, prompts: Sequence[str], kept: Tensor | None = None) -> dict[str, Tensor]:
         rows = [self.held[prompt] for prompt in prompts]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        encoded = [
+            {name: torch.stack([row[index][name] for row in rows]) for name in rows[0][index]}
+            for index in range(len(rows[0]))
+        ]
+        return self.family.join_texts(encoded, kept)
 
-    def _file(self, prompt: str) -> Path:
-        name = hashlib.sha256(f"{prompt}\n{self.base_hash}\n{self.dtype}".encode()).hexdigest()
+    def _one(self, index: int, prompt: str) -> dict[str, Tensor]:
+        """One encoder's output for one prompt, without the batch's dimension."""
+        file = self._file(prompt, index)
+        tensors = _load(file)
+        if tensors is None:
+            tensors = {name: value[0] for name, value in self.family.encode_text(index, [prompt]).items()}
+            save_tensors(file, tensors)
+        return tensors
+
+    def _file(self, prompt: str, index: int) -> Path:
+        text = f"{prompt}\n{self.base_hash}\n{self.dtype}\n{self.family.text_encoders[index]}"
+        name = hashlib.sha256(text.encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
 

@@ -34,6 +34,12 @@ class StableDiffusion3(TransformerFamily):
     }
     optional = (T5,)
 
+    def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> None:
+        super().__init__(folder, dtype, without)
+        last = f"transformer_blocks.{cast(Any, self.parts['denoiser']).config.num_layers - 1}.attn"
+        # the last block drops its text tokens: what they would have asked for is read by nothing
+        self.unread = {"denoiser": (f"{last}.add_q_proj", f"{last}.norm_added_q")}
+
     @classmethod
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
         return model_index.get("_class_name") == cls.pipeline_class and denoiser_config.get("in_channels") == 16

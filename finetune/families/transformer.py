@@ -26,6 +26,7 @@ class TransformerFamily(DiffusersFamily):
             for path, child in self.parts["denoiser"].named_modules()
             if isinstance(child, nn.Linear) and path.startswith(BLOCKS)
         ]
+        linear = [path for path in linear if not path.startswith(self.unread.get("denoiser", ("-",)))]
         if choice == "attention":
             return [path for path in linear if ".attn" in path and path.endswith(ATTENTION)]
         return [path for path in linear if ".norm" not in path]
