@@ -53,7 +53,7 @@ def write(
     folder = out.parent
     for wanted in formats:
         check_formats([wanted])
-        path = REGISTRY[wanted].path(folder, out.name)
+        path = REGISTRY[wanted].path(folder, out.name, adapter.family)
         if path.exists() and not force:
             raise BadInput(f"{path} is already there: give another --out, or pass --force")
     own = {"title": out.name, "trigger_phrase": "", "resolution": ""} | about

@@ -46,27 +46,39 @@ def largest_difference(one: Adapter, other: Adapter) -> float:
     return worst
 
 
-PATHS = {"kohya": "x.safetensors", "diffusers": "x-diffusers/pytorch_lora_weights.safetensors", "peft": "x-peft"}
+def paths(name: str, title: str = "x") -> dict[str, Path]:
+    return {kind: export.path(Path(), title, name) for kind, export in REGISTRY.items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_our_own_files_are_found_whole(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = written(tiny_bases[name], tmp_path)
-    for kind, path in PATHS.items():
+    for kind, path in paths(name).items():
         found = verify_file(tmp_path / path, str(tiny_bases[name]))
         assert (found.kind, found.family, found.dtype) == (kind, name, "fp32")
         assert found.problems == []
         assert found.adapter is not None
         assert largest_difference(adapter, found.adapter) < 1e-6
-        assert found.verdicts["diffusers"][0] == ("unknown" if kind == "peft" else "fully")
+        if kind != "kohya" or not families.is_transformer(name):
+            assert found.verdicts["diffusers"][0] == ("unknown" if kind == "peft" else "fully")
         assert found.ranks == {3: adapter.count}
-        assert set(found.scales) == {round(7 / 3, 6)}
-    kohya = verify_file(tmp_path / PATHS["kohya"], str(tiny_bases[name]))
-    assert {state for state, _ in kohya.verdicts.values()} == {"fully"}
-    assert inspect_adapter(tmp_path / PATHS["peft"], str(tiny_bases[name])).verdicts["ComfyUI"][0] == "refused"
+        folded = kind == "diffusers" and families.is_transformer(name)
+        assert set(found.scales) == {1.0 if folded else round(7 / 3, 6)}
+    assert inspect_adapter(tmp_path / paths(name)["peft"], str(tiny_bases[name])).verdicts["ComfyUI"][0] == "refused"
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_form_for_uis_is_read_fully_by_all(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    written(tiny_bases[name], tmp_path, parts=["denoiser"])
+    found = verify_file(tmp_path / "x.safetensors", str(tiny_bases[name]))
+    assert found.kind == ("diffusers" if families.is_transformer(name) else "kohya")
+    assert {state for state, _ in found.verdicts.values()} == {"fully"}
+    if families.is_transformer(name):
+        joined = inspect_adapter(tmp_path / paths(name)["kohya"], str(tiny_bases[name]))
+        assert {state for state, _ in joined.verdicts.values()} == {"unknown"}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
 def test_original_unet_names_are_read(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     """kohya's own SDXL files name the UNet's blocks as the original code does: lora_unet_input_blocks_4_1_..."""
     adapter = written(tiny_bases[name], tmp_path, ["kohya"], parts=["denoiser"])
@@ -173,7 +185,7 @@ def test_conversions_there_and_back_are_exact(
     """Every format to every format: the same deltas to fp32's last digits, in fp16 too (nothing is rounded twice)."""
     base = str(tiny_bases[name])
     written(tiny_bases[name], tmp_path, dtype=dtype, alpha=None)
-    for start, path in PATHS.items():
+    for start, path in paths(name).items():
         source, found = open_adapter(tmp_path / path, base)
         assert found.dtype == dtype
         for end in REGISTRY:

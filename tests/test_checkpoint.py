@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_export import NAMES
 
 from finetune import families, load_recipe, train
 from finetune.cli import run
 from finetune.errors import BadInput
 from finetune.export import export_checkpoint
+from finetune.families.checkpoint import TEXT
 from finetune.families.layout import strip_text_model
 
+NAMES = list(TEXT)
 ABOUT = {"title": "x", "trigger_phrase": "zwx mug", "resolution": "32x32"}
 
 
@@ -77,6 +78,13 @@ def test_diffusers_reads_the_file_as_the_folder(name: str, tiny_bases: dict[str,
         for key, value in wanted.items():
             if not key.endswith("position_ids"):
                 assert torch.equal(found[key], value), f"{part}.{key}"
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_there_is_no_single_file_of_a_transformer(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="use --to folder"):
+        export_checkpoint(families.load(str(tiny_bases[name])), tmp_path / "x.safetensors", "fp16", ABOUT)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_layout_is_the_original_one(tiny_bases: dict[str, Path], tmp_path: Path) -> None:

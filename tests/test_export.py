@@ -9,6 +9,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from published import PUBLISHED
+from published import write as write_published
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +19,7 @@ from finetune.errors import BadInput
 from finetune.export import REGISTRY, Adapter, adapter_from, apply_adapter, export_adapter, export_folder
 from finetune.export.base import delta
 from finetune.export.inspection import accepted_names, open_adapter
-from finetune.export.kohya import key_of
+from finetune.export.kohya import Place, join, key_of, key_table, split
 from finetune.export.verify import probe, verify
 from finetune.families.base import Family
 from finetune.methods.full import Full
@@ -29,7 +31,10 @@ NAMES = list(families.REGISTRY)
 
 def trained(base: Path, **settings: object) -> tuple[LoRA, Family]:
     """A LoRA whose B is not zero, so that its delta is something."""
-    method, family = LoRA(rank=3, **settings), families.load(str(base))
+    family = families.load(str(base))
+    if families.is_transformer(family.name) and settings.get("targets") == "conv":
+        settings["targets"] = "all-linear"
+    method = LoRA(rank=3, **settings)
     parameters = method.attach(family, 0)
     made = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -184,7 +189,7 @@ def test_a_full_model_leaves_as_a_folder(name: str, tiny_bases: dict[str, Path],
     assert item.ok, item.checks
     index = json.loads((tmp_path / "model" / "model_index.json").read_text())
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(tmp_path / "model")
-    for key, value in pipeline.unet.state_dict().items():
+    for key, value in getattr(pipeline, family.sources["denoiser"][0]).state_dict().items():
         assert torch.equal(value.half(), family.parts["denoiser"].state_dict()[key].half())
     assert (tmp_path / "model" / "tokenizer" / "merges.txt").is_file()
 
@@ -206,83 +211,91 @@ def test_a_folder_that_is_not_what_was_trained_fails(tiny_bases: dict[str, Path]
     assert not export_folder(family, tmp_path / "model", "fp32").ok
 
 
-@pytest.mark.parametrize(
-    ("name", "millions", "modules", "some"),
-    [
-        ("sd1", 860, "SD1", ("mid_block_attentions_0_proj_in", "input_blocks_8_1_transformer_blocks_0_attn2_to_k")),
-        ("sd2", 866, "SD2", ("up_blocks_3_attentions_2_proj_out", "output_blocks_11_1_proj_out")),
-        (
-            "sdxl",
-            2567,
-            "SDXL",
-            ("mid_block_attentions_0_transformer_blocks_9_attn2_to_out_0", "middle_block_1_proj_in"),
-        ),
-    ],
-)
-def test_full_size_names_fit_the_published_architectures(
-    name: str, millions: int, modules: str, some: tuple[str, ...], tmp_path: Path
-) -> None:
+LAYERS_OF = {
+    "SD 1.5": ("lora_unet_mid_block_attentions_0_proj_in", "lora_te_text_model_encoder_layers_11_mlp_fc2",
+               "lora_unet_input_blocks_8_1_transformer_blocks_0_attn2_to_k"),
+    "SD 2.1": ("lora_unet_up_blocks_3_attentions_2_proj_out", "lora_unet_output_blocks_11_1_proj_out",
+               "lora_te_text_model_encoder_layers_22_mlp_fc2"),
+    "SDXL": ("lora_unet_mid_block_attentions_0_transformer_blocks_9_attn2_to_out_0", "lora_unet_middle_block_1_proj_in",
+             "lora_te1_text_model_encoder_layers_11_mlp_fc2", "lora_te2_text_model_encoder_layers_31_mlp_fc2"),
+    "SD3 medium": ("lora_unet_joint_blocks_23_x_block_attn_qkv", "transformer.transformer_blocks.23.ff.net.2",
+                   "diffusion_model.joint_blocks.0.context_block.mlp.fc1"),
+    "SD3.5 medium": ("lora_unet_joint_blocks_12_x_block_attn2_qkv",),
+    "SD3.5 large": ("lora_unet_joint_blocks_37_x_block_attn_qkv",),
+    "Flux.1 dev": ("lora_unet_double_blocks_18_txt_mlp_2", "lora_unet_single_blocks_37_linear1",
+                   "transformer.single_transformer_blocks.37.proj_out", "lora_te1_text_model_encoder_layers_11_mlp_fc2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_full_size_names_fit_the_published_architectures(name: str, tmp_path: Path) -> None:
     """The published configurations on the meta device: parameter counts, and a name for every LoRA target."""
-    family = families.REGISTRY[name]
-    folder = tmp_path / name
-    for part, config in globals()[modules].items():
-        (folder / part).mkdir(parents=True)
-        (folder / part / "config.json").write_text(json.dumps(config))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": family.pipeline_class}))
+    title, _, _, millions = PUBLISHED[name]
+    folder = write_published(name, tmp_path)
+    family = families.family_of(folder)
+    assert family.name == title
     parts = family.skeletons(folder)
     assert round(sum(p.numel() for p in parts["denoiser"].parameters()) / 1e6) == millions
-    table = accepted_names(name, folder)
-    assert all(f"lora_unet_{one}" in table for one in some)
-    last = len([path for path, _ in parts["text_encoder"].named_modules() if path.endswith("mlp.fc2")]) - 1
-    prefix = "lora_te1_" if name == "sdxl" else "lora_te_"
-    assert f"{prefix}text_model_encoder_layers_{last}_mlp_fc2" in table
-    if name == "sdxl":
-        assert "lora_te2_text_model_encoder_layers_31_mlp_fc2" in table
+    table = accepted_names(folder)
+    assert set(LAYERS_OF[name]) <= table.keys()
+    assert round(sum(p.numel() for p in parts["denoiser"].parameters()) / 1e6) == millions
+    held = {module for place in key_table(folder).values() if place.part == "denoiser" for module in place.modules}
+    nameless = [
+        path
+        for path, child in parts["denoiser"].named_modules()
+        if isinstance(child, torch.nn.Linear | torch.nn.Conv2d) and path not in held
+    ]
+    last = {"SD3 medium": 23, "SD3.5 medium": 23, "SD3.5 large": 37}.get(name)
+    swapped = [f"transformer_blocks.{last}.norm1_context.linear", "norm_out.linear"] if last else ["norm_out.linear"]
+    assert nameless == (swapped if families.is_transformer(title) else [])
 
 
-SD1 = {
-    "unet": {"_class_name": "UNet2DConditionModel", "in_channels": 4, "sample_size": 64, "cross_attention_dim": 768,
-             "attention_head_dim": 8},
-    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-                     "num_attention_heads": 12},
-}  # fmt: skip
-SD2 = {
-    "unet": {"_class_name": "UNet2DConditionModel", "in_channels": 4, "sample_size": 96, "cross_attention_dim": 1024,
-             "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
-    "text_encoder": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
-                     "num_attention_heads": 16},
-}  # fmt: skip
-SDXL = {
-    "unet": {
-        "_class_name": "UNet2DConditionModel",
-        "in_channels": 4,
-        "out_channels": 4,
-        "sample_size": 128,
-        "block_out_channels": [320, 640, 1280],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "transformer_layers_per_block": [1, 2, 10],
-        "attention_head_dim": [5, 10, 20],
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    "text_encoder": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    },
-    "text_encoder_2": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "projection_dim": 1280,
-    },
-}
+def test_diffusers_reads_joined_flux_matrices_at_full_size(tmp_path: Path) -> None:
+    """Its reader of kohya's Flux keys has 3072 and 12288 written into it, so a tiny base can't ask it."""
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
+    folder = write_published("Flux.1 dev", tmp_path / "flux")
+    shapes = families.weight_shapes(folder)["denoiser"]
+    made = torch.Generator().manual_seed(0)
+    chosen = [
+        path for path in shapes
+        if path.startswith(("transformer_blocks.3.", "single_transformer_blocks.5.")) and ".norm" not in path
+    ]  # fmt: skip
+    layers = {
+        path: (torch.randn(4, shapes[path][1], generator=made), torch.randn(shapes[path][0], 4, generator=made))
+        for path in chosen
+    }
+    adapter = Adapter("flux", folder, {"denoiser": layers}, 0.5)
+    (item,) = export_adapter(adapter, tmp_path, "x", ["kohya"], "fp32", ABOUT)
+    assert item.ok, item.checks
+    tensors = load_file(item.path)
+    assert tensors["lora_unet_single_blocks_5_linear1.lora_up.weight"].shape == (3 * 3072 + 12288, 16)
+    theirs = _convert_kohya_flux_lora_to_diffusers(tensors)
+    assert len(theirs) == 2 * len(chosen)
+    for path, (a, b) in layers.items():
+        again = theirs[f"transformer.{path}.lora_B.weight"] @ theirs[f"transformer.{path}.lora_A.weight"]
+        assert torch.allclose(again[:64], 0.5 * (b @ a)[:64], atol=1e-4), path
+
+
+def test_joined_matrices_come_apart_again() -> None:
+    """Some modules missing, some zero, ranks that differ: every delta is the old one, and nothing is invented."""
+    made = torch.Generator().manual_seed(0)
+    place = Place("denoiser", ("q", "k", "v"), (4, 4, 6))
+    pairs = [
+        (torch.randn(r, 8, generator=made), torch.randn(n, r, generator=made)) for r, n in ((2, 4), (3, 4), (1, 6))
+    ]
+    for missing in (None, 0, 1, 2):
+        held = [None if n == missing else pair for n, pair in enumerate(pairs)]
+        again = split(*join(held, place.rows), place)
+        assert again.keys() == {name for name, pair in zip("qkv", held, strict=True) if pair is not None}
+        for name, pair in zip("qkv", held, strict=True):
+            if pair is not None:
+                assert torch.equal(again[name][1] @ again[name][0], pair[1] @ pair[0])
+    silent = [pairs[0], (pairs[1][0], torch.zeros(4, 3)), pairs[2]]
+    assert split(*join(silent, place.rows), place).keys() == {"q", "k", "v"}
+    dense = (torch.randn(5, 8, generator=made), torch.randn(14, 5, generator=made))
+    whole = torch.cat([b @ a for a, b in split(*dense, place).values()])
+    assert torch.allclose(whole, dense[1] @ dense[0], atol=1e-5)
 
 
 def test_an_adapter_is_library_free(tiny_bases: dict[str, Path]) -> None:

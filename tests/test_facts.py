@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from test_export import NAMES, SD2
+from published import write as write_published
+from test_export import NAMES
 
 from finetune import families
 from finetune.cli import run
@@ -27,21 +27,7 @@ def test_facts_are_those_of_the_loaded_base(name: str, tiny_bases: dict[str, Pat
 
 def test_published_sizes_without_any_weights(tmp_path: Path) -> None:
     """SD 2.1: 866M in the UNet, 340M in the encoder, 84M in the VAE (arXiv:2112.10752's code and the model card)."""
-    scheduler = {
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "prediction_type": "v_prediction",
-    }
-    levels = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    channels = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
-    vae = {"_class_name": "AutoencoderKL", **levels, **channels}
-    for part, config in {**SD2, "vae": vae}.items():
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "config.json").write_text(json.dumps(config))
-    (tmp_path / "scheduler").mkdir()
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    write_published("SD 2.1", tmp_path)
     told = facts(tmp_path)
     assert told["family"].startswith("sd2")
     assert told["parameters"] == "denoiser 866M, vae 84M, text_encoder 340M"

@@ -95,7 +95,7 @@ def export_adapter(
     exported = []
     for wanted in formats:
         export = REGISTRY[wanted]
-        path = export.path(folder, name)
+        path = export.path(folder, name, adapter.family)
         if path.exists() and not force:
             raise BadInput(f"{path} is already there: remove it, or pass --force")
         if path.is_dir():

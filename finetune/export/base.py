@@ -41,6 +41,14 @@ class Adapter:
         }
         return replace(self, layers=layers)
 
+    def folded(self) -> Adapter:
+        """The same deltas with the scale in B, so that alpha is the rank."""
+        layers = {
+            part: {path: (a, b * self.scale) for path, (a, b) in modules.items()}
+            for part, modules in self.layers.items()
+        }
+        return replace(self, layers=layers, scale=1.0)
+
     @property
     def alpha(self) -> float:
         """The alpha that gives this scale by the plain rule alpha / rank, which every reader follows."""
@@ -93,8 +101,12 @@ class Export(ABC):
     read_by: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def path(self, folder: Path, name: str) -> Path:
-        """Where this format of an adapter called `name` is written."""
+    def path(self, folder: Path, name: str, family: str) -> Path:
+        """Where this format of an adapter called `name` is written: NAME.safetensors is what most UIs read."""
+
+    def readers(self, adapter: Adapter) -> tuple[str, ...]:
+        """The programs that are known to read this adapter whole."""
+        return self.read_by
 
     @abstractmethod
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None: ...

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-VERSIONS = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
+from finetune.families import REGISTRY
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def sidecar(card: Card) -> dict[str, Any]:
     """NAME.json: Forge, A1111 and InvokeAI show and use these."""
     return {
         "description": f"{card.trigger}: trained on {card.base}",
-        "sd version": VERSIONS.get(card.family, "Unknown"),
+        "sd version": REGISTRY[card.family].labels.sidecar,
         "activation text": card.trigger,
         "preferred weight": 1.0,
         "notes": "; ".join(f"{name} {value}" for name, value in card.settings.items()),

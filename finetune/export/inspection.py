@@ -18,9 +18,8 @@ from torch import Tensor
 from finetune import families
 from finetune.errors import BadInput
 from finetune.export.base import Adapter
-from finetune.export.diffusers import HEADER
-from finetune.export.diffusers import PARTS as DIFFUSERS_PARTS
-from finetune.export.kohya import ALPHA, key_table, keys_of
+from finetune.export.diffusers import HEADER, prefixes
+from finetune.export.kohya import ALPHA, Place, key_of, keys_of, places, split
 from finetune.export.peft import Peft
 from finetune.families.layout import strip_text_model
 from finetune.families.ldm import unet_name
@@ -120,24 +119,34 @@ def open_adapter(path: Path, base: str) -> tuple[Adapter, Inspection]:
     return found.adapter, found
 
 
-def accepted_names(family: str, folder: Path) -> dict[str, tuple[str, str]]:
-    """Every module name that some trainer writes -> (part, module path)."""
-    table = key_table(family, folder)
-    names = dict(table)
-    config = families.read_config(folder, "unet/config.json")
-    for name, (part, module) in table.items():
+def accepted_names(folder: Path) -> dict[str, Place]:
+    """Every module name that some trainer writes -> what it stands for."""
+    family = families.family_of(folder)
+    title, prefix = family.name, prefixes(family.name)
+    names: dict[str, Place] = {}
+    for (part, name), place in places(folder).items():
+        names[key_of(title, part, name)] = place
         if part == "denoiser":
-            names[f"lora_unet_{unet_name(module, config).replace('.', '_')}"] = (part, module)
-        elif family != "sdxl":
-            names[name.replace("lora_te_", "lora_te1_", 1)] = (part, module)
-        names[f"{DIFFUSERS_PARTS[part]}.{module}"] = (part, module)
+            names |= _other_denoiser_names(title, name, place, folder)
+        elif family.export_prefix[part] == "lora_te":
+            names[key_of(title, part, name).replace("lora_te_", "lora_te1_", 1)] = place
+    for part, modules in families.weight_shapes(folder).items():
+        names |= {f"{prefix[part]}.{path}": Place(part, (path,), (shape[0],)) for path, shape in modules.items()}
     return names
+
+
+def _other_denoiser_names(family: str, name: str, place: Place, folder: Path) -> dict[str, Place]:
+    """SDXL's original names in kohya's form, and the original names of SD3 and Flux in PEFT's."""
+    if families.is_transformer(family):
+        return {f"diffusion_model.{name}": place}
+    config = families.read_config(folder, "unet/config.json")
+    return {f"lora_unet_{unet_name(name, config).replace('.', '_')}": place}
 
 
 def _inspect(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], family: str, folder: Path
 ) -> Inspection:
-    names = accepted_names(family, folder)
+    names = accepted_names(folder)
     modules, others, odd = _by_module(tensors)
     known = {name: names[_plain(name)] for name in modules if _plain(name) in names}
     found = Inspection(
@@ -152,14 +161,17 @@ def _inspect(
         metadata=metadata,
         strangers=sorted(odd) + sorted(name for name in modules if name not in known),
     )
-    weights = _shapes(folder)
+    weights = families.weight_shapes(folder)
     layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     header_alpha = _header_alpha(metadata)
     for name in sorted(known):
-        part, module = known[name]
-        pair = _module(found, name, modules[name], header_alpha, weights[part][module])
+        place = known[name]
+        first = weights[place.part][place.modules[0]]
+        pair = _module(found, name, modules[name], header_alpha, torch.Size([sum(place.rows), *first[1:]]))
         if pair is not None:
-            layers.setdefault(part, {})[module] = pair
+            apart = split(*pair, place)
+            found.ranks.update(len(a) for a, _ in apart.values())
+            layers.setdefault(place.part, {}).update(apart)
     for key, what in others.items():
         found.fault(f"keys of {what}, which a reader of plain LoRA drops or misreads", key)
     if layers:
@@ -206,12 +218,13 @@ def _module(
         found.fault("modules that are not finite", name)
         return None
     alpha = float(held["alpha"]) if "alpha" in held else header_alpha
+    if alpha is None and families.is_transformer(found.family):
+        alpha = float(len(a))  # such files carry their scale in the matrices
     if alpha is None:
         found.fault("modules without alpha: readers take the rank, which the trainer may not have", name)
         alpha = float(len(a))
     if not bool(b.any()) or not bool(a.any()):
         found.zero.append(name)
-    found.ranks[len(a)] += 1
     found.scales[round(alpha / len(a), 6)] += 1
     return a.reshape(len(a), *weight[1:]), (b * (alpha / len(a))).reshape(*b.shape[:2], *([1] * (len(weight) - 2)))
 
@@ -223,21 +236,8 @@ def _header_alpha(metadata: dict[str, str]) -> float | None:
     return alphas.pop() if len(alphas) == 1 else None
 
 
-def _shapes(folder: Path) -> dict[str, dict[str, torch.Size]]:
-    skeletons = families.family_of(folder).skeletons(folder)
-    return {
-        part: {
-            strip_text_model(path): child.weight.shape
-            for path, child in skeleton.named_modules()
-            if isinstance(getattr(child, "weight", None), Tensor)
-        }
-        for part, skeleton in skeletons.items()
-    }
-
-
 def _kind(modules: dict[str, Any]) -> str:
-    prefixes = tuple(f"{prefix}." for prefix in DIFFUSERS_PARTS.values())
-    dotted = sum(name.startswith(prefixes) for name in modules)
+    dotted = sum("." in name for name in modules)
     if dotted and dotted < len(modules):
         return "a mixture of two formats"
     return "diffusers" if dotted else "kohya"
@@ -252,6 +252,8 @@ def _verdicts(found: Inspection, modules: list[str]) -> dict[str, tuple[str, str
     uis = ("ComfyUI", "Forge/A1111", "InvokeAI", "sdnext")
     if found.adapter is None:
         return dict.fromkeys(uis, ("refused", "nothing fits"))
+    if families.is_transformer(found.family):
+        return _transformer_verdicts(found, uis)
     if found.kind != "kohya":
         return dict(zip(uis, NOT_KOHYA, strict=True))
     lost = len(found.strangers)
@@ -270,6 +272,17 @@ def _verdicts(found: Inspection, modules: list[str]) -> dict[str, tuple[str, str
     return verdicts
 
 
+def _transformer_verdicts(found: Inspection, uis: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    """SD3 and Flux: the diffusers form is what all read; joined matrices each reads in its own way."""
+    lost, texts = len(found.strangers), len((found.adapter.layers.keys() if found.adapter else set()) - {"denoiser"})
+    if found.kind != "diffusers":
+        return dict.fromkeys(uis, ("unknown", "not established for these keys: convert it to diffusers"))
+    if lost or texts:
+        why = f"{lost} keys are not loaded" if lost else "not established for the text encoders of such files"
+        return dict.fromkeys(uis, ("partly" if lost else "unknown", why))
+    return dict.fromkeys(uis, ("fully", ""))
+
+
 def _peft_folder(path: Path, family: str, folder: Path) -> Inspection:
     if not any(path.glob("*/adapter_config.json")):
         raise BadInput(f"{path} is no PEFT folder (it has no PART/adapter_config.json): give a LoRA file")
@@ -282,7 +295,7 @@ def _peft_folder(path: Path, family: str, folder: Path) -> Inspection:
         path, "peft", family, dtype, sum(file.stat().st_size for file in files), adapter, ranks,
         Counter({round(adapter.scale, 6): adapter.count}), {},
     )  # fmt: skip
-    table = set(accepted_names(family, folder).values())
+    table = {(place.part, module) for place in places(folder).values() for module in place.modules}
     found.strangers = [f"{part}.{module}" for part, module, _, _ in adapter.modules() if (part, module) not in table]
     for part, module, a, b in adapter.modules():
         if not bool(a.isfinite().all() and b.isfinite().all()):

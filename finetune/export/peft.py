@@ -20,7 +20,7 @@ class Peft(Export):
     name = "peft"
     read_by = ("peft",)
 
-    def path(self, folder: Path, name: str) -> Path:
+    def path(self, folder: Path, name: str, family: str) -> Path:
         return folder / f"{name}-peft"
 
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:

@@ -31,10 +31,12 @@ def verify(adapter: Adapter, export: Export, path: Path, dtype: torch.dtype) -> 
             checks.append("FAILED: weights this small, as after very few steps, lose digits in fp16: export fp32")
     except BadInput as fault:
         return Exported(export.name, path, size, 0, float("inf"), [], [f"FAILED: {fault}"])
-    if "diffusers" in export.read_by and not any(check.startswith("FAILED") for check in checks):
+    if "diffusers" in export.readers(adapter) and not any(check.startswith("FAILED") for check in checks):
         checks.append(read_by_diffusers(again, path))
     whole = not any(check.startswith("FAILED") for check in checks)
-    return Exported(export.name, path, size, again.count, error, list(export.read_by) if whole else [], checks)
+    return Exported(
+        export.name, path, size, again.count, error, list(export.readers(adapter)) if whole else [], checks
+    )
 
 
 def _faint(adapter: Adapter) -> bool:

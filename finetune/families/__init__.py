@@ -167,9 +167,17 @@ def base_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def module_paths(folder: Path) -> dict[str, list[str]]:
-    """part -> every module path that has a weight, without `text_model.`; from configs alone, on the meta device."""
-    found: dict[str, list[str]] = {}
-    for part, skeleton in family_of(folder).skeletons(folder).items():
-        found[part] = [strip_text_model(path) for path, child in skeleton.named_modules() if hasattr(child, "weight")]
-    return found
+def weight_shapes(folder: Path) -> dict[str, dict[str, torch.Size]]:
+    """part -> module path, without `text_model.` -> its weight's shape; from configs alone, on the meta device."""
+    return {
+        part: {
+            strip_text_model(path): child.weight.shape
+            for path, child in skeleton.named_modules()
+            if isinstance(getattr(child, "weight", None), torch.Tensor)
+        }
+        for part, skeleton in family_of(folder).skeletons(folder).items()
+    }
+
+
+def is_transformer(family: str) -> bool:
+    return REGISTRY[family].sources["denoiser"][0] == "transformer"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,20 @@ from torch import Tensor, nn
 
 from finetune.batch import Geometry, Latents
 from finetune.objectives import AnySchedule, FlowSchedule
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What files of a family call it: kohya's `ss_base_model_version`, modelspec's architecture and implementation,
+    and the "sd version" of Forge's sidecars. `v_*` for bases that predict v."""
+
+    kohya: str
+    architecture: str
+    implementation: str
+    sidecar: str
+    prediction: str = "epsilon"  # "" for flows, which modelspec has no word for
+    v_kohya: str = ""
+    v_architecture: str = ""
 
 
 class Family(ABC):
@@ -43,6 +58,7 @@ class Family(ABC):
 
     # part -> kohya prefix ("lora_unet", "lora_te", ...): the parts that can be trained
     export_prefix: ClassVar[dict[str, str]]
+    labels: ClassVar[Labels]
     # part -> parameter-name prefixes that never get a gradient (DDP fails on them unless they stay frozen)
     unread: dict[str, tuple[str, ...]] = {}
 
@@ -77,6 +93,11 @@ class Family(ABC):
     @abstractmethod
     def resolution_of(cls, folder: Path) -> int:
         """The native side length in pixels, from the configs."""
+
+    @classmethod
+    def original_names(cls, paths: Sequence[str], folder: Path) -> dict[str, list[str]]:
+        """The denoiser's names in kohya's files, with dots -> the modules that one such matrix holds, by rows."""
+        return {path: [path] for path in paths}
 
     @property
     def text_encoders(self) -> list[str]:

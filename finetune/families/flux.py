@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finetune.batch import Geometry
 from finetune.errors import BadInput
+from finetune.families.base import Labels
 from finetune.families.transformer import TransformerFamily
 
 # [dev] is distilled to read its guidance scale; trained on photos, which no guidance has sharpened, it is 1
@@ -30,6 +31,7 @@ class Flux(TransformerFamily):
         "text_encoder_2": ("text_encoder_2", transformers.T5EncoderModel),
     }
     t5_length = 512
+    labels = Labels("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux", "Flux", prediction="")
 
     @classmethod
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from finetune.batch import Geometry
+from finetune.families.base import Labels
 from finetune.families.unet import UNetFamily
 
 
@@ -23,6 +24,7 @@ class StableDiffusion1(UNetFamily):
         "vae": ("vae", diffusers.AutoencoderKL),
         "text_encoder": ("text_encoder", transformers.CLIPTextModel),
     }
+    labels = Labels("sd_v1", "stable-diffusion-v1", "diffusers", "SD1")
     linear_projection = False
 
     @classmethod
@@ -70,4 +72,8 @@ class StableDiffusion2(StableDiffusion1):
     """The same parts; told by the linear projections round its attention blocks."""
 
     name = "sd2"
+    labels = Labels(
+        "sd_v2", "stable-diffusion-v2-512", "diffusers", "SD2",
+        v_kohya="sd_v2_v", v_architecture="stable-diffusion-v2-768-v",
+    )  # fmt: skip
     linear_projection = True

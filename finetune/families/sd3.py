@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finetune.batch import Geometry
 from finetune.errors import BadInput
+from finetune.families.base import Labels
 from finetune.families.transformer import TransformerFamily
 
 T5 = "text_encoder_3"
@@ -33,6 +34,7 @@ class StableDiffusion3(TransformerFamily):
         T5: (T5, transformers.T5EncoderModel),
     }
     optional = (T5,)
+    labels = Labels("sd3", "stable-diffusion-3", "https://github.com/Stability-AI/sd3-ref", "SD3", prediction="")
 
     def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> None:
         super().__init__(folder, dtype, without)

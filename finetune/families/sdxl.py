@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from finetune.batch import Geometry
+from finetune.families.base import Labels
 from finetune.families.unet import UNetFamily
 
 
@@ -25,6 +26,9 @@ class StableDiffusionXL(UNetFamily):
         "text_encoder": ("text_encoder", transformers.CLIPTextModel),
         "text_encoder_2": ("text_encoder_2", transformers.CLIPTextModelWithProjection),
     }
+    labels = Labels(
+        "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models", "SDXL"
+    )
 
     def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> None:
         super().__init__(folder, dtype, without)

@@ -1,0 +1,100 @@
+"""The original names of SD3's and Flux's modules, from their diffusers names.
+
+The original code holds q, k and v (and in Flux's single blocks the MLP) in one matrix; diffusers holds them apart. So
+a name comes with its slot: which of the matrices, joined by rows, a module is.
+"""
+
+from __future__ import annotations
+
+import re
+
+# inside a block: diffusers -> (original, slot)
+FLUX_DOUBLE = {
+    "attn.to_q": ("img_attn.qkv", 0),
+    "attn.to_k": ("img_attn.qkv", 1),
+    "attn.to_v": ("img_attn.qkv", 2),
+    "attn.to_out.0": ("img_attn.proj", 0),
+    "attn.add_q_proj": ("txt_attn.qkv", 0),
+    "attn.add_k_proj": ("txt_attn.qkv", 1),
+    "attn.add_v_proj": ("txt_attn.qkv", 2),
+    "attn.to_add_out": ("txt_attn.proj", 0),
+    "ff.net.0.proj": ("img_mlp.0", 0),
+    "ff.net.2": ("img_mlp.2", 0),
+    "ff_context.net.0.proj": ("txt_mlp.0", 0),
+    "ff_context.net.2": ("txt_mlp.2", 0),
+    "norm1.linear": ("img_mod.lin", 0),
+    "norm1_context.linear": ("txt_mod.lin", 0),
+}
+FLUX_SINGLE = {
+    "attn.to_q": ("linear1", 0),
+    "attn.to_k": ("linear1", 1),
+    "attn.to_v": ("linear1", 2),
+    "proj_mlp": ("linear1", 3),
+    "proj_out": ("linear2", 0),
+    "norm.linear": ("modulation.lin", 0),
+}
+FLUX_OUTSIDE = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "proj_out": "final_layer.linear",
+}
+SD3_BLOCK = {
+    "attn.to_q": ("x_block.attn.qkv", 0),
+    "attn.to_k": ("x_block.attn.qkv", 1),
+    "attn.to_v": ("x_block.attn.qkv", 2),
+    "attn.to_out.0": ("x_block.attn.proj", 0),
+    "attn2.to_q": ("x_block.attn2.qkv", 0),
+    "attn2.to_k": ("x_block.attn2.qkv", 1),
+    "attn2.to_v": ("x_block.attn2.qkv", 2),
+    "attn2.to_out.0": ("x_block.attn2.proj", 0),
+    "attn.add_q_proj": ("context_block.attn.qkv", 0),
+    "attn.add_k_proj": ("context_block.attn.qkv", 1),
+    "attn.add_v_proj": ("context_block.attn.qkv", 2),
+    "attn.to_add_out": ("context_block.attn.proj", 0),
+    "ff.net.0.proj": ("x_block.mlp.fc1", 0),
+    "ff.net.2": ("x_block.mlp.fc2", 0),
+    "ff_context.net.0.proj": ("context_block.mlp.fc1", 0),
+    "ff_context.net.2": ("context_block.mlp.fc2", 0),
+    "norm1.linear": ("x_block.adaLN_modulation.1", 0),
+    "norm1_context.linear": ("context_block.adaLN_modulation.1", 0),
+}
+SD3_OUTSIDE = {
+    "pos_embed.proj": "x_embedder.proj",
+    "context_embedder": "context_embedder",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "proj_out": "final_layer.linear",
+}
+BLOCKS = {
+    "flux": {
+        "transformer_blocks": ("double_blocks", FLUX_DOUBLE),
+        "single_transformer_blocks": ("single_blocks", FLUX_SINGLE),
+    },
+    "sd3": {"transformer_blocks": ("joint_blocks", SD3_BLOCK)},
+}
+OUTSIDE = {"flux": FLUX_OUTSIDE, "sd3": SD3_OUTSIDE}
+
+
+def original_name(family: str, path: str, last_block: int) -> tuple[str, int] | None:
+    """A transformer's module path -> (original path, slot); None where no matrix of the original is its equal.
+
+    Those are the output's modulation, and in SD3 that of the last block's text: diffusers swaps their halves.
+    """
+    found = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", path)
+    if found is None or found[1] not in BLOCKS[family]:
+        return (OUTSIDE[family][path], 0) if path in OUTSIDE[family] else None
+    if family == "sd3" and found[3] == "norm1_context.linear" and int(found[2]) == last_block:
+        return None
+    name, inside = BLOCKS[family][found[1]]
+    if found[3] not in inside:
+        return None
+    original, slot = inside[found[3]]
+    return f"{name}.{found[2]}.{original}", slot
