@@ -269,7 +269,7 @@ def test_a_merged_model_draws_what_base_and_adapter_draw(
 ) -> None:
     """LoRA + base -> folder; and the difference of the two taken out again is that LoRA."""
     adapter = written(tiny_bases[name], tmp_path, ["kohya"])
-    item = merged_model([(tmp_path / "x.safetensors", 0.5)], str(tiny_bases[name]), tmp_path / "model", "fp32")
+    item = merged_model([(tmp_path / paths(name)["kohya"], 0.5)], str(tiny_bases[name]), tmp_path / "model", "fp32")
     assert item.ok, item.checks
     clean = families.load(str(tiny_bases[name]))
     apply_adapter(clean, adapter, 0.5)

@@ -216,14 +216,16 @@ LAYERS_OF = {
                "lora_unet_input_blocks_8_1_transformer_blocks_0_attn2_to_k"),
     "SD 2.1": ("lora_unet_up_blocks_3_attentions_2_proj_out", "lora_unet_output_blocks_11_1_proj_out",
                "lora_te_text_model_encoder_layers_22_mlp_fc2"),
-    "SDXL": ("lora_unet_mid_block_attentions_0_transformer_blocks_9_attn2_to_out_0", "lora_unet_middle_block_1_proj_in",
-             "lora_te1_text_model_encoder_layers_11_mlp_fc2", "lora_te2_text_model_encoder_layers_31_mlp_fc2"),
+    "SDXL": ("lora_unet_mid_block_attentions_0_transformer_blocks_9_attn2_to_out_0",
+             "lora_unet_middle_block_1_proj_in", "lora_te1_text_model_encoder_layers_11_mlp_fc2",
+             "lora_te2_text_model_encoder_layers_31_mlp_fc2"),
     "SD3 medium": ("lora_unet_joint_blocks_23_x_block_attn_qkv", "transformer.transformer_blocks.23.ff.net.2",
                    "diffusion_model.joint_blocks.0.context_block.mlp.fc1"),
     "SD3.5 medium": ("lora_unet_joint_blocks_12_x_block_attn2_qkv",),
     "SD3.5 large": ("lora_unet_joint_blocks_37_x_block_attn_qkv",),
     "Flux.1 dev": ("lora_unet_double_blocks_18_txt_mlp_2", "lora_unet_single_blocks_37_linear1",
-                   "transformer.single_transformer_blocks.37.proj_out", "lora_te1_text_model_encoder_layers_11_mlp_fc2"),
+                   "transformer.single_transformer_blocks.37.proj_out",
+                   "lora_te1_text_model_encoder_layers_11_mlp_fc2"),
 }  # fmt: skip
 
 

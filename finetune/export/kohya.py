@@ -4,7 +4,8 @@ Per matrix `<prefix>_<path with _>`: `.lora_down.weight` [r, in], `.lora_up.weig
 SD1 and SD2 take `lora_te_`, SDXL `lora_te1_` and `lora_te2_` (InvokeAI silently loses others). One alpha in the whole
 file: diffusers' reader ignores a per-module one on attention projections.
 
-SD3 and Flux have q, k and v in one matrix there: the downs are stacked, and the ups stand on a diagonal.
+SD3 and Flux have q, k and v in one matrix there: the downs are stacked, and the ups stand on a diagonal. Joined ones
+are of a higher rank, and each has its own alpha.
 """
 
 from __future__ import annotations
@@ -60,11 +61,12 @@ class Kohya(Export):
             pairs = [adapter.layers.get(place.part, {}).get(module) for module in place.modules]
             if any(pair is not None for pair in pairs):
                 joined[key] = join(pairs, place.rows)
-        rank = max(len(a) for a, _ in joined.values())
+        largest = max(len(a) for a, _ in joined.values())
         tensors = {}
         for key, (a, b) in joined.items():
+            rank = len(a) if is_transformer(adapter.family) else largest
             tensors[key + DOWN] = a.to(dtype).contiguous()
-            tensors[key + UP] = (b * (len(a) / rank)).to(dtype)  # one alpha for all: the readers divide by each rank
+            tensors[key + UP] = (b * (len(a) / rank)).to(dtype)  # the readers divide alpha by each rank
             tensors[key + ALPHA] = torch.tensor(float(adapter.scale * rank))
         save_tensors(path, tensors, metadata)
 
