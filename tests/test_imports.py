@@ -19,7 +19,7 @@ LAYERS = (
     ("config",),
     ("run", "badstep", "sample", "tokens", "export"),
     ("loop", "prior", "results", "adapters", "report"),
-    ("plan",),
+    ("plan", "estimate"),
     ("job",),
     ("demo", "doctor", "launch", "cli_adapters"),
     ("cli", "__main__", "__init__"),

@@ -55,9 +55,10 @@ def load(
     return family_of(folder).load(folder, dtype, without)
 
 
-def resolve(source: str, revision: str | None = None, like: str | None = None) -> Path:
-    """A base's name as a local diffusers folder; a hub id is downloaded (or found in the hub's cache), a single file
-    is taken apart into the cache, with configs and tokenizers of `like` (None: the family's own on the hub)."""
+def resolve(source: str, revision: str | None = None, like: str | None = None, weights: bool = True) -> Path:
+    """A base's name as a local diffusers folder; a hub id is downloaded (or found in the hub's cache), of which
+    `weights=False` takes the configs alone; a single file is taken apart into the cache, with configs and tokenizers
+    of `like` (None: the family's own on the hub)."""
     if source == "tiny":
         return _tiny()
     folder = Path(source).expanduser()
@@ -69,7 +70,7 @@ def resolve(source: str, revision: str | None = None, like: str | None = None) -
         raise BadInput(
             f"the base {source!r} is no folder: give 'tiny', a diffusers folder or a hub id like owner/name"
         )
-    return _download(source, revision)
+    return _download(source, revision, weights)
 
 
 def _tiny() -> Path:

@@ -72,6 +72,11 @@ class Family(ABC):
     def load(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
         """Raises BadInput where a part is missing, damaged, or can't be left out."""
 
+    @classmethod
+    @abstractmethod
+    def on_meta(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
+        """The family without weights and tokenizers, from configs alone: for counting. Prompts are blank there."""
+
     @abstractmethod
     def lora_targets(self, part: str, choice: str) -> list[str]:
         """Full paths of the modules in `part` that a LoRA adapts; `choice` is attention, all-linear or conv."""
