@@ -42,6 +42,8 @@ class Data(Settings):
     exists and `templates` elsewhere; `files` demands one for every photo; `templates` ignores them.
     Templates and caption files may contain {token} and {noun}. A caption that is longer than the text encoders read is
     refused, or cut. A token of more than `token_pieces` pieces is refused: each piece has a meaning of its own.
+    `shape: buckets` crops each photo to the size nearest to its own aspect ratio, of those whose area differs by at
+    most the share `bucket_tolerance` from the square's.
     """
 
     photos: Path
@@ -53,6 +55,8 @@ class Data(Settings):
     templates: list[str] = ["a photo of {token} {noun}"]
     long_captions: Literal["refuse", "cut"] = "refuse"
     resolution: int | None = Field(None, ge=8, le=4096)  # None: the base's own
+    shape: Literal["square", "buckets"] = "square"
+    bucket_tolerance: float = Field(0.1, ge=0, le=0.5)
     crop: Literal["center", "random"] = "center"
     crops: int = Field(4, ge=1)  # how many random crops of each photo are cached
     flip: bool = False

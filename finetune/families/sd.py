@@ -43,6 +43,12 @@ class DiffusersFamily(Family):
         self.scaling = float(vae.scaling_factor)
         self.resolution = int(denoiser.sample_size) * self.latent_factor
 
+    @property
+    def size_multiple(self) -> int:
+        """A UNet halves the latents once between two blocks: 64 pixels for SD1 and SD2, 32 for SDXL."""
+        blocks = cast(Any, self.parts["denoiser"]).config.block_out_channels
+        return self.latent_factor * 2 ** (len(blocks) - 1)
+
     def _check_widths(self) -> None:
         """The denoiser reads the text encoders' hidden states, side by side."""
         widths = [int(cast(Any, self.parts[name]).config.hidden_size) for name in self.text_encoders]
