@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from finetune.config import ClassImages, Recipe
 from finetune.data.batches import Batches, Sample
 from finetune.data.cache import LatentCache, PromptCache
+from finetune.data.masks import Masks
 from finetune.data.orders import Buckets, Permutations
 from finetune.data.views import views
 from finetune.errors import CheckFailed, Stopped
@@ -143,6 +144,7 @@ def fit_job(
         accelerator.process_index,
         accelerator.num_processes,
         kind(streams, run.seed, run.batch_size),
+        _masks(job, streams),
     )
     idle = _idle_parts(job, encode_prompts)
     family.release(idle)
@@ -178,6 +180,14 @@ def _latents(job: Job, streams: Sequence[Sequence[Sample]], accelerator: Acceler
     with phase("Latents", len(views)) as advance, accelerator.main_process_first():
         cache.fill(job.family, views, accelerator.device, lambda amount: advance(amount, ""))
     return cache
+
+
+def _masks(job: Job, streams: Sequence[Sequence[Sample]]) -> Masks | None:
+    """None where all of every photo counts."""
+    if not job.masks:
+        return None
+    masks = Masks(job.masks, job.family.latent_factor, job.recipe.data.mask_floor)
+    return masks.fill([view for sample in streams[0] for view in sample.views])
 
 
 def _idle_parts(job: Job, encode_prompts: PromptEncoder) -> list[str]:

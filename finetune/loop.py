@@ -21,6 +21,7 @@ from finetune.draws import Draw, generator, normal, uniform
 from finetune.dropout import SampleDropout, replace_dropout
 from finetune.errors import BadInput, CheckFailed
 from finetune.families.base import Family
+from finetune.loss import per_sample
 from finetune.objectives import Diffusion
 from finetune.optim import Optim, load_state_tensors, state_tensors
 from finetune.progress import phase
@@ -57,7 +58,7 @@ class Step(nn.Module):
         self.stratify: int | None = None  # samples of a global batch, to spread them evenly over the timesteps
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean over the batch of weight * |prediction - target|^2: a float32 scalar."""
+        """The mean over the batch of weight * |prediction - target|^2, where the mask is: a float32 scalar."""
         SampleDropout.drawing(batch.draws)
         x0 = batch.sample_latents()
         noise = normal(batch.draws, x0.shape[1:], "noise").to(x0.device)
@@ -65,7 +66,7 @@ class Step(nn.Module):
         cond = self.encode_prompts(batch.prompts)
         noisy = self.objective.add_noise(x0, noise, t)
         prediction = self.family.predict(noisy, t, cond, batch.geometry)
-        error = (prediction.float() - self.objective.target(x0, noise, t)).square().flatten(1).mean(1)
+        error = per_sample((prediction.float() - self.objective.target(x0, noise, t)).square(), batch.mask)
         return (error * self.objective.weight(t) * batch.weight).mean()
 
     def positions(self, draws: list[Draw]) -> Tensor:

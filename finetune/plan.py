@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from finetune import families, tokens
 from finetune.config import ClassImages, Recipe
 from finetune.data.buckets import Size, bucket_table, cut_away, nearest_bucket
 from finetune.data.captions import Captioned, caption_photos, summarise
+from finetune.data.masks import Mask, find_masks
 from finetune.data.orders import group_count
 from finetune.data.photos import Photo, sort_out
 from finetune.data.views import enlarged
@@ -39,6 +41,7 @@ class Job:
     captions_from_files: int
     caption_summary: str
     resolution: int
+    masks: dict[Path, Mask] = field(default_factory=dict)  # of those photos that have one
 
     @property
     def noun(self) -> str | None:
@@ -76,6 +79,7 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
         BadInput: whatever is wrong with the photos, the captions, the base or the token.
     """
     photos, left_out = _photos(recipe)
+    masks = find_masks(recipe.data.photos, photos, recipe.data.masks)
     check_formats(recipe.export.formats, recipe.method.is_adapter)
     precision = DTYPES[resolve_precision(recipe.run)]
     family = families.load(
@@ -99,7 +103,7 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
     if isinstance(recipe.prior, ClassImages):
         check_set(recipe.prior, recipe.data.class_noun or "", resolution, base_hash)
     texts, from_files = [c.captions for c in captioned], sum(c.source == "file" for c in captioned)
-    return Job(recipe, family, base_hash, token, photos, texts, from_files, summary, resolution)
+    return Job(recipe, family, base_hash, token, photos, texts, from_files, summary, resolution, masks)
 
 
 def _photos(recipe: Recipe) -> tuple[list[Photo], str]:
@@ -176,6 +180,10 @@ def plan(job: Job) -> dict[str, Any]:
         "each photo": f"seen {times:.0f} times",
         **_shape_rows(job),
     }
+    if recipe.data.masks != "none":
+        rows["masks"] = (
+            f"of {len(job.masks)} of {len(job.photos)} photos; background counts {recipe.data.mask_floor:g}"
+        )
     if note := enlarged(job.photos, job.sizes if recipe.data.shape == "buckets" else job.resolution):
         rows["enlarged"] = note
     if isinstance(recipe.prior, ClassImages):

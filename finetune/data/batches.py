@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from finetune.batch import Batch, Latents
+from finetune.data.masks import Masks
 from finetune.data.orders import Order, Permutations, Sample, Streams
 from finetune.data.views import View
 from finetune.draws import Draw
@@ -55,12 +56,13 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         order: Order | None = None,
+        masks: Masks | None = None,
     ) -> None:
-        """`order`: None for pictures of one size (`Permutations`)."""
+        """`order`: None for pictures of one size (`Permutations`); `masks`: None where all of a picture counts."""
         check_split(batch_size, accumulate, world)
         self.streams, self.cache, self.seed = streams, cache, seed
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
-        self.order = order or Permutations(streams, seed, batch_size)
+        self.order, self.masks = order or Permutations(streams, seed, batch_size), masks
 
     @property
     def samples_per_step(self) -> int:
@@ -91,6 +93,7 @@ class Batches:
             [item.view.geometry for item in drawn],
             [item.draw for item in drawn],
             [item.name for item in drawn],
+            None if self.masks is None else torch.stack([self.masks.mask(item.view) for item in drawn]),
         )
 
 

@@ -49,8 +49,12 @@ class View:
         return Geometry((height, width), (top, left), (self.size[1], self.size[0]))
 
     def picture(self) -> Image.Image:
+        return self.cut(_resized(self.photo, self.resized))
+
+    def cut(self, resized: Image.Image) -> Image.Image:
+        """The part of the resized photo, or of a mask as large as that, which the view shows."""
         left, top = self.crop
-        image = _resized(self.photo, self.resized).crop((left, top, left + self.size[0], top + self.size[1]))
+        image = resized.crop((left, top, left + self.size[0], top + self.size[1]))
         return ImageOps.mirror(image) if self.flip else image
 
     def pixels(self) -> Tensor:
