@@ -174,7 +174,7 @@ def _other_files(folder: Path, pictures: list[Path]) -> list[str]:
     others = []
     for path in sorted(folder.iterdir()):
         is_caption = path.suffix == ".txt" and path.stem in stems
-        is_mask = path.name == "masks" or (path.name.endswith(MASK) and path.name.removesuffix(MASK) in stems)
+        is_mask = path.name == "masks" or (path.name.lower().endswith(MASK) and path.name[: -len(MASK)] in stems)
         if path.name.startswith(".") or path in pictures or path.name in CAPTION_LISTS or is_caption or is_mask:
             continue
         others.append(path.name + ("/" if path.is_dir() else ""))
