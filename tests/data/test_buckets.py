@@ -292,13 +292,13 @@ def test_the_step_of_a_bucket_is_the_familys_own(tiny_bases: dict[str, Path]) ->
 
 
 def test_the_plan_tells_of_buckets(tiny_bases: dict[str, Path], shapes: Path) -> None:
-    told = plan(look(recipe(tiny_bases["sd1"], shapes)))
+    told = plan(look(recipe(tiny_bases["sd1"], shapes, "run.steps=40")))
     assert told["buckets"] == (
         "24x40: 1 photo; 32x32: 1 photo; 40x28: 2 photos; 64x16: 1 photo; "
         "at most 60% of a photo (strip.png) is cut away"
     )
     assert told["padding"] == "3 of 8 places of an epoch are repeats that count nothing"
-    assert told["each photo"] == "seen 2 times"  # 6 steps, 4 an epoch
+    assert told["each photo"] == "seen 10 times"  # 40 steps, 4 an epoch
     assert "enlarged" not in told
     told = plan(look(recipe(tiny_bases["sd1"], shapes, "data.resolution=64")))
     assert told["enlarged"] == "5 of 5 photos are enlarged to fill their bucket (the smallest, strip.png, is 300x30)"
