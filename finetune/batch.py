@@ -45,7 +45,8 @@ class Batch:
     """B samples of one micro-batch.
 
     `weight` [B] multiplies each sample's loss; `draws` says where each sample stands in the run, and `names`
-    which files they come from, for the message of a step that is stopped.
+    which files they come from, for the message of a step that is stopped. `mask` [B, 1, h, w] in [0, 1] says how much
+    each latent counts in its sample's loss; None where all count the same.
     """
 
     latents: Latents
@@ -54,6 +55,7 @@ class Batch:
     geometry: list[Geometry]
     draws: list[Draw]
     names: list[str]
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -72,4 +74,5 @@ class Batch:
             self.geometry,
             self.draws,
             self.names,
+            None if self.mask is None else self.mask.to(device),
         )

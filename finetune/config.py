@@ -55,6 +55,9 @@ class Data(Settings):
     exists and `templates` elsewhere; `files` demands one for every photo; `templates` ignores them.
     Templates and caption files may contain {token} and {noun}. A caption that is longer than the text encoders read is
     refused, or cut. A token of more than `token_pieces` pieces is refused: each piece has a meaning of its own.
+    `shape: buckets` crops each photo to the size nearest to its own aspect ratio, of those whose area differs by at
+    most the share `bucket_tolerance` from the square's. `masks` say which part of a photo is the subject: files beside
+    it, its alpha channel, or whichever there is; the background's loss counts `mask_floor`.
     """
 
     photos: Path
@@ -66,11 +69,15 @@ class Data(Settings):
     templates: list[str] = ["a photo of {token} {noun}"]
     long_captions: Literal["refuse", "cut"] = "refuse"
     resolution: int | None = Field(None, ge=8, le=4096)  # None: the base's own
+    shape: Literal["square", "buckets"] = "square"
+    bucket_tolerance: float = Field(0.1, ge=0, le=0.5)
     crop: Literal["center", "random"] = "center"
     crops: int = Field(4, ge=1)  # how many random crops of each photo are cached
     flip: bool = False
     caption_dropout: float = Field(0.0, ge=0, le=1)
     encoder_dropout: float = Field(0.0, ge=0, le=1)  # each of several text encoders on its own
+    masks: Literal["none", "auto", "alpha", "files"] = "none"
+    mask_floor: float = Field(0.0, ge=0, le=1)
 
     @field_validator("photos")
     @classmethod

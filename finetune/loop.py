@@ -21,6 +21,7 @@ from finetune.draws import Draw, generator, uniform
 from finetune.dropout import SampleDropout, replace_dropout
 from finetune.errors import BadInput, CheckFailed
 from finetune.families.base import Family
+from finetune.loss import per_sample
 from finetune.objectives import Objective
 from finetune.optim import Optim, load_state_tensors, state_tensors
 from finetune.progress import phase
@@ -59,7 +60,7 @@ class Step(nn.Module):
         self.stratify: int | None = None  # samples of a global batch, to spread them evenly over the timesteps
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean over the batch of weight * error(prediction, target): a float32 scalar."""
+        """The mean over the batch of weight * error(prediction, target), where the mask is: a float32 scalar."""
         SampleDropout.drawing(batch.draws)
         x0 = batch.sample_latents()
         noise, added = (value.to(x0.device) for value in self.objective.noises(batch.draws, x0.shape[1:]))
@@ -67,7 +68,7 @@ class Step(nn.Module):
         cond = self.encode_prompts(batch.prompts, self.kept(batch.draws))
         noisy = self.objective.add_noise(x0, added, t)
         prediction = self.family.predict(noisy, t, cond, batch.geometry)
-        error = self.objective.error(prediction.float(), self.objective.target(x0, noise, t)).flatten(1).mean(1)
+        error = per_sample(self.objective.error(prediction.float(), self.objective.target(x0, noise, t)), batch.mask)
         return (error * self.objective.weight(t) * batch.weight).mean()
 
     def kept(self, draws: list[Draw]) -> Tensor | None:

@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "finetune").rglob("*.py"))
 # From the ground up. A module may import its own layer and those above it in this list.
 LAYERS = (
     ("errors", "settings", "draws", "quiet", "progress", "files", "signals"),
-    ("batch", "dropout", "objectives", "optim", "recipes"),
+    ("batch", "dropout", "loss", "objectives", "optim", "recipes"),
     ("families",),
     ("methods", "data"),
     ("config",),

@@ -128,6 +128,16 @@ class Family(ABC):
         for part in self.parts.values():
             part.to(device)
 
+    @property
+    def size_multiple(self) -> int:
+        """Pixels: sides that the denoiser can halve as often as it does are multiples of it."""
+        return self.latent_factor
+
+    @property
+    def square_multiple(self) -> int:
+        """Pixels: what a square picture's side must be a multiple of."""
+        return self.latent_factor
+
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> Latents:
         """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/f, W/f], float32, no gradient."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 from torch import nn
 
@@ -23,6 +24,12 @@ class UNetFamily(DiffusersFamily):
         if choice == "all-linear":
             return inside
         return [*inside, *[path for path in both if ".resnets." in path or "samplers." in path]]
+
+    @property
+    def size_multiple(self) -> int:
+        """A UNet halves the latents once between two blocks: 64 pixels for SD1 and SD2, 32 for SDXL."""
+        blocks = cast(Any, self.parts["denoiser"]).config.block_out_channels
+        return self.latent_factor * 2 ** (len(blocks) - 1)
 
     @classmethod
     def resolution_of(cls, folder: Path) -> int:
