@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,9 +31,9 @@ MAGNITUDE = ".lora_magnitude_vector"  # PEFT's files have it without the `.weigh
 class PeftAdapter(Method):
     """An adapter that PEFT puts into a frozen base.
 
-    `targets`: the denoiser's attention projections, everything linear in its attention blocks, also the convolutions of
-    its residual blocks, or only the keys and values of its cross attention (Custom Diffusion, arXiv:2212.04488). A text
-    encoder is adapted at its attention and MLP projections.
+    `targets`: the denoiser's attention projections, everything linear in its attention blocks, also the convolutions
+    of its residual blocks, or only the keys and values of its cross attention (Custom Diffusion, arXiv:2212.04488). A
+    text encoder is adapted at its attention and MLP projections.
     """
 
     marks: ClassVar[tuple[str, ...]]  # what the names of its parameters hold
@@ -185,12 +184,6 @@ def read_own_form(family: Family, folder: Path) -> None:
             odd = [*missing, *result.unexpected_keys]
             raise BadInput(f"{file.parent} has {len(odd)} weights missing or too many, such as {odd[0]!r}")
         module.eval()
-
-
-def kind_of(config_file: Path) -> str:
-    """What an adapter_config.json is of: "LORA", "DORA", "LOHA", ..."""
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    return "DORA" if config.get("use_dora") else str(config.get("peft_type", "LORA"))
 
 
 def _prefixes(module: nn.Module) -> set[str]:
