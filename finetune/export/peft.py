@@ -56,8 +56,8 @@ class Peft(Export):
             config = json.loads(config_file.read_text(encoding="utf-8"))
             if kind_of(config) != "LORA" or config.get("rank_pattern") or config.get("alpha_pattern"):
                 raise BadInput(
-                    f"{path} holds a {kind_of(config)} of PEFT and no plain LoRA of one rank and alpha: take the kohya "
-                    "or diffusers file, or load it with PEFT"
+                    f"{path} holds a {kind_of(config)} of PEFT and no plain LoRA of one rank and alpha: take the "
+                    "kohya or diffusers file, or load it with PEFT"
                 )
             rank, alpha = int(config["r"]), float(config["lora_alpha"])
             rules.add((rank, alpha * rank**0.5 if config.get("use_rslora") else alpha))

@@ -6,7 +6,7 @@ DoRA's own files are read by no two programs alike, and LoHa, LoKr and OFT by fe
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.errors import BadInput
-from finetune.export.algebra import Decomposed, beyond_lora, decompose, differences
+from finetune.export.algebra import LAYERS, Decomposed, beyond_lora, decompose, differences
 from finetune.export.base import Adapter, Exported
 from finetune.export.peft import Peft
 from finetune.export.verify import PREDICTION_BOUND, apply_adapter, probe, relative
@@ -23,6 +23,7 @@ from finetune.families.base import Family
 from finetune.files import save_tensors, write_json
 from finetune.methods.base import Method
 from finetune.methods.peft_adapter import CONFIG, WEIGHTS, PeftAdapter, read_own_form
+from finetune.progress import phase
 
 MOST = 128  # the largest rank that is chosen unasked; the largest that LoRA files commonly have
 
@@ -47,10 +48,12 @@ def reduced(method: Method, family: Family, reload: Reload, rank: int | None, ma
     """
     lost: list[str] = []
     if isinstance(method, PeftAdapter):
-        found = decompose(method.deltas(family), rank or MOST)
+        found = _decompose(method.deltas(family), rank or MOST, sum(1 for _ in method.layers(family)))
     else:
         base = reload()
-        found = decompose(differences(base, family), rank or MOST)
+        layers = [child for part in base.export_prefix for child in base.parts[part].modules()]
+        count = sum(isinstance(child, LAYERS) for child in layers)
+        found = _decompose(differences(base, family), rank or MOST, count)
         lost = _not_held(*beyond_lora(base, family), found)
         del base
     if not found.spectra:
@@ -59,6 +62,18 @@ def reduced(method: Method, family: Family, reload: Reload, rank: int | None, ma
     adapter = Adapter(family.name, family.folder, found.layers(chosen), 1.0)
     prediction = probe(_plain(family))
     return Reduced(adapter, [_bound(found, chosen, max_error), *lost], prediction)
+
+
+def _decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int, count: int) -> Decomposed:
+    """With a progress bar: SDXL's 700 modules take minutes."""
+    with phase("Singular values", count) as advance:
+
+        def counted() -> Iterator[tuple[str, str, Tensor]]:
+            for part, module, change in deltas:
+                yield part, module, change
+                advance(1, "")
+
+        return decompose(counted(), most)
 
 
 def with_checks(item: Exported, own: Reduced, reload: Reload) -> Exported:
