@@ -1,6 +1,6 @@
 """What is no LoRA leaves as one: the best approximation of its true change at a rank, with the error that this costs.
 
-DoRA's own files are read by no two programs alike, and LoHa, LoKr and OFT by few; plain LoRA is read by all.
+UIs read DoRA, LoHa, LoKr and OFT differently or not at all; all read plain LoRA (docs/exports.md).
 """
 
 from __future__ import annotations
