@@ -161,9 +161,14 @@ class Sample(Settings):
 class ExportTo(Settings):
     """`formats`: empty for all that can hold what was trained. `metadata`: "minimal" is what readers need;
     "standard" adds trigger, date, base hash, steps and seed; "full" also the recipe (with its paths) and the captions.
+
+    What is no LoRA leaves as one by singular values: `rank` is its rank (None: the smallest that meets `max_error`, at
+    most 128), `max_error` the largest |LoRA - change| / |change| over all modules that is no failure.
     """
 
     formats: list[str] = []
+    rank: int | None = Field(None, ge=1)
+    max_error: float = Field(0.2, gt=0, le=1)
     metadata: Literal["minimal", "standard", "full"] = "standard"
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
 
@@ -191,6 +196,11 @@ class Recipe(Settings):
         if self.optim.text_lr is not None and "text_encoders" not in self.method.parts:
             raise ValueError(
                 "optim.text_lr is set but method.parts has no text_encoders: add them, or leave text_lr out"
+            )
+        if self.export.rank is not None and self.method.low_rank:
+            raise ValueError(
+                f"export.rank is {self.export.rank} but a {self.method.kind} leaves as it was trained: leave it out, "
+                "or make the file smaller with `finetune resize`"
             )
         texts = [*self.data.templates, self.prior.prompt if isinstance(self.prior, ClassImages) else ""]
         if self.data.class_noun is None and any("{noun}" in text for text in texts):

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from finetune import __version__, families
-from finetune.config import dump_recipe
+from finetune.config import ExportTo, dump_recipe
 from finetune.errors import BadInput
 from finetune.export import (
     CHECKPOINT,
     FOLDER,
     REGISTRY,
+    Adapter,
     Exported,
     adapter_from,
     apply_adapter,
@@ -28,8 +29,10 @@ from finetune.export import (
 )
 from finetune.export.card import Card, licence_of, model_card, sidecar
 from finetune.export.inspection import open_adapter
+from finetune.export.reduced import export_own_form, own_formats, reduced, with_checks
 from finetune.families.base import Family
 from finetune.files import write_json, write_text
+from finetune.methods.peft_adapter import PeftAdapter, read_own_form
 from finetune.run import RunFolder
 
 
@@ -62,31 +65,66 @@ def open_run(folder: RunFolder) -> tuple[Family, dict[str, Any]]:
     return family, info
 
 
-def export_run(folder: RunFolder, family: Family, formats: Sequence[str] = ()) -> list[Exported]:
+def export_run(
+    folder: RunFolder, family: Family, formats: Sequence[str] = (), options: ExportTo | None = None
+) -> list[Exported]:
     """Writes RUN/exports/ from a family with the run's training in it, checks every file, and notes it all in
-    RUN/exports.json. Without `formats`: all that can hold what was trained. A family under an adapter is used up: its
-    parts leave memory, since the checks load a clean base."""
+    RUN/exports.json. Without `formats`: those of `options` (None: the recipe's), or all that are usual for what was
+    trained. The family is used up: its parts may leave memory, since the checks load a clean base."""
     recipe = folder.recipe
-    target, name = folder.path / "exports", recipe.run.name
-    if recipe.method.is_adapter:
-        adapter = adapter_from(recipe.method, family)
+    options = options or recipe.export
+    method, wanted = recipe.method, list(formats or options.formats)
+    check_formats(wanted, method.is_adapter)
+    if method.low_rank:
+        adapter = adapter_from(method, family)
         family.release(list(family.parts))
-        exported = export_adapter(
-            adapter,
-            target,
-            name,
-            formats or recipe.export.formats or list(REGISTRY),
-            recipe.export.dtype,
-            _about(folder),
-            v_prediction=family.schedule.prediction == "v_prediction",
-            force=True,
-        )
+        exported = _lora(folder, adapter, recipe.run.name, wanted or list(REGISTRY), options, family)
+    elif method.is_adapter:
+        exported = _reduced(folder, family, wanted or list(REGISTRY), options)
     else:
-        check_formats(formats or recipe.export.formats, is_adapter=False)
-        wanted = formats or recipe.export.formats or [FOLDER]
-        exported = [_whole_model(family, target, name, item, recipe.export.dtype, _about(folder)) for item in wanted]
+        wanted = wanted or [FOLDER]
+        whole = [item for item in wanted if item in (FOLDER, CHECKPOINT)]
+        target, name = folder.path / "exports", recipe.run.name
+        exported = [_whole_model(family, target, name, item, options.dtype, _about(folder)) for item in whole]
+        exported += _reduced(folder, family, [item for item in wanted if item not in whole], options)
     write_json(folder.path / "exports.json", _merged(folder.path, exported))
     return exported
+
+
+def _lora(
+    folder: RunFolder, adapter: Adapter, name: str, formats: Sequence[str], options: ExportTo, family: Family
+) -> list[Exported]:
+    about = _about(folder)
+    method = folder.recipe.method
+    if not method.low_rank and options.metadata != "minimal":
+        about |= {"method": method.kind}
+    v_prediction = family.schedule.prediction == "v_prediction"
+    target = folder.path / "exports"
+    return export_adapter(adapter, target, name, formats, options.dtype, about, v_prediction, force=True)
+
+
+def _reduced(folder: RunFolder, family: Family, formats: Sequence[str], options: ExportTo) -> list[Exported]:
+    """What is no LoRA, as one, and in PEFT's own form where there is one."""
+    if not formats:
+        return []
+    recipe = folder.recipe
+    method, name = recipe.method, recipe.run.name
+    dtype = next(family.parts["denoiser"].parameters()).dtype
+
+    def reload() -> Family:
+        return recipe.base.load(dtype)
+
+    own = reduced(method, family, reload, options.rank, options.max_error)
+    plain, own_form = own_formats(method, formats)
+    exported: dict[str, Exported] = {}
+    if isinstance(method, PeftAdapter) and own_form:
+        path = REGISTRY["peft"].path(folder.path / "exports", name, family.name)
+        exported["peft"] = export_own_form(method, family, path, own.prediction, reload)
+    family.release(list(family.parts))
+    lora_name = name if method.is_adapter else f"{name}-lora"  # NAME.safetensors is a whole model's
+    for item in _lora(folder, own.adapter, lora_name, plain, options, family):
+        exported[item.format] = with_checks(item, own, reload)
+    return [exported[item] for item in formats]
 
 
 def _whole_model(family: Family, target: Path, name: str, wanted: str, dtype: str, about: dict[str, str]) -> Exported:
@@ -144,6 +182,9 @@ def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.
         like = families.resolve(base.source, base.revision, base.like)
         return families.load(str(item.path), dtype=dtype, like=str(like))
     family = base.load(dtype)
+    if item.format == "peft" and folder.recipe.method.is_adapter and not folder.recipe.method.low_rank:
+        read_own_form(family, item.path)
+        return family
     apply_adapter(family, open_adapter(item.path, str(family.folder))[0])
     return family
 
@@ -175,13 +216,14 @@ def _card(folder: RunFolder) -> Card:
         "seed": str(recipe.run.seed),
         "base hash": info["base_hash"][:16],
     }
+    whole = any(item["format"] in (FOLDER, CHECKPOINT) for item in listed)
     return Card(
-        title=recipe.run.name,
+        title=recipe.run.name if whole or recipe.method.is_adapter else f"{recipe.run.name}-lora",
         trigger=trigger(info),
         family=info["family"],
         base=short_name(recipe.base.source),
         licence=licence_of(base),
-        is_adapter=recipe.method.is_adapter,
+        is_adapter=not whole,
         settings=settings,
         pictures=[(prompt, f"images/{number:02d}.png") for number, prompt in enumerate(prompts)],
         files=[

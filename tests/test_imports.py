@@ -29,7 +29,7 @@ RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 HOMES = {
     "diffusers": ("families",),
     "transformers": ("families", "quiet"),
-    "peft": ("methods.lora",),
+    "peft": ("methods",),
     "accelerate": ("loop", "job"),
     "bitsandbytes": ("optim",),
     "typer": ("cli", "cli_adapters"),

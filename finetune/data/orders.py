@@ -63,7 +63,8 @@ class Buckets:
 
     An epoch of the subject goes bucket by bucket: the bucket's photos in a new order, cut into groups of
     `batch_size`; the groups of all buckets in a new order. A group that is not full is filled with repeats that count
-    nothing, so that each photo counts once an epoch. Class images have their own order, as in `Permutations`.
+    nothing, nor does the class image beside one, so that each photo counts once an epoch. Class images have their own
+    order, as in `Permutations`.
     """
 
     def __init__(self, streams: Streams, seed: int, batch_size: int) -> None:
@@ -75,11 +76,12 @@ class Buckets:
 
     def place(self, stream: int, step: int, pair: int) -> Place:
         group = self._group(step)
+        counts = float(pair < len(group))  # of a class image too: lambda stays what it is beside each photo
         if stream == 0:
             sample = self.subject[group[pair % len(group)]]
-            return Place(sample, sample.views, float(pair < len(group)))
+            return Place(sample, sample.views, counts)
         sample = self.others.place(stream, step, pair).sample
-        return Place(sample, sample.views_of(self.subject[group[0]].views[0].size))
+        return Place(sample, sample.views_of(self.subject[group[0]].views[0].size), counts)
 
     def _group(self, step: int) -> list[int]:
         """The subject photos of a step, by number: from one to `batch_size` of one bucket."""

@@ -63,14 +63,14 @@ def adapter_from(method: Method, family: Family) -> Adapter:
 
 
 def check_formats(formats: Sequence[str], is_adapter: bool = True) -> None:
-    """Raises BadInput for a format that does not exist, or can't hold what is trained."""
-    known = list(REGISTRY) if is_adapter else [FOLDER, CHECKPOINT]
+    """Raises BadInput for a format that does not exist, or can't hold what is trained (whole weights leave as a LoRA,
+    too: their difference from the base)."""
+    known = [*REGISTRY, *([] if is_adapter else [FOLDER, CHECKPOINT])]
     for wanted in formats:
         if wanted in known:
             continue
-        if wanted in (*REGISTRY, FOLDER, CHECKPOINT):
-            what = "an adapter" if is_adapter else "whole weights"
-            raise BadInput(f"a {wanted} file can't hold {what}, which this run trains: use {' or '.join(known)}")
+        if wanted in (FOLDER, CHECKPOINT):
+            raise BadInput(f"a {wanted} file can't hold an adapter, which this run trains: use {' or '.join(known)}")
         nearest = difflib.get_close_matches(wanted, known, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
         raise BadInput(f"there is no export format {wanted!r}; {hint}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,6 +15,11 @@ from finetune.families.layout import strip_text_model
 from finetune.files import save_tensors, write_json
 
 PREFIX = "base_model.model."
+
+
+def kind_of(config: dict[str, Any]) -> str:
+    """What an adapter_config.json is of: "LORA", "DORA", "LOHA", ..."""
+    return "DORA" if config.get("use_dora") else str(config.get("peft_type", "LORA"))
 
 
 class Peft(Export):
@@ -48,7 +54,13 @@ class Peft(Export):
         rules = set()
         for config_file in sorted(path.glob("*/adapter_config.json")):
             config = json.loads(config_file.read_text(encoding="utf-8"))
-            rules.add((int(config["r"]), float(config["lora_alpha"])))
+            if kind_of(config) != "LORA" or config.get("rank_pattern") or config.get("alpha_pattern"):
+                raise BadInput(
+                    f"{path} holds a {kind_of(config)} of PEFT and no plain LoRA of one rank and alpha: take the "
+                    "kohya or diffusers file, or load it with PEFT"
+                )
+            rank, alpha = int(config["r"]), float(config["lora_alpha"])
+            rules.add((rank, alpha * rank**0.5 if config.get("use_rslora") else alpha))
             tensors = load_file(config_file.with_name("adapter_model.safetensors"))
             layers[config_file.parent.name] = {
                 strip_text_model(key.removeprefix(PREFIX).removesuffix(".lora_A.weight")): (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ Part = Literal["denoiser", "text_encoders"]
 class Method(Settings, ABC):
     """A recipe's `method:` section is the constructor of one of these (pydantic, unknown keys refused)."""
 
+    low_rank: ClassVar[bool] = False  # whether it is B A as it stands: what leaves the run is what was trained
     kind: str
     parts: list[Part] = Field(["denoiser"], min_length=1)
 

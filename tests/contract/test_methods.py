@@ -12,6 +12,7 @@ from finetune.batch import Geometry
 from finetune.errors import BadInput
 from finetune.families.base import Family
 from finetune.methods.lora import LoRA
+from finetune.methods.peft_adapter import PeftAdapter
 
 PARTS = [["denoiser"], ["text_encoders"], ["denoiser", "text_encoders"]]
 CASES = [
@@ -117,15 +118,20 @@ def test_checkpointing_gives_the_same_gradients(
         assert torch.allclose(value, gradients[1][n], rtol=1e-4, atol=1e-7), n
 
 
+ADAPTERS = [kind for kind, method in methods.REGISTRY.items() if issubclass(method, PeftAdapter)]
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("name", list(families.REGISTRY))
-def test_an_adapter_switched_off_is_the_base(name: str, tiny_bases: dict[str, Path]) -> None:
+def test_an_adapter_switched_off_is_the_base(name: str, kind: str, tiny_bases: dict[str, Path]) -> None:
     family = families.load(str(tiny_bases[name]))
     before = predict(family)
-    method = LoRA(parts=["denoiser", "text_encoders"])
+    method = methods.REGISTRY[kind](parts=["denoiser", "text_encoders"])
     train_a_little(family, method.attach(family, 0))
     assert not torch.equal(predict(family), before)
     with method.disabled(family):
         assert torch.equal(predict(family), before)
+    assert not torch.equal(predict(family), before)
 
 
 @pytest.mark.parametrize("name", list(families.REGISTRY))
@@ -145,10 +151,13 @@ def _blocks(family: Family) -> list[torch.nn.Module]:
     return [child for path, child in family.parts["denoiser"].named_modules() if "blocks." in path]
 
 
-def test_adapters_on_a_bf16_base_are_fp32(tiny_bases: dict[str, Path]) -> None:
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_on_a_bf16_base_are_fp32_and_begin_as_it(kind: str, tiny_bases: dict[str, Path]) -> None:
     family = families.load(str(tiny_bases["sd1"]), dtype=torch.bfloat16)
-    trained = LoRA().attach(family, 0)
+    before = predict(family)
+    trained = methods.REGISTRY[kind]().attach(family, 0)
     assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert torch.equal(predict(family), before)
     predict(family).float().square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained.values())
     assert family.parts["denoiser"].conv_in.weight.dtype == torch.bfloat16

@@ -21,7 +21,7 @@ from finetune.draws import Draw
 from finetune.errors import BadInput
 from finetune.loop import Step
 from finetune.loss import per_sample
-from finetune.objectives import Objective
+from finetune.objectives import ObjectiveSettings, build
 from finetune.plan import look, plan
 
 # the reduction
@@ -79,7 +79,7 @@ def test_the_background_has_no_gradient(family: str, tiny_bases: dict[str, Path]
         base.parts["denoiser"].zero_grad()
         more = 0.0 if noise is None else 3 * noise * torch.randn(2, 4, 16, 16, generator=made)
         base.predict = lambda *args, more=more: predict(*args) + more
-        loss = Step(base, ["denoiser"], Objective().build(base.schedule), base.encode_prompts)(batch)
+        loss = Step(base, ["denoiser"], build(ObjectiveSettings(), base.schedule), base.encode_prompts)(batch)
         loss.backward()
         grads = {n: p.grad.clone() for n, p in base.parts["denoiser"].named_parameters() if p.grad is not None}
         ends.append((loss.detach(), grads))

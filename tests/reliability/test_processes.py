@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from work import wait_for_steps
+from work import METHODS, wait_for_steps
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
@@ -56,12 +56,12 @@ def class_images(cache: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_one_and_two_processes_end_equal(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
-    """LoRA (with dropout) and full, SD1 and SDXL, text encoders trained too: 20 steps of a batch of four."""
+    """LoRA, DoRA (dropout in both), LoKr and full; SD1 and SDXL; text encoders trained too: 20 steps of four."""
     for count in (1, 2):
         done = processes(count, "work", tmp_path / str(count), photos, tiny_bases["sd1"], tiny_bases["sdxl"])
         assert done.returncode == 0, done.stderr[-3000:]
     runs = sorted(path.name for path in (tmp_path / "1" / "runs").iterdir())
-    assert runs == ["sd1-full", "sd1-lora", "sdxl-full", "sdxl-lora"]
+    assert runs == sorted(f"{base}-{method}" for base in ("sd1", "sdxl") for method in METHODS)
     for name in runs:
         one, two = (tmp_path / count / "runs" / name for count in ("1", "2"))
         assert len(losses(one)) == 20
