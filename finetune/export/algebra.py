@@ -97,7 +97,7 @@ def decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int) -> Decompose
     """(part, module, delta [out, in(,k,k)]) -> their singular values and first factors, on the CPU."""
     found = Decomposed({}, {})
     for part, module, change in deltas:
-        u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
+        u, s, v = _svd(change.flatten(1))
         r = min(most, len(s))
         root = s[:r].sqrt()
         a = (root[:, None] * v[:r]).reshape(r, *change.shape[1:])
@@ -165,11 +165,24 @@ def _difference(part: str, module: str, weight: Tensor, other: object) -> Tensor
     return theirs.float() - weight.float().to(theirs.device)
 
 
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The reduced SVD. A small one takes one thread: on a busy machine several wait for each other (100 times slower
+    beside eight busy threads)."""
+    threads = torch.get_num_threads()
+    if min(matrix.shape) <= 512:
+        torch.set_num_threads(1)
+    try:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    finally:
+        torch.set_num_threads(threads)
+    return u, s, v
+
+
 def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of B A by way of two small QR decompositions: U [out, r], S [r], V [r, in], in float64."""
     q, r = torch.linalg.qr(b.double())
     p, t = torch.linalg.qr(a.double().T)
-    u, s, v = torch.linalg.svd(r @ t.T)
+    u, s, v = _svd(r @ t.T)
     return q @ u, s, v @ p.T
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from finetune.errors import BadInput
 from finetune.export.base import Adapter, Export
+from finetune.families import own_paths
 from finetune.families.layout import strip_text_model
 from finetune.files import save_tensors, write_json
 
@@ -30,12 +31,12 @@ class Peft(Export):
         return folder / f"{name}-peft"
 
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-        adapter = adapter.padded()
+        adapter, own = adapter.padded(), own_paths(adapter.base_folder)
         for part, layers in adapter.layers.items():
             tensors = {}
             for module, (a, b) in layers.items():
-                tensors[f"{PREFIX}{module}.lora_A.weight"] = a.to(dtype)
-                tensors[f"{PREFIX}{module}.lora_B.weight"] = b.to(dtype)
+                tensors[f"{PREFIX}{own[part][module]}.lora_A.weight"] = a.to(dtype)
+                tensors[f"{PREFIX}{own[part][module]}.lora_B.weight"] = b.to(dtype)
             save_tensors(path / part / "adapter_model.safetensors", tensors, {"format": "pt"})
             config = {
                 "peft_type": "LORA",

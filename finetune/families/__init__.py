@@ -180,5 +180,13 @@ def weight_shapes(folder: Path) -> dict[str, dict[str, torch.Size]]:
     }
 
 
+def own_paths(folder: Path) -> dict[str, dict[str, str]]:
+    """part -> module path without `text_model.` -> the path that the module really has: PEFT goes by it."""
+    return {
+        part: {strip_text_model(path): path for path, _ in skeleton.named_modules()}
+        for part, skeleton in family_of(folder).skeletons(folder).items()
+    }
+
+
 def is_transformer(family: str) -> bool:
     return REGISTRY[family].sources["denoiser"][0] == "transformer"
