@@ -181,7 +181,7 @@ class Recipe(Settings):
                 f"run.batch_size {self.run.batch_size} can't be split into run.accumulate {self.run.accumulate} "
                 "equal micro-batches: make it a multiple"
             )
-        if self.optim.text_lr is not None and "text_encoders" not in self.method.parts:
+        if self.optim.text_lr is not None and not self.method.has_text_lr:
             raise ValueError(
                 "optim.text_lr is set but method.parts has no text_encoders: add them, or leave text_lr out"
             )
