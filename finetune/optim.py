@@ -12,7 +12,6 @@ from torch import nn
 
 from finetune.settings import Settings
 
-
 Window = tuple[float, float]  # from and to, as shares of a run's steps
 WHOLE: Window = (0.0, 1.0)
 

@@ -16,20 +16,25 @@ from finetune.config import dump_recipe
 from finetune.errors import BadInput
 from finetune.export import (
     CHECKPOINT,
+    EMBEDDING,
     FOLDER,
-    REGISTRY,
     Exported,
     adapter_from,
     apply_adapter,
     check_formats,
+    embedding_usage,
     export_adapter,
     export_checkpoint,
+    export_embedding,
     export_folder,
+    formats_for,
+    read_embedding,
 )
 from finetune.export.card import Card, licence_of, model_card, sidecar
 from finetune.export.inspection import open_adapter
 from finetune.families.base import Family
 from finetune.files import write_json, write_text
+from finetune.methods.textual_inversion import Inversion, set_embeddings
 from finetune.run import RunFolder
 
 
@@ -57,6 +62,7 @@ def open_run(folder: RunFolder) -> tuple[Family, dict[str, Any]]:
             f"the base {recipe.base.source!r} is not the one that {folder.path} was trained on (its content changed): "
             "give the old one back, or train again"
         )
+    recipe.method.name_subject(family, recipe.data.token, recipe.data.class_noun)
     recipe.method.attach(family, recipe.run.seed)
     recipe.method.load_state_dict(family, trained)
     return family, info
@@ -66,27 +72,43 @@ def export_run(folder: RunFolder, family: Family, formats: Sequence[str] = ()) -
     """Writes RUN/exports/ from a family with the run's training in it, checks every file, and notes it all in
     RUN/exports.json. Without `formats`: all that can hold what was trained. A family under an adapter is used up: its
     parts leave memory, since the checks load a clean base."""
-    recipe = folder.recipe
+    recipe, leaves = folder.recipe, folder.recipe.method.leaves
     target, name = folder.path / "exports", recipe.run.name
-    if recipe.method.is_adapter:
-        adapter = adapter_from(recipe.method, family)
+    check_formats(formats or recipe.export.formats, leaves)
+    usual = [item for item in formats_for(leaves) if item != CHECKPOINT]
+    chosen = formats or recipe.export.formats or usual
+    wanted = [item for item in chosen if item != EMBEDDING]
+    words = [_embedding(folder, family)] if EMBEDDING in chosen else []
+    exported: list[Exported] = []
+    if wanted and recipe.method.is_adapter:
+        adapter = adapter_from(recipe.method.adapter, family)
         family.release(list(family.parts))
         exported = export_adapter(
             adapter,
             target,
             name,
-            formats or recipe.export.formats or list(REGISTRY),
+            wanted,
             recipe.export.dtype,
             _about(folder),
             v_prediction=family.schedule.prediction == "v_prediction",
             force=True,
         )
     else:
-        check_formats(formats or recipe.export.formats, is_adapter=False)
-        wanted = formats or recipe.export.formats or [FOLDER]
         exported = [_whole_model(family, target, name, item, recipe.export.dtype, _about(folder)) for item in wanted]
+    exported += words
     write_json(folder.path / "exports.json", _merged(folder.path, exported))
     return exported
+
+
+def _embedding(folder: RunFolder, family: Family) -> Exported:
+    """UIs take the file's name for the word; NAME.safetensors is the LoRA's if there is one."""
+    recipe = folder.recipe
+    assert isinstance(recipe.method, Inversion)
+    path = folder.path / "exports" / f"{recipe.run.name}{'-embedding' * (len(recipe.method.leaves) > 1)}.safetensors"
+    about = _about(folder)
+    about |= {"trigger_phrase": path.stem if about["trigger_phrase"] else ""}
+    words = recipe.method.init or recipe.data.class_noun or ""
+    return export_embedding(recipe.method, family, path, recipe.export.dtype, about, words, recipe.base.load)
 
 
 def _whole_model(family: Family, target: Path, name: str, wanted: str, dtype: str, about: dict[str, str]) -> Exported:
@@ -143,8 +165,13 @@ def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.
     if item.format == CHECKPOINT:
         like = families.resolve(base.source, base.revision, base.like)
         return families.load(str(item.path), dtype=dtype, like=str(like))
-    family = base.load(dtype)
-    apply_adapter(family, open_adapter(item.path, str(family.folder))[0])
+    family, method, data = base.load(dtype), folder.recipe.method, folder.recipe.data
+    words = next((item for item in exported if item.ok and item.format == EMBEDDING), None)
+    method.name_subject(family, data.token, data.class_noun)
+    if words is not None:
+        set_embeddings(family, read_embedding(words.path, family.name))
+    if item is not words:
+        apply_adapter(family, open_adapter(item.path, str(family.folder))[0])
     return family
 
 
@@ -175,13 +202,16 @@ def _card(folder: RunFolder) -> Card:
         "seed": str(recipe.run.seed),
         "base hash": info["base_hash"][:16],
     }
+    words = next((Path(item["path"]).name for item in listed if item["format"] == EMBEDDING), None)
     return Card(
         title=recipe.run.name,
         trigger=trigger(info),
+        activation=trigger(info | ({"token": Path(words).stem} if words else {})),
+        loading=embedding_usage(info["family"], words, info["token"]) if words else [],
         family=info["family"],
         base=short_name(recipe.base.source),
         licence=licence_of(base),
-        is_adapter=recipe.method.is_adapter,
+        holds=recipe.method.leaves,
         settings=settings,
         pictures=[(prompt, f"images/{number:02d}.png") for number, prompt in enumerate(prompts)],
         files=[

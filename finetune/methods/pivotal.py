@@ -1,8 +1,9 @@
-"""Pivotal tuning (after arXiv:2106.05744; for diffusion models cloneofsimo/lora): first a new word, then a LoRA round it.
+"""Pivotal tuning (after arXiv:2106.05744; for diffusion models cloneofsimo/lora): a new word, then a LoRA round it.
 
 For the first `pivot` of the steps only the new embeddings are trained; then they stand still, or go on with
-`keep_training_token`, and the LoRA is trained. Both have their own schedule over their own steps. Gradients are computed
-for both throughout (Adam's moments of what waits are warm when its turn comes); a rate of 0 leaves weights bit-identical.
+`keep_training_token`, and the LoRA is trained. Each has its own schedule over its own steps. Gradients are computed
+for both throughout (Adam's moments of what waits are warm when its turn comes); AdamW at a rate of 0 leaves weights
+bit-identical.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Textual inversion (arXiv:2208.01618): new words for the frozen base, one or several trained embeddings each.
 
-`Inversion` is what every method with words of its own does: it names the subject (`<subject>`), puts a few rows beside
-the frozen table of each CLIP encoder, and trains those rows only. T5 encoders get no rows (their files have no place for
-them): they read the initialiser's words instead.
+`Inversion` is what every method with words of its own does: it names the subject (`<subject>`), puts a few rows
+beside the frozen table of each CLIP encoder, and trains those rows only. T5 encoders get no rows (files of embeddings
+have no place for them): they read the initialiser's words instead.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Directions(Rows):
 
     def __init__(self, start: Tensor, norm: Tensor) -> None:
         super().__init__(start)
+        self.norm: Tensor
         self.register_buffer("norm", norm.float(), persistent=False)
 
     def forward(self) -> Tensor:
@@ -65,7 +66,7 @@ class Extended(nn.Module):
 
 class Inversion(Method):
     """`vectors` embeddings for one placeholder; they begin as `init` (None: the class noun), whose words must each be
-    one token, and are repeated where there are more vectors. `norm: keep` fixes their length at the mean of the base's.
+    one token, and are repeated where there are more vectors. `norm: keep` fixes their length at the base's mean.
     """
 
     vectors: int = Field(1, ge=1, le=32)
@@ -95,7 +96,7 @@ class Inversion(Method):
             start = self._start(tokenizer, words)
             first = _add_tokens(tokenizer, name, self.vectors)
             _extend(cast(Any, family.parts[part]), first, start, self.norm)
-            _mend_end(family.parts[part], int(tokenizer.eos_token_id))
+            mend_end(family.parts[part], tokenizer)
         return f"<{name}>"
 
     def _start(self, tokenizer: Any, words: str) -> list[int]:
@@ -105,14 +106,14 @@ class Inversion(Method):
         if split is not None:
             shown = " + ".join(piece.removesuffix("</w>") for piece in pieces[split])
             raise BadInput(
-                f"the initialiser {split!r} is {len(pieces[split])} pieces to this base ({shown}): set method.init to a "
-                "plain word that the base knows"
+                f"the initialiser {split!r} is {len(pieces[split])} pieces to this base ({shown}): set method.init to "
+                "a plain word that the base knows"
             )
         ids = tokenizer.convert_tokens_to_ids([pieces[word][0] for word in words.split()])
         if len(ids) > self.vectors:
             raise BadInput(
-                f"the initialiser {words!r} has {len(ids)} words but method.vectors is {self.vectors}: set method.init "
-                f"to fewer words, or method.vectors={len(ids)}"
+                f"the initialiser {words!r} has {len(ids)} words but method.vectors is {self.vectors}: set "
+                f"method.init to fewer words, or method.vectors={len(ids)}"
             )
         return [ids[k % len(ids)] for k in range(self.vectors)]
 
@@ -150,9 +151,7 @@ class TextualInversion(Inversion):
     @classmethod
     def _only_texts(cls, value: list[Part]) -> list[Part]:
         if value != ["text_encoders"]:
-            raise ValueError(
-                "textual_inversion trains embeddings of the text encoders only: leave it out, or use pivotal"
-            )
+            raise ValueError("textual_inversion trains embeddings of text encoders only: leave it out, or use pivotal")
         return value
 
     def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
@@ -231,9 +230,11 @@ def _extend(encoder: Any, first: int, start: list[int], norm: str) -> None:
     encoder.set_input_embeddings(Extended(table, first, new).train(encoder.training))
 
 
-def _mend_end(encoder: nn.Module, eos: int) -> None:
+def mend_end(encoder: nn.Module, tokenizer: Any) -> bool:
     """The pooled vector is the end of the text's. Where a config says that its id is 2, transformers looks for the
-    highest id, which is a new token's now; ordinary prompts are not changed by looking for the true one."""
-    for module in encoder.modules():
-        if getattr(module, "eos_token_id", None) == LEGACY_EOS:
-            cast(Any, module).eos_token_id = eos
+    highest id, which is a new token's now; ordinary prompts are not changed by looking for the true one. Returns
+    whether it was so."""
+    legacy = [module for module in encoder.modules() if getattr(module, "eos_token_id", None) == LEGACY_EOS]
+    for module in legacy:
+        cast(Any, module).eos_token_id = int(tokenizer.eos_token_id)
+    return bool(legacy)
