@@ -149,7 +149,7 @@ def sample(
 def export(
     run: Annotated[Path, typer.Argument(help="a finished run's folder")],
     to: Annotated[
-        list[str] | None, typer.Option("--to", help="kohya, diffusers, peft; folder for full models")
+        list[str] | None, typer.Option("--to", help="kohya, diffusers, peft; folder for full models; embedding")
     ] = None,
 ) -> None:
     """Write the run's adapter for other programs into RUN/exports, and check every file."""

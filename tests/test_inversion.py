@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from finetune import families, job
@@ -107,9 +108,8 @@ def test_kept_norms_are_the_vocabularys_mean_and_only_directions_move(name: str,
         target = torch.randn(1, generator=torch.Generator().manual_seed(1))
         (family.encode_prompts([f"a {placeholder}"])["hidden"].square().mean() - target).square().backward()
         for rows in trained.values():
-            assert float((rows.grad * rows).detach().sum(1).abs().max()) < 1e-5 * float(
-                rows.grad.norm() * rows.detach().norm() + 1e-9
-            )
+            along, gradient = (rows.grad * rows.detach()).sum(1).abs(), rows.grad.norm(dim=1)
+            assert bool((along < 1e-5 * gradient * rows.detach().norm(dim=1) + 1e-9).all())
         optimizer.step()
         optimizer.zero_grad()
     for part, rows in embeddings(family).items():
@@ -244,8 +244,8 @@ def test_text_lr_is_of_use_to_both(photos: Path) -> None:
             "a kohya file can't hold new embeddings, which this run trains",
         ),
         ("pivotal", ["folder"], "a folder file can't hold an adapter or new embeddings"),
-        ("lora", ["embedding"], "a embedding file can't hold an adapter"),
-        ("full", ["embedding"], "a embedding file can't hold whole weights"),
+        ("lora", ["embedding"], "an embedding file can't hold an adapter"),
+        ("full", ["embedding"], "an embedding file can't hold whole weights"),
     ],
 )
 def test_a_format_that_cannot_hold_it_is_refused_at_once(
@@ -295,8 +295,6 @@ def test_first_the_token_then_the_lora(keep: bool, tiny_bases: dict[str, Path], 
     method = {"kind": "pivotal", "pivot": 0.5, "rank": 2, "keep_training_token": keep}
     run = {"steps": 4, "checkpoint_every": 1, "keep": 9}
     made = job.train(parse_recipe(recipe(tiny_bases["sd1"], photos, method, run=run)), tmp_path / "run")
-    from safetensors.torch import load_file
-
     steps = [load_file(made / "checkpoints" / f"step-{n:06d}" / "trained.safetensors") for n in (1, 2, 3, 4)]
     for before, after, first_half in ((0, 1, True), (1, 2, False), (2, 3, False)):
         for key, value in steps[before].items():

@@ -86,7 +86,10 @@ def check_formats(formats: Sequence[str], leaves: Sequence[str] = ("adapter",)) 
             continue
         if wanted in formats_for(tuple(FORMATS)):
             what = " or ".join(CALLED[item] for item in leaves)
-            raise BadInput(f"a {wanted} file can't hold {what}, which this run trains: use {' or '.join(known)}")
+            article = "an" if wanted == EMBEDDING else "a"
+            raise BadInput(
+                f"{article} {wanted} file can't hold {what}, which this run trains: use {' or '.join(known)}"
+            )
         nearest = difflib.get_close_matches(wanted, known, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
         raise BadInput(f"there is no export format {wanted!r}; {hint}")
