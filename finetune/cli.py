@@ -165,7 +165,7 @@ def sample(
 def export(
     run: Annotated[Path, typer.Argument(help="a finished run's folder")],
     to: Annotated[
-        list[str] | None, typer.Option("--to", help="kohya, diffusers, peft; folder, checkpoint for full models")
+        list[str] | None, typer.Option("--to", help="kohya, diffusers, peft; folder, checkpoint, embedding")
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="of what is no LoRA and leaves as one")] = None,
     max_error: Annotated[float | None, typer.Option("--max-error", help="what this may cost, such as 0.1")] = None,
@@ -182,7 +182,7 @@ def export(
     given = {"export.rank": rank, "export.max_error": max_error}
     options = [f"{key}={value}" for key, value in given.items() if value is not None]
     recipe = parse_recipe(folder.recipe.model_dump(mode="json"), options, where="the options")
-    check_formats(to or [], recipe.method.is_adapter)
+    check_formats(to or [], recipe.method.leaves)
     family, _ = open_run(folder)
     exported = export_run(folder, family, to or [], recipe.export)
     write_companions(folder)

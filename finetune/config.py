@@ -193,11 +193,11 @@ class Recipe(Settings):
                 f"run.batch_size {self.run.batch_size} can't be split into run.accumulate {self.run.accumulate} "
                 "equal micro-batches: make it a multiple"
             )
-        if self.optim.text_lr is not None and "text_encoders" not in self.method.parts:
+        if self.optim.text_lr is not None and not self.method.has_text_lr:
             raise ValueError(
                 "optim.text_lr is set but method.parts has no text_encoders: add them, or leave text_lr out"
             )
-        if self.export.rank is not None and self.method.low_rank:
+        if self.export.rank is not None and (self.method.adapter.low_rank or self.method.leaves == ("embedding",)):
             raise ValueError(
                 f"export.rank is {self.export.rank} but a {self.method.kind} leaves as it was trained: leave it out, "
                 "or make the file smaller with `finetune resize`"

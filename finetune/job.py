@@ -170,6 +170,7 @@ def fit_job(
         folder=folder,
         stratify=batches.samples_per_step if recipe.objective.timesteps == "stratified" else None,
         encoder_dropout=recipe.data.encoder_dropout,
+        windows=recipe.method.windows(trained),
         on_step=after_step,
         signals=signals,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ from finetune.errors import BadInput, CheckFailed
 from finetune.families.base import Family
 from finetune.loss import per_sample
 from finetune.objectives import Objective
-from finetune.optim import Optim, load_state_tensors, state_tensors
+from finetune.optim import Optim, Window, load_state_tensors, state_tensors
 from finetune.progress import phase
 from finetune.run import RunFolder, State, clone, to_cpu
 from finetune.signals import Interrupted, Signals
@@ -141,6 +141,7 @@ def fit(
     folder: RunFolder,
     stratify: int | None = None,
     encoder_dropout: float = 0.0,
+    windows: Mapping[str, Window] | None = None,
     on_step: Callable[[int], None] | None = None,
     signals: Signals | None = None,
 ) -> None:
@@ -151,6 +152,7 @@ def fit(
         trained: name -> fp32 parameter, as `Method.attach` gave them.
         stratify: the number of samples in a global batch, to stratify their timesteps; None draws uniformly.
         encoder_dropout: the probability with which each text encoder's output is zeroed.
+        windows: name -> the share of the run in which it is trained; None, or a name left out: all of it.
         on_step: called on every process after step n (1-based), for previews.
 
     Raises:
@@ -160,7 +162,7 @@ def fit(
     signals = signals or Signals()
     step = Step(family, _parts_of(trained), objective.to(accelerator.device), encode_prompts, encoder_dropout)
     step.stratify = stratify
-    optimizer = optim.build(trained)
+    optimizer = optim.build(trained, windows)
     model, optimizer = accelerator.prepare(step, optimizer)
     start, ema = _restore(accelerator, folder, trained, optimizer, run)
     if accelerator.is_main_process:

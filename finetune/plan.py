@@ -81,7 +81,7 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
     """
     photos, left_out = _photos(recipe)
     masks = find_masks(recipe.data.photos, photos, recipe.data.masks)
-    check_formats(recipe.export.formats, recipe.method.is_adapter)
+    check_formats(recipe.export.formats, recipe.method.leaves)
     precision = DTYPES[resolve_precision(recipe.run)]
     family = recipe.base.load(recipe.method.weight_dtype(precision))
     resolution = recipe.data.resolution or family.resolution
@@ -93,7 +93,7 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
         )
     family.to(device)
     objectives.build(recipe.objective, family.schedule, family.shift(resolution))
-    token = _token(recipe, family)
+    token = recipe.method.name_subject(family, recipe.data.token, recipe.data.class_noun) or _token(recipe, family)
     captioned = caption_photos(
         photos,
         captions=recipe.data.captions,

@@ -16,6 +16,7 @@ from finetune.config import ExportTo, dump_recipe
 from finetune.errors import BadInput
 from finetune.export import (
     CHECKPOINT,
+    EMBEDDING,
     FOLDER,
     REGISTRY,
     Adapter,
@@ -23,9 +24,13 @@ from finetune.export import (
     adapter_from,
     apply_adapter,
     check_formats,
+    embedding_usage,
     export_adapter,
     export_checkpoint,
+    export_embedding,
     export_folder,
+    formats_for,
+    read_embedding,
 )
 from finetune.export.card import Card, licence_of, model_card, sidecar
 from finetune.export.inspection import open_adapter
@@ -33,6 +38,7 @@ from finetune.export.reduced import export_own_form, own_formats, reduced, with_
 from finetune.families.base import Family
 from finetune.files import write_json, write_text
 from finetune.methods.peft_adapter import PeftAdapter, read_own_form
+from finetune.methods.textual_inversion import Inversion, set_embeddings
 from finetune.run import RunFolder
 
 
@@ -60,6 +66,7 @@ def open_run(folder: RunFolder) -> tuple[Family, dict[str, Any]]:
             f"the base {recipe.base.source!r} is not the one that {folder.path} was trained on (its content changed): "
             "give the old one back, or train again"
         )
+    recipe.method.name_subject(family, recipe.data.token, recipe.data.class_noun)
     recipe.method.attach(family, recipe.run.seed)
     recipe.method.load_state_dict(family, trained)
     return family, info
@@ -72,23 +79,29 @@ def export_run(
     RUN/exports.json. Without `formats`: those of `options` (None: the recipe's), or all that are usual for what was
     trained. The family is used up: its parts may leave memory, since the checks load a clean base."""
     recipe = folder.recipe
-    options = options or recipe.export
-    method, wanted = recipe.method, list(formats or options.formats)
-    check_formats(wanted, method.is_adapter)
-    if method.low_rank:
-        adapter = adapter_from(method, family)
-        family.release(list(family.parts))
-        exported = _lora(folder, adapter, recipe.run.name, wanted or list(REGISTRY), options, family)
-    elif method.is_adapter:
-        exported = _reduced(folder, family, wanted or list(REGISTRY), options)
-    else:
-        wanted = wanted or [FOLDER]
-        whole = [item for item in wanted if item in (FOLDER, CHECKPOINT)]
-        target, name = folder.path / "exports", recipe.run.name
-        exported = [_whole_model(family, target, name, item, options.dtype, _about(folder)) for item in whole]
-        exported += _reduced(folder, family, [item for item in wanted if item not in whole], options)
+    options, leaves = options or recipe.export, recipe.method.leaves
+    chosen = list(formats or options.formats) or formats_for(leaves, usual=True)
+    check_formats(chosen, leaves)
+    target, name = folder.path / "exports", recipe.run.name
+    words = [_embedding(folder, family, options)] if EMBEDDING in chosen else []
+    whole = [item for item in chosen if item in (FOLDER, CHECKPOINT)]
+    exported = [_whole_model(family, target, name, item, options.dtype, _about(folder)) for item in whole]
+    exported += _as_lora(folder, family, [item for item in chosen if item in REGISTRY], options)
+    exported += words
     write_json(folder.path / "exports.json", _merged(folder.path, exported))
     return exported
+
+
+def _as_lora(folder: RunFolder, family: Family, formats: Sequence[str], options: ExportTo) -> list[Exported]:
+    """The adapter that was trained, or what comes nearest to what was trained."""
+    method = folder.recipe.method.adapter
+    if not formats:
+        return []
+    if not method.low_rank:
+        return _reduced(folder, family, formats, options)
+    adapter = adapter_from(method, family)
+    family.release(list(family.parts))
+    return _lora(folder, adapter, folder.recipe.run.name, formats, options, family)
 
 
 def _lora(
@@ -96,7 +109,7 @@ def _lora(
 ) -> list[Exported]:
     about = _about(folder)
     method = folder.recipe.method
-    if not method.low_rank and options.metadata != "minimal":
+    if not method.adapter.low_rank and options.metadata != "minimal":
         about |= {"method": method.kind}
     v_prediction = family.schedule.prediction == "v_prediction"
     target = folder.path / "exports"
@@ -105,8 +118,6 @@ def _lora(
 
 def _reduced(folder: RunFolder, family: Family, formats: Sequence[str], options: ExportTo) -> list[Exported]:
     """What is no LoRA, as one, and in PEFT's own form where there is one."""
-    if not formats:
-        return []
     recipe = folder.recipe
     method, name = recipe.method, recipe.run.name
     dtype = next(family.parts["denoiser"].parameters()).dtype
@@ -125,6 +136,17 @@ def _reduced(folder: RunFolder, family: Family, formats: Sequence[str], options:
     for item in _lora(folder, own.adapter, lora_name, plain, options, family):
         exported[item.format] = with_checks(item, own, reload)
     return [exported[item] for item in formats]
+
+
+def _embedding(folder: RunFolder, family: Family, options: ExportTo) -> Exported:
+    """UIs take the file's name for the word; NAME.safetensors is the LoRA's if there is one."""
+    recipe = folder.recipe
+    assert isinstance(recipe.method, Inversion)
+    path = folder.path / "exports" / f"{recipe.run.name}{'-embedding' * (len(recipe.method.leaves) > 1)}.safetensors"
+    about = _about(folder)
+    about |= {"trigger_phrase": path.stem if about["trigger_phrase"] else ""}
+    words = recipe.method.init or recipe.data.class_noun or ""
+    return export_embedding(recipe.method, family, path, options.dtype, about, words, recipe.base.load)
 
 
 def _whole_model(family: Family, target: Path, name: str, wanted: str, dtype: str, about: dict[str, str]) -> Exported:
@@ -181,8 +203,14 @@ def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.
     if item.format == CHECKPOINT:
         like = families.resolve(base.source, base.revision, base.like)
         return families.load(str(item.path), dtype=dtype, like=str(like))
-    family = base.load(dtype)
-    if item.format == "peft" and folder.recipe.method.is_adapter and not folder.recipe.method.low_rank:
+    family, method, data = base.load(dtype), folder.recipe.method, folder.recipe.data
+    words = next((item for item in exported if item.ok and item.format == EMBEDDING), None)
+    method.name_subject(family, data.token, data.class_noun)
+    if words is not None:
+        set_embeddings(family, read_embedding(words.path, family.name))
+    if item is words:
+        return family
+    if item.format == "peft" and method.is_adapter and not method.adapter.low_rank:
         read_own_form(family, item.path)
         return family
     apply_adapter(family, open_adapter(item.path, str(family.folder))[0])
@@ -217,13 +245,16 @@ def _card(folder: RunFolder) -> Card:
         "base hash": info["base_hash"][:16],
     }
     whole = any(item["format"] in (FOLDER, CHECKPOINT) for item in listed)
+    words = next((Path(item["path"]).name for item in listed if item["format"] == EMBEDDING), None)
     return Card(
         title=recipe.run.name if whole or recipe.method.is_adapter else f"{recipe.run.name}-lora",
         trigger=trigger(info),
+        activation=trigger(info | ({"token": Path(words).stem} if words else {})),
+        loading=embedding_usage(info["family"], words, info["token"]) if words else [],
         family=info["family"],
         base=short_name(recipe.base.source),
         licence=licence_of(base),
-        is_adapter=not whole,
+        holds=recipe.method.leaves if whole or recipe.method.is_adapter else ("adapter",),
         settings=settings,
         pictures=[(prompt, f"images/{number:02d}.png") for number, prompt in enumerate(prompts)],
         files=[

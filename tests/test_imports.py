@@ -30,6 +30,7 @@ HOMES = {
     "diffusers": ("families",),
     "transformers": ("families", "quiet"),
     "peft": ("methods",),
+    "tokenizers": ("methods.textual_inversion",),
     "accelerate": ("loop", "job"),
     "bitsandbytes": ("optim",),
     "typer": ("cli", "cli_adapters"),
@@ -77,4 +78,4 @@ def test_the_loop_names_no_family_and_no_method() -> None:
         node.value if isinstance(node, ast.Constant) else getattr(node, "id", None)
         for node in ast.walk(ast.parse((ROOT / "finetune" / "loop.py").read_text(encoding="utf-8")))
     }
-    assert not words & {"sd1", "sd2", "sdxl", "lora", "full", "LoRA", "Full"}
+    assert not words & {"sd1", "sd2", "sdxl", "lora", "full", "pivotal", "LoRA", "Full", "Pivotal"}
