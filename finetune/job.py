@@ -224,7 +224,9 @@ def _prompt_encoder(job: Job, streams: Sequence[Sequence[Sample]], accelerator: 
     if set(family.text_encoders) & set(job.recipe.method.part_names(family)):
         return family.encode_prompts
     prompts = [text for stream in streams for sample in stream for text in sample.captions]
-    cache = PromptCache(family, job.base_hash, cache_dir(), next(family.parts["text_encoder"].parameters()).dtype)
+    cache = PromptCache(
+        family, job.base_hash, cache_dir(), next(family.parts[family.text_encoders[0]].parameters()).dtype
+    )
     with accelerator.main_process_first():
         cache.fill(list(dict.fromkeys(["", *prompts])))
     return cache

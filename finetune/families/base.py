@@ -32,6 +32,19 @@ class Labels:
     v_architecture: str = ""
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a picture is drawn from, by bases that draw from pictures.
+
+    `picture` [3, H, W] and `beside` [1, H, W] (the mask of what is painted, or a depth map) are in [0, 1];
+    `guidance` is how closely an edit keeps to the picture (arXiv:2211.09800 eq. 3).
+    """
+
+    picture: Tensor
+    beside: Tensor | None = None
+    guidance: float = 1.5
+
+
 class Family(ABC):
     """A loaded base model: its parts, and how a prompt, a picture and a prediction are made with them.
 
@@ -173,6 +186,11 @@ class Family(ABC):
     def sampling_arguments(self, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
         """What the pipeline is called with for a guidance scale and one negative prompt for each picture."""
         return {"guidance_scale": guidance, "negative_prompt": list(negatives)}
+
+    def canvas(self, side: int, count: int, steps: int, given: Given | None) -> dict[str, Any]:
+        """What the pipeline is called with for `count` pictures of this side length; `given`: what they are drawn
+        from, by families that draw from pictures (None: from nothing)."""
+        return {"width": side, "height": side}
 
     @abstractmethod
     def release(self, parts: Sequence[str]) -> None:

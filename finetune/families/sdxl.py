@@ -32,6 +32,8 @@ class StableDiffusionXL(UNetFamily):
 
     def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> None:
         super().__init__(folder, dtype, without)
+        if "text_encoder" not in self.parts:
+            return
         encoder: Any = self.parts["text_encoder"]
         last = encoder.config.num_hidden_layers - 1
         names = {name for name, _ in encoder.named_modules()}
@@ -70,7 +72,7 @@ class StableDiffusionXL(UNetFamily):
     ) -> Tensor:
         denoiser: Any = self.parts["denoiser"]
         dtype = denoiser.conv_in.weight.dtype
-        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": time_ids(geometry).to(noisy.device, dtype)}
+        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": self._time_ids(geometry).to(noisy.device, dtype)}
         return denoiser(
             noisy.to(dtype),
             timesteps,
@@ -78,6 +80,9 @@ class StableDiffusionXL(UNetFamily):
             added_cond_kwargs=added,
             return_dict=False,
         )[0]
+
+    def _time_ids(self, geometry: Sequence[Geometry]) -> Tensor:
+        return time_ids(geometry)
 
     def _pipeline_extras(self) -> dict[str, Any]:
         return {"add_watermarker": False}
