@@ -45,7 +45,8 @@ class Batch:
     """B samples of one micro-batch.
 
     `weight` [B] multiplies each sample's loss; `draws` says where each sample stands in the run, and `names`
-    which files they come from, for the message of a step that is stopped.
+    which files they come from, for the message of a step that is stopped. `extra` [B, E, h, w] is what the denoiser
+    reads behind the noisy latents, where it reads more (`data/inputs.py`).
     """
 
     latents: Latents
@@ -54,6 +55,7 @@ class Batch:
     geometry: list[Geometry]
     draws: list[Draw]
     names: list[str]
+    extra: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -64,6 +66,10 @@ class Batch:
         noise = normal(self.draws, shape, "vae").to(self.latents.mean.device)
         return self.latents.sample(noise).float()
 
+    def beside(self, noisy: Tensor) -> Tensor:
+        """What the denoiser reads: the noisy latents, and behind them the extra inputs."""
+        return noisy if self.extra is None else torch.cat([noisy, self.extra], dim=1)
+
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
             self.latents.to(device),
@@ -72,4 +78,5 @@ class Batch:
             self.geometry,
             self.draws,
             self.names,
+            None if self.extra is None else self.extra.to(device),
         )

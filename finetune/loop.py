@@ -65,7 +65,7 @@ class Step(nn.Module):
         noise, added = (value.to(x0.device) for value in self.objective.noises(batch.draws, x0.shape[1:]))
         t = self.objective.timesteps(self.positions(batch.draws)).to(x0.device)
         cond = self.encode_prompts(batch.prompts, self.kept(batch.draws))
-        noisy = self.objective.add_noise(x0, added, t)
+        noisy = batch.beside(self.objective.add_noise(x0, added, t))
         prediction = self.family.predict(noisy, t, cond, batch.geometry)
         error = self.objective.error(prediction.float(), self.objective.target(x0, noise, t)).flatten(1).mean(1)
         return (error * self.objective.weight(t) * batch.weight).mean()

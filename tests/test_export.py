@@ -220,6 +220,8 @@ LAYERS_OF = {
     "SDXL": ("lora_unet_mid_block_attentions_0_transformer_blocks_9_attn2_to_out_0",
              "lora_unet_middle_block_1_proj_in", "lora_te1_text_model_encoder_layers_11_mlp_fc2",
              "lora_te2_text_model_encoder_layers_31_mlp_fc2"),
+    "SDXL refiner": ("lora_unet_mid_block_attentions_0_transformer_blocks_3_attn2_to_out_0",
+                     "lora_unet_input_blocks_8_1_proj_in", "lora_te2_text_model_encoder_layers_31_mlp_fc2"),
     "SD3 medium": ("lora_unet_joint_blocks_23_x_block_attn_qkv", "transformer.transformer_blocks.23.ff.net.2",
                    "diffusion_model.joint_blocks.0.context_block.mlp.fc1"),
     "SD3.5 medium": ("lora_unet_joint_blocks_12_x_block_attn2_qkv",),

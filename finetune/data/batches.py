@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from finetune.batch import Batch, Latents
+from finetune.data.cache import Cache
+from finetune.data.inputs import Inputs
 from finetune.data.views import View
 from finetune.draws import Draw, generator
 from finetune.errors import BadInput
@@ -27,10 +29,6 @@ class Sample:
     weight: float
     caption_dropout: float
     name: str
-
-
-class Cache(Protocol):
-    def latents(self, view: View) -> Latents: ...
 
 
 class Batches:
@@ -53,10 +51,12 @@ class Batches:
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
+        inputs: Inputs | None = None,
     ) -> None:
         check_split(batch_size, accumulate, world)
         self.streams, self.cache, self.seed = streams, cache, seed
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
+        self.inputs = inputs  # None where the base reads latents alone
 
     @property
     def samples_per_step(self) -> int:
@@ -79,16 +79,22 @@ class Batches:
         caption = sample.captions[int(picks[1] * len(sample.captions))]
         return draw, sample, view, "" if picks[2] < sample.caption_dropout else caption
 
+    def _extra(self, views: list[View], draws: list[Draw]) -> Tensor | None:
+        if self.inputs is None:
+            return None
+        return torch.stack([self.inputs.extra(v, d, self.cache) for v, d in zip(views, draws, strict=True)])
+
     def _batch(self, drawn: list[tuple[Draw, Sample, View, str]]) -> Batch:
         latents = [self.cache.latents(view) for _, _, view, _ in drawn]
         weights = [sample.weight * len(self.streams) for _, sample, _, _ in drawn]
         return Batch(
             Latents(torch.stack([item.mean for item in latents]), torch.stack([item.std for item in latents])),
-            [caption for *_, caption in drawn],
+            [caption if self.inputs is None else self.inputs.prompt(caption, draw) for draw, *_, caption in drawn],
             torch.tensor(weights, dtype=torch.float32),
             [view.geometry for _, _, view, _ in drawn],
             [draw for draw, *_ in drawn],
             [sample.name for _, sample, _, _ in drawn],
+            self._extra([view for _, _, view, _ in drawn], [draw for draw, *_ in drawn]),
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batch import Geometry, Latents
+from finetune.errors import BadInput
 from finetune.objectives import AnySchedule, FlowSchedule
 
 
@@ -63,6 +64,7 @@ class Family(ABC):
     optional: ClassVar[tuple[str, ...]] = ()  # parts that a base may lack, and a recipe may leave out
     latent_factor: int  # picture pixels per latent pixel
     latent_channels: int
+    scaling: float  # latents are what the VAE gives (less an offset, in some), times this
     resolution: int  # native side length in pixels
     parts: dict[str, nn.Module]
     tokenizers: list[Any]
@@ -72,6 +74,10 @@ class Family(ABC):
     # part -> kohya prefix ("lora_unet", "lora_te", ...): the parts that can be trained
     export_prefix: ClassVar[dict[str, str]]
     labels: ClassVar[Labels]
+    # what the denoiser reads behind the noisy latents: "inpaint", "depth", "edit" (`families/inputs.py`); and whether
+    # it was made to
+    inputs: str | None = None
+    widened: bool = False
     # part -> parameter-name prefixes that never get a gradient (DDP fails on them unless they stay frozen)
     unread: dict[str, tuple[str, ...]] = {}
 
@@ -176,7 +182,15 @@ class Family(ABC):
         self, noisy: Tensor, timesteps: Tensor, cond: dict[str, Tensor], geometry: Sequence[Geometry]
     ) -> Tensor:
         """The denoiser's raw output, latent shape; dtype of the denoiser's weights. `timesteps` [B] as the
-        objective gives them."""
+        objective gives them. `noisy` [B, C, h, w], or with extra inputs [B, C + E, h, w]."""
+
+    def widen(self, inputs: str) -> None:
+        """Lets a plain base read extra inputs, which it does not heed before it is trained.
+
+        Raises:
+            BadInput: it can't, or it already reads others.
+        """
+        raise BadInput(f"base.inputs is {inputs!r}, which {self.name} can't read: use an SD 1.x, SD 2.x or SDXL base")
 
     @abstractmethod
     def pipeline(self, sampler: str | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""The SDXL refiner: a second UNet that finishes what SDXL began, read by one text encoder (arXiv:2307.01952 section 2.5).
+"""The SDXL refiner: a second UNet, with one text encoder, to finish what SDXL began (arXiv:2307.01952 section 2.5).
 
 It draws from pictures: the noise levels it was trained on are the lowest 200 of 1000. In place of the target size it
 reads an aesthetic score.
@@ -26,6 +26,7 @@ STRENGTH = 0.3  # the share of the noise that a given picture gets: diffusers' d
 class StableDiffusionXLRefiner(StableDiffusionXL):
     name = "sdxl-refiner"
     pipeline_class = "StableDiffusionXLImg2ImgPipeline"
+    pipelines: ClassVar = {"": pipeline_class}
     export_prefix: ClassVar = {"denoiser": "lora_unet", "text_encoder_2": "lora_te2"}
     sources: ClassVar = {
         "denoiser": ("unet", diffusers.UNet2DConditionModel),
