@@ -78,12 +78,13 @@ class Step(nn.Module):
         return (torch.stack(each) >= self.encoder_dropout).float()
 
     def positions(self, draws: list[Draw]) -> Tensor:
-        """Where in [0, 1) each sample's timestep lies [B]: uniform, or one in each of `stratify` equal parts."""
-        u = uniform(draws, "timestep")
+        """Where in [0, 1) each sample's timestep lies [B]: uniform over the noise levels of the base, or one in each
+        of `stratify` equal parts of them."""
+        u, share = uniform(draws, "timestep"), self.family.noise_share
         if self.stratify is None:
-            return u
+            return u * share
         order = torch.randperm(self.stratify, generator=generator(draws[0].seed, "strata", draws[0].step))
-        return (order[[draw.sample for draw in draws]] + u) / self.stratify
+        return (order[[draw.sample for draw in draws]] + u) / self.stratify * share
 
 
 def make_accelerator(run: Run, adapter: bool) -> Accelerator:

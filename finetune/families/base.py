@@ -71,6 +71,10 @@ class Family(ABC):
     schedule: AnySchedule
     folder: Path
 
+    # the share of the noise levels, from the lowest, that the base was trained on and is trained on
+    noise_share: ClassVar[float] = 1.0
+    # whether it was found out what the UIs make of a LoRA for such a base
+    known_to_uis: ClassVar[bool] = True
     # part -> kohya prefix ("lora_unet", "lora_te", ...): the parts that can be trained
     export_prefix: ClassVar[dict[str, str]]
     labels: ClassVar[Labels]

@@ -27,6 +27,8 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
     name = "sdxl-refiner"
     pipeline_class = "StableDiffusionXLImg2ImgPipeline"
     pipelines: ClassVar = {"": pipeline_class}
+    noise_share = 0.2
+    known_to_uis = False
     export_prefix: ClassVar = {"denoiser": "lora_unet", "text_encoder_2": "lora_te2"}
     sources: ClassVar = {
         "denoiser": ("unet", diffusers.UNet2DConditionModel),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,11 +63,10 @@ def test_a_plain_base_has_none(photos: Path, tiny_bases: dict[str, Path]) -> Non
 
 
 @pytest.fixture
-def no_noise(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers draws from the VAE's distribution; here its mean is taken."""
     kind = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
     monkeypatch.setattr(kind, "sample", lambda self, generator=None: self.mean)
-    yield
 
 
 def test_masks_and_masked_latents_are_the_pipelines(
