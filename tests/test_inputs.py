@@ -15,7 +15,7 @@ from finetune import families
 from finetune.batch import Geometry
 from finetune.errors import BadInput
 from finetune.families.base import Family, Given
-from finetune.families.inputs import CHANNELS, kind_of
+from finetune.families.inputs import KINDS, channels, kind_of
 from finetune.families.samplers import make_scheduler
 from finetune.methods.full import Full
 from finetune.methods.lora import LoRA
@@ -62,7 +62,7 @@ def test_a_widened_base_is_the_base(name: str, kind: str, tiny_bases: dict[str, 
     """Bit for bit, whatever the extra input is; and it is not deaf: a gradient comes to the new weights."""
     base, wide = (families.load(str(tiny_bases[name])) for _ in range(2))
     wide.widen(kind)
-    noisy, extra = noise(2, 4, 16, 16), 10 * noise(2, CHANNELS[kind], 16, 16)
+    noisy, extra = noise(2, 4, 16, 16), 10 * noise(2, channels(kind), 16, 16)
     with torch.no_grad():
         assert torch.equal(predict(wide, torch.cat([noisy, extra], 1)), predict(base, noisy))
         assert torch.equal(predict(wide, noisy), predict(base, noisy))
@@ -78,7 +78,7 @@ def test_a_base_that_has_them_is_recognised(name: str, kind: str, wide_bases: di
     assert families.load(str(tiny_bases[name])).inputs is None
     family.widen(kind)  # it has them: nothing is done
     assert not family.widened
-    other = next(other for other in CHANNELS if other != kind)
+    other = next(other for other in KINDS if other != kind)
     with pytest.raises(BadInput, match=f"base reads '{kind}'"):
         family.widen(other)
 
@@ -94,6 +94,26 @@ def test_published_channel_counts() -> None:
     kinds = [kind_of({"in_channels": count, "out_channels": 4}) for count in (4, 9, 5, 8, 7)]
     assert kinds == ["", "inpaint", "depth", "edit", None]
     assert kind_of({}) == ""
+
+
+@pytest.mark.parametrize("kind", ["depth", "edit"])
+def test_a_base_of_8_latent_channels_is_widened_by_its_own_number(kind: str, tmp_path: Path) -> None:
+    """The tiny base has 8: no published base tells that these counts follow from the latents."""
+    family = families.load("tiny")
+    before = draw(family, ["a mug"], seeds=[1], steps=2, size=32, guidance=1.0)[0]
+    family.widen(kind)
+    assert family.parts["denoiser"].conv_in.in_channels == {"depth": 9, "edit": 16}[kind]
+    given = Given(torch.rand(3, 32, 32), torch.rand(1, 32, 32))
+    picture = draw(family, ["a mug"], seeds=[1], steps=2, size=32, guidance=1.0, given=given)[0]
+    if kind == "edit":  # the depth pipeline starts from grey latents under noise
+        assert np.array_equal(np.asarray(picture), np.asarray(before))
+    family.pipeline().save_pretrained(tmp_path)
+    assert families.load(str(tmp_path)).inputs == kind
+
+
+def test_diffusers_paints_with_4_latent_channels_alone() -> None:
+    with pytest.raises(BadInput, match="has 8 latent channels"):
+        families.load("tiny").widen("inpaint")
 
 
 def given_of(kind: str) -> Given:
@@ -175,7 +195,7 @@ def test_pictures_are_drawn_from_what_is_given(name: str, kind: str, wide_bases:
 @every_case
 def test_a_lora_on_a_base_that_has_them_moves_nothing_else(name: str, kind: str, wide_bases: dict) -> None:
     family = families.load(str(wide_bases[name, kind]))
-    noisy = noise(2, 4 + CHANNELS[kind], 16, 16)
+    noisy = noise(2, 4 + channels(kind), 16, 16)
     before = predict(family, noisy)
     weights = {n: p.detach().clone() for n, p in family.parts["denoiser"].named_parameters()}
     trained = LoRA(rank=2).attach(family, 0)

@@ -17,14 +17,20 @@ from torch.nn.functional import interpolate
 
 from finetune.families.base import Given
 
-CHANNELS = {"inpaint": 5, "depth": 1, "edit": 4}
+KINDS = ("inpaint", "depth", "edit")
 GREY = 0.5
+
+
+def channels(kind: str, latent_channels: int = 4) -> int:
+    """How many channels stand behind the noisy latents."""
+    return {"": 0, "inpaint": 1 + latent_channels, "depth": 1, "edit": latent_channels}[kind]
 
 
 def kind_of(config: dict[str, Any]) -> str | None:
     """What a UNet of this config reads beside its latents: "" for nothing, None for what is not known."""
-    extra = config.get("in_channels", 4) - config.get("out_channels", 4)  # old configs omit them
-    return next((kind for kind, count in ({"": 0} | CHANNELS).items() if count == extra), None)
+    latent = config.get("out_channels", 4)  # old configs omit both
+    extra = config.get("in_channels", 4) - latent
+    return next((kind for kind in ("", *KINDS) if channels(kind, latent) == extra), None)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from finetune.errors import BadInput
 from finetune.families.base import Given
-from finetune.families.inputs import CHANNELS, canvas, kind_of, widen
+from finetune.families.inputs import canvas, channels, kind_of, widen
 from finetune.families.loading import DiffusersFamily
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -37,14 +37,19 @@ class UNetFamily(DiffusersFamily):
             raise BadInput(f"base.inputs is {inputs!r} but the base reads {self.inputs!r}: leave base.inputs out")
         if inputs not in self.pipelines:
             raise BadInput(f"base.inputs is {inputs!r}, which diffusers can't draw with {self.name}: use another base")
+        if inputs == "inpaint" and self.latent_channels != 4:
+            raise BadInput(
+                f"base.inputs is 'inpaint' but the base has {self.latent_channels} latent channels, and diffusers "
+                "paints with 4 alone: use another base"
+            )
         if self.inputs is None:
             self.inputs, self.widened = inputs, True
-            widen(self.parts["denoiser"], CHANNELS[inputs])
+            widen(self.parts["denoiser"], channels(inputs, self.latent_channels))
 
     def _load_part(self, name: str) -> nn.Module:
         part = super()._load_part(name)
         if name == "denoiser" and self.widened and self.inputs:
-            widen(part, CHANNELS[self.inputs])
+            widen(part, channels(self.inputs, self.latent_channels))
         return part
 
     def _pipeline_name(self) -> str:
