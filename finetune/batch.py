@@ -46,7 +46,8 @@ class Batch:
 
     `weight` [B] multiplies each sample's loss; `draws` says where each sample stands in the run, and `names`
     which files they come from, for the message of a step that is stopped. `mask` [B, 1, h, w] in [0, 1] says how much
-    each latent counts in its sample's loss; None where all count the same.
+    each latent counts in its sample's loss; None where all count the same. `extra` [B, E, h, w] is what the denoiser
+    reads behind the noisy latents, where it reads more (`data/inputs.py`).
     """
 
     latents: Latents
@@ -56,6 +57,7 @@ class Batch:
     draws: list[Draw]
     names: list[str]
     mask: Tensor | None = None
+    extra: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -66,6 +68,10 @@ class Batch:
         noise = normal(self.draws, shape, "vae").to(self.latents.mean.device)
         return self.latents.sample(noise).float()
 
+    def beside(self, noisy: Tensor) -> Tensor:
+        """What the denoiser reads: the noisy latents, and behind them the extra inputs."""
+        return noisy if self.extra is None else torch.cat([noisy, self.extra], dim=1)
+
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
             self.latents.to(device),
@@ -75,4 +81,5 @@ class Batch:
             self.draws,
             self.names,
             None if self.mask is None else self.mask.to(device),
+            None if self.extra is None else self.extra.to(device),
         )

@@ -26,13 +26,15 @@ class Base(Settings):
     """`source`: "tiny", a diffusers folder, a hub id (`revision` pins one) or a single-file checkpoint (.safetensors).
 
     A file has weights only: configs and tokenizers come from `like`, a folder or hub id of the same kind. `without`
-    leaves parts out that the family can do without (text_encoder_3, the T5 of SD3).
+    leaves parts out that the family can do without (text_encoder_3, the T5 of SD3). `inputs` lets a plain base read a
+    mask and what it leaves, a depth map, or the picture before an edit.
     """
 
     source: str = "tiny"
     revision: str | None = None
     like: str | None = None
     without: list[str] = []
+    inputs: Literal["inpaint", "depth", "edit"] | None = None
 
     def load(self, dtype: torch.dtype = torch.float32) -> Family:
         """The family, frozen.
@@ -40,7 +42,10 @@ class Base(Settings):
         Raises:
             BadInput: as `families.load`.
         """
-        return families.load(self.source, self.revision, dtype, self.like, self.without)
+        family = families.load(self.source, self.revision, dtype, self.like, self.without)
+        if self.inputs is not None:
+            family.widen(self.inputs)
+        return family
 
     @model_validator(mode="before")
     @classmethod
@@ -78,6 +83,8 @@ class Data(Settings):
     encoder_dropout: float = Field(0.0, ge=0, le=1)  # each of several text encoders on its own
     masks: Literal["none", "auto", "alpha", "files"] = "none"
     mask_floor: float = Field(0.0, ge=0, le=1)
+    mask_count: int = Field(8, ge=1)  # drawn for each view, for inpainting
+    edit_dropout: float = Field(0.05, ge=0, le=1 / 3)  # of picture, instruction and both
 
     @field_validator("photos")
     @classmethod
@@ -156,6 +163,7 @@ class Sample(Settings):
     sampler: Sampler = "dpm++"
     steps: int = Field(25, ge=1)
     guidance: float = 5.0
+    image_guidance: float = Field(1.5, ge=1)  # how closely an edit keeps to its picture
 
 
 class ExportTo(Settings):

@@ -20,11 +20,13 @@ from accelerate.utils import broadcast_object_list
 from finetune import objectives
 from finetune.config import ClassImages, Recipe
 from finetune.data.batches import Batches, Sample
-from finetune.data.cache import LatentCache, PromptCache
+from finetune.data.cache import LatentCache, Picture, PromptCache
+from finetune.data.inputs import unit
 from finetune.data.masks import Masks
 from finetune.data.orders import Buckets, Permutations
 from finetune.data.views import views
 from finetune.errors import CheckFailed, Stopped
+from finetune.families.base import Given
 from finetune.files import cache_dir
 from finetune.loop import PromptEncoder, fit, make_accelerator
 from finetune.plan import Job, look, plan
@@ -146,6 +148,7 @@ def fit_job(
         accelerator.num_processes,
         kind(streams, run.seed, run.batch_size),
         _masks(job, streams),
+        job.inputs,
     )
     idle = _idle_parts(job, encode_prompts)
     family.release(idle)
@@ -179,9 +182,12 @@ def fit_job(
 
 def _latents(job: Job, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> LatentCache:
     cache = LatentCache(cache_dir(), job.base_hash, next(job.family.parts["vae"].parameters()).dtype)
-    views = [view for stream in streams for sample in stream for view in sample.views]
-    with phase("Latents", len(views)) as advance, accelerator.main_process_first():
-        cache.fill(job.family, views, accelerator.device, lambda amount: advance(amount, ""))
+    seen = [view for stream in streams for sample in stream for view in sample.views]
+    pictures: list[Picture] = list(seen)
+    if job.inputs is not None:
+        pictures += [picture for view in seen for picture in job.inputs.pictures(view)]
+    with phase("Latents", len(pictures)) as advance, accelerator.main_process_first():
+        cache.fill(job.family, pictures, accelerator.device, lambda amount: advance(amount, ""))
     return cache
 
 
@@ -245,7 +251,9 @@ def _prompt_encoder(job: Job, streams: Sequence[Sequence[Sample]], accelerator: 
     if set(family.text_encoders) & set(job.recipe.method.part_names(family)):
         return family.encode_prompts
     prompts = [text for stream in streams for sample in stream for text in sample.captions]
-    cache = PromptCache(family, job.base_hash, cache_dir(), next(family.parts["text_encoder"].parameters()).dtype)
+    cache = PromptCache(
+        family, job.base_hash, cache_dir(), next(family.parts[family.text_encoders[0]].parameters()).dtype
+    )
     with accelerator.main_process_first():
         cache.fill(list(dict.fromkeys(["", *prompts])))
     return cache
@@ -267,6 +275,7 @@ def _draw_samples(job: Job, folder: Path, title: str, count: int | None = None) 
             steps=sample.steps,
             guidance=sample.guidance,
             size=job.resolution,
+            given=_given(job),
             advance=lambda amount: advance(amount, ""),
         )
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -275,6 +284,12 @@ def _draw_samples(job: Job, folder: Path, title: str, count: int | None = None) 
         save_picture(picture, temporary / f"{p:02d}-{s}.png", parameters(prompts[p], *about, job.recipe.base.source))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def _given(job: Job) -> Given:
+    """What pictures are drawn from, by bases that draw from pictures: the first photo and what lies beside it."""
+    view = views(job.photos[0], job.resolution, "center", 1, False, job.recipe.run.seed)[0]
+    return Given(unit(view.pixels())) if job.inputs is None else job.inputs.given(view)
 
 
 def _load_result(job: Job, folder: RunFolder) -> None:

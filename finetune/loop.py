@@ -66,7 +66,7 @@ class Step(nn.Module):
         noise, added = (value.to(x0.device) for value in self.objective.noises(batch.draws, x0.shape[1:]))
         t = self.objective.timesteps(self.positions(batch.draws)).to(x0.device)
         cond = self.encode_prompts(batch.prompts, self.kept(batch.draws))
-        noisy = self.objective.add_noise(x0, added, t)
+        noisy = batch.beside(self.objective.add_noise(x0, added, t))
         prediction = self.family.predict(noisy, t, cond, batch.geometry)
         error = per_sample(self.objective.error(prediction.float(), self.objective.target(x0, noise, t)), batch.mask)
         return (error * self.objective.weight(t) * batch.weight).mean()
@@ -79,12 +79,13 @@ class Step(nn.Module):
         return (torch.stack(each) >= self.encoder_dropout).float()
 
     def positions(self, draws: list[Draw]) -> Tensor:
-        """Where in [0, 1) each sample's timestep lies [B]: uniform, or one in each of `stratify` equal parts."""
-        u = uniform(draws, "timestep")
+        """Where in [0, 1) each sample's timestep lies [B]: uniform over the noise levels of the base, or one in each
+        of `stratify` equal parts of them."""
+        u, share = uniform(draws, "timestep"), self.family.noise_share
         if self.stratify is None:
-            return u
+            return u * share
         order = torch.randperm(self.stratify, generator=generator(draws[0].seed, "strata", draws[0].step))
-        return (order[[draw.sample for draw in draws]] + u) / self.stratify
+        return (order[[draw.sample for draw in draws]] + u) / self.stratify * share
 
 
 def make_accelerator(run: Run, adapter: bool) -> Accelerator:

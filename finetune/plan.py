@@ -14,12 +14,13 @@ from finetune import objectives, tokens
 from finetune.config import ClassImages, Recipe
 from finetune.data.buckets import Size, bucket_table, cut_away, nearest_bucket
 from finetune.data.captions import Captioned, caption_photos, summarise
+from finetune.data.inputs import Choices, Inputs, make_inputs, registry
 from finetune.data.masks import Mask, find_masks
 from finetune.data.orders import group_count
 from finetune.data.photos import Photo, sort_out
 from finetune.data.views import enlarged
 from finetune.errors import BadInput
-from finetune.export import check_formats
+from finetune.export import CHECKPOINT, check_formats
 from finetune.families import base_hash as base_hash_of
 from finetune.families.base import Family
 from finetune.loop import resolve_precision
@@ -43,6 +44,7 @@ class Job:
     caption_summary: str
     resolution: int
     masks: dict[Path, Mask] = field(default_factory=dict)  # of those photos that have one
+    inputs: Inputs | None = None  # what the base reads beside its latents
 
     @property
     def noun(self) -> str | None:
@@ -91,6 +93,9 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
             f"data.encoder_dropout is {recipe.data.encoder_dropout} but {family.name} has one text encoder: use "
             "data.caption_dropout"
         )
+    _refuse_inputs(recipe, family)
+    choices = Choices(recipe.run.seed, recipe.data.mask_count, recipe.data.edit_dropout, recipe.sample.image_guidance)
+    inputs = make_inputs(family, photos, choices)
     family.to(device)
     objectives.build(recipe.objective, family.schedule, family.shift(resolution))
     token = recipe.method.name_subject(family, recipe.data.token, recipe.data.class_noun) or _token(recipe, family)
@@ -107,7 +112,7 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
     if isinstance(recipe.prior, ClassImages):
         check_set(recipe.prior, recipe.data.class_noun or "", resolution, base_hash)
     texts, from_files = [c.captions for c in captioned], sum(c.source == "file" for c in captioned)
-    return Job(recipe, family, base_hash, token, photos, texts, from_files, summary, resolution, masks)
+    return Job(recipe, family, base_hash, token, photos, texts, from_files, summary, resolution, masks, inputs)
 
 
 def _photos(recipe: Recipe) -> tuple[list[Photo], str]:
@@ -131,6 +136,26 @@ def _check_resolution(recipe: Recipe, resolution: int, family: Family) -> None:
             f"data.resolution is {resolution}, which {family.name} can't divide by {multiple}"
             f"{' (as data.shape=buckets needs it)' if buckets else ''}: "
             f"choose {max(1, round(resolution / multiple)) * multiple}"
+        )
+
+
+def _refuse_inputs(recipe: Recipe, family: Family) -> None:
+    """What can't be done with a base that reads more than latents."""
+    if family.inputs is None:
+        return
+    if family.widened and (recipe.method.is_adapter or "denoiser" not in recipe.method.parts):
+        raise BadInput(
+            f"base.inputs={family.inputs} gives this base new weights, which only method.kind=full with the denoiser "
+            "trains: choose that, or a base that has them"
+        )
+    if CHECKPOINT in recipe.export.formats:
+        raise BadInput(
+            f"export.formats has {CHECKPOINT!r}, which can't hold a base with {family.inputs} inputs: use folder"
+        )
+    if isinstance(recipe.prior, ClassImages) and not registry()[family.inputs].any_picture:
+        raise BadInput(
+            f"prior.kind is class_images but the base reads {family.inputs} inputs, which class images have not: set "
+            "prior.kind=none"
         )
 
 
@@ -189,6 +214,8 @@ def plan(job: Job) -> dict[str, Any]:
         rows["masks"] = (
             f"of {len(job.masks)} of {len(job.photos)} photos; background counts {recipe.data.mask_floor:g}"
         )
+    if job.family.inputs is not None:
+        rows["inputs"] = f"{job.family.inputs}{' (new to this base)' if job.family.widened else ''}"
     if note := enlarged(job.photos, job.sizes if recipe.data.shape == "buckets" else job.resolution):
         rows["enlarged"] = note
     if isinstance(recipe.prior, ClassImages):

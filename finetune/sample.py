@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from finetune.families.base import Family
+from finetune.families.base import Family, Given
 
 A1111_SAMPLERS = {"dpm++": "DPM++ 2M", "ddim": "DDIM", "euler": "Euler", "unipc": "UniPC"}
 
@@ -26,9 +26,11 @@ def draw(
     guidance: float = 5.0,
     size: int | None = None,
     batch_size: int = 8,
+    given: Given | None = None,
     advance: Callable[[int], None] = lambda amount: None,
 ) -> list[Image.Image]:
-    """One picture for each (prompt, seed) pair, drawn in batches with the family's own modules.
+    """One picture for each (prompt, seed) pair, drawn in batches with the family's own modules; from what is `given`,
+    by bases that draw from pictures.
 
     The starting noise depends on the picture's seed alone and is drawn on the CPU. A picture's neighbours and its
     place in the batch change nothing; the size of the batch changes the last bits of the arithmetic (64-pixel base,
@@ -46,8 +48,7 @@ def draw(
             prompt=texts,
             num_inference_steps=steps,
             **family.sampling_arguments(guidance, [negative] * len(texts)),
-            width=side,
-            height=side,
+            **family.canvas(side, len(texts), steps, given),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
         )
         pictures += out.images

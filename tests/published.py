@@ -71,6 +71,21 @@ SDXL = {
     "vae": vae(4, sample_size=1024, scaling_factor=0.13025),
     "scheduler": {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon", **SCALED},
 }
+SDXL_REFINER = {
+    "unet": SDXL["unet"]
+    | {
+        "block_out_channels": [384, 768, 1536, 1536],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": 4,
+        "attention_head_dim": [6, 12, 24, 24],
+        "cross_attention_dim": 1280,
+        "projection_class_embeddings_input_dim": 2560,
+    },
+    "text_encoder_2": OPEN_CLIP_G,
+    "vae": SDXL["vae"],
+    "scheduler": SDXL["scheduler"],
+}
 SD3_TEXTS = {"text_encoder": CLIP_L, "text_encoder_2": OPEN_CLIP_G, "text_encoder_3": T5_XXL}
 VAE_16 = {"sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
@@ -109,6 +124,7 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "SD 1.5": ("sd1", "StableDiffusionPipeline", SD1, 860),
     "SD 2.1": ("sd2", "StableDiffusionPipeline", SD2, 866),
     "SDXL": ("sdxl", "StableDiffusionXLPipeline", SDXL, 2567),
+    "SDXL refiner": ("sdxl-refiner", "StableDiffusionXLImg2ImgPipeline", SDXL_REFINER, 2260),  # 2,259.5
     "SD3 medium": ("sd3", "StableDiffusion3Pipeline", SD3_MEDIUM, 2028),
     "SD3.5 medium": ("sd3", "StableDiffusion3Pipeline", SD35_MEDIUM, 2243),
     "SD3.5 large": ("sd3", "StableDiffusion3Pipeline", SD35_LARGE, 8057),

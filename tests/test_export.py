@@ -194,7 +194,8 @@ def test_a_full_model_leaves_as_a_folder(name: str, tiny_bases: dict[str, Path],
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(tmp_path / "model")
     for key, value in getattr(pipeline, family.sources["denoiser"][0]).state_dict().items():
         assert torch.equal(value.half(), family.parts["denoiser"].state_dict()[key].half())
-    assert (tmp_path / "model" / "tokenizer" / "merges.txt").is_file()
+    first = family.text_encoders[0].replace("text_encoder", "tokenizer")
+    assert (tmp_path / "model" / first / "merges.txt").is_file()
 
 
 def test_a_folder_that_is_not_what_was_trained_fails(tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
@@ -222,6 +223,8 @@ LAYERS_OF = {
     "SDXL": ("lora_unet_mid_block_attentions_0_transformer_blocks_9_attn2_to_out_0",
              "lora_unet_middle_block_1_proj_in", "lora_te1_text_model_encoder_layers_11_mlp_fc2",
              "lora_te2_text_model_encoder_layers_31_mlp_fc2"),
+    "SDXL refiner": ("lora_unet_mid_block_attentions_0_transformer_blocks_3_attn2_to_out_0",
+                     "lora_unet_input_blocks_8_1_proj_in", "lora_te2_text_model_encoder_layers_31_mlp_fc2"),
     "SD3 medium": ("lora_unet_joint_blocks_23_x_block_attn_qkv", "transformer.transformer_blocks.23.ff.net.2",
                    "diffusion_model.joint_blocks.0.context_block.mlp.fc1"),
     "SD3.5 medium": ("lora_unet_joint_blocks_12_x_block_attn2_qkv",),

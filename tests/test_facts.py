@@ -21,7 +21,7 @@ def test_facts_are_those_of_the_loaded_base(name: str, tiny_bases: dict[str, Pat
     assert told["resolution"] == f"{family.resolution} pixels"
     for part, module in family.parts.items():
         assert f"{part} {sum(p.numel() for p in module.parameters()) / 1e6:.1f}M" in told["parameters"]
-    assert told["text_encoder"].endswith(f"{family.text_length(0)} tokens")
+    assert told[family.text_encoders[0]].endswith(f"{family.text_length(0)} tokens")
     assert told["weights"].startswith("safetensors")
 
 

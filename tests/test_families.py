@@ -102,6 +102,18 @@ def test_only_what_can_be_left_out_is(tiny_bases: dict[str, Path]) -> None:
         families.load(str(tiny_bases["sd1"]), without=["text_encoder"])
 
 
+def test_refiner_prompts_and_time_ids_equal_the_pipelines(tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sdxl-refiner"]))
+    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(tiny_bases["sdxl-refiner"])
+    hidden, _, pooled, _ = pipeline.encode_prompt(PROMPTS, device="cpu", do_classifier_free_guidance=False)
+    ours = family.encode_prompts(PROMPTS)
+    assert torch.equal(ours["hidden"], hidden)
+    assert torch.equal(ours["pooled"], pooled)
+    sizes = ((40, 48), (3, 5), (32, 32))
+    theirs, _ = pipeline._get_add_time_ids(*sizes, 6.0, 2.5, *sizes, torch.float32, 24)
+    assert torch.equal(family._time_ids([Geometry(*sizes)]), theirs)
+
+
 def test_sdxl_time_ids_equal_the_pipelines(tiny_bases: dict[str, Path]) -> None:
     from finetune.families.sdxl import time_ids
 
@@ -134,9 +146,8 @@ def test_our_prediction_draws_the_pipelines_picture(name: str, tiny_bases: dict[
     noise = torch.randn(1, family.latent_channels, 16, 16, generator=torch.Generator().manual_seed(1))
     arguments = family.sampling_arguments(1.0, [""]) | {"negative_prompt": None}
     given = pack(noise) if name == "flux" else noise
-    theirs = pipeline(
-        PROMPTS[0], num_inference_steps=1, latents=given, output_type="latent", width=32, height=32, **arguments
-    ).images
+    arguments |= family.canvas(32, 1, 1, None)
+    theirs = pipeline(PROMPTS[0], num_inference_steps=1, latents=given, output_type="latent", **arguments).images
     theirs = unpack(theirs, 8, 8) if name == "flux" else theirs
     scheduler = make_scheduler(family.scheduler, sampler)
     scheduler.set_timesteps(1, **({"mu": 1.0} if name == "flux" else {}))

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from finetune import families
+from finetune.families.base import Given
 from finetune.families.samplers import SAMPLERS
 from finetune.sample import A1111_SAMPLERS, draw, grid, parameters, save_picture
 
@@ -100,17 +101,33 @@ def test_a_picture_is_what_diffusers_own_call_gives(name: str, tiny_bases: dict[
             pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
         )
     pipeline.set_progress_bar_config(disable=True)
+    blank = {"image": torch.zeros(1, 4, 16, 16), "strength": 1.0}
     wanted = pipeline(
         "a mug",
         negative_prompt="blurry",
         **({"max_sequence_length": 16} if flow else {}),
         num_inference_steps=3,
         guidance_scale=4.0,
-        width=32,
-        height=32,
+        **(blank if name == "sdxl-refiner" else {"width": 32, "height": 32}),
         generator=torch.Generator().manual_seed(5),
     ).images[0]
     family = families.load(str(tiny_bases[name]))
     settings = {"sampler": "euler" if flow else "ddim", "steps": 3, "guidance": 4.0, "size": 32}
     got = draw(family, ["a dog", "a mug"], seeds=[9, 5], negative="blurry", **settings)[1]
     assert np.abs(np.asarray(got, dtype=int) - np.asarray(wanted, dtype=int)).max() <= 1
+
+
+def test_a_refiner_refines_what_it_is_given(tiny_bases: dict[str, Path]) -> None:
+    """As diffusers does by default: three tenths of the steps, and at least one."""
+    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(tiny_bases["sdxl-refiner"])
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
+    picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(2))
+    seed = torch.Generator().manual_seed(5)
+    wanted = pipeline("a mug", image=picture[None], num_inference_steps=10, guidance_scale=1.0, generator=seed)
+    family = families.load(str(tiny_bases["sdxl-refiner"]))
+    settings = {"sampler": "ddim", "guidance": 1.0, "given": Given(picture)}
+    got = draw(family, ["a mug"], seeds=[5], steps=10, **settings)[0]
+    assert np.abs(np.asarray(got, dtype=int) - np.asarray(wanted.images[0], dtype=int)).max() <= 1
+    assert draw(family, ["a mug"], seeds=[5], steps=1, **settings)[0].size == (32, 32)

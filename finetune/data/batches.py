@@ -6,11 +6,13 @@ DreamBooth (arXiv:2208.12242) is two streams: the subject's photos and the class
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from finetune.batch import Batch, Latents
+from finetune.data.cache import Cache
+from finetune.data.inputs import Inputs
 from finetune.data.masks import Masks
 from finetune.data.orders import Order, Permutations, Sample, Streams
 from finetune.data.views import View
@@ -29,10 +31,6 @@ class Drawn:
     view: View
     caption: str
     weight: float
-
-
-class Cache(Protocol):
-    def latents(self, view: View) -> Latents: ...
 
 
 class Batches:
@@ -57,12 +55,14 @@ class Batches:
         world: int = 1,
         order: Order | None = None,
         masks: Masks | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         """`order`: None for pictures of one size (`Permutations`); `masks`: None where all of a picture counts."""
         check_split(batch_size, accumulate, world)
         self.streams, self.cache, self.seed = streams, cache, seed
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
         self.order, self.masks = order or Permutations(streams, seed, batch_size), masks
+        self.inputs = inputs  # None where the base reads latents alone
 
     @property
     def samples_per_step(self) -> int:
@@ -88,13 +88,22 @@ class Batches:
         latents = [self.cache.latents(item.view) for item in drawn]
         return Batch(
             Latents(torch.stack([item.mean for item in latents]), torch.stack([item.std for item in latents])),
-            [item.caption for item in drawn],
+            [self._prompt(item) for item in drawn],
             torch.tensor([item.weight for item in drawn], dtype=torch.float32),
             [item.view.geometry for item in drawn],
             [item.draw for item in drawn],
             [item.name for item in drawn],
             None if self.masks is None else torch.stack([self.masks.mask(item.view) for item in drawn]),
+            self._extra(drawn),
         )
+
+    def _prompt(self, item: Drawn) -> str:
+        return item.caption if self.inputs is None else self.inputs.prompt(item.caption, item.draw)
+
+    def _extra(self, drawn: list[Drawn]) -> Tensor | None:
+        if self.inputs is None:
+            return None
+        return torch.stack([self.inputs.extra(item.view, item.draw, self.cache) for item in drawn])
 
 
 def check_split(batch_size: int, accumulate: int, world: int) -> None:

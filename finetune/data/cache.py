@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -12,9 +13,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.batch import Latents
-from finetune.data.views import View
 from finetune.families.base import Family
 from finetune.files import save_tensors
+
+
+class Picture(Protocol):
+    """What the VAE encodes: a view, or something made of one."""
+
+    @property
+    def key(self) -> str:
+        """A hash of its content."""
+
+    def pixels(self) -> Tensor:
+        """[3, H, W] float32 in [-1, 1]."""
+
+
+class Cache(Protocol):
+    def latents(self, view: Picture) -> Latents: ...
 
 
 class LatentCache:
@@ -27,7 +42,7 @@ class LatentCache:
     def fill(
         self,
         family: Family,
-        views: Sequence[View],
+        views: Sequence[Picture],
         device: torch.device | str,
         advance: Callable[[int], None] = lambda amount: None,
     ) -> None:
@@ -43,16 +58,16 @@ class LatentCache:
                 save_tensors(self._file(view), {"mean": held.mean, "std": held.std})
             advance(1)
 
-    def latents(self, view: View) -> Latents:
+    def latents(self, view: Picture) -> Latents:
         """mean and std [C, h, w], float32."""
         return self.held[view.key]
 
-    def _file(self, view: View) -> Path:
+    def _file(self, view: Picture) -> Path:
         text = f"{view.key}:{self.base_hash}:{self.dtype}"
         name = hashlib.sha256(text.encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def _read(self, view: View) -> bool:
+    def _read(self, view: Picture) -> bool:
         tensors = _load(self._file(view))
         if tensors is None or tensors.keys() != {"mean", "std"}:
             return False

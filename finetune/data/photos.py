@@ -16,6 +16,7 @@ from finetune.errors import BadInput
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 APPLE = {".heic", ".heif"}
 MASK = ".mask.png"  # NAME.mask.png says which part of the photo NAME is the subject
+COMPANIONS = ("depth", "before")  # NAME.depth.png lies beside the photo NAME and is no photo itself
 MIN_SIDE = 16  # pixels: less holds nothing to learn from
 MAX_ASPECT = 20  # resized to a shorter side of 512, a longer strip would not fit into memory
 
@@ -43,8 +44,22 @@ def picture_files(folder: Path) -> list[Path]:
         raise BadInput(f"there is no folder {folder}: give the folder that holds the photos")
     entries = (file for file in folder.iterdir() if not file.name.startswith("."))
     files = sorted(file for file in entries if file.is_file() or file.is_symlink())  # a dead link is a bad photo
-    pictures = (file for file in files if file.suffix.lower() in SUFFIXES | APPLE)
-    return [file for file in pictures if not file.name.lower().endswith(MASK)]
+    pictures = [file for file in files if file.suffix.lower() in SUFFIXES | APPLE]
+    pictures = [file for file in pictures if not file.name.lower().endswith(MASK)]
+    stems = {file.stem for file in pictures}
+    return [file for file in pictures if not is_companion(file, stems)]
+
+
+def is_companion(file: Path, stems: set[str]) -> bool:
+    """Whether a picture belongs to a photo of one of these names, such as NAME.depth.png to NAME."""
+    name, _, kind = file.stem.rpartition(".")
+    return kind in COMPANIONS and name in stems
+
+
+def companion(photo: Path, kind: str) -> Path | None:
+    """NAME.`kind`.png, or with another suffix, beside a photo."""
+    files = (photo.with_name(f"{photo.stem}.{kind}{suffix}") for suffix in sorted(SUFFIXES))
+    return next((file for file in files if file.is_file()), None)
 
 
 def scan(folder: Path) -> list[Photo]:
@@ -127,6 +142,17 @@ def alpha_channel(file: Path) -> Image.Image | None:
     """
     upright = _decode(file, _content(file))
     return upright.convert("RGBA").getchannel("A") if _has_alpha(upright) else None
+
+
+def open_values(file: Path) -> np.ndarray:
+    """A file's grey values [height, width] as float32, upright, of as many levels as the file has.
+
+    Raises:
+        BadPicture: it can't be read or decoded.
+    """
+    upright = _decode(file, _content(file))
+    grey = upright if upright.mode.startswith(("I", "F")) else open_picture(file).convert("L")
+    return np.asarray(grey, dtype=np.float32)
 
 
 def _has_alpha(image: Image.Image) -> bool:

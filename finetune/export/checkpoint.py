@@ -23,8 +23,9 @@ def export_checkpoint(family: Family, path: Path, dtype: str, about: dict[str, s
     Raises:
         BadInput: there is no original layout for this family.
     """
-    if family.name not in TEXT:
-        raise BadInput(f"there is no single-file layout for {family.name} here: use --to folder")
+    if family.name not in TEXT or family.inputs is not None:
+        what = f"{family.name}{f' with {family.inputs} inputs' if family.inputs else ''}"
+        raise BadInput(f"there is no single-file layout for {what} here: use --to folder")
     family.restore(list(family.parts))
     tensors = pack(family.name, family.parts, DTYPES[dtype])
     v_prediction = family.schedule.prediction == "v_prediction"

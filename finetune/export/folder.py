@@ -29,6 +29,7 @@ def export_folder(family: Family, path: Path, dtype: str) -> Exported:
         save_tensors(file, tensors, {"format": "pt"})
     for file in family.folder.glob("tokenizer*/*"):
         shutil.copy(file, temporary / file.parent.name / file.name)
+    _keep_estimator(family.folder, temporary)
     _forget_origin(temporary)
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
@@ -36,6 +37,17 @@ def export_folder(family: Family, path: Path, dtype: str) -> Exported:
     count, checks = _compare(family, path, DTYPES[dtype])
     ok = checks[0].startswith("ok")
     return Exported("folder", path, size, count, 0.0 if ok else float("inf"), ["diffusers"] if ok else [], checks)
+
+
+def _keep_estimator(base: Path, folder: Path) -> None:
+    """A depth base comes with a model that makes depth maps, which is not ours to load."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    listed = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    names = [name for name in ("depth_estimator", "feature_extractor") if "depth_estimator" in index]
+    there = [name for name in names if (base / name).is_dir() and name in listed]
+    for name in there:
+        shutil.copytree(base / name, folder / name)
+    write_json(folder / "model_index.json", index | {name: listed[name] for name in there})
 
 
 def _forget_origin(folder: Path) -> None:

@@ -252,6 +252,8 @@ def _verdicts(found: Inspection, modules: list[str]) -> dict[str, tuple[str, str
     uis = ("ComfyUI", "Forge/A1111", "InvokeAI", "sdnext")
     if found.adapter is None:
         return dict.fromkeys(uis, ("refused", "nothing fits"))
+    if not families.REGISTRY[found.family].known_to_uis:
+        return dict.fromkeys(uis, ("unknown", f"not established for {found.family}"))
     if families.is_transformer(found.family):
         return _transformer_verdicts(found, uis)
     if found.kind != "kohya":

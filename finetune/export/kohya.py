@@ -45,6 +45,8 @@ class Kohya(Export):
 
     def readers(self, adapter: Adapter) -> tuple[str, ...]:
         """Joined matrices are read in different ways: there the diffusers form is the one to use."""
+        if not REGISTRY[adapter.family].known_to_uis:
+            return ("diffusers",)
         return () if is_transformer(adapter.family) else self.read_by
 
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batch import Geometry, Latents
+from finetune.errors import BadInput
 from finetune.objectives import AnySchedule, FlowSchedule
 
 
@@ -30,6 +31,19 @@ class Labels:
     prediction: str = "epsilon"  # "" for flows, which modelspec has no word for
     v_kohya: str = ""
     v_architecture: str = ""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a picture is drawn from, by bases that draw from pictures.
+
+    `picture` [3, H, W] and `beside` [1, H, W] (the mask of what is painted, or a depth map) are in [0, 1];
+    `guidance` is how closely an edit keeps to the picture (arXiv:2211.09800 eq. 3).
+    """
+
+    picture: Tensor
+    beside: Tensor | None = None
+    guidance: float = 1.5
 
 
 class Family(ABC):
@@ -50,15 +64,24 @@ class Family(ABC):
     optional: ClassVar[tuple[str, ...]] = ()  # parts that a base may lack, and a recipe may leave out
     latent_factor: int  # picture pixels per latent pixel
     latent_channels: int
+    scaling: float  # latents are what the VAE gives (less an offset, in some), times this
     resolution: int  # native side length in pixels
     parts: dict[str, nn.Module]
     tokenizers: list[Any]
     schedule: AnySchedule
     folder: Path
 
+    # the share of the noise levels, from the lowest, that the base was trained on and is trained on
+    noise_share: ClassVar[float] = 1.0
+    # whether it was found out what the UIs make of a LoRA for such a base
+    known_to_uis: ClassVar[bool] = True
     # part -> kohya prefix ("lora_unet", "lora_te", ...): the parts that can be trained
     export_prefix: ClassVar[dict[str, str]]
     labels: ClassVar[Labels]
+    # what the denoiser reads behind the noisy latents: "inpaint", "depth", "edit" (`families/inputs.py`); and whether
+    # it was made to
+    inputs: str | None = None
+    widened: bool = False
     # part -> parameter-name prefixes that never get a gradient (DDP fails on them unless they stay frozen)
     unread: dict[str, tuple[str, ...]] = {}
 
@@ -178,7 +201,15 @@ class Family(ABC):
         self, noisy: Tensor, timesteps: Tensor, cond: dict[str, Tensor], geometry: Sequence[Geometry]
     ) -> Tensor:
         """The denoiser's raw output, latent shape; dtype of the denoiser's weights. `timesteps` [B] as the
-        objective gives them."""
+        objective gives them. `noisy` [B, C, h, w], or with extra inputs [B, C + E, h, w]."""
+
+    def widen(self, inputs: str) -> None:
+        """Lets a plain base read extra inputs, which it does not heed before it is trained.
+
+        Raises:
+            BadInput: it can't, or it already reads others.
+        """
+        raise BadInput(f"base.inputs is {inputs!r}, which {self.name} can't read: use an SD 1.x, SD 2.x or SDXL base")
 
     @abstractmethod
     def pipeline(self, sampler: str | None = None) -> Any:
@@ -188,6 +219,11 @@ class Family(ABC):
     def sampling_arguments(self, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
         """What the pipeline is called with for a guidance scale and one negative prompt for each picture."""
         return {"guidance_scale": guidance, "negative_prompt": list(negatives)}
+
+    def canvas(self, side: int, count: int, steps: int, given: Given | None) -> dict[str, Any]:
+        """What the pipeline is called with for `count` pictures of this side length; `given`: what they are drawn
+        from, by families that draw from pictures (None: from nothing)."""
+        return {"width": side, "height": side}
 
     @abstractmethod
     def release(self, parts: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ def facts(folder: Path) -> dict[str, str]:
     parts = family.skeletons(folder, list(family.sources))
     scheduler = families.read_config(folder, "scheduler/scheduler_config.json")
     return {
-        "family": f"{family.name} ({family.pipeline_class})",
+        "family": f"{family.name} ({families.read_config(folder, 'model_index.json')['_class_name']})",
         "predicts": read_schedule(scheduler).prediction,
         "schedule": _schedule(scheduler),
         "resolution": f"{family.resolution_of(folder)} pixels",

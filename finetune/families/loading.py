@@ -180,11 +180,14 @@ class DiffusersFamily(Family):
 
     def pipeline(self, sampler: str | None = None) -> Any:
         self.restore(list(self.parts), next(self.parts["denoiser"].parameters()).device)
-        pipeline = getattr(diffusers, self.pipeline_class)(
+        pipeline = getattr(diffusers, self._pipeline_name())(
             **self._pipeline_parts(), scheduler=make_scheduler(self.scheduler, sampler), **self._pipeline_extras()
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def _pipeline_name(self) -> str:
+        return self.pipeline_class
 
     def _pipeline_parts(self) -> dict[str, Any]:
         """Models and tokenizers by the names of the pipeline's arguments: those of the folder; None if left out."""

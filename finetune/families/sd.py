@@ -18,6 +18,12 @@ from finetune.families.unet import UNetFamily
 class StableDiffusion1(UNetFamily):
     name = "sd1"
     pipeline_class = "StableDiffusionPipeline"
+    pipelines: ClassVar = {
+        "": pipeline_class,
+        "inpaint": "StableDiffusionInpaintPipeline",
+        "depth": "StableDiffusionDepth2ImgPipeline",
+        "edit": "StableDiffusionInstructPix2PixPipeline",
+    }
     export_prefix: ClassVar = {"denoiser": "lora_unet", "text_encoder": "lora_te"}
     sources: ClassVar = {
         "denoiser": ("unet", diffusers.UNet2DConditionModel),
@@ -30,12 +36,7 @@ class StableDiffusion1(UNetFamily):
     @classmethod
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
         linear = bool(denoiser_config.get("use_linear_projection", False))
-        channels = (
-            denoiser_config.get("in_channels", 4),
-            denoiser_config.get("out_channels", 4),
-        )  # old configs omit them
-        plain = model_index.get("_class_name") == cls.pipeline_class and channels[0] == channels[1]
-        return plain and linear == cls.linear_projection
+        return super().matches(model_index, denoiser_config) and linear == cls.linear_projection
 
     @classmethod
     def write_tiny(cls, folder: Path, seed: int = 0) -> None:
@@ -56,15 +57,17 @@ class StableDiffusion1(UNetFamily):
         self, noisy: Tensor, timesteps: Tensor, cond: dict[str, Tensor], geometry: Sequence[Geometry]
     ) -> Tensor:
         denoiser: Any = self.parts["denoiser"]
-        dtype = denoiser.conv_in.weight.dtype  # diffusers' own `.dtype` walks all modules: 3 % of a small step
+        read = self._read(noisy)
         return denoiser(
-            noisy.to(dtype),
+            read,
             timesteps,
-            encoder_hidden_states=cond["hidden"].to(dtype),
+            encoder_hidden_states=cond["hidden"].to(read.dtype),
             return_dict=False,
         )[0]
 
     def _pipeline_extras(self) -> dict[str, Any]:
+        if self.inputs == "depth":
+            return {"depth_estimator": None, "feature_extractor": None}
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 

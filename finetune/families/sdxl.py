@@ -19,6 +19,11 @@ from finetune.families.unet import UNetFamily
 class StableDiffusionXL(UNetFamily):
     name = "sdxl"
     pipeline_class = "StableDiffusionXLPipeline"
+    pipelines: ClassVar = {
+        "": pipeline_class,
+        "inpaint": "StableDiffusionXLInpaintPipeline",
+        "edit": "StableDiffusionXLInstructPix2PixPipeline",
+    }
     export_prefix: ClassVar = {"denoiser": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     sources: ClassVar = {
         "denoiser": ("unet", diffusers.UNet2DConditionModel),
@@ -31,16 +36,14 @@ class StableDiffusionXL(UNetFamily):
     )
 
     def _find_unread(self) -> dict[str, tuple[str, ...]]:
+        if "text_encoder" not in self.parts:
+            return {}
         encoder: Any = self.parts["text_encoder"]
         last = encoder.config.num_hidden_layers - 1
         names = {name for name, _ in encoder.named_modules()}
         wrapper = "text_model." if "text_model" in names else ""
         # the UNet reads the second-last layer: nothing after it gets a gradient, and DDP fails on such weights
         return {"text_encoder": (f"{wrapper}encoder.layers.{last}.", f"{wrapper}final_layer_norm")}
-
-    @classmethod
-    def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
-        return model_index.get("_class_name") == cls.pipeline_class and denoiser_config.get("in_channels") == 4
 
     @classmethod
     def write_tiny(cls, folder: Path, seed: int = 0) -> None:
@@ -68,15 +71,19 @@ class StableDiffusionXL(UNetFamily):
         self, noisy: Tensor, timesteps: Tensor, cond: dict[str, Tensor], geometry: Sequence[Geometry]
     ) -> Tensor:
         denoiser: Any = self.parts["denoiser"]
-        dtype = denoiser.conv_in.weight.dtype
-        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": time_ids(geometry).to(noisy.device, dtype)}
+        read = self._read(noisy)
+        dtype = read.dtype
+        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": self._time_ids(geometry).to(noisy.device, dtype)}
         return denoiser(
-            noisy.to(dtype),
+            read,
             timesteps,
             encoder_hidden_states=cond["hidden"].to(dtype),
             added_cond_kwargs=added,
             return_dict=False,
         )[0]
+
+    def _time_ids(self, geometry: Sequence[Geometry]) -> Tensor:
+        return time_ids(geometry)
 
     def _pipeline_extras(self) -> dict[str, Any]:
         return {"add_watermarker": False}

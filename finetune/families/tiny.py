@@ -142,6 +142,31 @@ def write_sdxl(folder: Path, seed: int) -> None:
         save(pipeline, folder)
 
 
+def write_sdxl_refiner(folder: Path, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_tokenizer(folder / "tokenizer_2")
+        unet = tiny_unet(
+            24,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 5 * 8,
+        )
+        pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
+            vae=tiny_vae(),
+            text_encoder=cast(Any, None),
+            text_encoder_2=transformers.CLIPTextModelWithProjection(tiny_text_config(tokenizer, 24)),
+            tokenizer=cast(Any, None),
+            tokenizer_2=tokenizer,
+            unet=unet,
+            scheduler=tiny_scheduler("epsilon"),
+            requires_aesthetics_score=True,
+            add_watermarker=False,
+        )
+        save(pipeline, folder)
+
+
 def save(pipeline: Any, folder: Path) -> None:
     """Saves beside the tokenizer files for older readers, which diffusers' own saving would not write."""
     kept = {file: file.read_bytes() for file in folder.glob("tokenizer*/*") if file.suffix in (".json", ".txt")}

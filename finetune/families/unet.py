@@ -1,19 +1,73 @@
-"""What the families with a UNet share: which of its modules a LoRA adapts, and its native size."""
+"""What the families with a UNet share: which of its modules a LoRA adapts, its native size, and its extra inputs."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from finetune.errors import BadInput
+from finetune.families.base import Given
+from finetune.families.inputs import canvas, channels, kind_of, widen
 from finetune.families.loading import DiffusersFamily
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class UNetFamily(DiffusersFamily):
+    # extra inputs ("" for none) -> the `_class_name` of such a base
+    pipelines: ClassVar[dict[str, str]]
+
+    def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = (), on_meta: bool = False) -> None:
+        super().__init__(folder, dtype, without, on_meta)
+        self.inputs = kind_of(dict(cast(Any, self.parts["denoiser"]).config)) or None
+
+    @classmethod
+    def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
+        kind = kind_of(denoiser_config)
+        return kind is not None and model_index.get("_class_name") == cls.pipelines.get(kind)
+
+    def widen(self, inputs: str) -> None:
+        if self.inputs not in (None, inputs):
+            raise BadInput(f"base.inputs is {inputs!r} but the base reads {self.inputs!r}: leave base.inputs out")
+        if inputs not in self.pipelines:
+            raise BadInput(f"base.inputs is {inputs!r}, which diffusers can't draw with {self.name}: use another base")
+        if inputs == "inpaint" and self.latent_channels != 4:
+            raise BadInput(
+                f"base.inputs is 'inpaint' but the base has {self.latent_channels} latent channels, and diffusers "
+                "paints with 4 alone: use another base"
+            )
+        if self.inputs is None:
+            self.inputs, self.widened = inputs, True
+            widen(self.parts["denoiser"], channels(inputs, self.latent_channels))
+
+    def _load_part(self, name: str) -> nn.Module:
+        part = super()._load_part(name)
+        if name == "denoiser" and self.widened and self.inputs:
+            widen(part, channels(self.inputs, self.latent_channels))
+        return part
+
+    def _pipeline_name(self) -> str:
+        return self.pipelines[self.inputs or ""]
+
+    def canvas(self, side: int, count: int, steps: int, given: Given | None) -> dict[str, Any]:
+        if self.inputs is None:
+            return super().canvas(side, count, steps, given)
+        return canvas(self.inputs, side, count, given)
+
+    def _read(self, noisy: Tensor) -> Tensor:
+        """What the UNet reads, in the dtype of its weights: zeros where its extra inputs are not behind `noisy`."""
+        weight = cast(
+            Any, self.parts["denoiser"]
+        ).conv_in.weight  # diffusers' `.dtype` walks all modules: 3 % of a step
+        missing = weight.shape[1] - noisy.shape[1]
+        return pad(noisy.to(weight.dtype), (0, 0, 0, 0, 0, missing)) if missing else noisy.to(weight.dtype)
+
     def _denoiser_targets(self, choice: str) -> list[str]:
         module = self.parts["denoiser"]
         if choice == "attention":
