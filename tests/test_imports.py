@@ -16,6 +16,7 @@ LAYERS = (
     ("batch", "dropout", "objectives", "optim", "recipes"),
     ("families",),
     ("methods", "data"),
+    ("penalties",),
     ("config",),
     ("run", "badstep", "sample", "tokens", "export"),
     ("loop", "prior", "results", "adapters", "report"),
@@ -29,12 +30,12 @@ RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 HOMES = {
     "diffusers": ("families",),
     "transformers": ("families", "quiet"),
-    "peft": ("methods.lora",),
+    "peft": ("methods.lora", "methods.start"),
     "accelerate": ("loop", "job"),
     "bitsandbytes": ("optim",),
     "typer": ("cli", "cli_adapters"),
     "rich": ("cli", "progress"),
-    "pydantic": ("settings", "config", "methods", "optim", "objectives"),
+    "pydantic": ("settings", "config", "penalties", "methods", "optim", "objectives"),
 }
 
 

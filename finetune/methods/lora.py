@@ -5,13 +5,12 @@ rsLoRA (arXiv:2312.03732) scales by alpha / sqrt(r).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from finetune.errors import BadInput
 from finetune.families.base import Family
 from finetune.families.layout import strip_text_model
 from finetune.methods.base import Method
+from finetune.methods.start import BaseOf, adapted_layers, low_rank_distance, switched_off
 
 ADAPTER = "default"
 
@@ -88,19 +88,24 @@ class LoRA(Method):
     @contextmanager
     def disabled(self, family: Family) -> Iterator[None]:
         """The base as it was: every adapter switched off inside the block."""
-        layers = [
-            module
-            for part in self.part_names(family)
-            for module in family.parts[part].modules()
-            if isinstance(module, BaseTunerLayer)
-        ]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
+        with self.base_of(family)():
             yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
+
+    def base_of(self, family: Family) -> BaseOf:
+        return switched_off(family, adapted_layers(family, self.part_names(family)))
+
+    @property
+    def measures_distance(self) -> bool:
+        return True
+
+    def distance(self, family: Family, trained: dict[str, nn.Parameter]) -> Callable[[], Tensor]:
+        layers = adapted_layers(family, self.part_names(family))
+        return low_rank_distance(
+            (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]) for layer in layers
+        )
+
+    def copied_bytes(self, family: Family) -> int:
+        return 0
 
 
 def _adapter_parameters(family: Family, part: str) -> Iterator[tuple[str, nn.Parameter]]:
