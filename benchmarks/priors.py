@@ -17,13 +17,23 @@ from typing import Any
 
 import dreambooth_claims as claims
 
-SETTINGS = ("none", "class_images 1", "frozen_base 1", "distance 1e-3")
+SETTINGS = (
+    "none",
+    "class_images 1",
+    "frozen_base 1",
+    "frozen_base 3",
+    "distance 1e-4",
+    "distance 1e-3",
+    "distance 1e-2",
+)
 SUBJECTS, SEEDS = ("mug", "car"), (0,)
+SMALL = {"distance": ("export.dtype=fp32",)}  # what it leaves of some modules is below what fp16 holds
 
 
 def one_run(work: Path, subject: str, seed: int, setting: str) -> dict[str, Any]:
     prior, _, weight = setting.partition(" ")
-    return claims.one_run(work, subject, seed, "lora", prior, (f"prior.weight={weight}",) if weight else ())
+    overrides = (f"prior.weight={weight}", *SMALL.get(prior, ())) if weight else ()
+    return claims.one_run(work, subject, seed, "lora", prior, overrides)
 
 
 def table(rows: dict[str, list[dict[str, float]]], untouched: list[dict[str, float]]) -> str:
