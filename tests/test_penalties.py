@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from test_job import LORA, settings
-from test_loop import Memory, metrics, run_fit
+from test_loop import Memory, _own_precision, metrics, run_fit  # noqa: F401 - a fixture
 from torch import Tensor
 
 from finetune import families, job
@@ -259,6 +259,35 @@ def test_an_accumulated_step_is_the_whole_batchs(
         rows.append(metrics(path))
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in rows[1]] == pytest.approx([row[key] for row in rows[0]], rel=1e-3), key
+
+
+@every_prior
+def test_on_a_bf16_base_too(prior: str, tiny_bases: dict[str, Path]) -> None:
+    """An adapter's base is held in bf16: 0 at the start, then a float32 number with finite gradients."""
+    family = families.load(str(tiny_bases["sdxl"]), dtype=torch.bfloat16)
+    trained, plain, whole = steps(family, METHODS["lora"], PRIORS[prior])
+    assert penalty(plain, whole, batch_for(family)) == 0
+    move(trained)
+    loss = whole(batch_for(family))
+    assert loss.dtype == torch.float32
+    assert loss > plain(batch_for(family))
+    loss.backward()
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in trained.values())
+
+
+@pytest.mark.usefixtures("_own_precision")
+@every_prior
+def test_full_training_in_bf16_begins_at_zero(prior: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """fp32 weights under autocast: the twin computes under it too, so that both round alike."""
+    rows = []
+    for weight in (0.0, 50.0):
+        path = tmp_path / str(weight)
+        path.mkdir()
+        strong = PRIORS[prior].model_copy(update={"weight": weight})
+        run_fit(tiny_bases["sd1"], path, METHODS["full"], steps=2, prior=strong, precision="bf16")
+        rows.append(metrics(path))
+    assert rows[0][0] == rows[1][0]
+    assert rows[0][1]["loss"] < rows[1][1]["loss"]
 
 
 @every_prior
