@@ -104,7 +104,7 @@ class Distance(Preserve):
     """
 
     kind: Literal["distance"] = "distance"
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(1e-3, ge=0)
 
     def penalties(self, attached: Attached) -> list[Penalty]:
         distance = attached.method.distance(attached.family, attached.trained)
