@@ -27,8 +27,8 @@ from finetune.settings import Settings
 class Noised:
     """One micro-batch on its way through a step.
 
-    `latents` z_t [B, C, h, w] at timesteps `t` [B]; `weight` [B] is the objective's weight at t times the sample's;
-    `kept` [encoders, B] as `Family.encode_prompts` takes it.
+    `latents` are what the denoiser reads, z_t [B, C, h, w] at timesteps `t` [B]; `weight` [B] is the objective's at t
+    times the sample's; `kept` [encoders, B] as `Family.encode_prompts` takes it.
     """
 
     batch: Batch
