@@ -1,6 +1,6 @@
 """Prior preservation three ways, measured on the tiny base: LoRA, each prior at several weights.
 
-    python benchmarks/priors.py                      # all runs, then the table of docs/methods.md
+    python benchmarks/priors.py                      # all runs, as in docs/methods.md, and their means
     python benchmarks/priors.py --subjects mug --settings "frozen_base 3"      # a trial
 
 Subjects, recipe, judge and measures are those of dreambooth_claims.py; finished runs are kept under --work.
