@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from finetune import families
+from finetune.data.batches import Batches, Sample
 from finetune.data.cache import LatentCache
 from finetune.data.depth import Depth, scaled
 from finetune.data.edit import dropped
@@ -207,3 +208,23 @@ def test_a_damaged_companion_names_its_photo(companions: Path, tiny_bases: dict[
     (companions / "1.before.png").write_bytes(b"no picture")
     with pytest.raises(BadInput, match=r"the before picture of 1\.png can't be used"):
         made("edit", companions, tiny_bases)
+
+
+def test_batches_carry_extra_inputs_and_lose_both_together(
+    companions: Path, tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """A batch of 12 and its cut into 3 on 2 processes: the same channels, and the same prompts dropped."""
+    family, inputs, seen = made("edit", companions, tiny_bases, replace(CHOICES, edit_dropout=0.3))
+    cache = filled(family, inputs, seen, tmp_path)
+    cache.fill(family, seen, "cpu")
+    streams = [[Sample([view], ["make it red"], 1.0, 0.0, view.photo.path.name) for view in seen]]
+    whole = Batches(streams, cache, 3, 12, inputs=inputs).micro(0, 0)
+    parts = [Batches(streams, cache, 3, 12, 3, rank, 2, inputs).micro(0, n) for n in range(3) for rank in range(2)]
+    assert whole.extra is not None
+    assert torch.equal(whole.extra, torch.cat([part.extra for part in parts if part.extra is not None]))
+    assert whole.prompts == [prompt for part in parts for prompt in part.prompts]
+    for draw, prompt, extra in zip(whole.draws, whole.prompts, whole.extra, strict=True):
+        assert (not extra.any(), prompt == "") == dropped(draw, 0.3)
+    noisy = torch.randn(12, 4, 16, 16)
+    assert torch.equal(whole.beside(noisy), torch.cat([noisy, whole.extra], 1))
+    assert Batches(streams, cache, 3, 12).micro(0, 0).extra is None
