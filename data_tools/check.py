@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.data.captions import caption_files, caption_rows
-from finetune.data.photos import BadPicture, Photo, is_companion, open_picture, picture_files, read_photo
+from finetune.data.photos import MASK, BadPicture, Photo, is_companion, open_picture, picture_files, read_photo
 from finetune.errors import BadInput
 
 ORIENTATIONS = {
@@ -174,8 +174,9 @@ def _other_files(folder: Path, pictures: list[Path]) -> list[str]:
     others = []
     for path in sorted(folder.iterdir()):
         is_caption = path.suffix == ".txt" and path.stem in stems
-        beside = is_companion(path, stems)
-        if path.name.startswith(".") or beside or path in pictures or path.name in CAPTION_LISTS or is_caption:
+        is_mask = path.name == "masks" or (path.name.lower().endswith(MASK) and path.name[: -len(MASK)] in stems)
+        beside = is_caption or is_mask or is_companion(path, stems)
+        if path.name.startswith(".") or path in pictures or path.name in CAPTION_LISTS or beside:
             continue
         others.append(path.name + ("/" if path.is_dir() else ""))
     return [f"not read: {', '.join(others)}"] if others else []

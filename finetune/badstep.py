@@ -29,6 +29,8 @@ def describe(batches: Sequence[Batch], timesteps: Sequence[Tensor]) -> Samples:
                 "weight": float(batch.weight[index]),
             }
             tensors = {"mean": batch.latents.mean[index], "std": batch.latents.std[index]}
+            if batch.mask is not None:
+                tensors["mask"] = batch.mask[index]
             if batch.extra is not None:
                 tensors["extra"] = batch.extra[index]
             found.append((about, {key: value.detach().cpu() for key, value in tensors.items()}))

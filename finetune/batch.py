@@ -45,7 +45,8 @@ class Batch:
     """B samples of one micro-batch.
 
     `weight` [B] multiplies each sample's loss; `draws` says where each sample stands in the run, and `names`
-    which files they come from, for the message of a step that is stopped. `extra` [B, E, h, w] is what the denoiser
+    which files they come from, for the message of a step that is stopped. `mask` [B, 1, h, w] in [0, 1] says how much
+    each latent counts in its sample's loss; None where all count the same. `extra` [B, E, h, w] is what the denoiser
     reads behind the noisy latents, where it reads more (`data/inputs.py`).
     """
 
@@ -55,6 +56,7 @@ class Batch:
     geometry: list[Geometry]
     draws: list[Draw]
     names: list[str]
+    mask: Tensor | None = None
     extra: Tensor | None = None
 
     def __len__(self) -> int:
@@ -78,5 +80,6 @@ class Batch:
             self.geometry,
             self.draws,
             self.names,
+            None if self.mask is None else self.mask.to(device),
             None if self.extra is None else self.extra.to(device),
         )

@@ -63,6 +63,22 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a YAML file")],
+    overrides: Overrides = None,
+) -> None:
+    """What a recipe trains, writes and needs in memory, from the base's configs alone: no weights, no photos."""
+    from finetune.recipes import find
+
+    find(recipe)
+    from finetune.config import load_recipe
+    from finetune.estimate import report as rows
+
+    for name, value in rows(load_recipe(recipe, overrides or [])).items():
+        typer.echo(f"{name:>16}  {value}")
+
+
+@app.command()
 def resume(run: Annotated[Path, typer.Argument(help="a run folder")], processes: Processes = None) -> None:
     """Go on with an interrupted run; what comes out is what the unbroken run would have given."""
     from finetune.run import RunFolder
@@ -149,18 +165,26 @@ def sample(
 def export(
     run: Annotated[Path, typer.Argument(help="a finished run's folder")],
     to: Annotated[
-        list[str] | None, typer.Option("--to", help="kohya, diffusers, peft; folder for full models")
+        list[str] | None, typer.Option("--to", help="kohya, diffusers, peft; folder, checkpoint, embedding")
     ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="of what is no LoRA and leaves as one")] = None,
+    max_error: Annotated[float | None, typer.Option("--max-error", help="what this may cost, such as 0.1")] = None,
 ) -> None:
-    """Write the run's adapter for other programs into RUN/exports, and check every file."""
+    """Write what the run trained for other programs into RUN/exports, and check every file."""
     _loud()
+    from finetune.config import parse_recipe
+    from finetune.export import check_formats
     from finetune.report import write_report
     from finetune.results import export_run, open_run, write_companions
     from finetune.run import RunFolder
 
     folder = RunFolder(run)
+    given = {"export.rank": rank, "export.max_error": max_error}
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    recipe = parse_recipe(folder.recipe.model_dump(mode="json"), options, where="the options")
+    check_formats(to or [], recipe.method.leaves)
     family, _ = open_run(folder)
-    exported = export_run(folder, family, to or [])
+    exported = export_run(folder, family, to or [], recipe.export)
     write_companions(folder)
     write_report(run)
     say_exported(exported)

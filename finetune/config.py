@@ -60,6 +60,9 @@ class Data(Settings):
     exists and `templates` elsewhere; `files` demands one for every photo; `templates` ignores them.
     Templates and caption files may contain {token} and {noun}. A caption that is longer than the text encoders read is
     refused, or cut. A token of more than `token_pieces` pieces is refused: each piece has a meaning of its own.
+    `shape: buckets` crops each photo to the size nearest to its own aspect ratio, of those whose area differs by at
+    most the share `bucket_tolerance` from the square's. `masks` say which part of a photo is the subject: files beside
+    it, its alpha channel, or whichever there is; the background's loss counts `mask_floor`.
     """
 
     photos: Path
@@ -71,11 +74,15 @@ class Data(Settings):
     templates: list[str] = ["a photo of {token} {noun}"]
     long_captions: Literal["refuse", "cut"] = "refuse"
     resolution: int | None = Field(None, ge=8, le=4096)  # None: the base's own
+    shape: Literal["square", "buckets"] = "square"
+    bucket_tolerance: float = Field(0.1, ge=0, le=0.5)
     crop: Literal["center", "random"] = "center"
     crops: int = Field(4, ge=1)  # how many random crops of each photo are cached
     flip: bool = False
     caption_dropout: float = Field(0.0, ge=0, le=1)
     encoder_dropout: float = Field(0.0, ge=0, le=1)  # each of several text encoders on its own
+    masks: Literal["none", "auto", "alpha", "files"] = "none"
+    mask_floor: float = Field(0.0, ge=0, le=1)
     mask_count: int = Field(8, ge=1)  # drawn for each view, for inpainting
     edit_dropout: float = Field(0.05, ge=0, le=1 / 3)  # of picture, instruction and both
 
@@ -162,9 +169,14 @@ class Sample(Settings):
 class ExportTo(Settings):
     """`formats`: empty for all that can hold what was trained. `metadata`: "minimal" is what readers need;
     "standard" adds trigger, date, base hash, steps and seed; "full" also the recipe (with its paths) and the captions.
+
+    What is no LoRA leaves as one by singular values: `rank` is its rank (None: the smallest that meets `max_error`, at
+    most 128), `max_error` the largest |LoRA - change| / |change| over all modules that is no failure.
     """
 
     formats: list[str] = []
+    rank: int | None = Field(None, ge=1)
+    max_error: float = Field(0.2, gt=0, le=1)
     metadata: Literal["minimal", "standard", "full"] = "standard"
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
 
@@ -189,9 +201,14 @@ class Recipe(Settings):
                 f"run.batch_size {self.run.batch_size} can't be split into run.accumulate {self.run.accumulate} "
                 "equal micro-batches: make it a multiple"
             )
-        if self.optim.text_lr is not None and "text_encoders" not in self.method.parts:
+        if self.optim.text_lr is not None and not self.method.has_text_lr:
             raise ValueError(
                 "optim.text_lr is set but method.parts has no text_encoders: add them, or leave text_lr out"
+            )
+        if self.export.rank is not None and (self.method.adapter.low_rank or self.method.leaves == ("embedding",)):
+            raise ValueError(
+                f"export.rank is {self.export.rank} but a {self.method.kind} leaves as it was trained: leave it out, "
+                "or make the file smaller with `finetune resize`"
             )
         texts = [*self.data.templates, self.prior.prompt if isinstance(self.prior, ClassImages) else ""]
         if self.data.class_noun is None and any("{noun}" in text for text in texts):

@@ -22,6 +22,8 @@ from finetune.config import ClassImages, Recipe
 from finetune.data.batches import Batches, Sample
 from finetune.data.cache import LatentCache, Picture, PromptCache
 from finetune.data.inputs import unit
+from finetune.data.masks import Masks
+from finetune.data.orders import Buckets, Permutations
 from finetune.data.views import views
 from finetune.errors import CheckFailed, Stopped
 from finetune.families.base import Given
@@ -135,6 +137,7 @@ def fit_job(
     if recipe.run.gradient_checkpointing:
         family.enable_gradient_checkpointing(recipe.method.part_names(family))
     run = recipe.run
+    kind = Buckets if recipe.data.shape == "buckets" else Permutations
     batches = Batches(
         streams,
         cache,
@@ -143,6 +146,8 @@ def fit_job(
         run.accumulate,
         accelerator.process_index,
         accelerator.num_processes,
+        kind(streams, run.seed, run.batch_size),
+        _masks(job, streams),
         job.inputs,
     )
     idle = _idle_parts(job, encode_prompts)
@@ -168,6 +173,7 @@ def fit_job(
         folder=folder,
         stratify=batches.samples_per_step if recipe.objective.timesteps == "stratified" else None,
         encoder_dropout=recipe.data.encoder_dropout,
+        windows=recipe.method.windows(trained),
         on_step=after_step,
         signals=signals,
     )
@@ -185,6 +191,14 @@ def _latents(job: Job, streams: Sequence[Sequence[Sample]], accelerator: Acceler
     return cache
 
 
+def _masks(job: Job, streams: Sequence[Sequence[Sample]]) -> Masks | None:
+    """None where all of every photo counts."""
+    if not job.masks:
+        return None
+    masks = Masks(job.masks, job.family.latent_factor, job.recipe.data.mask_floor)
+    return masks.fill([view for sample in streams[0] for view in sample.views])
+
+
 def _idle_parts(job: Job, encode_prompts: PromptEncoder) -> list[str]:
     """Frozen parts whose work is cached: they leave memory while the loop runs."""
     busy = {"denoiser", *job.recipe.method.part_names(job.family)}
@@ -197,13 +211,13 @@ def _streams(job: Job, accelerator: Accelerator) -> list[list[Sample]]:
     data, prior, seed = job.recipe.data, job.recipe.prior, job.recipe.run.seed
     subject = [
         Sample(
-            views(photo, job.resolution, data.crop, data.crops, data.flip, seed),
+            views(photo, size, data.crop, data.crops, data.flip, seed),
             texts,
             1.0,
             data.caption_dropout,
             photo.path.name,
         )
-        for photo, texts in zip(job.photos, job.captions, strict=True)
+        for photo, size, texts in zip(job.photos, job.sizes, job.captions, strict=True)
     ]
     if not isinstance(prior, ClassImages):
         return [subject]
@@ -217,9 +231,10 @@ def _streams(job: Job, accelerator: Accelerator) -> list[list[Sample]]:
         accelerator.num_processes,
         accelerator.wait_for_everyone,
     )
+    sizes = sorted(set(job.sizes))  # a class image stands beside photos of any bucket
     classes = [
         Sample(
-            views(picture, job.resolution, "center", 1, prior.flip, seed),
+            [view for size in sizes for view in views(picture, size, "center", 1, prior.flip, seed)],
             [job.class_prompt],
             prior.weight,
             prior.caption_dropout,
@@ -273,7 +288,7 @@ def _draw_samples(job: Job, folder: Path, title: str, count: int | None = None) 
 
 def _given(job: Job) -> Given:
     """What pictures are drawn from, by bases that draw from pictures: the first photo and what lies beside it."""
-    view = views(job.photos[0], job.resolution, "center", 1, False, job.recipe.run.seed)[0]
+    view = views(job.photos[0], (job.resolution, job.resolution), "center", 1, False, job.recipe.run.seed)[0]
     return Given(unit(view.pixels())) if job.inputs is None else job.inputs.given(view)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,8 +21,9 @@ from finetune.draws import Draw, generator, uniform
 from finetune.dropout import SampleDropout, replace_dropout
 from finetune.errors import BadInput, CheckFailed
 from finetune.families.base import Family
+from finetune.loss import per_sample
 from finetune.objectives import Objective
-from finetune.optim import Optim, load_state_tensors, state_tensors
+from finetune.optim import Optim, Window, load_state_tensors, state_tensors
 from finetune.progress import phase
 from finetune.run import RunFolder, State, clone, to_cpu
 from finetune.signals import Interrupted, Signals
@@ -59,7 +60,7 @@ class Step(nn.Module):
         self.stratify: int | None = None  # samples of a global batch, to spread them evenly over the timesteps
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean over the batch of weight * error(prediction, target): a float32 scalar."""
+        """The mean over the batch of weight * error(prediction, target), where the mask is: a float32 scalar."""
         SampleDropout.drawing(batch.draws)
         x0 = batch.sample_latents()
         noise, added = (value.to(x0.device) for value in self.objective.noises(batch.draws, x0.shape[1:]))
@@ -67,7 +68,7 @@ class Step(nn.Module):
         cond = self.encode_prompts(batch.prompts, self.kept(batch.draws))
         noisy = batch.beside(self.objective.add_noise(x0, added, t))
         prediction = self.family.predict(noisy, t, cond, batch.geometry)
-        error = self.objective.error(prediction.float(), self.objective.target(x0, noise, t)).flatten(1).mean(1)
+        error = per_sample(self.objective.error(prediction.float(), self.objective.target(x0, noise, t)), batch.mask)
         return (error * self.objective.weight(t) * batch.weight).mean()
 
     def kept(self, draws: list[Draw]) -> Tensor | None:
@@ -141,6 +142,7 @@ def fit(
     folder: RunFolder,
     stratify: int | None = None,
     encoder_dropout: float = 0.0,
+    windows: Mapping[str, Window] | None = None,
     on_step: Callable[[int], None] | None = None,
     signals: Signals | None = None,
 ) -> None:
@@ -151,6 +153,7 @@ def fit(
         trained: name -> fp32 parameter, as `Method.attach` gave them.
         stratify: the number of samples in a global batch, to stratify their timesteps; None draws uniformly.
         encoder_dropout: the probability with which each text encoder's output is zeroed.
+        windows: name -> the share of the run in which it is trained; None, or a name left out: all of it.
         on_step: called on every process after step n (1-based), for previews.
 
     Raises:
@@ -160,7 +163,7 @@ def fit(
     signals = signals or Signals()
     step = Step(family, _parts_of(trained), objective.to(accelerator.device), encode_prompts, encoder_dropout)
     step.stratify = stratify
-    optimizer = optim.build(trained)
+    optimizer = optim.build(trained, windows)
     model, optimizer = accelerator.prepare(step, optimizer)
     start, ema = _restore(accelerator, folder, trained, optimizer, run)
     if accelerator.is_main_process:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -11,6 +11,9 @@ from pydantic import Field
 from torch import nn
 
 from finetune.settings import Settings
+
+Window = tuple[float, float]  # from and to, as shares of a run's steps
+WHOLE: Window = (0.0, 1.0)
 
 
 class _Optimiser(Settings):
@@ -34,18 +37,32 @@ class _Optimiser(Settings):
             return max(0.0, 1 - progress)
         return 1.0
 
+    def factor_within(self, window: Window, step: int, steps: int) -> float:
+        """`factor` over the steps of a window (shares of the run); 0 outside, where AdamW leaves weights as they are,
+        bit for bit."""
+        first, last = (round(share * steps) for share in window)
+        return self.factor(step - first, last - first) if first <= step < last else 0.0
+
     def set_lr(self, optimizer: torch.optim.Optimizer, step: int, steps: int) -> float:
         """Sets every group's rate for `step`; returns the denoiser's (the first group's)."""
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * self.factor(step, steps)
+            group["lr"] = group["base_lr"] * self.factor_within(group["window"], step, steps)
         return optimizer.param_groups[0]["lr"]
 
-    def groups(self, trained: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
-        """Parameter groups by part, in the order of `trained`; text encoders may have a rate of their own."""
-        denoiser = [p for name, p in trained.items() if name.startswith("denoiser.")]
-        text = [p for name, p in trained.items() if not name.startswith("denoiser.")]
-        rates = ((denoiser, self.lr), (text, self.text_lr or self.lr))
-        return [{"params": params, "lr": rate, "base_lr": rate} for params, rate in rates if params]
+    def groups(
+        self, trained: dict[str, nn.Parameter], windows: Mapping[str, Window] | None = None
+    ) -> list[dict[str, Any]]:
+        """Parameter groups by part and window, in the order of `trained`; text encoders may have their own rate."""
+        denoiser = [name for name in trained if name.startswith("denoiser.")]
+        text = [name for name in trained if not name.startswith("denoiser.")]
+        found: dict[tuple[str, float, Window], list[nn.Parameter]] = {}
+        for part, names, rate in (("denoiser", denoiser, self.lr), ("text", text, self.text_lr or self.lr)):
+            for name in names:
+                found.setdefault((part, rate, (windows or {}).get(name, WHOLE)), []).append(trained[name])
+        return [
+            {"params": params, "lr": rate, "base_lr": rate, "window": window}
+            for (_, rate, window), params in found.items()
+        ]
 
 
 class AdamW(_Optimiser):
@@ -53,9 +70,11 @@ class AdamW(_Optimiser):
 
     kind: Literal["adamw"] = "adamw"
 
-    def build(self, trained: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    def build(
+        self, trained: dict[str, nn.Parameter], windows: Mapping[str, Window] | None = None
+    ) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
-            self.groups(trained),
+            self.groups(trained, windows),
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
@@ -70,11 +89,13 @@ class AdamW8bit(_Optimiser):
     kind: Literal["adamw8bit"] = "adamw8bit"
     min_8bit_size: ClassVar[int] = 4096
 
-    def build(self, trained: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    def build(
+        self, trained: dict[str, nn.Parameter], windows: Mapping[str, Window] | None = None
+    ) -> torch.optim.Optimizer:
         import bitsandbytes as bnb
 
         return bnb.optim.AdamW8bit(
-            self.groups(trained),
+            self.groups(trained, windows),
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,

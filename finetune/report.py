@@ -228,6 +228,13 @@ def _inside(item: str, path: Path) -> str:
     )
 
 
+def _a_format(path: Path) -> str:
+    """What may be exported again: kohya, or the first of what was written."""
+    file = path / "exports.json"
+    listed = [item["format"] for item in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
+    return "kohya" if "kohya" in listed or not listed else listed[0]
+
+
 def _next_steps(path: Path, info: dict[str, Any]) -> str:
     thing = " ".join(text for text in (info.get("token"), info.get("class_noun")) if text)
     run = path.name if path.is_absolute() else path  # a page may be passed on: no folders of this machine in it
@@ -236,7 +243,7 @@ def _next_steps(path: Path, info: dict[str, Any]) -> str:
             "# more pictures",
             f'finetune sample {run} -p "a photo of {thing} in the city" --count 8',
             "# the files again, or others",
-            f"finetune export {run} --to kohya",
+            f"finetune export {run} --to {_a_format(path)}",
             "# go on, or train longer",
             f"finetune train {run}/recipe.yaml run.dir={run} run.steps=N",
         )
@@ -244,5 +251,8 @@ def _next_steps(path: Path, info: dict[str, Any]) -> str:
     places = (
         "The kohya file goes to <code>ComfyUI/models/loras</code>, <code>stable-diffusion-webui/models/Lora</code> (A1111, "
         "Forge, sdnext) or InvokeAI's model manager, if the base is the one that it was trained on."
+        if _a_format(path) != "embedding"
+        else "The embedding goes to <code>ComfyUI/models/embeddings</code> or <code>stable-diffusion-webui/embeddings</code> "
+        "(A1111, Forge); there its file's name is the word for prompts (<code>embedding:NAME</code> in ComfyUI)."
     )
     return f"<h2>Go on</h2><pre>{escape(commands)}</pre><p class=soft>{places}</p>"

@@ -12,24 +12,33 @@ from typing import Any
 import torch
 
 from finetune import __version__, families
-from finetune.config import dump_recipe
+from finetune.config import ExportTo, dump_recipe
 from finetune.errors import BadInput
 from finetune.export import (
     CHECKPOINT,
+    EMBEDDING,
     FOLDER,
     REGISTRY,
+    Adapter,
     Exported,
     adapter_from,
     apply_adapter,
     check_formats,
+    embedding_usage,
     export_adapter,
     export_checkpoint,
+    export_embedding,
     export_folder,
+    formats_for,
+    read_embedding,
 )
 from finetune.export.card import Card, licence_of, model_card, sidecar
 from finetune.export.inspection import open_adapter
+from finetune.export.reduced import export_own_form, own_formats, reduced, with_checks
 from finetune.families.base import Family
 from finetune.files import write_json, write_text
+from finetune.methods.peft_adapter import PeftAdapter, read_own_form
+from finetune.methods.textual_inversion import Inversion, set_embeddings
 from finetune.run import RunFolder
 
 
@@ -57,36 +66,87 @@ def open_run(folder: RunFolder) -> tuple[Family, dict[str, Any]]:
             f"the base {recipe.base.source!r} is not the one that {folder.path} was trained on (its content changed): "
             "give the old one back, or train again"
         )
+    recipe.method.name_subject(family, recipe.data.token, recipe.data.class_noun)
     recipe.method.attach(family, recipe.run.seed)
     recipe.method.load_state_dict(family, trained)
     return family, info
 
 
-def export_run(folder: RunFolder, family: Family, formats: Sequence[str] = ()) -> list[Exported]:
+def export_run(
+    folder: RunFolder, family: Family, formats: Sequence[str] = (), options: ExportTo | None = None
+) -> list[Exported]:
     """Writes RUN/exports/ from a family with the run's training in it, checks every file, and notes it all in
-    RUN/exports.json. Without `formats`: all that can hold what was trained. A family under an adapter is used up: its
-    parts leave memory, since the checks load a clean base."""
+    RUN/exports.json. Without `formats`: those of `options` (None: the recipe's), or all that are usual for what was
+    trained. The family is used up: its parts may leave memory, since the checks load a clean base."""
     recipe = folder.recipe
+    options, leaves = options or recipe.export, recipe.method.leaves
+    chosen = list(formats or options.formats) or formats_for(leaves, usual=True)
+    check_formats(chosen, leaves)
     target, name = folder.path / "exports", recipe.run.name
-    if recipe.method.is_adapter:
-        adapter = adapter_from(recipe.method, family)
-        family.release(list(family.parts))
-        exported = export_adapter(
-            adapter,
-            target,
-            name,
-            formats or recipe.export.formats or list(REGISTRY),
-            recipe.export.dtype,
-            _about(folder),
-            v_prediction=family.schedule.prediction == "v_prediction",
-            force=True,
-        )
-    else:
-        check_formats(formats or recipe.export.formats, is_adapter=False)
-        wanted = formats or recipe.export.formats or [FOLDER]
-        exported = [_whole_model(family, target, name, item, recipe.export.dtype, _about(folder)) for item in wanted]
+    words = [_embedding(folder, family, options)] if EMBEDDING in chosen else []
+    whole = [item for item in chosen if item in (FOLDER, CHECKPOINT)]
+    exported = [_whole_model(family, target, name, item, options.dtype, _about(folder)) for item in whole]
+    exported += _as_lora(folder, family, [item for item in chosen if item in REGISTRY], options)
+    exported += words
     write_json(folder.path / "exports.json", _merged(folder.path, exported))
     return exported
+
+
+def _as_lora(folder: RunFolder, family: Family, formats: Sequence[str], options: ExportTo) -> list[Exported]:
+    """The adapter that was trained, or what comes nearest to what was trained."""
+    method = folder.recipe.method.adapter
+    if not formats:
+        return []
+    if not method.low_rank:
+        return _reduced(folder, family, formats, options)
+    adapter = adapter_from(method, family)
+    family.release(list(family.parts))
+    return _lora(folder, adapter, folder.recipe.run.name, formats, options, family)
+
+
+def _lora(
+    folder: RunFolder, adapter: Adapter, name: str, formats: Sequence[str], options: ExportTo, family: Family
+) -> list[Exported]:
+    about = _about(folder)
+    method = folder.recipe.method
+    if not method.adapter.low_rank and options.metadata != "minimal":
+        about |= {"method": method.kind}
+    v_prediction = family.schedule.prediction == "v_prediction"
+    target = folder.path / "exports"
+    return export_adapter(adapter, target, name, formats, options.dtype, about, v_prediction, force=True)
+
+
+def _reduced(folder: RunFolder, family: Family, formats: Sequence[str], options: ExportTo) -> list[Exported]:
+    """What is no LoRA, as one, and in PEFT's own form where there is one."""
+    recipe = folder.recipe
+    method, name = recipe.method, recipe.run.name
+    dtype = next(family.parts["denoiser"].parameters()).dtype
+
+    def reload() -> Family:
+        return recipe.base.load(dtype)
+
+    own = reduced(method, family, reload, options.rank, options.max_error)
+    plain, own_form = own_formats(method, formats)
+    exported: dict[str, Exported] = {}
+    if isinstance(method, PeftAdapter) and own_form:
+        path = REGISTRY["peft"].path(folder.path / "exports", name, family.name)
+        exported["peft"] = export_own_form(method, family, path, own.prediction, reload)
+    family.release(list(family.parts))
+    lora_name = name if method.is_adapter else f"{name}-lora"  # NAME.safetensors is a whole model's
+    for item in _lora(folder, own.adapter, lora_name, plain, options, family):
+        exported[item.format] = with_checks(item, own, reload)
+    return [exported[item] for item in formats]
+
+
+def _embedding(folder: RunFolder, family: Family, options: ExportTo) -> Exported:
+    """UIs take the file's name for the word; NAME.safetensors is the LoRA's if there is one."""
+    recipe = folder.recipe
+    assert isinstance(recipe.method, Inversion)
+    path = folder.path / "exports" / f"{recipe.run.name}{'-embedding' * (len(recipe.method.leaves) > 1)}.safetensors"
+    about = _about(folder)
+    about |= {"trigger_phrase": path.stem if about["trigger_phrase"] else ""}
+    words = recipe.method.init or recipe.data.class_noun or ""
+    return export_embedding(recipe.method, family, path, options.dtype, about, words, recipe.base.load)
 
 
 def _whole_model(family: Family, target: Path, name: str, wanted: str, dtype: str, about: dict[str, str]) -> Exported:
@@ -143,7 +203,16 @@ def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.
     if item.format == CHECKPOINT:
         like = families.resolve(base.source, base.revision, base.like)
         return families.load(str(item.path), dtype=dtype, like=str(like))
-    family = base.load(dtype)
+    family, method, data = base.load(dtype), folder.recipe.method, folder.recipe.data
+    words = next((item for item in exported if item.ok and item.format == EMBEDDING), None)
+    method.name_subject(family, data.token, data.class_noun)
+    if words is not None:
+        set_embeddings(family, read_embedding(words.path, family.name))
+    if item is words:
+        return family
+    if item.format == "peft" and method.is_adapter and not method.adapter.low_rank:
+        read_own_form(family, item.path)
+        return family
     apply_adapter(family, open_adapter(item.path, str(family.folder))[0])
     return family
 
@@ -175,13 +244,17 @@ def _card(folder: RunFolder) -> Card:
         "seed": str(recipe.run.seed),
         "base hash": info["base_hash"][:16],
     }
+    whole = any(item["format"] in (FOLDER, CHECKPOINT) for item in listed)
+    words = next((Path(item["path"]).name for item in listed if item["format"] == EMBEDDING), None)
     return Card(
-        title=recipe.run.name,
+        title=recipe.run.name if whole or recipe.method.is_adapter else f"{recipe.run.name}-lora",
         trigger=trigger(info),
+        activation=trigger(info | ({"token": Path(words).stem} if words else {})),
+        loading=embedding_usage(info["family"], words, info["token"]) if words else [],
         family=info["family"],
         base=short_name(recipe.base.source),
         licence=licence_of(base),
-        is_adapter=recipe.method.is_adapter,
+        holds=recipe.method.leaves if whole or recipe.method.is_adapter else ("adapter",),
         settings=settings,
         pictures=[(prompt, f"images/{number:02d}.png") for number, prompt in enumerate(prompts)],
         files=[

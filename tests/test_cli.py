@@ -15,7 +15,7 @@ from PIL import Image
 COMMANDS = (
     [], ["train"], ["resume"], ["dreambooth"], ["demo"], ["sample"], ["export"], ["report"], ["doctor"],
     ["recipes"], ["recipes", "list"], ["recipes", "copy"], ["tokens"], ["tokens", "suggest"], ["tokens", "check"],
-    ["inspect"], ["verify"], ["convert"], ["resize"], ["merge"], ["extract"],
+    ["plan"], ["inspect"], ["verify"], ["convert"], ["resize"], ["merge"], ["extract"],
 )  # fmt: skip
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL")
 

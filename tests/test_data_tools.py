@@ -27,6 +27,16 @@ def problems(findings: Findings) -> dict[str, list[str]]:
     return {file.name: file.problems for file in findings.files}
 
 
+def test_masks_are_no_photos_and_are_not_told_of(photos: Path) -> None:
+    Image.new("L", (48, 40), 255).save(photos / "0.mask.png")
+    (photos / "masks").mkdir()
+    told = json.loads(call("check", str(photos), "--json").stdout)
+    assert [row["name"] for row in told["files"]] == ["0.png", "1.png", "2.png"]
+    assert "mask" not in json.dumps(told["notes"])
+    Image.new("L", (48, 40), 255).save(photos / "nine.mask.png")
+    assert "nine.mask.png" in json.dumps(json.loads(call("check", str(photos), "--json").stdout)["notes"])
+
+
 def test_sizes_captions_and_problems(photos: Path) -> None:
     (photos / "0.txt").write_text("a red mug")
     (photos / "bad.jpg").write_bytes(b"x")

@@ -120,13 +120,16 @@ def test_a_kohya_file_holds_three_tensors_a_module_one_alpha_and_its_metadata(
     assert not any("/" in value and "http" not in value and "lora" not in value for value in about.values())
 
 
-def test_peft_itself_reads_the_peft_folder(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    method, family = trained(tiny_bases["sd1"], alpha=5)
+@pytest.mark.parametrize("name", NAMES)
+def test_peft_itself_reads_the_peft_folder(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """Every part, the text encoders that keep their `text_model.` wrapper too."""
+    method, family = trained(tiny_bases[name], alpha=5, parts=["denoiser", "text_encoders"])
     wanted = probe_trained(family)
-    export_adapter(adapter_from(method, family), tmp_path, "x", ["peft"], "fp32", ABOUT)
-    clean = families.load(str(tiny_bases["sd1"]))
-    model = peft.PeftModel.from_pretrained(clean.parts["denoiser"], tmp_path / "x-peft" / "denoiser")
-    clean.parts["denoiser"] = model.base_model.model
+    (item,) = export_adapter(adapter_from(method, family), tmp_path, "x", ["peft"], "fp32", ABOUT)
+    clean = families.load(str(tiny_bases[name]))
+    for part in method.part_names(clean):
+        model = peft.PeftModel.from_pretrained(clean.parts[part], item.path / part)
+        clean.parts[part] = model.base_model.model
     assert torch.allclose(probe_trained(clean), wanted, atol=1e-5)
 
 

@@ -13,13 +13,13 @@ FILES = sorted((ROOT / "finetune").rglob("*.py"))
 # From the ground up. A module may import its own layer and those above it in this list.
 LAYERS = (
     ("errors", "settings", "draws", "quiet", "progress", "files", "signals"),
-    ("batch", "dropout", "objectives", "optim", "recipes"),
+    ("batch", "dropout", "loss", "objectives", "optim", "recipes"),
     ("families",),
     ("methods", "data"),
     ("config",),
     ("run", "badstep", "sample", "tokens", "export"),
     ("loop", "prior", "results", "adapters", "report"),
-    ("plan",),
+    ("plan", "estimate"),
     ("job",),
     ("demo", "doctor", "launch", "cli_adapters"),
     ("cli", "__main__", "__init__"),
@@ -29,7 +29,8 @@ RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 HOMES = {
     "diffusers": ("families",),
     "transformers": ("families", "quiet"),
-    "peft": ("methods.lora",),
+    "peft": ("methods",),
+    "tokenizers": ("methods.textual_inversion",),
     "accelerate": ("loop", "job"),
     "bitsandbytes": ("optim",),
     "typer": ("cli", "cli_adapters"),
@@ -77,4 +78,4 @@ def test_the_loop_names_no_family_and_no_method() -> None:
         node.value if isinstance(node, ast.Constant) else getattr(node, "id", None)
         for node in ast.walk(ast.parse((ROOT / "finetune" / "loop.py").read_text(encoding="utf-8")))
     }
-    assert not words & {"sd1", "sd2", "sdxl", "lora", "full", "LoRA", "Full"}
+    assert not words & {"sd1", "sd2", "sdxl", "lora", "full", "pivotal", "LoRA", "Full", "Pivotal"}

@@ -128,7 +128,7 @@ def test_the_extra_input_decides_the_loss(
     base = base_of("sd1", kind, False, tiny_bases, tmp_path / "base")
     recipe = parse_recipe(settings(base, pairs, LORA, run={"steps": 1}))
     seeing = job.train(recipe, tmp_path / "seeing")
-    monkeypatch.setattr(Batches, "_extra", lambda self, views, draws: None)
+    monkeypatch.setattr(Batches, "_extra", lambda self, drawn: None)
     blind = job.train(recipe, tmp_path / "blind")
     losses = [json.loads((run / "metrics.jsonl").read_text())["loss"] for run in (seeing, blind)]
     assert abs(losses[0] - losses[1]) > 1e-3

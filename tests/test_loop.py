@@ -21,7 +21,9 @@ from finetune.draws import Draw, normal, uniform
 from finetune.errors import CheckFailed
 from finetune.loop import Step, fit, make_accelerator
 from finetune.methods.base import Method
+from finetune.methods.dora import DoRA
 from finetune.methods.full import Full
+from finetune.methods.lokr import LoKr
 from finetune.methods.lora import LoRA
 from finetune.objectives import ObjectiveSettings, build
 from finetune.optim import AdamW, AdamW8bit, Optim
@@ -135,6 +137,8 @@ def test_the_loss_is_the_papers(name: str, tiny_bases: dict[str, Path]) -> None:
 
 METHODS = {
     "lora": LoRA(rank=4, dropout=0.2, parts=["denoiser", "text_encoders"]),
+    "dora": DoRA(rank=4, dropout=0.2, parts=["denoiser", "text_encoders"]),
+    "lokr": LoKr(rank=2),
     "full": Full(parts=["denoiser", "text_encoders"]),
 }
 

@@ -5,9 +5,7 @@ DreamBooth (arXiv:2208.12242) is two streams: the subject's photos and the class
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,20 +13,24 @@ from torch import Tensor
 from finetune.batch import Batch, Latents
 from finetune.data.cache import Cache
 from finetune.data.inputs import Inputs
+from finetune.data.masks import Masks
+from finetune.data.orders import Order, Permutations, Sample, Streams
 from finetune.data.views import View
-from finetune.draws import Draw, generator
+from finetune.draws import Draw
 from finetune.errors import BadInput
+
+__all__ = ["Batches", "Cache", "Sample", "check_split"]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What is drawn from: a photo's views and captions. `weight` multiplies its loss (lambda for class images)."""
+class Drawn:
+    """One sample of a batch."""
 
-    views: list[View]
-    captions: list[str]
-    weight: float
-    caption_dropout: float
+    draw: Draw
     name: str
+    view: View
+    caption: str
+    weight: float
 
 
 class Batches:
@@ -44,19 +46,24 @@ class Batches:
 
     def __init__(
         self,
-        streams: Sequence[Sequence[Sample]],
+        streams: Streams,
         cache: Cache,
         seed: int,
         batch_size: int,
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
+        order: Order | None = None,
+        masks: Masks | None = None,
         inputs: Inputs | None = None,
     ) -> None:
+        """`order`: None for pictures of one size (`Permutations`); `masks`: None where all of a picture counts;
+        `inputs`: None where the base reads latents alone."""
         check_split(batch_size, accumulate, world)
         self.streams, self.cache, self.seed = streams, cache, seed
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
-        self.inputs = inputs  # None where the base reads latents alone
+        self.order, self.masks = order or Permutations(streams, seed, batch_size), masks
+        self.inputs = inputs
 
     @property
     def samples_per_step(self) -> int:
@@ -68,40 +75,35 @@ class Batches:
         start = (index * self.world + self.rank) * size
         return self._batch([self._draw(step, slot) for slot in range(start, start + size)])
 
-    def _draw(self, step: int, slot: int) -> tuple[Draw, Sample, View, str]:
+    def _draw(self, step: int, slot: int) -> Drawn:
         draw = Draw(self.seed, step, slot)
         pair, stream = divmod(slot, len(self.streams))
-        samples = self.streams[stream]
-        epoch, position = divmod(step * self.batch_size + pair, len(samples))
-        sample = samples[_order(self.seed, stream, epoch, len(samples))[position]]
+        sample, views, counts = self.order.place(stream, step, pair)
         picks = torch.rand(3, generator=draw.generator("sample")).tolist()
-        view = sample.views[int(picks[0] * len(sample.views))]
+        view = views[int(picks[0] * len(views))]
         caption = sample.captions[int(picks[1] * len(sample.captions))]
-        return draw, sample, view, "" if picks[2] < sample.caption_dropout else caption
+        text = "" if picks[2] < sample.caption_dropout else caption
+        if self.inputs is not None:
+            text = self.inputs.prompt(text, draw)
+        return Drawn(draw, sample.name, view, text, sample.weight * len(self.streams) * counts)
 
-    def _extra(self, views: list[View], draws: list[Draw]) -> Tensor | None:
+    def _extra(self, drawn: list[Drawn]) -> Tensor | None:
         if self.inputs is None:
             return None
-        return torch.stack([self.inputs.extra(v, d, self.cache) for v, d in zip(views, draws, strict=True)])
+        return torch.stack([self.inputs.extra(item.view, item.draw, self.cache) for item in drawn])
 
-    def _batch(self, drawn: list[tuple[Draw, Sample, View, str]]) -> Batch:
-        latents = [self.cache.latents(view) for _, _, view, _ in drawn]
-        weights = [sample.weight * len(self.streams) for _, sample, _, _ in drawn]
+    def _batch(self, drawn: list[Drawn]) -> Batch:
+        latents = [self.cache.latents(item.view) for item in drawn]
         return Batch(
             Latents(torch.stack([item.mean for item in latents]), torch.stack([item.std for item in latents])),
-            [caption if self.inputs is None else self.inputs.prompt(caption, draw) for draw, *_, caption in drawn],
-            torch.tensor(weights, dtype=torch.float32),
-            [view.geometry for _, _, view, _ in drawn],
-            [draw for draw, *_ in drawn],
-            [sample.name for _, sample, _, _ in drawn],
-            self._extra([view for _, _, view, _ in drawn], [draw for draw, *_ in drawn]),
+            [item.caption for item in drawn],
+            torch.tensor([item.weight for item in drawn], dtype=torch.float32),
+            [item.view.geometry for item in drawn],
+            [item.draw for item in drawn],
+            [item.name for item in drawn],
+            None if self.masks is None else torch.stack([self.masks.mask(item.view) for item in drawn]),
+            self._extra(drawn),
         )
-
-
-@lru_cache(maxsize=64)
-def _order(seed: int, stream: int, epoch: int, count: int) -> list[int]:
-    """Each epoch's order: a permutation, so that every photo is seen once an epoch."""
-    return torch.randperm(count, generator=generator(seed, "order", stream, epoch)).tolist()
 
 
 def check_split(batch_size: int, accumulate: int, world: int) -> None:

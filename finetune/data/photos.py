@@ -15,6 +15,7 @@ from finetune.errors import BadInput
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 APPLE = {".heic", ".heif"}
+MASK = ".mask.png"  # NAME.mask.png says which part of the photo NAME is the subject
 COMPANIONS = ("depth", "before")  # NAME.depth.png lies beside the photo NAME and is no photo itself
 MIN_SIDE = 16  # pixels: less holds nothing to learn from
 MAX_ASPECT = 20  # resized to a shorter side of 512, a longer strip would not fit into memory
@@ -38,14 +39,14 @@ class Photo:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Every picture file in a folder, sorted by name; hidden files are left out."""
+    """Every picture file in a folder, sorted by name; hidden files and masks are left out."""
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}: give the folder that holds the photos")
     entries = (file for file in folder.iterdir() if not file.name.startswith("."))
     files = sorted(file for file in entries if file.is_file() or file.is_symlink())  # a dead link is a bad photo
     pictures = [file for file in files if file.suffix.lower() in SUFFIXES | APPLE]
     stems = {file.stem for file in pictures}
-    return [file for file in pictures if not is_companion(file, stems)]
+    return [file for file in pictures if not file.name.lower().endswith(MASK) and not is_companion(file, stems)]
 
 
 def is_companion(file: Path, stems: set[str]) -> bool:
@@ -115,8 +116,8 @@ def read_photo(file: Path) -> Photo:
     return Photo(file, (width, height), hashlib.sha256(content).hexdigest())
 
 
-def open_picture(file: Path) -> Image.Image:
-    """A file as an upright RGB picture: EXIF rotation applied, transparency on white, 16-bit and float scaled.
+def open_picture(file: Path, ground: str = "white") -> Image.Image:
+    """A file as an upright RGB picture: EXIF rotation applied, transparency on `ground`, 16-bit and float scaled.
 
     Of an animation the first frame.
 
@@ -126,10 +127,9 @@ def open_picture(file: Path) -> Image.Image:
     upright = _decode(file, _content(file))
     if upright.mode.startswith(("I", "F")):
         return _scale_deep(upright)
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+    if _has_alpha(upright):
         layered = upright.convert("RGBA")
-        white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layered).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", layered.size, ground), layered).convert("RGB")
     return upright.convert("RGB")
 
 
@@ -142,6 +142,21 @@ def open_values(file: Path) -> np.ndarray:
     upright = _decode(file, _content(file))
     grey = upright if upright.mode.startswith(("I", "F")) else open_picture(file).convert("L")
     return np.asarray(grey, dtype=np.float32)
+
+
+def alpha_channel(file: Path) -> Image.Image | None:
+    """A file's opacity, upright, 8 bits; None where it has none.
+
+    Raises:
+        BadPicture: it can't be read or decoded.
+    """
+    upright = _decode(file, _content(file))
+    return upright.convert("RGBA").getchannel("A") if _has_alpha(upright) else None
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    keyed = "transparency" in image.info and not image.mode.startswith(("I", "F"))  # Pillow can't convert those
+    return image.mode in ("RGBA", "LA", "PA") or keyed
 
 
 def _content(file: Path) -> bytes:

@@ -14,24 +14,30 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from finetune.batch import Geometry
+from finetune.data.buckets import Size
 from finetune.data.photos import Photo, open_picture
 from finetune.draws import generator
 
 
 @dataclass(frozen=True)
 class View:
-    """One way to look at a photo: resized to `resized` (w, h), cropped at `crop` (left, top), perhaps mirrored."""
+    """One way to look at a photo: resized to `resized`, cropped to `size` at `crop` (left, top), perhaps mirrored.
+
+    Sizes are (width, height), in pixels.
+    """
 
     photo: Photo
-    resolution: int
-    resized: tuple[int, int]
+    size: Size
+    resized: Size
     crop: tuple[int, int]
     flip: bool
 
     @cached_property
     def key(self) -> str:
         """A hash of the photo's content and of everything done to it."""
-        text = f"{self.photo.digest}:{self.resolution}:{self.resized}:{self.crop}:{self.flip}:lanczos"
+        width, height = self.size
+        shape = str(width) if width == height else f"{width}x{height}"  # squares are cached under their first name
+        text = f"{self.photo.digest}:{shape}:{self.resized}:{self.crop}:{self.flip}:lanczos"
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -39,12 +45,16 @@ class View:
         width, height = self.photo.size
         left, top = self.crop
         if self.flip:
-            left = self.resized[0] - self.resolution - left
-        return Geometry((height, width), (top, left), (self.resolution, self.resolution))
+            left = self.resized[0] - self.size[0] - left
+        return Geometry((height, width), (top, left), (self.size[1], self.size[0]))
 
     def picture(self) -> Image.Image:
+        return self.cut(_resized(self.photo, self.resized))
+
+    def cut(self, resized: Image.Image) -> Image.Image:
+        """The part of the resized photo, or of a mask as large as that, which the view shows."""
         left, top = self.crop
-        image = _resized(self.photo, self.resized).crop((left, top, left + self.resolution, top + self.resolution))
+        image = resized.crop((left, top, left + self.size[0], top + self.size[1]))
         return ImageOps.mirror(image) if self.flip else image
 
     def pixels(self) -> Tensor:
@@ -59,33 +69,42 @@ def _resized(photo: Photo, size: tuple[int, int]) -> Image.Image:
     return open_picture(photo.path).resize(size, Image.Resampling.LANCZOS)
 
 
-def enlarged(photos: Sequence[Photo], resolution: int) -> str | None:
-    """A sentence about photos that must be enlarged to `resolution`, or None."""
-    small = sorted((photo for photo in photos if min(photo.size) < resolution), key=lambda photo: min(photo.size))
+def scale_to_cover(size: Size, target: Size) -> float:
+    """By how much a picture must be scaled so that it just covers `target`."""
+    return max(target[0] / size[0], target[1] / size[1])
+
+
+def enlarged(photos: Sequence[Photo], sizes: int | Sequence[Size]) -> str | None:
+    """A sentence about photos that must be enlarged to a square's side, or to each photo's own size, or None."""
+    targets = [(sizes, sizes)] * len(photos) if isinstance(sizes, int) else sizes
+    small = [p for p, target in zip(photos, targets, strict=True) if scale_to_cover(p.size, target) > 1]
     if not small:
         return None
-    width, height = small[0].size
+    smallest = min(small, key=lambda photo: min(photo.size))
+    width, height = smallest.size
+    to = f"to {sizes} pixels" if isinstance(sizes, int) else "to fill their bucket"
     return (
-        f"{len(small)} of {len(photos)} photos are enlarged to {resolution} pixels "
-        f"(the smallest, {small[0].path.name}, is {width}x{height})"
+        f"{len(small)} of {len(photos)} photos are enlarged {to} "
+        f"(the smallest, {smallest.path.name}, is {width}x{height})"
     )
 
 
 def views(
-    photo: Photo, resolution: int, crop: Literal["center", "random"], crops: int, flip: bool, seed: int
+    photo: Photo, size: int | Size, crop: Literal["center", "random"], crops: int, flip: bool, seed: int
 ) -> list[View]:
-    """The views of a photo that are cached and drawn from: its shorter side becomes `resolution`, then square crops.
+    """The views of a photo that are cached and drawn from: resized to cover `size` (w, h), and cropped to it.
 
-    `crop: random` gives `crops` positions that are a function of the seed and the photo's content.
+    A number is the side of a square. `crop: random` gives `crops` positions that are a function of the seed and the
+    photo's content.
     """
-    width, height = photo.size
-    scale = resolution / min(width, height)
-    resized = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    spare = (resized[0] - resolution, resized[1] - resolution)
+    size = (size, size) if isinstance(size, int) else size
+    scale = scale_to_cover(photo.size, size)
+    resized = (max(size[0], round(photo.size[0] * scale)), max(size[1], round(photo.size[1] * scale)))
+    spare = (resized[0] - size[0], resized[1] - size[1])
     corners = [(spare[0] // 2, spare[1] // 2)]
     if crop == "random":
         drawn = generator(seed, f"crop:{photo.digest}")
         numbers = torch.rand(crops, 2, generator=drawn).tolist()
         corners = list(dict.fromkeys((round(x * spare[0]), round(y * spare[1])) for x, y in numbers))
     flips = (False, True) if flip else (False,)
-    return [View(photo, resolution, resized, corner, flipped) for corner in corners for flipped in flips]
+    return [View(photo, size, resized, corner, flipped) for corner in corners for flipped in flips]

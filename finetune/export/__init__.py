@@ -13,6 +13,9 @@ from pathlib import Path
 from finetune.errors import BadInput
 from finetune.export.base import DTYPES, Adapter, Export, Exported
 from finetune.export.checkpoint import export_checkpoint
+from finetune.export.embedding import NAME as EMBEDDING
+from finetune.export.embedding import export_embedding, read_embedding
+from finetune.export.embedding import usage as embedding_usage
 from finetune.export.folder import export_folder
 from finetune.export.metadata import adapter_metadata
 from finetune.export.verify import apply_adapter, verify
@@ -22,6 +25,7 @@ from finetune.methods.lora import LoRA
 
 __all__ = [
     "CHECKPOINT",
+    "EMBEDDING",
     "FOLDER",
     "REGISTRY",
     "Adapter",
@@ -29,9 +33,13 @@ __all__ = [
     "adapter_from",
     "apply_adapter",
     "check_formats",
+    "embedding_usage",
     "export_adapter",
     "export_checkpoint",
+    "export_embedding",
     "export_folder",
+    "formats_for",
+    "read_embedding",
 ]
 
 
@@ -46,6 +54,10 @@ def _discover() -> dict[str, Export]:
 
 REGISTRY: dict[str, Export] = _discover()
 FOLDER, CHECKPOINT = "folder", "checkpoint"  # whole models
+# what a method leaves (`Method.leaves`) -> the formats that hold it, and what it is called
+FORMATS = {"adapter": tuple(REGISTRY), "weights": (FOLDER, CHECKPOINT, *REGISTRY), "embedding": (EMBEDDING,)}
+USUAL = {"adapter": tuple(REGISTRY), "weights": (FOLDER,), "embedding": (EMBEDDING,)}
+CALLED = {"adapter": "an adapter", "weights": "whole weights", "embedding": "new embeddings"}
 
 
 def adapter_from(method: Method, family: Family) -> Adapter:
@@ -62,15 +74,23 @@ def adapter_from(method: Method, family: Family) -> Adapter:
     return Adapter(family.name, family.folder, layers, method.alpha_value / divisor)
 
 
-def check_formats(formats: Sequence[str], is_adapter: bool = True) -> None:
-    """Raises BadInput for a format that does not exist, or can't hold what is trained."""
-    known = list(REGISTRY) if is_adapter else [FOLDER, CHECKPOINT]
+def formats_for(leaves: Sequence[str], usual: bool = False) -> list[str]:
+    """Every format that holds what a method's `leaves` names; the `usual` ones, where nothing is asked for."""
+    return [name for what in leaves for name in (USUAL if usual else FORMATS)[what]]
+
+
+def check_formats(formats: Sequence[str], leaves: Sequence[str] = ("adapter",)) -> None:
+    """Raises BadInput for a format that does not exist, or can't hold what is trained (`Method.leaves`)."""
+    known = formats_for(leaves)
     for wanted in formats:
         if wanted in known:
             continue
-        if wanted in (*REGISTRY, FOLDER, CHECKPOINT):
-            what = "an adapter" if is_adapter else "whole weights"
-            raise BadInput(f"a {wanted} file can't hold {what}, which this run trains: use {' or '.join(known)}")
+        if wanted in formats_for(tuple(FORMATS)):
+            what = " or ".join(CALLED[item] for item in leaves)
+            article = "an" if wanted == EMBEDDING else "a"
+            raise BadInput(
+                f"{article} {wanted} file can't hold {what}, which this run trains: use {' or '.join(known)}"
+            )
         nearest = difflib.get_close_matches(wanted, known, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
         raise BadInput(f"there is no export format {wanted!r}; {hint}")

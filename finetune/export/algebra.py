@@ -5,7 +5,7 @@ Everything goes by singular values (Eckart and Young): the best approximation of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from finetune.errors import BadInput
 from finetune.export.base import Adapter
 from finetune.families.base import Family
 from finetune.families.layout import strip_text_model
+
+LAYERS = (torch.nn.Linear, torch.nn.Conv2d)  # what a LoRA file can hold
 
 
 @dataclass(frozen=True)
@@ -60,36 +62,98 @@ def combine(weighted: Sequence[tuple[Adapter, float]]) -> Adapter:
     return Adapter(weighted[0][0].family, weighted[0][0].base_folder, layers, 1.0)
 
 
+@dataclass(frozen=True)
+class Decomposed:
+    """Deltas by their singular values.
+
+    `factors`: part -> module -> (A, B) of each delta at a rank of `most`, or its full one where that is less; one more
+    rank is one more row of A and column of B. `spectra`: "part.module" -> all singular values.
+    """
+
+    factors: dict[str, dict[str, tuple[Tensor, Tensor]]]
+    spectra: dict[str, Tensor]
+
+    def layers(self, rank: int) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+        """The best approximation of every delta by `rank`."""
+        return {
+            part: {module: (a[:rank], b[:, :rank]) for module, (a, b) in modules.items()}
+            for part, modules in self.factors.items()
+        }
+
+    def kept(self, rank: int) -> Kept:
+        return _kept({name: (s, rank) for name, s in self.spectra.items()})
+
+    def rank_for(self, max_error: float) -> int:
+        """The smallest rank whose relative error over all modules is at most `max_error`."""
+        energy = torch.zeros(max(len(s) for s in self.spectra.values()), dtype=torch.float64)
+        for s in self.spectra.values():
+            energy[: len(s)] += s.double().square()
+        lost = energy.sum() - energy.cumsum(0)  # after rank 1, 2, ...
+        return min(int((lost > max_error**2 * energy.sum()).sum()) + 1, len(energy))
+
+
 @torch.no_grad()
+def decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int) -> Decomposed:
+    """(part, module, delta [out, in(,k,k)]) -> their singular values and first factors, on the CPU."""
+    found = Decomposed({}, {})
+    for part, module, change in deltas:
+        u, s, v = _svd(change.flatten(1))
+        r = min(most, len(s))
+        root = s[:r].sqrt()
+        a = (root[:, None] * v[:r]).reshape(r, *change.shape[1:])
+        b = (u[:, :r] * root).reshape(-1, r, *[1] * (change.ndim - 2))
+        found.factors.setdefault(part, {})[module] = (a.cpu(), b.cpu())
+        found.spectra[f"{part}.{module}"] = s.cpu()
+    return found
+
+
 def extract(base: Family, tuned: Family, rank: int) -> tuple[Adapter, Kept]:
     """The difference of two models as a LoRA, on every linear layer and convolution that moved.
 
     Raises:
         BadInput: they are of different families or shapes, or do not differ.
     """
+    found = decompose(differences(base, tuned), rank)
+    if not found.spectra:
+        raise BadInput("the model and the base have the same weights: there is nothing to extract")
+    return Adapter(base.name, base.folder, found.layers(rank), 1.0), found.kept(rank)
+
+
+@torch.no_grad()
+def differences(base: Family, tuned: Family) -> Iterator[tuple[str, str, Tensor]]:
+    """(part, module, tuned weight - base weight) of every linear layer and convolution that moved.
+
+    Raises:
+        BadInput: as `extract`.
+    """
     if base.name != tuned.name:
         raise BadInput(f"the model is a {tuned.name} and the base a {base.name}: give the base it was tuned from")
-    layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-    spectra: dict[str, tuple[Tensor, int]] = {}
     for part in base.export_prefix:
         others = {strip_text_model(path): child for path, child in tuned.parts[part].named_modules()}
         for path, child in base.parts[part].named_modules():
-            if not isinstance(child, torch.nn.Linear | torch.nn.Conv2d):
+            if not isinstance(child, LAYERS):
                 continue
             module = strip_text_model(path)
             change = _difference(part, module, child.weight, others.get(module))
-            if not bool(change.any()):
-                continue
-            u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
-            r = min(rank, len(s))
-            ones = [1] * (change.ndim - 2)
-            root = s[:r].sqrt()
-            pair = ((root[:, None] * v[:r]).reshape(r, *change.shape[1:]), (u[:, :r] * root).reshape(-1, r, *ones))
-            layers.setdefault(part, {})[module] = pair
-            spectra[f"{part}.{module}"] = (s, r)
-    if not layers:
-        raise BadInput("the model and the base have the same weights: there is nothing to extract")
-    return Adapter(base.name, base.folder, layers, 1.0), _kept(spectra)
+            if bool(change.any()):
+                yield part, module, change
+
+
+@torch.no_grad()
+def beyond_lora(base: Family, tuned: Family) -> tuple[int, float]:
+    """How many tensors moved that no LoRA holds (biases, norms, embeddings), and |their change|."""
+    count, energy = 0, 0.0
+    for part, module in base.parts.items():
+        held = {f"{path}.weight" for path, child in module.named_modules() if isinstance(child, LAYERS)}
+        if part not in base.export_prefix:
+            held = set()
+        theirs = {strip_text_model(name): value for name, value in tuned.parts[part].named_parameters()}
+        for name, value in module.named_parameters():
+            other = theirs[strip_text_model(name)]
+            if name not in held and not torch.equal(other.float(), value.float().to(other.device)):
+                count += 1
+                energy += float((other.float() - value.float().to(other.device)).double().square().sum())
+    return count, energy**0.5
 
 
 def _difference(part: str, module: str, weight: Tensor, other: object) -> Tensor:
@@ -98,14 +162,27 @@ def _difference(part: str, module: str, weight: Tensor, other: object) -> Tensor
         raise BadInput(
             f"{part} {module} is of another shape in the model than in the base: give the base it was tuned from"
         )
-    return theirs.float() - weight.float()
+    return theirs.float() - weight.float().to(theirs.device)
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The reduced SVD. A small one takes one thread: on a busy machine several wait for each other (100 times slower
+    beside eight busy threads)."""
+    threads = torch.get_num_threads()
+    if min(matrix.shape) <= 512:
+        torch.set_num_threads(1)
+    try:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    finally:
+        torch.set_num_threads(threads)
+    return u, s, v
 
 
 def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of B A by way of two small QR decompositions: U [out, r], S [r], V [r, in], in float64."""
     q, r = torch.linalg.qr(b.double())
     p, t = torch.linalg.qr(a.double().T)
-    u, s, v = torch.linalg.svd(r @ t.T)
+    u, s, v = _svd(r @ t.T)
     return q @ u, s, v @ p.T
 
 

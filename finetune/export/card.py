@@ -11,6 +11,8 @@ import yaml
 
 from finetune.families import REGISTRY
 
+TAGS = {"adapter": ["lora", "template:sd-lora"], "weights": [], "embedding": ["textual_inversion"]}  # the hub's
+
 
 @dataclass(frozen=True)
 class Card:
@@ -21,10 +23,12 @@ class Card:
     family: str
     base: str
     licence: str | None
-    is_adapter: bool
+    holds: Sequence[str]  # of "adapter", "weights" and "embedding"
     settings: dict[str, str]
     pictures: Sequence[tuple[str, str]]
     files: Sequence[str]
+    activation: str = ""  # what UIs want in a prompt where that is not the trigger
+    loading: Sequence[str] = ()  # lines of Python that load what is beside an adapter
 
 
 def sidecar(card: Card) -> dict[str, Any]:
@@ -32,7 +36,7 @@ def sidecar(card: Card) -> dict[str, Any]:
     return {
         "description": f"{card.trigger}: trained on {card.base}",
         "sd version": REGISTRY[card.family].labels.sidecar,
-        "activation text": card.trigger,
+        "activation text": card.activation or card.trigger,
         "preferred weight": 1.0,
         "notes": "; ".join(f"{name} {value}" for name, value in card.settings.items()),
     }
@@ -43,7 +47,7 @@ def model_card(card: Card) -> str:
     front: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "diffusers", *(["lora", "template:sd-lora"] if card.is_adapter else [])],
+        "tags": ["text-to-image", "diffusers", *(tag for what in card.holds for tag in TAGS[what])],
         "instance_prompt": card.trigger,
     }
     if card.base.count("/") == 1:
@@ -70,13 +74,17 @@ def model_card(card: Card) -> str:
 
 def _use(card: Card) -> str:
     prompt = card.pictures[0][0] if card.pictures else card.trigger
-    load = (
-        f'pipeline = DiffusionPipeline.from_pretrained("{card.base}")\npipeline.load_lora_weights(".", weight_name='
-        f'"{card.title}.safetensors")'
-        if card.is_adapter
-        else f'pipeline = DiffusionPipeline.from_pretrained("{card.title}-model")'
-    )
-    code = f'from diffusers import DiffusionPipeline\n\n{load}\npipeline("{prompt}").images[0]'
+    source = f"{card.title}-model" if "weights" in card.holds else card.base
+    lora = f'pipeline.load_lora_weights(".", weight_name="{card.title}.safetensors")'
+    lines = [
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipeline = DiffusionPipeline.from_pretrained("{source}")',
+        *([lora] if "adapter" in card.holds else []),
+        *card.loading,
+        f'pipeline("{prompt}").images[0]',
+    ]
+    code = "\n".join(lines)
     return f"## Use\n\n```python\n{code}\n```"
 
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from finetune.errors import BadInput
 from finetune.export.base import Adapter, Export
+from finetune.families import own_paths
 from finetune.families.layout import strip_text_model
 from finetune.files import save_tensors, write_json
 
 PREFIX = "base_model.model."
+
+
+def kind_of(config: dict[str, Any]) -> str:
+    """What an adapter_config.json is of: "LORA", "DORA", "LOHA", ..."""
+    return "DORA" if config.get("use_dora") else str(config.get("peft_type", "LORA"))
 
 
 class Peft(Export):
@@ -24,12 +31,12 @@ class Peft(Export):
         return folder / f"{name}-peft"
 
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-        adapter = adapter.padded()
+        adapter, own = adapter.padded(), own_paths(adapter.base_folder)
         for part, layers in adapter.layers.items():
             tensors = {}
             for module, (a, b) in layers.items():
-                tensors[f"{PREFIX}{module}.lora_A.weight"] = a.to(dtype)
-                tensors[f"{PREFIX}{module}.lora_B.weight"] = b.to(dtype)
+                tensors[f"{PREFIX}{own[part][module]}.lora_A.weight"] = a.to(dtype)
+                tensors[f"{PREFIX}{own[part][module]}.lora_B.weight"] = b.to(dtype)
             save_tensors(path / part / "adapter_model.safetensors", tensors, {"format": "pt"})
             config = {
                 "peft_type": "LORA",
@@ -48,7 +55,13 @@ class Peft(Export):
         rules = set()
         for config_file in sorted(path.glob("*/adapter_config.json")):
             config = json.loads(config_file.read_text(encoding="utf-8"))
-            rules.add((int(config["r"]), float(config["lora_alpha"])))
+            if kind_of(config) != "LORA" or config.get("rank_pattern") or config.get("alpha_pattern"):
+                raise BadInput(
+                    f"{path} holds a {kind_of(config)} of PEFT and no plain LoRA of one rank and alpha: take the "
+                    "kohya or diffusers file, or load it with PEFT"
+                )
+            rank, alpha = int(config["r"]), float(config["lora_alpha"])
+            rules.add((rank, alpha * rank**0.5 if config.get("use_rslora") else alpha))
             tensors = load_file(config_file.with_name("adapter_model.safetensors"))
             layers[config_file.parent.name] = {
                 strip_text_model(key.removeprefix(PREFIX).removesuffix(".lora_A.weight")): (

@@ -57,7 +57,7 @@ def compare(trained: Adapter, again: Adapter, bound: float) -> tuple[float, list
             return float("inf"), [f"FAILED: {' '.join(place)} has shape {tuple(value.shape)}"]
         if not bool(torch.isfinite(value).all()):
             return float("inf"), [f"FAILED: {' '.join(place)} is not finite"]
-        errors[place] = _relative(value, right)
+        errors[place] = relative(value, right)
     worst = max(errors, key=lambda place: errors[place])
     line = f"{len(errors)} modules re-read, largest relative error {errors[worst]:.1e}"
     if errors[worst] > bound:
@@ -69,7 +69,7 @@ def _by_place(adapter: Adapter) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
     return {(part, module): (a, b) for part, module, a, b in adapter.modules()}
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
+def relative(found: Tensor, wanted: Tensor) -> float:
     scale = float(wanted.norm())
     return float((found - wanted).norm()) / scale if scale else float(found.norm())
 
@@ -85,8 +85,8 @@ def read_by_diffusers(adapter: Adapter, path: Path) -> str:
     clean = probe(family)
     apply_adapter(family, adapter)
     ours = probe(family)
-    moved = _relative(clean, ours)
-    error = _relative(theirs, ours)
+    moved = relative(clean, ours)
+    error = relative(theirs, ours)
     line = f"diffusers reads it back: prediction error {error:.1e} (the adapter itself moves it by {moved:.1e})"
     return f"ok: {line}" if error <= max(PREDICTION_BOUND * moved, 1e-6) else f"FAILED: {line}"
 

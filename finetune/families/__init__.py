@@ -55,9 +55,10 @@ def load(
     return family_of(folder).load(folder, dtype, without)
 
 
-def resolve(source: str, revision: str | None = None, like: str | None = None) -> Path:
-    """A base's name as a local diffusers folder; a hub id is downloaded (or found in the hub's cache), a single file
-    is taken apart into the cache, with configs and tokenizers of `like` (None: the family's own on the hub)."""
+def resolve(source: str, revision: str | None = None, like: str | None = None, weights: bool = True) -> Path:
+    """A base's name as a local diffusers folder; a hub id is downloaded (or found in the hub's cache), of which
+    `weights=False` takes the configs alone; a single file is taken apart into the cache, with configs and tokenizers
+    of `like` (None: the family's own on the hub)."""
     if source == "tiny":
         return _tiny()
     folder = Path(source).expanduser()
@@ -69,7 +70,7 @@ def resolve(source: str, revision: str | None = None, like: str | None = None) -
         raise BadInput(
             f"the base {source!r} is no folder: give 'tiny', a diffusers folder or a hub id like owner/name"
         )
-    return _download(source, revision)
+    return _download(source, revision, weights)
 
 
 def _tiny() -> Path:
@@ -175,6 +176,14 @@ def weight_shapes(folder: Path) -> dict[str, dict[str, torch.Size]]:
             for path, child in skeleton.named_modules()
             if isinstance(getattr(child, "weight", None), torch.Tensor)
         }
+        for part, skeleton in family_of(folder).skeletons(folder).items()
+    }
+
+
+def own_paths(folder: Path) -> dict[str, dict[str, str]]:
+    """part -> module path without `text_model.` -> the path that the module really has: PEFT goes by it."""
+    return {
+        part: {strip_text_model(path): path for path, _ in skeleton.named_modules()}
         for part, skeleton in family_of(folder).skeletons(folder).items()
     }
 

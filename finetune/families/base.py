@@ -95,6 +95,11 @@ class Family(ABC):
     def load(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
         """Raises BadInput where a part is missing, damaged, or can't be left out."""
 
+    @classmethod
+    @abstractmethod
+    def on_meta(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
+        """The family without weights and tokenizers, from configs alone: for counting. Prompts are blank there."""
+
     @abstractmethod
     def lora_targets(self, part: str, choice: str) -> list[str]:
         """Full paths of the modules in `part` that a LoRA adapts; `choice` is attention, all-linear or conv."""
@@ -145,6 +150,16 @@ class Family(ABC):
         """Moves every part."""
         for part in self.parts.values():
             part.to(device)
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels: sides that the denoiser can halve as often as it does are multiples of it."""
+        return self.latent_factor
+
+    @property
+    def square_multiple(self) -> int:
+        """Pixels: what a square picture's side must be a multiple of."""
+        return self.latent_factor
 
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> Latents:

@@ -26,21 +26,33 @@ class DiffusersFamily(Family):
     # the longest text that the sampling pipeline gives to a T5 encoder; CLIP's length is its tokenizer's
     t5_length: ClassVar[int] = 256
 
-    def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = (), on_meta: bool = False) -> None:
         self.folder, self.dtype = folder, dtype
-        self.parts = {name: self._load_part(name) for name in self._present(without)}
-        self.tokenizers = [
-            _tokenizer(folder / name.replace("text_encoder", "tokenizer"), self.sources[name][1])
-            for name in self.text_encoders
-        ]
+        present = self._present(without)
+        if on_meta:
+            self.parts = {name: part.to(dtype) for name, part in self.skeletons(folder, present).items()}
+        else:
+            self.parts = {name: self._load_part(name) for name in present}
+        for part in self.parts.values():
+            part.requires_grad_(False).eval()
+        self.tokenizers = [] if on_meta else self._tokenizers()
         self.scheduler = _scheduler(folder)
         self.schedule = read_schedule(dict(self.scheduler.config))
         self._check_widths()
+        self.unread = self._find_unread()
         vae = cast(Any, self.parts["vae"]).config
         self.latent_factor = 2 ** (len(vae.block_out_channels) - 1)
         self.latent_channels = int(vae.latent_channels)
         self.scaling, self.offset = float(vae.scaling_factor), float(getattr(vae, "shift_factor", None) or 0.0)
         self.resolution = self.resolution_of(folder)
+
+    def _tokenizers(self) -> list[Any]:
+        folders = {name: self.folder / name.replace("text_encoder", "tokenizer") for name in self.text_encoders}
+        return [_tokenizer(folder, self.sources[name][1]) for name, folder in folders.items()]
+
+    def _find_unread(self) -> dict[str, tuple[str, ...]]:
+        """`Family.unread`, from the loaded parts."""
+        return {}
 
     def _present(self, without: Sequence[str]) -> list[str]:
         odd = [name for name in without if name not in self.optional]
@@ -75,6 +87,10 @@ class DiffusersFamily(Family):
         return cls(folder, dtype, without)
 
     @classmethod
+    def on_meta(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
+        return cls(folder, dtype, without, on_meta=True)
+
+    @classmethod
     def skeletons(cls, folder: Path, parts: Sequence[str] | None = None) -> dict[str, nn.Module]:
         wanted = cls.export_prefix if parts is None else parts
         with torch.device("meta"):
@@ -89,6 +105,9 @@ class DiffusersFamily(Family):
         if not self.is_in(self.folder, name):
             raise BadInput(f"{self.folder} has no {subfolder}/config.json: the base must be a whole diffusers folder")
         return load_weights(self.folder / subfolder, kind, self._part_dtype(name)).requires_grad_(False).eval()
+
+    def _is_t5(self, index: int) -> bool:
+        return issubclass(self.sources[self.text_encoders[index]][1], transformers.T5EncoderModel)
 
     def _part_dtype(self, name: str) -> torch.dtype:
         return self.dtype
@@ -116,13 +135,18 @@ class DiffusersFamily(Family):
         return vae.decode((latents / self.scaling + self.offset).to(vae.dtype)).sample.float()
 
     def text_length(self, index: int) -> int:
-        tokenizer = self.tokenizers[index]
-        own = int(tokenizer.model_max_length)
-        return own if tokenizer in self.word_tokenizers else min(own, self.t5_length)
+        if not self.tokenizers:  # on the meta device
+            config = cast(Any, self.parts[self.text_encoders[index]]).config
+            return self.t5_length if self._is_t5(index) else int(config.max_position_embeddings)
+        own = int(self.tokenizers[index].model_max_length)
+        return min(own, self.t5_length) if self._is_t5(index) else own
 
     def tokenize(self, index: int, prompts: Sequence[str]) -> Tensor:
         """Token ids [B, length] of the `index`-th tokenizer; what does not fit is cut, and a warning names it."""
-        tokenizer, length = self.tokenizers[index], self.text_length(index)
+        length = self.text_length(index)
+        if not self.tokenizers:
+            return torch.zeros(len(prompts), length, dtype=torch.long, device="meta")
+        tokenizer = self.tokenizers[index]
         for prompt in prompts:
             whole = tokenizer(prompt, truncation=False)["input_ids"]
             if len(whole) > length:

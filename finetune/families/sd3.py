@@ -36,11 +36,10 @@ class StableDiffusion3(TransformerFamily):
     optional = (T5,)
     labels = Labels("sd3", "stable-diffusion-3", "https://github.com/Stability-AI/sd3-ref", "SD3", prediction="")
 
-    def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> None:
-        super().__init__(folder, dtype, without)
+    def _find_unread(self) -> dict[str, tuple[str, ...]]:
         last = f"transformer_blocks.{cast(Any, self.parts['denoiser']).config.num_layers - 1}.attn"
         # the last block drops its text tokens: what they would have asked for is read by nothing
-        self.unread = {"denoiser": (f"{last}.add_q_proj", f"{last}.norm_added_q")}
+        return {"denoiser": (f"{last}.add_q_proj", f"{last}.norm_added_q")}
 
     @classmethod
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:

@@ -35,16 +35,15 @@ class StableDiffusionXL(UNetFamily):
         "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models", "SDXL"
     )
 
-    def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> None:
-        super().__init__(folder, dtype, without)
+    def _find_unread(self) -> dict[str, tuple[str, ...]]:
         if "text_encoder" not in self.parts:
-            return
+            return {}
         encoder: Any = self.parts["text_encoder"]
         last = encoder.config.num_hidden_layers - 1
         names = {name for name, _ in encoder.named_modules()}
         wrapper = "text_model." if "text_model" in names else ""
         # the UNet reads the second-last layer: nothing after it gets a gradient, and DDP fails on such weights
-        self.unread = {"text_encoder": (f"{wrapper}encoder.layers.{last}.", f"{wrapper}final_layer_norm")}
+        return {"text_encoder": (f"{wrapper}encoder.layers.{last}.", f"{wrapper}final_layer_norm")}
 
     @classmethod
     def write_tiny(cls, folder: Path, seed: int = 0) -> None:

@@ -17,6 +17,15 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 
 
 class TransformerFamily(DiffusersFamily):
+    @property
+    def size_multiple(self) -> int:
+        """A token is a patch of 2x2 latents."""
+        return 2 * self.latent_factor
+
+    @property
+    def square_multiple(self) -> int:
+        return self.size_multiple
+
     def _denoiser_targets(self, choice: str) -> list[str]:
         """`all-linear` leaves the modulations (`norm*.linear`) as they are, as other trainers do."""
         if choice == "conv":

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from finetune.families.base import Family
+from finetune.optim import Window
 from finetune.settings import Settings
 
 Part = Literal["denoiser", "text_encoders"]
+Leaves = Literal["adapter", "weights", "embedding"]
 
 
 class Method(Settings, ABC):
     """A recipe's `method:` section is the constructor of one of these (pydantic, unknown keys refused)."""
 
+    low_rank: ClassVar[bool] = False  # whether it is B A as it stands: what leaves the run is what was trained
+    leaves: ClassVar[tuple[Leaves, ...]] = ("adapter",)  # what leaves the run: `finetune.export` has formats for each
     kind: str
     parts: list[Part] = Field(["denoiser"], min_length=1)
 
@@ -26,6 +31,25 @@ class Method(Settings, ABC):
         texts = family.trainable_text_encoders
         names = [name for part in self.parts for name in ([part] if part == "denoiser" else texts)]
         return list(dict.fromkeys(names))
+
+    def name_subject(self, family: Family, token: str, noun: str | None) -> str | None:
+        """What stands for the subject in prompts, where the method brings a word of its own (`family` learns to read
+        it, before `attach`); None where it is a token that the base has. `token` is the recipe's."""
+        return None
+
+    @property
+    def has_text_lr(self) -> bool:
+        """Whether anything of the text encoders is trained, so that `optim.text_lr` says something."""
+        return "text_encoders" in self.parts
+
+    def windows(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Window]:
+        """Name -> the share of the run in which it is trained, for those that are not trained from start to end."""
+        return {}
+
+    @property
+    def adapter(self) -> Method:
+        """The part of the method that leaves the run as an adapter."""
+        return self
 
     @property
     @abstractmethod

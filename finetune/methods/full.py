@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from finetune.methods.base import Method
 class Full(Method):
     """Trains every weight of the chosen parts, except those that the family never reads."""
 
+    leaves: ClassVar = ("weights",)
     kind: Literal["full"] = "full"
 
     @property

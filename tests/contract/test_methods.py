@@ -11,21 +11,31 @@ from finetune import families, methods
 from finetune.batch import Geometry
 from finetune.errors import BadInput
 from finetune.families.base import Family
+from finetune.methods.base import Method
 from finetune.methods.lora import LoRA
+from finetune.methods.peft_adapter import PeftAdapter
 
 PARTS = [["denoiser"], ["text_encoders"], ["denoiser", "text_encoders"]]
+ONLY = {"textual_inversion": [["text_encoders"]]}  # kinds that refuse other parts
 CASES = [
     pytest.param(family, kind, parts, id=f"{family}-{kind}-{'+'.join(parts)}")
     for family in families.REGISTRY
     for kind in methods.REGISTRY
-    for parts in PARTS
+    for parts in ONLY.get(kind, PARTS)
 ]
 every_case = pytest.mark.parametrize(("name", "kind", "parts"), CASES)
 
 
-def predict(family: Family, seed: int = 0) -> torch.Tensor:
+def attached(kind: str, parts: list, family: Family, seed: int = 0) -> tuple[Method, dict, str]:
+    """A method on a family, what it trains, and the word for the subject: `zwx`, or a new one that begins as it."""
+    method = methods.REGISTRY[kind](parts=parts)
+    word = method.name_subject(family, "zwx", "zwx") or "zwx"
+    return method, method.attach(family, seed), word
+
+
+def predict(family: Family, seed: int = 0, word: str = "zwx") -> torch.Tensor:
     noise = torch.randn(2, family.latent_channels, 16, 16, generator=torch.Generator().manual_seed(seed))
-    cond = family.encode_prompts(["a photo of a zwx mug", "a mug"])
+    cond = family.encode_prompts([f"a photo of a {word} mug", "a mug"])
     return family.predict(noise, torch.tensor([20, 700]), cond, [Geometry((40, 48), (0, 4), (32, 32))] * 2)
 
 
@@ -33,10 +43,10 @@ def weights(family: Family) -> dict[str, torch.Tensor]:
     return {f"{part}.{n}": p.detach().clone() for part, m in family.parts.items() for n, p in m.named_parameters()}
 
 
-def train_a_little(family: Family, trained: dict) -> None:
+def train_a_little(family: Family, trained: dict, word: str = "zwx") -> None:
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
     for step in range(2):
-        predict(family, step).square().mean().backward()
+        predict(family, step, word).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -44,11 +54,10 @@ def train_a_little(family: Family, trained: dict) -> None:
 @every_case
 def test_only_what_should_move_moves(name: str, kind: str, parts: list, tiny_bases: dict[str, Path]) -> None:
     family = families.load(str(tiny_bases[name]))
-    method = methods.REGISTRY[kind](parts=parts)
     base = weights(family)
-    trained = method.attach(family, 0)
+    _, trained, word = attached(kind, parts, family)
     start = {n: p.detach().clone() for n, p in trained.items()}
-    train_a_little(family, trained)
+    train_a_little(family, trained, word)
     after = weights(family)
     for n, value in base.items():
         held = after.get(n, after.get(n.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")))
@@ -67,8 +76,8 @@ def _wanting(part: str, module: torch.nn.Module) -> list[str]:
 @every_case
 def test_every_trained_weight_gets_a_gradient(name: str, kind: str, parts: list, tiny_bases: dict[str, Path]) -> None:
     family = families.load(str(tiny_bases[name]))
-    trained = methods.REGISTRY[kind](parts=parts).attach(family, 0)
-    predict(family).square().mean().backward()
+    _, trained, word = attached(kind, parts, family)
+    predict(family, 0, word).square().mean().backward()
     assert [n for n, p in trained.items() if p.grad is None] == []
 
 
@@ -78,21 +87,22 @@ def test_step_0_is_the_base_and_the_seed_decides(
 ) -> None:
     family, again = (families.load(str(tiny_bases[name])) for _ in range(2))
     before = predict(family)
-    first = methods.REGISTRY[kind](parts=parts).attach(family, 0)
-    assert torch.equal(predict(family), before)
-    second = methods.REGISTRY[kind](parts=parts).attach(again, 0)
+    _, first, word = attached(kind, parts, family)
+    assert torch.equal(predict(family, 0, word), before)
+    _, second, _ = attached(kind, parts, again)
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
 @every_case
 def test_saved_and_loaded_is_the_same(name: str, kind: str, parts: list, tiny_bases: dict[str, Path]) -> None:
     family, again = (families.load(str(tiny_bases[name])) for _ in range(2))
-    method = methods.REGISTRY[kind](parts=parts)
-    train_a_little(family, method.attach(family, 0))
-    method.attach(again, 5)
+    method, trained, word = attached(kind, parts, family)
+    train_a_little(family, trained, word)
+    attached(kind, parts, again, 5)
+    assert not torch.equal(predict(family, 0, word), predict(again, 0, word))
     state = method.state_dict(family)
     method.load_state_dict(again, state)
-    assert torch.equal(predict(family), predict(again))
+    assert torch.equal(predict(family, 0, word), predict(again, 0, word))
     state.pop(next(iter(state)))
     with pytest.raises(BadInput):
         method.load_state_dict(again, state)
@@ -105,27 +115,31 @@ def test_checkpointing_gives_the_same_gradients(
     gradients = []
     for checkpointing in (False, True):
         family = families.load(str(tiny_bases[name]))
-        method = methods.REGISTRY[kind](parts=parts)
-        trained = method.attach(family, 0)
+        method, trained, word = attached(kind, parts, family)
         for part in method.part_names(family):
             family.parts[part].train()
         if checkpointing:
             family.enable_gradient_checkpointing(method.part_names(family))
-        predict(family).square().mean().backward()
+        predict(family, 0, word).square().mean().backward()
         gradients.append({n: p.grad for n, p in trained.items()})
     for n, value in gradients[0].items():
         assert torch.allclose(value, gradients[1][n], rtol=1e-4, atol=1e-7), n
 
 
+ADAPTERS = [kind for kind, method in methods.REGISTRY.items() if issubclass(method, PeftAdapter)]
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("name", list(families.REGISTRY))
-def test_an_adapter_switched_off_is_the_base(name: str, tiny_bases: dict[str, Path]) -> None:
+def test_an_adapter_switched_off_is_the_base(name: str, kind: str, tiny_bases: dict[str, Path]) -> None:
     family = families.load(str(tiny_bases[name]))
     before = predict(family)
-    method = LoRA(parts=["denoiser", "text_encoders"])
+    method = methods.REGISTRY[kind](parts=["denoiser", "text_encoders"])
     train_a_little(family, method.attach(family, 0))
     assert not torch.equal(predict(family), before)
     with method.disabled(family):
         assert torch.equal(predict(family), before)
+    assert not torch.equal(predict(family), before)
 
 
 @pytest.mark.parametrize("name", list(families.REGISTRY))
@@ -145,10 +159,13 @@ def _blocks(family: Family) -> list[torch.nn.Module]:
     return [child for path, child in family.parts["denoiser"].named_modules() if "blocks." in path]
 
 
-def test_adapters_on_a_bf16_base_are_fp32(tiny_bases: dict[str, Path]) -> None:
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_on_a_bf16_base_are_fp32_and_begin_as_it(kind: str, tiny_bases: dict[str, Path]) -> None:
     family = families.load(str(tiny_bases["sd1"]), dtype=torch.bfloat16)
-    trained = LoRA().attach(family, 0)
+    before = predict(family)
+    trained = methods.REGISTRY[kind]().attach(family, 0)
     assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert torch.equal(predict(family), before)
     predict(family).float().square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained.values())
     assert family.parts["denoiser"].conv_in.weight.dtype == torch.bfloat16

@@ -256,6 +256,62 @@ def templates_empty(place: Place) -> list[str]:
     return place.train("data.templates=[]")
 
 
+# masks
+
+
+@case("'files'", "no mask for 1.png, 2.png", "NAME.mask.png", "data.masks=auto")
+def masks_demanded_but_missing(place: Place) -> list[str]:
+    Image.new("L", (48, 40), 255).save(place.photos / "0.mask.png")
+    return place.train("data.masks=files")
+
+
+@case("'alpha'", "0.png, 1.png, 2.png have no alpha channel", "data.masks=auto")
+def alpha_demanded_but_missing(place: Place) -> list[str]:
+    Image.new("L", (48, 40), 255).save(place.photos / "0.mask.png")
+    return place.train("data.masks=alpha")
+
+
+@case("0.mask.png is black everywhere", "at most 1 of 255", "make the subject white")
+def mask_of_labels(place: Place) -> list[str]:
+    Image.fromarray(np.eye(40, 48, dtype=np.uint8)).save(place.photos / "0.mask.png")
+    return place.train("data.masks=auto")
+
+
+@case("0.png's alpha channel is black everywhere")
+def alpha_of_nothing(place: Place) -> list[str]:
+    Image.new("RGBA", (48, 40), (200, 0, 0, 0)).save(place.photos / "0.png")
+    return place.train("data.masks=auto")
+
+
+@case("0.mask.png is 40x48 but its photo is 48x40")
+def mask_lies_on_its_side(place: Place) -> list[str]:
+    Image.new("L", (40, 48), 255).save(place.photos / "0.mask.png")
+    return place.train("data.masks=auto")
+
+
+@case("0.mask.png", "not a picture")
+def mask_is_text(place: Place) -> list[str]:
+    (place.photos / "0.mask.png").write_text("white")
+    return place.train("data.masks=auto")
+
+
+@case("nine.mask.png", "not there", "rename or remove")
+def mask_of_no_photo(place: Place) -> list[str]:
+    Image.new("L", (48, 40), 255).save(place.photos / "nine.mask.png")
+    return place.train()
+
+
+@case("masks/nine.png", "not there", "rename or remove")
+def mask_in_the_folder_of_no_photo(place: Place) -> list[str]:
+    (place.photos / "masks").mkdir()
+    Image.new("L", (48, 40), 255).save(place.photos / "masks" / "nine.png")
+    return place.train("data.masks=auto")
+
+
+setting("masks_unknown", "data.masks=yes please", words=("data.masks", "yes please", "alpha"))
+setting("mask_floor_absurd", "data.mask_floor=1.5", words=("data.mask_floor", "1.5"))
+
+
 # recipes
 
 
@@ -348,6 +404,16 @@ setting("unknown_optimiser", "optim.kind=lion", words=("optim", "lion", "adamw8b
 setting("unknown_prior", "prior.kind=classes", words=("prior", "classes", "class_images"))
 setting("key_of_another_kind", "method.kind=full", "method.rank=4", words=("method.rank",))
 setting("dropout_of_one", "method.dropout=1", words=("method.dropout", "less than 1"))
+setting(
+    "oft_on_convolutions", "method.kind=oft", "method.targets=conv", words=("method.targets", "conv", "all-linear")
+)
+setting("key_of_another_adapter", "method.kind=loha", "method.dropout=0.1", words=("method.dropout", "known are"))
+setting("lokr_factor_of_one", "method.kind=lokr", "method.factor=1", words=("method.factor is 1", "2"))
+setting("oft_blocks_of_one", "method.kind=oft", "method.block_size=1", words=("method.block_size is 1", "2"))
+setting("start_that_changes_the_base", "method.init=pissa", words=("method.init is 'pissa'", "gaussian"))
+setting("rank_of_an_exported_lora", "export.rank=4", words=("export.rank is 4", "finetune resize"))
+setting("max_error_of_nothing", "export.max_error=0", words=("export.max_error is 0", "greater than 0"))
+setting("export_rank_zero", "export.rank=0", words=("export.rank is 0", "1"))
 setting("unknown_part", "method.parts=[unet]", words=("method.parts", "unet", "denoiser"))
 setting("no_part", "method.parts=[]", words=("method.parts", "at least 1"))
 setting("accumulation_does_not_divide", "run.batch_size=3", "run.accumulate=2", words=("3", "2", "multiple"))
@@ -357,6 +423,9 @@ setting("fp16_without_gpu", "run.precision=fp16", words=("fp16", "no GPU", "run.
 setting("more_processes_than_started", "run.processes=4", words=("run.processes is 4", "--processes 4"))
 setting("no_class_noun", "data.class_noun=null", words=("data.class_noun", "dog"))
 setting("resolution_not_divisible", "data.resolution=33", words=("data.resolution", "33", "32"))
+setting("resolution_not_of_buckets", "data.resolution=34", "data.shape=buckets", words=("34", "shape=buckets", "32"))
+setting("shape_unknown", "data.shape=round", words=("data.shape", "round", "buckets"))
+setting("bucket_tolerance_absurd", "data.bucket_tolerance=2", words=("data.bucket_tolerance", "2"))
 setting("resolution_zero", "data.resolution=0", words=("data.resolution", "0"))
 setting("resolution_absurd", "data.resolution=100000", words=("data.resolution", "100000"))
 setting("unknown_sampler", "sample.sampler=dpm+", words=("sample.sampler", "dpm+", "dpm++"))

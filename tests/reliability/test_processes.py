@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from work import wait_for_steps
+from work import METHODS, wait_for_steps
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
@@ -55,12 +56,12 @@ def class_images(cache: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_one_and_two_processes_end_equal(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
-    """LoRA (with dropout) and full, SD1 and SDXL, text encoders trained too: 20 steps of a batch of four."""
+    """LoRA, DoRA (dropout in both), LoKr and full; SD1 and SDXL; text encoders trained too: 20 steps of four."""
     for count in (1, 2):
         done = processes(count, "work", tmp_path / str(count), photos, tiny_bases["sd1"], tiny_bases["sdxl"])
         assert done.returncode == 0, done.stderr[-3000:]
     runs = sorted(path.name for path in (tmp_path / "1" / "runs").iterdir())
-    assert runs == ["sd1-full", "sd1-lora", "sdxl-full", "sdxl-lora"]
+    assert runs == sorted(f"{base}-{method}" for base in ("sd1", "sdxl") for method in METHODS)
     for name in runs:
         one, two = (tmp_path / count / "runs" / name for count in ("1", "2"))
         assert len(losses(one)) == 20
@@ -88,6 +89,27 @@ def command(base: Path, photos: Path, run: Path, *more: str) -> list[str]:
 def start(*arguments: object) -> subprocess.Popen[str]:
     words = list(map(str, arguments))
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+@pytest.mark.slow
+def test_buckets_and_masks_are_the_same_on_two_processes(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """Photos of four shapes, two of them masked; batches of four with padding: whole, in micro-batches, on two."""
+    for name, size in (("tall", (40, 60)), ("wide", (66, 44)), ("strip", (300, 30))):
+        Image.effect_noise(size, 80).convert("RGB").save(photos / f"{name}.png")
+    for name, size in (("tall", (40, 60)), ("0", (48, 40))):
+        Image.linear_gradient("L").resize(size).save(photos / f"{name}.mask.png")
+    more = ("data.shape=buckets", "data.masks=auto", "data.flip=true", "run.batch_size=4", "run.steps=10")
+    ways = {"one": (), "two": ("--processes", "2"), "cut": ("run.accumulate=2", "--processes", "2")}
+    for name, way in ways.items():
+        with start(*command(tiny_bases["sdxl"], photos, tmp_path / name, *more, *way)) as process:
+            _, error = process.communicate(timeout=200)
+        assert process.returncode == 0, error
+    weights = {name: load_file(tmp_path / name / "adapter" / "trained.safetensors") for name in ways}
+    for name in ("two", "cut"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+        assert distance(weights["one"], weights[name]) < 1e-5, name
 
 
 def second_process(launcher: int, run: Path) -> psutil.Process:

@@ -14,6 +14,8 @@ SETTINGS = (
 )  # fmt: skip
 METHODS = {
     "lora": ("method.kind=lora", "method.rank=4", "method.dropout=0.1", "optim.lr=1e-3"),
+    "dora": ("method.kind=dora", "method.rank=4", "method.dropout=0.1", "optim.lr=1e-3"),
+    "lokr": ("method.kind=lokr", "method.rank=4", "optim.lr=1e-3"),
     "full": ("method.kind=full", "optim.lr=1e-4"),
 }
 PARTS = ("method.parts=[denoiser, text_encoders]", "optim.kind=adamw")
@@ -54,7 +56,7 @@ def work(arguments: list[str]) -> tuple[int, str]:
             own = [f"base={base}", f"data.photos={photos}", *SETTINGS, *method, *PARTS]
             try:
                 train(
-                    load_recipe("dreambooth-lora" if name == "lora" else "dreambooth-full", own),
+                    load_recipe("dreambooth-full" if name == "full" else "dreambooth-lora", own),
                     out / "runs" / f"{base.name}-{name}",
                 )
             except (BadInput, CheckFailed) as error:

@@ -49,7 +49,7 @@ def made(kind: str, folder: Path, tiny_bases: dict, choices: Choices = CHOICES) 
     photos = scan(folder)
     inputs = make_inputs(family, photos, choices)
     assert inputs is not None
-    return family, inputs, [view for photo in photos for view in views(photo, 32, "random", 2, True, 1)]
+    return family, inputs, [view for photo in photos for view in views(photo, (32, 32), "random", 2, True, 1)]
 
 
 def filled(family: Family, inputs: Inputs, seen: list[View], tmp_path: Path) -> LatentCache:
@@ -94,7 +94,7 @@ def _small(view: View, number: int) -> torch.Tensor:
 
 
 def test_masks_are_a_function_of_seed_view_and_number(photos: Path) -> None:
-    (view,) = views(scan(photos)[0], 32, "center", 1, False, 0)
+    (view,) = views(scan(photos)[0], (32, 32), "center", 1, False, 0)
     masks = [MaskedView(view, 1, n).mask() for n in range(400)]
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} and mask.sum() >= 8 for mask in masks)
     assert 0.17 < sum(float(mask.mean()) == 1 for mask in masks) / 400 < 0.33  # a quarter: 5 sigma is .11
@@ -122,7 +122,7 @@ def test_depth_is_the_pipelines(companions: Path, tiny_bases: dict[str, Path], t
     assert isinstance(inputs, Depth)
     pipeline = family.pipeline()
     for photo in scan(companions):
-        whole = View(photo, 40, photo.size, (4, 0), False)  # at the photo's own size: nothing is resized
+        whole = View(photo, (40, 40), photo.size, (4, 0), False)  # at the photo's own size: nothing is resized
         values = torch.from_numpy(open_values(companions / f"{photo.path.stem}.depth.png"))
         assert len(values.unique()) > 40  # levels that 8 bits would not keep apart
         for view, cut in ((whole, values[:, 4:44]), (replace(whole, flip=True), values[:, 4:44].flip(1))):
@@ -219,7 +219,9 @@ def test_batches_carry_extra_inputs_and_lose_both_together(
     cache.fill(family, seen, "cpu")
     streams = [[Sample([view], ["make it red"], 1.0, 0.0, view.photo.path.name) for view in seen]]
     whole = Batches(streams, cache, 3, 12, inputs=inputs).micro(0, 0)
-    parts = [Batches(streams, cache, 3, 12, 3, rank, 2, inputs).micro(0, n) for n in range(3) for rank in range(2)]
+    parts = [
+        Batches(streams, cache, 3, 12, 3, rank, 2, inputs=inputs).micro(0, n) for n in range(3) for rank in range(2)
+    ]
     assert whole.extra is not None
     assert torch.equal(whole.extra, torch.cat([part.extra for part in parts if part.extra is not None]))
     assert whole.prompts == [prompt for part in parts for prompt in part.prompts]

@@ -1,0 +1,150 @@
+"""Masks: which part of a photo is the subject. White is learned in full, black counts `floor`, grey in between.
+
+A mask is a file (NAME.mask.png or masks/NAME.png beside the photo) or the photo's own alpha channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from finetune.data.buckets import Size
+from finetune.data.photos import MASK, Photo, alpha_channel, open_picture, picture_files, shown
+from finetune.data.views import View
+from finetune.errors import BadInput
+
+FAINT = 10  # of 255: a mask that is nowhere brighter shows nothing, such as one with the labels 0 and 1
+SHAPE = 0.02  # a mask's aspect ratio may be so far off its photo's: rounding, when it was made smaller
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where a photo's mask is: a picture file, or the alpha channel of the photo itself."""
+
+    file: Path
+    alpha: bool = False
+
+    def open(self) -> Image.Image:
+        """Grey, 8 bits, upright. What is transparent in a mask file is black."""
+        if not self.alpha:
+            return open_picture(self.file, "black").convert("L")
+        channel = alpha_channel(self.file)
+        assert channel is not None
+        return channel
+
+
+Source = Literal["none", "auto", "alpha", "files"]
+
+
+def find_masks(folder: Path, photos: Sequence[Photo], source: Source) -> dict[Path, Mask]:
+    """Photo file -> its mask, for those that have one; each is opened once and looked at.
+
+    Raises:
+        BadInput: photos without a mask where all must have one, masks of no photo, masks that can't be used.
+    """
+    beside, inside = _beside(folder), _inside(folder)
+    files = {} if source in ("none", "alpha") else inside | beside
+    _refuse_orphans(folder, beside | files)
+    if source == "none":
+        return {}
+    found = {photo.path: mask for photo in photos if (mask := _mask_of(photo.path, files, source)) is not None}
+    missing = [photo.path.name for photo in photos if photo.path not in found]
+    if missing and source == "files":
+        raise BadInput(
+            f"data.masks is 'files' but there is no mask for {', '.join(missing)}: put NAME{MASK} or masks/NAME.png "
+            "beside them, or set data.masks=auto"
+        )
+    if missing and source == "alpha":
+        raise BadInput(
+            f"data.masks is 'alpha' but {', '.join(missing)} have no alpha channel: save them with one, or set "
+            "data.masks=auto"
+        )
+    for photo in photos:
+        if photo.path in found:
+            _check(photo, found[photo.path])
+    return found
+
+
+def _mask_of(photo: Path, files: dict[str, Path], source: Source) -> Mask | None:
+    if photo.stem in files:
+        return Mask(files[photo.stem])
+    return Mask(photo, alpha=True) if source != "files" and alpha_channel(photo) is not None else None
+
+
+def _beside(folder: Path) -> dict[str, Path]:
+    """NAME -> NAME.mask.png."""
+    files = [file for file in folder.iterdir() if not file.name.startswith(".")]
+    return {file.name[: -len(MASK)]: file for file in files if file.name.lower().endswith(MASK)}
+
+
+def _inside(folder: Path) -> dict[str, Path]:
+    """NAME -> masks/NAME.png."""
+    files = (folder / "masks").iterdir() if (folder / "masks").is_dir() else ()
+    return {file.stem: file for file in files if file.suffix.lower() == ".png" and not file.name.startswith(".")}
+
+
+def _refuse_orphans(folder: Path, files: dict[str, Path]) -> None:
+    """A mask whose name fits no photo would be passed over in silence (and NAME.mask.png is never a photo)."""
+    stems = {file.stem for file in picture_files(folder)}
+    orphans = sorted(shown(file.relative_to(folder)) for stem, file in files.items() if stem not in stems)
+    if orphans:
+        raise BadInput(
+            f"{', '.join(orphans)} in {folder} would be masks of photos that are not there: rename or remove them"
+        )
+
+
+def _check(photo: Photo, mask: Mask) -> None:
+    picture = mask.open()
+    name = f"{mask.file.name}'s alpha channel" if mask.alpha else f"the mask {mask.file.name}"
+    brightest = int(np.asarray(picture).max())
+    if brightest < FAINT:
+        raise BadInput(
+            f"{name} is black everywhere (at most {brightest} of 255), so that nothing of {photo.path.name} would be "
+            "learned: make the subject white"
+        )
+    (width, height), (photo_width, photo_height) = picture.size, photo.size
+    if abs(width * photo_height / (height * photo_width) - 1) > SHAPE:
+        raise BadInput(
+            f"{name} is {width}x{height} but its photo is {photo_width}x{photo_height}: give it the photo's shape"
+        )
+
+
+class Masks:
+    """The mask of each view at the size of its latents; of a photo without one, ones. `fill` once, then `mask`."""
+
+    def __init__(self, masks: dict[Path, Mask], latent_factor: int, floor: float) -> None:
+        self.masks, self.factor, self.floor = masks, latent_factor, floor
+        self.held: dict[View, Tensor] = {}
+
+    def fill(self, views: Sequence[View]) -> Masks:
+        """Makes those of `views` that are not all ones; a file that changes later changes nothing."""
+        for view in views:
+            if view.photo.path in self.masks:
+                self.held[view] = self._make(view, self.masks[view.photo.path])
+        return self
+
+    def mask(self, view: View) -> Tensor:
+        """[1, h, w] float32 in [floor, 1]: the share of each latent's pixels that are the subject."""
+        if view in self.held:
+            return self.held[view]
+        return torch.ones(1, view.size[1] // self.factor, view.size[0] // self.factor)
+
+    def _make(self, view: View, mask: Mask) -> Tensor:
+        values = np.asarray(view.cut(_resized(mask, view.resized)), dtype=np.float32) / 255
+        share = avg_pool2d(torch.from_numpy(values)[None], self.factor)
+        return self.floor + (1 - self.floor) * share
+
+
+@lru_cache(maxsize=1)
+def _resized(mask: Mask, size: Size) -> Image.Image:
+    """As the photo is, but by a filter that does not overshoot at edges."""
+    return mask.open().resize(size, Image.Resampling.BILINEAR)

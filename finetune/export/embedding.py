@@ -1,0 +1,178 @@
+"""New embeddings (textual inversion) as the file that UIs and diffusers read: [n, width] for each CLIP encoder.
+
+UIs take the file's name for the word that stands in prompts: `mug.safetensors` is "mug" in A1111 and Forge,
+"embedding:mug" in ComfyUI. The initialiser's words, which T5 reads in place of the new word, are not in such a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finetune.batch import Geometry
+from finetune.draws import generator
+from finetune.errors import BadInput
+from finetune.export.base import DTYPES, Exported
+from finetune.export.metadata import checkpoint_metadata
+from finetune.export.verify import BOUNDS, PREDICTION_BOUND
+from finetune.families import REGISTRY, is_transformer
+from finetune.families.base import Family
+from finetune.files import save_tensors
+from finetune.methods.textual_inversion import Inversion, embeddings, mend_end, set_embeddings
+
+NAME = "embedding"
+# the encoder's prefix in kohya's files -> its key here
+KEYS = {"lora_te": "emb_params", "lora_te1": "clip_l", "lora_te2": "clip_g"}
+PROMPT = "a photo of {} on the beach"
+OURS, THEIRS = "first-reader", "<second-reader>"
+
+
+def keys(family: str) -> dict[str, str]:
+    """Text encoder -> the name of its tensor in a file."""
+    prefixes = REGISTRY[family].export_prefix
+    return {part: KEYS[prefix] for part, prefix in prefixes.items() if prefix in KEYS}
+
+
+def export_embedding(
+    method: Inversion,
+    family: Family,
+    path: Path,
+    dtype: str,
+    about: dict[str, str],
+    words: str,
+    reload: Callable[[], Family],
+) -> Exported:
+    """Writes the new embeddings of a trained family and compares what is read back, by us and by diffusers.
+
+    Args:
+        words: the initialiser's, which T5 reads.
+        reload: gives a clean family of the same base.
+    """
+    trained = {part: value.cpu() for part, value in embeddings(family).items()}
+    names = keys(family.name)
+    v_prediction = family.schedule.prediction == "v_prediction"
+    metadata = checkpoint_metadata(family.name, about, v_prediction, kind="/textual-inversion")
+    save_tensors(path, {names[part]: value.to(DTYPES[dtype]) for part, value in trained.items()}, metadata)
+    rows, size = sum(len(value) for value in trained.values()), path.stat().st_size
+    try:
+        again = read_embedding(path, family.name)
+    except BadInput as fault:
+        return Exported(NAME, path, size, 0, float("inf"), [], [f"FAILED: {fault}"])
+    error, check = _compare(trained, again, BOUNDS[DTYPES[dtype]])
+    checks = [check]
+    if check.startswith("ok") and "diffusers" in readers(family.name):
+        checks.append(read_by_diffusers(method, again, path, words, reload()))
+    ok = all(line.startswith("ok") for line in checks)
+    return Exported(NAME, path, size, rows, error, list(readers(family.name)) if ok else [], checks)
+
+
+def readers(family: str) -> tuple[str, ...]:
+    """The programs that are known to read such a file; diffusers has no reader for SD3's."""
+    if not is_transformer(family):
+        return ("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers")
+    return ("ComfyUI", "diffusers") if family == "flux" else ("ComfyUI",)
+
+
+def read_embedding(path: Path, family: str) -> dict[str, Tensor]:
+    """Text encoder -> [n, width], fp32, from a written file alone.
+
+    Raises:
+        BadInput: it is not whole, or of another kind of base.
+    """
+    try:
+        held = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is no whole safetensors file ({error}): export it again") from error
+    names = keys(family)
+    if held.keys() != set(names.values()):
+        raise BadInput(
+            f"{path} holds {', '.join(sorted(held))} but an embedding for {family} has "
+            f"{' and '.join(names.values())}: give one that was made for this base"
+        )
+    return {part: held[key].float() for part, key in names.items()}
+
+
+def _compare(trained: dict[str, Tensor], again: dict[str, Tensor], bound: float) -> tuple[float, str]:
+    shapes = {part: tuple(value.shape) for part, value in trained.items()}
+    if shapes != {part: tuple(value.shape) for part, value in again.items()}:
+        return float("inf"), f"FAILED: the embeddings are not of shape {shapes}"
+    pairs = [pair for part, values in trained.items() for pair in zip(again[part], values, strict=True)]
+    error = max(_relative(found, value) for found, value in pairs)
+    line = f"{len(pairs)} embeddings re-read, largest relative error {error:.1e}"
+    return error, f"ok: {line}" if error <= bound else f"FAILED: {line} (bound {bound:.0e})"
+
+
+@torch.no_grad()
+def read_by_diffusers(method: Inversion, values: dict[str, Tensor], path: Path, words: str, family: Family) -> str:
+    """diffusers' load_textual_inversion on a clean base against our own reading of the same file: what both predict.
+
+    T5 has no part in the file: both give it the same words.
+    """
+    legacy = [mend_end(family.parts[part], tokenizer) for part, tokenizer in _clip(family)]
+    before = _probe(family, dict.fromkeys(family.text_encoders, words))
+    pipeline = family.pipeline()
+    with torch.random.fork_rng(devices=[]):  # it draws the rows that it then fills
+        _load_with_diffusers(pipeline, family, path)
+    converted = {part: pipeline.maybe_convert_prompt(THEIRS, tokenizer) for part, tokenizer in _clip(family)}
+    theirs = _probe(family, dict.fromkeys(family.text_encoders, words) | converted)
+    placeholder = method.name_subject(family, OURS, words)
+    set_embeddings(family, values)
+    own = {part: placeholder for part, _ in _clip(family)}
+    ours = _probe(family, dict.fromkeys(family.text_encoders, words) | own)
+    moved, error = _relative(before, ours), _relative(theirs, ours)
+    mended = " once its text encoder's eos_token_id is mended, which is 2 in this base's config" if any(legacy) else ""
+    line = f"diffusers reads it back{mended}: error {error:.1e} (the embedding itself moves it by {moved:.1e})"
+    return f"ok: {line}" if error <= max(PREDICTION_BOUND * moved, 1e-6) else f"FAILED: {line}"
+
+
+def _clip(family: Family) -> list[tuple[str, Any]]:
+    """(text encoder, its tokenizer) of those that have new embeddings."""
+    both = zip(family.text_encoders, family.tokenizers, strict=True)
+    return [(part, tokenizer) for part, tokenizer in both if part in keys(family.name)]
+
+
+def _load_with_diffusers(pipeline: Any, family: Family, path: Path) -> None:
+    """By the file where it has one tensor, else one tensor for each encoder: as diffusers' documentation has it."""
+    if len(keys(family.name)) == 1:
+        pipeline.load_textual_inversion(str(path.parent), weight_name=path.name, token=THEIRS)
+        return
+    held = load_file(path)
+    for part, tokenizer in _clip(family):
+        pipeline.load_textual_inversion(
+            held[keys(family.name)[part]], token=THEIRS, text_encoder=family.parts[part], tokenizer=tokenizer
+        )
+
+
+def usage(family: str, file: str, token: str) -> list[str]:
+    """The lines of Python with which diffusers loads a file; none where it has no reader."""
+    if "diffusers" not in readers(family):
+        return []
+    if len(keys(family)) == 1:
+        return [f'pipeline.load_textual_inversion(".", weight_name="{file}", token="{token}")']
+    each = [
+        f'pipeline.load_textual_inversion(rows["{key}"], token="{token}", text_encoder=pipeline.{part}, '
+        f"tokenizer=pipeline.{part.replace('text_encoder', 'tokenizer')})"
+        for part, key in keys(family).items()
+    ]
+    return ["from safetensors.torch import load_file", "", f'rows = load_file("{file}")', *each]
+
+
+def _probe(family: Family, subject: dict[str, str]) -> Tensor:
+    """The conditions and the prediction for one fixed noise and timestep, with a text for each encoder: one vector."""
+    side = family.resolution // family.latent_factor
+    noise = torch.randn((1, family.latent_channels, side, side), generator=generator(0, "verify"))
+    square = (family.resolution, family.resolution)
+    texts = [PROMPT.format(subject[part]) for part in family.text_encoders]
+    cond = family.join_texts([family.encode_text(index, [text]) for index, text in enumerate(texts)])
+    prediction = family.predict(noise, torch.tensor([500]), cond, [Geometry(square, (0, 0), square)])
+    return torch.cat([prediction.float().flatten(), *(value.float().flatten() for value in cond.values())])
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))

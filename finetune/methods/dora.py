@@ -1,0 +1,49 @@
+"""DoRA through PEFT (arXiv:2402.09353): m (W + s B A) / ||W + s B A||, the norm of each output's weights."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import peft
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from finetune.methods.peft_adapter import ADAPTER, Ranked
+
+
+class DoRA(Ranked):
+    """LoRA for the direction of the weights, and a trained magnitude m for each output."""
+
+    marks: ClassVar = (".lora_",)
+    kind: Literal["dora"] = "dora"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    rank_stabilised: bool = False
+
+    def config(self, targets: list[str]) -> Any:
+        return peft.LoraConfig(
+            r=self.rank,
+            lora_alpha=self.peft_alpha,
+            lora_dropout=self.dropout,
+            use_rslora=self.rank_stabilised,
+            use_dora=True,
+            target_modules=targets,
+        )
+
+    @torch.no_grad()
+    def prepare(self, layer: Any) -> None:
+        """The magnitude in fp32: PEFT takes it in the base's dtype, and a bf16 base would start .4 % off."""
+        magnitude, weight = layer.lora_magnitude_vector[ADAPTER], layer.get_base_layer().weight.float()
+        magnitude.weight.data = magnitude.get_weight_norm(weight, torch.zeros_like(weight), layer.scaling[ADAPTER])
+
+    def delta(self, layer: Any) -> Tensor:
+        """PEFT's merge minus the base, in float64: the difference of two numbers that are nearly equal."""
+        base = layer.get_base_layer()
+        held = base.weight.data
+        base.weight.data = held.double()
+        try:
+            layer.merge()
+            return (base.weight.data - held.double()).float()
+        finally:
+            base.weight.data = held
+            layer.merged_adapters.clear()

@@ -1,0 +1,30 @@
+"""LoKr through PEFT (LyCORIS, arXiv:2309.14859): W + (alpha / r) kron(C, B A)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import peft
+from pydantic import Field
+
+from finetune.methods.loha import never_dropped
+from finetune.methods.peft_adapter import Ranked
+
+
+class LoKr(Ranked):
+    """A Kronecker product of a small matrix and a low-rank one (of a full one, where r reaches half of its side).
+
+    `factor`: the small matrix has sides of about so many; `null` splits each side near its square root.
+    """
+
+    marks: ClassVar = (".lokr_",)
+    kind: Literal["lokr"] = "lokr"
+    factor: int | None = Field(None, ge=2)
+
+    def config(self, targets: list[str]) -> Any:
+        return peft.LoKrConfig(
+            r=self.rank, alpha=self.peft_alpha, decompose_factor=self.factor or -1, target_modules=targets
+        )
+
+    def prepare(self, layer: Any) -> None:
+        never_dropped(layer)

@@ -1,0 +1,51 @@
+"""OFT through PEFT (arXiv:2306.07280): W R^T with R orthogonal and block-diagonal, R = (I - Q) (I + Q)^-1, Q skew."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar, Literal
+
+import peft
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from finetune.errors import BadInput
+from finetune.families.base import Family
+from finetune.methods.peft_adapter import ADAPTER, PeftAdapter
+
+
+class OFT(PeftAdapter):
+    """Rotations of each layer's inputs, on linear layers: PEFT's OFT on convolutions does not begin as the base, so
+    `targets: conv` is refused, and the 1x1 convolutions round SD1's attention blocks stay as they are.
+
+    `block_size`: sides of the rotated blocks; a layer whose width it does not divide takes the nearest divisor.
+    """
+
+    marks: ClassVar = (".oft_R.",)
+    kind: Literal["oft"] = "oft"
+    targets: Literal["attention", "all-linear", "cross-kv"] = "all-linear"
+    block_size: int = Field(32, ge=2)
+
+    def config(self, targets: list[str]) -> Any:
+        return peft.OFTConfig(oft_block_size=self.block_size, use_cayley_neumann=False, target_modules=targets)
+
+    def target_modules(self, family: Family, part: str) -> list[str]:
+        modules = dict(family.parts[part].named_modules())
+        found = [path for path in super().target_modules(family, part) if isinstance(modules[path], nn.Linear)]
+        if not found:
+            raise BadInput(
+                f"method.kind is oft but no layer of {part} that {self.targets} chooses is linear: use lora"
+            )
+        return found
+
+    def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Invalid `oft_block_size`")  # said in docs/recipes.md
+            return super().attach(family, seed)
+
+    def delta(self, layer: Any) -> Tensor:
+        """W (R^T - I): x R W^T is what the layer computes."""
+        weight = layer.get_base_layer().weight.double()
+        rotation = layer.get_delta_weight(ADAPTER).double()
+        return (weight @ (rotation.T - torch.eye(len(rotation), dtype=torch.double, device=weight.device))).float()

@@ -1,0 +1,196 @@
+"""What all adapters of PEFT share; a kind is a config, the names of its parameters and its delta."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import set_peft_model_state_dict
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from finetune.errors import BadInput
+from finetune.families.base import Family
+from finetune.families.layout import strip_text_model
+from finetune.methods.base import Method
+
+ADAPTER = "default"
+CROSS_KV = ("attn2.to_k", "attn2.to_v")
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
+PREFIX = "base_model.model."
+MAGNITUDE = ".lora_magnitude_vector"  # PEFT's files have it without the `.weight` of its parameter
+
+
+class PeftAdapter(Method):
+    """An adapter that PEFT puts into a frozen base.
+
+    `targets`: the denoiser's attention projections, everything linear in its attention blocks, also the convolutions
+    of its residual blocks, or only the keys and values of its cross attention (Custom Diffusion, arXiv:2212.04488). A
+    text encoder is adapted at its attention and MLP projections.
+    """
+
+    marks: ClassVar[tuple[str, ...]]  # what the names of its parameters hold
+    targets: Literal["attention", "all-linear", "conv", "cross-kv"] = "all-linear"
+
+    @abstractmethod
+    def config(self, targets: list[str]) -> Any:
+        """The peft.PeftConfig for the modules of one part."""
+
+    def delta(self, layer: Any) -> Tensor:
+        """What one adapted layer adds to its base weight: the weight's shape, float32."""
+        return layer.get_delta_weight(ADAPTER).float()
+
+    def prepare(self, layer: Any) -> None:
+        """Sets a new layer right, where PEFT's own start would not be the base or would not be repeatable."""
+
+    @property
+    def is_adapter(self) -> bool:
+        return True
+
+    def target_modules(self, family: Family, part: str) -> list[str]:
+        """Full paths of the adapted modules.
+
+        Raises:
+            BadInput: this family has none of the kind that was asked for.
+        """
+        if self.targets != "cross-kv" or part != "denoiser":
+            return family.lora_targets(part, self.targets)
+        found = [path for path in family.lora_targets(part, "attention") if path.endswith(CROSS_KV)]
+        if not found:
+            raise BadInput(
+                f"method.targets is cross-kv but {family.name} has no separate cross attention: use attention"
+            )
+        return found
+
+    def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
+        trained: dict[str, nn.Parameter] = {}
+        for part in self.part_names(family):
+            module, config = family.parts[part], self.config(self.target_modules(family, part))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                peft.inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+            for name, parameter in module.named_parameters():
+                own = self._is_own(name)
+                parameter.requires_grad_(own)
+                if own:
+                    parameter.data = parameter.data.float()
+                    trained[f"{part}.{name}"] = parameter
+        for _, _, layer in self.layers(family):
+            self.prepare(layer)
+        return trained
+
+    def layers(self, family: Family) -> Iterator[tuple[str, str, Any]]:
+        """(part, module path without `text_model.`, the adapted layer) of an attached family."""
+        for part in self.part_names(family):
+            for path, module in family.parts[part].named_modules():
+                if isinstance(module, BaseTunerLayer):
+                    yield part, strip_text_model(path), module
+
+    @torch.no_grad()
+    def deltas(self, family: Family) -> Iterator[tuple[str, str, Tensor]]:
+        """(part, module path, effective weight - base weight), one module at a time: all are as large as the base."""
+        for part, path, layer in self.layers(family):
+            yield part, path, self.delta(layer)
+
+    def state_dict(self, family: Family) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self._parameters(family)}
+
+    def load_state_dict(self, family: Family, state: dict[str, Tensor]) -> None:
+        own = dict(self._parameters(family))
+        wrong = sorted(own.keys() ^ state.keys())
+        if wrong:
+            raise BadInput(f"the adapter and the recipe disagree on {len(wrong)} weights, such as {wrong[0]!r}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    @contextmanager
+    def disabled(self, family: Family) -> Iterator[None]:
+        """The base as it was: every adapter switched off inside the block."""
+        layers = [layer for _, _, layer in self.layers(family)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    def own_form(self, family: Family) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Part -> (adapter_config.json, adapter_model.safetensors) as PEFT itself writes and reads them, in fp32."""
+        forms = {}
+        for part in self.part_names(family):
+            modules = family.parts[part].named_modules()
+            config = self.config([path for path, module in modules if isinstance(module, BaseTunerLayer)])
+            config.inference_mode = True
+            plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
+            tensors = {
+                PREFIX + _without_adapter(name).replace(f"{MAGNITUDE}.weight", MAGNITUDE): value.detach()
+                for name, value in family.parts[part].named_parameters()
+                if self._is_own(name)
+            }
+            forms[part] = (plain, tensors)
+        return forms
+
+    def _is_own(self, name: str) -> bool:
+        return any(mark in name for mark in self.marks)
+
+    def _parameters(self, family: Family) -> Iterator[tuple[str, nn.Parameter]]:
+        """("denoiser.<path>.lora_A.weight", parameter): PEFT's names without the adapter's."""
+        for part in self.part_names(family):
+            for name, parameter in family.parts[part].named_parameters():
+                if self._is_own(name):
+                    yield f"{part}.{_without_adapter(strip_text_model(name))}", parameter
+
+
+class Ranked(PeftAdapter):
+    """Kinds with a rank, and alpha / rank as their scale. `alpha: null` is the rank, so that the scale is 1."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0)
+
+    @property
+    def alpha_value(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    @property
+    def peft_alpha(self) -> int:
+        """The same for PEFT, whose annotations say int; it computes with floats too."""
+        return cast(int, self.alpha_value)
+
+
+def read_own_form(family: Family, folder: Path) -> None:
+    """Puts a PEFT folder of any kind (PART/adapter_config.json, ...) into a clean family, by PEFT's own reader.
+
+    Raises:
+        BadInput: its weights and its config disagree.
+    """
+    for file in sorted(folder.glob(f"*/{CONFIG}")):
+        module = family.parts[file.parent.name]
+        config = peft.PeftConfig.from_pretrained(str(file.parent))
+        module.requires_grad_(False)
+        peft.inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+        tensors = {key.removeprefix(PREFIX): value for key, value in load_file(file.with_name(WEIGHTS)).items()}
+        result: Any = set_peft_model_state_dict(module, tensors, adapter_name=ADAPTER)
+        missing = [name for name in result.missing_keys if any(f".{kind}" in name for kind in _prefixes(module))]
+        if missing or result.unexpected_keys:
+            odd = [*missing, *result.unexpected_keys]
+            raise BadInput(f"{file.parent} has {len(odd)} weights missing or too many, such as {odd[0]!r}")
+        module.eval()
+
+
+def _prefixes(module: nn.Module) -> set[str]:
+    return {
+        name for layer in module.modules() if isinstance(layer, BaseTunerLayer) for name in layer.adapter_layer_names
+    }
+
+
+def _without_adapter(name: str) -> str:
+    return name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")

@@ -1,0 +1,69 @@
+"""Pivotal tuning (after arXiv:2106.05744; for diffusion models cloneofsimo/lora): a new word, then a LoRA round it.
+
+For the first `pivot` of the steps only the new embeddings are trained; then they stand still, or go on with
+`keep_training_token`, and the LoRA is trained. Each has its own schedule over its own steps. Gradients are computed
+for both throughout (Adam's moments of what waits are warm when its turn comes); AdamW at a rate of 0 leaves weights
+bit-identical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from finetune.families.base import Family
+from finetune.methods.lora import LoRA
+from finetune.methods.textual_inversion import Inversion
+from finetune.optim import WHOLE, Window
+
+
+class Pivotal(Inversion):
+    """`parts`, `rank`, `alpha`, `dropout`, `targets` and `rank_stabilised` are the LoRA's."""
+
+    leaves: ClassVar = ("adapter", "embedding")
+    kind: Literal["pivotal"] = "pivotal"
+    pivot: float = Field(0.5, gt=0, lt=1)
+    keep_training_token: bool = False
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["attention", "all-linear", "conv"] = "all-linear"
+    rank_stabilised: bool = False
+
+    @property
+    def adapter(self) -> LoRA:
+        return LoRA(
+            parts=self.parts,
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            targets=self.targets,
+            rank_stabilised=self.rank_stabilised,
+        )
+
+    @property
+    def has_text_lr(self) -> bool:
+        return True
+
+    def part_names(self, family: Family) -> list[str]:
+        """The LoRA's, and the text encoders that the new embeddings are in."""
+        return list(dict.fromkeys([*super().part_names(family), *family.trainable_text_encoders]))
+
+    def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
+        return self.adapter.attach(family, seed) | self.attach_rows(family)
+
+    def windows(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Window]:
+        token = WHOLE if self.keep_training_token else (0.0, self.pivot)
+        return {name: token if name.endswith(".new.rows") else (self.pivot, 1.0) for name in trained}
+
+    def state_dict(self, family: Family) -> dict[str, Tensor]:
+        rows = {name: parameter.detach().clone() for name, parameter in self.rows(family).items()}
+        return self.adapter.state_dict(family) | rows
+
+    def load_state_dict(self, family: Family, state: dict[str, Tensor]) -> None:
+        own = self.rows(family).keys()
+        self.load_rows(family, {name: value for name, value in state.items() if name in own})
+        self.adapter.load_state_dict(family, {name: value for name, value in state.items() if name not in own})
