@@ -32,6 +32,7 @@ KEYS = {
     "sd1": {"emb_params": 16},
     "sd2": {"emb_params": 16},
     "sdxl": {"clip_l": 16, "clip_g": 24},
+    "sdxl-refiner": {"clip_g": 24},
     "sd3": {"clip_l": 16, "clip_g": 24},
     "flux": {"clip_l": 16},
 }
@@ -102,8 +103,8 @@ def test_diffusers_gives_the_trained_models_conditions_and_pictures(
     pipeline = kind.from_pretrained(tiny_bases[name], **extra)
     pipeline.set_progress_bar_config(disable=True)
     rows = load_file(run / "exports" / "mine-embedding.safetensors")
-    if name == "sdxl":
-        for key, number in (("clip_l", ""), ("clip_g", "_2")):
+    if name in ("sdxl", "sdxl-refiner"):
+        for key, number in (("clip_l", ""), ("clip_g", "_2"))[name == "sdxl-refiner" :]:
             encoder, tokenizer = getattr(pipeline, f"text_encoder{number}"), getattr(pipeline, f"tokenizer{number}")
             pipeline.load_textual_inversion(rows[key], token="<zwx>", text_encoder=encoder, tokenizer=tokenizer)
     else:
@@ -111,7 +112,7 @@ def test_diffusers_gives_the_trained_models_conditions_and_pictures(
         pipeline.load_textual_inversion(str(path), weight_name="mine-embedding.safetensors", token="<zwx>")
     pipeline.load_lora_weights(run / "exports", weight_name="mine.safetensors")
     t5 = {"prompt_2": "a photo of mug on the beach"} if name == "flux" else {}
-    size = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    size = {"num_inference_steps": 2, "output_type": "np"} | trained.canvas(32, 1, 2, None)
     if name == "flux":
         size["max_sequence_length"] = trained.text_length(1)
 
