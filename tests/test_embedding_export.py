@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from finetune import cli, families, job
 from finetune.config import parse_recipe
+from finetune.data.inputs import unit
+from finetune.data.photos import scan
+from finetune.data.views import views
 from finetune.errors import BadInput
 from finetune.export import embedding
 from finetune.export.embedding import export_embedding, read_by_diffusers, read_embedding
@@ -80,8 +83,9 @@ def test_from_photos_to_files(name: str, kind: str, tiny_bases: dict[str, Path],
     by_diffusers = any("diffusers reads it back" in check for check in exported["embedding"]["checks"])
     assert by_diffusers == (name in READ_BY_DIFFUSERS)
     again, _ = open_result(run)
+    given = Given(unit(views(scan(photos)[0], (32, 32), "center", 1, False, 0)[0].pixels()))  # the refiner reads it
     for number, picture in enumerate(
-        draw(again, ["a photo of <zwx>", "a photo of a mug"], seeds=[0, 0], steps=1, size=32)
+        draw(again, ["a photo of <zwx>", "a photo of a mug"], seeds=[0, 0], steps=1, size=32, given=given)
     ):
         with Image.open(run / "samples" / "after" / f"{number:02d}-0.png") as shown:
             apart = torch.tensor([a - b for a, b in zip(shown.tobytes(), picture.tobytes(), strict=True)])
