@@ -292,7 +292,7 @@ def _draw_samples(job: Job, folder: Path, title: str, count: int | None = None) 
 
 def _given(job: Job) -> Given:
     """What pictures are drawn from, by bases that draw from pictures: the first photo and what lies beside it."""
-    view = views(job.photos[0], job.resolution, "center", 1, False, job.recipe.run.seed)[0]
+    view = views(job.photos[0], (job.resolution, job.resolution), "center", 1, False, job.recipe.run.seed)[0]
     return Given(unit(view.pixels())) if job.inputs is None else job.inputs.given(view)
 
 

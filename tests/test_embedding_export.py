@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from finetune import cli, families, job
 from finetune.config import parse_recipe
+from finetune.data.inputs import unit
+from finetune.data.photos import scan
+from finetune.data.views import views
 from finetune.errors import BadInput
 from finetune.export import embedding
 from finetune.export.embedding import export_embedding, read_by_diffusers, read_embedding
@@ -32,6 +35,7 @@ KEYS = {
     "sd1": {"emb_params": 16},
     "sd2": {"emb_params": 16},
     "sdxl": {"clip_l": 16, "clip_g": 24},
+    "sdxl-refiner": {"clip_g": 24},
     "sd3": {"clip_l": 16, "clip_g": 24},
     "flux": {"clip_l": 16},
 }
@@ -79,8 +83,9 @@ def test_from_photos_to_files(name: str, kind: str, tiny_bases: dict[str, Path],
     by_diffusers = any("diffusers reads it back" in check for check in exported["embedding"]["checks"])
     assert by_diffusers == (name in READ_BY_DIFFUSERS)
     again, _ = open_result(run)
+    given = Given(unit(views(scan(photos)[0], (32, 32), "center", 1, False, 0)[0].pixels()))  # the refiner reads it
     for number, picture in enumerate(
-        draw(again, ["a photo of <zwx>", "a photo of a mug"], seeds=[0, 0], steps=1, size=32)
+        draw(again, ["a photo of <zwx>", "a photo of a mug"], seeds=[0, 0], steps=1, size=32, given=given)
     ):
         with Image.open(run / "samples" / "after" / f"{number:02d}-0.png") as shown:
             apart = torch.tensor([a - b for a, b in zip(shown.tobytes(), picture.tobytes(), strict=True)])
@@ -102,8 +107,8 @@ def test_diffusers_gives_the_trained_models_conditions_and_pictures(
     pipeline = kind.from_pretrained(tiny_bases[name], **extra)
     pipeline.set_progress_bar_config(disable=True)
     rows = load_file(run / "exports" / "mine-embedding.safetensors")
-    if name == "sdxl":
-        for key, number in (("clip_l", ""), ("clip_g", "_2")):
+    if name in ("sdxl", "sdxl-refiner"):
+        for key, number in (("clip_l", ""), ("clip_g", "_2"))[name == "sdxl-refiner" :]:
             encoder, tokenizer = getattr(pipeline, f"text_encoder{number}"), getattr(pipeline, f"tokenizer{number}")
             pipeline.load_textual_inversion(rows[key], token="<zwx>", text_encoder=encoder, tokenizer=tokenizer)
     else:
@@ -111,7 +116,7 @@ def test_diffusers_gives_the_trained_models_conditions_and_pictures(
         pipeline.load_textual_inversion(str(path), weight_name="mine-embedding.safetensors", token="<zwx>")
     pipeline.load_lora_weights(run / "exports", weight_name="mine.safetensors")
     t5 = {"prompt_2": "a photo of mug on the beach"} if name == "flux" else {}
-    size = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    size = {"num_inference_steps": 2, "output_type": "np"} | trained.canvas(32, 1, 2, None)
     if name == "flux":
         size["max_sequence_length"] = trained.text_length(1)
 

@@ -317,9 +317,12 @@ def test_an_adapter_too_faint_for_fp16_is_told_to_leave_as_fp32(tiny_bases: dict
     family = families.load(str(tiny_bases["sd1"]))
     weight = dict(family.parts["denoiser"].named_modules())[next(iter(layer))].weight
     torch.manual_seed(0)
-    pair = (torch.randn(2, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], 2) * 1e-6)
+    pair = (torch.randn(2, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], 2) * 1e-12)
     faint = Adapter("sd1", tiny_bases["sd1"], {"denoiser": {next(iter(layer)): pair}}, 1.0)
     dtypes = ("fp16", "fp32")
     half, single = (export_adapter(faint, tmp_path / d, "x", ["kohya"], d, ABOUT)[0] for d in dtypes)
     assert any("export fp32" in check for check in half.checks)
     assert single.ok
+    small = Adapter("sd1", tiny_bases["sd1"], {"denoiser": {next(iter(layer)): (pair[0], pair[1] * 1e6)}}, 1.0)
+    (item,) = export_adapter(small, tmp_path / "small", "x", ["kohya"], "fp16", ABOUT)
+    assert item.ok, item.checks  # 1e-6 beside .1: shared between the two matrices, fp16 holds both

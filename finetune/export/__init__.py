@@ -113,6 +113,7 @@ def export_adapter(
     """
     check_formats(formats)
     exported = []
+    written = adapter.balanced() if dtype == "fp16" else adapter
     for wanted in formats:
         export = REGISTRY[wanted]
         path = export.path(folder, name, adapter.family)
@@ -120,6 +121,6 @@ def export_adapter(
             raise BadInput(f"{path} is already there: remove it, or pass --force")
         if path.is_dir():
             shutil.rmtree(path)
-        export.write(adapter, path, DTYPES[dtype], adapter_metadata(adapter, about, v_prediction))
+        export.write(written, path, DTYPES[dtype], adapter_metadata(adapter, about, v_prediction))
         exported.append(verify(adapter, export, path, DTYPES[dtype]))
     return exported

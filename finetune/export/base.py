@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+SMALL = 2.0**-6  # of the largest value of B: most of its values then are far enough above fp16's smallest
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -49,6 +51,14 @@ class Adapter:
         }
         return replace(self, layers=layers, scale=1.0)
 
+    def balanced(self) -> Adapter:
+        """The same deltas, with a power of two moved from A to B where B is small: after few steps, or held near 0, it
+        would lose digits in fp16, whose smallest normal number is 6e-5."""
+        layers = {
+            part: {path: _balance(a, b) for path, (a, b) in modules.items()} for part, modules in self.layers.items()
+        }
+        return replace(self, layers=layers)
+
     @property
     def alpha(self) -> float:
         """The alpha that gives this scale by the plain rule alpha / rank, which every reader follows."""
@@ -62,6 +72,14 @@ class Adapter:
     @property
     def count(self) -> int:
         return sum(len(layers) for layers in self.layers.values())
+
+
+def _balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    largest_a, largest_b = float(a.abs().max()), float(b.abs().max())
+    if not 0 < largest_b < SMALL or not largest_a > largest_b:
+        return a, b
+    factor = 2.0 ** math.floor(math.log2(largest_a / largest_b) / 2)
+    return a / factor, b * factor
 
 
 def _pad(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,8 @@ def export_embedding(
 
 def readers(family: str) -> tuple[str, ...]:
     """The programs that are known to read such a file; diffusers has no reader for SD3's."""
+    if not REGISTRY[family].known_to_uis:
+        return ("diffusers",)
     if not is_transformer(family):
         return ("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers")
     return ("ComfyUI", "diffusers") if family == "flux" else ("ComfyUI",)
@@ -138,8 +140,9 @@ def _clip(family: Family) -> list[tuple[str, Any]]:
 
 
 def _load_with_diffusers(pipeline: Any, family: Family, path: Path) -> None:
-    """By the file where it has one tensor, else one tensor for each encoder: as diffusers' documentation has it."""
-    if len(keys(family.name)) == 1:
+    """By the file where it is for the pipeline's first encoder alone, else one tensor for each encoder: as diffusers'
+    documentation has it."""
+    if list(keys(family.name)) == ["text_encoder"]:
         pipeline.load_textual_inversion(str(path.parent), weight_name=path.name, token=THEIRS)
         return
     held = load_file(path)
@@ -153,7 +156,7 @@ def usage(family: str, file: str, token: str) -> list[str]:
     """The lines of Python with which diffusers loads a file; none where it has no reader."""
     if "diffusers" not in readers(family):
         return []
-    if len(keys(family)) == 1:
+    if list(keys(family)) == ["text_encoder"]:
         return [f'pipeline.load_textual_inversion(".", weight_name="{file}", token="{token}")']
     each = [
         f'pipeline.load_textual_inversion(rows["{key}"], token="{token}", text_encoder=pipeline.{part}, '

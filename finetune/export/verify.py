@@ -29,7 +29,7 @@ def verify(adapter: Adapter, export: Export, path: Path, dtype: torch.dtype) -> 
         error, checks = compare(adapter, again, BOUNDS[dtype])
         if BOUNDS[dtype] < error and dtype == torch.float16 and _faint(adapter):
             checks.append(
-                "FAILED: weights this small, as after few steps or held near 0, lose digits in fp16: export fp32"
+                "FAILED: changes this small, as after few steps or held near 0, lose digits in fp16: export fp32"
             )
     except BadInput as fault:
         return Exported(export.name, path, size, 0, float("inf"), [], [f"FAILED: {fault}"])

@@ -62,9 +62,8 @@ class UNetFamily(DiffusersFamily):
 
     def _read(self, noisy: Tensor) -> Tensor:
         """What the UNet reads, in the dtype of its weights: zeros where its extra inputs are not behind `noisy`."""
-        weight = cast(
-            Any, self.parts["denoiser"]
-        ).conv_in.weight  # diffusers' `.dtype` walks all modules: 3 % of a step
+        denoiser: Any = self.parts["denoiser"]
+        weight = denoiser.conv_in.weight  # diffusers' own `.dtype` walks all modules: 3 % of a small step
         missing = weight.shape[1] - noisy.shape[1]
         return pad(noisy.to(weight.dtype), (0, 0, 0, 0, 0, missing)) if missing else noisy.to(weight.dtype)
 

@@ -30,7 +30,7 @@ class Pivotal(Inversion):
     rank: int = Field(16, ge=1)
     alpha: float | None = Field(None, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: Literal["attention", "all-linear", "conv"] = "all-linear"
+    targets: Literal["attention", "all-linear", "conv", "cross-kv"] = "all-linear"
     rank_stabilised: bool = False
 
     @property

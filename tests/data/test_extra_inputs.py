@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from finetune import families
+from finetune.data.batches import Batches, Sample
 from finetune.data.cache import LatentCache
 from finetune.data.depth import Depth, scaled
 from finetune.data.edit import dropped
@@ -48,7 +49,7 @@ def made(kind: str, folder: Path, tiny_bases: dict, choices: Choices = CHOICES) 
     photos = scan(folder)
     inputs = make_inputs(family, photos, choices)
     assert inputs is not None
-    return family, inputs, [view for photo in photos for view in views(photo, 32, "random", 2, True, 1)]
+    return family, inputs, [view for photo in photos for view in views(photo, (32, 32), "random", 2, True, 1)]
 
 
 def filled(family: Family, inputs: Inputs, seen: list[View], tmp_path: Path) -> LatentCache:
@@ -93,7 +94,7 @@ def _small(view: View, number: int) -> torch.Tensor:
 
 
 def test_masks_are_a_function_of_seed_view_and_number(photos: Path) -> None:
-    (view,) = views(scan(photos)[0], 32, "center", 1, False, 0)
+    (view,) = views(scan(photos)[0], (32, 32), "center", 1, False, 0)
     masks = [MaskedView(view, 1, n).mask() for n in range(400)]
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} and mask.sum() >= 8 for mask in masks)
     assert 0.17 < sum(float(mask.mean()) == 1 for mask in masks) / 400 < 0.33  # a quarter: 5 sigma is .11
@@ -207,3 +208,25 @@ def test_a_damaged_companion_names_its_photo(companions: Path, tiny_bases: dict[
     (companions / "1.before.png").write_bytes(b"no picture")
     with pytest.raises(BadInput, match=r"the before picture of 1\.png can't be used"):
         made("edit", companions, tiny_bases)
+
+
+def test_batches_carry_extra_inputs_and_lose_both_together(
+    companions: Path, tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """A batch of 12 and its cut into 3 on 2 processes: the same channels, and the same prompts dropped."""
+    family, inputs, seen = made("edit", companions, tiny_bases, replace(CHOICES, edit_dropout=0.3))
+    cache = filled(family, inputs, seen, tmp_path)
+    cache.fill(family, seen, "cpu")
+    streams = [[Sample([view], ["make it red"], 1.0, 0.0, view.photo.path.name) for view in seen]]
+    whole = Batches(streams, cache, 3, 12, inputs=inputs).micro(0, 0)
+    parts = [
+        Batches(streams, cache, 3, 12, 3, rank, 2, inputs=inputs).micro(0, n) for n in range(3) for rank in range(2)
+    ]
+    assert whole.extra is not None
+    assert torch.equal(whole.extra, torch.cat([part.extra for part in parts if part.extra is not None]))
+    assert whole.prompts == [prompt for part in parts for prompt in part.prompts]
+    for draw, prompt, extra in zip(whole.draws, whole.prompts, whole.extra, strict=True):
+        assert (not extra.any(), prompt == "") == dropped(draw, 0.3)
+    noisy = torch.randn(12, 4, 16, 16)
+    assert torch.equal(whole.beside(noisy), torch.cat([noisy, whole.extra], 1))
+    assert Batches(streams, cache, 3, 12).micro(0, 0).extra is None
