@@ -1,6 +1,7 @@
 """A LoRA run on a base of SD 1.5's true size with random weights, on a CPU: does it fit, and what does a step cost?
 
     python benchmarks/full_size.py                # 3 steps at 256 pixels; about 5 GB on the disk, 8 GB of memory
+    python benchmarks/full_size.py --steps-only   # caches and steps alone, as tests/test_full_size.py runs them
 
 The pictures are noise; what is shown is that every part of the job, from photos to checked exports, takes the true
 sizes. The tokenizer is CLIP's real one where ../shared/clip-vocab is, and the tests' small one elsewhere.
@@ -15,6 +16,10 @@ import resource
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from finetune.config import Recipe
 
 ROOT = Path(__file__).parents[1]
 CLIP = ROOT / ".." / "shared" / "clip-vocab"
@@ -61,6 +66,19 @@ def write_sd15(folder: Path) -> None:
     pipeline.to(torch.float16).save_pretrained(folder)
 
 
+def train_only(recipe: Recipe, work: Path) -> Path:
+    """Latents, prompts and the steps, without pictures and exports; returns the run folder."""
+    from finetune import job
+    from finetune.loop import make_accelerator
+    from finetune.run import RunFolder
+
+    accelerator = make_accelerator(recipe.run, adapter=True)
+    folder = RunFolder(work / f"steps-{os.getpid()}")
+    with folder.held(recipe):
+        job.fit_job(job.look(recipe), folder, accelerator)
+    return folder.path
+
+
 def main() -> None:
     from finetune.quiet import quiet
 
@@ -68,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "finetune-full-size")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps-only", action="store_true")
     arguments = parser.parse_args()
     base = arguments.work / "sd15"
     if not (base / "model_index.json").is_file():
@@ -80,12 +99,15 @@ def main() -> None:
 
     settings = [
         f"data.photos={subject_pictures()}", "data.class_noun=mug", f"base={base}", "data.resolution=256",
-        f"run.steps={arguments.steps}", "run.precision=fp32", "run.gradient_checkpointing=true", "prior.count=2",
-        "prior.steps=2", "sample.steps=2", "sample.count=1", "sample.prompts=['a photo of {token} {noun}']",
-        "optim.lr=1e-3", "run.name=full-size",
+        f"run.steps={arguments.steps}", "run.precision=fp32", "run.gradient_checkpointing=true", "sample.steps=2",
+        "sample.count=1", "sample.prompts=['a photo of {token} {noun}']", "optim.lr=1e-3", "run.name=full-size",
     ]  # fmt: skip
     began = time.perf_counter()
-    run = train(load_recipe("sd15-lora", settings), arguments.work / f"run-{os.getpid()}", print)
+    if arguments.steps_only:
+        run = train_only(load_recipe("sd15-lora", [*settings, "prior.kind=none", "data.token=sks"]), arguments.work)
+    else:
+        recipe = load_recipe("sd15-lora", [*settings, "prior.count=2", "prior.steps=2"])
+        run = train(recipe, arguments.work / f"run-{os.getpid()}", print)
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print("steps", [(round(step["loss"], 4), f"{step['seconds']:.1f} s") for step in steps])

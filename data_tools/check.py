@@ -176,7 +176,7 @@ def _other_files(folder: Path, pictures: list[Path]) -> list[str]:
         is_caption = path.suffix == ".txt" and path.stem in stems
         is_mask = path.name == "masks" or (path.name.lower().endswith(MASK) and path.name[: -len(MASK)] in stems)
         beside = is_caption or is_mask or is_companion(path, stems)
-        if path.name.startswith(".") or path in pictures or path.name in CAPTION_LISTS or beside:
+        if path.name.startswith(".") or beside or path in pictures or path.name in CAPTION_LISTS:
             continue
         others.append(path.name + ("/" if path.is_dir() else ""))
     return [f"not read: {', '.join(others)}"] if others else []

@@ -128,6 +128,17 @@ def _photos(recipe: Recipe) -> tuple[list[Photo], str]:
     return photos, f"{bad}; they are left out" if bad else ""
 
 
+def _check_resolution(recipe: Recipe, resolution: int, family: Family) -> None:
+    buckets = recipe.data.shape == "buckets"
+    multiple = family.size_multiple if buckets else family.square_multiple
+    if resolution % multiple:
+        raise BadInput(
+            f"data.resolution is {resolution}, which {family.name} can't divide by {multiple}"
+            f"{' (as data.shape=buckets needs it)' if buckets else ''}: "
+            f"choose {max(1, round(resolution / multiple)) * multiple}"
+        )
+
+
 def _refuse_inputs(recipe: Recipe, family: Family) -> None:
     """What can't be done with a base that reads more than latents."""
     if family.inputs is None:
@@ -145,17 +156,6 @@ def _refuse_inputs(recipe: Recipe, family: Family) -> None:
         raise BadInput(
             f"prior.kind is class_images but the base reads {family.inputs} inputs, which class images have not: set "
             "prior.kind=none"
-        )
-
-
-def _check_resolution(recipe: Recipe, resolution: int, family: Family) -> None:
-    buckets = recipe.data.shape == "buckets"
-    multiple = family.size_multiple if buckets else family.square_multiple
-    if resolution % multiple:
-        raise BadInput(
-            f"data.resolution is {resolution}, which {family.name} can't divide by {multiple}"
-            f"{' (as data.shape=buckets needs it)' if buckets else ''}: "
-            f"choose {max(1, round(resolution / multiple)) * multiple}"
         )
 
 
@@ -210,12 +210,12 @@ def plan(job: Job) -> dict[str, Any]:
         "each photo": f"seen {times:.0f} times",
         **_shape_rows(job),
     }
-    if job.family.inputs is not None:
-        rows["inputs"] = f"{job.family.inputs}{' (new to this base)' if job.family.widened else ''}"
     if recipe.data.masks != "none":
         rows["masks"] = (
             f"of {len(job.masks)} of {len(job.photos)} photos; background counts {recipe.data.mask_floor:g}"
         )
+    if job.family.inputs is not None:
+        rows["inputs"] = f"{job.family.inputs}{' (new to this base)' if job.family.widened else ''}"
     if note := enlarged(job.photos, job.sizes if recipe.data.shape == "buckets" else job.resolution):
         rows["enlarged"] = note
     if isinstance(recipe.prior, ClassImages):

@@ -21,6 +21,7 @@ from finetune.data.views import views
 from finetune.errors import BadInput
 from finetune.export import embedding
 from finetune.export.embedding import export_embedding, read_by_diffusers, read_embedding
+from finetune.families.base import Given
 from finetune.methods.textual_inversion import TextualInversion
 from finetune.results import export_run, open_exported, open_result, open_run
 from finetune.run import RunFolder

@@ -127,15 +127,23 @@ def test_a_resolution_that_latents_cannot_have_is_refused(tiny_bases: dict[str, 
         job.look(parse_recipe(settings(tiny_bases["sd1"], photos, LORA, data=data)))
 
 
+# a word of a recipe's base -> its family; the first that is in it
+STAND_INS = {
+    "refiner": "sdxl-refiner", "xl": "sdxl", "diffusion-v1": "sd1", "diffusion-2": "sd2", "diffusion-3": "sd3",
+    "FLUX": "flux",
+}  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_shipped_recipe_trains(name: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
     """Two steps of each recipe; where it names a real base, a small random one of that family stands in."""
     source = load_recipe(name).base.source
-    stand_in = {"tiny": "tiny"}.get(source, tiny_bases["sdxl" if "xl" in source else "sd1"])
+    kinds = [family for word, family in STAND_INS.items() if word in source]
+    stand_in = "tiny" if source == "tiny" else tiny_bases[kinds[0]]
     short = [
         f"data.photos={photos}", f"base={stand_in}", "run.steps=2", "sample.steps=1", "sample.count=1",
-        "data.token=sks",
+        "data.token=sks", "data.resolution=null",
         "optim.warmup=0", "optim.lr=1e-3",
         *(["prior.count=2", "prior.steps=1"] if load_recipe(name).prior.kind == "class_images" else []),
     ]  # fmt: skip

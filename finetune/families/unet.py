@@ -23,8 +23,8 @@ class UNetFamily(DiffusersFamily):
     # extra inputs ("" for none) -> the `_class_name` of such a base
     pipelines: ClassVar[dict[str, str]]
 
-    def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> None:
-        super().__init__(folder, dtype, without)
+    def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = (), on_meta: bool = False) -> None:
+        super().__init__(folder, dtype, without, on_meta)
         self.inputs = kind_of(dict(cast(Any, self.parts["denoiser"]).config)) or None
 
     @classmethod

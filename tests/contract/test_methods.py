@@ -17,8 +17,15 @@ from finetune.methods.peft_adapter import PeftAdapter
 
 PARTS = [["denoiser"], ["text_encoders"], ["denoiser", "text_encoders"]]
 ONLY = {"textual_inversion": [["text_encoders"]]}  # kinds that refuse other parts
+USUAL = ("lora", "full")  # of the others each part on its own is slow: it runs in .ci/run all the same
+
+
+def marks(kind: str, parts: list) -> tuple:
+    return () if kind in USUAL or parts == ONLY.get(kind, PARTS)[-1] else (pytest.mark.slow,)
+
+
 CASES = [
-    pytest.param(family, kind, parts, id=f"{family}-{kind}-{'+'.join(parts)}")
+    pytest.param(family, kind, parts, id=f"{family}-{kind}-{'+'.join(parts)}", marks=marks(kind, parts))
     for family in families.REGISTRY
     for kind in methods.REGISTRY
     for parts in ONLY.get(kind, PARTS)

@@ -575,10 +575,10 @@ def base_without_scheduler(place: Place) -> list[str]:
     return place.train()
 
 
-@case("FluxPipeline", "supported are")
+@case("KandinskyPipeline", "supported are")
 def base_of_another_class(place: Place) -> list[str]:
     index = place.own_base() / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxPipeline"}))
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "KandinskyPipeline"}))
     return place.train()
 
 
@@ -588,9 +588,9 @@ def base_for_inpainting(place: Place) -> list[str]:
     return place.train()
 
 
-@case("'sample'", "epsilon and v_prediction")
+@case("'noise_and_x0'", "epsilon, v_prediction")
 def base_that_predicts_something_else(place: Place) -> list[str]:
-    edit(place.own_base() / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    edit(place.own_base() / "scheduler" / "scheduler_config.json", prediction_type="noise_and_x0")
     return place.train()
 
 
