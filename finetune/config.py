@@ -17,6 +17,7 @@ from finetune.families.base import Family
 from finetune.methods import MethodSettings
 from finetune.objectives import ObjectiveSettings
 from finetune.optim import Optim
+from finetune.penalties import Distance, FrozenBase, Preserve
 from finetune.settings import Settings
 
 Sampler = Literal["dpm++", "ddim", "euler", "unipc"]  # finetune.families.samplers makes them
@@ -92,13 +93,13 @@ class Data(Settings):
         return value.expanduser().absolute()
 
 
-class NoPrior(Settings):
+class NoPrior(Preserve):
     """No prior preservation."""
 
     kind: Literal["none"] = "none"
 
 
-class ClassImages(Settings):
+class ClassImages(Preserve):
     """Prior preservation with class images (arXiv:2208.12242 eq. 2), drawn once by the frozen base.
 
     `folder`: None keeps the set in the cache, named by what it was made of. A folder of the user's own pictures
@@ -119,8 +120,12 @@ class ClassImages(Settings):
     caption_dropout: float = Field(0.25, ge=0, le=1)
     flip: bool = True
 
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt]
 
-Prior = Annotated[NoPrior | ClassImages, Field(discriminator="kind")]
+
+Prior = Annotated[NoPrior | ClassImages | FrozenBase | Distance, Field(discriminator="kind")]
 
 
 class Run(Settings):
@@ -210,7 +215,12 @@ class Recipe(Settings):
                 f"export.rank is {self.export.rank} but a {self.method.kind} leaves as it was trained: leave it out, "
                 "or make the file smaller with `finetune resize`"
             )
-        texts = [*self.data.templates, self.prior.prompt if isinstance(self.prior, ClassImages) else ""]
+        if isinstance(self.prior, Distance) and not self.method.measures_distance:
+            raise ValueError(
+                f"prior.kind is distance, which method.kind {self.method.kind} does not measure: use "
+                "prior.kind=frozen_base, or method.kind=lora"
+            )
+        texts = [*self.data.templates, *self.prior.prompts]
         if self.data.class_noun is None and any("{noun}" in text for text in texts):
             raise ValueError(
                 "data.class_noun is missing but a template uses {noun}: say what the subject is, such as "

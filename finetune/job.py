@@ -29,6 +29,7 @@ from finetune.errors import CheckFailed, Stopped
 from finetune.families.base import Given
 from finetune.files import cache_dir
 from finetune.loop import PromptEncoder, fit, make_accelerator
+from finetune.penalties import Attached
 from finetune.plan import Job, look, plan
 from finetune.prior import class_images
 from finetune.progress import phase
@@ -152,6 +153,7 @@ def fit_job(
     )
     idle = _idle_parts(job, encode_prompts)
     family.release(idle)
+    attached = Attached(family, recipe.method, trained, encode_prompts, job.class_prompt)
 
     def after_step(step: int) -> None:
         if recipe.sample.every and step % recipe.sample.every == 0 and accelerator.is_main_process:
@@ -174,6 +176,7 @@ def fit_job(
         stratify=batches.samples_per_step if recipe.objective.timesteps == "stratified" else None,
         encoder_dropout=recipe.data.encoder_dropout,
         windows=recipe.method.windows(trained),
+        penalties=recipe.prior.penalties(attached),
         on_step=after_step,
         signals=signals,
     )
@@ -248,9 +251,10 @@ def _streams(job: Job, accelerator: Accelerator) -> list[list[Sample]]:
 def _prompt_encoder(job: Job, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> PromptEncoder:
     """Embeddings of frozen encoders are made once; encoders that train run in every step."""
     family = job.family
-    if set(family.text_encoders) & set(job.recipe.method.part_names(family)):
+    if job.recipe.method.trains_texts(family):
         return family.encode_prompts
     prompts = [text for stream in streams for sample in stream for text in sample.captions]
+    prompts += [job.class_prompt]
     cache = PromptCache(
         family, job.base_hash, cache_dir(), next(family.parts[family.text_encoders[0]].parameters()).dtype
     )

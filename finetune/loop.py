@@ -24,6 +24,7 @@ from finetune.families.base import Family
 from finetune.loss import per_sample
 from finetune.objectives import Objective
 from finetune.optim import Optim, Window, load_state_tensors, state_tensors
+from finetune.penalties import Noised, Penalty
 from finetune.progress import phase
 from finetune.run import RunFolder, State, clone, to_cpu
 from finetune.signals import Interrupted, Signals
@@ -50,26 +51,30 @@ class Step(nn.Module):
         objective: Objective,
         encode_prompts: PromptEncoder,
         encoder_dropout: float = 0.0,
+        penalties: Sequence[Penalty] = (),
     ) -> None:
         super().__init__()
         self.trained = nn.ModuleDict({name: family.parts[name] for name in trained_parts})
         for name, part in self.trained.items():
             replace_dropout(part, name)
         self.family, self.objective, self.encode_prompts = family, objective, encode_prompts
-        self.encoder_dropout = encoder_dropout
+        self.encoder_dropout, self.penalties = encoder_dropout, penalties
         self.stratify: int | None = None  # samples of a global batch, to spread them evenly over the timesteps
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean over the batch of weight * error(prediction, target), where the mask is: a float32 scalar."""
+        """The mean over the batch of weight * error(prediction, target), and the penalties: a float32 scalar."""
         SampleDropout.drawing(batch.draws)
         x0 = batch.sample_latents()
         noise, added = (value.to(x0.device) for value in self.objective.noises(batch.draws, x0.shape[1:]))
         t = self.objective.timesteps(self.positions(batch.draws)).to(x0.device)
-        cond = self.encode_prompts(batch.prompts, self.kept(batch.draws))
+        kept = self.kept(batch.draws)
+        cond = self.encode_prompts(batch.prompts, kept)
         noisy = batch.beside(self.objective.add_noise(x0, added, t))
         prediction = self.family.predict(noisy, t, cond, batch.geometry)
         error = per_sample(self.objective.error(prediction.float(), self.objective.target(x0, noise, t)), batch.mask)
-        return (error * self.objective.weight(t) * batch.weight).mean()
+        weight = self.objective.weight(t)
+        at = Noised(batch, noisy, t, weight * batch.weight, kept)
+        return sum((penalty(at) for penalty in self.penalties), start=(error * weight * batch.weight).mean())
 
     def kept(self, draws: list[Draw]) -> Tensor | None:
         """[encoders, B]: 0 where a text encoder's output is dropped, on its own (arXiv:2403.03206, 5.2)."""
@@ -143,6 +148,7 @@ def fit(
     stratify: int | None = None,
     encoder_dropout: float = 0.0,
     windows: Mapping[str, Window] | None = None,
+    penalties: Sequence[Penalty] = (),
     on_step: Callable[[int], None] | None = None,
     signals: Signals | None = None,
 ) -> None:
@@ -154,6 +160,7 @@ def fit(
         stratify: the number of samples in a global batch, to stratify their timesteps; None draws uniformly.
         encoder_dropout: the probability with which each text encoder's output is zeroed.
         windows: name -> the share of the run in which it is trained; None, or a name left out: all of it.
+        penalties: what is added to the loss of every micro-batch.
         on_step: called on every process after step n (1-based), for previews.
 
     Raises:
@@ -161,7 +168,9 @@ def fit(
         Interrupted: SIGINT or SIGTERM; the step was finished and its checkpoint written.
     """
     signals = signals or Signals()
-    step = Step(family, _parts_of(trained), objective.to(accelerator.device), encode_prompts, encoder_dropout)
+    step = Step(
+        family, _parts_of(trained), objective.to(accelerator.device), encode_prompts, encoder_dropout, penalties
+    )
     step.stratify = stratify
     optimizer = optim.build(trained, windows)
     model, optimizer = accelerator.prepare(step, optimizer)

@@ -56,8 +56,7 @@ class Job:
 
     @property
     def class_prompt(self) -> str:
-        prior = self.recipe.prior
-        return self.fill(prior.prompt) if isinstance(prior, ClassImages) else ""
+        return self.fill(next(iter(self.recipe.prior.prompts), ""))
 
     def sample_prompts(self) -> list[str]:
         return [self.fill(prompt) for prompt in self.recipe.sample.prompts]
@@ -223,6 +222,8 @@ def plan(job: Job) -> dict[str, Any]:
             f"{recipe.prior.count} of {job.class_prompt!r}, each seen {seen / recipe.prior.count:.1f} times"
         )
     method = recipe.method
+    if cost := recipe.prior.cost(method, job.family, job.class_prompt):
+        rows["prior"] = cost
     rows["method"] = f"{method.kind} on {', '.join(method.part_names(job.family))}"
     rows["precision"] = resolve_precision(recipe.run)
     return rows

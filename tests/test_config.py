@@ -47,6 +47,9 @@ def test_another_kind_does_not_inherit_the_old_kinds_keys() -> None:
         (["nonsense"], "section.key=value"),
         (["run.batch_size=3", "run.accumulate=2"], "run.batch_size 3 can't be split"),
         (["data.class_noun=null"], "data.class_noun is missing"),
+        (["prior.kind=frozen_base", "data.class_noun=null", "data.templates=['{token}']"], "class_noun is missing"),
+        (["prior.kind=frozen_base", "prior.count=3"], "there is no setting 'prior.count'"),
+        (["prior.kind=distance", "prior.weight=-1"], "prior.weight is -1"),
     ],
 )
 def test_bad_recipes_get_one_sentence(change: list[str], said: str) -> None:
@@ -101,3 +104,9 @@ def test_docs_name_every_key() -> None:
 
 def _keys(schema: dict) -> set[str]:
     return {key for definition in schema["$defs"].values() for key in definition.get("properties", {})}
+
+
+def test_the_distance_is_refused_where_a_method_does_not_measure_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoRA, "measures_distance", False)
+    with pytest.raises(BadInput, match=r"prior\.kind is distance, which method\.kind lora does not measure"):
+        parse_recipe(MINIMAL, ["prior.kind=distance"])

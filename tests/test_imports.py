@@ -16,6 +16,7 @@ LAYERS = (
     ("batch", "dropout", "loss", "objectives", "optim", "recipes"),
     ("families",),
     ("methods", "data"),
+    ("penalties",),
     ("config",),
     ("run", "badstep", "sample", "tokens", "export"),
     ("loop", "prior", "results", "adapters", "report"),
@@ -35,7 +36,7 @@ HOMES = {
     "bitsandbytes": ("optim",),
     "typer": ("cli", "cli_adapters"),
     "rich": ("cli", "progress"),
-    "pydantic": ("settings", "config", "methods", "optim", "objectives"),
+    "pydantic": ("settings", "config", "penalties", "methods", "optim", "objectives"),
 }
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from finetune import families
 from finetune.batch import Batch, Geometry, Latents
-from finetune.config import Run
+from finetune.config import NoPrior, Run
 from finetune.draws import Draw, normal, uniform
 from finetune.errors import CheckFailed
 from finetune.loop import Step, fit, make_accelerator
@@ -27,6 +27,7 @@ from finetune.methods.lokr import LoKr
 from finetune.methods.lora import LoRA
 from finetune.objectives import ObjectiveSettings, build
 from finetune.optim import AdamW, AdamW8bit, Optim
+from finetune.penalties import Attached, Preserve
 from finetune.run import RunFolder
 
 
@@ -61,12 +62,14 @@ def run_fit(
     accumulate: int = 1,
     batches: Memory | None = None,
     make: Callable[[Run, bool], Accelerator] = make_accelerator,
+    prior: Preserve | None = None,
     **settings: object,
 ) -> dict[str, torch.Tensor]:
     run = Run(steps=steps, batch_size=4, accumulate=accumulate, **settings)
     accelerator = make(run, method.is_adapter)
     family = families.load(str(base))
     trained = method.attach(family, 0)
+    attached = Attached(family, method, trained, family.encode_prompts, "a mug")
     fit(
         accelerator=accelerator,
         family=family,
@@ -77,6 +80,7 @@ def run_fit(
         optim=optim or AdamW(lr=1e-3, schedule="cosine", warmup=2),
         run=run,
         folder=RunFolder(folder),
+        penalties=(prior or NoPrior()).penalties(attached),
     )
     return {name: value.detach().clone() for name, value in trained.items()}
 

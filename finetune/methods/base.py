@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from finetune.families.base import Family
+from finetune.methods.start import BaseOf, copied_distance, frozen_twin, parameter_bytes
 from finetune.optim import Window
 from finetune.settings import Settings
 
@@ -51,6 +52,9 @@ class Method(Settings, ABC):
         """The part of the method that leaves the run as an adapter."""
         return self
 
+    def trains_texts(self, family: Family) -> bool:
+        return bool(set(family.text_encoders) & set(self.part_names(family)))
+
     @property
     @abstractmethod
     def is_adapter(self) -> bool:
@@ -81,3 +85,20 @@ class Method(Settings, ABC):
     def weight_dtype(self, compute: torch.dtype) -> torch.dtype:
         """The dtype in which the base is loaded: an adapter's base is cast once, trained weights stay fp32."""
         return compute if self.is_adapter else torch.float32
+
+    def base_of(self, family: Family) -> BaseOf:
+        """The base as it was, to be asked while the family trains; called when the method has just been attached."""
+        return frozen_twin(family, self.part_names(family))
+
+    @property
+    def measures_distance(self) -> bool:
+        """Whether `distance` is the distance between weights of the model, and no other."""
+        return not self.is_adapter
+
+    def distance(self, family: Family, trained: dict[str, nn.Parameter]) -> Callable[[], Tensor]:
+        """sum |theta - theta_0|^2 over the model's weights, a float32 scalar with gradient; called as `base_of`."""
+        return copied_distance(trained)
+
+    def copied_bytes(self, family: Family) -> int:
+        """What `base_of` or `distance` holds in memory beside the model."""
+        return parameter_bytes(family, self.part_names(family))

@@ -5,12 +5,16 @@ rsLoRA (arXiv:2312.03732) scales by alpha / sqrt(r).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import peft
 from pydantic import Field
+from torch import Tensor, nn
 
-from finetune.methods.peft_adapter import Ranked
+from finetune.families.base import Family
+from finetune.methods.peft_adapter import ADAPTER, Ranked
+from finetune.methods.start import adapted_layers, low_rank_distance
 
 
 class LoRA(Ranked):
@@ -36,4 +40,14 @@ class LoRA(Ranked):
             use_rslora=self.rank_stabilised,
             init_lora_weights=True if self.init == "default" else "gaussian",
             target_modules=targets,
+        )
+
+    @property
+    def measures_distance(self) -> bool:
+        return True
+
+    def distance(self, family: Family, trained: dict[str, nn.Parameter]) -> Callable[[], Tensor]:
+        layers = adapted_layers(family, self.part_names(family))
+        return low_rank_distance(
+            (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]) for layer in layers
         )

@@ -20,6 +20,7 @@ from finetune.errors import BadInput
 from finetune.families.base import Family
 from finetune.families.layout import strip_text_model
 from finetune.methods.base import Method
+from finetune.methods.start import BaseOf, adapted_layers, switched_off
 
 ADAPTER = "default"
 CROSS_KV = ("attn2.to_k", "attn2.to_v")
@@ -114,14 +115,14 @@ class PeftAdapter(Method):
     @contextmanager
     def disabled(self, family: Family) -> Iterator[None]:
         """The base as it was: every adapter switched off inside the block."""
-        layers = [layer for _, _, layer in self.layers(family)]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
+        with self.base_of(family)():
             yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
+
+    def base_of(self, family: Family) -> BaseOf:
+        return switched_off(family, adapted_layers(family, self.part_names(family)))
+
+    def copied_bytes(self, family: Family) -> int:
+        return 0
 
     def own_form(self, family: Family) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
         """Part -> (adapter_config.json, adapter_model.safetensors) as PEFT itself writes and reads them, in fp32."""

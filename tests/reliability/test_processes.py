@@ -78,6 +78,22 @@ def test_one_and_two_processes_end_equal(tiny_bases: dict[str, Path], photos: Pa
     assert not odd, "the second process wrote what is the first one's to write"
 
 
+@pytest.mark.slow
+def test_priors_without_class_images_do_not_depend_on_the_processes(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """What is added to the loss is averaged over the processes as the loss is; LoRA (with dropout) and full."""
+    for count in (1, 2):
+        done = processes(count, "priors", tmp_path / str(count), photos, tiny_bases["sd1"])
+        assert done.returncode == 0, done.stderr[-3000:]
+    runs = sorted(path.name for path in (tmp_path / "1" / "runs").iterdir())
+    assert runs == ["full-distance", "full-frozen_base", "lora-distance", "lora-frozen_base"]
+    for name in runs:
+        one, two = (tmp_path / count / "runs" / name for count in ("1", "2"))
+        assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+        assert distance(*[load_file(run / "adapter" / "trained.safetensors") for run in (one, two)]) < 1e-5, name
+
+
 def command(base: Path, photos: Path, run: Path, *more: str) -> list[str]:
     return [
         sys.executable, "-m", "finetune", "train", "dreambooth-lora", f"base={base}", f"data.photos={photos}",

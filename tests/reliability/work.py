@@ -64,6 +64,28 @@ def work(arguments: list[str]) -> tuple[int, str]:
     return 0, ""
 
 
+def priors(arguments: list[str]) -> tuple[int, str]:
+    """arguments: a folder, the photos, a base. One recipe for each kind of prior that has no class images."""
+    from finetune.quiet import quiet, quiet_bars
+
+    quiet()
+    quiet_bars()
+    import torch
+
+    from finetune import load_recipe, train
+
+    torch.set_num_threads(1)
+    out, photos, base = map(Path, arguments)
+    os.environ["FINETUNE_CACHE"] = str(out / "cache")
+    kept = [setting for setting in SETTINGS if not setting.startswith("prior.")]
+    for name, method in METHODS.items():
+        for prior in ("frozen_base", "distance"):
+            own = [f"base={base}", f"data.photos={photos}", *kept, f"prior.kind={prior}", *method, *PARTS]
+            recipe = load_recipe("dreambooth-lora" if name == "lora" else "dreambooth-full", own)
+            train(recipe, out / "runs" / f"{name}-{prior}")
+    return 0, ""
+
+
 def one_bad_rank(arguments: list[str]) -> tuple[int, str]:
     """arguments: a folder, a base. The second process meets a NaN in step 3."""
     sys.path.insert(0, str(Path(__file__).parents[1]))

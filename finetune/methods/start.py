@@ -1,0 +1,83 @@
+"""Where training started from: the base as it was, beside what is trained, and how far the weights have gone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from finetune.families.base import Family
+
+BaseOf = Callable[[], AbstractContextManager[Family]]  # inside the block, the family is the base as it was
+
+
+def frozen_twin(family: Family, parts: Sequence[str]) -> BaseOf:
+    """A family of its own that shares what is frozen and holds copies of `parts`, in the dtype that they have."""
+    twin = copy.copy(family)
+    twin.parts = {name: part for name, part in family.parts.items() if name != "vae"}
+    twin.parts |= {name: copy.deepcopy(family.parts[name]).requires_grad_(False).eval() for name in parts}
+    return lambda: nullcontext(twin)
+
+
+def switched_off(family: Family, layers: Sequence[BaseTunerLayer]) -> BaseOf:
+    """The same family with PEFT's layers passed by: nothing is copied."""
+
+    @contextmanager
+    def block() -> Iterator[Family]:
+        _pass_by(layers, True)
+        try:
+            yield family
+        finally:
+            _pass_by(layers, False)
+
+    return block
+
+
+def _pass_by(layers: Sequence[BaseTunerLayer], off: bool) -> None:
+    """PEFT's `enable_adapters` would also turn requires_grad off and on, between a forward and its backward."""
+    for layer in layers:
+        layer._disable_adapters = off
+
+
+def adapted_layers(family: Family, parts: Sequence[str]) -> list[Any]:
+    return [module for part in parts for module in family.parts[part].modules() if isinstance(module, BaseTunerLayer)]
+
+
+def copied_distance(trained: Mapping[str, nn.Parameter]) -> Callable[[], Tensor]:
+    """sum |theta - theta_0|^2 over all trained weights, with a copy of those that they have now."""
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+    def distance() -> Tensor:
+        """mse_loss keeps its two inputs for the backward, and not their difference: no third copy of the weights."""
+        return torch.stack([mse_loss(trained[name], start[name], reduction="sum") for name in start]).sum()
+
+    return distance
+
+
+def low_rank_distance(factors: Iterable[tuple[Tensor, Tensor, float]]) -> Callable[[], Tensor]:
+    """sum over layers of |s B A|^2 (Frobenius), by traces: B A is as large as the base's weight and is never made.
+
+    |B A|^2 = tr(A^T B^T B A) = tr((B^T B) (A A^T)): two r x r matrices. `factors` are (A [r, in, ...],
+    B [out, r, ...], s); a convolution's B A is their product as matrices too, since its B is 1x1.
+    """
+    held = list(factors)
+
+    def distance() -> Tensor:
+        with torch.autocast(held[0][0].device.type, enabled=False):
+            return torch.stack([scale**2 * _squared_norm(a.flatten(1), b.flatten(1)) for a, b, scale in held]).sum()
+
+    return distance
+
+
+def _squared_norm(a: Tensor, b: Tensor) -> Tensor:
+    return ((b.T @ b) * (a @ a.T)).sum()
+
+
+def parameter_bytes(family: Family, parts: Sequence[str]) -> int:
+    return sum(p.numel() * p.element_size() for part in parts for p in family.parts[part].parameters())
