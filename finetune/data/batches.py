@@ -57,13 +57,12 @@ class Batches:
         masks: Masks | None = None,
         inputs: Inputs | None = None,
     ) -> None:
-        """`order`: None for pictures of one size (`Permutations`); `masks`: None where all of a picture counts;
-        `inputs`: None where the base reads latents alone."""
+        """`order`: None for pictures of one size (`Permutations`); `masks`: None where all of a picture counts."""
         check_split(batch_size, accumulate, world)
         self.streams, self.cache, self.seed = streams, cache, seed
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
         self.order, self.masks = order or Permutations(streams, seed, batch_size), masks
-        self.inputs = inputs
+        self.inputs = inputs  # None where the base reads latents alone
 
     @property
     def samples_per_step(self) -> int:
@@ -83,14 +82,7 @@ class Batches:
         view = views[int(picks[0] * len(views))]
         caption = sample.captions[int(picks[1] * len(sample.captions))]
         text = "" if picks[2] < sample.caption_dropout else caption
-        if self.inputs is not None:
-            text = self.inputs.prompt(text, draw)
         return Drawn(draw, sample.name, view, text, sample.weight * len(self.streams) * counts)
-
-    def _extra(self, drawn: list[Drawn]) -> Tensor | None:
-        if self.inputs is None:
-            return None
-        return torch.stack([self.inputs.extra(item.view, item.draw, self.cache) for item in drawn])
 
     def _batch(self, drawn: list[Drawn]) -> Batch:
         latents = [self.cache.latents(item.view) for item in drawn]

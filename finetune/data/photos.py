@@ -46,7 +46,7 @@ def picture_files(folder: Path) -> list[Path]:
     files = sorted(file for file in entries if file.is_file() or file.is_symlink())  # a dead link is a bad photo
     pictures = [file for file in files if file.suffix.lower() in SUFFIXES | APPLE]
     stems = {file.stem for file in pictures}
-    return [file for file in pictures if not file.name.lower().endswith(MASK) and not is_companion(file, stems)]
+    return [file for file in pictures if not is_companion(file, stems)]
 
 
 def is_companion(file: Path, stems: set[str]) -> bool:
@@ -133,6 +133,16 @@ def open_picture(file: Path, ground: str = "white") -> Image.Image:
     return upright.convert("RGB")
 
 
+def alpha_channel(file: Path) -> Image.Image | None:
+    """A file's opacity, upright, 8 bits; None where it has none.
+
+    Raises:
+        BadPicture: it can't be read or decoded.
+    """
+    upright = _decode(file, _content(file))
+    return upright.convert("RGBA").getchannel("A") if _has_alpha(upright) else None
+
+
 def open_values(file: Path) -> np.ndarray:
     """A file's grey values [height, width] as float32, upright, of as many levels as the file has.
 
@@ -142,16 +152,6 @@ def open_values(file: Path) -> np.ndarray:
     upright = _decode(file, _content(file))
     grey = upright if upright.mode.startswith(("I", "F")) else open_picture(file).convert("L")
     return np.asarray(grey, dtype=np.float32)
-
-
-def alpha_channel(file: Path) -> Image.Image | None:
-    """A file's opacity, upright, 8 bits; None where it has none.
-
-    Raises:
-        BadPicture: it can't be read or decoded.
-    """
-    upright = _decode(file, _content(file))
-    return upright.convert("RGBA").getchannel("A") if _has_alpha(upright) else None
 
 
 def _has_alpha(image: Image.Image) -> bool:
