@@ -88,7 +88,7 @@ class Batches:
         latents = [self.cache.latents(item.view) for item in drawn]
         return Batch(
             Latents(torch.stack([item.mean for item in latents]), torch.stack([item.std for item in latents])),
-            [item.caption for item in drawn],
+            [self._prompt(item) for item in drawn],
             torch.tensor([item.weight for item in drawn], dtype=torch.float32),
             [item.view.geometry for item in drawn],
             [item.draw for item in drawn],
@@ -96,6 +96,14 @@ class Batches:
             None if self.masks is None else torch.stack([self.masks.mask(item.view) for item in drawn]),
             self._extra(drawn),
         )
+
+    def _prompt(self, item: Drawn) -> str:
+        return item.caption if self.inputs is None else self.inputs.prompt(item.caption, item.draw)
+
+    def _extra(self, drawn: list[Drawn]) -> Tensor | None:
+        if self.inputs is None:
+            return None
+        return torch.stack([self.inputs.extra(item.view, item.draw, self.cache) for item in drawn])
 
 
 def check_split(batch_size: int, accumulate: int, world: int) -> None:

@@ -45,6 +45,7 @@ def picture_files(folder: Path) -> list[Path]:
     entries = (file for file in folder.iterdir() if not file.name.startswith("."))
     files = sorted(file for file in entries if file.is_file() or file.is_symlink())  # a dead link is a bad photo
     pictures = [file for file in files if file.suffix.lower() in SUFFIXES | APPLE]
+    pictures = [file for file in pictures if not file.name.lower().endswith(MASK)]
     stems = {file.stem for file in pictures}
     return [file for file in pictures if not is_companion(file, stems)]
 
