@@ -31,6 +31,7 @@ from finetune.files import cache_dir
 from finetune.loop import PromptEncoder, fit, make_accelerator
 from finetune.penalties import Attached
 from finetune.plan import Job, look, plan
+from finetune.previews import from_file
 from finetune.prior import class_images
 from finetune.progress import phase
 from finetune.report import write_report
@@ -158,7 +159,8 @@ def fit_job(
     def after_step(step: int) -> None:
         if recipe.sample.every and step % recipe.sample.every == 0 and accelerator.is_main_process:
             family.restore(idle, device)
-            _draw_samples(job, folder.path / "samples" / f"step-{step:06d}", "Preview", count=1)
+            with from_file(folder, family, step):
+                _draw_samples(job, folder.path / "samples" / f"step-{step:06d}", "Preview", count=1)
             family.release(idle)
         if on_step is not None:
             on_step(step)

@@ -85,7 +85,7 @@ def export_run(
     target, name = folder.path / "exports", recipe.run.name
     words = [_embedding(folder, family, options)] if EMBEDDING in chosen else []
     whole = [item for item in chosen if item in (FOLDER, CHECKPOINT)]
-    exported = [_whole_model(family, target, name, item, options.dtype, _about(folder)) for item in whole]
+    exported = [_whole_model(family, target, name, item, options.dtype, about_run(folder)) for item in whole]
     exported += _as_lora(folder, family, [item for item in chosen if item in REGISTRY], options)
     exported += words
     write_json(folder.path / "exports.json", _merged(folder.path, exported))
@@ -107,7 +107,7 @@ def _as_lora(folder: RunFolder, family: Family, formats: Sequence[str], options:
 def _lora(
     folder: RunFolder, adapter: Adapter, name: str, formats: Sequence[str], options: ExportTo, family: Family
 ) -> list[Exported]:
-    about = _about(folder)
+    about = about_run(folder)
     method = folder.recipe.method
     if not method.adapter.low_rank and options.metadata != "minimal":
         about |= {"method": method.kind}
@@ -143,7 +143,7 @@ def _embedding(folder: RunFolder, family: Family, options: ExportTo) -> Exported
     recipe = folder.recipe
     assert isinstance(recipe.method, Inversion)
     path = folder.path / "exports" / f"{recipe.run.name}{'-embedding' * (len(recipe.method.leaves) > 1)}.safetensors"
-    about = _about(folder)
+    about = about_run(folder)
     about |= {"trigger_phrase": path.stem if about["trigger_phrase"] else ""}
     words = recipe.method.init or recipe.data.class_noun or ""
     return export_embedding(recipe.method, family, path, options.dtype, about, words, recipe.base.load)
@@ -155,7 +155,7 @@ def _whole_model(family: Family, target: Path, name: str, wanted: str, dtype: st
     return export_checkpoint(family, target / f"{name}.safetensors", dtype, about)
 
 
-def _about(folder: RunFolder) -> dict[str, str]:
+def about_run(folder: RunFolder) -> dict[str, str]:
     """What exports say of themselves, by `export.metadata`; paths and captions only where "full" is asked for."""
     recipe, info = folder.recipe, folder.info
     side = info["resolution"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from finetune.config import load_recipe, parse_recipe
 from finetune.errors import BadInput
 from finetune.results import open_result
 from finetune.run import RunFolder
+from finetune.sample import draw
 
 SHORT = {"steps": 2, "checkpoint_every": 1}
 LOOK = {"count": 1, "steps": 1, "prompts": ["a photo of {token} {noun}", "a photo of a {noun}"]}
@@ -161,6 +163,29 @@ def test_tensorboard_gets_every_step(tiny_bases: dict[str, Path], photos: Path, 
     (file,) = [file for file in run.rglob("events.out.tfevents*") if file.parent.name == "finetune"]
     events = EventAccumulator(str(file.parent)).Reload().Scalars("loss")
     assert [event.value for event in events] == pytest.approx([row["loss"] for row in metrics(run)], rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "flux"])
+def test_a_preview_is_what_its_file_gives(
+    family: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """The file of step 1 on a clean base, opened as a stranger's would be, draws the preview of step 1; the trained
+    weights, before they were rounded to the file's precision, do not."""
+    sample = LOOK | {"every": 1, "prompts": ["a photo of {token} {noun}"], "steps": 2}
+    method = LORA | {"alpha": 3, "parts": ["denoiser", "text_encoders"]}
+    optim = {"kind": "adamw", "lr": 0.3}  # far enough for a picture to show it
+    recipe = parse_recipe(
+        settings(tiny_bases[family], photos, method, sample=sample, optim=optim, export={"dtype": "bf16"})
+    )
+    run = job.train(recipe, tmp_path / "run")
+    (file,) = (run / "previews").glob("*-000001.safetensors")
+    clean, _ = open_result(file, str(tiny_bases[family]))
+    prompt = json.loads((run / "run.json").read_text())["prompts"][0]
+    (again,) = draw(clean, [prompt], seeds=[0], steps=2, guidance=5.0, size=32)
+    (before,) = draw(families.load(str(tiny_bases[family])), [prompt], seeds=[0], steps=2, guidance=5.0, size=32)
+    shown = np.asarray(Image.open(run / "samples" / "step-000001" / "00-0.png"), dtype=int)
+    assert np.abs(shown - np.asarray(again, dtype=int)).max() <= 1
+    assert np.abs(shown - np.asarray(before, dtype=int)).max() > 3
 
 
 def test_previews_are_drawn_and_change_nothing(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:

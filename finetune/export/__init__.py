@@ -25,12 +25,14 @@ from finetune.methods.lora import LoRA
 
 __all__ = [
     "CHECKPOINT",
+    "DTYPES",
     "EMBEDDING",
     "FOLDER",
     "REGISTRY",
     "Adapter",
     "Exported",
     "adapter_from",
+    "adapter_metadata",
     "apply_adapter",
     "check_formats",
     "embedding_usage",

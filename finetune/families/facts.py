@@ -28,7 +28,8 @@ def facts(folder: Path) -> dict[str, str]:
         **{part: _encoder(folder, part) for part in parts if part.startswith("text_encoder")},
         "parameters": ", ".join(f"{part} {_millions(module)}" for part, module in parts.items()),
         "weights": _weights(folder),
-        "can train": "LoRA or full: denoiser, text_encoders",
+        "can train": f"adapters or whole weights: {', '.join(family.export_prefix)}; new words: "
+        f"{', '.join(part for part in family.export_prefix if part != 'denoiser')}",
     }
 
 
