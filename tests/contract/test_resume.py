@@ -1,0 +1,77 @@
+"""Every family x method: a run that is killed and started again ends as the unbroken one, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import families, methods
+from finetune.batch import Batch, Geometry, Latents
+from finetune.config import Run
+from finetune.draws import Draw
+from finetune.errors import CheckFailed
+from finetune.loop import fit, make_accelerator
+from finetune.objectives import ObjectiveSettings, build
+from finetune.optim import AdamW
+from finetune.run import RunFolder
+
+BOTH = ["denoiser", "text_encoders"]
+USUAL = ("lora", "full")
+CASES = [
+    pytest.param(family, kind, marks=() if kind in USUAL else pytest.mark.slow)
+    for family in families.REGISTRY
+    for kind in methods.REGISTRY
+]
+PROMPTS = ["a photo of a {} mug", "a mug"]
+
+
+class Fixed:
+    """Two samples in two micro-batches; the step `bad` is not finite, as a fault in the middle of a run."""
+
+    def __init__(self, channels: int, word: str, bad: int = -1) -> None:
+        made = torch.Generator().manual_seed(0)
+        self.mean, self.word, self.bad = torch.randn(2, channels, 16, 16, generator=made), word, bad
+
+    def micro(self, step: int, index: int) -> Batch:
+        mean = self.mean[index : index + 1] * (float("nan") if step == self.bad else 1)
+        geometry = [Geometry((40, 48), (0, 4), (32, 32))]
+        prompt = PROMPTS[index].format(self.word)
+        latents = Latents(mean, torch.full_like(mean, 0.1))
+        return Batch(latents, [prompt], torch.ones(1), geometry, [Draw(0, step, index)], [f"{index}.png"])
+
+
+def train(base: Path, kind: str, folder: Path, bad: int = -1) -> dict[str, torch.Tensor]:
+    family = families.load(str(base))
+    method = methods.REGISTRY[kind](**({} if kind == "textual_inversion" else {"parts": BOTH}))
+    word = method.name_subject(family, "zwx", "mug") or "zwx"
+    trained = method.attach(family, 0)
+    run = Run(steps=3, batch_size=2, accumulate=2, checkpoint_every=1)
+    fit(
+        accelerator=make_accelerator(run, method.is_adapter),
+        family=family,
+        trained=trained,
+        objective=build(ObjectiveSettings(), family.schedule, family.shift(32)),
+        encode_prompts=family.encode_prompts,
+        batches=Fixed(family.latent_channels, word, bad),
+        optim=AdamW(lr=1e-2),
+        run=run,
+        folder=RunFolder(folder),
+        windows=method.windows(trained),
+    )
+    return {name: value.detach().clone() for name, value in trained.items()}
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_killed_and_resumed_is_the_unbroken_run(
+    family: str, kind: str, tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    wanted = train(tiny_bases[family], kind, whole)
+    with pytest.raises(CheckFailed):
+        train(tiny_bases[family], kind, cut, bad=2)
+    resumed = train(tiny_bases[family], kind, cut)
+    assert all(torch.equal(value, resumed[name]) for name, value in wanted.items())
