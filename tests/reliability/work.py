@@ -18,6 +18,14 @@ METHODS = {
     "lokr": ("method.kind=lokr", "method.rank=4", "optim.lr=1e-3"),
     "full": ("method.kind=full", "optim.lr=1e-4"),
 }
+USUAL = ("lora", "full")
+
+
+def methods_of(base: str) -> tuple[str, ...]:
+    """All on SD1, the usual two on the others."""
+    return tuple(METHODS) if base == "sd1" else USUAL
+
+
 PARTS = ("method.parts=[denoiser, text_encoders]", "optim.kind=adamw")
 
 
@@ -52,8 +60,8 @@ def work(arguments: list[str]) -> tuple[int, str]:
     if os.environ.get("RANK", "0") != "0":
         note_writes(out, out / "written.txt")
     for base in bases:
-        for name, method in METHODS.items():
-            own = [f"base={base}", f"data.photos={photos}", *SETTINGS, *method, *PARTS]
+        for name in methods_of(base.name):
+            own = [f"base={base}", f"data.photos={photos}", *SETTINGS, *METHODS[name], *PARTS]
             try:
                 train(
                     load_recipe("dreambooth-full" if name == "full" else "dreambooth-lora", own),
