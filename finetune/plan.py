@@ -93,6 +93,9 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
             "data.caption_dropout"
         )
     _refuse_inputs(recipe, family)
+    family.check_sampler(recipe.sample.sampler)
+    if isinstance(recipe.prior, ClassImages):
+        family.check_sampler(recipe.prior.sampler)
     choices = Choices(recipe.run.seed, recipe.data.mask_count, recipe.data.edit_dropout, recipe.sample.image_guidance)
     inputs = make_inputs(family, photos, choices)
     family.to(device)

@@ -129,6 +129,26 @@ def test_a_resolution_that_latents_cannot_have_is_refused(tiny_bases: dict[str, 
         job.look(parse_recipe(settings(tiny_bases["sd1"], photos, LORA, data=data)))
 
 
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"sample": LOOK | {"sampler": "ddim"}}, "sampler 'ddim' is for diffusion"),
+        ({"prior": {"kind": "class_images", "sampler": "ddim"}}, "sampler 'ddim' is for diffusion"),
+        ({"objective": {"weighting": "min_snr"}}, "this base is a flow"),
+        ({"objective": {"prediction": "epsilon"}}, "trained with 'flow_prediction'"),
+        ({"base": {"without": ["vae"]}}, "base.without"),
+    ],
+)
+def test_what_a_flow_has_not_is_refused_before_anything_is_drawn(
+    sections: dict, said: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    base = {"source": str(tiny_bases["sd3"])} | sections.get("base", {})
+    asked = parse_recipe(settings("tiny", photos, LORA) | sections | {"base": base})
+    with pytest.raises(BadInput, match=said):
+        job.train(asked, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # a word of a recipe's base -> its family; the first that is in it
 STAND_INS = {
     "refiner": "sdxl-refiner", "xl": "sdxl", "diffusion-v1": "sd1", "diffusion-2": "sd2", "diffusion-3": "sd3",

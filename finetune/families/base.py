@@ -216,6 +216,10 @@ class Family(ABC):
         """The diffusers pipeline around these very modules (adapted, if they are); reloads parts released
         with `release`."""
 
+    @abstractmethod
+    def check_sampler(self, sampler: str) -> None:
+        """Raises BadInput for a sampler that this base can't be drawn with."""
+
     def sampling_arguments(self, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
         """What the pipeline is called with for a guidance scale and one negative prompt for each picture."""
         return {"guidance_scale": guidance, "negative_prompt": list(negatives)}

@@ -178,6 +178,9 @@ class DiffusersFamily(Family):
             else:
                 part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
+    def check_sampler(self, sampler: str) -> None:
+        make_scheduler(self.scheduler, sampler)
+
     def pipeline(self, sampler: str | None = None) -> Any:
         self.restore(list(self.parts), next(self.parts["denoiser"].parameters()).device)
         pipeline = getattr(diffusers, self._pipeline_name())(
