@@ -107,6 +107,7 @@ def merge(
     from finetune.adapters import merged, merged_model, weighted, write
 
     pairs = [weighted(text) for text in files]
+    to = ["folder"] if to == ["diffusers-model"] else to  # what some call it
     if to in (["folder"], ["checkpoint"]):
         path = out.with_name(f"{out.name}.safetensors") if to == ["checkpoint"] else out
         say_exported([merged_model(pairs, base, path, _dtype(dtype), to[0])])

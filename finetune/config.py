@@ -324,7 +324,8 @@ def _sentence(error: ValidationError, where: str) -> str:
         return f"{where}: {key!r} is missing: give it in the recipe or as {key}=VALUE"
     message = first["msg"].removeprefix("Value error, ")
     value = "" if isinstance(first["input"], dict) else f" is {reprlib.repr(first['input'])[:80]}"
-    return f"{where}: {key}{value}: {message[0].lower()}{message[1:]}"
+    subject = f"{key}{value}: " if key else ""  # none where sections contradict each other
+    return f"{where}: {subject}{message[0].lower()}{message[1:]}"
 
 
 def _keys_at(location: list[str]) -> tuple[list[str], list[str]]:

@@ -92,6 +92,13 @@ def test_every_shipped_recipe_is_valid_and_begins_with_its_command(name: str) ->
     assert sum(len(v) if isinstance(v, dict) else 1 for v in yaml.safe_load("\n".join(lines)).values()) <= 20
 
 
+def test_a_contradiction_of_sections_is_told_without_an_empty_name() -> None:
+    with pytest.raises(BadInput, match=r"^the recipe: prior\.kind is distance") as caught:
+        load = {"data": {"photos": "x", "class_noun": "dog"}, "optim": {"kind": "adamw"}}
+        parse_recipe(load | {"method": {"kind": "dora"}, "prior": {"kind": "distance"}})
+    assert ": :" not in str(caught.value)
+
+
 def test_the_schema_knows_every_section() -> None:
     assert set(json_schema()["properties"]) == set(Recipe.model_fields)
 

@@ -86,9 +86,9 @@ def priors(arguments: list[str]) -> tuple[int, str]:
     out, photos, base = map(Path, arguments)
     os.environ["FINETUNE_CACHE"] = str(out / "cache")
     kept = [setting for setting in SETTINGS if not setting.startswith("prior.")]
-    for name, method in METHODS.items():
+    for name in USUAL:
         for prior in ("frozen_base", "distance"):
-            own = [f"base={base}", f"data.photos={photos}", *kept, f"prior.kind={prior}", *method, *PARTS]
+            own = [f"base={base}", f"data.photos={photos}", *kept, f"prior.kind={prior}", *METHODS[name], *PARTS]
             recipe = load_recipe("dreambooth-lora" if name == "lora" else "dreambooth-full", own)
             train(recipe, out / "runs" / f"{name}-{prior}")
     return 0, ""
