@@ -161,6 +161,7 @@ def test_frozen_base_holds_each_sample_to_its_own_class(
             seen[prompt] += 1
         assert given["encode_prompts"](keep.prompts(batch), None)  # both prompts are in the cache
     assert seen == {"a photo of a mug": 6, "a photo of a ball": 4}
+    monkeypatch.undo()
     job.train(parse_recipe(recipe | {"run": {"steps": 2}}), tmp_path / "whole")
 
 
