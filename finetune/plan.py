@@ -214,9 +214,9 @@ def plan(job: Job) -> dict[str, Any]:
     if note := enlarged(job.photos, job.sizes if recipe.data.shape == "buckets" else job.resolution):
         rows["enlarged"] = note
     if isinstance(recipe.prior, ClassImages):
-        prompts = " and of ".join(repr(prompt) for prompt in job.class_nouns)
+        sets = " and ".join(f"{recipe.prior.count} of {prompt!r}" for prompt in job.class_nouns)
         often = seen / recipe.prior.count / len(job.class_nouns)
-        rows["class images"] = f"{recipe.prior.count} of {prompts}, each seen {often:.1f} times"
+        rows["class images"] = f"{sets}, each seen {often:.1f} times"
     method = recipe.method
     if cost := recipe.prior.cost(method, job.family, " or ".join(job.class_nouns)):
         rows["prior"] = cost
