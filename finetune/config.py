@@ -54,7 +54,20 @@ class Base(Settings):
         return {"source": value} if isinstance(value, str) else value
 
 
-class Data(Settings):
+class Subject(Settings):
+    """A further subject of the same run, beside `data.photos`: its photos, what it is, and its token."""
+
+    photos: Path
+    class_noun: str | None = None
+    token: str = Field("auto", min_length=1)
+
+    @field_validator("photos")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+
+class Data(Subject):
     """The subject's photos and how they are captioned, cropped and augmented.
 
     `captions: auto` uses a .txt file beside a photo (or metadata.jsonl / captions.csv in the folder) where one
@@ -63,13 +76,12 @@ class Data(Settings):
     refused, or cut. A token of more than `token_pieces` pieces is refused: each piece has a meaning of its own.
     `shape: buckets` crops each photo to the size nearest to its own aspect ratio, of those whose area differs by at
     most the share `bucket_tolerance` from the square's. `masks` say which part of a photo is the subject: files beside
-    it, its alpha channel, or whichever there is; the background's loss counts `mask_floor`.
+    it, its alpha channel, or whichever there is; the background's loss counts `mask_floor`. All other settings hold
+    for the further `subjects` too.
     """
 
-    photos: Path
-    class_noun: str | None = None
+    subjects: list[Subject] = []
     skip_bad: bool = False  # leave out files that can't be used
-    token: str = Field("auto", min_length=1)
     token_pieces: int = Field(1, ge=1)
     captions: Literal["auto", "files", "templates"] = "auto"
     templates: list[str] = ["a photo of {token} {noun}"]
@@ -87,10 +99,9 @@ class Data(Settings):
     mask_count: int = Field(8, ge=1)  # drawn for each view, for inpainting
     edit_dropout: float = Field(0.05, ge=0, le=1 / 3)  # of picture, instruction and both
 
-    @field_validator("photos")
-    @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+    @property
+    def all_subjects(self) -> list[Subject]:
+        return [self, *self.subjects]
 
 
 class NoPrior(Preserve):
@@ -226,7 +237,38 @@ class Recipe(Settings):
                 "data.class_noun is missing but a template uses {noun}: say what the subject is, such as "
                 "data.class_noun=dog"
             )
+        if self.data.subjects:
+            _check_subjects(self, any("{noun}" in text for text in texts))
         return self
+
+
+def _check_subjects(recipe: Recipe, noun_needed: bool) -> None:
+    """What several subjects in one run may not be. Raises ValueError in a sentence, as pydantic wants it."""
+    subjects = recipe.data.all_subjects
+    if "embedding" in recipe.method.leaves:
+        raise ValueError(
+            f"data.subjects has further subjects but method.kind {recipe.method.kind} makes a word for one: use "
+            "method.kind=lora, or train each subject in a run of its own"
+        )
+    for subject in subjects:
+        if noun_needed and subject.class_noun is None:
+            raise ValueError(
+                f"the subject in {subject.photos} has no class_noun but a template uses {{noun}}: say there what it "
+                "is, such as class_noun: dog"
+            )
+    tokens = [subject.token.lower() for subject in subjects if subject.token != "auto"]  # CLIP reads no capitals
+    twice = next((token for token in tokens if tokens.count(token) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the token {twice!r} is given to two subjects: give each its own, or leave it out (auto)")
+    folders = [subject.photos for subject in subjects]
+    again = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if again is not None:
+        raise ValueError(f"{again} holds the photos of two subjects: give each a folder of its own")
+    if isinstance(recipe.prior, ClassImages) and recipe.prior.folder and len({s.class_noun for s in subjects}) > 1:
+        raise ValueError(
+            f"prior.folder is {str(recipe.prior.folder)!r} but there are several class nouns: leave it out, so that "
+            "each has its own class images"
+        )
 
 
 def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -321,7 +363,8 @@ def _sentence(error: ValidationError, where: str) -> str:
         hint = f"did you mean {'.'.join([*shown, nearest[0]])!r}?" if nearest else f"known are {', '.join(known)}"
         return f"{where}: there is no setting {key!r}; {hint}"
     if first["type"] == "missing":
-        return f"{where}: {key!r} is missing: give it in the recipe or as {key}=VALUE"
+        how = "give it in the recipe" + ("" if any(part.isdigit() for part in location) else f" or as {key}=VALUE")
+        return f"{where}: {key!r} is missing: {how}"
     message = first["msg"].removeprefix("Value error, ")
     value = "" if isinstance(first["input"], dict) else f" is {reprlib.repr(first['input'])[:80]}"
     subject = f"{key}{value}: " if key else ""  # none where sections contradict each other

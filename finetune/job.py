@@ -90,6 +90,7 @@ def resume(run_dir: Path | str, say: Say = lambda line: None) -> Path:
 
 def _info(job: Job, before: dict[str, Any]) -> dict[str, Any]:
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
+    several = [{"token": s.token, "class_noun": s.noun, "photos": len(s.photos)} for s in job.subjects]
     return before | {
         "token": job.token,
         "class_noun": job.noun,
@@ -101,6 +102,7 @@ def _info(job: Job, before: dict[str, Any]) -> dict[str, Any]:
         "captions": job.captions,
         "captions_from_files": job.captions_from_files,
         "photos": [str(photo.path) for photo in job.photos],
+        **({"subjects": several} if len(several) > 1 else {}),
         "prompts": job.sample_prompts(),
         "guidance": job.recipe.sample.guidance,
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
@@ -154,7 +156,7 @@ def fit_job(
     )
     idle = _idle_parts(job, encode_prompts)
     family.release(idle)
-    attached = Attached(family, recipe.method, trained, encode_prompts, job.class_prompt)
+    attached = Attached(family, recipe.method, trained, encode_prompts, job.class_prompt, job.class_prompts)
 
     def after_step(step: int) -> None:
         if recipe.sample.every and step % recipe.sample.every == 0 and accelerator.is_main_process:
@@ -212,7 +214,8 @@ def _idle_parts(job: Job, encode_prompts: PromptEncoder) -> list[str]:
 
 
 def _streams(job: Job, accelerator: Accelerator) -> list[list[Sample]]:
-    """Stream 0: the subject's photos. Stream 1, with a prior: class images, their loss weighted by lambda."""
+    """Stream 0: the photos of all subjects. Stream 1, with a prior: class images of every noun, their loss weighted by
+    lambda."""
     data, prior, seed = job.recipe.data, job.recipe.prior, job.recipe.run.seed
     subject = [
         Sample(
@@ -220,16 +223,22 @@ def _streams(job: Job, accelerator: Accelerator) -> list[list[Sample]]:
             texts,
             1.0,
             data.caption_dropout,
-            photo.path.name,
+            name,
         )
-        for photo, size, texts in zip(job.photos, job.sizes, job.captions, strict=True)
+        for photo, size, texts, name in zip(job.photos, job.sizes, job.captions, job.names, strict=True)
     ]
     if not isinstance(prior, ClassImages):
         return [subject]
+    nouns = job.class_nouns.items()
+    return [subject, [sample for each in nouns for sample in _classes(job, prior, *each, accelerator)]]
+
+
+def _classes(job: Job, prior: ClassImages, prompt: str, noun: str | None, accelerator: Accelerator) -> list[Sample]:
+    """The class images of one noun, captioned with its class prompt."""
     pictures = class_images(
         job.family,
         prior,
-        job.noun or "",
+        noun or "",
         job.resolution,
         job.base_hash,
         accelerator.process_index,
@@ -237,17 +246,17 @@ def _streams(job: Job, accelerator: Accelerator) -> list[list[Sample]]:
         accelerator.wait_for_everyone,
     )
     sizes = sorted(set(job.sizes))  # a class image stands beside photos of any bucket
-    classes = [
+    of = f" of {noun}" if len(job.class_nouns) > 1 else ""
+    return [
         Sample(
-            [view for size in sizes for view in views(picture, size, "center", 1, prior.flip, seed)],
-            [job.class_prompt],
+            [view for size in sizes for view in views(picture, size, "center", 1, prior.flip, job.recipe.run.seed)],
+            [prompt],
             prior.weight,
             prior.caption_dropout,
-            f"class image {picture.path.name}",
+            f"class image {picture.path.name}{of}",
         )
         for picture in pictures
     ]
-    return [subject, classes]
 
 
 def _prompt_encoder(job: Job, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> PromptEncoder:
@@ -256,7 +265,7 @@ def _prompt_encoder(job: Job, streams: Sequence[Sequence[Sample]], accelerator: 
     if job.recipe.method.trains_texts(family):
         return family.encode_prompts
     prompts = [text for stream in streams for sample in stream for text in sample.captions]
-    prompts += [job.class_prompt]
+    prompts += job.class_nouns  # the class prompts
     cache = PromptCache(
         family, job.base_hash, cache_dir(), next(family.parts[family.text_encoders[0]].parameters()).dtype
     )

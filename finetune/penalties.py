@@ -6,8 +6,8 @@ accumulated and clipped as the rest is. Its mean over micro-batches and processe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from finetune.batch import Batch
-from finetune.draws import Draw, uniform
+from finetune.draws import uniform
 from finetune.dropout import SampleDropout
 from finetune.families.base import Family
 from finetune.methods.base import Method
@@ -46,13 +46,17 @@ class Penalty(Protocol):
 
 @dataclass(frozen=True)
 class Attached:
-    """What a penalty can be made of, once the method is attached and before a checkpoint is read: theta is theta_0."""
+    """What a penalty can be made of, once the method is attached and before a checkpoint is read: theta is theta_0.
+
+    `class_prompts` are those of samples (by name) whose subject has another one than `class_prompt`.
+    """
 
     family: Family
     method: Method
     trained: dict[str, nn.Parameter]
     encode_prompts: Callable[..., dict[str, Tensor]]
     class_prompt: str
+    class_prompts: Mapping[str, str] = field(default_factory=dict)
 
 
 class Preserve(Settings):
@@ -123,22 +127,24 @@ class KeepPrediction:
     """`FrozenBase` at work."""
 
     def __init__(self, settings: FrozenBase, attached: Attached) -> None:
-        self.settings, self.prompt = settings, attached.class_prompt
+        self.settings, self.prompt, self.own_prompts = settings, attached.class_prompt, attached.class_prompts
         self.family, self.encode = attached.family, attached.encode_prompts
         self.base: BaseOf = attached.method.base_of(attached.family)
         self.texts_train = attached.method.trains_texts(attached.family)
 
     def __call__(self, at: Noised) -> Tensor:
-        prompts = self.prompts(at.batch.draws)
+        prompts = self.prompts(at.batch)
         cond = self.encode(prompts, at.kept)
         wanted = self.wanted(at, prompts, cond)
         prediction = self.family.predict(at.latents, at.t, cond, at.batch.geometry).float()
         error = (prediction - wanted).square().flatten(1).mean(1)
         return self.settings.weight * (error * at.weight).mean()
 
-    def prompts(self, draws: list[Draw]) -> list[str]:
-        empty = uniform(draws, "class prompt") < self.settings.caption_dropout
-        return ["" if nothing else self.prompt for nothing in empty.tolist()]
+    def prompts(self, batch: Batch) -> list[str]:
+        """Each sample's class prompt, which is its own subject's; or the empty one."""
+        empty = uniform(batch.draws, "class prompt") < self.settings.caption_dropout
+        own = [self.own_prompts.get(name, self.prompt) for name in batch.names]
+        return ["" if nothing else prompt for nothing, prompt in zip(empty.tolist(), own, strict=True)]
 
     @torch.no_grad()
     def wanted(self, at: Noised, prompts: list[str], cond: dict[str, Tensor]) -> Tensor:

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from finetune import objectives, tokens
+from finetune import objectives
 from finetune.config import ClassImages, Recipe
 from finetune.data.buckets import Size, bucket_table, cut_away, nearest_bucket
-from finetune.data.captions import Captioned, caption_photos, summarise
 from finetune.data.inputs import Choices, Inputs, make_inputs, registry
-from finetune.data.masks import Mask, find_masks
+from finetune.data.masks import Mask
 from finetune.data.orders import group_count
-from finetune.data.photos import Photo, sort_out
+from finetune.data.photos import Photo
 from finetune.data.views import enlarged
 from finetune.errors import BadInput
 from finetune.export import CHECKPOINT, check_formats
@@ -25,6 +24,7 @@ from finetune.families import base_hash as base_hash_of
 from finetune.families.base import Family
 from finetune.loop import resolve_precision
 from finetune.prior import check_set
+from finetune.subjects import Subject, caption_subjects, scan_subjects
 
 CROPPED = 0.1  # a square crop that cuts away more of a photo is told
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,34 +32,80 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Job:
-    """A recipe, its base and its photos, looked at but not yet worked on."""
+    """A recipe, its base and its photos, looked at but not yet worked on.
+
+    `subjects` are at least one; `photos` and `captions` are those of all, in the same order.
+    """
 
     recipe: Recipe
     family: Family
     base_hash: str
-    token: str
-    photos: list[Photo]
-    captions: list[list[str]]
-    captions_from_files: int
-    caption_summary: str
+    subjects: list[Subject]
     resolution: int
     masks: dict[Path, Mask] = field(default_factory=dict)  # of those photos that have one
     inputs: Inputs | None = None  # what the base reads beside its latents
 
+    @cached_property
+    def photos(self) -> list[Photo]:
+        return [photo for subject in self.subjects for photo in subject.photos]
+
+    @cached_property
+    def captions(self) -> list[list[str]]:
+        return [item.captions for subject in self.subjects for item in subject.captioned]
+
+    @property
+    def captions_from_files(self) -> int:
+        return sum(item.source == "file" for subject in self.subjects for item in subject.captioned)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What each photo is called in messages; no two the same."""
+        several = len(self.subjects) > 1
+        return [
+            f"{photo.path.name} of {subject.token}" if several else photo.path.name
+            for subject in self.subjects
+            for photo in subject.photos
+        ]
+
+    @property
+    def token(self) -> str:
+        """The first subject's."""
+        return self.subjects[0].token
+
     @property
     def noun(self) -> str | None:
-        return self.recipe.data.class_noun
+        """The first subject's."""
+        return self.subjects[0].noun
 
-    def fill(self, prompt: str) -> str:
-        """A prompt with {token} and {noun} filled in."""
-        return prompt.replace("{token}", self.token).replace("{noun}", self.noun or "")
+    def class_prompt_of(self, subject: Subject) -> str:
+        return subject.fill(next(iter(self.recipe.prior.prompts), ""))
+
+    @property
+    def class_nouns(self) -> dict[str, str | None]:
+        """Class prompt -> its noun: one for each different noun, the first subject's first."""
+        nouns: dict[str, str | None] = {}
+        for subject in self.subjects:
+            nouns.setdefault(self.class_prompt_of(subject), subject.noun)
+        return nouns
+
+    @property
+    def class_prompts(self) -> dict[str, str]:
+        """Photo (by its name here) -> the class prompt of its subject."""
+        prompts = [self.class_prompt_of(subject) for subject in self.subjects for _ in subject.photos]
+        return dict(zip(self.names, prompts, strict=True))
 
     @property
     def class_prompt(self) -> str:
-        return self.fill(next(iter(self.recipe.prior.prompts), ""))
+        """The first subject's."""
+        return self.class_prompt_of(self.subjects[0])
 
     def sample_prompts(self) -> list[str]:
-        return [self.fill(prompt) for prompt in self.recipe.sample.prompts]
+        """A prompt that names the subject or its class stands there for each subject."""
+        return [
+            prompt
+            for template in self.recipe.sample.prompts
+            for prompt in dict.fromkeys(subject.fill(template) for subject in self.subjects)
+        ]
 
     @cached_property
     def sizes(self) -> list[Size]:
@@ -80,8 +126,7 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
     Raises:
         BadInput: whatever is wrong with the photos, the captions, the base or the token.
     """
-    photos, left_out = _photos(recipe)
-    masks = find_masks(recipe.data.photos, photos, recipe.data.masks)
+    scanned = scan_subjects(recipe.data)
     check_formats(recipe.export.formats, recipe.method.leaves)
     precision = DTYPES[resolve_precision(recipe.run)]
     family = recipe.base.load(recipe.method.weight_dtype(precision))
@@ -97,37 +142,16 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
     if isinstance(recipe.prior, ClassImages):
         family.check_sampler(recipe.prior.sampler)
     choices = Choices(recipe.run.seed, recipe.data.mask_count, recipe.data.edit_dropout, recipe.sample.image_guidance)
-    inputs = make_inputs(family, photos, choices)
+    inputs = make_inputs(family, [photo for found in scanned for photo in found.photos], choices)
     family.to(device)
     objectives.build(recipe.objective, family.schedule, family.shift(resolution))
-    token = recipe.method.name_subject(family, recipe.data.token, recipe.data.class_noun) or _token(recipe, family)
-    captioned = caption_photos(
-        photos,
-        captions=recipe.data.captions,
-        templates=recipe.data.templates,
-        token=token,
-        noun=recipe.data.class_noun,
-    )
-    _refuse_long(recipe, family, captioned)
-    summary = "; ".join(text for text in (summarise(captioned, token), left_out) if text)
-    base_hash = base_hash_of(family.folder)
+    subjects = caption_subjects(recipe, family, scanned)
+    masks = {path: mask for subject in subjects for path, mask in subject.masks.items()}
+    job = Job(recipe, family, base_hash_of(family.folder), subjects, resolution, masks, inputs)
     if isinstance(recipe.prior, ClassImages):
-        check_set(recipe.prior, recipe.data.class_noun or "", resolution, base_hash)
-    texts, from_files = [c.captions for c in captioned], sum(c.source == "file" for c in captioned)
-    return Job(recipe, family, base_hash, token, photos, texts, from_files, summary, resolution, masks, inputs)
-
-
-def _photos(recipe: Recipe) -> tuple[list[Photo], str]:
-    """The photos, and a sentence about those that were left out."""
-    folder = recipe.data.photos
-    photos, bad = sort_out(folder)
-    if bad and not recipe.data.skip_bad:
-        raise BadInput(f"in {folder} {bad}; mend or remove them, or leave them out with --skip-bad")
-    if len(photos) > 1 and len({photo.digest for photo in photos}) == 1:
-        raise BadInput(
-            f"all {len(photos)} photos in {folder} are the same picture: give different photos of the subject"
-        )
-    return photos, f"{bad}; they are left out" if bad else ""
+        for noun in job.class_nouns.values():
+            check_set(recipe.prior, noun or "", resolution, job.base_hash)
+    return job
 
 
 def _check_resolution(recipe: Recipe, resolution: int, family: Family) -> None:
@@ -150,6 +174,11 @@ def _refuse_inputs(recipe: Recipe, family: Family) -> None:
             f"base.inputs={family.inputs} gives this base new weights, which only method.kind=full with the denoiser "
             "trains: choose that, or a base that has them"
         )
+    if recipe.data.subjects:
+        raise BadInput(
+            f"data.subjects has further subjects but the base reads {family.inputs} inputs, and its pictures are "
+            "drawn from one subject's photo: train each subject in a run of its own"
+        )
     if CHECKPOINT in recipe.export.formats:
         raise BadInput(
             f"export.formats has {CHECKPOINT!r}, which can't hold a base with {family.inputs} inputs: use folder"
@@ -161,40 +190,6 @@ def _refuse_inputs(recipe: Recipe, family: Family) -> None:
         )
 
 
-def _refuse_long(recipe: Recipe, family: Family, captioned: list[Captioned]) -> None:
-    """Captions that the text encoders would not read to their end."""
-    if recipe.data.long_captions == "cut":
-        return
-    length = max(family.text_length(index) for index in range(len(family.tokenizers)))
-    readers = [family.tokenizers[n] for n in range(len(family.tokenizers)) if family.text_length(n) == length]
-    long = [
-        item.photo.path.name
-        for item in captioned
-        if any(len(tokenizer(text)["input_ids"]) > length for tokenizer in readers for text in item.captions)
-    ]
-    if long:
-        raise BadInput(
-            f"the captions of {', '.join(long)} are longer than the {length} tokens that the text encoder reads: "
-            "shorten them, or set data.long_captions=cut"
-        )
-
-
-def _token(recipe: Recipe, family: Family) -> str:
-    token, most = recipe.data.token, recipe.data.token_pieces
-    if token != "auto":
-        pieces = max(tokens.describe(family.word_tokenizers, token).pieces, key=len)
-        if len(pieces) > most:
-            raise BadInput(
-                f"the token {token!r} is {len(pieces)} pieces to this base ({' + '.join(pieces)}), each with a "
-                f"meaning: find one with `finetune tokens suggest`, or allow it with data.token_pieces={len(pieces)}"
-            )
-        return token
-    found = tokens.suggest(family, 1, recipe.data.class_noun)
-    if not found:
-        raise BadInput("no rare token was found in this base's tokenizer: give one with data.token=TOKEN")
-    return found[0].text
-
-
 def plan(job: Job) -> dict[str, Any]:
     """The run in numbers: what is seen how often, what is trained, what it costs in class images."""
     recipe = job.recipe
@@ -202,11 +197,12 @@ def plan(job: Job) -> dict[str, Any]:
     times = seen / len(job.photos)
     if recipe.data.shape == "buckets":
         times = recipe.run.steps / _groups(job)
+    several = len(job.subjects) > 1
     rows: dict[str, Any] = {
         "base": f"{recipe.base.source} ({job.family.name}, {job.family.schedule.prediction})",
-        "subject": job.caption_summary,
+        **_subject_rows(job),
         "training prompts": list(dict.fromkeys(text for texts in job.captions for text in texts))[:5],
-        "token": f"{job.token} (class noun: {job.noun or 'none'})",
+        **({} if several else {"token": f"{job.token} (class noun: {job.noun or 'none'})"}),
         "resolution": job.resolution,
         "steps": f"{recipe.run.steps} of {recipe.run.batch_size} photo(s), {recipe.run.accumulate} micro-batch(es)",
         "each photo": f"seen {times:.0f} times",
@@ -221,15 +217,26 @@ def plan(job: Job) -> dict[str, Any]:
     if note := enlarged(job.photos, job.sizes if recipe.data.shape == "buckets" else job.resolution):
         rows["enlarged"] = note
     if isinstance(recipe.prior, ClassImages):
-        rows["class images"] = (
-            f"{recipe.prior.count} of {job.class_prompt!r}, each seen {seen / recipe.prior.count:.1f} times"
-        )
+        sets = " and ".join(f"{recipe.prior.count} of {prompt!r}" for prompt in job.class_nouns)
+        often = seen / recipe.prior.count / len(job.class_nouns)
+        rows["class images"] = f"{sets}, each seen {often:.1f} times"
     method = recipe.method
-    if cost := recipe.prior.cost(method, job.family, job.class_prompt):
+    if cost := recipe.prior.cost(method, job.family, " or ".join(job.class_nouns)):
         rows["prior"] = cost
     rows["method"] = f"{method.kind} on {', '.join(method.part_names(job.family))}"
     rows["precision"] = resolve_precision(recipe.run)
     return rows
+
+
+def _subject_rows(job: Job) -> dict[str, str]:
+    """What each subject is called, and where its captions come from."""
+    if len(job.subjects) == 1:
+        return {"subject": job.subjects[0].summary}
+    return {
+        f"subject {number}": f"{_photos_of(len(subject.photos))}, token {subject.token} (class noun: "
+        f"{subject.noun or 'none'}); {subject.summary}"
+        for number, subject in enumerate(job.subjects, 1)
+    }
 
 
 def _groups(job: Job) -> int:
@@ -265,5 +272,5 @@ def _photos_of(count: int) -> str:
 
 def _most_cut(job: Job, sizes: list[Size]) -> tuple[float, str]:
     """The largest share of a photo that its crop cuts away, and that photo's name."""
-    cut = [(cut_away(photo.size, size), photo.path.name) for photo, size in zip(job.photos, sizes, strict=True)]
+    cut = [(cut_away(photo.size, size), name) for photo, size, name in zip(job.photos, sizes, job.names, strict=True)]
     return max(cut)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from finetune.data.photos import open_picture
 from finetune.files import write_text
+from finetune.results import names, trigger
 from finetune.run import RunFolder
 
 SIDE = 160  # pixels of a picture on the page
@@ -55,7 +56,7 @@ def write_report(path: Path, with_captions: bool = False) -> Path:
         _next_steps(path, info),
     ]
     body = "\n".join(section for section in sections if section)
-    title = escape(f"{info.get('token', '')} {info.get('class_noun') or ''}".strip() or path.name)
+    title = escape(trigger(info) or path.name)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
@@ -92,17 +93,23 @@ def picture_tag(picture: Image.Image, alt: str) -> str:
 
 
 def _head(info: dict[str, Any]) -> str:
-    token, noun = info.get("token", "?"), info.get("class_noun")
-    name = f"{token} {noun}" if noun else token
+    words = [name or "?" for name in names(info)]
+    title = ", ".join(f"“{escape(name)}”" for name in words)
+    shown = " or ".join(f"<b>{escape(name)}</b>" for name in words)
     return (
-        f"<h1>“{escape(name)}”</h1><p class=soft>Write <b>{escape(name)}</b> in a prompt to get the subject. Trained on "
+        f"<h1>{title}</h1><p class=soft>Write {shown} in a prompt to get the subject. Trained on "
         f"{escape(str(info.get('base')))} ({escape(str(info.get('family')))}), {info.get('resolution')} pixels.</p>"
     )
 
 
 def _subject(info: dict[str, Any], with_captions: bool) -> str:
     photos = [Path(photo) for photo in info.get("photos", [])]
-    shown = [picture_tag(open_picture(photo), photo.name) for photo in photos[:12] if photo.is_file()]
+    counts = [subject["photos"] for subject in info.get("subjects", [])] or [len(photos)]
+    starts = [sum(counts[:number]) for number in range(len(counts))]
+    first = [
+        photo for start, count in zip(starts, counts, strict=True) for photo in photos[start : start + min(12, count)]
+    ]
+    shown = [picture_tag(open_picture(photo), photo.name) for photo in first if photo.is_file()]
     captions = list(dict.fromkeys(text for texts in info.get("captions", []) for text in texts))[:5]
     listed = "".join(f"<li><code>{escape(text)}</code></li>" for text in captions)
     prompts = f"the first training prompts:</p><ul>{listed}</ul>"
@@ -236,7 +243,7 @@ def _a_format(path: Path) -> str:
 
 
 def _next_steps(path: Path, info: dict[str, Any]) -> str:
-    thing = " ".join(text for text in (info.get("token"), info.get("class_noun")) if text)
+    thing = names(info)[0]
     run = path.name if path.is_absolute() else path  # a page may be passed on: no folders of this machine in it
     commands = "\n".join(
         (

@@ -178,8 +178,16 @@ def about_run(folder: RunFolder) -> dict[str, str]:
 
 
 def trigger(info: dict[str, Any]) -> str:
-    """What calls the subject in a prompt: "zwx mug"."""
-    return " ".join(text for text in (info["token"], info["class_noun"]) if text)
+    """What calls the subject in a prompt: "zwx mug"; of several "zwx mug, vtx dog"."""
+    return ", ".join(names(info))
+
+
+def names(info: dict[str, Any]) -> list[str]:
+    """What calls each subject, from run.json's content."""
+    return [
+        " ".join(text for text in (subject.get("token"), subject.get("class_noun")) if text)
+        for subject in info.get("subjects") or [info]
+    ]
 
 
 def _merged(run: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:

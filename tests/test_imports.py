@@ -20,7 +20,7 @@ LAYERS = (
     ("config",),
     ("run", "badstep", "sample", "tokens", "export"),
     ("loop", "prior", "results", "adapters", "report"),
-    ("previews",),
+    ("previews", "subjects"),
     ("plan", "estimate"),
     ("job",),
     ("demo", "doctor", "launch", "cli_adapters"),

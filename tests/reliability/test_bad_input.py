@@ -767,6 +767,81 @@ def unknown_command(place: Place) -> list[str]:
     return ["trian", "demo"]
 
 
+# several subjects
+
+
+def second(place: Place, text: str, *overrides: str, recipe: str = "dreambooth-lora") -> list[str]:
+    """A second subject in a folder of its own, `text` is what is said of it beside that."""
+    folder = place.path / "second"
+    shutil.copytree(place.photos, folder)
+    return place.train(f"data.subjects=[{{photos: {folder}, {text}}}]", *overrides, recipe=recipe)
+
+
+@case("the token 'sks' is given to two subjects", "give each its own")
+def token_of_two_subjects(place: Place) -> list[str]:
+    return second(place, "class_noun: ball, token: SKS", "data.token=sks")
+
+
+@case("there is no folder", "/nowhere/second", "give the folder")
+def second_subject_without_a_folder(place: Place) -> list[str]:
+    return place.train("data.subjects=[{photos: /nowhere/second, class_noun: ball}]")
+
+
+@case("holds the photos of two subjects", "a folder of its own")
+def folder_of_two_subjects(place: Place) -> list[str]:
+    return place.train(f"data.subjects=[{{photos: {place.photos}, class_noun: ball}}]")
+
+
+@case("second 1 of 4 files", "zero.png (empty file)", "--skip-bad")
+def second_subject_with_a_bad_photo(place: Place) -> list[str]:
+    arguments = second(place, "class_noun: ball")
+    (place.path / "second" / "zero.png").touch()
+    return arguments
+
+
+@case("in ", "second: no caption was found for 0.png, 1.png, 2.png", "data.captions=auto")
+def second_subject_without_captions(place: Place) -> list[str]:
+    arguments = second(place, "class_noun: ball", "data.captions=files")
+    for number in range(3):
+        (place.photos / f"{number}.txt").write_text("a {token} {noun}")
+    return arguments
+
+
+@case("second has no class_noun", "class_noun: dog")
+def second_subject_without_a_noun(place: Place) -> list[str]:
+    return second(place, "token: sks")
+
+
+@case("'data.subjects.0.photos' is missing: give it in the recipe")
+def second_subject_without_photos(place: Place) -> list[str]:
+    return place.train("data.subjects=[{class_noun: ball}]")
+
+
+@case("'data.subjects.0.noun'", "did you mean 'data.subjects.0.class_noun'")
+def second_subject_with_an_unknown_key(place: Place) -> list[str]:
+    return second(place, "noun: ball")
+
+
+@case("'unknownword'", "pieces", "tokens suggest")
+def second_token_in_pieces(place: Place) -> list[str]:
+    return second(place, "class_noun: ball, token: unknownword")
+
+
+@case("prior.folder", "several class nouns", "leave it out")
+def class_images_of_two_nouns_in_one_folder(place: Place) -> list[str]:
+    return second(place, "class_noun: ball", f"prior.folder={place.path / 'classes'}")
+
+
+@case("method.kind textual_inversion makes a word for one", "method.kind=lora")
+def one_word_for_two_subjects(place: Place) -> list[str]:
+    return second(place, "class_noun: ball", "method.kind=textual_inversion")
+
+
+@case("method.kind pivotal makes a word for one", "a run of its own")
+def one_pivot_for_two_subjects(place: Place) -> list[str]:
+    return second(place, "class_noun: ball", "method.kind=pivotal")
+
+
 def test_there_are_enough() -> None:
     assert len(CASES) >= 80
 
