@@ -17,6 +17,7 @@ from finetune.config import ClassImages, Recipe
 from finetune.errors import BadInput
 from finetune.families.base import Family
 from finetune.loop import resolve_precision
+from finetune.penalties import Distance, FrozenBase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03}  # bytes of Adam's state for each trained parameter
@@ -66,6 +67,8 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
         each += 2
         for part in family.parts.values():
             part.to(dtype)
+    if isinstance(recipe.prior, FrozenBase | Distance):
+        held += method.copied_bytes(family)
     activations = _activations(family, method.part_names(family), _samples(recipe), _side(recipe, family))
     return Estimate(counts, count, _adapted(trained), held, count * each, activations)
 
@@ -104,8 +107,8 @@ def _side(recipe: Recipe, family: Any) -> int:
 
 
 def _samples(recipe: Recipe) -> int:
-    """Pictures in a micro-batch: class images lie beside the photos."""
-    streams = 2 if isinstance(recipe.prior, ClassImages) else 1
+    """Predictions with a gradient in a micro-batch: class images, or class prompts, lie beside the photos."""
+    streams = 2 if isinstance(recipe.prior, ClassImages | FrozenBase) else 1
     return recipe.run.batch_size // recipe.run.accumulate * streams
 
 

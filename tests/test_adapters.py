@@ -182,7 +182,7 @@ def test_unmatched_keys_by_reader(tiny_bases: dict[str, Path], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_conversions_there_and_back_are_exact(
     name: str, dtype: str, tiny_bases: dict[str, Path], tmp_path: Path
 ) -> None:

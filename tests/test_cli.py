@@ -92,6 +92,7 @@ def test_doctor_tells_what_works() -> None:
         assert word in done.stdout
 
 
+@pytest.mark.slow
 def test_tokens_are_suggested_and_checked() -> None:
     found = finetune("tokens", "suggest", "-n", "2")
     assert found.returncode == 0, found.stderr

@@ -94,6 +94,16 @@ def test_checkpointing_and_8_bits_need_less(tmp_path: Path) -> None:
     assert twice.activations == pytest.approx(2 * plain.activations, rel=0.05)
 
 
+def test_a_prior_is_counted(tmp_path: Path) -> None:
+    folder = write_published("SD 1.5", tmp_path)
+    full = {"kind": "full"}
+    plain, teacher = (estimate(recipe(folder, method=full, prior={"kind": kind})) for kind in ("none", "frozen_base"))
+    assert teacher.activations == pytest.approx(2 * plain.activations, rel=0.05)
+    assert teacher.held - plain.held == pytest.approx(4 * plain.trained_parameters)  # the frozen twin, fp32
+    free = estimate(recipe(folder, prior={"kind": "frozen_base"}))
+    assert free.held == estimate(recipe(folder)).held  # an adapter is switched off instead
+
+
 def test_the_command(tiny_bases: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "demo", f"base={tiny_bases['sd3']}", "method.targets=all-linear"]) == (0, "")
     said = capsys.readouterr().out

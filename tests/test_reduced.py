@@ -227,7 +227,7 @@ def recipe_of(base: Path, photos: Path, kind: str, *overrides: str) -> Any:
     return parse_recipe(settings(base, photos, {"kind": kind, "parts": PARTS}), [*sorted(plain), *overrides])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_a_whole_run_is_resumed_bit_for_bit_and_exported(
     kind: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,6 +178,7 @@ def test_a_signal_stops_all_of_them_after_the_same_step(
     assert int(saved.name[-6:]) == len(losses(run)) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "words"),
     [
