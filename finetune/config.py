@@ -226,6 +226,8 @@ class Recipe(Settings):
                 f"export.rank is {self.export.rank} but a {self.method.kind} leaves as it was trained: leave it out, "
                 "or make the file smaller with `finetune resize`"
             )
+        if any("{token}" in prompt for prompt in self.prior.prompts):
+            raise ValueError("prior.prompt has {token}, but it names the class without the subject: use {noun} alone")
         if isinstance(self.prior, Distance) and not self.method.measures_distance:
             raise ValueError(
                 f"prior.kind is distance, which method.kind {self.method.kind} does not measure: use "

@@ -99,6 +99,12 @@ def test_a_contradiction_of_sections_is_told_without_an_empty_name() -> None:
     assert ": :" not in str(caught.value)
 
 
+def test_a_class_prompt_has_no_token() -> None:
+    odd = MINIMAL | {"prior": {"kind": "class_images", "prompt": "a {token} {noun}"}}
+    with pytest.raises(BadInput, match=r"prior\.prompt has \{token\}"):
+        parse_recipe(odd)
+
+
 def test_the_schema_knows_every_section() -> None:
     assert set(json_schema()["properties"]) == set(Recipe.model_fields)
 
