@@ -86,6 +86,7 @@ def report(recipe: Recipe) -> dict[str, str]:
     return {
         "base": f"{recipe.base.source} ({family.name}), {_side(recipe, family)} pixels",
         "parameters": ", ".join(f"{part} {_millions(count)}" for part, count in own.parameters.items()),
+        "precision": _precision(recipe),
         "method": f"{recipe.method.kind} on {own.modules} modules",
         "trained": f"{own.trained_parameters:,} parameters ({share:.2%} of all)",
         "export": f"{_size(written * size)} in {recipe.export.dtype}",
@@ -96,6 +97,13 @@ def report(recipe: Recipe) -> dict[str, str]:
         "checkpointing": f"{_gib(plain.total)} without run.gradient_checkpointing, {_gib(light.total)} with it",
         "not counted": "drawing pictures, the CUDA context (about 0.5 GiB) and fragmentation",
     }
+
+
+def _precision(recipe: Recipe) -> str:
+    chosen = resolve_precision(recipe.run)
+    if recipe.run.precision == "auto" and not torch.cuda.is_available():
+        return f"{chosen}, as there is no GPU here; run.precision=bf16 counts for one"
+    return chosen
 
 
 def _side(recipe: Recipe, family: Any) -> int:

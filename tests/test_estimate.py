@@ -107,7 +107,7 @@ def test_a_prior_is_counted(tmp_path: Path) -> None:
 def test_the_command(tiny_bases: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "demo", f"base={tiny_bases['sd3']}", "method.targets=all-linear"]) == (0, "")
     said = capsys.readouterr().out
-    for words in ("sd3", "trained", "memory", "checkpoint", "text_encoder_3"):
+    for words in ("sd3", "run.precision=bf16", "trained", "memory", "checkpoint", "text_encoder_3"):
         assert words in said
     code, message = run(["plan", "demo", "base=/nowhere"])
     assert code == 2
