@@ -223,6 +223,8 @@ def plan(job: Job) -> dict[str, Any]:
     method = recipe.method
     if cost := recipe.prior.cost(method, job.family, " or ".join(job.class_nouns)):
         rows["prior"] = cost
+    objective = objectives.build(recipe.objective, job.family.schedule, job.family.shift(job.resolution))
+    rows["timesteps"] = objective.describe()
     rows["method"] = f"{method.kind} on {', '.join(method.part_names(job.family))}"
     rows["precision"] = resolve_precision(recipe.run)
     return rows

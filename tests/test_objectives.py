@@ -148,6 +148,11 @@ def test_densities_have_the_closed_form_distribution(density: str, shift: float)
         assert float((torch.arange(1, n + 1) / n - plain).abs().max()) > 3 / n**0.5, "the test could not fail"
 
 
+def test_what_is_drawn_is_told() -> None:
+    assert RectifiedFlow(FlowSchedule(), shift=1.5).describe() == "logit_normal, shift 1.5"
+    assert any_objective("epsilon", timesteps="stratified").describe() == "uniform, stratified, shift 1"
+
+
 def test_a_positive_logit_mean_is_towards_noise() -> None:
     """The paper's sign; diffusers' SD3 recipe has it reversed."""
     u = torch.rand(1000, generator=torch.Generator().manual_seed(0))

@@ -59,11 +59,18 @@ class Objective(ABC):
     def to(self, device: torch.device | str) -> Objective:
         return self
 
+    @property
+    def density(self) -> Density:
+        return self.default_density if self.settings.density == "auto" else self.settings.density
+
+    def describe(self) -> str:
+        """Which timesteps are drawn, for the plan."""
+        return f"{self.density}{', stratified' * (self.settings.timesteps == 'stratified')}, shift {self.shift:.3g}"
+
     def positions(self, uniform: Tensor) -> Tensor:
         """Uniform numbers [B] in [0, 1) -> where on the way to pure noise (1) each sample lies, by the density."""
         own = self.settings
-        density = self.default_density if own.density == "auto" else own.density
-        return position(uniform, density, own.logit_mean, own.logit_std, own.mode_scale, self.shift)
+        return position(uniform, self.density, own.logit_mean, own.logit_std, own.mode_scale, self.shift)
 
     def noises(self, draws: Sequence[Draw], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The noise [B, C, h, w] that the target knows, and the noise that is added: the same unless perturbed."""
