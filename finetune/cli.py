@@ -63,22 +63,6 @@ def train(
 
 
 @app.command()
-def plan(
-    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a YAML file")],
-    overrides: Overrides = None,
-) -> None:
-    """What a recipe trains, writes and needs in memory, from the base's configs alone: no weights, no photos."""
-    from finetune.recipes import find
-
-    find(recipe)
-    from finetune.config import load_recipe
-    from finetune.estimate import report as rows
-
-    for name, value in rows(load_recipe(recipe, overrides or [])).items():
-        typer.echo(f"{name:>16}  {value}")
-
-
-@app.command()
 def resume(run: Annotated[Path, typer.Argument(help="a run folder")], processes: Processes = None) -> None:
     """Go on with an interrupted run; what comes out is what the unbroken run would have given."""
     from finetune.run import RunFolder

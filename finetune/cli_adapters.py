@@ -1,4 +1,4 @@
-"""The commands for files of others: inspect a base; verify, convert, resize, merge and extract adapters."""
+"""Commands on a base or on files of others: inspect, plan; verify, convert, resize, merge and extract adapters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Rank = Annotated[int | None, typer.Option("--rank", min=1)]
 
 
 def register(app: typer.Typer) -> None:
-    for command in (inspect, verify, convert, resize, merge, extract):
+    for command in (inspect, plan, verify, convert, resize, merge, extract):
         app.command()(command)
 
 
@@ -40,6 +40,23 @@ def inspect(
 
     folder = families.resolve(source, like=like)
     for name, value in (facts(folder) | {"licence": licence_of(folder) or "not stated in its folder"}).items():
+        typer.echo(f"{name:>16}  {value}")
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a YAML file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
+    ] = None,
+) -> None:
+    """What a recipe trains, writes and needs in memory, from the base's configs alone: no weights, no photos."""
+    from finetune.recipes import find
+
+    find(recipe)
+    from finetune.config import load_recipe
+    from finetune.estimate import report
+
+    for name, value in report(load_recipe(recipe, overrides or [])).items():
         typer.echo(f"{name:>16}  {value}")
 
 
