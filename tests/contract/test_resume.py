@@ -1,7 +1,9 @@
-"""Every family x method: a run that is killed and started again ends as the unbroken one, bit for bit."""
+"""Every family x method: a run that is killed and started again ends as the unbroken one, bit for bit; and
+accumulated micro-batches make the step of the whole batch."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,33 +30,37 @@ PROMPTS = ["a photo of a {} mug", "a mug"]
 
 
 class Fixed:
-    """Two samples in two micro-batches; the step `bad` is not finite, as a fault in the middle of a run."""
+    """Two samples in `count` micro-batches; the step `bad` is not finite, as a fault in the middle of a run."""
 
-    def __init__(self, channels: int, word: str, bad: int = -1) -> None:
+    def __init__(self, channels: int, word: str, bad: int, count: int) -> None:
         made = torch.Generator().manual_seed(0)
-        self.mean, self.word, self.bad = torch.randn(2, channels, 16, 16, generator=made), word, bad
+        self.mean, self.word = torch.randn(2, channels, 16, 16, generator=made), word
+        self.bad, self.size = bad, 2 // count
 
     def micro(self, step: int, index: int) -> Batch:
-        mean = self.mean[index : index + 1] * (float("nan") if step == self.bad else 1)
-        geometry = [Geometry((40, 48), (0, 4), (32, 32))]
-        prompt = PROMPTS[index].format(self.word)
-        latents = Latents(mean, torch.full_like(mean, 0.1))
-        return Batch(latents, [prompt], torch.ones(1), geometry, [Draw(0, step, index)], [f"{index}.png"])
+        chosen = list(range(index * self.size, (index + 1) * self.size))
+        mean = self.mean[chosen] * (float("nan") if step == self.bad else 1)
+        geometry = [Geometry((40, 48), (0, 4), (32, 32))] * self.size
+        prompts = [PROMPTS[k].format(self.word) for k in chosen]
+        latents, draws = Latents(mean, torch.full_like(mean, 0.1)), [Draw(0, step, k) for k in chosen]
+        return Batch(latents, prompts, torch.ones(self.size), geometry, draws, [f"{k}.png" for k in chosen])
 
 
-def train(base: Path, kind: str, folder: Path, bad: int = -1) -> dict[str, torch.Tensor]:
+def train(
+    base: Path, kind: str, folder: Path, bad: int = -1, count: int = 2, steps: int = 3
+) -> dict[str, torch.Tensor]:
     family = families.load(str(base))
     method = methods.REGISTRY[kind](**({} if kind == "textual_inversion" else {"parts": BOTH}))
     word = method.name_subject(family, "zwx", "mug") or "zwx"
     trained = method.attach(family, 0)
-    run = Run(steps=3, batch_size=2, accumulate=2, checkpoint_every=1)
+    run = Run(steps=steps, batch_size=2, accumulate=count, checkpoint_every=1)
     fit(
         accelerator=make_accelerator(run, method.is_adapter),
         family=family,
         trained=trained,
         objective=build(ObjectiveSettings(), family.schedule, family.shift(32)),
         encode_prompts=family.encode_prompts,
-        batches=Fixed(family.latent_channels, word, bad),
+        batches=Fixed(family.latent_channels, word, bad, count),
         optim=AdamW(lr=1e-2),
         run=run,
         folder=RunFolder(folder),
@@ -75,3 +81,19 @@ def test_killed_and_resumed_is_the_unbroken_run(
         train(tiny_bases[family], kind, cut, bad=2)
     resumed = train(tiny_bases[family], kind, cut)
     assert all(torch.equal(value, resumed[name]) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("family", families.REGISTRY)
+@pytest.mark.parametrize("kind", USUAL)
+def test_micro_batches_have_the_whole_batchs_gradient(
+    family: str, kind: str, tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """By its norm and the mean loss of the first step: Adam's step itself hides the gradient's size."""
+    rows = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        train(tiny_bases[family], kind, folder, count=count, steps=1)
+        rows.append(json.loads((folder / "metrics.jsonl").read_text()))
+    assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
+    assert rows[1]["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-4) != 0
