@@ -155,6 +155,7 @@ class Run(Settings):
     accumulate: int = Field(1, ge=1)
     processes: int | None = Field(None, ge=1)  # None: as many as were launched
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    deterministic: bool = False  # the same bits on CUDA too; slower there
     gradient_checkpointing: bool = False
     ema: float | None = Field(None, gt=0, lt=1)
     checkpoint_every: int = Field(250, ge=1)

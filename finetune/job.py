@@ -25,6 +25,7 @@ from finetune.data.inputs import unit
 from finetune.data.masks import Masks
 from finetune.data.orders import Buckets, Permutations
 from finetune.data.views import views
+from finetune.determinism import deterministic
 from finetune.errors import CheckFailed, Stopped
 from finetune.families.base import Given
 from finetune.files import cache_dir
@@ -51,6 +52,11 @@ def train(recipe: Recipe, run_dir: Path | str | None = None, say: Say = lambda l
         CheckFailed: a step was not finite, or an export is not what was trained.
         Stopped: SIGINT or SIGTERM; `resume` goes on.
     """
+    with deterministic(recipe.run.deterministic):
+        return _train_here(recipe, run_dir, say)
+
+
+def _train_here(recipe: Recipe, run_dir: Path | str | None, say: Say) -> Path:
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     job = look(recipe, accelerator.device)
     chosen = [run_dir or recipe.run.dir or next_folder(recipe.run.name)]
@@ -133,10 +139,14 @@ def fit_job(
     signals: Signals | None = None,
 ) -> None:
     """Class images, caches, the method attached, and the loop: what is trained ends in `job.family`."""
-    recipe, family, device = job.recipe, job.family, accelerator.device
+    recipe, family = job.recipe, job.family
     streams = _streams(job, accelerator)
     cache = _latents(job, streams, accelerator)
     encode_prompts = _prompt_encoder(job, streams, accelerator)
+    idle = _idle_parts(job, encode_prompts)
+    busy = [part for part in family.parts if part not in idle]
+    family.release(idle)
+    family.place(busy)
     trained = recipe.method.attach(family, recipe.run.seed)
     if recipe.run.gradient_checkpointing:
         family.enable_gradient_checkpointing(recipe.method.part_names(family))
@@ -154,16 +164,14 @@ def fit_job(
         _masks(job, streams),
         job.inputs,
     )
-    idle = _idle_parts(job, encode_prompts)
-    family.release(idle)
     attached = Attached(family, recipe.method, trained, encode_prompts, job.class_prompt, job.class_prompts)
 
     def after_step(step: int) -> None:
         if recipe.sample.every and step % recipe.sample.every == 0 and accelerator.is_main_process:
-            family.restore(idle, device)
             with from_file(folder, family, step):
                 _draw_samples(job, folder.path / "samples" / f"step-{step:06d}", "Preview", count=1)
             family.release(idle)
+            family.place(busy)
         if on_step is not None:
             on_step(step)
 
@@ -184,7 +192,7 @@ def fit_job(
         on_step=after_step,
         signals=signals,
     )
-    family.restore(idle, device)
+    family.restore(idle)
 
 
 def _latents(job: Job, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> LatentCache:
@@ -194,7 +202,7 @@ def _latents(job: Job, streams: Sequence[Sequence[Sample]], accelerator: Acceler
     if job.inputs is not None:
         pictures += [picture for view in seen for picture in job.inputs.pictures(view)]
     with phase("Latents", len(pictures)) as advance, accelerator.main_process_first():
-        cache.fill(job.family, pictures, accelerator.device, lambda amount: advance(amount, ""))
+        cache.fill(job.family, pictures, lambda amount: advance(amount, ""))
     return cache
 
 
@@ -318,7 +326,7 @@ def _finish(job: Job, folder: RunFolder, device: torch.device, say: Say) -> None
     after = folder.path / "samples" / "after"
     shown = None if after.is_dir() else open_exported(folder, exported, dtype)
     if shown is not None:  # what is shown is what the file gives, not what was in memory
-        shown.to(device)
+        shown.device = device
         job.family = shown
         _draw_samples(job, after, "After")
     write_companions(folder)

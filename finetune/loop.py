@@ -128,10 +128,17 @@ def _check_launch(accelerator: Accelerator, run: Run) -> None:
 
 
 def resolve_precision(run: Run) -> str:
-    """`auto` is bf16 on a GPU that has it and fp32 elsewhere."""
+    """`auto` is bf16 on a CUDA GPU that computes in it (Ampere and later), fp16 on an older one, fp32 elsewhere."""
     if run.precision != "auto":
         return run.precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if has_native_bf16() else "fp16"
+
+
+def has_native_bf16() -> bool:
+    """torch also counts GPUs that only emulate bf16 (T4, V100, RTX 20), where it is many times slower than fp16."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def fit(
@@ -172,6 +179,7 @@ def fit(
         family, _parts_of(trained), objective.to(accelerator.device), encode_prompts, encoder_dropout, penalties
     )
     step.stratify = stratify
+    step.to(accelerator.device)  # before the optimiser: its state is made where its parameters are
     optimizer = optim.build(trained, windows)
     model, optimizer = accelerator.prepare(step, optimizer)
     start, ema = _restore(accelerator, folder, trained, optimizer, run)
@@ -284,7 +292,7 @@ def _state(
     extra: dict[str, Any] = {"optimizer": values}
     if accelerator.scaler is not None:
         extra["scaler"] = accelerator.scaler.state_dict()
-    return State(step, to_cpu(clone(trained)), to_cpu(tensors), to_cpu(ema), extra)
+    return State(step, to_cpu(trained), to_cpu(tensors), to_cpu(ema), extra)
 
 
 def _update_ema(ema: dict[str, Tensor], trained: dict[str, nn.Parameter], decay: float | None, step: int) -> None:

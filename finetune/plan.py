@@ -18,6 +18,7 @@ from finetune.data.masks import Mask
 from finetune.data.orders import group_count
 from finetune.data.photos import Photo
 from finetune.data.views import enlarged
+from finetune.determinism import is_repeatable
 from finetune.errors import BadInput
 from finetune.export import CHECKPOINT, check_formats
 from finetune.families import base_hash as base_hash_of
@@ -121,7 +122,7 @@ class Job:
 
 
 def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
-    """Scans the photos, loads the base on `device`, settles the token and the captions; writes nothing.
+    """Scans the photos, loads the base to compute on `device`, settles the token and the captions; writes nothing.
 
     Raises:
         BadInput: whatever is wrong with the photos, the captions, the base or the token.
@@ -143,7 +144,7 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
         family.check_sampler(recipe.prior.sampler)
     choices = Choices(recipe.run.seed, recipe.data.mask_count, recipe.data.edit_dropout, recipe.sample.image_guidance)
     inputs = make_inputs(family, [photo for found in scanned for photo in found.photos], choices)
-    family.to(device)
+    family.device = torch.device(device)
     objectives.build(recipe.objective, family.schedule, family.shift(resolution))
     subjects = caption_subjects(recipe, family, scanned)
     masks = {path: mask for subject in subjects for path, mask in subject.masks.items()}
@@ -227,6 +228,8 @@ def plan(job: Job) -> dict[str, Any]:
     rows["timesteps"] = objective.describe()
     rows["method"] = f"{method.kind} on {', '.join(method.part_names(job.family))}"
     rows["precision"] = resolve_precision(recipe.run)
+    if not is_repeatable(job.family.device, recipe.run.deterministic):
+        rows["resume"] = "with the same batches and noise, but other last bits (run.deterministic=true: bit for bit)"
     return rows
 
 

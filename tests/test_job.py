@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -223,3 +225,45 @@ def test_previews_are_drawn_and_change_nothing(tiny_bases: dict[str, Path], phot
     ]
     assert len(list((run / "samples" / "step-000001").iterdir())) == 2  # one of each prompt
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_what_computes_was_put_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """A whole job on SDXL: whatever is asked of a part, it is one of those that were placed last. Encoders are placed
+    one by one, and the VAE lies beside nothing while latents are made: T5 and Flux need not fit together."""
+    placed: list[set[str]] = [set()]
+    asked: list[tuple[str, set[str]]] = []
+    family_type = families.REGISTRY["sdxl"]
+
+    def record(part: str) -> None:
+        asked.append((part, placed[-1]))
+
+    def watched(name: str, part_of: Callable[..., str]) -> None:
+        real = getattr(family_type, name)
+
+        def call(self: Any, *arguments: Any, **settings: Any) -> Any:
+            record(part_of(self, *arguments))
+            return real(self, *arguments, **settings)
+
+        monkeypatch.setattr(family_type, name, call)
+
+    real_place = family_type.place
+
+    def place(self: Any, parts: list[str]) -> None:
+        placed.append(set(parts))
+        real_place(self, parts)
+
+    monkeypatch.setattr(family_type, "place", place)
+    watched("encode_text", lambda self, index, prompts: self.text_encoders[index])
+    watched("encode_images", lambda self, pixels: "vae")
+    watched("predict", lambda self, *arguments: "denoiser")
+    recipe = settings(tiny_bases["sdxl"], photos, LORA, sample=LOOK | {"every": 1})
+    job.train(parse_recipe(recipe), tmp_path / "run")
+    assert {part for part, _ in asked} == {"denoiser", "vae", "text_encoder", "text_encoder_2"}
+    assert all(part in there for part, there in asked)
+    assert all(there == {"vae"} for part, there in asked if part == "vae")
+    cached = [there for part, there in asked if part == "text_encoder_2"]
+    assert {"text_encoder_2"} in cached  # alone, when prompts are cached
+    after_latents = asked[max(n for n, (part, _) in enumerate(asked) if part == "vae") :]
+    assert sum(part == "denoiser" and there == {"denoiser"} for part, there in after_latents) == SHORT["steps"]

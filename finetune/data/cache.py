@@ -43,7 +43,6 @@ class LatentCache:
         self,
         family: Family,
         views: Sequence[Picture],
-        device: torch.device | str,
         advance: Callable[[int], None] = lambda amount: None,
     ) -> None:
         """Encodes what is not on disk yet. A file that can't be read is made again.
@@ -53,7 +52,8 @@ class LatentCache:
         """
         for view in views:
             if not self._read(view):
-                encoded = family.encode_images(view.pixels()[None].to(device)).to("cpu")
+                family.place(["vae"])
+                encoded = family.encode_images(view.pixels()[None].to(family.device)).to("cpu")
                 held = self.held[view.key] = Latents(encoded.mean[0], encoded.std[0])
                 save_tensors(self._file(view), {"mean": held.mean, "std": held.std})
             advance(1)
@@ -84,12 +84,12 @@ class PromptCache:
 
     @torch.no_grad()
     def fill(self, prompts: Sequence[str]) -> None:
-        device = next(self.family.parts["denoiser"].parameters()).device
-        for prompt in prompts:
-            self.held[prompt] = [
-                {name: value.to(device) for name, value in self._one(index, prompt).items()}
-                for index in range(len(self.family.text_encoders))
-            ]
+        """One encoder after the other is on the device; what they give stays there."""
+        self.held |= {prompt: [] for prompt in prompts}
+        for index, part in enumerate(self.family.text_encoders):
+            for prompt in prompts:
+                encoded = self._one(index, part, prompt)
+                self.held[prompt].append({name: value.to(self.family.device) for name, value in encoded.items()})
 
     def __call__(self, prompts: Sequence[str], kept: Tensor | None = None) -> dict[str, Tensor]:
         rows = [self.held[prompt] for prompt in prompts]
@@ -99,11 +99,12 @@ class PromptCache:
         ]
         return self.family.join_texts(encoded, kept)
 
-    def _one(self, index: int, prompt: str) -> dict[str, Tensor]:
+    def _one(self, index: int, part: str, prompt: str) -> dict[str, Tensor]:
         """One encoder's output for one prompt, without the batch's dimension."""
         file = self._file(prompt, index)
         tensors = _load(file)
         if tensors is None:
+            self.family.place([part])
             tensors = {name: value[0] for name, value in self.family.encode_text(index, [prompt]).items()}
             save_tensors(file, tensors)
         return tensors

@@ -70,6 +70,7 @@ class Family(ABC):
     tokenizers: list[Any]
     schedule: AnySchedule
     folder: Path
+    device: torch.device = torch.device("cpu")  # where the parts compute: each is there while it is needed (`place`)
 
     # the share of the noise levels, from the lowest, that the base was trained on and is trained on
     noise_share: ClassVar[float] = 1.0
@@ -147,9 +148,17 @@ class Family(ABC):
         return self.schedule.shift_for(side, self.resolution, (side // (2 * self.latent_factor)) ** 2)
 
     def to(self, device: torch.device | str) -> None:
-        """Moves every part."""
-        for part in self.parts.values():
-            part.to(device)
+        """Computes on `device` from now on, and puts every part there."""
+        self.device = torch.device(device)
+        self.place(list(self.parts))
+
+    def place(self, parts: Sequence[str]) -> None:
+        """Puts `parts` on the family's device and all others into the CPU's memory: T5 need not lie beside Flux."""
+        for name, part in self.parts.items():
+            if name not in parts:
+                part.to("cpu")
+        for name in parts:
+            self.parts[name].to(self.device)
 
     @property
     def size_multiple(self) -> int:
@@ -234,7 +243,7 @@ class Family(ABC):
         """Drops frozen parts from memory once their work is cached; `restore` loads them again."""
 
     @abstractmethod
-    def restore(self, parts: Sequence[str], device: torch.device | str = "cpu") -> None: ...
+    def restore(self, parts: Sequence[str]) -> None: ...
 
 
 def _beside(keep: Tensor, value: Tensor) -> Tensor:

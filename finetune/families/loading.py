@@ -165,10 +165,10 @@ class DiffusersFamily(Family):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def restore(self, parts: Sequence[str], device: torch.device | str = "cpu") -> None:
+    def restore(self, parts: Sequence[str]) -> None:
         for name in parts:
             if isinstance(self.parts[name], nn.Identity):
-                self.parts[name] = self._load_part(name).to(device)
+                self.parts[name] = self._load_part(name)
 
     def enable_gradient_checkpointing(self, parts: Sequence[str]) -> None:
         for name in parts:
@@ -182,12 +182,27 @@ class DiffusersFamily(Family):
         make_scheduler(self.scheduler, sampler)
 
     def pipeline(self, sampler: str | None = None) -> Any:
-        self.restore(list(self.parts), next(self.parts["denoiser"].parameters()).device)
+        self.restore(list(self.parts))
         pipeline = getattr(diffusers, self._pipeline_name())(
             **self._pipeline_parts(), scheduler=make_scheduler(self.scheduler, sampler), **self._pipeline_extras()
         )
         pipeline.set_progress_bar_config(disable=True)
+        if self._fits():
+            self.place(list(self.parts))
+        else:
+            self.place([])
+            pipeline.enable_model_cpu_offload(device=self.device)
         return pipeline
+
+    def _fits(self) -> bool:
+        """Whether all parts can lie on the device together, with a tenth of its memory left for the images."""
+        if self.device.type != "cuda":
+            return True
+        tensors = [p for part in self.parts.values() for p in part.parameters()]
+        missing = sum(p.numel() * p.element_size() for p in tensors if p.device.type == "cpu")
+        free, whole = torch.cuda.mem_get_info(self.device)
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return missing + whole / 10 <= free + unused
 
     def _pipeline_name(self) -> str:
         return self.pipeline_class

@@ -27,7 +27,7 @@ def test_latents_are_the_vaes_own(family: Family, photos: Path, tmp_path: Path) 
     """Against diffusers' encoder on one view, scaled as its pipeline scales it."""
     cache, wanted = LatentCache(tmp_path, "base"), all_views(photos)
     counted: list[int] = []
-    cache.fill(family, wanted, "cpu", counted.append)
+    cache.fill(family, wanted, counted.append)
     assert sum(counted) == len(wanted) == 6
     vae = family.parts["vae"]
     with torch.no_grad():
@@ -40,14 +40,14 @@ def test_latents_are_the_vaes_own(family: Family, photos: Path, tmp_path: Path) 
 def test_a_warm_a_cold_and_a_damaged_cache_are_the_same_bits(family: Family, photos: Path, tmp_path: Path) -> None:
     wanted = all_views(photos)
     cold = LatentCache(tmp_path / "a", "base")
-    cold.fill(family, wanted, "cpu")
+    cold.fill(family, wanted)
     files = sorted((tmp_path / "a").rglob("*.safetensors"))
     assert len(files) == len(wanted)
     files[0].write_bytes(files[0].read_bytes()[:40])
     files[1].unlink()
     kept = {file: file.stat().st_mtime_ns for file in files[2:]}
     warm = LatentCache(tmp_path / "a", "base")
-    warm.fill(family, wanted, "cpu")
+    warm.fill(family, wanted)
     for view in wanted:
         assert torch.equal(warm.latents(view).mean, cold.latents(view).mean)
         assert torch.equal(warm.latents(view).std, cold.latents(view).std)
@@ -58,7 +58,7 @@ def test_a_warm_a_cold_and_a_damaged_cache_are_the_same_bits(family: Family, pho
 def test_another_base_or_precision_is_another_file(family: Family, photos: Path, tmp_path: Path) -> None:
     wanted = all_views(photos)[:1]
     for base, dtype in (("one", torch.float32), ("two", torch.float32), ("one", torch.bfloat16)):
-        LatentCache(tmp_path, base, dtype).fill(family, wanted, "cpu")
+        LatentCache(tmp_path, base, dtype).fill(family, wanted)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3
 
 

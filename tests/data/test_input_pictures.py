@@ -54,7 +54,7 @@ def made(kind: str, folder: Path, tiny_bases: dict, choices: Choices = CHOICES) 
 
 def filled(family: Family, inputs: Inputs, seen: list[View], tmp_path: Path) -> LatentCache:
     cache = LatentCache(tmp_path / "cache", "base")
-    cache.fill(family, [picture for view in seen for picture in inputs.pictures(view)], "cpu")
+    cache.fill(family, [picture for view in seen for picture in inputs.pictures(view)])
     return cache
 
 
@@ -216,7 +216,7 @@ def test_batches_carry_extra_inputs_and_lose_both_together(
     """A batch of 12 and its cut into 3 on 2 processes: the same channels, and the same prompts dropped."""
     family, inputs, seen = made("edit", companions, tiny_bases, replace(CHOICES, edit_dropout=0.3))
     cache = filled(family, inputs, seen, tmp_path)
-    cache.fill(family, seen, "cpu")
+    cache.fill(family, seen)
     streams = [[Sample([view], ["make it red"], 1.0, 0.0, view.photo.path.name) for view in seen]]
     whole = Batches(streams, cache, 3, 12, inputs=inputs).micro(0, 0)
     parts = [
