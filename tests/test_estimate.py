@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import PUBLISHED
-from published import write as write_published
+from finetune.testing.published import PUBLISHED
+from finetune.testing.published import write as write_published
 
 from finetune import families, methods
 from finetune.batch import Geometry

@@ -9,8 +9,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from published import PUBLISHED
-from published import write as write_published
+from finetune.testing.published import PUBLISHED
+from finetune.testing.published import write as write_published
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

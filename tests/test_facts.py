@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from published import write as write_published
+from finetune.testing.published import write as write_published
 from test_export import NAMES
 
 from finetune import families

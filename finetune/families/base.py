@@ -115,8 +115,11 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def skeletons(cls, folder: Path, parts: Sequence[str] | None = None) -> dict[str, nn.Module]:
-        """Parts (None: those that can be trained) on the meta device, from the configs: no weights are read."""
+    def skeletons(
+        cls, folder: Path, parts: Sequence[str] | None = None, device: torch.device | str = "meta"
+    ) -> dict[str, nn.Module]:
+        """Parts (None: those that can be trained) built from the configs: no weights are read. On another device than
+        meta they are random."""
 
     @classmethod
     @abstractmethod

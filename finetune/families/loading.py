@@ -91,9 +91,11 @@ class DiffusersFamily(Family):
         return cls(folder, dtype, without, on_meta=True)
 
     @classmethod
-    def skeletons(cls, folder: Path, parts: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    def skeletons(
+        cls, folder: Path, parts: Sequence[str] | None = None, device: torch.device | str = "meta"
+    ) -> dict[str, nn.Module]:
         wanted = cls.export_prefix if parts is None else parts
-        with torch.device("meta"):
+        with torch.device(device):
             return {
                 name: _from_config(kind, folder / subfolder)
                 for name, (subfolder, kind) in cls.sources.items()

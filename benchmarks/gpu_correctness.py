@@ -1,0 +1,284 @@
+"""The parts of benchmarks/gpu.py that say whether something works on this device."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_common import Row, Where, attempt, check, forget, tiny_base, tiny_recipe
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+SCALE = 1024.0  # under fp16 the loss is scaled, as the loss scaler does it
+# |found - wanted| / |wanted| of the gradient against the CPU's in fp32. fp32: another order of the same sums. bf16 and
+# fp16: their rounding (2^-9, 2^-12) through some hundred operations of networks that are random, not trained.
+BOUNDS = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}
+RESUMED = {
+    "LoRA, AdamW, bf16": ("sd1", ("run.precision=bf16",)),
+    "LoRA with dropout, AdamW, fp16 with its scaler": ("sdxl", ("run.precision=fp16", "method.dropout=.1")),
+    "full and text encoders, 8-bit AdamW, EMA": (
+        "sd1",
+        ("method={kind: full, parts: [denoiser, text_encoders]}", "optim={kind: adamw8bit, lr: 1e-3}", "run.ema=.9"),
+    ),
+    "LoRA on Flux": ("flux", ()),
+}
+IMAGES = ("prior={kind: class_images, count: 2, steps: 2}", "sample.every=1")
+JOBS = {
+    "SDXL LoRA, class images, previews, a rare token": ("sdxl", (*IMAGES, "data.token=auto")),
+    "SD3 LoRA in fp16, class images": ("sd3", (*IMAGES, "run.precision=fp16")),
+    "SDXL LoRA in fp16, previews": ("sdxl", ("run.precision=fp16", "sample.every=1")),
+    "Flux LoRA, checkpointing": ("flux", ("run.gradient_checkpointing=true",)),
+    "SD1 full with text encoders, 8-bit AdamW": ("sd1", RESUMED["full and text encoders, 8-bit AdamW, EMA"][1]),
+    "SDXL LoRA with text encoders, frozen base": (
+        "sdxl", ("method.parts=[denoiser, text_encoders]", "prior.kind=frozen_base"),
+    ),
+    "SD2 DoRA": ("sd2", ("method={kind: dora, rank: 4}", "export.max_error=1")),
+    "SD1 LoKr": ("sd1", ("method={kind: lokr, rank: 4}", "export.max_error=1")),
+    "SD1 LoHa": ("sd1", ("method={kind: loha, rank: 4}", "export.max_error=1")),
+    "SD1 OFT": ("sd1", ("method={kind: oft}", "export.max_error=1")),
+    "SD1 textual inversion": ("sd1", ("method={kind: textual_inversion}", "optim.lr=1e-2")),
+    "SDXL pivotal tuning": ("sdxl", ("method={kind: pivotal}",)),
+}  # fmt: skip
+
+
+def demo(where: Where) -> Iterator[Row]:
+    """The demo as it ships, and the judge's word on what was learned (as tests/test_demo.py asks)."""
+    sys.path.insert(0, str(ROOT / "examples" / "tiny_base"))
+    import judge
+    from PIL import Image
+
+    from finetune import load_recipe, train
+    from finetune.demo import subject_pictures
+
+    short = ["run.steps=2", "prior.count=2", "prior.steps=2", "sample.steps=2", "sample.count=1"] if where.tiny else []
+    began = time.perf_counter()
+    run = train(load_recipe("demo", [f"data.photos={subject_pictures()}", *short]), where.work / "demo")
+    yield check("demo: from photos to page", (run / "report.html").is_file(), f"{time.perf_counter() - began:.0f} s")
+    known = judge.load_judge()
+
+    def images(when: str, prompt: int) -> list[Image.Image]:
+        return [Image.open(file).convert("RGB") for file in (run / "samples" / when).glob(f"{prompt:02d}-*.png")]
+
+    for what, when, prompt, least, most in (
+        ("before, the token draws the mug", "before", 0, 0.0, 0.0),
+        ("afterwards it draws the mug", "after", 0, 0.75, 1.0),
+        ('"a mug" draws that mug', "after", 3, 0.0, 0.25),
+    ):
+        found = judge.is_subject(known, images(when, prompt), "mug")
+        share = sum(found) / len(found)
+        yield check(f"demo: {what}", where.tiny or least <= share <= most, f"{share:.2f} ({least:g} to {most:g})")
+
+
+def numbers(where: Where) -> Iterator[Row]:
+    """Loss and gradient of one step of every family in every precision, against the CPU's in fp32."""
+    from finetune import families
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for family in families.REGISTRY:
+        for kind in ("lora", "full"):
+            wanted = loss_and_gradient(tiny_base(where, family), kind, torch.device("cpu"), "fp32")
+            for precision in BOUNDS:
+                yield attempt(
+                    f"{family} {kind} {precision}: gradient",
+                    lambda f=family, k=kind, p=precision, w=wanted: compared(where, f, k, p, w),
+                )
+
+
+def compared(where: Where, family: str, kind: str, precision: str, wanted: tuple[float, Tensor]) -> str:
+    loss, gradient = loss_and_gradient(tiny_base(where, family), kind, where.device, precision)
+    off = abs(loss - wanted[0]) / wanted[0]
+    error = float((gradient - wanted[1]).norm() / wanted[1].norm())
+    line = f"loss {off:.1e}, gradient {error:.1e} off"
+    if not error <= BOUNDS[precision]:
+        raise ValueError(f"{line} (bound {BOUNDS[precision]:g})")
+    return line
+
+
+def loss_and_gradient(base: Path, kind: str, device: torch.device, precision: str) -> tuple[float, Tensor]:
+    """The loop's own `Step` on one fixed batch: an adapter's base is cast, full weights stay fp32 under autocast."""
+    from finetune import families, methods
+    from finetune.export import DTYPES
+    from finetune.loop import Step
+    from finetune.objectives import ObjectiveSettings, build
+
+    method = methods.REGISTRY[kind]()
+    dtype = DTYPES[precision]
+    family = families.load(str(base), dtype=method.weight_dtype(dtype))
+    family.to(device)
+    trained = method.attach(family, 0)
+    made = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            if ".lora_B." in name:  # 0 at the start: then A has no gradient
+                parameter.copy_(torch.randn(parameter.shape, generator=made) * 0.02)
+    objective = build(ObjectiveSettings(), family.schedule, family.shift(32)).to(device)
+    step = Step(family, list(method.part_names(family)), objective, family.encode_prompts)
+    autocast = precision == "fp16" or (precision == "bf16" and not method.is_adapter)
+    with torch.autocast(device.type, dtype if autocast else torch.bfloat16, enabled=autocast):
+        loss = step(fixed_batch(family.latent_channels).to(device))
+    (loss * SCALE).backward()
+    gradient = torch.cat([p.grad.float().flatten().cpu() for p in trained.values() if p.grad is not None])
+    return float(loss), gradient / SCALE
+
+
+def fixed_batch(channels: int, count: int = 2) -> Any:
+    from finetune.batch import Batch, Geometry, Latents
+    from finetune.draws import Draw
+
+    mean = torch.randn(count, channels, 16, 16, generator=torch.Generator().manual_seed(1))
+    geometry, draws = [Geometry((32, 32), (0, 0), (32, 32))] * count, [Draw(0, 0, k) for k in range(count)]
+    prompts = ["a photo of zwx mug", "a mug"][:count]
+    return Batch(
+        Latents(mean, torch.full_like(mean, 0.1)), prompts, torch.ones(count), geometry, draws, ["a", "b"][:count]
+    )
+
+
+def resume(where: Where) -> Iterator[Row]:
+    """Deterministic mode: a run that lost its second half, gone on with in a new process, against the unbroken one."""
+    started = {}
+    for what, (family, overrides) in RESUMED.items():
+        precision = [f"run.precision={where.precision('fp16')}"] if "run.precision=fp16" in overrides else []
+        settings = (*overrides, *precision, "run.steps=6", "run.checkpoint_every=3", "run.deterministic=true")
+        name = re.sub(r"\W+", "-", what)
+        yield attempt(f"deterministic run: {what}", lambda n=name, f=family, s=settings: half(where, n, f, s))
+        if (where.work / f"{name}-again").is_dir():
+            command = [sys.executable, "-m", "finetune", "resume", str(where.work / f"{name}-again")]
+            started[what] = (
+                name,
+                subprocess.Popen(
+                    command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment()
+                ),
+            )
+    for what, (name, process) in started.items():
+        _, said = process.communicate()
+        again, whole = (trained_bytes(where.work / (name + suffix)) for suffix in ("-again", ""))
+        equal = process.returncode == 0 and again == whole
+        yield check(f"resumed bit for bit: {what}", equal, "" if equal else said.strip()[-300:] or "other weights")
+
+
+def half(where: Where, name: str, family: str, settings: tuple[str, ...]) -> str:
+    """Trains, and beside it leaves the same run as it was at its middle."""
+    from finetune import train
+
+    run, again = where.work / name, where.work / f"{name}-again"
+    train(tiny_recipe(where, family, settings), run)
+    shutil.copytree(run, again)
+    for late in ("checkpoints/step-000006", "adapter", "exports", "samples/after"):
+        shutil.rmtree(again / late)
+    return ""
+
+
+def trained_bytes(run: Path) -> bytes:
+    file = run / "adapter" / "trained.safetensors"
+    return file.read_bytes() if file.is_file() else run.name.encode()
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+def jobs(where: Where) -> Iterator[Row]:
+    """Whole jobs on small random bases, from photos to exports that diffusers or PEFT read back; then the commands."""
+    for what, (family, overrides) in JOBS.items():
+        settings = tuple(text.replace("fp16", where.precision("fp16")) for text in overrides)
+        yield attempt(f"job: {what}", lambda w=what, f=family, s=settings: whole_job(where, w, f, s))
+    run = where.work / folder_of(next(iter(JOBS)))
+    if run.is_dir():
+        file = next(run.glob("exports/*.safetensors"))
+        for arguments in (["sample", str(run), "-p", "a photo of a mug", "--count", "1"], ["verify", str(file)]):
+            base = ["--base", str(tiny_base(where, "sdxl"))] if arguments[0] == "verify" else []
+            command = [sys.executable, "-m", "finetune", *arguments, *base]
+            done = subprocess.run(command, cwd=where.work, env=environment(), capture_output=True, text=True)
+            yield check(f"finetune {arguments[0]}", done.returncode == 0, done.stderr.strip()[-300:])
+
+
+def folder_of(what: str) -> str:
+    return "job-" + re.sub(r"\W+", "-", what)
+
+
+def whole_job(where: Where, what: str, family: str, settings: tuple[str, ...]) -> str:
+    from finetune import train
+
+    began = time.perf_counter()
+    run = train(tiny_recipe(where, family, settings), where.work / folder_of(what))
+    exported = json.loads((run / "exports.json").read_text(encoding="utf-8"))
+    if "sample.every=1" in settings and not (run / "samples" / "step-000001").is_dir():
+        raise ValueError("no preview was drawn")
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    if not all(map(math.isfinite, losses)):
+        raise ValueError(f"losses {losses}")
+    return f"{time.perf_counter() - began:.0f} s, exports {', '.join(item['format'] for item in exported)}"
+
+
+def stops(where: Where) -> Iterator[Row]:
+    """A step that is not finite is not made, in any precision."""
+    for precision in ("fp32", "bf16", "fp16"):
+        for kind in ("lora", "full"):
+            chosen = where.precision(precision)
+            yield attempt(f"stop at NaN: {kind} {precision}", lambda k=kind, p=chosen: stopped_at_nan(where, k, p))
+
+
+def stopped_at_nan(where: Where, kind: str, precision: str) -> str:
+    from finetune import families, methods
+    from finetune.config import Run
+    from finetune.errors import CheckFailed
+    from finetune.export import DTYPES
+    from finetune.loop import fit, make_accelerator
+    from finetune.objectives import ObjectiveSettings, build
+    from finetune.optim import AdamW
+    from finetune.run import RunFolder
+
+    method = methods.REGISTRY[kind]()
+    run = Run(steps=3, precision=precision)
+    family = families.load(str(tiny_base(where, "sd1")), dtype=method.weight_dtype(DTYPES[precision]))
+    family.to(where.device)
+    trained = method.attach(family, 0)
+    before: dict[str, Tensor] = {}
+
+    class Spoiled:
+        def micro(self, step: int, index: int) -> Any:
+            batch = fixed_batch(family.latent_channels)
+            if step == 1:
+                before.update({name: value.detach().clone() for name, value in trained.items()})
+                batch.latents.mean.fill_(math.nan)
+            return batch
+
+    folder = RunFolder(where.work / f"nan-{kind}-{precision}")
+    folder.path.mkdir(exist_ok=True)
+    try:
+        fit(
+            accelerator=make_accelerator(run, method.is_adapter), family=family, trained=trained,
+            objective=build(ObjectiveSettings(), family.schedule), encode_prompts=family.encode_prompts,
+            batches=Spoiled(), optim=AdamW(lr=1e-3), run=run, folder=folder,
+        )  # fmt: skip
+    except CheckFailed as stop:
+        if all(torch.equal(before[name], value) for name, value in trained.items()):
+            return str(stop).split(";")[0]
+        raise ValueError("the bad update was made") from stop
+    finally:
+        forget()
+    raise ValueError("nothing stopped it")
+
+
+def tests(where: Where) -> Iterator[Row]:
+    """`pytest -m gpu`: every family x method on the device."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    if where.tiny:
+        command += ["--collect-only"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
+    for line in lines:
+        if line.startswith(("FAILED", "ERROR")):
+            yield check(line[:300], False)
+    yield check("pytest -m gpu", done.returncode == 0, lines[-1])

@@ -1,0 +1,56 @@
+"""Bases with random weights, made on the device itself: a published size without a download and without the disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from finetune import families
+from finetune.families.base import Family
+from finetune.families.tiny import tiny_tokenizer
+from finetune.families.tiny_transformers import tiny_t5_tokenizer
+
+
+def random_family(folder: Path, dtype: torch.dtype, device: torch.device | str, parts: Sequence[str]) -> Family:
+    """A family of the configs in `folder` (`testing.published` writes them), of which `parts` are made; the others are
+    released. Its tokenizers know a few words only."""
+    family = families.family_of(folder).on_meta(folder, dtype)
+    family.device = torch.device(device)
+    family.tokenizers = [_tokenizer(folder, name) for name in family.text_encoders]
+    family.parts = {name: torch.nn.Identity() for name in family.parts}
+    make_parts(family, dtype, parts)
+    return family
+
+
+def make_parts(family: Family, dtype: torch.dtype, parts: Sequence[str]) -> None:
+    """Random weights in `dtype` on the family's device, frozen."""
+    for part in parts:
+        with _default_dtype(dtype):
+            module = family.skeletons(family.folder, [part], family.device)[part]
+        family.parts[part] = module.to(dtype).requires_grad_(False).eval()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A base of 12 billion weights is not made in fp32 first."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _tokenizer(folder: Path, encoder: str) -> Any:
+    """As long as the real one, so that prompts have the real number of positions."""
+    is_t5 = json.loads((folder / encoder / "config.json").read_text(encoding="utf-8")).get("model_type") == "t5"
+    target = folder / encoder.replace("text_encoder", "tokenizer")
+    target.mkdir(exist_ok=True)
+    tokenizer = tiny_t5_tokenizer(target) if is_t5 else tiny_tokenizer(target)
+    cast(Any, tokenizer).model_max_length = 512 if is_t5 else 77
+    return tokenizer
