@@ -29,6 +29,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
+CPU_PATIENCE = 6  # times the limits of a GPU
 NAMES = (
     "device", "demo", "numbers", "resume", "jobs", "stops", "speed-sd1-lora", "speed-sdxl-lora", "tests", "start",
     "speed-flux-lora", "speed-sd1-full", "speed-sdxl-full", "speed-sd3-lora", "speed-sd3-full",
@@ -72,7 +73,7 @@ def main() -> int:
     for name, after in zip(chosen, [*chosen[1:], None], strict=True):
         process = waiting or begin(name, arguments)
         waiting = begin(after, arguments) if after else None  # imports while the one before it works
-        rows += finish(name, process, deadline, rows_file.with_suffix(f".{name}.jsonl"))
+        rows += finish(name, process, deadline, rows_file.with_suffix(f".{name}.jsonl"), arguments.cpu)
         write(rows_file, rows)
     print("\n" + table(rows, arguments.cpu))
     page.write_text(table(rows, arguments.cpu), encoding="utf-8")
@@ -107,7 +108,7 @@ def begin(name: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def finish(name: str, process: subprocess.Popen[str], deadline: float, file: Path) -> list[dict[str, Any]]:
+def finish(name: str, process: subprocess.Popen[str], deadline: float, file: Path, cpu: bool) -> list[dict[str, Any]]:
     """The part's rows; where it broke or took too long, a last one that says so."""
     left = deadline - time.monotonic()
     if left < 5:
@@ -118,7 +119,7 @@ def finish(name: str, process: subprocess.Popen[str], deadline: float, file: Pat
     reader = threading.Thread(target=lambda: said.extend(process.stderr or []), daemon=True)
     reader.start()
     assert process.stdin is not None
-    limit = min(left, parts_limit(name))
+    limit = min(left, parts()[name].seconds * (CPU_PATIENCE if cpu else 1))
     try:
         process.stdin.write(f"{limit}\n")
         process.stdin.close()
@@ -135,10 +136,6 @@ def finish(name: str, process: subprocess.Popen[str], deadline: float, file: Pat
         rows.append({"part": name, "what": f"part {name}", "table": "works", "ok": False, "value": fault})
     print(f"{name:>18}  {time.monotonic() - began:5.0f} s  {verdict(rows)}", flush=True)
     return rows
-
-
-def parts_limit(name: str) -> int:
-    return parts()[name].seconds
 
 
 def end(process: subprocess.Popen[str]) -> None:

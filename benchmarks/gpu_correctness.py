@@ -185,7 +185,8 @@ def trained_bytes(run: Path) -> bytes:
 
 def environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # tests/conftest.py hides GPUs unless they are asked for
+    return os.environ | {"PYTHONPATH": path, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CUDA_VISIBLE_DEVICES": visible}
 
 
 def jobs(where: Where) -> Iterator[Row]:

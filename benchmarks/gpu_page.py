@@ -32,8 +32,9 @@ def works(rows: Sequence[Row]) -> str:
     found = chosen(rows, "works")
     bad = [row for row in found if not row["ok"]]
     title = f"## What works\n\n{len(found) - len(bad)} of {len(found)} checks hold.\n"
-    cells = [[row["part"], row["what"], "yes" if row["ok"] else "**NO**", str(row["value"])] for row in [*bad, *found]]
-    return title + "\n" + grid(["part", "check", "holds", ""], cells[: len(bad)] + cells[len(bad) :]) if found else ""
+    ordered = sorted(found, key=lambda row: row["ok"])  # what fails comes first
+    cells = [[row["part"], row["what"], "yes" if row["ok"] else "**NO**", str(row["value"])] for row in ordered]
+    return title + "\n" + grid(["part", "check", "holds", ""], cells) if found else ""
 
 
 def speed(rows: Sequence[Row]) -> str:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,6 @@ from torch import Tensor
 GIB = 2**30
 WARM, STEPS, ENOUGH = 4, 10, 4.0  # steps before the measured ones, measured ones, seconds after which fewer will do
 BASES = {"SD 1.5": "sd1", "SDXL": "sdxl", "SD3.5 medium": "sd3", "Flux.1 dev": "flux"}
-PUBLISHED = {"SD3.5 medium": "SD3.5 medium"}
 SIDES, BATCHES = (512, 1024), (1, 8)
 RANK = 16
 
@@ -230,14 +230,12 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
     folder = timed_folder(case)
     if case.where.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with suppress(Enough):
         fit(
             accelerator=make_accelerator(run, case.method.is_adapter), family=case.family, trained=case.trained,
             objective=build(ObjectiveSettings(), case.family.schedule, case.family.shift(case.side)),
             encode_prompts=case.prompts, batches=case, optim=case.optim, run=run, folder=folder, on_step=after,
         )  # fmt: skip
-    except Enough:
-        pass
     found: Row = {"ours_ms": statistics.median(clock.milliseconds()[WARM:])}
     if case.where.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
@@ -247,7 +245,7 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
 
 
 def timed_folder(case: Case) -> Any:
-    """A run folder that times its checkpoints, and leaves out those of whole models: the disk here is not the run's."""
+    """A run folder that times a LoRA's checkpoints, and writes none of whole models: they would fill the disk."""
     from finetune.run import RunFolder, State
 
     class Timed(RunFolder):

@@ -47,9 +47,10 @@ class Fixed:
 
 
 def train(
-    base: Path, kind: str, folder: Path, bad: int = -1, count: int = 2, steps: int = 3
+    base: Path, kind: str, folder: Path, bad: int = -1, count: int = 2, steps: int = 3, device: str = "cpu"
 ) -> dict[str, torch.Tensor]:
     family = families.load(str(base))
+    family.to(device)
     method = methods.REGISTRY[kind](**({} if kind == "textual_inversion" else {"parts": BOTH}))
     word = method.name_subject(family, "zwx", "mug") or "zwx"
     trained = method.attach(family, 0)

@@ -1,0 +1,76 @@
+"""On a CUDA device: every family x method trains, resumes bit for bit in deterministic mode, and draws as the CPU does.
+
+`CUDA_VISIBLE_DEVICES=0 pytest -m gpu`; tests/conftest.py hides the GPUs from all other tests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from test_resume import train
+
+from finetune import families, methods
+from finetune.config import Run
+from finetune.data.cache import PromptCache
+from finetune.determinism import deterministic
+from finetune.errors import CheckFailed
+from finetune.loop import resolve_precision
+from finetune.methods.base import Method
+from finetune.sample import draw
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+CASES = [(family, kind) for family in families.REGISTRY for kind in methods.REGISTRY]
+
+
+@pytest.fixture(autouse=True)
+def _own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_killed_and_resumed_is_the_unbroken_run(
+    family: str, kind: str, tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    with deterministic(True):
+        wanted = train(tiny_bases[family], kind, whole, device="cuda")
+        with pytest.raises(CheckFailed):
+            train(tiny_bases[family], kind, cut, bad=2, device="cuda")
+        resumed = train(tiny_bases[family], kind, cut, device="cuda")
+    assert all(value.device.type == "cuda" for value in wanted.values())
+    assert all(torch.equal(wanted[name], resumed[name]) for name in wanted)
+
+
+def test_auto_is_a_half_precision() -> None:
+    assert resolve_precision(Run()) in ("bf16", "fp16")
+
+
+@pytest.mark.parametrize("name", list(families.REGISTRY))
+def test_prompts_and_images_are_the_cpus(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    here, there = families.load(str(tiny_bases[name])), families.load(str(tiny_bases[name]))
+    there.to("cuda")
+    wanted = here.encode_prompts(["a photo of zwx mug"])
+    cache = PromptCache(there, "base", tmp_path)
+    cache.fill(["a photo of zwx mug"])
+    for key, value in cache(["a photo of zwx mug"]).items():
+        assert value.device.type == "cuda"
+        assert torch.allclose(value.cpu(), wanted[key], atol=1e-4)
+    images = [draw(family, ["a mug"], seeds=[0], sampler=None, steps=2, size=32)[0] for family in (here, there)]
+    difference = np.abs(np.asarray(images[0], dtype=float) - np.asarray(images[1], dtype=float))
+    assert difference.mean() < 1
+
+
+@pytest.mark.parametrize("kind", list(methods.REGISTRY))
+def test_trained_weights_lie_where_the_base_does(kind: str, tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sdxl"]), dtype=torch.bfloat16)
+    family.to("cuda")
+    method: Method = methods.REGISTRY[kind]()
+    method.name_subject(family, "zwx", "mug")
+    assert all(value.device.type == "cuda" for value in method.attach(family, 0).values())
