@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune.testing.published import PUBLISHED
-from finetune.testing.published import write as write_published
 
 from finetune import families, methods
 from finetune.batch import Geometry
 from finetune.cli import run
 from finetune.config import Recipe, parse_recipe
 from finetune.estimate import _activations, _counting, estimate, report
+from finetune.testing.published import PUBLISHED
+from finetune.testing.published import write as write_published
 
 # the published counts, in millions (../shared/reference/methods.md, the model cards)
 DENOISERS = {name: millions for name, (_, _, _, millions) in PUBLISHED.items()}

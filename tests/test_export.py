@@ -9,8 +9,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from finetune.testing.published import PUBLISHED
-from finetune.testing.published import write as write_published
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +22,8 @@ from finetune.export.verify import probe, verify
 from finetune.families.base import Family
 from finetune.methods.full import Full
 from finetune.methods.lora import LoRA
+from finetune.testing.published import PUBLISHED
+from finetune.testing.published import write as write_published
 
 ABOUT = {"title": "x", "trigger_phrase": "zwx mug", "resolution": "32x32", "base_hash": "h"}
 NAMES = list(families.REGISTRY)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from finetune.testing.published import write as write_published
 from test_export import NAMES
 
 from finetune import families
 from finetune.cli import run
 from finetune.families.facts import facts
+from finetune.testing.published import write as write_published
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""On a CUDA device: every family x method trains, resumes bit for bit in deterministic mode, and draws as the CPU does.
+"""On a CUDA device: every family x method trains, resumes bit for bit in deterministic mode and draws as the CPU does.
 
 `CUDA_VISIBLE_DEVICES=0 pytest -m gpu`; tests/conftest.py hides the GPUs from all other tests.
 """
