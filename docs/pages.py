@@ -6,6 +6,7 @@ mkdocs calls `on_config`, `on_files` and `on_page_markdown` (https://www.mkdocs.
 from __future__ import annotations
 
 import ast
+import json
 import posixpath
 import re
 from collections.abc import Iterator
@@ -102,8 +103,20 @@ def _linked() -> frozenset[str]:
 
 def _shown(path: Path) -> str:
     content = path.read_text(encoding="utf-8")
-    name = path.relative_to(ROOT).as_posix()
-    return content if path.suffix == ".md" else f"# {name}\n\n````{path.suffix[1:]}\n{content}````\n"
+    if path.suffix == ".md":
+        return content
+    if path.suffix == ".ipynb":
+        return "\n\n".join(_cell(cell) for cell in json.loads(content)["cells"])
+    return f"# {path.relative_to(ROOT).as_posix()}\n\n{_code(content, path.suffix[1:])}"
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    text = "".join(cell["source"])
+    return _code(f"{text}\n", "python") if cell["cell_type"] == "code" else text
+
+
+def _code(content: str, language: str) -> str:
+    return f"````{language}\n{content}````\n"
 
 
 def _modules(folder: Path) -> Iterator[Path]:
