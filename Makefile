@@ -1,4 +1,5 @@
 # make demo: installs and runs the demo. make test: installs and runs the tests. make check: lint and types.
+# make coverage: the tests that are not marked slow, with the lines they run. make docs: the documentation site, in site/.
 VENV ?= .venv
 PYTHON ?= python3
 ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
@@ -19,4 +20,14 @@ check: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-.PHONY: demo test check
+coverage: $(VENV)/installed
+	$(ENV) $(VENV)/bin/python -m pytest -n 2 -m "not slow" --cov=finetune --cov=data_tools
+
+$(VENV)/docs: $(VENV)/installed
+	$(VENV)/bin/pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/docs
+	PATH="$(VENV)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+.PHONY: demo test check coverage docs
