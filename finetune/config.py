@@ -169,7 +169,7 @@ class Run(Settings):
     def _fits_every_system(cls, value: str) -> str:
         if value.split(".")[0].strip().lower() in DEVICES or value.endswith((".", " ")):
             raise ValueError(
-                "Windows can't have such a file (a device's name, or a dot or space at its end): change it"
+                "no file can have that name on Windows (a device, or a dot or space at its end): change it"
             )
         return value
 
