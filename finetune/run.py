@@ -28,7 +28,7 @@ from finetune.config import Recipe, dump_recipe, read_recipe
 from finetune.errors import BadInput
 from finetune.files import flush, load_tensors, save_tensors, sha256, write_json, write_text
 
-HOLDER = "run.holder"  # who holds run.lock, which nobody else can read on Windows
+HOLDER = "run.lock.txt"  # who holds run.lock, which nobody else can read on Windows
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 

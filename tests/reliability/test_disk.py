@@ -104,4 +104,4 @@ def test_a_second_run_on_a_folder_is_refused_and_a_dead_one_is_not_in_the_way(re
             pass
         other.kill()
     with folder.held(recipe):
-        assert str(os.getpid()) in (folder.path / "run.holder").read_text()
+        assert str(os.getpid()) in (folder.path / "run.lock.txt").read_text()
