@@ -66,7 +66,7 @@ def work_on(work: Path, run: Path, kinds: tuple[str, str]) -> None:
 
     torch.set_num_threads(1)
     os.environ["FINETUNE_CACHE"] = str(work / "caches" / run.name)
-    noted = (work / "damaged.txt").open("a")
+    noted = (work / "damaged.txt").open("a", encoding="utf-8", newline="\n")
     warnings.showwarning = lambda message, *rest: print(message, file=noted, flush=True)
     warnings.simplefilter("always", UserWarning)
     train(recipe(work, *kinds), run)
@@ -101,7 +101,7 @@ def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
     """The adapter's hash, and the metrics without their timing."""
     from finetune.files import sha256
 
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in rows:
         del row["seconds"]
     return sha256(run / "adapter" / "trained.safetensors"), rows
@@ -155,7 +155,7 @@ def main() -> None:
             where[phase_of(work, run)] += 1
             flipped += dice.random() < 0.2 and flip_a_byte(run, dice)
         same += outcome(run) == wanted
-    damaged = (work / "damaged.txt").read_text().count("is damaged")
+    damaged = (work / "damaged.txt").read_text(encoding="utf-8").count("is damaged")
     print(f"unbroken run: {length:.1f} s, adapter {wanted[0][:16]}")
     print(f"{kills} kills: " + ", ".join(f"{where[name]} in {name}" for name in PHASES if where[name]))
     print(f"{flipped} checkpoints damaged on purpose, {damaged} times a damaged one was met, named and passed over")

@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -63,7 +64,7 @@ def one_run(
     folder = work / tag / name
     done = folder / "measured.json"
     if done.is_file():
-        return json.loads(done.read_text())
+        return json.loads(done.read_text(encoding="utf-8"))
     settings = [
         f"data.photos={photos_of(subject, work)}",
         f"data.class_noun={subject}",
@@ -78,7 +79,7 @@ def one_run(
     family, info = open_result(folder)
     measured = {"subject": subject, "seed": seed, "method": method, "prior": prior, "cpu_seconds": seconds}
     measured |= measure(family, subject, f"{info['token']} {subject}", seed, folder)
-    done.write_text(json.dumps(measured, indent=2))
+    done.write_text(json.dumps(measured, indent=2), encoding="utf-8", newline="\n")
     return measured
 
 
@@ -137,8 +138,10 @@ def base_figures(work: Path, subject: str, seed: int) -> dict[str, Any]:
         family = families.load("tiny")
         token = tokens.suggest(family, 1, subject)[0].text
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(measure(family, subject, f"{token} {subject}", seed)))
-    return {"subject": subject, "seed": seed, **json.loads(file.read_text())}
+        file.write_text(
+            json.dumps(measure(family, subject, f"{token} {subject}", seed)), encoding="utf-8", newline="\n"
+        )
+    return {"subject": subject, "seed": seed, **json.loads(file.read_text(encoding="utf-8"))}
 
 
 def derive(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
@@ -220,7 +223,7 @@ def verdicts(rows: list[dict[str, Any]], bases: dict[tuple[str, int], dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="section.key=value: a trial")
-    parser.add_argument("--work", type=Path, default=Path(os.environ.get("TMPDIR", "/tmp")) / "dreambooth-claims")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "dreambooth-claims")
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=SUBJECTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
@@ -254,7 +257,9 @@ def write_results(text: str, lines: list[str]) -> None:
     before, _, rest = file.read_text(encoding="utf-8").partition("<!-- claims -->")
     _, _, after = rest.partition("<!-- end of claims -->")
     claims = "\n".join(lines)
-    file.write_text(f"{before}<!-- claims -->\n{text}\n\n{claims}\n<!-- end of claims -->{after}", encoding="utf-8")
+    file.write_text(
+        f"{before}<!-- claims -->\n{text}\n\n{claims}\n<!-- end of claims -->{after}", encoding="utf-8", newline="\n"
+    )
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from memory import peak_memory
 
 if TYPE_CHECKING:
     from finetune.config import Recipe
@@ -108,8 +109,8 @@ def main() -> None:
     else:
         recipe = load_recipe("sd15-lora", [*settings, "prior.count=2", "prior.steps=2"])
         run = train(recipe, arguments.work / f"run-{os.getpid()}", print)
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    peak = peak_memory() / 2**30
     print("steps", [(round(step["loss"], 4), f"{step['seconds']:.1f} s") for step in steps])
     print(f"whole job {time.perf_counter() - began:.0f} s, peak memory {peak:.1f} GiB, page {run}/report.html")
 

@@ -9,7 +9,7 @@ Subjects, recipe, judge and measures are those of dreambooth_claims.py; finished
 from __future__ import annotations
 
 import argparse
-import os
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -49,7 +49,7 @@ def table(rows: dict[str, list[dict[str, float]]], untouched: list[dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path(os.environ.get("TMPDIR", "/tmp")) / "priors")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "priors")
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=claims.SUBJECTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--settings", nargs="+", default=SETTINGS, help="a kind and a weight each")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from memory import peak_memory
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 BEGAN = time.perf_counter()
@@ -212,7 +213,7 @@ def alone(size: str, work: Path, which: str) -> dict[str, float]:
             note()
     else:
         our_run(source, work, 5, note)
-    return {"first_step": first[0], "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {"first_step": first[0], "peak_mb": peak_memory() / 2**20}
 
 
 def child(size: str, work: Path, which: str) -> dict[str, float]:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     from finetune.errors import BadInput
+    from finetune.quiet import printable
 
+    printable()
     try:
         return options.run(options)
     except BadInput as error:
@@ -96,8 +98,9 @@ def _print_json(findings: Findings) -> None:
         }
         for file in findings.files
     ]
-    about = {"folder": str(findings.folder), "fine": findings.fine, "problems": findings.problems}
-    print(json.dumps(about | {"notes": findings.notes, "files": files}, indent=2, ensure_ascii=False))
+    about = {"folder": findings.folder.as_posix(), "fine": findings.fine, "problems": findings.problems}
+    # ASCII: a pipe may have any encoding
+    print(json.dumps(about | {"notes": findings.notes, "files": files}, indent=2))
 
 
 def _print_table(findings: Findings) -> None:

@@ -45,7 +45,7 @@ def write_bundle(run: Path, step: int, loss: float, grad_norm: float | None, sam
     facts = {
         "step": step,
         **{key: value if value is None or math.isfinite(value) else str(value) for key, value in numbers.items()},
-        "again": f"finetune resume {run}",
+        "again": f"finetune resume {run.as_posix()}",
         "samples": [about for about, _ in samples],
     }
     write_json(folder / "step.json", facts)

@@ -15,7 +15,7 @@ import typer
 
 from finetune.cli_adapters import register, say_exported
 from finetune.errors import BadInput, CheckFailed, Stopped
-from finetune.quiet import quiet
+from finetune.quiet import printable, quiet
 
 if TYPE_CHECKING:
     from finetune.config import Recipe
@@ -361,6 +361,7 @@ def run(arguments: list[str]) -> tuple[int, str]:
     """
     debug = "--debug" in arguments
     quiet()
+    printable()
     try:
         with _pickle_allowed("--allow-pickle" in arguments):
             app([argument for argument in arguments if argument not in ("--debug", "--allow-pickle")])

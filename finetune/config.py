@@ -18,8 +18,10 @@ from finetune.methods import MethodSettings
 from finetune.objectives import ObjectiveSettings
 from finetune.optim import Optim
 from finetune.penalties import Distance, FrozenBase, Preserve
-from finetune.settings import Settings
+from finetune.settings import AnyPath, Settings
 
+# what Windows keeps for devices: no file can have such a name there, whatever its ending
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 Sampler = Literal["dpm++", "ddim", "euler", "unipc"]  # finetune.families.samplers makes them
 
 
@@ -57,7 +59,7 @@ class Base(Settings):
 class Subject(Settings):
     """A further subject of the same run, beside `data.photos`: its photos, what it is, and its token."""
 
-    photos: Path
+    photos: AnyPath
     class_noun: str | None = None
     token: str = Field("auto", min_length=1)
 
@@ -123,7 +125,7 @@ class ClassImages(Preserve):
     count: int = Field(100, ge=1)
     prompt: str = "a photo of a {noun}"
     negative: str = ""
-    folder: Path | None = None
+    folder: AnyPath | None = None
     sampler: Sampler = "dpm++"
     steps: int = Field(20, ge=1)
     guidance: float = 4.0
@@ -147,7 +149,7 @@ class Run(Settings):
     how many there are.
     """
 
-    dir: Path | None = None  # None: runs/<name>-<n>
+    dir: AnyPath | None = None  # None: runs/<name>-<n>
     name: str = Field("run", pattern=r"^\w[\w .+-]*$", max_length=100)  # of files: no folders in it
     seed: int = 0
     steps: int = Field(800, ge=1)
@@ -162,6 +164,15 @@ class Run(Settings):
     keep: int = Field(2, ge=1)
     log_every: int = Field(1, ge=1)
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
+
+    @field_validator("name")
+    @classmethod
+    def _fits_every_system(cls, value: str) -> str:
+        if value.split(".")[0].strip().lower() in DEVICES or value.endswith((".", " ")):
+            raise ValueError(
+                "no file can have that name on Windows (a device, or a dot or space at its end): change it"
+            )
+        return value
 
 
 class Sample(Settings):

@@ -1,4 +1,4 @@
-"""Writing files so that a kill leaves the old one or the new one, never a half; and hashing them."""
+"""Writing files so that a kill leaves the old one or the new one, never a half; reading and hashing them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,17 +28,41 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        descriptor = os.open(temporary, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-        temporary.replace(path)
+        flush(temporary)
+        _rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _rename(temporary: Path, path: Path) -> None:
+    """Over `path`. Windows refuses that while another process reads the old file: it is tried for about a second."""
+    for pause in (0.01, 0.03, 0.1, 0.3, 0.6):
+        try:
+            temporary.replace(path)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    temporary.replace(path)
+
+
+def flush(path: Path) -> None:
+    """Has the kernel write a file, or a folder's list of names, to the disk."""
+    if path.is_dir():
+        if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders, and keeps a renaming in its journal
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+    else:
+        descriptor = os.open(path, os.O_RDWR)  # Windows flushes no file that was opened for reading alone
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
+    """UTF-8 and plain newlines on every system, so that equal text is equal bytes."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -63,10 +88,10 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
 
 
 def _os_error(error: Exception, path: Path) -> OSError:
-    """safetensors' own error for a failed write ("... (os error 28)") as the OSError that it is."""
-    number = re.search(r"os error (\d+)", str(error))
-    code = int(number[1]) if number else errno.EIO
-    return OSError(code, os.strerror(code), str(path))
+    """safetensors' own error for a failed write ("... left on device (os error 28)") as the OSError that it is."""
+    said = re.search(r"([^:]*) \(os error (\d+)\)", str(error))
+    code, reason = (int(said[2]), said[1].strip()) if said else (errno.EIO, os.strerror(errno.EIO))
+    return OSError(code, reason, str(path), code)  # the last one: Windows' own numbers, which it turns into errno's
 
 
 def _sort_metadata(path: Path) -> None:
@@ -82,6 +107,19 @@ def _sort_metadata(path: Path) -> None:
             raise ValueError(f"the header of {path} grew from {size} to {len(text)} bytes")
         file.seek(8)
         file.write(text.ljust(size))
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file's tensors, copied into memory.
+
+    `load_file` leaves them mapped to the file, which Windows then neither replaces nor removes.
+
+    Raises:
+        SafetensorError: it is no whole safetensors file.
+    """
+    from safetensors.torch import load_file
+
+    return {name: value.clone() for name, value in load_file(path).items()}
 
 
 def sha256(path: Path) -> str:

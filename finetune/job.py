@@ -107,7 +107,7 @@ def _info(job: Job, before: dict[str, Any]) -> dict[str, Any]:
         "plan": plan(job),
         "captions": job.captions,
         "captions_from_files": job.captions_from_files,
-        "photos": [str(photo.path) for photo in job.photos],
+        "photos": [photo.path.as_posix() for photo in job.photos],
         **({"subjects": several} if len(several) > 1 else {}),
         "prompts": job.sample_prompts(),
         "guidance": job.recipe.sample.guidance,

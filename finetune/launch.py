@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from finetune.signals import STOPPING
+
+# Windows gives a key press to every process of the console, and os.kill there ends a process without a word
+CONSOLE_TELLS_ALL = os.name == "nt"
 GRACE = 10.0  # seconds for the other processes to end by themselves once one has failed
 
 
@@ -20,7 +24,7 @@ Command = Callable[[list[str]], tuple[int, str]]
 def launch(processes: int, run: Command, arguments: list[str]) -> tuple[int, str]:
     """Calls `run(arguments)`, which gives an exit code and a message, in each process; returns those of all.
 
-    torch.multiprocessing ends the others when one fails. SIGINT and SIGTERM are passed on: the processes finish
+    torch.multiprocessing ends the others when one fails. Signals that stop a run are passed on: the processes finish
     the step together. What several of them say is said once.
     """
     import torch.multiprocessing as multiprocessing
@@ -52,11 +56,11 @@ def _work(rank: int, world: int, port: int, run: Command, arguments: list[str], 
 @contextmanager
 def _signals_passed_on(pids: list[int]) -> Iterator[None]:
     def handle(number: int, frame: object) -> None:
-        for pid in pids:
+        for pid in () if CONSOLE_TELLS_ALL else pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in STOPPING}
     try:
         yield
     finally:
@@ -68,24 +72,25 @@ def _join(context: Any) -> Exception | None:
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
     try:
-        while not context.join(grace_period=GRACE):
-            continue
+        while True:
+            with suppress(InterruptedError):  # Windows: a signal, whose handler has run
+                if context.join(grace_period=GRACE):
+                    return None
     except (ProcessExitedException, ProcessRaisedException) as failure:
         return failure
-    return None
 
 
 def _explained(context: Any, failure: Exception, said: str) -> tuple[int, str]:
     """The exit code and message of a run that failed; where no process could say why, the reason is told here."""
     codes = [process.exitcode for process in context.processes]
     for rank, code in enumerate(codes):
-        if code is not None and code < 0 and -code not in (signal.SIGTERM, signal.SIGINT):
+        if code is not None and code < 0 and -code not in STOPPING:
             name = signal.Signals(-code).name
             return 2, (
                 f"error: process {rank} of {len(codes)} was ended by {name} (SIGKILL: often a lack of memory); the "
                 "others were stopped and the last checkpoint is whole: `finetune resume RUN`"
             )
-    stated = [code for code in codes if code in (1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)]
+    stated = [code for code in codes if code in (1, 2, *(128 + number for number in STOPPING))]
     if said and stated:
         return max(stated), said
     raise failure from None

@@ -1,9 +1,11 @@
-"""The one place where other libraries' chatter is silenced: what a person sees is ours."""
+"""The one place where other libraries' chatter is silenced: what a person sees is ours, on any console."""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 import warnings
 
 
@@ -17,6 +19,13 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers|peft|torch")
+
+
+def printable() -> None:
+    """What a console has no character for (Windows' cp1252) shows as \\u676f: no run ends for a prompt."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def quiet_bars() -> None:

@@ -230,9 +230,9 @@ def _exports(path: Path) -> str:
 
 def _inside(item: str, path: Path) -> str:
     place = Path(item)
-    return (
-        str(place.relative_to(path)) if place.is_relative_to(path) else item if not place.is_absolute() else place.name
-    )
+    if place.is_relative_to(path):
+        return place.relative_to(path).as_posix()
+    return place.name if place.is_absolute() else item
 
 
 def _a_format(path: Path) -> str:
@@ -244,7 +244,8 @@ def _a_format(path: Path) -> str:
 
 def _next_steps(path: Path, info: dict[str, Any]) -> str:
     thing = names(info)[0]
-    run = path.name if path.is_absolute() else path  # a page may be passed on: no folders of this machine in it
+    # a page may be passed on: no folders of this machine in it
+    run = path.name if path.is_absolute() else path.as_posix()
     commands = "\n".join(
         (
             "# more pictures",

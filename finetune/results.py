@@ -195,7 +195,7 @@ def _merged(run: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:
     are still there."""
     file = run / "exports.json"
     old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    new = [asdict(item) | {"path": str(item.path.relative_to(run))} for item in exported]
+    new = [asdict(item) | {"path": item.path.relative_to(run).as_posix()} for item in exported]
     formats = {item["format"] for item in new}
     return [item for item in old if item["format"] not in formats and (run / item["path"]).exists()] + new
 
@@ -266,7 +266,7 @@ def _card(folder: RunFolder) -> Card:
         settings=settings,
         pictures=[(prompt, f"images/{number:02d}.png") for number, prompt in enumerate(prompts)],
         files=[
-            f"`{Path(item['path']).relative_to('exports')}` ({item['format']}): {'; '.join(item['checks'])}"
+            f"`{Path(item['path']).relative_to('exports').as_posix()}` ({item['format']}): {'; '.join(item['checks'])}"
             for item in listed
         ],
     )

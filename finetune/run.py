@@ -8,24 +8,28 @@ RUN/checkpoints/step-000250/{trained,optimizer,ema}.safetensors + state.json
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
 import platform
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from finetune.config import Recipe, dump_recipe, read_recipe
 from finetune.errors import BadInput
-from finetune.files import save_tensors, sha256, write_json, write_text
+from finetune.files import flush, load_tensors, save_tensors, sha256, write_json, write_text
+
+HOLDER = "run.lock.txt"  # who holds run.lock, which nobody else can read on Windows
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,30 @@ class RunFolder:
             raise BadInput(
                 f"the folder {self.path} could not be made ({error.strerror}): choose another with run.dir=PATH"
             ) from error
-        with (self.path / "run.lock").open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise BadInput(
-                    f"{self.path} is in use by {holder}: wait for it, or choose another folder with run.dir=PATH"
-                ) from error
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
+        with self._lock():
+            name = f"process {os.getpid()} on {platform.node()}\n"
+            (self.path / HOLDER).write_text(name, encoding="utf-8", newline="\n")
             write_text(self.path / "recipe.yaml", dump_recipe(recipe))
             yield
+
+    def _lock(self) -> AbstractContextManager[object]:
+        lock = FileLock(self.path / "run.lock", fallback_to_soft=False, preserve_lock_file=True)
+        try:
+            return lock.acquire(blocking=False)
+        except Timeout as error:
+            holder = self.path / HOLDER
+            name = holder.read_text(encoding="utf-8").strip() if holder.is_file() else ""
+            raise BadInput(
+                f"{self.path} is in use by {name or 'another process'}: wait for it, or choose another folder with "
+                "run.dir=PATH"
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise BadInput(
+                f"{self.path} lies on a filesystem without file locks ({error.strerror}): choose a folder on another "
+                "with run.dir=PATH"
+            ) from error
 
     def check(self, recipe: Recipe) -> None:
         """Whether this recipe may run here.
@@ -131,7 +145,7 @@ class RunFolder:
     # metrics
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def rewind_metrics(self, step: int) -> None:
@@ -161,7 +175,7 @@ class RunFolder:
             _write_state(temporary, state)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
-            _sync_folder(folder.parent)
+            flush(folder.parent)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise BadInput(
@@ -191,12 +205,10 @@ class RunFolder:
         save_tensors(self.path / "adapter" / "trained.safetensors", trained, metadata)
 
     def result(self) -> dict[str, Tensor]:
-        from safetensors.torch import load_file
-
         file = self.path / "adapter" / "trained.safetensors"
         if not file.is_file():
             raise BadInput(f"{self.path} has not finished training: run `finetune resume {self.path}` first")
-        return load_file(file)
+        return load_tensors(file)
 
 
 def next_folder(name: str, parent: Path = Path("runs")) -> Path:
@@ -220,10 +232,8 @@ def _write_state(folder: Path, state: State) -> None:
 
 
 def _read_state(folder: Path) -> State:
-    from safetensors.torch import load_file
-
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    parts = {name.removesuffix(".safetensors"): load_file(folder / name) for name in state["files"]}
+    parts = {name.removesuffix(".safetensors"): load_tensors(folder / name) for name in state["files"]}
     return State(state["step"], parts["trained"], parts.get("optimizer", {}), parts.get("ema", {}), state["values"])
 
 
@@ -241,12 +251,6 @@ def _fault(folder: Path) -> str | None:
         if file.stat().st_size != stated["size"] or sha256(file) != stated["sha256"]:
             return f"{name} is not what was written"
     return None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _changed_keys(old: Recipe, new: Recipe) -> list[str]:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, PlainSerializer
+
+# stands in files with "/" on every system
+AnyPath = Annotated[Path, PlainSerializer(lambda path: path.as_posix(), return_type=str, when_used="json-unless-none")]
 
 
 class Settings(BaseModel):

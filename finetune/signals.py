@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: in the training loop the step is finished and saved first; elsewhere work stops at once."""
+"""Signals that stop a run: in the training loop the step is finished and saved first; elsewhere work stops at once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+# SIGTERM comes from nobody on Windows; programs that end others gently send Ctrl-Break there
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
 SAME_KEYPRESS = 0.5  # seconds: a terminal and torchrun both pass one Ctrl-C on
 
 
@@ -22,7 +24,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """`with Signals() as signals:` takes SIGINT and SIGTERM over and gives them back at the end.
+    """`with Signals() as signals:` takes the STOPPING signals over and gives them back at the end.
 
     Inside `signals.deferred()` the first one is only noted in `received`, and raised at the end of it; a second
     SIGINT interrupts there too.
@@ -36,7 +38,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -9,12 +9,11 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.batch import Latents
 from finetune.families.base import Family
-from finetune.files import save_tensors
+from finetune.files import load_tensors, save_tensors
 
 
 class Picture(Protocol):
@@ -120,6 +119,6 @@ def _load(file: Path) -> dict[str, Tensor] | None:
     if not file.is_file():
         return None
     try:
-        return load_file(file)
+        return load_tensors(file)
     except (SafetensorError, OSError):
         return None

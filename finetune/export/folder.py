@@ -7,13 +7,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from finetune import families
 from finetune.export.base import DTYPES, Exported
 from finetune.families.base import Family
 from finetune.families.layout import strip_text_model
-from finetune.files import save_tensors, write_json
+from finetune.files import load_tensors, save_tensors, write_json
 
 
 def export_folder(family: Family, path: Path, dtype: str) -> Exported:
@@ -24,7 +23,7 @@ def export_folder(family: Family, path: Path, dtype: str) -> Exported:
     for file in temporary.rglob("*.safetensors"):
         tensors = {
             name: value.to(DTYPES[dtype]) if value.is_floating_point() else value
-            for name, value in load_file(file).items()
+            for name, value in load_tensors(file).items()
         }
         save_tensors(file, tensors, {"format": "pt"})
     for file in family.folder.glob("tokenizer*/*"):

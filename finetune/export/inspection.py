@@ -102,7 +102,7 @@ def inspect_adapter(path: Path, base: str) -> Inspection:
         raise BadInput(f"{path} is no LoRA: none of its {len(keys)} keys is one (such as {', '.join(keys[:1])})")
     with safe_open(path, "pt") as opened:
         metadata = dict(opened.metadata() or {})
-        tensors = {key: opened.get_tensor(key) for key in keys}
+        tensors = {key: opened.get_tensor(key).clone() for key in keys}  # not mapped: the file may be replaced
     return _inspect(path, tensors, metadata, family, folder)
 
 

@@ -151,10 +151,10 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 def base_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of a base's configs and weights (hashes are kept by path, size and time)."""
     known_file = cache_dir() / "file-hashes.json"
-    known: dict[str, str] = json.loads(known_file.read_text()) if known_file.is_file() else {}
+    known: dict[str, str] = json.loads(known_file.read_text(encoding="utf-8")) if known_file.is_file() else {}
     before = len(known)
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(folder.rglob("*"), key=lambda file: file.parts):  # Windows' own order knows no case
         if file.suffix not in (".json", ".txt", ".safetensors", ".bin") or not file.is_file():
             continue
         if file.suffix == ".bin" and any(file.parent.glob("*.safetensors")):
@@ -162,7 +162,7 @@ def base_hash(folder: Path) -> str:
         stat = file.stat()
         key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
         known[key] = known.get(key) or sha256(file)
-        digest.update(f"{file.relative_to(folder)}={known[key]}\n".encode())
+        digest.update(f"{file.relative_to(folder).as_posix()}={known[key]}\n".encode())
     if len(known) != before:
         write_json(known_file, known)
     return digest.hexdigest()

@@ -36,9 +36,9 @@ def tiny_tokenizer(folder: Path) -> Any:
     tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=cast(Any, merges), model_max_length=LENGTH)
     assert len(tokenizer) == len(vocab)
     tokenizer.save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8", newline="\n")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     return tokenizer
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -35,6 +34,7 @@ def state(step: int, size: int = 100) -> State:
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """The kernel refuses to let any file grow beyond `size`, as a full disk would."""
+    resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -104,4 +104,4 @@ def test_a_second_run_on_a_folder_is_refused_and_a_dead_one_is_not_in_the_way(re
             pass
         other.kill()
     with folder.held(recipe):
-        assert str(os.getpid()) in (folder.path / "run.lock").read_text()
+        assert str(os.getpid()) in (folder.path / "run.lock.txt").read_text()

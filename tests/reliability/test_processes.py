@@ -131,7 +131,7 @@ def test_buckets_and_masks_are_the_same_on_two_processes(
 
 
 def second_process(launcher: int, run: Path) -> psutil.Process:
-    first = int((run / "run.lock").read_text().split()[1])
+    first = int((run / "run.lock.txt").read_text().split()[1])
     workers = [child for child in psutil.Process(launcher).children() if "spawn_main" in " ".join(child.cmdline())]
     (second,) = [child for child in workers if child.pid != first]
     return second

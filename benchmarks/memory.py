@@ -1,0 +1,16 @@
+"""The most memory that this process has held, in bytes."""
+
+from __future__ import annotations
+
+import sys
+
+
+def peak_memory() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
