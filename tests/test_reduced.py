@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_export import ABOUT, NAMES, probe_trained
+from test_export import ABOUT, NAMES, bench_of, probe_trained
 from test_job import metrics, settings, stop_at
 from test_peft_kinds import FORMULAS, KINDS, attached, own_parameters
 
@@ -64,10 +64,6 @@ def test_the_chosen_rank_is_the_smallest_that_meets_the_bound(bound: float) -> N
     assert rank == 1 or found.kept(rank - 1).error > bound
 
 
-def reload_of(base: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return lambda: families.load(str(base), dtype=dtype)
-
-
 def merged_by_formula(family: Family, method: Any, kind: str) -> Family:
     """The trained model as plain weights, by the papers' formulas."""
     clean = families.load(str(family.folder))
@@ -97,7 +93,7 @@ def test_a_file_on_a_clean_base_predicts_what_was_trained(
     method, family = attached(tiny_bases[name], kind, parts=PARTS)
     trained = merged_by_formula(family, method, kind)
     wanted = probe_trained(trained)
-    whole = reduced(method, family, reload_of(tiny_bases[name]), 1000, 1e-3)
+    whole = reduced(method, family, bench_of(tiny_bases[name]), 1000, 1e-3)
     assert torch.allclose(whole.prediction, wanted, atol=1e-4)
     for item in export_adapter(whole.adapter, tmp_path, "x", ["kohya", "diffusers"], "fp32", ABOUT):
         assert item.ok, item.checks
@@ -106,7 +102,7 @@ def test_a_file_on_a_clean_base_predicts_what_was_trained(
         apply_adapter(clean, open_adapter(item.path, str(tiny_bases[name]))[0])
         assert relative(probe_trained(clean), wanted) < 1e-3 * moved
     method, family = attached(tiny_bases[name], kind, parts=PARTS)
-    low = reduced(method, family, reload_of(tiny_bases[name]), 6, 1.0)
+    low = reduced(method, family, bench_of(tiny_bases[name]), 6, 1.0)
     lost = all_of = 0.0
     changes = plain_weights(trained)
     for place, before in plain_weights(families.load(str(tiny_bases[name]))).items():
@@ -125,7 +121,7 @@ def test_the_own_form_is_pefts(name: str, kind: str, tiny_bases: dict[str, Path]
     """PEFT's own `from_pretrained` on a clean base predicts what the trained model does."""
     method, family = attached(tiny_bases[name], kind, parts=PARTS)
     wanted = probe_trained(family)
-    item = export_own_form(method, family, tmp_path / "x-peft", wanted, reload_of(tiny_bases[name]))
+    item = export_own_form(method, family, tmp_path / "x-peft", wanted, bench_of(tiny_bases[name]))
     assert item.ok, item.checks
     assert item.read_by == ["peft"]
     clean = families.load(str(tiny_bases[name]))
@@ -160,7 +156,7 @@ def test_a_spoilt_own_form_is_found(
         real(path, value | ({"alpha": 1.0} if fault == "another alpha" else {}))
 
     monkeypatch.setattr(module, "write_json", spoilt)
-    item = export_own_form(method, family, tmp_path / "x", probe_trained(family), reload_of(tiny_bases["sd1"]))
+    item = export_own_form(method, family, tmp_path / "x", probe_trained(family), bench_of(tiny_bases["sd1"]))
     assert not item.ok
     assert item.read_by == []
 
@@ -174,7 +170,7 @@ def test_a_bf16_base_is_compared_in_fp32(kind: str, tiny_bases: dict[str, Path],
     with torch.no_grad():
         for value in method.attach(family, 0).values():
             value.add_(torch.randn(value.shape, generator=made) * 0.05)
-    reload = reload_of(tiny_bases["sd1"], torch.bfloat16)
+    reload = bench_of(tiny_bases["sd1"], torch.bfloat16)
     own = reduced(method, family, reload, 1000, 1e-3)
     assert own.checks[0].startswith("ok: "), own.checks
     assert export_own_form(method, family, tmp_path / "x", own.prediction, reload).ok
@@ -188,7 +184,7 @@ def test_a_bf16_base_is_compared_in_fp32(kind: str, tiny_bases: dict[str, Path],
 def test_our_reader_refuses_what_it_would_misread(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     for kind in KINDS:
         method, family = attached(tiny_bases["sd1"], kind)
-        export_own_form(method, family, tmp_path / kind, probe_trained(family), reload_of(tiny_bases["sd1"]))
+        export_own_form(method, family, tmp_path / kind, probe_trained(family), bench_of(tiny_bases["sd1"]))
         with pytest.raises(BadInput, match=rf"a {kind.upper()} of PEFT and no plain LoRA"):
             open_adapter(tmp_path / kind, str(tiny_bases["sd1"]))
 
@@ -320,7 +316,7 @@ def test_a_run_in_which_nothing_moved_has_no_lora(tiny_bases: dict[str, Path]) -
     method = Full()
     method.attach(family, 0)
     with pytest.raises(BadInput, match="there is no LoRA to write"):
-        reduced(method, family, reload_of(tiny_bases["sd1"]), None, 0.1)
+        reduced(method, family, bench_of(tiny_bases["sd1"]), None, 0.1)
 
 
 @pytest.mark.parametrize(
