@@ -175,9 +175,7 @@ def test_checkpoints_hold_the_rows_only(tiny_bases: dict[str, Path], photos: Pat
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "flux"])
-def test_planted_faults_are_found(
-    name: str, dtype: torch.dtype, tiny_bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_planted_faults_are_found(name: str, dtype: torch.dtype, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     def named() -> tuple[families.Family, TextualInversion]:
         family = families.load(str(tiny_bases[name]))
         method = TextualInversion(vectors=2)

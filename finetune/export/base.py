@@ -75,8 +75,8 @@ def discard(family: Family) -> None:
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Inside the block, fp32 on a GPU is fp32: unless that is forbidden, convolutions are rounded to TF32 (10 bits), and
-    bounds for fp32 would not hold."""
+    """Inside the block, fp32 on a GPU is fp32: convolutions there are rounded to TF32 (10 bits) unless that is
+    forbidden, and bounds for fp32 would not hold."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32, cudnn.allow_tf32 = False, False

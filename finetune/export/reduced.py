@@ -33,8 +33,7 @@ Places = dict[tuple[str, str], Tensor]  # (part, module path) -> something of th
 
 @dataclass(frozen=True)
 class Reduced:
-    """A trained change as a LoRA; what it is worth, as check lines; and what the trained model predicts (`probe`) as it
-    stands."""
+    """A trained change as a LoRA; what it is worth, as check lines; and what the trained model predicts (`probe`)."""
 
     adapter: Adapter
     checks: list[str]
