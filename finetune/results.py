@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from finetune.export import (
 from finetune.export.base import discard
 from finetune.export.card import Card, licence_of, model_card, sidecar
 from finetune.export.inspection import open_adapter
+from finetune.export.metadata import written_date
 from finetune.export.reduced import export_own_form, own_formats, reduced, with_checks
 from finetune.families.base import Family
 from finetune.files import write_json, write_text
@@ -195,11 +197,21 @@ def about_run(folder: RunFolder) -> dict[str, str]:
         "steps": str(recipe.run.steps),
         "seed": str(recipe.run.seed),
         "version": __version__,
+        **_date(folder),
     }
     if recipe.export.metadata == "standard":
         return standard
     captions = list(dict.fromkeys(text for texts in info["captions"] for text in texts))
     return standard | {"recipe": dump_recipe(recipe), "captions": json.dumps(captions, ensure_ascii=False)}
+
+
+def _date(folder: RunFolder) -> dict[str, str]:
+    """When the training ended, so that an export that is made again is the same file; nothing during the training,
+    where the files of previews are of now."""
+    file = folder.path / "adapter" / "trained.safetensors"
+    if not file.is_file():
+        return {}
+    return {"date": written_date(datetime.fromtimestamp(file.stat().st_mtime, UTC))}
 
 
 def trigger(info: dict[str, Any]) -> str:
