@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from finetune import families
 from finetune.errors import BadInput
 from finetune.export import (
+    DTYPES,
     FOLDER,
     REGISTRY,
     Adapter,
+    Bench,
     Exported,
     apply_adapter,
     check_formats,
@@ -20,7 +24,7 @@ from finetune.export import (
 )
 from finetune.export.algebra import Kept, combine, extract, resize
 from finetune.export.inspection import Inspection, inspect_adapter, open_adapter
-from finetune.export.verify import read_by_diffusers
+from finetune.export.verify import BOUNDS, read_by_diffusers
 
 # what diffusers raises on files that it does not understand
 READER_ERRORS = (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError)
@@ -36,7 +40,7 @@ def verify_file(path: Path, base: str) -> Inspection:
         found.verdicts["diffusers"] = ("refused", "nothing fits")
         return found
     try:
-        line = read_by_diffusers(found.adapter, path)
+        line = read_by_diffusers(found.adapter, found.adapter, path, _coarsest(found.dtype), _bench(found.adapter))
     except AssertionError:  # the sizes of Flux.1 are written into its reader of joined matrices
         found.verdicts["diffusers"] = ("unknown", "its reader of such keys knows the full-size model only")
         return found
@@ -46,6 +50,15 @@ def verify_file(path: Path, base: str) -> Inspection:
     state = "fully" if line.startswith("ok") else "partly"
     found.verdicts["diffusers"] = (state, line.split(": ", 1)[1])
     return found
+
+
+def _bench(adapter: Adapter) -> Bench:
+    return Bench.here(lambda dtype: families.load(str(adapter.base_folder), dtype=dtype))
+
+
+def _coarsest(found: str) -> torch.dtype:
+    """Of a file's precisions ("fp16, fp32")."""
+    return max((DTYPES[name] for name in found.split(", ") if name in DTYPES), key=lambda dtype: BOUNDS[dtype])
 
 
 def write(

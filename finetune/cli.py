@@ -117,11 +117,12 @@ def sample(
 ) -> None:
     """Draw pictures: PNGs and a grid."""
     _loud()
+    from finetune.export.base import machine
     from finetune.progress import phase
     from finetune.results import open_result
     from finetune.sample import draw, grid, parameters, save_picture
 
-    family, info = open_result(source, base, _device())
+    family, info = open_result(source, base, *machine())
     size = info.get("resolution") or family.resolution
     guidance = guidance if guidance is not None else info.get("guidance", 5.0)
     seeds = [seed + number for number in range(count)]
@@ -158,6 +159,7 @@ def export(
     _loud()
     from finetune.config import parse_recipe
     from finetune.export import check_formats
+    from finetune.export.base import machine
     from finetune.report import write_report
     from finetune.results import export_run, open_run, write_companions
     from finetune.run import RunFolder
@@ -167,7 +169,7 @@ def export(
     options = [f"{key}={value}" for key, value in given.items() if value is not None]
     recipe = parse_recipe(folder.recipe.model_dump(mode="json"), options, where="the options")
     check_formats(to or [], recipe.method.leaves)
-    family, _ = open_run(folder)
+    family, _ = open_run(folder, machine()[0])
     exported = export_run(folder, family, to or [], recipe.export)
     write_companions(folder)
     write_report(run)
@@ -319,12 +321,6 @@ def _is_main_process() -> bool:
 
 def _silent(line: str) -> None:
     """What the other processes say."""
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _loud() -> None:

@@ -6,20 +6,24 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finetune import __version__, families
 from finetune.config import ExportTo, dump_recipe
 from finetune.errors import BadInput
 from finetune.export import (
     CHECKPOINT,
+    DTYPES,
     EMBEDDING,
     FOLDER,
     REGISTRY,
     Adapter,
+    Bench,
     Exported,
     adapter_from,
     apply_adapter,
@@ -32,35 +36,46 @@ from finetune.export import (
     formats_for,
     read_embedding,
 )
+from finetune.export.base import discard
 from finetune.export.card import Card, licence_of, model_card, sidecar
 from finetune.export.inspection import open_adapter
+from finetune.export.metadata import written_date
 from finetune.export.reduced import export_own_form, own_formats, reduced, with_checks
 from finetune.families.base import Family
 from finetune.files import write_json, write_text
+from finetune.loop import resolve_precision
 from finetune.methods.peft_adapter import PeftAdapter, read_own_form
-from finetune.methods.textual_inversion import Inversion, set_embeddings
+from finetune.methods.textual_inversion import Inversion, embeddings, set_embeddings
 from finetune.run import RunFolder
 
 
-def open_result(source: Path, base: str = "tiny", device: str | torch.device = "cpu") -> tuple[Family, dict[str, Any]]:
-    """A family with a finished run's training in it, or an adapter file merged into `base`; and run.json's content.
+def open_result(
+    source: Path, base: str = "tiny", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Family, dict[str, Any]]:
+    """A family with a finished run's training in it, in the run's precision, or an adapter file merged into `base` in
+    `dtype`; and run.json's content.
 
     Raises:
         BadInput: neither a finished run nor an adapter for that base.
     """
     if (source / "recipe.yaml").is_file():
-        family, info = open_run(RunFolder(source))
-    else:
-        family, info = families.load(base), {}
-        apply_adapter(family, open_adapter(source, base)[0])
+        return open_run(RunFolder(source), device)
+    adapter, _ = open_adapter(source, base)
+    family = families.load(base, dtype=dtype)
     family.to(device)
-    return family, info
+    apply_adapter(family, adapter)
+    return family, {}
 
 
-def open_run(folder: RunFolder) -> tuple[Family, dict[str, Any]]:
+def open_run(folder: RunFolder, device: str | torch.device = "cpu") -> tuple[Family, dict[str, Any]]:
+    """A family with the run's training in it, in the precision in which the run held it; and run.json's content.
+
+    Raises:
+        BadInput: the run is not finished, or the base is not its base any more.
+    """
     recipe, info = folder.recipe, folder.info
     trained = folder.result()
-    family = recipe.base.load()
+    family = recipe.base.load(recipe.method.weight_dtype(DTYPES[resolve_precision(recipe.run)]))
     if families.base_hash(family.folder) != info.get("base_hash"):
         raise BadInput(
             f"the base {recipe.base.source!r} is not the one that {folder.path} was trained on (its content changed): "
@@ -69,6 +84,7 @@ def open_run(folder: RunFolder) -> tuple[Family, dict[str, Any]]:
     recipe.method.name_subject(family, recipe.data.token, recipe.data.class_noun)
     recipe.method.attach(family, recipe.run.seed)
     recipe.method.load_state_dict(family, trained)
+    family.to(device)
     return family, info
 
 
@@ -77,35 +93,47 @@ def export_run(
 ) -> list[Exported]:
     """Writes RUN/exports/ from a family with the run's training in it, checks every file, and notes it all in
     RUN/exports.json. Without `formats`: those of `options` (None: the recipe's), or all that are usual for what was
-    trained. The family is used up: its parts may leave memory, since the checks load a clean base."""
+    trained. The checks run where the family is, and in its precision. The family is used up: its parts leave memory,
+    since the checks load a clean base."""
     recipe = folder.recipe
     options, leaves = options or recipe.export, recipe.method.leaves
     chosen = list(formats or options.formats) or formats_for(leaves, usual=True)
     check_formats(chosen, leaves)
     target, name = folder.path / "exports", recipe.run.name
-    words = [_embedding(folder, family, options)] if EMBEDDING in chosen else []
+    bench = Bench.of(family, recipe.base.load)
+    rows = {part: value.cpu() for part, value in embeddings(family).items()}
     whole = [item for item in chosen if item in (FOLDER, CHECKPOINT)]
     exported = [_whole_model(family, target, name, item, options.dtype, about_run(folder)) for item in whole]
-    exported += _as_lora(folder, family, [item for item in chosen if item in REGISTRY], options)
-    exported += words
+    exported += _as_lora(folder, family, [item for item in chosen if item in REGISTRY], options, bench)
+    discard(family)
+    if EMBEDDING in chosen:
+        exported.append(_embedding(folder, rows, family, options, bench))
     write_json(folder.path / "exports.json", _merged(folder.path, exported))
     return exported
 
 
-def _as_lora(folder: RunFolder, family: Family, formats: Sequence[str], options: ExportTo) -> list[Exported]:
+def _as_lora(
+    folder: RunFolder, family: Family, formats: Sequence[str], options: ExportTo, bench: Bench
+) -> list[Exported]:
     """The adapter that was trained, or what comes nearest to what was trained."""
     method = folder.recipe.method.adapter
     if not formats:
         return []
     if not method.low_rank:
-        return _reduced(folder, family, formats, options)
+        return _reduced(folder, family, formats, options, bench)
     adapter = adapter_from(method, family)
-    family.release(list(family.parts))
-    return _lora(folder, adapter, folder.recipe.run.name, formats, options, family)
+    discard(family)
+    return _lora(folder, adapter, folder.recipe.run.name, formats, options, family, bench)
 
 
 def _lora(
-    folder: RunFolder, adapter: Adapter, name: str, formats: Sequence[str], options: ExportTo, family: Family
+    folder: RunFolder,
+    adapter: Adapter,
+    name: str,
+    formats: Sequence[str],
+    options: ExportTo,
+    family: Family,
+    bench: Bench,
 ) -> list[Exported]:
     about = about_run(folder)
     method = folder.recipe.method
@@ -113,32 +141,31 @@ def _lora(
         about |= {"method": method.kind}
     v_prediction = family.schedule.prediction == "v_prediction"
     target = folder.path / "exports"
-    return export_adapter(adapter, target, name, formats, options.dtype, about, v_prediction, force=True)
+    return export_adapter(adapter, target, name, formats, options.dtype, about, v_prediction, True, bench)
 
 
-def _reduced(folder: RunFolder, family: Family, formats: Sequence[str], options: ExportTo) -> list[Exported]:
+def _reduced(
+    folder: RunFolder, family: Family, formats: Sequence[str], options: ExportTo, bench: Bench
+) -> list[Exported]:
     """What is no LoRA, as one, and in PEFT's own form where there is one."""
     recipe = folder.recipe
     method, name = recipe.method, recipe.run.name
-    dtype = next(family.parts["denoiser"].parameters()).dtype
-
-    def reload() -> Family:
-        return recipe.base.load(dtype)
-
-    own = reduced(method, family, reload, options.rank, options.max_error)
+    own = reduced(method, family, bench, options.rank, options.max_error)
     plain, own_form = own_formats(method, formats)
     exported: dict[str, Exported] = {}
     if isinstance(method, PeftAdapter) and own_form:
         path = REGISTRY["peft"].path(folder.path / "exports", name, family.name)
-        exported["peft"] = export_own_form(method, family, path, own.prediction, reload)
-    family.release(list(family.parts))
+        exported["peft"] = export_own_form(method, family, path, own.prediction, bench)
+    discard(family)
     lora_name = name if method.is_adapter else f"{name}-lora"  # NAME.safetensors is a whole model's
-    for item in _lora(folder, own.adapter, lora_name, plain, options, family):
-        exported[item.format] = with_checks(item, own, reload)
+    for item in _lora(folder, own.adapter, lora_name, plain, options, family, bench):
+        exported[item.format] = with_checks(item, own, bench)
     return [exported[item] for item in formats]
 
 
-def _embedding(folder: RunFolder, family: Family, options: ExportTo) -> Exported:
+def _embedding(
+    folder: RunFolder, rows: dict[str, Tensor], family: Family, options: ExportTo, bench: Bench
+) -> Exported:
     """UIs take the file's name for the word; NAME.safetensors is the LoRA's if there is one."""
     recipe = folder.recipe
     assert isinstance(recipe.method, Inversion)
@@ -146,7 +173,7 @@ def _embedding(folder: RunFolder, family: Family, options: ExportTo) -> Exported
     about = about_run(folder)
     about |= {"trigger_phrase": path.stem if about["trigger_phrase"] else ""}
     words = recipe.method.init or recipe.data.class_noun or ""
-    return export_embedding(recipe.method, family, path, options.dtype, about, words, recipe.base.load)
+    return export_embedding(recipe.method, rows, family, path, options.dtype, about, words, bench)
 
 
 def _whole_model(family: Family, target: Path, name: str, wanted: str, dtype: str, about: dict[str, str]) -> Exported:
@@ -170,11 +197,21 @@ def about_run(folder: RunFolder) -> dict[str, str]:
         "steps": str(recipe.run.steps),
         "seed": str(recipe.run.seed),
         "version": __version__,
+        **_date(folder),
     }
     if recipe.export.metadata == "standard":
         return standard
     captions = list(dict.fromkeys(text for texts in info["captions"] for text in texts))
     return standard | {"recipe": dump_recipe(recipe), "captions": json.dumps(captions, ensure_ascii=False)}
+
+
+def _date(folder: RunFolder) -> dict[str, str]:
+    """When the training ended, so that an export that is made again is the same file; nothing during the training,
+    where the files of previews are of now."""
+    file = folder.path / "adapter" / "trained.safetensors"
+    if not file.is_file():
+        return {}
+    return {"date": written_date(datetime.fromtimestamp(file.stat().st_mtime, UTC))}
 
 
 def trigger(info: dict[str, Any]) -> str:

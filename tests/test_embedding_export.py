@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_export import bench_of
 
 from finetune import cli, families, job
 from finetune.config import parse_recipe
@@ -22,7 +23,7 @@ from finetune.errors import BadInput
 from finetune.export import embedding
 from finetune.export.embedding import export_embedding, read_by_diffusers, read_embedding
 from finetune.families.base import Given
-from finetune.methods.textual_inversion import TextualInversion
+from finetune.methods.textual_inversion import TextualInversion, embeddings
 from finetune.results import export_run, open_exported, open_result, open_run
 from finetune.run import RunFolder
 from finetune.sample import draw
@@ -172,8 +173,9 @@ def test_checkpoints_hold_the_rows_only(tiny_bases: dict[str, Path], photos: Pat
     assert (tuple(held.shape), held.dtype) == ((2, 16), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "flux"])
-def test_planted_faults_are_found(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+def test_planted_faults_are_found(name: str, dtype: torch.dtype, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     def named() -> tuple[families.Family, TextualInversion]:
         family = families.load(str(tiny_bases[name]))
         method = TextualInversion(vectors=2)
@@ -186,23 +188,21 @@ def test_planted_faults_are_found(name: str, tiny_bases: dict[str, Path], tmp_pa
     family, method = named()
     path = tmp_path / "x.safetensors"
 
-    def reload() -> families.Family:
-        return families.load(str(tiny_bases[name]))
-
-    item = export_embedding(method, family, path, "fp16", ABOUT, "mug", reload)
+    bench, rows = bench_of(tiny_bases[name], dtype), embeddings(family)
+    item = export_embedding(method, rows, family, path, "fp16", ABOUT, "mug", bench)
     assert item.ok, item.checks
     assert item.modules == 2 * len(KEYS[name])
     values = read_embedding(path, name)
     part = list(values)[-1]
     for wrong in (values[part].flip(0), values[part] * 1.01):
-        line = read_by_diffusers(method, values | {part: wrong}, path, "mug", reload())
+        line = read_by_diffusers(method, values | {part: wrong}, path, "mug", bench)
         assert line.startswith("FAILED"), line
     write = embedding.save_tensors
     try:
         embedding.save_tensors = lambda file, tensors, about: write(  # type: ignore[assignment]
             file, {key: value.flip(0) for key, value in tensors.items()}, about
         )
-        assert not export_embedding(method, family, path, "fp16", ABOUT, "mug", reload).ok
+        assert not export_embedding(method, rows, family, path, "fp16", ABOUT, "mug", bench).ok
     finally:
         embedding.save_tensors = write  # type: ignore[assignment]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune import families
 from finetune.errors import BadInput
-from finetune.export import REGISTRY, Adapter, adapter_from, apply_adapter, export_adapter, export_folder
+from finetune.export import REGISTRY, Adapter, Bench, adapter_from, apply_adapter, export_adapter, export_folder
 from finetune.export.base import delta
 from finetune.export.inspection import accepted_names, open_adapter
 from finetune.export.kohya import Place, join, key_of, key_table, split
@@ -27,6 +27,11 @@ from finetune.testing.published import write as write_published
 
 ABOUT = {"title": "x", "trigger_phrase": "zwx mug", "resolution": "32x32", "base_hash": "h"}
 NAMES = list(families.REGISTRY)
+
+
+def bench_of(base: Path, dtype: torch.dtype = torch.float32) -> Bench:
+    """The CPU in a precision."""
+    return Bench(torch.device("cpu"), dtype, lambda precision: families.load(str(base), dtype=precision))
 
 
 def trained(base: Path, **settings: object) -> tuple[LoRA, Family]:
@@ -156,7 +161,7 @@ def test_planted_faults_are_found(fault: str, tiny_bases: dict[str, Path], tmp_p
     tensors = load_file(path)
     FAULTS[fault](tensors)
     save_file(tensors, path)
-    found = verify(adapter, REGISTRY["kohya"], path, torch.float32)
+    found = verify(adapter, REGISTRY["kohya"], path, torch.float32, bench_of(tiny_bases["sd1"]))
     assert not found.ok
     assert found.read_by == []
 

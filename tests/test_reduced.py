@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_export import ABOUT, NAMES, probe_trained
+from test_export import ABOUT, NAMES, bench_of, probe_trained
 from test_job import metrics, settings, stop_at
 from test_peft_kinds import FORMULAS, KINDS, attached, own_parameters
 
@@ -26,6 +26,7 @@ from finetune.export.inspection import open_adapter
 from finetune.export.reduced import export_own_form, own_formats, reduced
 from finetune.families.base import Family
 from finetune.methods.full import Full
+from finetune.methods.peft_adapter import read_own_form
 from finetune.results import open_exported, open_result
 from finetune.run import RunFolder
 
@@ -64,10 +65,6 @@ def test_the_chosen_rank_is_the_smallest_that_meets_the_bound(bound: float) -> N
     assert rank == 1 or found.kept(rank - 1).error > bound
 
 
-def reload_of(base: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return lambda: families.load(str(base), dtype=dtype)
-
-
 def merged_by_formula(family: Family, method: Any, kind: str) -> Family:
     """The trained model as plain weights, by the papers' formulas."""
     clean = families.load(str(family.folder))
@@ -97,7 +94,7 @@ def test_a_file_on_a_clean_base_predicts_what_was_trained(
     method, family = attached(tiny_bases[name], kind, parts=PARTS)
     trained = merged_by_formula(family, method, kind)
     wanted = probe_trained(trained)
-    whole = reduced(method, family, reload_of(tiny_bases[name]), 1000, 1e-3)
+    whole = reduced(method, family, bench_of(tiny_bases[name]), 1000, 1e-3)
     assert torch.allclose(whole.prediction, wanted, atol=1e-4)
     for item in export_adapter(whole.adapter, tmp_path, "x", ["kohya", "diffusers"], "fp32", ABOUT):
         assert item.ok, item.checks
@@ -106,7 +103,7 @@ def test_a_file_on_a_clean_base_predicts_what_was_trained(
         apply_adapter(clean, open_adapter(item.path, str(tiny_bases[name]))[0])
         assert relative(probe_trained(clean), wanted) < 1e-3 * moved
     method, family = attached(tiny_bases[name], kind, parts=PARTS)
-    low = reduced(method, family, reload_of(tiny_bases[name]), 6, 1.0)
+    low = reduced(method, family, bench_of(tiny_bases[name]), 6, 1.0)
     lost = all_of = 0.0
     changes = plain_weights(trained)
     for place, before in plain_weights(families.load(str(tiny_bases[name]))).items():
@@ -125,7 +122,7 @@ def test_the_own_form_is_pefts(name: str, kind: str, tiny_bases: dict[str, Path]
     """PEFT's own `from_pretrained` on a clean base predicts what the trained model does."""
     method, family = attached(tiny_bases[name], kind, parts=PARTS)
     wanted = probe_trained(family)
-    item = export_own_form(method, family, tmp_path / "x-peft", wanted, reload_of(tiny_bases[name]))
+    item = export_own_form(method, family, tmp_path / "x-peft", wanted, bench_of(tiny_bases[name]))
     assert item.ok, item.checks
     assert item.read_by == ["peft"]
     clean = families.load(str(tiny_bases[name]))
@@ -140,13 +137,29 @@ def test_the_own_form_is_pefts(name: str, kind: str, tiny_bases: dict[str, Path]
     )
 
 
-@pytest.mark.parametrize("fault", ["a dropped tensor", "another value", "another alpha"])
+LOW = [torch.bfloat16, torch.float16]
+
+
+def attached_in(base: Path, kind: str, dtype: torch.dtype, size: float = 0.05) -> tuple[Any, Family]:
+    """A trained adapter in fp32 on a base in `dtype`, as on a GPU."""
+    family = families.load(str(base), dtype=dtype)
+    method = type(attached(base, kind)[0])()
+    made = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in method.attach(family, 0).values():
+            value.add_(torch.randn(value.shape, generator=made) * size)
+    return method, family
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("fault", ["none", "a dropped tensor", "another value", "another alpha", "swapped modules"])
 def test_a_spoilt_own_form_is_found(
-    fault: str, tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str, dtype: torch.dtype, tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The reading by PEFT finds it alone, too: what was written is not asked."""
     from finetune.export import reduced as module
 
-    method, family = attached(tiny_bases["sd1"], "loha")
+    method, family = attached_in(tiny_bases["sd1"], "loha", dtype)
     real = module.write_json
 
     def spoilt(path: Path, value: dict) -> None:
@@ -156,39 +169,47 @@ def test_a_spoilt_own_form_is_found(
             tensors.pop(next(iter(tensors)))
         elif fault == "another value":
             tensors[next(iter(tensors))].add_(0.5)
+        elif fault == "swapped modules":
+            one = next(name for name in tensors if "attn1.to_q.hada_w1_a" in name)
+            other = one.replace("to_q", "to_k")
+            tensors[one], tensors[other] = tensors[other], tensors[one]
         save_file(tensors, file)
         real(path, value | ({"alpha": 1.0} if fault == "another alpha" else {}))
 
     monkeypatch.setattr(module, "write_json", spoilt)
-    item = export_own_form(method, family, tmp_path / "x", probe_trained(family), reload_of(tiny_bases["sd1"]))
-    assert not item.ok
-    assert item.read_by == []
+    monkeypatch.setattr(module, "_same_tensors", lambda path, wanted: "ok: not asked")
+    item = export_own_form(method, family, tmp_path / "x", probe_trained(family), bench_of(tiny_bases["sd1"], dtype))
+    assert item.ok == (fault == "none"), item.checks
+    assert item.read_by == (["peft"] if fault == "none" else [])
 
 
+@pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bf16_base_is_compared_in_fp32(kind: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    """As on a GPU: the base in bf16, the adapter in fp32; rounding is not mistaken for a fault, nor hides one."""
-    family = families.load(str(tiny_bases["sd1"]), dtype=torch.bfloat16)
-    method = type(attached(tiny_bases["sd1"], kind)[0])()
-    made = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for value in method.attach(family, 0).values():
-            value.add_(torch.randn(value.shape, generator=made) * 0.05)
-    reload = reload_of(tiny_bases["sd1"], torch.bfloat16)
-    own = reduced(method, family, reload, 1000, 1e-3)
+def test_a_base_in_low_precision(kind: str, dtype: torch.dtype, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """As on a GPU: the base in bf16 or fp16, the adapter in fp32. The LoRA's deltas are those of the adapter on this
+    rounded base, and what PEFT reads is the adapter in fp32."""
+    method, family = attached_in(tiny_bases["sd1"], kind, dtype)
+    bench = bench_of(tiny_bases["sd1"], dtype)
+    own = reduced(method, family, bench, 1000, 1e-3)
     assert own.checks[0].startswith("ok: "), own.checks
-    assert export_own_form(method, family, tmp_path / "x", own.prediction, reload).ok
-    clean = families.load(str(tiny_bases["sd1"]), dtype=torch.bfloat16)
-    for part in clean.parts.values():
-        part.float()
-    apply_adapter(clean, own.adapter)
-    assert relative(probe_trained(clean), own.prediction) < 1e-4
+    wanted = {(part, path): change for part, path, change in method.deltas(family)}
+    for part, path, a, b in own.adapter.modules():
+        assert relative(delta(a, b, 1.0), wanted[part, path]) < 1e-4
+    trained = method.state_dict(family)
+    item = export_own_form(method, family, tmp_path / "x", own.prediction, bench)
+    assert item.ok, item.checks
+    assert "moves a prediction by" in item.checks[1]
+    clean = bench.load(dtype)
+    read_own_form(clean, tmp_path / "x")
+    assert all(torch.equal(value, trained[name]) for name, value in method.state_dict(clean).items())
+    moved = relative(probe_trained(bench.load(dtype)), own.prediction)
+    assert relative(probe_trained(clean), own.prediction) < 0.1 * moved
 
 
 def test_our_reader_refuses_what_it_would_misread(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     for kind in KINDS:
         method, family = attached(tiny_bases["sd1"], kind)
-        export_own_form(method, family, tmp_path / kind, probe_trained(family), reload_of(tiny_bases["sd1"]))
+        export_own_form(method, family, tmp_path / kind, probe_trained(family), bench_of(tiny_bases["sd1"]))
         with pytest.raises(BadInput, match=rf"a {kind.upper()} of PEFT and no plain LoRA"):
             open_adapter(tmp_path / kind, str(tiny_bases["sd1"]))
 
@@ -320,7 +341,7 @@ def test_a_run_in_which_nothing_moved_has_no_lora(tiny_bases: dict[str, Path]) -
     method = Full()
     method.attach(family, 0)
     with pytest.raises(BadInput, match="there is no LoRA to write"):
-        reduced(method, family, reload_of(tiny_bases["sd1"]), None, 0.1)
+        reduced(method, family, bench_of(tiny_bases["sd1"]), None, 0.1)
 
 
 @pytest.mark.parametrize(

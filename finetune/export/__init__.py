@@ -10,8 +10,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune import families
 from finetune.errors import BadInput
-from finetune.export.base import DTYPES, Adapter, Export, Exported
+from finetune.export.base import DTYPES, Adapter, Bench, Export, Exported
 from finetune.export.checkpoint import export_checkpoint
 from finetune.export.embedding import NAME as EMBEDDING
 from finetune.export.embedding import export_embedding, read_embedding
@@ -30,6 +31,7 @@ __all__ = [
     "FOLDER",
     "REGISTRY",
     "Adapter",
+    "Bench",
     "Exported",
     "adapter_from",
     "adapter_metadata",
@@ -107,13 +109,15 @@ def export_adapter(
     about: dict[str, str],
     v_prediction: bool = False,
     force: bool = False,
+    bench: Bench | None = None,
 ) -> list[Exported]:
-    """Writes and checks each format.
+    """Writes each format, and checks it on `bench` (None: on this machine).
 
     Raises:
         BadInput: an unknown format, or a file that is already there without `force`.
     """
     check_formats(formats)
+    bench = bench or Bench.here(lambda precision: families.load(str(adapter.base_folder), dtype=precision))
     exported = []
     written = adapter.balanced() if dtype == "fp16" else adapter
     for wanted in formats:
@@ -124,5 +128,5 @@ def export_adapter(
         if path.is_dir():
             shutil.rmtree(path)
         export.write(written, path, DTYPES[dtype], adapter_metadata(adapter, about, v_prediction))
-        exported.append(verify(adapter, export, path, DTYPES[dtype]))
+        exported.append(verify(adapter, export, path, DTYPES[dtype], bench))
     return exported

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import BadInput
-from finetune.export.base import Adapter
+from finetune.export.base import Adapter, float64_device
 from finetune.families.base import Family
 from finetune.families.layout import strip_text_model
 
@@ -152,7 +152,8 @@ def beyond_lora(base: Family, tuned: Family) -> tuple[int, float]:
             other = theirs[strip_text_model(name)]
             if name not in held and not torch.equal(other.float(), value.float().to(other.device)):
                 count += 1
-                energy += float((other.float() - value.float().to(other.device)).double().square().sum())
+                change = other.float() - value.float().to(other.device)
+                energy += float(change.to(float64_device(change.device)).double().square().sum())
     return count, energy**0.5
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -12,8 +14,81 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from finetune.families.base import Family
+
 SMALL = 2.0**-6  # of the largest value of B: most of its values then are far enough above fp16's smallest
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Load = Callable[[torch.dtype], Family]  # a clean base in a precision, on the CPU
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where exports are checked: on clean bases from `load`, one at a time, on `device` and in `dtype`."""
+
+    device: torch.device
+    dtype: torch.dtype
+    load: Load
+
+    @classmethod
+    def of(cls, family: Family, load: Load) -> Bench:
+        """Where a family is, and in its precision."""
+        weight = next(family.parts["denoiser"].parameters())
+        return cls(weight.device, weight.dtype, load)
+
+    @classmethod
+    def here(cls, load: Load) -> Bench:
+        return cls(*machine(), load)
+
+    @contextmanager
+    def clean(self) -> Iterator[Family]:
+        """A clean base inside the block, which leaves memory after it."""
+        family = self.load(self.dtype)
+        family.to(self.device)
+        try:
+            with full_fp32():
+                yield family
+        finally:
+            discard(family)
+
+    @property
+    def precision(self) -> str:
+        """ "fp32", "fp16" or "bf16"."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+
+def machine() -> tuple[torch.device, torch.dtype]:
+    """The GPU of this machine, if it has one, and the precision that `run.precision: auto` is there."""
+    from finetune.config import Run  # not at the top: recipes know the export formats
+    from finetune.loop import resolve_precision
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, DTYPES[resolve_precision(Run())]
+
+
+def discard(family: Family) -> None:
+    """Takes a family's weights out of memory, wherever else the family is still named."""
+    family.release(list(family.parts))
+    gc.collect()  # pipelines and adapted layers may stand in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Inside the block, fp32 on a GPU is fp32: convolutions there are rounded to TF32 (10 bits) unless that is
+    forbidden, and bounds for fp32 would not hold."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32, cudnn.allow_tf32 = False, False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 is computed for what is on `device`: Apple's GPUs have none."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @dataclass(frozen=True)

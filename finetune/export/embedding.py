@@ -6,7 +6,6 @@ UIs take the file's name for the word that stands in prompts: `mug.safetensors` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.batch import Geometry
-from finetune.draws import generator
 from finetune.errors import BadInput
-from finetune.export.base import DTYPES, Exported
+from finetune.export.base import DTYPES, Bench, Exported
 from finetune.export.metadata import checkpoint_metadata
-from finetune.export.verify import BOUNDS, PREDICTION_BOUND
+from finetune.export.verify import BOUNDS, PREDICTION_BOUND, predicted
 from finetune.families import REGISTRY, is_transformer
 from finetune.families.base import Family
 from finetune.files import save_tensors
-from finetune.methods.textual_inversion import Inversion, embeddings, mend_end, set_embeddings
+from finetune.methods.textual_inversion import Inversion, mend_end, set_embeddings
 
 NAME = "embedding"
 # the encoder's prefix in kohya's files -> its key here
@@ -41,20 +38,21 @@ def keys(family: str) -> dict[str, str]:
 
 def export_embedding(
     method: Inversion,
+    trained: dict[str, Tensor],
     family: Family,
     path: Path,
     dtype: str,
     about: dict[str, str],
     words: str,
-    reload: Callable[[], Family],
+    bench: Bench,
 ) -> Exported:
-    """Writes the new embeddings of a trained family and compares what is read back, by us and by diffusers.
+    """Writes new embeddings and compares what is read back, by us and by diffusers.
 
     Args:
+        trained: text encoder -> [n, width], as `embeddings` gives them, on the CPU.
+        family: the trained one, whose parts need not be in memory any more.
         words: the initialiser's, which T5 reads.
-        reload: gives a clean family of the same base.
     """
-    trained = {part: value.cpu() for part, value in embeddings(family).items()}
     names = keys(family.name)
     v_prediction = family.schedule.prediction == "v_prediction"
     metadata = checkpoint_metadata(family.name, about, v_prediction, kind="/textual-inversion")
@@ -67,7 +65,7 @@ def export_embedding(
     error, check = _compare(trained, again, BOUNDS[DTYPES[dtype]])
     checks = [check]
     if check.startswith("ok") and "diffusers" in readers(family.name):
-        checks.append(read_by_diffusers(method, again, path, words, reload()))
+        checks.append(read_by_diffusers(method, again, path, words, bench))
     ok = all(line.startswith("ok") for line in checks)
     return Exported(NAME, path, size, rows, error, list(readers(family.name)) if ok else [], checks)
 
@@ -111,26 +109,43 @@ def _compare(trained: dict[str, Tensor], again: dict[str, Tensor], bound: float)
 
 
 @torch.no_grad()
-def read_by_diffusers(method: Inversion, values: dict[str, Tensor], path: Path, words: str, family: Family) -> str:
-    """diffusers' load_textual_inversion on a clean base against our own reading of the same file: what both predict.
+def read_by_diffusers(method: Inversion, values: dict[str, Tensor], path: Path, words: str, bench: Bench) -> str:
+    """diffusers' load_textual_inversion on a clean base: the rows that a prompt then reads against `values` in the
+    base's precision, and what is predicted against our own reading of the same file.
 
-    T5 has no part in the file: both give it the same words.
+    T5 has no part in the file: both give it the same words. Both predict with the same modules from the same rows, so
+    that the bound holds in every precision.
     """
-    legacy = [mend_end(family.parts[part], tokenizer) for part, tokenizer in _clip(family)]
-    before = _probe(family, dict.fromkeys(family.text_encoders, words))
-    pipeline = family.pipeline()
-    with torch.random.fork_rng(devices=[]):  # it draws the rows that it then fills
-        _load_with_diffusers(pipeline, family, path)
-    converted = {part: pipeline.maybe_convert_prompt(THEIRS, tokenizer) for part, tokenizer in _clip(family)}
-    theirs = _probe(family, dict.fromkeys(family.text_encoders, words) | converted)
-    placeholder = method.name_subject(family, OURS, words)
-    set_embeddings(family, values)
-    own = {part: placeholder for part, _ in _clip(family)}
-    ours = _probe(family, dict.fromkeys(family.text_encoders, words) | own)
+    with bench.clean() as family:
+        legacy = [mend_end(family.parts[part], tokenizer) for part, tokenizer in _clip(family)]
+        before = _probe(family, dict.fromkeys(family.text_encoders, words))
+        pipeline = family.pipeline()
+        with torch.random.fork_rng(devices=[]):  # it draws the rows that it then fills
+            _load_with_diffusers(pipeline, family, path)
+        converted = {part: pipeline.maybe_convert_prompt(THEIRS, tokenizer) for part, tokenizer in _clip(family)}
+        fault = _other_rows(family, converted, values)
+        theirs = _probe(family, dict.fromkeys(family.text_encoders, words) | converted)
+        placeholder = method.name_subject(family, OURS, words)
+        set_embeddings(family, values)
+        own = {part: placeholder for part, _ in _clip(family)}
+        ours = _probe(family, dict.fromkeys(family.text_encoders, words) | own)
+    if fault:
+        return f"FAILED: diffusers reads it back otherwise: {fault}"
     moved, error = _relative(before, ours), _relative(theirs, ours)
     mended = " once its text encoder's eos_token_id is mended, which is 2 in this base's config" if any(legacy) else ""
     line = f"diffusers reads it back{mended}: error {error:.1e} (the embedding itself moves it by {moved:.1e})"
     return f"ok: {line}" if error <= max(PREDICTION_BOUND * moved, 1e-6) else f"FAILED: {line}"
+
+
+def _other_rows(family: Family, prompts: dict[str, str], values: dict[str, Tensor]) -> str:
+    """What is wrong with the rows that a prompt of diffusers' tokens reads from each table; "" for nothing."""
+    for part, tokenizer in _clip(family):
+        ids = tokenizer(prompts[part], add_special_tokens=False)["input_ids"]
+        encoder: Any = family.parts[part]
+        rows = encoder.get_input_embeddings().weight[ids]
+        if not torch.equal(rows, values[part].to(rows)):
+            return f"the {len(ids)} rows that {part} reads are not those of the file"
+    return ""
 
 
 def _clip(family: Family) -> list[tuple[str, Any]]:
@@ -167,14 +182,11 @@ def usage(family: str, file: str, token: str) -> list[str]:
 
 
 def _probe(family: Family, subject: dict[str, str]) -> Tensor:
-    """The conditions and the prediction for one fixed noise and timestep, with a text for each encoder: one vector."""
-    side = family.resolution // family.latent_factor
-    noise = torch.randn((1, family.latent_channels, side, side), generator=generator(0, "verify"))
-    square = (family.resolution, family.resolution)
+    """The conditions and the prediction, with a text for each encoder: one vector."""
     texts = [PROMPT.format(subject[part]) for part in family.text_encoders]
-    cond = family.join_texts([family.encode_text(index, [text]) for index, text in enumerate(texts)])
-    prediction = family.predict(noise, torch.tensor([500]), cond, [Geometry(square, (0, 0), square)])
-    return torch.cat([prediction.float().flatten(), *(value.float().flatten() for value in cond.values())])
+    return predicted(
+        family, family.join_texts([family.encode_text(index, [text]) for index, text in enumerate(texts)])
+    )
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:

@@ -37,9 +37,14 @@ def checkpoint_metadata(family: str, about: dict[str, str], v_prediction: bool, 
         "implementation": labels.implementation,
         "title": about["title"],
         "resolution": about["resolution"],
-        "date": about.get("date", datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")),
+        "date": about.get("date", written_date(datetime.now(UTC))),
         "trigger_phrase": about["trigger_phrase"],
         "prediction_type": "v" if v_prediction else labels.prediction,
     }
     own = {f"finetune_{key}": about[key] for key in about.keys() - SPECIFIED}
     return {f"modelspec.{key}": value for key, value in spec.items() if value} | own
+
+
+def written_date(moment: datetime) -> str:
+    """As modelspec has it; `moment` is in UTC."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

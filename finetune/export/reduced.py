@@ -6,7 +6,7 @@ UIs read DoRA, LoHa, LoKr and OFT differently or not at all; all read plain LoRA
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from finetune.draws import generator
 from finetune.errors import BadInput
 from finetune.export.algebra import LAYERS, Decomposed, beyond_lora, decompose, differences
-from finetune.export.base import Adapter, Exported
+from finetune.export.base import Adapter, Bench, Exported, discard, float64_device, full_fp32
 from finetune.export.peft import Peft
-from finetune.export.verify import PREDICTION_BOUND, apply_adapter, probe, relative
+from finetune.export.verify import BOUNDS, PREDICTION_BOUND, apply_adapter, moved_line, probe, relative
 from finetune.families.base import Family
 from finetune.files import save_tensors, write_json
 from finetune.methods.base import Method
@@ -27,7 +28,7 @@ from finetune.progress import phase
 
 MOST = 128  # the largest rank that is chosen unasked; the largest that LoRA files commonly have
 
-Reload = Callable[[], Family]  # a clean base in the precision in which the training held it
+Places = dict[tuple[str, str], Tensor]  # (part, module path) -> something of that module
 
 
 @dataclass(frozen=True)
@@ -40,28 +41,40 @@ class Reduced:
 
 
 @torch.no_grad()
-def reduced(method: Method, family: Family, reload: Reload, rank: int | None, max_error: float) -> Reduced:
-    """The LoRA nearest to what was trained in `family`, whose parts go to the CPU and into fp32.
+def reduced(method: Method, family: Family, bench: Bench, rank: int | None, max_error: float) -> Reduced:
+    """The LoRA nearest to what was trained in `family`, whose parts go into eval mode.
 
     Raises:
         BadInput: nothing was trained.
     """
     lost: list[str] = []
     if isinstance(method, PeftAdapter):
-        found = _decompose(method.deltas(family), rank or MOST, sum(1 for _ in method.layers(family)))
+        found = _decompose(_deltas(method, family), rank or MOST, sum(1 for _ in method.layers(family)))
     else:
-        base = reload()
+        base = bench.load(bench.dtype)  # on the CPU: the device holds the trained one
         layers = [child for part in base.export_prefix for child in base.parts[part].modules()]
         count = sum(isinstance(child, LAYERS) for child in layers)
         found = _decompose(differences(base, family), rank or MOST, count)
         lost = _not_held(*beyond_lora(base, family), found)
-        del base
+        discard(base)
     if not found.spectra:
         raise BadInput("no linear layer and no convolution moved in this run: there is no LoRA to write")
     chosen = rank or min(found.rank_for(max_error), MOST)
     adapter = Adapter(family.name, family.folder, found.layers(chosen), 1.0)
-    prediction = probe(_plain(family))
+    with full_fp32():
+        prediction = probe(_settled(family))
     return Reduced(adapter, [_bound(found, chosen, max_error), *lost], prediction)
+
+
+def _deltas(method: PeftAdapter, family: Family) -> Iterator[tuple[str, str, Tensor]]:
+    """`method.deltas`, each computed where there is float64, which some of them take."""
+    for part, path, layer in method.layers(family):
+        device = next(layer.parameters()).device
+        layer.to(float64_device(device))
+        with torch.no_grad():
+            change = method.delta(layer)
+        layer.to(device)
+        yield part, path, change
 
 
 def _decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int, count: int) -> Decomposed:
@@ -76,23 +89,25 @@ def _decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int, count: int)
         return decompose(counted(), most)
 
 
-def with_checks(item: Exported, own: Reduced, reload: Reload) -> Exported:
+def with_checks(item: Exported, own: Reduced, bench: Bench) -> Exported:
     """A written LoRA's checks, and those of the approximation that it holds."""
-    return replace(item, checks=[*item.checks, *own.checks, _predicted(own, reload)])
+    return replace(item, checks=[*item.checks, *own.checks, _predicted(own, bench)])
 
 
 @torch.no_grad()
-def _predicted(own: Reduced, reload: Reload) -> str:
+def _predicted(own: Reduced, bench: Bench) -> str:
     """The LoRA on a clean base against the trained model, by what both predict."""
-    clean = _plain(reload())
-    before = probe(clean)
-    apply_adapter(clean, own.adapter)
+    with bench.clean() as clean:
+        before = probe(clean)
+        apply_adapter(clean, own.adapter)
+        after = probe(clean)
     moved = float((own.prediction - before).norm())
-    missed = float((own.prediction - probe(clean)).norm())
+    missed = float((own.prediction - after).norm())
     share = missed / max(moved, 1e-30)
-    return (
-        f"ok: training moved a prediction by {relative(before, own.prediction):.1e}; the LoRA misses {share:.1%} of it"
-    )
+    line = f"training moved a prediction by {relative(before, own.prediction):.1e}; the LoRA misses {share:.1%} of it"
+    if bench.dtype != torch.float32:
+        line += f" (in {bench.precision}, its rounding with it)"
+    return f"{'ok' if bool(torch.isfinite(after).all()) else 'FAILED'}: {line}"
 
 
 def _bound(found: Decomposed, rank: int, max_error: float) -> str:
@@ -123,11 +138,9 @@ def _not_held(count: int, change: float, found: Decomposed) -> list[str]:
     return [f"ok: {count} biases, norms and embeddings moved too ({share:.1%} of the change): no LoRA holds them"]
 
 
-def _plain(family: Family) -> Family:
-    """On the CPU, in fp32 and in eval mode: sums in bf16 would hide what training moved."""
-    family.to("cpu")
+def _settled(family: Family) -> Family:
     for part in family.parts.values():
-        part.float().eval()
+        part.eval()
     return family
 
 
@@ -135,8 +148,9 @@ def _plain(family: Family) -> Family:
 
 
 @torch.no_grad()
-def export_own_form(method: PeftAdapter, family: Family, path: Path, prediction: Tensor, reload: Reload) -> Exported:
-    """Writes PEFT's own folder of any kind, in fp32, and lets PEFT read it on a clean base.
+def export_own_form(method: PeftAdapter, family: Family, path: Path, prediction: Tensor, bench: Bench) -> Exported:
+    """Writes PEFT's own folder of any kind, in fp32, and lets PEFT read it on a clean base, which takes the place of
+    `family` in memory.
 
     In fp16 DoRA's magnitudes would lose what was learned: they are large, and move by little.
     """
@@ -145,15 +159,28 @@ def export_own_form(method: PeftAdapter, family: Family, path: Path, prediction:
     for part, (config, tensors) in forms.items():
         save_tensors(path / part / WEIGHTS, tensors, {"format": "pt"})
         write_json(path / part / CONFIG, config)
-    count = sum(1 for _ in method.layers(family))
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     wanted = {part: {name: value.cpu() for name, value in tensors.items()} for part, (_, tensors) in forms.items()}
+    with full_fp32():
+        shadows = _shadows(method, family)
+    discard(family)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     try:
-        checks = [_same_tensors(path, wanted), _read_by_peft(path, prediction, reload)]
+        checks = [_same_tensors(path, wanted), _read_by_peft(method, path, shadows, prediction, bench)]
     except BadInput as fault:
         checks = [f"FAILED: {fault}"]
     ok = not any(check.startswith("FAILED") for check in checks)
-    return Exported(Peft.name, path, size, count, 0.0 if ok else float("inf"), ["peft"] if ok else [], checks)
+    return Exported(Peft.name, path, size, len(shadows), 0.0 if ok else float("inf"), ["peft"] if ok else [], checks)
+
+
+def _shadows(method: PeftAdapter, family: Family) -> Places:
+    """Each module's delta times a random vector: small enough to keep of every module, and another delta gives another
+    one."""
+    found = {}
+    for part, path, change in _deltas(method, family):
+        matrix = change.flatten(1)
+        vector = torch.randn(matrix.shape[1], generator=generator(0, "shadow"))
+        found[part, path] = (matrix @ vector.to(matrix.device)).cpu()
+    return found
 
 
 def _same_tensors(path: Path, wanted: dict[str, dict[str, Tensor]]) -> str:
@@ -166,13 +193,39 @@ def _same_tensors(path: Path, wanted: dict[str, dict[str, Tensor]]) -> str:
     return f"ok: {sum(map(len, wanted.values()))} tensors re-read, bit for bit (in fp32, whatever export.dtype is)"
 
 
-def _read_by_peft(path: Path, prediction: Tensor, reload: Reload) -> str:
-    clean = _plain(reload())
-    before = probe(clean)
-    read_own_form(clean, path)
-    error, moved = relative(probe(_plain(clean)), prediction), relative(before, prediction)
+def _read_by_peft(method: PeftAdapter, path: Path, wanted: Places, prediction: Tensor, bench: Bench) -> str:
+    """PEFT's own reader on a clean base: every module's delta there against the trained one, and the prediction."""
+    with bench.clean() as clean:
+        before = probe(clean)
+        read_own_form(clean, path)
+        found, theirs = _shadows(method, clean), probe(_settled(clean))
+        fault = _other_deltas(found, wanted)
+        if fault:
+            return f"FAILED: peft reads it back otherwise: {fault}"
+        if bench.dtype != torch.float32:
+            line = f"peft reads it back: {len(found)} modules with the trained deltas"
+            return moved_line(line, before, theirs, bench, lambda: _strength(method, clean))
+    error, moved = relative(theirs, prediction), relative(before, prediction)
     line = f"peft reads it back: prediction error {error:.1e} (the adapter itself moves it by {moved:.1e})"
     return f"ok: {line}" if error <= max(PREDICTION_BOUND * moved, 1e-6) else f"FAILED: {line}"
+
+
+def _strength(method: PeftAdapter, family: Family) -> float:
+    """The largest |delta| / |weight| of a module."""
+    weights = [layer.get_base_layer().weight.float().norm() for _, _, layer in method.layers(family)]
+    changes = [change.norm() for _, _, change in _deltas(method, family)]
+    return max(float(change) / float(weight) for change, weight in zip(changes, weights, strict=True))
+
+
+def _other_deltas(found: Places, wanted: Places) -> str:
+    """What is wrong with the modules' deltas; "" for nothing."""
+    missing = sorted(found.keys() ^ wanted.keys())
+    wrong = [f"{' '.join(place)} is not in both" for place in missing]
+    for place in found.keys() & wanted.keys():
+        error = relative(found[place], wanted[place])
+        if not error <= BOUNDS[torch.float32]:
+            wrong.append(f"{' '.join(place)} has error {error:.1e}")
+    return f"{len(wrong)} of {len(wanted)} modules differ, such as {wrong[0]}" if wrong else ""
 
 
 def own_formats(method: Method, formats: Sequence[str]) -> tuple[list[str], bool]:

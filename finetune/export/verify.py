@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from finetune import families
 from finetune.batch import Geometry
 from finetune.draws import generator
 from finetune.errors import BadInput
-from finetune.export.base import Adapter, Export, Exported, delta
+from finetune.export.base import Adapter, Bench, Export, Exported, delta
 from finetune.families.base import Family
-from finetune.families.layout import add_text_model
+from finetune.families.layout import add_text_model, strip_text_model
 
 # the largest relative error of a delta: B and A are each rounded once
-BOUNDS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+BOUNDS: dict[torch.dtype, float] = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 PREDICTION_BOUND = 1e-4  # two readers of one file, fp32 arithmetic in another order
 
 
-def verify(adapter: Adapter, export: Export, path: Path, dtype: torch.dtype) -> Exported:
+@dataclass(frozen=True)
+class Injected:
+    """What another program put into a base: how much, for a check's line, and what is wrong with it ("": nothing)."""
+
+    held: str
+    fault: str
+
+
+def verify(adapter: Adapter, export: Export, path: Path, dtype: torch.dtype, bench: Bench) -> Exported:
     """Re-opens a written file and compares it: with the trained deltas, and through an independent reader."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
@@ -34,7 +45,7 @@ def verify(adapter: Adapter, export: Export, path: Path, dtype: torch.dtype) -> 
     except BadInput as fault:
         return Exported(export.name, path, size, 0, float("inf"), [], [f"FAILED: {fault}"])
     if "diffusers" in export.readers(adapter) and not any(check.startswith("FAILED") for check in checks):
-        checks.append(read_by_diffusers(again, path))
+        checks.append(read_by_diffusers(adapter, again, path, dtype, bench))
     whole = not any(check.startswith("FAILED") for check in checks)
     return Exported(
         export.name, path, size, again.count, error, list(export.readers(adapter)) if whole else [], checks
@@ -77,37 +88,130 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 @torch.no_grad()
-def read_by_diffusers(adapter: Adapter, path: Path) -> str:
-    """diffusers' load_lora_weights on a clean base against our own merge of the same file: what both predict."""
-    family = families.load(str(adapter.base_folder))
-    pipeline = family.pipeline()
-    pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
-    theirs = probe(family)
-    pipeline.unload_lora_weights()
-    clean = probe(family)
-    apply_adapter(family, adapter)
-    ours = probe(family)
+def read_by_diffusers(trained: Adapter, again: Adapter, path: Path, dtype: torch.dtype, bench: Bench) -> str:
+    """diffusers' load_lora_weights on a clean base: the deltas that it holds there against the `trained` ones.
+
+    In fp32 also what it predicts against our own merge of the same file (`again`, stored in `dtype`). In bf16 and fp16
+    rounding moves a prediction about as much as a fault may; there it must be finite, and moved.
+    """
+    bound = max(BOUNDS[dtype], BOUNDS[bench.dtype])
+    with bench.clean() as family:
+        pipeline = family.pipeline()
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+        faint = again if bench.dtype == torch.float16 and _faint(again) else None
+        injected = _compare_injected(trained, faint, family, bound)
+        theirs = probe(family)
+        pipeline.unload_lora_weights()
+        clean = probe(family)
+        if injected.fault:
+            return f"FAILED: diffusers reads it back otherwise: {injected.fault}"
+        if bench.dtype != torch.float32:
+            line = f"diffusers reads it back: {injected.held}"
+            return moved_line(line, clean, theirs, bench, lambda: _strength(family, trained))
+        apply_adapter(family, again)
+        ours = probe(family)
     moved = relative(clean, ours)
     error = relative(theirs, ours)
     line = f"diffusers reads it back: prediction error {error:.1e} (the adapter itself moves it by {moved:.1e})"
-    return f"ok: {line}" if error <= max(PREDICTION_BOUND * moved, 1e-6) else f"FAILED: {line}"
+    return f"{'ok' if error <= max(PREDICTION_BOUND * moved, 1e-6) else 'FAILED'}: {line}; {injected.held}"
+
+
+def _compare_injected(trained: Adapter, faint: Adapter | None, family: Family, bound: float) -> Injected:
+    """The deltas of PEFT's layers in `family` against the trained ones.
+
+    `faint`: what was stored, where fp16 can't hold all of it: then a delta is right that is what fp16 keeps of it.
+    """
+    found, wanted = _injected(family), _by_place(trained)
+    stored = _by_place(faint) if faint else {}
+    wrong, worst = [], 0.0
+    for place, pair in wanted.items():
+        if place not in found:
+            wrong.append(f"{' '.join(place)} is not there")
+            continue
+        a, b, scale = found.pop(place)
+        value, right = delta(a, b, scale), _rounded(pair, a.device, torch.float32, trained.scale)
+        if value.shape != right.shape:
+            wrong.append(f"{' '.join(place)} has shape {tuple(value.shape)}")
+            continue
+        error = relative(value, right)
+        worst = max(worst, error)
+        if not error <= bound and faint is not None:
+            error = relative(value, _rounded(stored[place], a.device, torch.float16, faint.scale))
+        if not error <= bound:
+            wrong.append(f"{' '.join(place)} has error {error:.1e} (bound {bound:.0e})")
+    wrong += [f"{' '.join(place)} is too many" for place, (a, b, _) in found.items() if bool(delta(a, b, 1).any())]
+    fault = f"{len(wrong)} of {len(wanted)} modules differ, such as {wrong[0]}" if wrong else ""
+    return Injected(f"{len(wanted)} modules, largest relative error {worst:.1e}", fault)
+
+
+def _rounded(pair: tuple[Tensor, Tensor], device: torch.device, dtype: torch.dtype, scale: float) -> Tensor:
+    a, b = (factor.to(device, dtype) for factor in pair)
+    return delta(a, b, scale)
+
+
+def _injected(family: Family) -> dict[tuple[str, str], tuple[Tensor, Tensor, float]]:
+    """(part, module) -> (A, B, scale) of PEFT's active LoRA layers, as whoever put them there left them."""
+    found = {}
+    for part in family.export_prefix:
+        for path, layer in family.parts[part].named_modules():
+            if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
+                continue
+            matrices: Any = layer
+            for name in layer.active_adapters:
+                if name in matrices.lora_A:
+                    a, b = matrices.lora_A[name].weight, matrices.lora_B[name].weight
+                    found[part, strip_text_model(path)] = (a, b, float(matrices.scaling[name]))
+    return found
+
+
+def moved_line(line: str, clean: Tensor, theirs: Tensor, bench: Bench, strength: Callable[[], float]) -> str:
+    """A reader's check line for precisions in which predictions can't be compared closely.
+
+    `strength`: the largest |delta| / |weight| of a module, which tells whether a prediction has to move.
+    """
+    if not bool(torch.isfinite(theirs).all()):
+        return f"FAILED: {line}, but its prediction in {bench.precision} is not finite"
+    moved = relative(theirs, clean)
+    if moved:
+        return f"ok: {line} (in {bench.precision}; it moves a prediction by {moved:.1e})"
+    if strength() > torch.finfo(bench.dtype).eps:
+        return f"FAILED: {line}, but in {bench.precision} it moves no prediction"
+    return f"ok: {line} (in {bench.precision}, where it is too faint to move a prediction)"
+
+
+def _strength(family: Family, adapter: Adapter) -> float:
+    """The largest |delta| / |weight| of a module; `family` is clean."""
+    modules = {part: dict(family.parts[part].named_modules()) for part in adapter.layers}
+    return max(
+        float(delta(a, b, adapter.scale).norm() / _find(modules[part], module).weight.float().norm().cpu())
+        for part, module, a, b in adapter.modules()
+    )
+
+
+def _find(modules: Mapping[str, Any], path: str) -> Any:
+    return modules.get(path) or modules[add_text_model(path)]
 
 
 def probe(family: Family) -> Tensor:
     """What a family predicts for one fixed prompt, noise and timestep, and its conditions: one flat vector."""
+    return predicted(family, family.encode_prompts(["a photo of a small dog on the beach"]))
+
+
+def predicted(family: Family, cond: dict[str, Tensor]) -> Tensor:
+    """The prediction for one fixed noise and timestep, on the denoiser's device, and the conditions: one vector."""
+    device = next(family.parts["denoiser"].parameters()).device
     side = family.resolution // family.latent_factor
-    noise = torch.randn((1, family.latent_channels, side, side), generator=generator(0, "verify"))
+    noise = torch.randn((1, family.latent_channels, side, side), generator=generator(0, "verify")).to(device)
     square = (family.resolution, family.resolution)
-    cond = family.encode_prompts(["a photo of a small dog on the beach"])
-    prediction = family.predict(noise, torch.tensor([500]), cond, [Geometry(square, (0, 0), square)])
+    prediction = family.predict(noise, torch.tensor([500], device=device), cond, [Geometry(square, (0, 0), square)])
     return torch.cat([prediction.float().flatten(), *(value.float().flatten() for value in cond.values())])
 
 
 @torch.no_grad()
 def apply_adapter(family: Family, adapter: Adapter, weight: float = 1.0) -> None:
-    """Merges weight * scale * B A into the family's own weights."""
+    """Merges weight * scale * B A into the family's own weights: the sum in fp32, rounded once to their precision."""
+    modules = {part: dict(family.parts[part].named_modules()) for part in adapter.layers}
     for part, module, a, b in adapter.modules():
-        modules = dict(family.parts[part].named_modules())
-        target = modules.get(module) or modules[add_text_model(module)]
-        change = delta(a, b, adapter.scale * weight).to(target.weight.device)
-        target.weight += change.view_as(target.weight).to(target.weight.dtype)
+        target = _find(modules[part], module).weight
+        change = delta(a, b, adapter.scale * weight).to(target.device)
+        target.copy_(target.float() + change.view_as(target))

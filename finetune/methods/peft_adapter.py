@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from peft.utils import set_peft_model_state_dict
 from pydantic import Field
 from safetensors.torch import load_file
@@ -178,6 +178,7 @@ def read_own_form(family: Family, folder: Path) -> None:
         config = peft.PeftConfig.from_pretrained(str(file.parent))
         module.requires_grad_(False)
         peft.inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+        cast_adapter_dtype(module, ADAPTER)  # to fp32, as PeftModel.from_pretrained does
         tensors = {key.removeprefix(PREFIX): value for key, value in load_file(file.with_name(WEIGHTS)).items()}
         result: Any = set_peft_model_state_dict(module, tensors, adapter_name=ADAPTER)
         missing = [name for name in result.missing_keys if any(f".{kind}" in name for kind in _prefixes(module))]

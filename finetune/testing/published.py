@@ -49,7 +49,7 @@ SD2 = {
     "vae": vae(4),
     "scheduler": {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", **SCALED},
 }  # fmt: skip
-SDXL = {
+SDXL: dict[str, Any] = {
     "unet": {
         "_class_name": "UNet2DConditionModel",
         "in_channels": 4,
