@@ -33,7 +33,7 @@ class Bench:
     def of(cls, family: Family, load: Load) -> Bench:
         """Where a family is, and in its precision."""
         weight = next(family.parts["denoiser"].parameters())
-        return cls(weight.device, weight.dtype, load)
+        return cls(family.device, weight.dtype, load)
 
     @classmethod
     def here(cls, load: Load) -> Bench:
