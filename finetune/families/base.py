@@ -66,6 +66,7 @@ class Family(ABC):
     latent_channels: int
     scaling: float  # latents are what the VAE gives (less an offset, in some), times this
     resolution: int  # native side length in pixels
+    dtype: torch.dtype  # in which it was loaded; a VAE may be wider
     parts: dict[str, nn.Module]
     tokenizers: list[Any]
     schedule: AnySchedule
