@@ -117,11 +117,12 @@ def sample(
 ) -> None:
     """Draw pictures: PNGs and a grid."""
     _loud()
+    from finetune.devices import best_device
     from finetune.progress import phase
     from finetune.results import open_result
     from finetune.sample import draw, grid, parameters, save_picture
 
-    family, info = open_result(source, base, _device())
+    family, info = open_result(source, base, best_device())
     size = info.get("resolution") or family.resolution
     guidance = guidance if guidance is not None else info.get("guidance", 5.0)
     seeds = [seed + number for number in range(count)]
@@ -319,12 +320,6 @@ def _is_main_process() -> bool:
 
 def _silent(line: str) -> None:
     """What the other processes say."""
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _loud() -> None:

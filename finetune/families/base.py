@@ -188,6 +188,7 @@ class Family(ABC):
     def join_texts(self, encoded: Sequence[dict[str, Tensor]], kept: Tensor | None = None) -> dict[str, Tensor]:
         """All encoders' outputs -> the conditioning tensors; dropped ones are zero (arXiv:2403.03206 section 5.2)."""
         if kept is not None:
+            kept = kept.to(next(iter(encoded[0].values())).device)  # one copy, and not one for each tensor
             encoded = [
                 {name: value * _beside(keep, value) for name, value in tensors.items()}
                 for keep, tensors in zip(kept, encoded, strict=True)
@@ -239,4 +240,4 @@ class Family(ABC):
 
 
 def _beside(keep: Tensor, value: Tensor) -> Tensor:
-    return keep.to(value.device, value.dtype).view(-1, *[1] * (value.ndim - 1))
+    return keep.to(value.dtype).view(-1, *[1] * (value.ndim - 1))

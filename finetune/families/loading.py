@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from finetune.batch import Latents
+from finetune.devices import empty_cache
 from finetune.errors import BadInput
 from finetune.families.base import Family
 from finetune.families.samplers import make_scheduler
@@ -165,8 +166,7 @@ class DiffusersFamily(Family):
     def release(self, parts: Sequence[str]) -> None:
         for name in parts:
             self.parts[name] = nn.Identity()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache()
 
     def restore(self, parts: Sequence[str], device: torch.device | str = "cpu") -> None:
         for name in parts:
