@@ -134,7 +134,9 @@ def test_a_refiner_refines_what_it_is_given(tiny_bases: dict[str, Path]) -> None
 
 
 DTYPES = (torch.bfloat16, torch.float16)
-INPUTS = [(name, inputs) for name, kind in families.REGISTRY.items() for inputs in getattr(kind, "pipelines", {"": ""})]
+INPUTS = [
+    (name, kind) for name, family in families.REGISTRY.items() for kind in getattr(family, "pipelines", {"": ""})
+]
 
 
 @pytest.mark.parametrize("force_upcast", [True, False])
