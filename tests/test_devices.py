@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from fake_device import FakeDevice, Generator, fake_device
 from test_loop import Memory
 from torch import Tensor
 
-from finetune import devices, families, methods, tokens
+from finetune import devices, doctor, families, methods, tokens
 from finetune.batch import Batch
 from finetune.config import Run
 from finetune.data.cache import LatentCache, PromptCache
@@ -293,6 +295,19 @@ def test_the_best_device(cuda: bool, metal: bool, wanted: str, monkeypatch: pyte
     assert devices.best_device().type == wanted
     devices.empty_cache()
     assert freed == ([] if wanted == "cpu" else [wanted])
+
+
+@pytest.mark.parametrize(("generation", "said"), [(7, "emulated"), (8, "16 GiB, bf16")])
+def test_doctor_tells_native_bf16_from_emulated(generation: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own rule, for GPUs of compute capability 7.5 (T4) and 8.0 (A100)."""
+    about = SimpleNamespace(name="a GPU", total_memory=2**34, major=generation)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
+    found = doctor._gpu(0)
+    assert said in found.value
+    assert ("run.precision=fp16" in found.advice) == (generation < 8)
 
 
 def test_the_device_refuses_what_a_gpu_refuses(gpu: FakeDevice) -> None:
