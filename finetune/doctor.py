@@ -65,17 +65,33 @@ def _devices() -> list[Finding]:
 
     findings = [Finding("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used")]
     for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        findings.append(Finding(f"GPU {index}", f"{about.name}, {about.total_memory / 2**30:.0f} GiB", True))
-    if not torch.cuda.is_available():
+        findings.append(_gpu(index))
+    if torch.backends.mps.is_available():
+        size = torch.mps.recommended_max_memory() / 2**30
+        findings.append(Finding("GPU", f"Apple's (mps), of whose memory {size:.0f} GiB should be used", True))
+    elif not torch.cuda.is_available():
         findings.append(Finding("GPU", "none", None, "the tiny base trains on a CPU; Stable Diffusion wants a GPU"))
     return findings
+
+
+def _gpu(index: int) -> Finding:
+    import torch
+
+    from finetune.devices import native_bf16
+
+    about = torch.cuda.get_device_properties(index)
+    said = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
+    if native_bf16(index):
+        return Finding(f"GPU {index}", f"{said}, bf16", True)
+    return Finding(f"GPU {index}", f"{said}, bf16 only emulated", True, "set run.precision=fp16, which is fast there")
 
 
 def _precisions() -> list[Finding]:
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from finetune.devices import best_device
+
+    device = best_device()
 
     def product(dtype: torch.dtype) -> None:
         value = torch.ones(8, 8, device=device, dtype=dtype)
@@ -85,22 +101,23 @@ def _precisions() -> list[Finding]:
         _try("bf16", lambda: product(torch.bfloat16), "use run.precision=fp32"),
         _try("fp32", lambda: product(torch.float32), "install torch again"),
     ]
-    fp16 = "works (with loss scaling)" if device == "cuda" else "refused on a CPU"
-    return [*findings, Finding("fp16", fp16, None, "" if device == "cuda" else "use fp32 or bf16")]
+    if device.type == "cuda":
+        return [*findings, _try("fp16", lambda: product(torch.float16), "use run.precision=fp32")]
+    return [*findings, Finding("fp16", "refused without CUDA", None, "use run.precision=fp32 or bf16")]
 
 
 def _optimisers() -> list[Finding]:
     import torch
 
+    from finetune.devices import best_device
     from finetune.optim import AdamW, AdamW8bit
 
     def step(kind: type[AdamW] | type[AdamW8bit]) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        parameter = torch.nn.Parameter(torch.ones(8192, device=device))
+        parameter = torch.nn.Parameter(torch.ones(8192, device=best_device()))
         optimizer = kind(lr=0.1, weight_decay=0.0).build({"denoiser.x": parameter})
         parameter.sum().backward()
         optimizer.step()
-        assert abs(float(parameter[0]) - 0.9) < 0.02
+        assert abs(float(parameter.detach()[0]) - 0.9) < 0.02
 
     return [
         _try("optim.kind adamw", lambda: step(AdamW), "install torch again"),

@@ -14,12 +14,12 @@ from torch.nn import functional
 from finetune import families
 from finetune.batch import Geometry
 from finetune.config import ClassImages, Recipe
+from finetune.devices import DTYPES
 from finetune.errors import BadInput
 from finetune.families.base import Family
 from finetune.loop import resolve_precision
 from finetune.penalties import Distance, FrozenBase
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03}  # bytes of Adam's state for each trained parameter
 GIB = 2**30
 

@@ -17,6 +17,7 @@ from finetune import badstep
 from finetune.batch import Batch
 from finetune.config import Run
 from finetune.data.batches import check_split
+from finetune.devices import auto_precision
 from finetune.draws import Draw, generator, uniform
 from finetune.dropout import SampleDropout, replace_dropout
 from finetune.errors import BadInput, CheckFailed
@@ -101,7 +102,7 @@ def make_accelerator(run: Run, adapter: bool) -> Accelerator:
     """
     precision = resolve_precision(run)
     if precision == "fp16" and not torch.cuda.is_available():
-        raise BadInput("run.precision is 'fp16' but there is no GPU here: set run.precision=fp32 or bf16")
+        raise BadInput("run.precision is 'fp16' but there is no CUDA GPU here: set run.precision=fp32 or bf16")
     mixed = {"fp32": "no", "bf16": "no" if adapter else "bf16", "fp16": "fp16"}[precision]
     accelerator = Accelerator(
         mixed_precision=mixed,
@@ -128,17 +129,8 @@ def _check_launch(accelerator: Accelerator, run: Run) -> None:
 
 
 def resolve_precision(run: Run) -> str:
-    """`auto` is bf16 on a CUDA GPU that computes in it (Ampere and later), fp16 on an older one, fp32 elsewhere."""
-    if run.precision != "auto":
-        return run.precision
-    if not torch.cuda.is_available():
-        return "fp32"
-    return "bf16" if has_native_bf16() else "fp16"
-
-
-def has_native_bf16() -> bool:
-    """torch also counts GPUs that only emulate bf16 (T4, V100, RTX 20), where it is many times slower than fp16."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    """What `run.precision` is on this machine."""
+    return auto_precision() if run.precision == "auto" else run.precision
 
 
 def fit(

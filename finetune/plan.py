@@ -19,6 +19,7 @@ from finetune.data.orders import group_count
 from finetune.data.photos import Photo
 from finetune.data.views import enlarged
 from finetune.determinism import is_repeatable
+from finetune.devices import DTYPES
 from finetune.errors import BadInput
 from finetune.export import CHECKPOINT, check_formats
 from finetune.families import base_hash as base_hash_of
@@ -28,7 +29,6 @@ from finetune.prior import check_set
 from finetune.subjects import Subject, caption_subjects, scan_subjects
 
 CROPPED = 0.1  # a square crop that cuts away more of a photo is told
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass

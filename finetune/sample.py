@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from finetune.families.base import Family, Given
+from finetune.families.vae import fitting
 
 A1111_SAMPLERS = {"dpm++": "DPM++ 2M", "ddim": "DDIM", "euler": "Euler", "unipc": "UniPC"}
 
@@ -33,29 +35,40 @@ def draw(
     by bases that draw from pictures.
 
     The starting noise depends on the picture's seed alone and is drawn on the CPU. A picture's neighbours and its
-    place in the batch change nothing; the size of the batch changes the last bits of the arithmetic (64-pixel base,
-    20 steps, batches of 1, 3 and 8: one grey level in at most 6 of 100,000 values).
+    place in the batch change nothing; the size of the batch changes the last bits of the denoiser's arithmetic
+    (64-pixel base, 20 steps, batches of 1, 3 and 8: one grey level in at most 6 of 100,000 values). The VAE decodes
+    one picture at a time: memory for it does not grow with the batch, and nor do its last bits change.
     """
     side = size or family.resolution
     pipeline = family.pipeline(sampler)  # brings released parts back
-    modes = {name: part.training for name, part in family.parts.items()}
+    pipeline.vae = fitting(pipeline.vae, family.dtype)
     pictures: list[Image.Image] = []
+    with _in_eval(family):
+        for start in range(0, len(prompts), batch_size):
+            texts = list(prompts[start : start + batch_size])
+            out = pipeline(
+                prompt=texts,
+                num_inference_steps=steps,
+                **family.sampling_arguments(guidance, [negative] * len(texts)),
+                **family.canvas(side, len(texts), steps, given),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
+            )
+            pictures += out.images
+            advance(len(texts))
+    return pictures
+
+
+@contextmanager
+def _in_eval(family: Family) -> Iterator[None]:
+    """Every module in eval mode; afterwards, and after an error too, each in the mode that it was in."""
+    modes = {module: module.training for part in family.parts.values() for module in part.modules()}
     for part in family.parts.values():
         part.eval()
-    for start in range(0, len(prompts), batch_size):
-        texts = list(prompts[start : start + batch_size])
-        out = pipeline(
-            prompt=texts,
-            num_inference_steps=steps,
-            **family.sampling_arguments(guidance, [negative] * len(texts)),
-            **family.canvas(side, len(texts), steps, given),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
-        )
-        pictures += out.images
-        advance(len(texts))
-    for name, part in family.parts.items():
-        part.train(modes[name])
-    return pictures
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def grid(pictures: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None) -> Image.Image:

@@ -88,7 +88,7 @@ def test_recipes_are_listed_shown_copied_and_described(tmp_path: Path) -> None:
 def test_doctor_tells_what_works() -> None:
     done = finetune("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
-    for word in ("torch", "bitsandbytes", "bf16", "adamw8bit", "free space", "hub"):
+    for word in ("torch", "bitsandbytes", "bf16", "fp16", "adamw8bit", "free space", "hub"):
         assert word in done.stdout
 
 

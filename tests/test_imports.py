@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "finetune").rglob("*.py"))
 
 # From the ground up. A module may import its own layer and those above it in this list.
 LAYERS = (
-    ("errors", "settings", "draws", "quiet", "progress", "files", "signals", "determinism"),
+    ("errors", "settings", "draws", "quiet", "progress", "files", "signals", "determinism", "devices"),
     ("batch", "dropout", "loss", "objectives", "optim", "recipes"),
     ("families",),
     ("methods", "data"),

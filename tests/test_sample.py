@@ -131,3 +131,68 @@ def test_a_refiner_refines_what_it_is_given(tiny_bases: dict[str, Path]) -> None
     got = draw(family, ["a mug"], seeds=[5], steps=10, **settings)[0]
     assert np.abs(np.asarray(got, dtype=int) - np.asarray(wanted.images[0], dtype=int)).max() <= 1
     assert draw(family, ["a mug"], seeds=[5], steps=1, **settings)[0].size == (32, 32)
+
+
+DTYPES = (torch.bfloat16, torch.float16)
+INPUTS = [
+    (name, kind) for name, family in families.REGISTRY.items() for kind in getattr(family, "pipelines", {"": ""})
+]
+
+
+@pytest.mark.parametrize("force_upcast", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "inputs"), INPUTS)
+def test_half_precision_draws_the_same_picture(
+    name: str, inputs: str, dtype: torch.dtype, force_upcast: bool, tiny_bases: dict[str, Path]
+) -> None:
+    """Grey levels apart by no more than the dtype rounds to: 8 steps of eps over 255 levels. SDXL's VAE stays in fp32
+    under fp16, whatever its config's `force_upcast` says, and drawing leaves it so."""
+    drawn = []
+    for precision in (torch.float32, dtype):
+        family = families.load(str(tiny_bases[name]), dtype=precision)
+        if inputs:
+            family.widen(inputs)
+        family.parts["vae"].register_to_config(force_upcast=force_upcast)
+        pictures = draw(family, ["a mug", "a dog"], seeds=[1, 2], steps=2, guidance=2.0)
+        drawn.append(np.stack([np.asarray(picture, dtype=int) for picture in pictures]))
+    wide = name.startswith("sdxl") and dtype == torch.float16
+    assert family.parts["vae"].dtype == (torch.float32 if wide else dtype)
+    assert drawn[0].std() > 1
+    assert np.abs(drawn[0] - drawn[1]).max() <= max(1, round(8 * torch.finfo(dtype).eps * 255))
+
+
+@pytest.mark.parametrize("name", list(families.REGISTRY))
+def test_the_vae_decodes_one_picture_at_a_time(name: str, tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases[name]))
+    sizes: list[int] = []
+    for coder in (family.parts["vae"].encoder, family.parts["vae"].decoder):
+        coder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    latents = torch.randn(3, family.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    together = family.decode_latents(latents)
+    alone = torch.cat([family.decode_latents(latents[k : k + 1]) for k in range(3)])
+    assert torch.equal(together, alone)
+    encoded = family.encode_images(together.clamp(-1, 1))
+    assert torch.equal(encoded.mean[1], family.encode_images(together[1:2].clamp(-1, 1)).mean[0])
+    draw(family, ["a mug", "a dog"], seeds=[1, 2], steps=1)
+    family.release(["vae"])
+    family.restore(["vae"])
+    family.parts["vae"].decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    family.decode_latents(latents)
+    assert len(sizes) >= 3 + 3 + 3 + 1 + 2 + 3
+    assert set(sizes) == {1}
+
+
+def test_an_error_while_drawing_leaves_the_modes_as_they_were(tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases["sd1"]))
+    denoiser = family.parts["denoiser"].train()
+    denoiser.conv_in.eval()
+    before = {name: module.training for name, module in denoiser.named_modules()}
+
+    def stop(amount: int) -> None:
+        assert not any(module.training for part in family.parts.values() for module in part.modules())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(family, ["a mug"], seeds=[1], steps=1, advance=stop)
+    assert {name: module.training for name, module in denoiser.named_modules()} == before
+    assert not family.parts["vae"].training

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from finetune.devices import doubled, exact_device
 from finetune.errors import BadInput
-from finetune.export.base import Adapter, float64_device
+from finetune.export.base import Adapter
 from finetune.families.base import Family
 from finetune.families.layout import strip_text_model
 
@@ -152,8 +153,7 @@ def beyond_lora(base: Family, tuned: Family) -> tuple[int, float]:
             other = theirs[strip_text_model(name)]
             if name not in held and not torch.equal(other.float(), value.float().to(other.device)):
                 count += 1
-                change = other.float() - value.float().to(other.device)
-                energy += float(change.to(float64_device(change.device)).double().square().sum())
+                energy += float(doubled(other.float() - value.float().to(other.device)).square().sum())
     return count, energy**0.5
 
 
@@ -169,6 +169,7 @@ def _difference(part: str, module: str, weight: Tensor, other: object) -> Tensor
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The reduced SVD. A small one takes one thread: on a busy machine several wait for each other (100 times slower
     beside eight busy threads)."""
+    matrix = matrix.to(exact_device(matrix.device))
     threads = torch.get_num_threads()
     if min(matrix.shape) <= 512:
         torch.set_num_threads(1)
@@ -181,8 +182,8 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of B A by way of two small QR decompositions: U [out, r], S [r], V [r, in], in float64."""
-    q, r = torch.linalg.qr(b.double())
-    p, t = torch.linalg.qr(a.double().T)
+    q, r = torch.linalg.qr(doubled(b))
+    p, t = torch.linalg.qr(doubled(a).T)
     u, s, v = _svd(r @ t.T)
     return q @ u, s, v @ p.T
 

@@ -14,10 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from finetune.devices import DTYPES, auto_precision, best_device
 from finetune.families.base import Family
 
 SMALL = 2.0**-6  # of the largest value of B: most of its values then are far enough above fp16's smallest
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Load = Callable[[torch.dtype], Family]  # a clean base in a precision, on the CPU
 
 
@@ -58,11 +58,7 @@ class Bench:
 
 def machine() -> tuple[torch.device, torch.dtype]:
     """The GPU of this machine, if it has one, and the precision that `run.precision: auto` is there."""
-    from finetune.config import Run  # not at the top: recipes know the export formats
-    from finetune.loop import resolve_precision
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return device, DTYPES[resolve_precision(Run())]
+    return best_device(), DTYPES[auto_precision()]
 
 
 def discard(family: Family) -> None:
@@ -84,11 +80,6 @@ def full_fp32() -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """Where float64 is computed for what is on `device`: Apple's GPUs have none."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from finetune.devices import exact_device
 from finetune.draws import generator
 from finetune.errors import BadInput
 from finetune.export.algebra import LAYERS, Decomposed, beyond_lora, decompose, differences
-from finetune.export.base import Adapter, Bench, Exported, discard, float64_device, full_fp32
+from finetune.export.base import Adapter, Bench, Exported, discard, full_fp32
 from finetune.export.peft import Peft
 from finetune.export.verify import BOUNDS, PREDICTION_BOUND, apply_adapter, moved_line, probe, relative
 from finetune.families.base import Family
@@ -70,7 +71,7 @@ def _deltas(method: PeftAdapter, family: Family) -> Iterator[tuple[str, str, Ten
     """`method.deltas`, each computed where there is float64, which some of them take."""
     for part, path, layer in method.layers(family):
         device = next(layer.parameters()).device
-        layer.to(float64_device(device))
+        layer.to(exact_device(device))
         with torch.no_grad():
             change = method.delta(layer)
         layer.to(device)

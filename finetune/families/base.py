@@ -66,6 +66,7 @@ class Family(ABC):
     latent_channels: int
     scaling: float  # latents are what the VAE gives (less an offset, in some), times this
     resolution: int  # native side length in pixels
+    dtype: torch.dtype  # in which it was loaded; a VAE may be wider
     parts: dict[str, nn.Module]
     tokenizers: list[Any]
     schedule: AnySchedule
@@ -199,6 +200,7 @@ class Family(ABC):
     def join_texts(self, encoded: Sequence[dict[str, Tensor]], kept: Tensor | None = None) -> dict[str, Tensor]:
         """All encoders' outputs -> the conditioning tensors; dropped ones are zero (arXiv:2403.03206 section 5.2)."""
         if kept is not None:
+            kept = kept.to(next(iter(encoded[0].values())).device)  # one copy, and not one for each tensor
             encoded = [
                 {name: value * _beside(keep, value) for name, value in tensors.items()}
                 for keep, tensors in zip(kept, encoded, strict=True)
@@ -250,4 +252,4 @@ class Family(ABC):
 
 
 def _beside(keep: Tensor, value: Tensor) -> Tensor:
-    return keep.to(value.device, value.dtype).view(-1, *[1] * (value.ndim - 1))
+    return keep.to(value.dtype).view(-1, *[1] * (value.ndim - 1))

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from finetune.batch import Latents
+from finetune.devices import empty_cache
 from finetune.errors import BadInput
 from finetune.families.base import Family
 from finetune.families.samplers import make_scheduler
@@ -106,7 +107,10 @@ class DiffusersFamily(Family):
         subfolder, kind = self.sources[name]
         if not self.is_in(self.folder, name):
             raise BadInput(f"{self.folder} has no {subfolder}/config.json: the base must be a whole diffusers folder")
-        return load_weights(self.folder / subfolder, kind, self._part_dtype(name)).requires_grad_(False).eval()
+        part: Any = load_weights(self.folder / subfolder, kind, self._part_dtype(name))
+        if name == "vae":
+            part.enable_slicing()  # a picture at a time: eight of 1024 pixels need no more memory than one
+        return part.requires_grad_(False).eval()
 
     def _is_t5(self, index: int) -> bool:
         return issubclass(self.sources[self.text_encoders[index]][1], transformers.T5EncoderModel)
@@ -164,8 +168,7 @@ class DiffusersFamily(Family):
     def release(self, parts: Sequence[str]) -> None:
         for name in parts:
             self.parts[name] = nn.Identity()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache()
 
     def restore(self, parts: Sequence[str]) -> None:
         for name in parts:

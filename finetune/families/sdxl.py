@@ -73,7 +73,8 @@ class StableDiffusionXL(UNetFamily):
         denoiser: Any = self.parts["denoiser"]
         read = self._read(noisy)
         dtype = read.dtype
-        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": self._time_ids(geometry).to(noisy.device, dtype)}
+        # the sizes stay fp32: bf16 would tell 1365 pixels as 1368, whose embedding is another one
+        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": self._time_ids(geometry).to(noisy.device)}
         return denoiser(
             read,
             timesteps,

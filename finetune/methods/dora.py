@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar, Literal
 
 import peft
@@ -9,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from finetune.devices import exact_device
 from finetune.methods.peft_adapter import ADAPTER, Ranked
 
 
@@ -38,6 +40,9 @@ class DoRA(Ranked):
 
     def delta(self, layer: Any) -> Tensor:
         """PEFT's merge minus the base, in float64: the difference of two numbers that are nearly equal."""
+        own = layer.get_base_layer().weight.device
+        if exact_device(own) != own:
+            layer = copy.deepcopy(layer).to(exact_device(own))
         base = layer.get_base_layer()
         held = base.weight.data
         base.weight.data = held.double()

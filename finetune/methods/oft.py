@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from finetune.devices import doubled
 from finetune.errors import BadInput
 from finetune.families.base import Family
 from finetune.methods.peft_adapter import ADAPTER, PeftAdapter
@@ -46,6 +47,6 @@ class OFT(PeftAdapter):
 
     def delta(self, layer: Any) -> Tensor:
         """W (R^T - I): x R W^T is what the layer computes."""
-        weight = layer.get_base_layer().weight.double()
-        rotation = layer.get_delta_weight(ADAPTER).double()
+        weight = doubled(layer.get_base_layer().weight)
+        rotation = doubled(layer.get_delta_weight(ADAPTER))
         return (weight @ (rotation.T - torch.eye(len(rotation), dtype=torch.double, device=weight.device))).float()
