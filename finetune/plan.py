@@ -144,7 +144,7 @@ def look(recipe: Recipe, device: torch.device | str = "cpu") -> Job:
         family.check_sampler(recipe.prior.sampler)
     choices = Choices(recipe.run.seed, recipe.data.mask_count, recipe.data.edit_dropout, recipe.sample.image_guidance)
     inputs = make_inputs(family, [photo for found in scanned for photo in found.photos], choices)
-    family.device = torch.device(device)
+    family.device, family.autocast = torch.device(device), recipe.method.autocast_dtype(precision)
     objectives.build(recipe.objective, family.schedule, family.shift(resolution))
     subjects = caption_subjects(recipe, family, scanned)
     masks = {path: mask for subject in subjects for path, mask in subject.masks.items()}

@@ -75,7 +75,9 @@ def open_run(folder: RunFolder, device: str | torch.device = "cpu") -> tuple[Fam
     """
     recipe, info = folder.recipe, folder.info
     trained = folder.result()
-    family = recipe.base.load(recipe.method.weight_dtype(DTYPES[resolve_precision(recipe.run)]))
+    precision = DTYPES[resolve_precision(recipe.run)]
+    family = recipe.base.load(recipe.method.weight_dtype(precision))
+    family.autocast = recipe.method.autocast_dtype(precision)
     if families.base_hash(family.folder) != info.get("base_hash"):
         raise BadInput(
             f"the base {recipe.base.source!r} is not the one that {folder.path} was trained on (its content changed): "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, PngImagePlugin
@@ -41,9 +42,9 @@ def draw(
     """
     side = size or family.resolution
     pipeline = family.pipeline(sampler)  # brings released parts back
-    pipeline.vae = fitting(pipeline.vae, family.dtype)
+    pipeline.vae = fitting(pipeline.vae, family.dtype, family.autocast is not None)
     pictures: list[Image.Image] = []
-    with _in_eval(family):
+    with _in_eval(family), _as_trained(family), _hooks_removed(pipeline):
         for start in range(0, len(prompts), batch_size):
             texts = list(prompts[start : start + batch_size])
             out = pipeline(
@@ -56,6 +57,21 @@ def draw(
             pictures += out.images
             advance(len(texts))
     return pictures
+
+
+def _as_trained(family: Family) -> AbstractContextManager[object]:
+    """fp32 weights that train under autocast are drawn with under it too."""
+    return nullcontext() if family.autocast is None else torch.autocast(family.device.type, family.autocast)
+
+
+@contextmanager
+def _hooks_removed(pipeline: Any) -> Iterator[None]:
+    """Where memory is scarce, hooks move the parts to the device and back: they must not meet the training step."""
+    try:
+        yield
+    finally:
+        if getattr(pipeline, "_all_hooks", None):
+            pipeline.remove_all_hooks()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_loop import Memory
@@ -15,6 +16,7 @@ from finetune.dropout import SampleDropout
 from finetune.loop import Step
 from finetune.objectives import ObjectiveSettings, build
 from finetune.penalties import Attached, Distance, FrozenBase
+from finetune.sample import draw
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ONLY = {"textual_inversion": ["text_encoders"]}
@@ -93,3 +95,19 @@ def test_sizes_are_told_exactly(name: str, dtype: torch.dtype, tiny_bases: dict[
     prediction = family.predict(noise, torch.tensor([20]), cond, [Geometry((1365, 4095), (7, 301), (1023, 1025))])
     assert prediction.dtype == dtype
     assert read[0][:4].tolist() == [1365, 4095, 7, 301]
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_full_training_in_bf16_is_drawn_in_bf16_and_its_vae_in_fp32(name: str, tiny_bases: dict[str, Path]) -> None:
+    family = families.load(str(tiny_bases[name]))
+    plain = draw(family, ["a mug"], seeds=[0], steps=2)[0]
+    seen: dict[str, set[torch.dtype]] = {"denoiser": set(), "vae": set()}
+    for part, found in seen.items():
+        for module in family.parts[part].modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(lambda m, inputs, out, found=found: found.add(out.dtype))
+    family.autocast = torch.bfloat16
+    half = draw(family, ["a mug"], seeds=[0], steps=2)[0]
+    assert seen == {"denoiser": {torch.bfloat16}, "vae": {torch.float32}}
+    difference = np.abs(np.asarray(plain, dtype=float) - np.asarray(half, dtype=float))
+    assert 0 < difference.mean() < 8

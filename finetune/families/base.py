@@ -71,6 +71,7 @@ class Family(ABC):
     tokenizers: list[Any]
     schedule: AnySchedule
     folder: Path
+    autocast: torch.dtype | None = None  # fp32 weights that compute in a half precision: drawing follows training
     device: torch.device = torch.device("cpu")  # where the parts compute: each is there while it is needed (`place`)
 
     # the share of the noise levels, from the lowest, that the base was trained on and is trained on

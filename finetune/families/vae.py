@@ -11,13 +11,14 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 
-def fitting(vae: Any, dtype: torch.dtype) -> Any:
-    """The VAE for a pipeline of `dtype`."""
-    return vae if vae.dtype == dtype else CastVAE(vae, dtype)
+def fitting(vae: Any, dtype: torch.dtype, autocast: bool = False) -> Any:
+    """The VAE for a pipeline of `dtype`, which may run under autocast."""
+    return vae if vae.dtype == dtype and not autocast else CastVAE(vae, dtype)
 
 
 class CastVAE(nn.Module):
-    """`inner` as a pipeline of `dtype` sees it: what it is given is cast to its own dtype, and latents back.
+    """`inner` as a pipeline of `dtype` sees it: what it is given is cast to its own dtype, latents back. It computes
+    in its own dtype under autocast too: SDXL's VAE overflows in fp16.
 
     diffusers' own way is to cast the VAE itself there and back, by its config's `force_upcast`: that rounds its
     weights, and a VAE that is held in fp32 from the start is not foreseen (SDXL's pipelines give it fp16 latents).
@@ -33,8 +34,10 @@ class CastVAE(nn.Module):
         return self.inner.device
 
     def encode(self, pixels: Tensor) -> AutoencoderKLOutput:
-        moments = self.inner.encode(pixels.to(self.inner.dtype)).latent_dist.parameters
+        with torch.autocast(pixels.device.type, enabled=False):
+            moments = self.inner.encode(pixels.to(self.inner.dtype)).latent_dist.parameters
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments.to(self.dtype)))
 
     def decode(self, latents: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
-        return self.inner.decode(latents.to(self.inner.dtype), return_dict=return_dict)
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.inner.decode(latents.to(self.inner.dtype), return_dict=return_dict)

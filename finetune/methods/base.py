@@ -86,6 +86,10 @@ class Method(Settings, ABC):
         """The dtype in which the base is loaded: an adapter's base is cast once, trained weights stay fp32."""
         return compute if self.is_adapter else torch.float32
 
+    def autocast_dtype(self, compute: torch.dtype) -> torch.dtype | None:
+        """What fp32 weights compute in: under autocast where training is full and in a half precision."""
+        return None if self.is_adapter or compute == torch.float32 else compute
+
     def base_of(self, family: Family) -> BaseOf:
         """The base as it was, to be asked while the family trains; called when the method has just been attached."""
         return frozen_twin(family, self.part_names(family))
