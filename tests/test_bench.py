@@ -16,8 +16,9 @@ from test_reduced import recipe_of
 from finetune import families, job
 from finetune.cli import run
 from finetune.config import Base
+from finetune.devices import exact_device
 from finetune.export import DTYPES, REGISTRY, Adapter, adapter_from, apply_adapter, export_adapter
-from finetune.export.base import delta, float64_device, full_fp32
+from finetune.export.base import delta, full_fp32
 from finetune.export.verify import moved_line, read_by_diffusers
 from finetune.results import export_run, open_result, open_run
 from finetune.run import RunFolder
@@ -156,8 +157,8 @@ def test_the_probe_is_made_where_the_denoiser_is(tiny_bases: dict[str, Path]) ->
 
 
 def test_float64_is_not_asked_of_apples_gpus() -> None:
-    assert float64_device(torch.device("mps")).type == "cpu"
-    assert float64_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert exact_device(torch.device("mps")).type == "cpu"
+    assert exact_device(torch.device("cuda:1")) == torch.device("cuda:1")
 
 
 def test_tf32_is_off_in_the_block_and_as_before_behind_it() -> None:
