@@ -25,6 +25,7 @@ from finetune.export import (
 from finetune.export.algebra import Kept, combine, extract, resize
 from finetune.export.inspection import Inspection, inspect_adapter, open_adapter
 from finetune.export.verify import BOUNDS, read_by_diffusers
+from finetune.results import machine
 
 # what diffusers raises on files that it does not understand
 READER_ERRORS = (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError)
@@ -53,7 +54,8 @@ def verify_file(path: Path, base: str) -> Inspection:
 
 
 def _bench(adapter: Adapter) -> Bench:
-    return Bench.here(lambda dtype: families.load(str(adapter.base_folder), dtype=dtype))
+    """This machine."""
+    return Bench(*machine(), lambda dtype: families.load(str(adapter.base_folder), dtype=dtype))
 
 
 def _coarsest(found: str) -> torch.dtype:
@@ -74,7 +76,9 @@ def write(
             raise BadInput(f"{path} is already there: give another --out, or pass --force")
     own = {"title": out.name, "trigger_phrase": "", "resolution": ""} | about
     v_prediction = scheduler.get("prediction_type") == "v_prediction"
-    return export_adapter(adapter, folder, out.name, list(formats), dtype, own, v_prediction, force=True)
+    return export_adapter(
+        adapter, folder, out.name, list(formats), dtype, own, _bench(adapter), v_prediction, force=True
+    )
 
 
 def about_of(found: Inspection) -> dict[str, str]:

@@ -117,9 +117,8 @@ def sample(
 ) -> None:
     """Draw pictures: PNGs and a grid."""
     _loud()
-    from finetune.export.base import machine
     from finetune.progress import phase
-    from finetune.results import open_result
+    from finetune.results import machine, open_result
     from finetune.sample import draw, grid, parameters, save_picture
 
     family, info = open_result(source, base, *machine())
@@ -159,9 +158,8 @@ def export(
     _loud()
     from finetune.config import parse_recipe
     from finetune.export import check_formats
-    from finetune.export.base import machine
     from finetune.report import write_report
-    from finetune.results import export_run, open_run, write_companions
+    from finetune.results import export_run, machine, open_run, write_companions
     from finetune.run import RunFolder
 
     folder = RunFolder(run)

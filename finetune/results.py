@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune import __version__, families
-from finetune.config import ExportTo, dump_recipe
+from finetune.config import ExportTo, Run, dump_recipe
 from finetune.errors import BadInput
 from finetune.export import (
     CHECKPOINT,
@@ -47,6 +47,12 @@ from finetune.loop import resolve_precision
 from finetune.methods.peft_adapter import PeftAdapter, read_own_form
 from finetune.methods.textual_inversion import Inversion, embeddings, set_embeddings
 from finetune.run import RunFolder
+
+
+def machine() -> tuple[torch.device, torch.dtype]:
+    """The GPU of this machine, if it has one, and the precision that `run.precision: auto` is there."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, DTYPES[resolve_precision(Run())]
 
 
 def open_result(
@@ -141,7 +147,7 @@ def _lora(
         about |= {"method": method.kind}
     v_prediction = family.schedule.prediction == "v_prediction"
     target = folder.path / "exports"
-    return export_adapter(adapter, target, name, formats, options.dtype, about, v_prediction, True, bench)
+    return export_adapter(adapter, target, name, formats, options.dtype, about, bench, v_prediction, force=True)
 
 
 def _reduced(

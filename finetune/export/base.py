@@ -35,10 +35,6 @@ class Bench:
         weight = next(family.parts["denoiser"].parameters())
         return cls(weight.device, weight.dtype, load)
 
-    @classmethod
-    def here(cls, load: Load) -> Bench:
-        return cls(*machine(), load)
-
     @contextmanager
     def clean(self) -> Iterator[Family]:
         """A clean base inside the block, which leaves memory after it."""
@@ -54,15 +50,6 @@ class Bench:
     def precision(self) -> str:
         """ "fp32", "fp16" or "bf16"."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-
-
-def machine() -> tuple[torch.device, torch.dtype]:
-    """The GPU of this machine, if it has one, and the precision that `run.precision: auto` is there."""
-    from finetune.config import Run  # not at the top: recipes know the export formats
-    from finetune.loop import resolve_precision
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return device, DTYPES[resolve_precision(Run())]
 
 
 def discard(family: Family) -> None:
