@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from finetune import families
+from finetune.devices import machine
 from finetune.errors import BadInput
 from finetune.export import (
     DTYPES,
@@ -53,7 +54,8 @@ def verify_file(path: Path, base: str) -> Inspection:
 
 
 def _bench(adapter: Adapter) -> Bench:
-    return Bench.here(lambda dtype: families.load(str(adapter.base_folder), dtype=dtype))
+    """This machine."""
+    return Bench(*machine(), lambda dtype: families.load(str(adapter.base_folder), dtype=dtype))
 
 
 def _coarsest(found: str) -> torch.dtype:
@@ -74,7 +76,9 @@ def write(
             raise BadInput(f"{path} is already there: give another --out, or pass --force")
     own = {"title": out.name, "trigger_phrase": "", "resolution": ""} | about
     v_prediction = scheduler.get("prediction_type") == "v_prediction"
-    return export_adapter(adapter, folder, out.name, list(formats), dtype, own, v_prediction, force=True)
+    return export_adapter(
+        adapter, folder, out.name, list(formats), dtype, own, _bench(adapter), v_prediction, force=True
+    )
 
 
 def about_of(found: Inspection) -> dict[str, str]:

@@ -117,7 +117,7 @@ def sample(
 ) -> None:
     """Draw pictures: PNGs and a grid."""
     _loud()
-    from finetune.export.base import machine
+    from finetune.devices import machine
     from finetune.progress import phase
     from finetune.results import open_result
     from finetune.sample import draw, grid, parameters, save_picture
@@ -158,8 +158,8 @@ def export(
     """Write what the run trained for other programs into RUN/exports, and check every file."""
     _loud()
     from finetune.config import parse_recipe
+    from finetune.devices import machine
     from finetune.export import check_formats
-    from finetune.export.base import machine
     from finetune.report import write_report
     from finetune.results import export_run, open_run, write_companions
     from finetune.run import RunFolder

@@ -23,6 +23,11 @@ def auto_precision() -> str:
     return "bf16" if native_bf16() else "fp16"
 
 
+def machine() -> tuple[torch.device, torch.dtype]:
+    """The best device of this machine, and the dtype that `run.precision: auto` is there."""
+    return best_device(), DTYPES[auto_precision()]
+
+
 def native_bf16(index: int | None = None) -> bool:
     """Whether a GPU (None: the current one) computes in bf16 itself. Before NVIDIA's Ampere (T4, V100, RTX 20) it is
     emulated, and many times slower than fp16."""

@@ -143,7 +143,7 @@ def _lora(
         about |= {"method": method.kind}
     v_prediction = family.schedule.prediction == "v_prediction"
     target = folder.path / "exports"
-    return export_adapter(adapter, target, name, formats, options.dtype, about, v_prediction, True, bench)
+    return export_adapter(adapter, target, name, formats, options.dtype, about, bench, v_prediction, force=True)
 
 
 def _reduced(

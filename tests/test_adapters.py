@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_export import ABOUT, NAMES, probe_trained, trained
+from test_export import ABOUT, NAMES, bench_of, probe_trained, trained
 
 from finetune import families
 from finetune.adapters import extracted, merged, merged_model, open_adapter, verify_file, write
@@ -29,7 +29,7 @@ def written(
     """Writes x in the formats and returns the adapter."""
     method, family = trained(base, **{"parts": PARTS, "targets": "conv", "alpha": 7} | settings)
     adapter = adapter_from(method, family)
-    export_adapter(adapter, folder, "x", formats or list(REGISTRY), dtype, ABOUT)
+    export_adapter(adapter, folder, "x", formats or list(REGISTRY), dtype, ABOUT, bench_of(adapter.base_folder))
     return adapter
 
 

@@ -58,7 +58,7 @@ def test_every_format_holds_what_was_trained(
     method, family = trained(tiny_bases[name], targets=targets, parts=parts, alpha=7)
     wanted = probe_trained(family)
     adapter = adapter_from(method, family)
-    for item in export_adapter(adapter, tmp_path, "x", list(REGISTRY), "fp32", ABOUT):
+    for item in export_adapter(adapter, tmp_path, "x", list(REGISTRY), "fp32", ABOUT, bench_of(adapter.base_folder)):
         assert item.ok, item.checks
         assert item.largest_error <= 1e-6
         assert item.modules == adapter.count
@@ -79,7 +79,10 @@ def test_alpha_and_rounding(stabilised: bool, dtype: str, tiny_bases: dict[str, 
     method, family = trained(tiny_bases["sd1"], alpha=2, rank_stabilised=stabilised)
     adapter = adapter_from(method, family)
     assert adapter.scale == pytest.approx(2 / (3**0.5 if stabilised else 3))
-    assert all(item.ok for item in export_adapter(adapter, tmp_path, "x", list(REGISTRY), dtype, ABOUT))
+    assert all(
+        item.ok
+        for item in export_adapter(adapter, tmp_path, "x", list(REGISTRY), dtype, ABOUT, bench_of(adapter.base_folder))
+    )
 
 
 def test_deltas_are_pefts_own(tiny_bases: dict[str, Path]) -> None:
@@ -111,7 +114,7 @@ def test_a_kohya_file_holds_three_tensors_a_module_one_alpha_and_its_metadata(
 ) -> None:
     method, family = trained(tiny_bases["sdxl"], targets="conv", alpha=2)
     adapter = adapter_from(method, family)
-    export_adapter(adapter, tmp_path, "x", ["kohya"], "fp16", ABOUT)
+    export_adapter(adapter, tmp_path, "x", ["kohya"], "fp16", ABOUT, bench_of(adapter.base_folder))
     tensors = load_file(tmp_path / "x.safetensors")
     assert len(tensors) == 3 * adapter.count
     alphas = [value for key, value in tensors.items() if key.endswith(".alpha")]
@@ -130,7 +133,9 @@ def test_peft_itself_reads_the_peft_folder(name: str, tiny_bases: dict[str, Path
     """Every part, the text encoders that keep their `text_model.` wrapper too."""
     method, family = trained(tiny_bases[name], alpha=5, parts=["denoiser", "text_encoders"])
     wanted = probe_trained(family)
-    (item,) = export_adapter(adapter_from(method, family), tmp_path, "x", ["peft"], "fp32", ABOUT)
+    (item,) = export_adapter(
+        adapter_from(method, family), tmp_path, "x", ["peft"], "fp32", ABOUT, bench_of(family.folder)
+    )
     clean = families.load(str(tiny_bases[name]))
     for part in method.part_names(clean):
         model = peft.PeftModel.from_pretrained(clean.parts[part], item.path / part)
@@ -156,7 +161,7 @@ FAULTS = {
 def test_planted_faults_are_found(fault: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     method, family = trained(tiny_bases["sd1"], alpha=7)
     adapter = adapter_from(method, family)
-    export_adapter(adapter, tmp_path, "x", ["kohya"], "fp32", ABOUT)
+    export_adapter(adapter, tmp_path, "x", ["kohya"], "fp32", ABOUT, bench_of(adapter.base_folder))
     path = tmp_path / "x.safetensors"
     tensors = load_file(path)
     FAULTS[fault](tensors)
@@ -177,11 +182,11 @@ def test_a_truncated_file_and_a_strange_one_get_one_sentence(tiny_bases: dict[st
 def test_existing_files_and_unknown_formats(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = adapter_from(*trained(tiny_bases["sd1"]))
     with pytest.raises(BadInput, match="did you mean 'kohya'"):
-        export_adapter(adapter, tmp_path, "x", ["kohja"], "fp16", ABOUT)
+        export_adapter(adapter, tmp_path, "x", ["kohja"], "fp16", ABOUT, bench_of(adapter.base_folder))
     assert list(tmp_path.iterdir()) == []
-    export_adapter(adapter, tmp_path, "x", ["kohya"], "fp16", ABOUT)
+    export_adapter(adapter, tmp_path, "x", ["kohya"], "fp16", ABOUT, bench_of(adapter.base_folder))
     with pytest.raises(BadInput, match="already there"):
-        export_adapter(adapter, tmp_path, "x", ["kohya"], "fp16", ABOUT)
+        export_adapter(adapter, tmp_path, "x", ["kohya"], "fp16", ABOUT, bench_of(adapter.base_folder))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -279,7 +284,7 @@ def test_diffusers_reads_joined_flux_matrices_at_full_size(tmp_path: Path) -> No
         for path in chosen
     }
     adapter = Adapter("flux", folder, {"denoiser": layers}, 0.5)
-    (item,) = export_adapter(adapter, tmp_path, "x", ["kohya"], "fp32", ABOUT)
+    (item,) = export_adapter(adapter, tmp_path, "x", ["kohya"], "fp32", ABOUT, bench_of(adapter.base_folder))
     assert item.ok, item.checks
     tensors = load_file(item.path)
     assert tensors["lora_unet_single_blocks_5_linear1.lora_up.weight"].shape == (3 * 3072 + 12288, 16)
@@ -325,9 +330,11 @@ def test_an_adapter_too_faint_for_fp16_is_told_to_leave_as_fp32(tiny_bases: dict
     pair = (torch.randn(2, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], 2) * 1e-12)
     faint = Adapter("sd1", tiny_bases["sd1"], {"denoiser": {next(iter(layer)): pair}}, 1.0)
     dtypes = ("fp16", "fp32")
-    half, single = (export_adapter(faint, tmp_path / d, "x", ["kohya"], d, ABOUT)[0] for d in dtypes)
+    half, single = (
+        export_adapter(faint, tmp_path / d, "x", ["kohya"], d, ABOUT, bench_of(faint.base_folder))[0] for d in dtypes
+    )
     assert any("export fp32" in check for check in half.checks)
     assert single.ok
     small = Adapter("sd1", tiny_bases["sd1"], {"denoiser": {next(iter(layer)): (pair[0], pair[1] * 1e6)}}, 1.0)
-    (item,) = export_adapter(small, tmp_path / "small", "x", ["kohya"], "fp16", ABOUT)
+    (item,) = export_adapter(small, tmp_path / "small", "x", ["kohya"], "fp16", ABOUT, bench_of(small.base_folder))
     assert item.ok, item.checks  # 1e-6 beside .1: shared between the two matrices, fp16 holds both

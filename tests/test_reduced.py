@@ -96,7 +96,9 @@ def test_a_file_on_a_clean_base_predicts_what_was_trained(
     wanted = probe_trained(trained)
     whole = reduced(method, family, bench_of(tiny_bases[name]), 1000, 1e-3)
     assert torch.allclose(whole.prediction, wanted, atol=1e-4)
-    for item in export_adapter(whole.adapter, tmp_path, "x", ["kohya", "diffusers"], "fp32", ABOUT):
+    for item in export_adapter(
+        whole.adapter, tmp_path, "x", ["kohya", "diffusers"], "fp32", ABOUT, bench_of(tiny_bases[name])
+    ):
         assert item.ok, item.checks
         clean = families.load(str(tiny_bases[name]))
         moved = relative(probe_trained(clean), wanted)

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune import families
 from finetune.errors import BadInput
 from finetune.export.base import DTYPES, Adapter, Bench, Export, Exported
 from finetune.export.checkpoint import export_checkpoint
@@ -107,17 +106,16 @@ def export_adapter(
     formats: Sequence[str],
     dtype: str,
     about: dict[str, str],
+    bench: Bench,
     v_prediction: bool = False,
     force: bool = False,
-    bench: Bench | None = None,
 ) -> list[Exported]:
-    """Writes each format, and checks it on `bench` (None: on this machine).
+    """Writes each format, and checks it on `bench`.
 
     Raises:
         BadInput: an unknown format, or a file that is already there without `force`.
     """
     check_formats(formats)
-    bench = bench or Bench.here(lambda precision: families.load(str(adapter.base_folder), dtype=precision))
     exported = []
     written = adapter.balanced() if dtype == "fp16" else adapter
     for wanted in formats:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from finetune.devices import DTYPES, auto_precision, best_device
+from finetune.devices import DTYPES
 from finetune.families.base import Family
 
 SMALL = 2.0**-6  # of the largest value of B: most of its values then are far enough above fp16's smallest
@@ -35,10 +35,6 @@ class Bench:
         weight = next(family.parts["denoiser"].parameters())
         return cls(family.device, weight.dtype, load)
 
-    @classmethod
-    def here(cls, load: Load) -> Bench:
-        return cls(*machine(), load)
-
     @contextmanager
     def clean(self) -> Iterator[Family]:
         """A clean base inside the block, which leaves memory after it."""
@@ -54,11 +50,6 @@ class Bench:
     def precision(self) -> str:
         """ "fp32", "fp16" or "bf16"."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-
-
-def machine() -> tuple[torch.device, torch.dtype]:
-    """The GPU of this machine, if it has one, and the precision that `run.precision: auto` is there."""
-    return best_device(), DTYPES[auto_precision()]
 
 
 def discard(family: Family) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from finetune.batch import Geometry
@@ -16,7 +15,8 @@ from finetune.draws import generator
 from finetune.errors import BadInput
 from finetune.export.base import Adapter, Bench, Export, Exported, delta
 from finetune.families.base import Family
-from finetune.families.layout import add_text_model, strip_text_model
+from finetune.families.layout import add_text_model
+from finetune.methods.peft_adapter import active_lora
 
 # the largest relative error of a delta: B and A are each rounded once
 BOUNDS: dict[torch.dtype, float] = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -121,7 +121,9 @@ def _compare_injected(trained: Adapter, faint: Adapter | None, family: Family, b
 
     `faint`: what was stored, where fp16 can't hold all of it: then a delta is right that is what fp16 keeps of it.
     """
-    found, wanted = _injected(family), _by_place(trained)
+    parts = family.export_prefix
+    found = {(part, path): (a, b, k) for part in parts for path, a, b, k in active_lora(family.parts[part])}
+    wanted = _by_place(trained)
     stored = _by_place(faint) if faint else {}
     wrong, worst = [], 0.0
     for place, pair in wanted.items():
@@ -147,21 +149,6 @@ def _compare_injected(trained: Adapter, faint: Adapter | None, family: Family, b
 def _rounded(pair: tuple[Tensor, Tensor], device: torch.device, dtype: torch.dtype, scale: float) -> Tensor:
     a, b = (factor.to(device, dtype) for factor in pair)
     return delta(a, b, scale)
-
-
-def _injected(family: Family) -> dict[tuple[str, str], tuple[Tensor, Tensor, float]]:
-    """(part, module) -> (A, B, scale) of PEFT's active LoRA layers, as whoever put them there left them."""
-    found = {}
-    for part in family.export_prefix:
-        for path, layer in family.parts[part].named_modules():
-            if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
-                continue
-            matrices: Any = layer
-            for name in layer.active_adapters:
-                if name in matrices.lora_A:
-                    a, b = matrices.lora_A[name].weight, matrices.lora_B[name].weight
-                    found[part, strip_text_model(path)] = (a, b, float(matrices.scaling[name]))
-    return found
 
 
 def moved_line(line: str, clean: Tensor, theirs: Tensor, bench: Bench, strength: Callable[[], float]) -> str:

@@ -167,6 +167,18 @@ class Ranked(PeftAdapter):
         return cast(int, self.alpha_value)
 
 
+def active_lora(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """(path without `text_model.`, A, B, scale) of the LoRA layers that take part, whoever put them there."""
+    for path, layer in module.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
+            continue
+        held: Any = layer
+        for name in layer.active_adapters:
+            if name in getattr(layer, "lora_A", ()):
+                scale = float(held.scaling[name])
+                yield strip_text_model(path), held.lora_A[name].weight, held.lora_B[name].weight, scale
+
+
 def read_own_form(family: Family, folder: Path) -> None:
     """Puts a PEFT folder of any kind (PART/adapter_config.json, ...) into a clean family, by PEFT's own reader.
 
