@@ -24,13 +24,13 @@ LAYERS = (
     ("plan", "estimate"),
     ("job",),
     ("demo", "doctor", "launch", "cli_adapters"),
-    ("cli", "__main__", "__init__"),
+    ("cli", "__main__", "__init__", "testing"),
 )
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 HOMES = {
-    "diffusers": ("families",),
-    "transformers": ("families", "quiet"),
+    "diffusers": ("families", "testing"),
+    "transformers": ("families", "quiet", "testing"),
     "peft": ("methods",),
     "tokenizers": ("methods.textual_inversion",),
     "accelerate": ("loop", "job"),
