@@ -155,14 +155,14 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 def child(arguments: argparse.Namespace) -> int:
     """One part; every row is written when it is there."""
-    from finetune.quiet import quiet, quiet_bars
+    from finetune.core.logging import quiet, quiet_bars
 
     quiet()
     part = parts()[arguments.part]
     import torch
     from gpu_common import Where
 
-    import finetune.job  # noqa: F401 - before the clock starts
+    import finetune.jobs.train  # noqa: F401 - before the clock starts
 
     quiet_bars()
     if not sys.stdin.readline():

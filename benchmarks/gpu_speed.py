@@ -107,8 +107,8 @@ class Case:
 
     def micro(self, step: int, index: int) -> Any:
         """A batch as the data plan makes it: cached latents and their draws, on the CPU."""
-        from finetune.batch import Batch, Geometry, Latents
-        from finetune.draws import Draw
+        from finetune.core.batch import Batch, Geometry, Latents
+        from finetune.core.rng import SampleKey
 
         latent = self.side // self.family.latent_factor
         mean = torch.zeros(self.batch, self.family.latent_channels, latent, latent)
@@ -118,23 +118,25 @@ class Case:
             ["a photo of zwx mug"] * self.batch,
             torch.ones(self.batch),
             [Geometry(square, (0, 0), square)] * self.batch,
-            [Draw(0, step, slot) for slot in range(self.batch)],
+            [SampleKey(0, step, slot) for slot in range(self.batch)],
             ["photo.png"] * self.batch,
         )
 
 
 def prepared(where: Where, base: str, kind: str) -> Case:
     """The base on the device with random weights, prompts encoded, encoders gone, the method attached."""
-    from finetune import families, methods
     from finetune.data.cache import PromptCache
-    from finetune.optim import AdamW, AdamW8bit
+    from finetune.families.source import load_family
+    from finetune.methods.registry import METHODS
+    from finetune.optim.adamw import AdamW
+    from finetune.optim.adamw8bit import AdamW8bit
     from finetune.testing import published
     from finetune.testing.random_base import make_parts, random_family
 
-    method = methods.REGISTRY[kind](**({"rank": RANK} if kind == "lora" else {}))
+    method = METHODS[kind](**({"rank": RANK} if kind == "lora" else {}))
     dtype = torch.float32 if where.tiny else torch.bfloat16
     if where.tiny:
-        family = families.load(str(tiny_base(where, BASES[base])))
+        family = load_family(str(tiny_base(where, BASES[base])))
         family.to(where.device)
     else:
         folder = published.write(base, where.work / "base")
@@ -187,8 +189,8 @@ def few(milliseconds: float) -> tuple[int, int]:
 
 def plan_of(case: Case, base: str, kind: str) -> tuple[float, bool]:
     """What `finetune plan` says of this case in GiB; with checkpointing, from there on, where it says it is needed."""
-    from finetune.config import parse_recipe
-    from finetune.estimate import estimate
+    from finetune.config.load import parse_recipe
+    from finetune.jobs.estimate import estimate
 
     recipe = parse_recipe(
         {
@@ -211,9 +213,11 @@ def plan_of(case: Case, base: str, kind: str) -> tuple[float, bool]:
 
 def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> Row:
     """`finetune.loop.fit` as a job calls it: median ms of a step, peak memory, and a LoRA's checkpoint."""
-    from finetune.config import Run
-    from finetune.loop import fit, make_accelerator
-    from finetune.objectives import ObjectiveSettings, build
+    from finetune.objectives.registry import build_objective
+    from finetune.objectives.settings import ObjectiveSettings
+    from finetune.training.accelerate import make_accelerator
+    from finetune.training.settings import Run
+    from finetune.training.trainer import fit
 
     clock, began = Clock(case.where), [0.0]
 
@@ -233,7 +237,7 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
     with suppress(Enough):
         fit(
             accelerator=make_accelerator(run, case.method.is_adapter), family=case.family, trained=case.trained,
-            objective=build(ObjectiveSettings(), case.family.schedule, case.family.shift(case.side)),
+            objective=build_objective(ObjectiveSettings(), case.family.schedule, case.family.shift(case.side)),
             encode_prompts=case.prompts, batches=case, optim=case.optim, run=run, folder=folder, on_step=after,
         )  # fmt: skip
     found: Row = {"ours_ms": statistics.median(clock.milliseconds()[WARM:])}
@@ -246,7 +250,8 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
 
 def timed_folder(case: Case) -> Any:
     """A run folder that times a LoRA's checkpoints, and writes none of whole models: they would fill the disk."""
-    from finetune.run import RunFolder, State
+    from finetune.runs.folder import RunFolder
+    from finetune.training.checkpoint import State
 
     class Timed(RunFolder):
         def check_space(self, needed: int) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.config import load_recipe
-    from finetune.job import resume, train
+    from finetune.config.load import load_recipe
+    from finetune.jobs.train import resume, train
 
 __version__ = "0.1.0"
 __all__ = ["load_recipe", "resume", "train"]

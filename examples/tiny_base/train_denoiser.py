@@ -25,15 +25,17 @@ from train_vae import to_pixels
 from transformers import CLIPTextModel, CLIPTokenizer
 from world import Facts, world_picture
 
-from finetune import families
-from finetune.batch import Batch, Geometry, Latents
-from finetune.config import Run
-from finetune.draws import Draw
-from finetune.loop import fit, make_accelerator
+from finetune.core.batch import Batch, Geometry, Latents
+from finetune.core.rng import Draw
+from finetune.families.source import load_family
 from finetune.methods.full import Full
-from finetune.objectives import ObjectiveSettings, build
-from finetune.optim import AdamW
-from finetune.run import RunFolder
+from finetune.objectives.registry import build_objective
+from finetune.objectives.settings import ObjectiveSettings
+from finetune.optim.adamw import AdamW
+from finetune.runs.folder import RunFolder
+from finetune.training.accelerate import make_accelerator
+from finetune.training.settings import Run
+from finetune.training.trainer import fit
 
 PICTURES = 24000
 BATCH = 64
@@ -145,7 +147,7 @@ def train(out: Path, steps: int) -> None:
         steps=steps, batch_size=BATCH, ema=0.997, seed=3, precision="bf16", checkpoint_every=250, keep=2, log_every=25
     )
     accelerator = make_accelerator(run, adapter=False)
-    family = families.load(str(out / "base"))
+    family = load_family(str(out / "base"))
     trained = Full(parts=["denoiser"]).attach(family, run.seed)
     folder = RunFolder(out / "denoiser")
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -153,7 +155,7 @@ def train(out: Path, steps: int) -> None:
         accelerator=accelerator,
         family=family,
         trained=trained,
-        objective=build(ObjectiveSettings(), family.schedule),
+        objective=build_objective(ObjectiveSettings(), family.schedule),
         encode_prompts=family.encode_prompts,
         batches=Rendered(out, accelerator.process_index, accelerator.num_processes),
         optim=AdamW(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup=100),

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.config import Recipe, parse_recipe
-from finetune.errors import BadInput
-from finetune.files import save_tensors
-from finetune.run import RunFolder, State
+from finetune.config.load import parse_recipe
+from finetune.config.recipe import Recipe
+from finetune.core.errors import BadInput
+from finetune.core.files import save_tensors
+from finetune.runs.folder import RunFolder
+from finetune.training.checkpoint import State
 
 ROOT = Path(__file__).parents[2]
 

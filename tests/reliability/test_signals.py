@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from work import wait_for_steps
 
-from finetune.signals import Interrupted, Signals
+from finetune.core.signals import Interrupted, Signals
 
 ROOT = Path(__file__).parents[2]
 
