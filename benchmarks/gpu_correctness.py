@@ -245,10 +245,11 @@ def stopped_at_nan(where: Where, kind: str, precision: str) -> str:
     from finetune.objectives.registry import build_objective
     from finetune.objectives.settings import ObjectiveSettings
     from finetune.optim.adamw import AdamW
-    from finetune.runs.folder import RunFolder
     from finetune.training.accelerate import make_accelerator
+    from finetune.training.checkpoint import Checkpoints
     from finetune.training.settings import Run
-    from finetune.training.trainer import fit
+    from finetune.training.step import Step, parts_of
+    from finetune.training.trainer import Trainable, Trainer
 
     method = METHODS[kind]()
     run = Run(steps=3, precision=precision)
@@ -265,14 +266,19 @@ def stopped_at_nan(where: Where, kind: str, precision: str) -> str:
                 batch.latents.mean.fill_(math.nan)
             return batch
 
-    folder = RunFolder(where.work / f"nan-{kind}-{precision}")
-    folder.path.mkdir(exist_ok=True)
+    folder = where.work / f"nan-{kind}-{precision}"
+    folder.mkdir(exist_ok=True)
+    objective = build_objective(ObjectiveSettings(), family.schedule)
+    trainer = Trainer(
+        Step(family, parts_of(trained), objective, family.encode_prompts),
+        Trainable(trained),
+        AdamW(lr=1e-3),
+        run,
+        make_accelerator(run, method.is_adapter),
+        Checkpoints(folder),
+    )
     try:
-        fit(
-            accelerator=make_accelerator(run, method.is_adapter), family=family, trained=trained,
-            objective=build_objective(ObjectiveSettings(), family.schedule), encode_prompts=family.encode_prompts,
-            batches=Spoiled(), optim=AdamW(lr=1e-3), run=run, folder=folder,
-        )  # fmt: skip
+        trainer.fit(Spoiled())
     except CheckFailed as stop:
         if all(torch.equal(before[name], value) for name, value in trained.items()):
             return str(stop).split(";")[0]

@@ -212,12 +212,15 @@ def plan_of(case: Case, base: str, kind: str) -> tuple[float, bool]:
 
 
 def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> Row:
-    """`finetune.loop.fit` as a job calls it: median ms of a step, peak memory, and a LoRA's checkpoint."""
+    """`Trainer.fit` as a job calls it: median ms of a step, peak memory, and a LoRA's checkpoint."""
+    from finetune.core.events import sent_to
     from finetune.objectives.registry import build_objective
     from finetune.objectives.settings import ObjectiveSettings
+    from finetune.runs.metrics import MetricsFile
     from finetune.training.accelerate import make_accelerator
     from finetune.training.settings import Run
-    from finetune.training.trainer import fit
+    from finetune.training.step import Step, parts_of
+    from finetune.training.trainer import Trainable, Trainer
 
     clock, began = Clock(case.where), [0.0]
 
@@ -231,15 +234,19 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
 
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[case.dtype]
     run = Run(steps=WARM + STEPS + 1, batch_size=case.batch, checkpoint_every=10**6, keep=1, precision=precision)
-    folder = timed_folder(case)
     if case.where.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with suppress(Enough):
-        fit(
-            accelerator=make_accelerator(run, case.method.is_adapter), family=case.family, trained=case.trained,
-            objective=build_objective(ObjectiveSettings(), case.family.schedule, case.family.shift(case.side)),
-            encode_prompts=case.prompts, batches=case, optim=case.optim, run=run, folder=folder, on_step=after,
-        )  # fmt: skip
+    objective = build_objective(ObjectiveSettings(), case.family.schedule, case.family.shift(case.side))
+    trainer = Trainer(
+        Step(case.family, parts_of(case.trained), objective, case.prompts),
+        Trainable(case.trained),
+        case.optim,
+        run,
+        make_accelerator(run, case.method.is_adapter),
+        timed_checkpoints(case),
+    )
+    with suppress(Enough), sent_to(MetricsFile(case.where.work / "run")):
+        trainer.fit(case, after)
     found: Row = {"ours_ms": statistics.median(clock.milliseconds()[WARM:])}
     if case.where.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
@@ -248,12 +255,11 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
     return found
 
 
-def timed_folder(case: Case) -> Any:
-    """A run folder that times a LoRA's checkpoints, and writes none of whole models: they would fill the disk."""
-    from finetune.runs.folder import RunFolder
-    from finetune.training.checkpoint import State
+def timed_checkpoints(case: Case) -> Any:
+    """Checkpoints that note their time; those of whole models are not written: they would fill the disk."""
+    from finetune.training.checkpoint import Checkpoints, State
 
-    class Timed(RunFolder):
+    class Timed(Checkpoints):
         def check_space(self, needed: int) -> None:
             """A whole SDXL's checkpoints would not fit, and are not written."""
 
@@ -265,10 +271,10 @@ def timed_folder(case: Case) -> Any:
             case.saving.append(time.perf_counter() - began)
             return path
 
-    folder = Timed(case.where.work / "run")
-    shutil.rmtree(folder.path, ignore_errors=True)
-    folder.path.mkdir()
-    return folder
+    run = case.where.work / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
+    return Timed(run)
 
 
 def bare_step(case: Case) -> Callable[[], None]:

@@ -113,20 +113,27 @@ def floor_step(source: str) -> Callable[[], None]:
 def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None]) -> float:
     """The toolkit's own loop on the toolkit's own data plan, as `finetune train` runs it; seconds of a checkpoint."""
     from finetune.config.load import parse_recipe
+    from finetune.core.events import sent_to
     from finetune.jobs import train as job
     from finetune.jobs.prepare import prepare
     from finetune.runs.folder import RunFolder
+    from finetune.runs.metrics import MetricsFile
     from finetune.training.accelerate import make_accelerator
-    from finetune.training.checkpoint import State
+    from finetune.training.checkpoint import Checkpoints, State
 
     saving: list[float] = []
 
-    class Timed(RunFolder):
+    class TimedCheckpoints(Checkpoints):
         def save(self, state: State, keep: int) -> Path:
             began = time.perf_counter()
             path = super().save(state, keep)
             saving.append(time.perf_counter() - began)
             return path
+
+    class Timed(RunFolder):
+        @property
+        def checkpoints(self) -> Checkpoints:
+            return TimedCheckpoints(self.path)
 
     recipe = parse_recipe(
         {
@@ -140,14 +147,14 @@ def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None])
     )
     with tempfile.TemporaryDirectory(dir=work) as run:
         folder = Timed(Path(run) / "run")
-        with folder.held(recipe):
+        with folder.held(recipe), sent_to(MetricsFile(folder.path)):
             job.fit_job(prepare(recipe), folder, make_accelerator(recipe.run, adapter=True), on_step)
     return saving[-1]
 
 
 def timed_protection() -> list[float]:
     """Makes the loop's checks, its look for signals and its line of metrics note their CPU-seconds."""
-    from finetune.training import trainer as loop
+    from finetune.training.trainer import Trainer
 
     spent: list[float] = []
 
@@ -162,7 +169,7 @@ def timed_protection() -> list[float]:
         return run
 
     for name in ("_check_finite", "_log"):  # the look for signals is inside the first, and an attribute elsewhere
-        setattr(loop, name, timed(getattr(loop, name)))
+        setattr(Trainer, name, timed(getattr(Trainer, name)))
     return spent
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["load_recipe", "resume", "train"]
 
-_HOMES = {"load_recipe": "finetune.config", "train": "finetune.job", "resume": "finetune.job"}
+_HOMES = {"load_recipe": "finetune.config.load", "train": "finetune.jobs.train", "resume": "finetune.jobs.train"}
 
 
 def __getattr__(name: str) -> Any:

@@ -26,16 +26,19 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from world import Facts, world_picture
 
 from finetune.core.batch import Batch, Geometry, Latents
-from finetune.core.rng import Draw
+from finetune.core.events import sent_to
+from finetune.core.rng import SampleKey
 from finetune.families.source import load_family
 from finetune.methods.full import Full
 from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.optim.adamw import AdamW
 from finetune.runs.folder import RunFolder
+from finetune.runs.metrics import MetricsFile
 from finetune.training.accelerate import make_accelerator
 from finetune.training.settings import Run
-from finetune.training.trainer import fit
+from finetune.training.step import Step, StepOptions, parts_of
+from finetune.training.trainer import Trainable, Trainer
 
 PICTURES = 24000
 BATCH = 64
@@ -134,7 +137,7 @@ class Rendered:
         chosen = [int(rng.integers(len(self.facts))) for rng in rngs]
         captions = [caption(self.facts[k], rng)[0] for k, rng in zip(chosen, rngs, strict=True)]
         latents = Latents(self._tensor(self.mean[chosen]), self._tensor(self.std[chosen]))
-        draws = [Draw(3, step, slot) for slot in slots]
+        draws = [SampleKey(3, step, slot) for slot in slots]
         return Batch(latents, captions, torch.ones(self.size), [SQUARE] * self.size, draws, [str(k) for k in chosen])
 
     @staticmethod
@@ -151,18 +154,17 @@ def train(out: Path, steps: int) -> None:
     trained = Full(parts=["denoiser"]).attach(family, run.seed)
     folder = RunFolder(out / "denoiser")
     folder.path.mkdir(parents=True, exist_ok=True)
-    fit(
-        accelerator=accelerator,
-        family=family,
-        trained=trained,
-        objective=build_objective(ObjectiveSettings(), family.schedule),
-        encode_prompts=family.encode_prompts,
-        batches=Rendered(out, accelerator.process_index, accelerator.num_processes),
-        optim=AdamW(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup=100),
-        run=run,
-        folder=folder,
-        stratify=BATCH,
+    objective = build_objective(ObjectiveSettings(), family.schedule)
+    trainer = Trainer(
+        Step(family, parts_of(trained), objective, family.encode_prompts, StepOptions(stratify=BATCH)),
+        Trainable(trained),
+        AdamW(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup=100),
+        run,
+        accelerator,
+        folder.checkpoints,
     )
+    with sent_to(MetricsFile(folder.path)):
+        trainer.fit(Rendered(out, accelerator.process_index, accelerator.num_processes))
 
 
 if __name__ == "__main__":

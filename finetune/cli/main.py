@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from click import get_current_context
 
 from finetune.cli.adapters import register, say_exported
+from finetune.cli.output import ProgressBars
 from finetune.core.errors import BadInput, CheckFailed, Stopped
+from finetune.core.events import sent_to
 from finetune.core.logging import printable, quiet
 
 if TYPE_CHECKING:
@@ -118,7 +121,7 @@ def sample(
     """Draw pictures: PNGs and a grid."""
     _loud()
     from finetune.core.devices import machine
-    from finetune.core.progress import phase
+    from finetune.core.events import phase
     from finetune.jobs.open import open_result
     from finetune.sampling.draw import draw
     from finetune.sampling.images import grid, parameters, save_image
@@ -332,12 +335,12 @@ def _silent(line: str) -> None:
 
 def _loud() -> None:
     """Other libraries' progress bars off, our own on."""
-    from finetune.core import progress
     from finetune.core.logging import quiet_bars
 
     quiet_bars()
-    if _is_main_process():
-        progress.enable()
+    bars = get_current_context().find_root().obj
+    if bars is not None and _is_main_process():
+        bars.enable()
 
 
 @contextmanager
@@ -366,8 +369,9 @@ def run(arguments: list[str]) -> tuple[int, str]:
     quiet()
     printable()
     try:
-        with _pickle_allowed("--allow-pickle" in arguments):
-            app([argument for argument in arguments if argument not in ("--debug", "--allow-pickle")])
+        bars = ProgressBars()
+        with _pickle_allowed("--allow-pickle" in arguments), sent_to(bars):
+            app([argument for argument in arguments if argument not in ("--debug", "--allow-pickle")], obj=bars)
     except SystemExit as end:
         return int(end.code or 0), ""
     except _Launch as wish:

@@ -23,41 +23,57 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-class Signals:
-    """`with Signals() as signals:` takes the STOPPING signals over and gives them back at the end.
+class Stop:
+    """A wish that a run ends after its step: `stop.request()`, from any thread.
 
-    Inside `signals.deferred()` the first one is only noted in `received`, and raised at the end of it; a second
-    SIGINT interrupts there too.
+    Inside `deferred()` a wish is only noted in `received`, and raised at the end of it.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._deferring = False
+        self.is_deferring = False
+
+    def request(self, number: int = signal.SIGTERM) -> None:
+        """`number`: the signal that the program's exit code tells."""
+        if self.received is None:
+            self.received = number
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        self.is_deferring = True
+        try:
+            yield
+        finally:
+            self.is_deferring = False
+        if self.received is not None:
+            raise Interrupted(self.received)
+
+
+class Signals:
+    """`with Signals(stop):` makes the STOPPING signals requests of `stop`, and gives them back at the end.
+
+    While the stop is not deferred they end the work at once; a second SIGINT does so always.
+    """
+
+    def __init__(self, stop: Stop) -> None:
+        self.stop = stop
         self._at = 0.0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
             self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
-        return self
+        return self.stop
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
-        if self.received is not None:
-            raise Interrupted(self.received)
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self.received is not None and number == signal.SIGINT and time.monotonic() - self._at > SAME_KEYPRESS
-        if self.received is None:
-            self.received, self._at = number, time.monotonic()
-        if again or not self._deferring:
+        before = self.stop.received
+        again = before is not None and number == signal.SIGINT and time.monotonic() - self._at > SAME_KEYPRESS
+        if before is None:
+            self._at = time.monotonic()
+        self.stop.request(number)
+        if again or not self.stop.is_deferring:
             raise Interrupted(number)

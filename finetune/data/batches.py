@@ -77,9 +77,9 @@ class Batches:
     def _draw(self, step: int, slot: int) -> Drawn:
         draw = SampleKey(self.seed, step, slot)
         pair, stream = divmod(slot, len(self.streams))
-        sample, make_crops, counts = self.order.place(stream, step, pair)
+        sample, crops, counts = self.order.place(stream, step, pair)
         picks = torch.rand(3, generator=draw.generator("sample")).tolist()
-        view = make_crops[int(picks[0] * len(make_crops))]
+        view = crops[int(picks[0] * len(crops))]
         caption = sample.captions[int(picks[1] * len(sample.captions))]
         text = "" if picks[2] < sample.caption_dropout else caption
         return Drawn(draw, sample.name, view, text, sample.weight * len(self.streams) * counts)

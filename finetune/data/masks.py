@@ -125,9 +125,9 @@ class Masks:
         self.masks, self.factor, self.floor = masks, latent_factor, floor
         self.held: dict[Crop, Tensor] = {}
 
-    def fill(self, make_crops: Sequence[Crop]) -> Masks:
+    def fill(self, crops: Sequence[Crop]) -> Masks:
         """Makes those of `views` that are not all ones; a file that changes later changes nothing."""
-        for view in make_crops:
+        for view in crops:
             if view.photo.path in self.masks:
                 self.held[view] = self._make(view, self.masks[view.photo.path])
         return self

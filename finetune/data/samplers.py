@@ -18,14 +18,14 @@ from finetune.data.crops import Crop
 class Sample:
     """What is drawn from: a photo's views and captions. `weight` multiplies its loss (lambda for class images)."""
 
-    make_crops: list[Crop]
+    crops: list[Crop]
     captions: list[str]
     weight: float
     caption_dropout: float
     name: str
 
     def views_of(self, size: Size) -> list[Crop]:
-        return [view for view in self.make_crops if view.size == size]
+        return [view for view in self.crops if view.size == size]
 
 
 Streams = Sequence[Sequence[Sample]]
@@ -35,7 +35,7 @@ class Place(NamedTuple):
     """A sample, those of its views that fit into the step, and what its weight counts there: 0 for padding."""
 
     sample: Sample
-    make_crops: list[Crop]
+    crops: list[Crop]
     counts: float = 1.0
 
 
@@ -55,7 +55,7 @@ class ShuffleSampler:
         samples = self.streams[stream]
         epoch, position = divmod(step * self.batch_size + pair, len(samples))
         sample = samples[permutation(self.seed, "order", stream, epoch, len(samples))[position]]
-        return Place(sample, sample.make_crops)
+        return Place(sample, sample.crops)
 
 
 class BucketSampler:
@@ -70,7 +70,7 @@ class BucketSampler:
     def __init__(self, streams: Streams, seed: int, batch_size: int) -> None:
         self.seed, self.batch_size = seed, batch_size
         self.subject, self.others = streams[0], ShuffleSampler(streams, seed, batch_size)
-        sizes = [sample.make_crops[0].size for sample in self.subject]
+        sizes = [sample.crops[0].size for sample in self.subject]
         self.members = [[k for k, own in enumerate(sizes) if own == size] for size in sorted(set(sizes))]
         self.groups = group_count([len(members) for members in self.members], batch_size)
 
@@ -79,9 +79,9 @@ class BucketSampler:
         counts = float(pair < len(group))  # of a class image too: lambda stays what it is beside each photo
         if stream == 0:
             sample = self.subject[group[pair % len(group)]]
-            return Place(sample, sample.make_crops, counts)
+            return Place(sample, sample.crops, counts)
         sample = self.others.place(stream, step, pair).sample
-        return Place(sample, sample.views_of(self.subject[group[0]].make_crops[0].size), counts)
+        return Place(sample, sample.views_of(self.subject[group[0]].crops[0].size), counts)
 
     def _group(self, step: int) -> list[int]:
         """The subject photos of a step, by number: from one to `batch_size` of one bucket."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from finetune.core.devices import exact_device
 from finetune.core.errors import BadInput
+from finetune.core.events import phase
 from finetune.core.files import save_tensors, write_json
-from finetune.core.progress import phase
 from finetune.core.rng import generator
 from finetune.export.base import Adapter, Bench, Exported, discard, full_fp32
 from finetune.export.decompose import LAYERS, Decomposed, beyond_lora, decompose, differences

@@ -18,8 +18,8 @@ import torch
 
 from finetune import __version__
 from finetune.core.errors import BadInput
+from finetune.core.events import phase
 from finetune.core.files import cache_dir, replacing, sha256, write_json
-from finetune.core.progress import phase
 from finetune.core.rng import generator
 from finetune.data.photos import Photo, image_files, scan
 from finetune.families.base import Family

@@ -1,7 +1,4 @@
-"""The job: photos -> plan -> class images -> caches -> training -> pictures -> exports -> page.
-
-Each stage is a function here and can be read on its own; the loop is in `finetune.loop`.
-"""
+"""What a job trains on: photos and class images as streams of samples, latents and prompts from the caches."""
 
 from __future__ import annotations
 
@@ -9,12 +6,13 @@ from collections.abc import Sequence
 
 from accelerate import Accelerator
 
+from finetune.core.events import phase
 from finetune.core.files import cache_dir
-from finetune.core.progress import phase
+from finetune.data.batches import Batches
 from finetune.data.cache import Encodable, LatentCache, PromptCache
 from finetune.data.crops import make_crops
 from finetune.data.masks import Masks
-from finetune.data.samplers import Sample
+from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
 from finetune.jobs.class_images import class_images
 from finetune.jobs.prepare import Prepared
 from finetune.training.prior import ClassImages
@@ -23,7 +21,7 @@ from finetune.training.step import PromptEncoder
 
 def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> LatentCache:
     cache = LatentCache(cache_dir(), job.base_hash, next(job.family.parts["vae"].parameters()).dtype)
-    seen = [view for stream in streams for sample in stream for view in sample.make_crops]
+    seen = [view for stream in streams for sample in stream for view in sample.crops]
     images: list[Encodable] = list(seen)
     if job.inputs is not None:
         images += [image for view in seen for image in job.inputs.images(view)]
@@ -37,7 +35,7 @@ def load_masks(job: Prepared, streams: Sequence[Sequence[Sample]]) -> Masks | No
     if not job.masks:
         return None
     masks = Masks(job.masks, job.family.latent_factor, job.recipe.data.mask_floor)
-    return masks.fill([view for sample in streams[0] for view in sample.make_crops])
+    return masks.fill([view for sample in streams[0] for view in sample.crops])
 
 
 def make_streams(job: Prepared, accelerator: Accelerator) -> list[list[Sample]]:
@@ -86,6 +84,24 @@ def _classes(
         )
         for image in images
     ]
+
+
+def make_batches(job: Prepared, streams: list[list[Sample]], cache: LatentCache, accelerator: Accelerator) -> Batches:
+    """This process's batches."""
+    run = job.recipe.run
+    kind = BucketSampler if job.recipe.data.shape == "buckets" else ShuffleSampler
+    return Batches(
+        streams,
+        cache,
+        run.seed,
+        run.batch_size,
+        run.accumulate,
+        accelerator.process_index,
+        accelerator.num_processes,
+        kind(streams, run.seed, run.batch_size),
+        load_masks(job, streams),
+        job.inputs,
+    )
 
 
 def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> PromptEncoder:

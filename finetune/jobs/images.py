@@ -1,18 +1,18 @@
-"""The job: photos -> plan -> class images -> caches -> training -> pictures -> exports -> page.
-
-Each stage is a function here and can be read on its own; the loop is in `finetune.loop`.
-"""
+"""The images of a run: before, after, and previews."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.core.progress import phase
+from finetune.core.events import ImagesDrawn, emit, phase
 from finetune.data.conditioning.base import unit
 from finetune.data.crops import make_crops
 from finetune.families.base import ImageCondition
 from finetune.jobs.prepare import Prepared
+from finetune.jobs.previews import from_file
+from finetune.runs.folder import RunFolder
 from finetune.sampling.draw import draw
 from finetune.sampling.images import parameters, save_image
 
@@ -42,6 +42,15 @@ def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = No
         save_image(image, temporary / f"{p:02d}-{s}.png", parameters(prompts[p], *about, job.recipe.base.source))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+    emit(ImagesDrawn(folder))
+
+
+def draw_preview(job: Prepared, run: RunFolder, step: int, idle: Sequence[str]) -> None:
+    """One image of each sample prompt as the run's file of this step draws it; `idle` parts leave memory again."""
+    with from_file(run, job.family, step):
+        draw_samples(job, run.path / "samples" / f"step-{step:06d}", "Preview", count=1)
+    job.family.release(idle)
+    job.family.place([part for part in job.family.parts if part not in idle])
 
 
 def image_condition(job: Prepared) -> ImageCondition:

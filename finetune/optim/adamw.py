@@ -17,7 +17,7 @@ class AdamW(Optimiser):
     kind: Literal["adamw"] = "adamw"
 
     def build(
-        self, trained: dict[str, nn.Parameter], windows: Mapping[str, Window] | None = None
+        self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None
     ) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             self.groups(trained, windows),

@@ -18,7 +18,7 @@ class AdamW8bit(Optimiser):
     min_8bit_size: ClassVar[int] = 4096
 
     def build(
-        self, trained: dict[str, nn.Parameter], windows: Mapping[str, Window] | None = None
+        self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None
     ) -> torch.optim.Optimizer:
         import bitsandbytes as bnb
 

@@ -52,7 +52,7 @@ class Optimiser(Settings):
         return optimizer.param_groups[0]["lr"]
 
     def groups(
-        self, trained: dict[str, nn.Parameter], windows: Mapping[str, Window] | None = None
+        self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None
     ) -> list[dict[str, Any]]:
         """Parameter groups by part and window, in the order of `trained`; text encoders may have their own rate."""
         denoiser = [name for name in trained if name.startswith("denoiser.")]

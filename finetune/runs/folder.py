@@ -12,8 +12,6 @@ import errno
 import json
 import os
 import platform
-import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -25,8 +23,8 @@ from torch import Tensor
 from finetune.config.load import dump_recipe, read_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
-from finetune.core.files import flush, load_tensors, save_tensors, write_json, write_text
-from finetune.training.checkpoint import State, find_fault, read_state, write_state
+from finetune.core.files import load_tensors, save_tensors, write_json, write_text
+from finetune.training.checkpoint import Checkpoints
 
 HOLDER = "run.lock.txt"  # who holds run.lock, which nobody else can read on Windows
 
@@ -39,6 +37,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.path)
 
     @property
     def recipe(self) -> Recipe:
@@ -123,72 +125,6 @@ class RunFolder:
                 )
         elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is no run folder: choose another with run.dir=PATH")
-
-    def check_space(self, needed: int) -> None:
-        """Refuses a run whose checkpoints (`needed` bytes in all) would not fit on the disk."""
-        free = shutil.disk_usage(self.path).free
-        if free < needed:
-            raise BadInput(
-                f"{self.path} has {free / 1e9:.2f} GB free but the run's checkpoints need {needed / 1e9:.2f} GB: free "
-                "some space, lower run.keep, or choose another disk with run.dir=PATH"
-            )
-
-    # metrics
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-    def rewind_metrics(self, step: int) -> None:
-        """Drops the lines after `step`: the resumed run writes them again."""
-        file = self.path / "metrics.jsonl"
-        if not file.is_file():
-            return
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):  # the line that a kill cut short
-                continue
-        write_text(file, "".join(line + "\n" for line in kept))
-
-    # checkpoints
-
-    def save(self, state: State, keep: int) -> Path:
-        """Writes a checkpoint to a temporary folder, renames it, then drops the oldest beyond `keep`."""
-        folder = self.path / "checkpoints" / f"step-{state.step:06d}"
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        for left_over in folder.parent.glob(".step-*.tmp"):  # of a killed process
-            shutil.rmtree(left_over, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            write_state(temporary, state)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-            flush(folder.parent)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise BadInput(
-                f"the checkpoint of step {state.step} could not be written to {folder.parent} "
-                f"({error.strerror or error}); the one before is untouched: free some space, then "
-                f"`finetune resume {self.path}`"
-            ) from error
-        for old in self._checkpoints()[:-keep]:
-            shutil.rmtree(old)
-        return folder
-
-    def latest(self) -> State | None:
-        """The newest checkpoint whose files match their sizes and hashes; a damaged one is named and skipped."""
-        for folder in reversed(self._checkpoints()):
-            fault = find_fault(folder)
-            if fault is None:
-                return read_state(folder)
-            warnings.warn(f"checkpoint {folder} is damaged ({fault}) and is passed over", stacklevel=2)
-        return None
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("step-*"))
 
     # what leaves the run
 

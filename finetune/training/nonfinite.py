@@ -37,21 +37,23 @@ def describe(batches: Sequence[Batch], timesteps: Sequence[Tensor]) -> Samples:
     return found
 
 
-def write_bundle(run: Path, step: int, loss: float, grad_norm: float | None, samples: Samples) -> Path:
+def bundle_folder(run: Path, step: int) -> Path:
+    return run / f"bad-step-{step:06d}"
+
+
+def write_bundle(folder: Path, step: int, loss: float, grad_norm: float | None, samples: Samples) -> None:
     """RUN/bad-step-000012/{step.json,latents.safetensors}; a bundle of the same step is replaced."""
-    folder = run / f"bad-step-{step:06d}"
     shutil.rmtree(folder, ignore_errors=True)
     numbers = {"loss": loss, "grad_norm": grad_norm}
     facts = {
         "step": step,
         **{key: value if value is None or math.isfinite(value) else str(value) for key, value in numbers.items()},
-        "again": f"finetune resume {run.as_posix()}",
+        "again": f"finetune resume {folder.parent.as_posix()}",
         "samples": [about for about, _ in samples],
     }
     write_json(folder / "step.json", facts)
     tensors = {f"{about['sample']:04d}.{key}": value for about, held in samples for key, value in held.items()}
     save_tensors(folder / "latents.safetensors", tensors)
-    return folder
 
 
 def sentence(step: int, loss: float, grad_norm: float | None, samples: Samples, bundle: Path) -> str:

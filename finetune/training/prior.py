@@ -1,20 +1,18 @@
-"""What is added to the loss so that training keeps the prior without class images: a new kind is one new class here.
-
-A penalty is a function of what a step has at hand, called inside `Step.forward`, so that its gradient is synchronised,
-accumulated and clipped as the rest is. Its mean over micro-batches and processes is its value for the whole batch.
-"""
+"""The `prior:` section of a recipe: how training keeps what the base knows about the class."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from finetune.core.settings import AnyPath, Settings
-from finetune.families.base import Family
-from finetune.methods.base import Method
 from finetune.sampling.settings import Sampler
-from finetune.training.regularizers import KeepPrediction, PriorContext, Regularizer
+
+if TYPE_CHECKING:
+    from finetune.families.base import Family
+    from finetune.methods.base import Method
+    from finetune.training.regularizers import PriorContext, Regularizer
 
 
 class PriorSettings(Settings):
@@ -52,6 +50,8 @@ class FrozenBase(PriorSettings):
         return [self.prompt]
 
     def regularizers(self, attached: PriorContext) -> list[Regularizer]:
+        from finetune.training.regularizers import KeepPrediction
+
         return [KeepPrediction(self, attached)]
 
     def cost(self, method: Method, family: Family, class_prompt: str) -> str:

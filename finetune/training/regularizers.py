@@ -18,7 +18,7 @@ from finetune.core.rng import uniform
 from finetune.families.base import Family
 from finetune.methods.base import Method
 from finetune.methods.start import ReferenceModel
-from finetune.training.dropout import SampleDropout
+from finetune.training.dropout import CurrentSamples
 from finetune.training.prior import FrozenBase
 
 
@@ -35,6 +35,7 @@ class NoisedBatch:
     t: Tensor
     weight: Tensor
     kept: Tensor | None
+    current: CurrentSamples = field(default_factory=CurrentSamples)
 
 
 class Regularizer(Protocol):
@@ -84,10 +85,6 @@ class KeepPrediction:
     @torch.no_grad()
     def wanted(self, at: NoisedBatch, prompts: list[str], cond: dict[str, Tensor]) -> Tensor:
         """The base's own prediction, float32, without dropout; its encoders read the prompt where ours are trained."""
-        SampleDropout.drawing(None)
-        try:
-            with self.base() as base:
-                own = base.encode_prompts(prompts, at.kept) if self.texts_train else cond
-                return base.predict(at.latents, at.t, own, at.batch.geometry).float()
-        finally:
-            SampleDropout.drawing(at.batch.draws)
+        with at.current.without_dropout(), self.base() as base:
+            own = base.encode_prompts(prompts, at.kept) if self.texts_train else cond
+            return base.predict(at.latents, at.t, own, at.batch.geometry).float()

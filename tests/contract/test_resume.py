@@ -11,6 +11,7 @@ import torch
 
 from finetune.core.batch import Batch, Geometry, Latents
 from finetune.core.errors import CheckFailed
+from finetune.core.events import sent_to
 from finetune.core.rng import SampleKey
 from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
@@ -18,10 +19,12 @@ from finetune.methods.registry import METHODS
 from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.optim.adamw import AdamW
-from finetune.runs.folder import RunFolder
+from finetune.runs.metrics import MetricsFile
 from finetune.training.accelerate import make_accelerator
+from finetune.training.checkpoint import Checkpoints
 from finetune.training.settings import Run
-from finetune.training.trainer import fit
+from finetune.training.step import Step, parts_of
+from finetune.training.trainer import Trainable, Trainer
 
 BOTH = ["denoiser", "text_encoders"]
 USUAL = ("lora", "full")
@@ -59,18 +62,17 @@ def train(
     word = method.add_subject_token(family, "zwx", "mug") or "zwx"
     trained = method.attach(family, 0)
     run = Run(steps=steps, batch_size=2, accumulate=count, checkpoint_every=1)
-    fit(
-        accelerator=make_accelerator(run, method.is_adapter),
-        family=family,
-        trained=trained,
-        objective=build_objective(ObjectiveSettings(), family.schedule, family.shift(32)),
-        encode_prompts=family.encode_prompts,
-        batches=Fixed(family.latent_channels, word, bad, count),
-        optim=AdamW(lr=1e-2),
-        run=run,
-        folder=RunFolder(folder),
-        windows=method.windows(trained),
+    objective = build_objective(ObjectiveSettings(), family.schedule, family.shift(32))
+    trainer = Trainer(
+        Step(family, parts_of(trained), objective, family.encode_prompts),
+        Trainable(trained, method.windows(trained)),
+        AdamW(lr=1e-2),
+        run,
+        make_accelerator(run, method.is_adapter),
+        Checkpoints(folder),
     )
+    with sent_to(MetricsFile(folder)):
+        trainer.fit(Fixed(family.latent_channels, word, bad, count))
     return {name: value.detach().clone() for name, value in trained.items()}
 
 

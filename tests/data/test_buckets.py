@@ -29,7 +29,7 @@ from finetune.families.source import load_family
 from finetune.jobs import train as job
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import prepare
-from finetune.runs.folder import RunFolder
+from finetune.testing.kill import killed_at
 
 # the table
 
@@ -335,15 +335,6 @@ def test_a_resolution_that_buckets_cannot_have_is_refused(tiny_bases: dict[str, 
         prepare(recipe(tiny_bases["sd1"], shapes, "data.resolution=34"))
 
 
-def stop_at(step: int, log: object) -> object:
-    def stopping(self: RunFolder, number: int, values: dict[str, float]) -> None:
-        if number == step:
-            raise KeyboardInterrupt
-        log(self, number, values)  # type: ignore[operator]
-
-    return stopping
-
-
 def metrics(run: Path) -> list[dict]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
@@ -366,8 +357,7 @@ def test_a_stopped_job_with_buckets_goes_on_to_the_same_weights(
     wanted = recipe(tiny_bases[family], shapes)
     whole = job.train(wanted, tmp_path / "whole")
     assert met[4] == {((h // 2, w // 2), (h, w)) for w, h in [(24, 40), (32, 32), (40, 28), (64, 16)]}
-    monkeypatch.setattr(RunFolder, "log", stop_at(4, RunFolder.log))
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(4):
         job.train(wanted, tmp_path / "stopped")
     monkeypatch.undo()
     job.resume(tmp_path / "stopped")

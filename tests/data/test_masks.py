@@ -209,7 +209,7 @@ def test_batches_hold_the_masks_of_their_views(masked: Path) -> None:
     drawn = Photo(masked / "class.png", (32, 32), "d")
     other = [Sample(make_crops(drawn, 32, "center", 1, False, 0), ["b"], 1.0, 0.0, "class")]
     masks = Masks(find_masks(masked, found, "auto"), 2, 0.0)
-    masks.fill([view for sample in subject for view in sample.make_crops])
+    masks.fill([view for sample in subject for view in sample.crops])
     batch = Batches([subject, other], Zeros(), 0, 3, masks=masks).micro(0, 0)
     assert batch.mask is not None
     assert batch.mask.shape == (6, 1, 16, 16)

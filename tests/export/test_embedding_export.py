@@ -32,6 +32,7 @@ from finetune.methods.embeddings import embeddings
 from finetune.methods.textual_inversion import TextualInversion
 from finetune.runs.folder import RunFolder
 from finetune.sampling.draw import draw
+from finetune.testing.kill import killed_at
 
 NAMES = list(FAMILIES)
 KINDS = {
@@ -146,17 +147,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     """Killed while the third step of four is logged, which is beyond the pivot."""
     made = recipe(tiny_bases["sdxl"], photos, kind, run={"steps": 4, "checkpoint_every": 1, "ema": 0.9})
     whole = job.train(made, tmp_path / "whole")
-    log = RunFolder.log
-
-    def stopping(self: RunFolder, number: int, values: dict[str, float]) -> None:
-        if number == 3:
-            raise KeyboardInterrupt
-        log(self, number, values)
-
-    monkeypatch.setattr(RunFolder, "log", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(3):
         job.train(made, tmp_path / "stopped")
-    monkeypatch.undo()
     job.resume(tmp_path / "stopped")
     ends = [load_file(run / "adapter" / "trained.safetensors") for run in (whole, tmp_path / "stopped")]
     assert ends[0].keys() == ends[1].keys()

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_export import ABOUT, NAMES, bench_of, probe_trained
 from test_peft_kinds import FORMULAS, KINDS, attached, own_parameters
-from test_train import metrics, settings, stop_at
+from test_train import metrics, settings
 
 from finetune.adapters.inspection import open_adapter
 from finetune.cli.main import run
@@ -32,6 +32,7 @@ from finetune.jobs.open import open_exported, open_result
 from finetune.methods.full import Full
 from finetune.methods.peft_adapter import read_native_form
 from finetune.runs.folder import RunFolder
+from finetune.testing.kill import killed_at
 
 PARTS = ["denoiser", "text_encoders"]
 
@@ -261,8 +262,7 @@ def test_a_whole_run_is_resumed_bit_for_bit_and_exported(
 ) -> None:
     recipe = recipe_of(tiny_bases["sd1"], photos, kind)
     whole = job.train(recipe, tmp_path / "whole")
-    monkeypatch.setattr(RunFolder, "log", stop_at(3, RunFolder.log))
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(3):
         job.train(recipe, tmp_path / "stopped")
     monkeypatch.undo()
     job.resume(tmp_path / "stopped")

@@ -15,13 +15,12 @@ from finetune.families.source import load_family
 from finetune.methods.lora import LoRA
 from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
-from finetune.training.step import Step
+from finetune.training.step import Step, StepOptions
 
 
 def timesteps(family: Family, stratify: int | None) -> torch.Tensor:
     objective = build_objective(ObjectiveSettings(), family.schedule)
-    step = Step(family, ["denoiser"], objective, family.encode_prompts)
-    step.stratify = stratify
+    step = Step(family, ["denoiser"], objective, family.encode_prompts, StepOptions(stratify=stratify))
     draws = [[SampleKey(0, number, sample) for sample in range(8)] for number in range(50)]
     return torch.cat([objective.timesteps(step.positions(each)) for each in draws])
 

@@ -17,7 +17,7 @@ from finetune.core.errors import BadInput
 from finetune.families.source import load_family
 from finetune.jobs import train as job
 from finetune.jobs.prepare import prepare
-from finetune.runs.folder import RunFolder
+from finetune.testing.kill import killed_at
 
 LORA, FULL = {"kind": "lora", "rank": 2}, {"kind": "full"}
 # what is trained on: (family, extra inputs, whether the base is widened for the run, method)
@@ -80,15 +80,7 @@ def test_it_trains_stops_goes_on_and_leaves(
 ) -> None:
     recipe = parse_recipe(settings(base_of(name, kind, wide, tiny_bases, tmp_path / "base"), pairs, method))
     whole = job.train(recipe, tmp_path / "whole")
-    real = RunFolder.log
-
-    def stop(self: RunFolder, step: int, values: dict[str, float]) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
-        real(self, step, values)
-
-    monkeypatch.setattr(RunFolder, "log", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(3):
         job.train(recipe, tmp_path / "stopped")
     monkeypatch.undo()
     job.resume(tmp_path / "stopped")

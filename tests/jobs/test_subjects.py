@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from test_train import LORA, load_metadata, metrics, settings, stop_at
+from test_train import LORA, load_metadata, metrics, settings
 from transformers import AutoTokenizer
 
 from finetune.config.load import parse_recipe
@@ -26,8 +26,10 @@ from finetune.jobs.class_images import class_images
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.runs.folder import RunFolder
+from finetune.testing.kill import killed_at
 from finetune.training.accelerate import make_accelerator
 from finetune.training.prior import ClassImages
+from finetune.training.trainer import Trainer
 
 PROMPTS = ["a photo of {token} {noun}", "a tree", "a photo of a {noun}"]
 
@@ -53,7 +55,11 @@ def two(base: Path, photos: Path, balls: Path, **sections: Any) -> dict[str, Any
 def fitted(recipe: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Prepared, dict[str, Any]]:
     """The job, and what the loop would be given."""
     given: dict[str, Any] = {}
-    monkeypatch.setattr(job, "fit", lambda **arguments: given.update(arguments))
+
+    def fit(trainer: Trainer, batches: Batches, *others: Any) -> None:
+        given.update(batches=batches, step=trainer.step)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
     parsed = parse_recipe(recipe)
     looked = prepare(parsed)
     job.fit_job(looked, RunFolder(folder), make_accelerator(parsed.run, True))
@@ -128,10 +134,10 @@ def test_every_photo_once_an_epoch_beside_class_images_of_both_nouns(
     assert Counter((batch.names[1], batch.prompts[1]) for batch in steps) == dict.fromkeys(classes, 5)
     assert all(batch.weight.tolist() == [2, 1] for batch in steps)
     for sample in batches.streams[1]:
-        manifest = json.loads((sample.make_crops[0].photo.path.parent / "manifest.json").read_text())
+        manifest = json.loads((sample.crops[0].photo.path.parent / "manifest.json").read_text())
         assert [manifest["prompt"]] == sample.captions
     for sample, folder in zip(batches.streams[0], [photos] * 3 + [balls] * 2, strict=True):
-        assert sample.make_crops[0].photo.path.parent == folder
+        assert sample.crops[0].photo.path.parent == folder
 
 
 def test_a_run_of_two_resumes_bit_for_bit(
@@ -139,8 +145,7 @@ def test_a_run_of_two_resumes_bit_for_bit(
 ) -> None:
     recipe = parse_recipe(two(tiny_bases["sd1"], photos, balls, run={"steps": 4, "checkpoint_every": 2}))
     whole = job.train(recipe, tmp_path / "whole")
-    monkeypatch.setattr(RunFolder, "log", stop_at(3, RunFolder.log))
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(3):
         job.train(recipe, tmp_path / "stopped")
     monkeypatch.undo()
     job.resume(tmp_path / "stopped")
@@ -157,13 +162,13 @@ def test_frozen_base_holds_each_sample_to_its_own_class(
     run = {"steps": 5, "batch_size": 2}
     recipe = two(tiny_bases["sd1"], photos, balls, prior=prior, run=run)
     _, given = fitted(recipe, tmp_path / "run", monkeypatch)
-    (keep,) = given["penalties"]
+    (keep,) = given["step"].options.regularizers
     seen = Counter()
     for batch in (given["batches"].micro(step, 0) for step in range(5)):
         for caption, prompt in zip(batch.prompts, keep.prompts(batch), strict=True):
             assert prompt == ("a photo of a ball" if " ball" in caption else "a photo of a mug")
             seen[prompt] += 1
-        assert given["encode_prompts"](keep.prompts(batch), None)  # both prompts are in the cache
+        assert given["step"].encode_prompts(keep.prompts(batch), None)  # both prompts are in the cache
     assert seen == {"a photo of a mug": 6, "a photo of a ball": 4}
     monkeypatch.undo()
     job.train(parse_recipe(recipe | {"run": {"steps": 2}}), tmp_path / "whole")

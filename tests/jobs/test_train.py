@@ -21,9 +21,9 @@ from finetune.families.source import load_family
 from finetune.jobs import train as job
 from finetune.jobs.open import open_result
 from finetune.jobs.prepare import prepare
-from finetune.runs.folder import RunFolder
 from finetune.sampling.draw import draw
 from finetune.sampling.images import save_image
+from finetune.testing.kill import killed_at
 
 SHORT = {"steps": 2, "checkpoint_every": 1}
 LOOK = {"count": 1, "steps": 1, "prompts": ["a photo of {token} {noun}", "a photo of a {noun}"]}
@@ -75,8 +75,7 @@ def test_a_stopped_job_goes_on_to_the_same_weights(
     """Ctrl-C in the third step of four; `resume` ends with the unbroken run's weights and metrics, bit for bit."""
     recipe = parse_recipe(settings(tiny_bases["sd1"], photos, LORA, run={"steps": 4, "checkpoint_every": 2}))
     whole = job.train(recipe, tmp_path / "whole")
-    monkeypatch.setattr(RunFolder, "log", stop_at(3, RunFolder.log))
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(3):
         job.train(recipe, tmp_path / "stopped")
     monkeypatch.undo()
     job.resume(tmp_path / "stopped")
@@ -84,15 +83,6 @@ def test_a_stopped_job_goes_on_to_the_same_weights(
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert metrics(whole) == metrics(tmp_path / "stopped")
-
-
-def stop_at(step: int, log: object) -> object:
-    def stopping(self: RunFolder, number: int, values: dict[str, float]) -> None:
-        if number == step:
-            raise KeyboardInterrupt
-        log(self, number, values)  # type: ignore[operator]
-
-    return stopping
 
 
 def metrics(run: Path) -> list[dict]:

@@ -33,12 +33,12 @@ from finetune.methods.registry import METHODS
 from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.optim.adamw import AdamW
-from finetune.runs.folder import RunFolder
+from finetune.training.checkpoint import Checkpoints
 from finetune.training.prior import Distance, FrozenBase
 from finetune.training.regularizers import PriorContext, Regularizer
 from finetune.training.settings import Run
-from finetune.training.step import Step
-from finetune.training.trainer import fit
+from finetune.training.step import Step, StepOptions, parts_of
+from finetune.training.trainer import Trainable, Trainer
 
 ONLY = {"textual_inversion": ["text_encoders"]}
 CASES = [
@@ -134,40 +134,34 @@ def test_the_loop_runs_on_a_device(
     family = load_family(str(tiny_bases[name]))
     method, trained = attach(kind, family, gpu)
     assert places(trained) == {gpu.device}
-    fit(
-        accelerator=accelerator,
-        family=family,
-        trained=trained,
-        objective=build_objective(
-            ObjectiveSettings(noise_offset=0.1, input_perturbation=0.1, loss="huber"), family.schedule
-        ),
-        encode_prompts=family.encode_prompts,
-        batches=Rich(family),
-        optim=AdamW(),
-        run=Run(steps=1, batch_size=2, ema=0.9),
-        folder=RunFolder(tmp_path),
-        stratify=2,
-        encoder_dropout=0.3,
-        windows=method.windows(trained),
-        regularizers=regularizers(family, method, trained),
-    )
+    settings = ObjectiveSettings(noise_offset=0.1, input_perturbation=0.1, loss="huber")
+    options = StepOptions(0.3, regularizers(family, method, trained), stratify=2)
+    objective = build_objective(settings, family.schedule)
+    Trainer(
+        Step(family, parts_of(trained), objective, family.encode_prompts, options),
+        Trainable(trained, method.windows(trained)),
+        AdamW(),
+        Run(steps=1, batch_size=2, ema=0.9),
+        accelerator,
+        Checkpoints(tmp_path),
+    ).fit(Rich(family))
     assert places(trained) == {gpu.device}
-    assert RunFolder(tmp_path).latest() is not None
+    assert Checkpoints(tmp_path).latest() is not None
 
 
 COPIES = {
-    "batch.Latents.to": 2,  # mean and deviation
-    "batch.Batch.to": 1,  # the samples' weights
-    "batch.Batch.sample_latents": 1,  # the VAE's noise
-    "loop.Step.forward.<locals>.<genexpr>": 2,  # the noise, as the target and as what is added
-    "loop.Step.forward": 1,  # the timesteps
+    "core.batch.Latents.to": 2,  # mean and deviation
+    "core.batch.Batch.to": 1,  # the samples' weights
+    "core.batch.Batch.sample_latents": 1,  # the VAE's noise
+    "training.step.Step.forward.<locals>.<genexpr>": 2,  # the noise, as the target and as what is added
+    "training.step.Step.forward": 1,  # the timesteps
 }
 OWN_COPIES = {
     "sdxl": {"families.sdxl.StableDiffusionXL.predict": 1},  # the sizes
     "sdxl-refiner": {"families.sdxl.StableDiffusionXL.predict": 1},
     "flux": {"families.flux.Flux.predict": 1},  # the places of the tokens
 }
-READS = {"loop._check_finite": 2}  # the loss, and the gradient's norm
+READS = {"training.trainer.Trainer._check_finite": 2}  # the loss, and the gradient's norm
 
 
 @every_family
@@ -181,18 +175,16 @@ def test_what_a_step_copies_and_reads(
     prompts = PromptCache(family, "hash", tmp_path / "cache")
     prompts.fill(["", "a mug", "a photo of a zwx mug"])
     trained = LoRA(rank=2, dropout=0.1).attach(family, 0)
+    trainer = Trainer(
+        Step(family, parts_of(trained), build_objective(ObjectiveSettings(), family.schedule), prompts),
+        Trainable(trained),
+        AdamW(),
+        Run(steps=2, batch_size=2, ema=0.9, log_every=2),
+        accelerator,
+        Checkpoints(tmp_path),
+    )
     with pytest.raises(Enough):
-        fit(
-            accelerator=accelerator,
-            family=family,
-            trained=trained,
-            objective=build_objective(ObjectiveSettings(), family.schedule),
-            encode_prompts=prompts,
-            batches=One(gpu, family),
-            optim=AdamW(),
-            run=Run(steps=2, batch_size=2, ema=0.9, log_every=2),
-            folder=RunFolder(tmp_path),
-        )
+        trainer.fit(One(gpu, family))
     assert dict(gpu.copies) == COPIES | OWN_COPIES.get(name, {})
     assert dict(gpu.reads) == READS
 
@@ -275,7 +267,7 @@ def test_deltas_are_the_same_wherever_float64_is_had(
     here = [change for _, _, change in method.deltas(family)]
     kept = {name: value.clone() for name, value in family.parts["denoiser"].state_dict().items()}
     elsewhere = torch.device("cpu", 0)  # another device to whoever compares them, and the same memory
-    for module in ("finetune.methods.dora.exact_device", "finetune.devices.exact_device"):
+    for module in ("finetune.methods.dora.exact_device", "finetune.core.devices.exact_device"):
         monkeypatch.setattr(module, lambda device: elsewhere)
     moved = [change for _, _, change in method.deltas(family)]
     assert all(torch.equal(a, b) for a, b in zip(here, moved, strict=True))

@@ -6,12 +6,11 @@ import torch
 from torch import nn
 
 from finetune.core.rng import SampleKey
-from finetune.training.dropout import SampleDropout, replace_dropout
+from finetune.training.dropout import CurrentSamples, SampleDropout, replace_dropout
 
 
 def dropped(p: float, draws: list[SampleKey], x: torch.Tensor, name: str = "a") -> torch.Tensor:
-    SampleDropout.drawing(draws)
-    return SampleDropout(p, name).train()(x)
+    return SampleDropout(p, name, CurrentSamples(draws)).train()(x)
 
 
 def test_the_rate_and_the_mean_are_those_of_dropout() -> None:
@@ -33,13 +32,27 @@ def test_a_mask_is_the_samples_own() -> None:
 
 
 def test_in_eval_nothing_is_dropped() -> None:
-    SampleDropout.drawing([SampleKey(0, 0, 0)])
-    assert torch.equal(SampleDropout(0.5, "a").eval()(torch.ones(1, 9)), torch.ones(1, 9))
+    current, ones = CurrentSamples([SampleKey(0, 0, 0)]), torch.ones(1, 9)
+    assert torch.equal(SampleDropout(0.5, "a", current).eval()(ones), ones)
+    layer = SampleDropout(0.5, "a", current).train()
+    with current.without_dropout():
+        assert torch.equal(layer(ones), ones)
+    assert not torch.equal(layer(ones), ones)
+
+
+def test_two_models_do_not_share_their_samples() -> None:
+    first, second = nn.Sequential(nn.Dropout(0.5)), nn.Sequential(nn.Dropout(0.5))
+    samples = CurrentSamples([SampleKey(0, 0, 0)])
+    replace_dropout(first.train(), "denoiser", samples)
+    replace_dropout(second.train(), "denoiser", CurrentSamples())
+    ones = torch.ones(1, 50)
+    assert not torch.equal(first(ones), ones)
+    assert torch.equal(second(ones), ones)
 
 
 def test_only_active_dropouts_are_replaced() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.2)))
-    replace_dropout(model, "denoiser")
+    replace_dropout(model, "denoiser", CurrentSamples())
     kinds = {name: type(module) for name, module in model.named_modules()}
     assert kinds["1"] is kinds["2.1"] is SampleDropout
     assert kinds["2.0"] is nn.Dropout

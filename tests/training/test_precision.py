@@ -20,7 +20,7 @@ from finetune.sampling.draw import draw
 from finetune.training.dropout import SampleDropout
 from finetune.training.prior import Distance, FrozenBase
 from finetune.training.regularizers import PriorContext
-from finetune.training.step import Step
+from finetune.training.step import Step, StepOptions
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ONLY = {"textual_inversion": ["text_encoders"]}
@@ -48,7 +48,8 @@ def one_step(
         for parameter in trained.values():
             parameter += 0.02 * torch.randn(parameter.shape, generator=made)
     objective = build_objective(ObjectiveSettings(), family.schedule)
-    step = Step(family, method.part_names(family), objective, family.encode_prompts, 0.0, regularizers).train()
+    options = StepOptions(regularizers=regularizers)
+    step = Step(family, method.part_names(family), objective, family.encode_prompts, options).train()
     for module in step.modules():
         if isinstance(module, SampleDropout):
             module.p = 0.0

@@ -29,7 +29,7 @@ from finetune.objectives.settings import ObjectiveSettings
 from finetune.optim.adamw import AdamW
 from finetune.training.prior import Distance, FrozenBase, PriorSettings
 from finetune.training.regularizers import PriorContext
-from finetune.training.step import Step
+from finetune.training.step import Step, StepOptions
 
 BOTH = ["denoiser", "text_encoders"]
 METHODS: dict[str, Method] = {
@@ -52,7 +52,9 @@ def steps(family: Family, method: Method, prior: PriorSettings) -> tuple[dict[st
     return (
         trained,
         plain,
-        Step(family, parts, objective, family.encode_prompts, 0.0, prior.regularizers(attached)).train(),
+        Step(
+            family, parts, objective, family.encode_prompts, StepOptions(regularizers=prior.regularizers(attached))
+        ).train(),
     )
 
 
@@ -94,7 +96,7 @@ def test_frozen_base_is_the_formula(name: str, kind: str, tiny_bases: dict[str, 
     attached = PriorContext(family, method, trained, family.encode_prompts, "a mug")
     (keep,) = FrozenBase(weight=0.7, caption_dropout=0.5).regularizers(attached)
     objective = build_objective(ObjectiveSettings(weighting="min_snr"), family.schedule)
-    step = Step(family, method.part_names(family), objective, family.encode_prompts, 0.0, [keep])
+    step = Step(family, method.part_names(family), objective, family.encode_prompts, StepOptions(regularizers=[keep]))
     move(trained)
     batch = Memory().micro(3, 0)
     with torch.no_grad():

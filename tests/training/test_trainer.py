@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from finetune.core.batch import Batch, Geometry, Latents
 from finetune.core.errors import CheckFailed
+from finetune.core.events import sent_to
 from finetune.core.rng import SampleKey, normal, uniform
 from finetune.families.source import load_family
 from finetune.methods.base import Method
@@ -28,13 +29,14 @@ from finetune.objectives.settings import ObjectiveSettings
 from finetune.optim.adamw import AdamW
 from finetune.optim.adamw8bit import AdamW8bit
 from finetune.optim.registry import Optim
-from finetune.runs.folder import RunFolder
+from finetune.runs.metrics import MetricsFile
 from finetune.training.accelerate import make_accelerator
+from finetune.training.checkpoint import Checkpoints
 from finetune.training.prior import NoPrior, PriorSettings
 from finetune.training.regularizers import PriorContext
 from finetune.training.settings import Run
-from finetune.training.step import Step
-from finetune.training.trainer import fit
+from finetune.training.step import Step, StepOptions, parts_of
+from finetune.training.trainer import Trainable, Trainer
 
 
 class Memory:
@@ -76,18 +78,18 @@ def run_fit(
     family = load_family(str(base))
     trained = method.attach(family, 0)
     attached = PriorContext(family, method, trained, family.encode_prompts, "a mug")
-    fit(
-        accelerator=accelerator,
-        family=family,
-        trained=trained,
-        objective=build_objective(ObjectiveSettings(weighting="min_snr"), family.schedule),
-        encode_prompts=family.encode_prompts,
-        batches=batches or Memory(4, accumulate, accelerator.process_index, accelerator.num_processes),
-        optim=optim or AdamW(lr=1e-3, schedule="cosine", warmup=2),
-        run=run,
-        folder=RunFolder(folder),
-        regularizers=(prior or NoPrior()).regularizers(attached),
+    objective = build_objective(ObjectiveSettings(weighting="min_snr"), family.schedule)
+    options = StepOptions(regularizers=(prior or NoPrior()).regularizers(attached))
+    trainer = Trainer(
+        Step(family, parts_of(trained), objective, family.encode_prompts, options),
+        Trainable(trained),
+        optim or AdamW(lr=1e-3, schedule="cosine", warmup=2),
+        run,
+        accelerator,
+        Checkpoints(folder),
     )
+    with sent_to(MetricsFile(folder)):
+        trainer.fit(batches or Memory(4, accumulate, accelerator.process_index, accelerator.num_processes))
     return {name: value.detach().clone() for name, value in trained.items()}
 
 
@@ -225,7 +227,7 @@ def test_a_bad_step_stops_before_the_update(tiny_bases: dict[str, Path], folder:
     kept = load_file(folder / "bad-step-000003" / "latents.safetensors")
     assert torch.equal(kept["0003.std"], batches.std[1])
     assert bool(kept["0003.mean"].isnan().all())
-    state = RunFolder(folder).latest()
+    state = Checkpoints(folder).latest()
     assert state is not None
     assert state.step == 2
     assert all(bool(torch.isfinite(value).all()) for value in state.trained.values())
@@ -233,8 +235,8 @@ def test_a_bad_step_stops_before_the_update(tiny_bases: dict[str, Path], folder:
 
 def test_stratified_timesteps_fill_every_part_once(tiny_bases: dict[str, Path]) -> None:
     family = load_family(str(tiny_bases["sd1"]))
-    step = Step(family, [], build_objective(ObjectiveSettings(), family.schedule), family.encode_prompts)
-    step.stratify = 8
+    objective = build_objective(ObjectiveSettings(), family.schedule)
+    step = Step(family, [], objective, family.encode_prompts, StepOptions(stratify=8))
     positions = step.positions([SampleKey(0, 5, slot) for slot in range(8)])
     assert sorted((positions * 8).int().tolist()) == list(range(8))
 
