@@ -223,7 +223,7 @@ def whole_job(where: Where, what: str, family: str, settings: tuple[str, ...]) -
     exported = json.loads((run / "exports.json").read_text(encoding="utf-8"))
     if "sample.every=1" in settings and not (run / "samples" / "step-000001").is_dir():
         raise ValueError("no preview was drawn")
-    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if not all(map(math.isfinite, losses)):
         raise ValueError(f"losses {losses}")
     return f"{time.perf_counter() - began:.0f} s, exports {', '.join(item['format'] for item in exported)}"

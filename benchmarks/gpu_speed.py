@@ -407,12 +407,12 @@ def start(where: Where) -> Iterator[Row]:
         command = [sys.executable, "-m", "finetune", "train", "demo", f"data.photos={photos}", *short]
         env = environment() | {"FINETUNE_CACHE": str(where.work / "start-cache")}
         began = time.perf_counter()
-        with (where.work / "start.log").open("w") as log:
+        with (where.work / "start.log").open("w", encoding="utf-8", newline="\n") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
             seconds = first_line(run / "metrics.jsonl", process) - began
             process.wait()
         ok = process.returncode == 0
-        note = "" if ok else (where.work / "start.log").read_text()[-300:]
+        note = "" if ok else (where.work / "start.log").read_text(encoding="utf-8")[-300:]
         yield {
             "table": "start",
             "what": f"tiny base, {caches} caches",

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from click import get_current_context
 
 from finetune.cli.adapters import register, say_exported
-from finetune.cli.output import ProgressBars
+from finetune.cli.output import PROGRESS_BARS, progress_bars
 from finetune.core.errors import BadInput, CheckFailed, Stopped
-from finetune.core.events import sent_to
 from finetune.core.logging import printable, quiet
 
 if TYPE_CHECKING:
@@ -338,7 +336,7 @@ def _loud() -> None:
     from finetune.core.logging import quiet_bars
 
     quiet_bars()
-    bars = get_current_context().find_root().obj
+    bars = PROGRESS_BARS.get()
     if bars is not None and _is_main_process():
         bars.enable()
 
@@ -369,9 +367,8 @@ def run(arguments: list[str]) -> tuple[int, str]:
     quiet()
     printable()
     try:
-        bars = ProgressBars()
-        with _pickle_allowed("--allow-pickle" in arguments), sent_to(bars):
-            app([argument for argument in arguments if argument not in ("--debug", "--allow-pickle")], obj=bars)
+        with _pickle_allowed("--allow-pickle" in arguments), progress_bars():
+            app([argument for argument in arguments if argument not in ("--debug", "--allow-pickle")])
     except SystemExit as end:
         return int(end.code or 0), ""
     except _Launch as wish:

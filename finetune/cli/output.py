@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-from finetune.core.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted
+from finetune.core.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted, sent_to
 
 
 class ProgressBars:
@@ -39,6 +42,21 @@ class ProgressBars:
         progress = _bar()
         progress.start()
         self._open.append((progress, progress.add_task(event.title, total=event.total, note="", rate="")))
+
+
+PROGRESS_BARS: ContextVar[ProgressBars | None] = ContextVar("finetune_progress_bars", default=None)
+
+
+@contextmanager
+def progress_bars() -> Iterator[None]:
+    """Inside the block events go to bars, which the command that runs may enable."""
+    bars = ProgressBars()
+    token = PROGRESS_BARS.set(bars)
+    try:
+        with sent_to(bars):
+            yield
+    finally:
+        PROGRESS_BARS.reset(token)
 
 
 def _bar() -> Any:

@@ -18,6 +18,7 @@ from finetune.config.load import load_recipe, parse_recipe
 from finetune.core.errors import BadInput
 from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
+from finetune.jobs import images as image_files
 from finetune.jobs import train as job
 from finetune.jobs.open import open_result
 from finetune.jobs.prepare import prepare
@@ -105,7 +106,7 @@ def test_a_kill_while_pictures_are_drawn_leaves_no_short_set(
     tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = save_image
-    monkeypatch.setattr(job, "save_image", lambda image, path, text: die(path, saved, image, text))
+    monkeypatch.setattr(image_files, "save_image", lambda image, path, text: die(path, saved, image, text))
     recipe = parse_recipe(settings(tiny_bases["sd1"], photos, LORA))
     with pytest.raises(KeyboardInterrupt):
         job.train(recipe, tmp_path / "run")
@@ -243,6 +244,7 @@ def test_what_computes_was_put_on_the_device(
 
         monkeypatch.setattr(family_type, name, call)
 
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     real_place = family_type.place
 
     def place(self: Any, parts: list[str]) -> None:

@@ -11,8 +11,10 @@ import torch
 from finetune.config.load import parse_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
+from finetune.core.events import Restored, StepDone
 from finetune.core.files import save_tensors
 from finetune.runs.folder import RunFolder, next_folder
+from finetune.runs.metrics import MetricsFile
 from finetune.training.checkpoint import State
 
 
@@ -44,8 +46,8 @@ def test_a_recipe_comes_back_as_it_was(folder: RunFolder, photos: Path) -> None:
 
 
 def test_a_checkpoint_comes_back_as_it_was(folder: RunFolder) -> None:
-    folder.save(state(5), keep=2)
-    found = folder.latest()
+    folder.checkpoints.save(state(5), keep=2)
+    found = folder.checkpoints.latest()
     assert found is not None
     assert found.step == 5
     assert torch.equal(found.trained["denoiser.x"], torch.full((4,), 5.0))
@@ -55,14 +57,14 @@ def test_a_checkpoint_comes_back_as_it_was(folder: RunFolder) -> None:
 
 def test_only_the_newest_are_kept(folder: RunFolder) -> None:
     for step in (1, 2, 3):
-        folder.save(state(step), keep=2)
+        folder.checkpoints.save(state(step), keep=2)
     assert [path.name for path in sorted((folder.path / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "state"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(folder: RunFolder, damage: str) -> None:
-    folder.save(state(1), keep=3)
-    newest = folder.save(state(2), keep=3)
+    folder.checkpoints.save(state(1), keep=3)
+    newest = folder.checkpoints.save(state(2), keep=3)
     file = newest / "trained.safetensors"
     data = bytearray(file.read_bytes())
     if damage == "flip":
@@ -75,13 +77,13 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(folder: RunFolder, damage
     else:
         (newest / "state.json").write_text("{")
     with pytest.warns(UserWarning, match="step-000002 is damaged"):
-        found = folder.latest()
+        found = folder.checkpoints.latest()
     assert found is not None
     assert found.step == 1
 
 
 def test_no_pickle_is_written(folder: RunFolder) -> None:
-    saved = folder.save(state(1), keep=1)
+    saved = folder.checkpoints.save(state(1), keep=1)
     assert {file.suffix for file in saved.iterdir()} == {".safetensors", ".json"}
 
 
@@ -105,11 +107,12 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, photos: Path) 
 
 
 def test_metrics_rewind_to_the_checkpoint_and_drop_a_cut_line(folder: RunFolder) -> None:
+    metrics = MetricsFile(folder.path)
     for step in (1, 2, 3):
-        folder.log(step, {"loss": 0.5})
+        metrics(StepDone(step, 0.5, 1e-4, 1.0, 0.1))
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    folder.rewind_metrics(2)
+    metrics(Restored(2))
     assert [json.loads(line)["step"] for line in (folder.path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 

@@ -174,6 +174,7 @@ def test_what_a_step_copies_and_reads(
     family.to(gpu.device)
     prompts = PromptCache(family, "hash", tmp_path / "cache")
     prompts.fill(["", "a mug", "a photo of a zwx mug"])
+    family.place(["denoiser"])
     trained = LoRA(rank=2, dropout=0.1).attach(family, 0)
     trainer = Trainer(
         Step(family, parts_of(trained), build_objective(ObjectiveSettings(), family.schedule), prompts),
@@ -225,12 +226,13 @@ def test_the_work_before_training_on_a_device(
     family = load_family(str(tiny_bases[name]))
     family.to(gpu.device)
     cache = LatentCache(tmp_path, "hash")
-    cache.fill(family, [Crop()], gpu.device)
+    cache.fill(family, [Crop()])
     held = cache.latents(Crop())
     assert (held.mean.device.type, held.std.device.type) == ("cpu", "cpu")
     assert family.decode_latents(held.mean[None].to(gpu.device)).device == gpu.device
     prompts = PromptCache(family, "hash", tmp_path)
     prompts.fill(["a mug", ""])
+    family.place(family.text_encoders)
     assert places(prompts(["a mug", ""])) == places(family.encode_prompts(["a mug", ""])) == {gpu.device}
     again = PromptCache(family, "hash", tmp_path)
     again.fill(["a mug"])
