@@ -51,7 +51,7 @@ def largest_difference(one: Adapter, other: Adapter) -> float:
 
 
 def paths(name: str, title: str = "x") -> dict[str, Path]:
-    return {kind: export.path(Path(), title, name) for kind, export in EXPORTS.items()}
+    return {kind: export().path(Path(), title, name) for kind, export in EXPORTS.items()}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ def finetune(*arguments: object, cwd: Path | None = None) -> subprocess.Complete
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     program = (
-        "import sys; from finetune.cli import app\n"
+        "import sys; from finetune.cli.main import app\n"
         f"try: app({[*command, '--help']!r})\n"
         "except SystemExit: pass\n"
         f"sys.exit(any(name in sys.modules for name in {HEAVY!r}))"
@@ -37,16 +36,6 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
-
-
-def test_help_answers_quickly() -> None:
-    """Under 0.4 s on a free core; the best of five tries, since these machines are busy."""
-    took = []
-    for _ in range(5):
-        began = time.perf_counter()
-        finetune("train", "--help")
-        took.append(time.perf_counter() - began)
-    assert min(took) < 0.4
 
 
 def assert_one_sentence(done: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:

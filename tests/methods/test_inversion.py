@@ -146,7 +146,7 @@ def test_the_pooled_vector_stays_at_the_end_of_the_text(
     text = f"a photo of {placeholder} on the beach"
     wanted = clean.encode_prompts(["a photo of mug on the beach"])["pooled"]
     assert torch.equal(family.encode_prompts([text])["pooled"], wanted)
-    monkeypatch.setattr("finetune.methods.embeddings.mend_end", lambda encoder, tokenizer: False)
+    monkeypatch.setattr("finetune.methods.textual_inversion.fix_eos_token_id", lambda encoder, tokenizer: False)
     broken, _ = named(legacy_bases[name], TextualInversion())
     assert not torch.allclose(broken.encode_prompts([text])["pooled"], wanted)
 
