@@ -30,12 +30,12 @@ PHASES = ("before the first file", "class images", "latents and prompts", "train
 def recipe(work: Path, method: str, optim: str) -> Any:
     from PIL import Image
 
-    from finetune import families
-    from finetune.config import parse_recipe
+    from finetune.config.load import parse_recipe
+    from finetune.testing.tiny import write_tiny
 
     base, photos = work / "base", work / "photos"
     if not base.is_dir():
-        families.REGISTRY["sd1"].write_tiny(base)
+        write_tiny("sd1", base)
         photos.mkdir()
         for number in range(4):
             Image.linear_gradient("L").rotate(90 * number).convert("RGB").save(photos / f"{number}.png")
@@ -62,7 +62,7 @@ def work_on(work: Path, run: Path, kinds: tuple[str, str]) -> None:
     """What a child process does: train, or go on."""
     import torch
 
-    from finetune.job import train
+    from finetune.jobs.train import train
 
     torch.set_num_threads(1)
     os.environ["FINETUNE_CACHE"] = str(work / "caches" / run.name)
@@ -99,7 +99,7 @@ def flip_a_byte(run: Path, dice: random.Random) -> bool:
 
 def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
     """The adapter's hash, and the metrics without their timing."""
-    from finetune.files import sha256
+    from finetune.core.files import sha256
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in rows:
@@ -123,7 +123,7 @@ def kill_once(
 
 
 def main() -> None:
-    from finetune.quiet import quiet
+    from finetune.core.logging import quiet
 
     quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,7 +135,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="chaos-"))
     work.mkdir(parents=True, exist_ok=True)
-    import finetune.job  # noqa: F401 - once, so that every child starts with everything imported
+    import finetune.jobs.train  # noqa: F401 - once, so that every child starts with everything imported
 
     kinds = (arguments.method, arguments.optim)
     dice, context = random.Random(arguments.seed), multiprocessing.get_context("fork")

@@ -50,14 +50,14 @@ def one_run(
     work: Path, subject: str, seed: int, method: str, prior: str, overrides: tuple[str, ...]
 ) -> dict[str, Any]:
     """Trains one combination (unless it is done) and measures it."""
-    from finetune.quiet import quiet
+    from finetune.core.logging import quiet
 
     quiet()
     import torch
 
     torch.set_num_threads(1)
     from finetune import load_recipe, train
-    from finetune.results import open_result
+    from finetune.jobs.open import open_result
 
     name = f"{subject}-{seed}-{method}-{prior}"
     tag = hashlib.sha256(" ".join(overrides).encode()).hexdigest()[:6] if overrides else "default"
@@ -88,7 +88,8 @@ def measure(family: Any, subject: str, thing: str, seed: int, folder: Path | Non
     import judge
     from world import subject_picture
 
-    from finetune.sample import draw, grid
+    from finetune.sampling.draw import draw
+    from finetune.sampling.images import grid
 
     prompts = {
         "subject": f"a photo of {thing}",
@@ -101,8 +102,8 @@ def measure(family: Any, subject: str, thing: str, seed: int, folder: Path | Non
         for name, text in prompts.items()
     }
     if folder is not None:
-        for name, pictures in drawn.items():
-            grid(pictures, 8).save(folder / f"{name}.png")
+        for name, images in drawn.items():
+            grid(images, 8).save(folder / f"{name}.png")
     model = judge.load_judge()
     references = [subject_picture(subject, number) for number in range(20)]
     real = judge.likeness(model, [subject_picture(subject, 500 + n) for n in range(40)], references)
@@ -125,17 +126,18 @@ def measure(family: Any, subject: str, thing: str, seed: int, folder: Path | Non
 
 def base_figures(work: Path, subject: str, seed: int) -> dict[str, Any]:
     """The same measures of the untouched base."""
-    from finetune.quiet import quiet
+    from finetune.core.logging import quiet
 
     quiet()
     import torch
 
     torch.set_num_threads(1)
-    from finetune import families, tokens
+    from finetune.data import tokens
+    from finetune.families.source import load_family
 
     file = work / "base" / f"{subject}-{seed}.json"
     if not file.is_file():
-        family = families.load("tiny")
+        family = load_family("tiny")
         token = tokens.suggest(family, 1, subject)[0].text
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(

@@ -1,7 +1,7 @@
 """A LoRA run on a base of SD 1.5's true size with random weights, on a CPU: does it fit, and what does a step cost?
 
     python benchmarks/full_size.py                # 3 steps at 256 pixels; about 5 GB on the disk, 8 GB of memory
-    python benchmarks/full_size.py --steps-only   # caches and steps alone, as tests/test_full_size.py runs them
+    python benchmarks/full_size.py --steps-only   # caches and steps alone, as tests/jobs/test_full_size.py runs them
 
 The pictures are noise; what is shown is that every part of the job, from photos to checked exports, takes the true
 sizes. The tokenizer is CLIP's real one where ../shared/clip-vocab is, and the tests' small one elsewhere.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from memory import peak_memory
 
 if TYPE_CHECKING:
-    from finetune.config import Recipe
+    from finetune.config.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 CLIP = ROOT / ".." / "shared" / "clip-vocab"
@@ -32,7 +32,7 @@ def write_sd15(folder: Path) -> None:
     import torch
     import transformers
 
-    from finetune.families.tiny import tiny_scheduler, tiny_tokenizer
+    from finetune.testing.tiny_unets import tiny_scheduler, tiny_tokenizer
 
     torch.manual_seed(0)
     real = (CLIP / "vocab.json").is_file()
@@ -69,19 +69,20 @@ def write_sd15(folder: Path) -> None:
 
 def train_only(recipe: Recipe, work: Path) -> Path:
     """Latents, prompts and the steps, without pictures and exports; returns the run folder."""
-    from finetune import job
-    from finetune.loop import make_accelerator
-    from finetune.run import RunFolder
+    from finetune.jobs import train as job
+    from finetune.jobs.prepare import prepare
+    from finetune.runs.folder import RunFolder
+    from finetune.training.accelerate import make_accelerator
 
     accelerator = make_accelerator(recipe.run, adapter=True)
     folder = RunFolder(work / f"steps-{os.getpid()}")
     with folder.held(recipe):
-        job.fit_job(job.look(recipe), folder, accelerator)
+        job.fit_job(prepare(recipe), folder, accelerator)
     return folder.path
 
 
 def main() -> None:
-    from finetune.quiet import quiet
+    from finetune.core.logging import quiet
 
     quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,10 +97,10 @@ def main() -> None:
         return
     os.environ.setdefault("FINETUNE_CACHE", str(arguments.work / "cache"))
     from finetune import load_recipe, train
-    from finetune.demo import subject_pictures
+    from finetune.jobs.demo import demo_images
 
     settings = [
-        f"data.photos={subject_pictures()}", "data.class_noun=mug", f"base={base}", "data.resolution=256",
+        f"data.photos={demo_images()}", "data.class_noun=mug", f"base={base}", "data.resolution=256",
         f"run.steps={arguments.steps}", "run.precision=fp32", "run.gradient_checkpointing=true", "sample.steps=2",
         "sample.count=1", "sample.prompts=['a photo of {token} {noun}']", "optim.lr=1e-3", "run.name=full-size",
     ]  # fmt: skip

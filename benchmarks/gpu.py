@@ -22,9 +22,12 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -76,7 +79,7 @@ def main() -> int:
         rows += finish(name, process, deadline, rows_file.with_suffix(f".{name}.jsonl"), arguments.cpu)
         write(rows_file, rows)
     print("\n" + table(rows, arguments.cpu))
-    page.write_text(table(rows, arguments.cpu), encoding="utf-8")
+    page.write_text(table(rows, arguments.cpu), encoding="utf-8", newline="\n")
     return 0 if all(row.get("ok", True) for row in rows) else 1
 
 
@@ -104,7 +107,7 @@ def begin(name: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
     env = os.environ | {"HF_HUB_OFFLINE": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if arguments.cpu else {})
     return subprocess.Popen(
         [*command, *(["--cpu"] if arguments.cpu else [])], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, text=True, env=env, start_new_session=True,
+        stdout=subprocess.DEVNULL, text=True, env=env,
     )  # fmt: skip
 
 
@@ -141,7 +144,10 @@ def finish(name: str, process: subprocess.Popen[str], deadline: float, file: Pat
 def end(process: subprocess.Popen[str]) -> None:
     """With all that it started."""
     if process.poll() is None:
-        os.killpg(process.pid, 9)
+        for started in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                started.kill()
+        process.kill()
         process.wait()
 
 
@@ -155,14 +161,14 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 def child(arguments: argparse.Namespace) -> int:
     """One part; every row is written when it is there."""
-    from finetune.quiet import quiet, quiet_bars
+    from finetune.core.logging import quiet, quiet_bars
 
     quiet()
     part = parts()[arguments.part]
     import torch
     from gpu_common import Where
 
-    import finetune.job  # noqa: F401 - before the clock starts
+    import finetune.jobs.train  # noqa: F401 - before the clock starts
 
     quiet_bars()
     if not sys.stdin.readline():
@@ -174,7 +180,7 @@ def child(arguments: argparse.Namespace) -> int:
         where = Where(torch.device("cpu" if arguments.cpu else "cuda"), arguments.cpu, Path(work))
         try:
             for row in part.run(where):
-                with arguments.rows.open("a", encoding="utf-8") as file:
+                with arguments.rows.open("a", encoding="utf-8", newline="\n") as file:
                     file.write(json.dumps(row) + "\n")
         except Exception:
             traceback.print_exc()
@@ -189,7 +195,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     ordered = sorted(rows, key=lambda row: NAMES.index(row["part"]))
-    file.write_text("".join(json.dumps(row) + "\n" for row in ordered), encoding="utf-8")
+    file.write_text("".join(json.dumps(row) + "\n" for row in ordered), encoding="utf-8", newline="\n")
 
 
 def table(rows: Sequence[dict[str, Any]], cpu: bool) -> str:

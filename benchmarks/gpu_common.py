@@ -62,22 +62,22 @@ def forget() -> None:
 
 def tiny_base(where: Where, family: str) -> Path:
     """A small random base of the true classes."""
-    from finetune import families
+    from finetune.testing.tiny import write_tiny
 
     folder = where.work / "bases" / family
     if not (folder / "model_index.json").is_file():
-        families.REGISTRY[family].write_tiny(folder)
+        write_tiny(family, folder)
     return folder
 
 
 def tiny_recipe(where: Where, family: str, overrides: tuple[str, ...] = ()) -> Any:
     """A short run on a small random base: two steps, one image a prompt."""
-    from finetune.config import parse_recipe
-    from finetune.demo import subject_pictures
+    from finetune.config.load import parse_recipe
+    from finetune.jobs.demo import demo_images
 
     plain = {
         "base": str(tiny_base(where, family)),
-        "data": {"photos": str(subject_pictures()), "class_noun": "mug", "token": "zwx"},
+        "data": {"photos": str(demo_images()), "class_noun": "mug", "token": "zwx"},
         "method": {"kind": "lora", "rank": 4},
         "optim": {"kind": "adamw", "lr": 1e-3},
         "run": {"steps": 2, "batch_size": 2, "precision": where.precision("bf16")},

@@ -51,17 +51,17 @@ JOBS = {
 
 
 def demo(where: Where) -> Iterator[Row]:
-    """The demo as it ships, and the judge's word on what was learned (as tests/test_demo.py asks)."""
+    """The demo as it ships, and the judge's word on what was learned (as tests/jobs/test_demo.py asks)."""
     sys.path.insert(0, str(ROOT / "examples" / "tiny_base"))
     import judge
     from PIL import Image
 
     from finetune import load_recipe, train
-    from finetune.demo import subject_pictures
+    from finetune.jobs.demo import demo_images
 
     short = ["run.steps=2", "prior.count=2", "prior.steps=2", "sample.steps=2", "sample.count=1"] if where.tiny else []
     began = time.perf_counter()
-    run = train(load_recipe("demo", [f"data.photos={subject_pictures()}", *short]), where.work / "demo")
+    run = train(load_recipe("demo", [f"data.photos={demo_images()}", *short]), where.work / "demo")
     yield check("demo: from photos to page", (run / "report.html").is_file(), f"{time.perf_counter() - began:.0f} s")
     known = judge.load_judge()
 
@@ -81,10 +81,10 @@ def demo(where: Where) -> Iterator[Row]:
 def numbers(where: Where) -> Iterator[Row]:
     """Loss and gradient of one step of every family in every precision, against the CPU's in fp32: they may be as far
     off as the CPU's are in the same precision, twice."""
-    from finetune import families
+    from finetune.families.registry import FAMILIES
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for family in families.REGISTRY:
+    for family in FAMILIES:
         for kind in ("lora", "full"):
             wanted = loss_and_gradient(tiny_base(where, family), kind, torch.device("cpu"), "fp32")
             for precision in PRECISIONS:
@@ -111,14 +111,16 @@ def off(found: tuple[float, Tensor], wanted: tuple[float, Tensor]) -> tuple[floa
 
 def loss_and_gradient(base: Path, kind: str, device: torch.device, precision: str) -> tuple[float, Tensor]:
     """The loop's own `Step` on one fixed batch: an adapter's base is cast, full weights stay fp32 under autocast."""
-    from finetune import families, methods
-    from finetune.export import DTYPES
-    from finetune.loop import Step
-    from finetune.objectives import ObjectiveSettings, build
+    from finetune.core.devices import DTYPES
+    from finetune.families.source import load_family
+    from finetune.methods.registry import METHODS
+    from finetune.objectives.registry import build_objective
+    from finetune.objectives.settings import ObjectiveSettings
+    from finetune.training.step import Step
 
-    method = methods.REGISTRY[kind]()
+    method = METHODS[kind]()
     dtype = DTYPES[precision]
-    family = families.load(str(base), dtype=method.weight_dtype(dtype))
+    family = load_family(str(base), dtype=method.weight_dtype(dtype))
     family.to(device)
     trained = method.attach(family, 0)
     made = torch.Generator().manual_seed(0)
@@ -126,7 +128,7 @@ def loss_and_gradient(base: Path, kind: str, device: torch.device, precision: st
         for name, parameter in trained.items():
             if ".lora_B." in name:  # 0 at the start: then A has no gradient
                 parameter.copy_(torch.randn(parameter.shape, generator=made) * 0.02)
-    objective = build(ObjectiveSettings(), family.schedule, family.shift(32)).to(device)
+    objective = build_objective(ObjectiveSettings(), family.schedule, family.shift(32)).to(device)
     step = Step(family, list(method.part_names(family)), objective, family.encode_prompts)
     autocast = precision == "fp16" or (precision == "bf16" and not method.is_adapter)
     with torch.autocast(device.type, dtype if autocast else torch.bfloat16, enabled=autocast):
@@ -137,11 +139,11 @@ def loss_and_gradient(base: Path, kind: str, device: torch.device, precision: st
 
 
 def fixed_batch(channels: int, count: int = 2) -> Any:
-    from finetune.batch import Batch, Geometry, Latents
-    from finetune.draws import Draw
+    from finetune.core.batch import Batch, Geometry, Latents
+    from finetune.core.rng import SampleKey
 
     mean = torch.randn(count, channels, 16, 16, generator=torch.Generator().manual_seed(1))
-    geometry, draws = [Geometry((32, 32), (0, 0), (32, 32))] * count, [Draw(0, 0, k) for k in range(count)]
+    geometry, draws = [Geometry((32, 32), (0, 0), (32, 32))] * count, [SampleKey(0, 0, k) for k in range(count)]
     prompts = ["a photo of zwx mug", "a mug"][:count]
     return Batch(
         Latents(mean, torch.full_like(mean, 0.1)), prompts, torch.ones(count), geometry, draws, ["a", "b"][:count]
@@ -221,7 +223,7 @@ def whole_job(where: Where, what: str, family: str, settings: tuple[str, ...]) -
     exported = json.loads((run / "exports.json").read_text(encoding="utf-8"))
     if "sample.every=1" in settings and not (run / "samples" / "step-000001").is_dir():
         raise ValueError("no preview was drawn")
-    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if not all(map(math.isfinite, losses)):
         raise ValueError(f"losses {losses}")
     return f"{time.perf_counter() - began:.0f} s, exports {', '.join(item['format'] for item in exported)}"
@@ -236,18 +238,22 @@ def stops(where: Where) -> Iterator[Row]:
 
 
 def stopped_at_nan(where: Where, kind: str, precision: str) -> str:
-    from finetune import families, methods
-    from finetune.config import Run
-    from finetune.errors import CheckFailed
-    from finetune.export import DTYPES
-    from finetune.loop import fit, make_accelerator
-    from finetune.objectives import ObjectiveSettings, build
-    from finetune.optim import AdamW
-    from finetune.run import RunFolder
+    from finetune.core.devices import DTYPES
+    from finetune.core.errors import CheckFailed
+    from finetune.families.source import load_family
+    from finetune.methods.registry import METHODS
+    from finetune.objectives.registry import build_objective
+    from finetune.objectives.settings import ObjectiveSettings
+    from finetune.optim.adamw import AdamW
+    from finetune.training.accelerate import make_accelerator
+    from finetune.training.checkpoint import Checkpoints
+    from finetune.training.settings import Run
+    from finetune.training.step import Step, parts_of
+    from finetune.training.trainer import Trainable, Trainer
 
-    method = methods.REGISTRY[kind]()
+    method = METHODS[kind]()
     run = Run(steps=3, precision=precision)
-    family = families.load(str(tiny_base(where, "sd1")), dtype=method.weight_dtype(DTYPES[precision]))
+    family = load_family(str(tiny_base(where, "sd1")), dtype=method.weight_dtype(DTYPES[precision]))
     family.to(where.device)
     trained = method.attach(family, 0)
     before: dict[str, Tensor] = {}
@@ -260,14 +266,19 @@ def stopped_at_nan(where: Where, kind: str, precision: str) -> str:
                 batch.latents.mean.fill_(math.nan)
             return batch
 
-    folder = RunFolder(where.work / f"nan-{kind}-{precision}")
-    folder.path.mkdir(exist_ok=True)
+    folder = where.work / f"nan-{kind}-{precision}"
+    folder.mkdir(exist_ok=True)
+    objective = build_objective(ObjectiveSettings(), family.schedule)
+    trainer = Trainer(
+        Step(family, parts_of(trained), objective, family.encode_prompts),
+        Trainable(trained),
+        AdamW(lr=1e-3),
+        run,
+        make_accelerator(run, method.is_adapter),
+        Checkpoints(folder),
+    )
     try:
-        fit(
-            accelerator=make_accelerator(run, method.is_adapter), family=family, trained=trained,
-            objective=build(ObjectiveSettings(), family.schedule), encode_prompts=family.encode_prompts,
-            batches=Spoiled(), optim=AdamW(lr=1e-3), run=run, folder=folder,
-        )  # fmt: skip
+        trainer.fit(Spoiled())
     except CheckFailed as stop:
         if all(torch.equal(before[name], value) for name, value in trained.items()):
             return str(stop).split(";")[0]

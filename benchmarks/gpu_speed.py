@@ -107,8 +107,8 @@ class Case:
 
     def micro(self, step: int, index: int) -> Any:
         """A batch as the data plan makes it: cached latents and their draws, on the CPU."""
-        from finetune.batch import Batch, Geometry, Latents
-        from finetune.draws import Draw
+        from finetune.core.batch import Batch, Geometry, Latents
+        from finetune.core.rng import SampleKey
 
         latent = self.side // self.family.latent_factor
         mean = torch.zeros(self.batch, self.family.latent_channels, latent, latent)
@@ -118,23 +118,25 @@ class Case:
             ["a photo of zwx mug"] * self.batch,
             torch.ones(self.batch),
             [Geometry(square, (0, 0), square)] * self.batch,
-            [Draw(0, step, slot) for slot in range(self.batch)],
+            [SampleKey(0, step, slot) for slot in range(self.batch)],
             ["photo.png"] * self.batch,
         )
 
 
 def prepared(where: Where, base: str, kind: str) -> Case:
     """The base on the device with random weights, prompts encoded, encoders gone, the method attached."""
-    from finetune import families, methods
     from finetune.data.cache import PromptCache
-    from finetune.optim import AdamW, AdamW8bit
+    from finetune.families.source import load_family
+    from finetune.methods.registry import METHODS
+    from finetune.optim.adamw import AdamW
+    from finetune.optim.adamw8bit import AdamW8bit
     from finetune.testing import published
     from finetune.testing.random_base import make_parts, random_family
 
-    method = methods.REGISTRY[kind](**({"rank": RANK} if kind == "lora" else {}))
+    method = METHODS[kind](**({"rank": RANK} if kind == "lora" else {}))
     dtype = torch.float32 if where.tiny else torch.bfloat16
     if where.tiny:
-        family = families.load(str(tiny_base(where, BASES[base])))
+        family = load_family(str(tiny_base(where, BASES[base])))
         family.to(where.device)
     else:
         folder = published.write(base, where.work / "base")
@@ -187,8 +189,8 @@ def few(milliseconds: float) -> tuple[int, int]:
 
 def plan_of(case: Case, base: str, kind: str) -> tuple[float, bool]:
     """What `finetune plan` says of this case in GiB; with checkpointing, from there on, where it says it is needed."""
-    from finetune.config import parse_recipe
-    from finetune.estimate import estimate
+    from finetune.config.load import parse_recipe
+    from finetune.jobs.estimate import estimate
 
     recipe = parse_recipe(
         {
@@ -210,10 +212,15 @@ def plan_of(case: Case, base: str, kind: str) -> tuple[float, bool]:
 
 
 def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> Row:
-    """`finetune.loop.fit` as a job calls it: median ms of a step, peak memory, and a LoRA's checkpoint."""
-    from finetune.config import Run
-    from finetune.loop import fit, make_accelerator
-    from finetune.objectives import ObjectiveSettings, build
+    """`Trainer.fit` as a job calls it: median ms of a step, peak memory, and a LoRA's checkpoint."""
+    from finetune.core.events import sent_to
+    from finetune.objectives.registry import build_objective
+    from finetune.objectives.settings import ObjectiveSettings
+    from finetune.runs.metrics import MetricsFile
+    from finetune.training.accelerate import make_accelerator
+    from finetune.training.settings import Run
+    from finetune.training.step import Step, parts_of
+    from finetune.training.trainer import Trainable, Trainer
 
     clock, began = Clock(case.where), [0.0]
 
@@ -227,15 +234,19 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
 
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[case.dtype]
     run = Run(steps=WARM + STEPS + 1, batch_size=case.batch, checkpoint_every=10**6, keep=1, precision=precision)
-    folder = timed_folder(case)
     if case.where.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with suppress(Enough):
-        fit(
-            accelerator=make_accelerator(run, case.method.is_adapter), family=case.family, trained=case.trained,
-            objective=build(ObjectiveSettings(), case.family.schedule, case.family.shift(case.side)),
-            encode_prompts=case.prompts, batches=case, optim=case.optim, run=run, folder=folder, on_step=after,
-        )  # fmt: skip
+    objective = build_objective(ObjectiveSettings(), case.family.schedule, case.family.shift(case.side))
+    trainer = Trainer(
+        Step(case.family, parts_of(case.trained), objective, case.prompts),
+        Trainable(case.trained),
+        case.optim,
+        run,
+        make_accelerator(run, case.method.is_adapter),
+        timed_checkpoints(case),
+    )
+    with suppress(Enough), sent_to(MetricsFile(case.where.work / "run")):
+        trainer.fit(case, after)
     found: Row = {"ours_ms": statistics.median(clock.milliseconds()[WARM:])}
     if case.where.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
@@ -244,11 +255,11 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
     return found
 
 
-def timed_folder(case: Case) -> Any:
-    """A run folder that times a LoRA's checkpoints, and writes none of whole models: they would fill the disk."""
-    from finetune.run import RunFolder, State
+def timed_checkpoints(case: Case) -> Any:
+    """Checkpoints that note their time; those of whole models are not written: they would fill the disk."""
+    from finetune.training.checkpoint import Checkpoints, State
 
-    class Timed(RunFolder):
+    class Timed(Checkpoints):
         def check_space(self, needed: int) -> None:
             """A whole SDXL's checkpoints would not fit, and are not written."""
 
@@ -260,10 +271,10 @@ def timed_folder(case: Case) -> Any:
             case.saving.append(time.perf_counter() - began)
             return path
 
-    folder = Timed(case.where.work / "run")
-    shutil.rmtree(folder.path, ignore_errors=True)
-    folder.path.mkdir()
-    return folder
+    run = case.where.work / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
+    return Timed(run)
 
 
 def bare_step(case: Case) -> Callable[[], None]:
@@ -396,12 +407,12 @@ def start(where: Where) -> Iterator[Row]:
         command = [sys.executable, "-m", "finetune", "train", "demo", f"data.photos={photos}", *short]
         env = environment() | {"FINETUNE_CACHE": str(where.work / "start-cache")}
         began = time.perf_counter()
-        with (where.work / "start.log").open("w") as log:
+        with (where.work / "start.log").open("w", encoding="utf-8", newline="\n") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
             seconds = first_line(run / "metrics.jsonl", process) - began
             process.wait()
         ok = process.returncode == 0
-        note = "" if ok else (where.work / "start.log").read_text()[-300:]
+        note = "" if ok else (where.work / "start.log").read_text(encoding="utf-8")[-300:]
         yield {
             "table": "start",
             "what": f"tiny base, {caches} caches",

@@ -36,7 +36,7 @@ def write_34m(folder: Path) -> None:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from finetune.families.tiny import tiny_scheduler, write_sd
+    from finetune.testing.tiny_unets import tiny_scheduler, write_sd
 
     write_sd(folder, 0, linear_projection=False)
     torch.manual_seed(0)
@@ -85,11 +85,11 @@ def floor_step(source: str) -> Callable[[], None]:
     """One step of the bare loop: everything is a tensor already."""
     import torch
 
-    from finetune import families
-    from finetune.batch import Geometry
+    from finetune.core.batch import Geometry
+    from finetune.families.source import load_family
     from finetune.methods.lora import LoRA
 
-    family = families.load(source)
+    family = load_family(source)
     trained = list(LoRA(rank=RANK).attach(family, 0).values())
     family.parts["denoiser"].train()
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -112,19 +112,28 @@ def floor_step(source: str) -> Callable[[], None]:
 
 def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None]) -> float:
     """The toolkit's own loop on the toolkit's own data plan, as `finetune train` runs it; seconds of a checkpoint."""
-    from finetune import job
-    from finetune.config import parse_recipe
-    from finetune.loop import make_accelerator
-    from finetune.run import RunFolder, State
+    from finetune.config.load import parse_recipe
+    from finetune.core.events import sent_to
+    from finetune.jobs import train as job
+    from finetune.jobs.prepare import prepare
+    from finetune.runs.folder import RunFolder
+    from finetune.runs.metrics import MetricsFile
+    from finetune.training.accelerate import make_accelerator
+    from finetune.training.checkpoint import Checkpoints, State
 
     saving: list[float] = []
 
-    class Timed(RunFolder):
+    class TimedCheckpoints(Checkpoints):
         def save(self, state: State, keep: int) -> Path:
             began = time.perf_counter()
             path = super().save(state, keep)
             saving.append(time.perf_counter() - began)
             return path
+
+    class Timed(RunFolder):
+        @property
+        def checkpoints(self) -> Checkpoints:
+            return TimedCheckpoints(self.path)
 
     recipe = parse_recipe(
         {
@@ -138,14 +147,14 @@ def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None])
     )
     with tempfile.TemporaryDirectory(dir=work) as run:
         folder = Timed(Path(run) / "run")
-        with folder.held(recipe):
-            job.fit_job(job.look(recipe), folder, make_accelerator(recipe.run, adapter=True), on_step)
+        with folder.held(recipe), sent_to(MetricsFile(folder.path)):
+            job.fit_job(prepare(recipe), folder, make_accelerator(recipe.run, adapter=True), on_step)
     return saving[-1]
 
 
 def timed_protection() -> list[float]:
     """Makes the loop's checks, its look for signals and its line of metrics note their CPU-seconds."""
-    from finetune import loop
+    from finetune.training.trainer import Trainer
 
     spent: list[float] = []
 
@@ -160,7 +169,7 @@ def timed_protection() -> list[float]:
         return run
 
     for name in ("_check_finite", "_log"):  # the look for signals is inside the first, and an attribute elsewhere
-        setattr(loop, name, timed(getattr(loop, name)))
+        setattr(Trainer, name, timed(getattr(Trainer, name)))
     return spent
 
 
@@ -222,7 +231,7 @@ def child(size: str, work: Path, which: str) -> dict[str, float]:
 
 
 def main() -> None:
-    from finetune.quiet import quiet
+    from finetune.core.logging import quiet
 
     quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    from finetune.errors import BadInput
-    from finetune.quiet import printable
+    from finetune.core.errors import BadInput
+    from finetune.core.logging import printable
 
     printable()
     try:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from finetune.core.errors import BadInput
 from finetune.data.captions import caption_files, caption_rows
-from finetune.data.photos import MASK, BadPicture, Photo, is_companion, open_picture, picture_files, read_photo
-from finetune.errors import BadInput
+from finetune.data.photos import MASK, BadImage, Photo, image_files, is_companion, open_image, read_photo
 
 ORIENTATIONS = {
     2: "mirrored",
@@ -69,7 +69,7 @@ def check(folder: Path, resolution: int = 512) -> Findings:
     Raises:
         BadInput: there is no such folder, or no picture in it.
     """
-    paths = picture_files(folder)
+    paths = image_files(folder)
     if not paths:
         raise BadInput(f"{folder} holds no pictures: give the folder with the photos")
     files = [_look(path, resolution) for path in paths]
@@ -79,9 +79,9 @@ def check(folder: Path, resolution: int = 512) -> Findings:
     return findings
 
 
-def difference_hash(picture: Image.Image) -> int:
+def difference_hash(image: Image.Image) -> int:
     """64 bits: in the picture shrunk to 9x8 grey pixels, whether each is darker than its right neighbour."""
-    grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
     bits = (grey[:, :-1] < grey[:, 1:]).flatten()
     return int("".join("1" if bit else "0" for bit in bits), 2)
 
@@ -90,8 +90,8 @@ def _look(path: Path, resolution: int) -> File:
     file = File(path)
     try:
         photo = read_photo(path)
-        upright = open_picture(path)
-    except BadPicture as fault:
+        upright = open_image(path)
+    except BadImage as fault:
         file.problems.append(fault.reason)
         return file
     width, height = file.size = photo.size
@@ -168,15 +168,15 @@ def _captions(findings: Findings) -> None:
         findings.problems.append(f"captions for pictures that are not there: {', '.join(orphans)}")
 
 
-def _other_files(folder: Path, pictures: list[Path]) -> list[str]:
+def _other_files(folder: Path, images: list[Path]) -> list[str]:
     """Files that nothing reads: videos, raw photos, captions whose name fits no picture."""
-    stems = {path.stem for path in pictures}
+    stems = {path.stem for path in images}
     others = []
     for path in sorted(folder.iterdir()):
         is_caption = path.suffix == ".txt" and path.stem in stems
         is_mask = path.name == "masks" or (path.name.lower().endswith(MASK) and path.name[: -len(MASK)] in stems)
         beside = is_caption or is_mask or is_companion(path, stems)
-        if path.name.startswith(".") or beside or path in pictures or path.name in CAPTION_LISTS:
+        if path.name.startswith(".") or beside or path in images or path.name in CAPTION_LISTS:
             continue
         others.append(path.name + ("/" if path.is_dir() else ""))
     return [f"not read: {', '.join(others)}"] if others else []

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import BadInput
-from finetune.files import write_text
+from finetune.core.errors import BadInput
+from finetune.core.files import write_text
 
 
 def unpack(source: str, out: Path, split: str, image: str, caption: str, limit: int | None) -> int:
@@ -67,8 +67,8 @@ def _write(stored: dict[str, Any], folder: Path, number: int) -> str:
     from PIL import Image
 
     data = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
-    with Image.open(io.BytesIO(data)) as picture:
-        ending = (picture.format or "png").lower().replace("jpeg", "jpg")
+    with Image.open(io.BytesIO(data)) as image:
+        ending = (image.format or "png").lower().replace("jpeg", "jpg")
     name = f"{number:05d}.{ending}"
     (folder / name).write_bytes(data)
     return name

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from finetune.demo import subject_pictures
+from finetune.jobs.demo import demo_images
 
 SIDE, GAP, LABEL, COUNT = 96, 4, 190, 4
 
@@ -17,22 +17,22 @@ def row(files: list[Path]) -> Image.Image:
     """Pictures side by side, each SIDE pixels square."""
     strip = Image.new("RGB", (len(files) * (SIDE + GAP), SIDE), "white")
     for number, file in enumerate(files):
-        picture = Image.open(file).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-        strip.paste(picture, (number * (SIDE + GAP), 0))
+        image = Image.open(file).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        strip.paste(image, (number * (SIDE + GAP), 0))
     return strip
 
 
 def compose(run: Path) -> Image.Image:
     """Left: what was given. Right, a row for each prompt: before and after, at the same seeds."""
     prompts = json.loads((run / "run.json").read_text())["prompts"]
-    given = row(sorted(subject_pictures().glob("*.png")))
+    given = row(sorted(demo_images().glob("*.png")))
     half = COUNT * (SIDE + GAP)
     left = SIDE + 4 * GAP
-    picture = Image.new("RGB", (left + LABEL + 2 * half + 4 * GAP, 24 + 5 * (SIDE + GAP)), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+    image = Image.new("RGB", (left + LABEL + 2 * half + 4 * GAP, 24 + 5 * (SIDE + GAP)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     for number in range(5):
         tile = given.crop((number * (SIDE + GAP), 0, number * (SIDE + GAP) + SIDE, SIDE))
-        picture.paste(tile, (0, 24 + number * (SIDE + GAP)))
+        image.paste(tile, (0, 24 + number * (SIDE + GAP)))
     draw.text((0, 2), "given", fill="black", font=font)
     for column, name in enumerate(("before", "after")):
         draw.text((left + LABEL + column * (half + 3 * GAP), 2), name, fill="black", font=font)
@@ -41,8 +41,8 @@ def compose(run: Path) -> Image.Image:
         draw.text((left, top + SIDE // 2 - 8), prompt.removeprefix("a photo of "), fill="black", font=font)
         for column, name in enumerate(("before", "after")):
             files = [run / "samples" / name / f"{number:02d}-{seed}.png" for seed in range(COUNT)]
-            picture.paste(row(files), (left + LABEL + column * (half + 3 * GAP), top))
-    return picture
+            image.paste(row(files), (left + LABEL + column * (half + 3 * GAP), top))
+    return image
 
 
 if __name__ == "__main__":

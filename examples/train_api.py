@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from finetune import load_recipe, train
-from finetune.results import open_result
-from finetune.sample import draw, grid
+from finetune.jobs.open import open_result
+from finetune.sampling.draw import draw
+from finetune.sampling.images import grid
 
 photos = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "subject_mug"
 recipe = load_recipe("demo", [f"data.photos={photos}", "data.class_noun=mug", "run.name=api", *sys.argv[2:]])

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.config import load_recipe
-    from finetune.job import resume, train
+    from finetune.config.load import load_recipe
+    from finetune.jobs.train import resume, train
 
 __version__ = "0.1.0"
 __all__ = ["load_recipe", "resume", "train"]
 
-_HOMES = {"load_recipe": "finetune.config", "train": "finetune.job", "resume": "finetune.job"}
+_HOMES = {"load_recipe": "finetune.config.load", "train": "finetune.jobs.train", "resume": "finetune.jobs.train"}
 
 
 def __getattr__(name: str) -> Any:

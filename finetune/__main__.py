@@ -1,5 +1,5 @@
 """`python -m finetune` is the command `finetune`."""
 
-from finetune.cli import main
+from finetune.cli.main import main
 
 main()

@@ -8,7 +8,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
-from finetune.quiet import quiet, quiet_bars
+from finetune.core.logging import quiet, quiet_bars
 
 quiet()
 
@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune import families
+from finetune.families.registry import FAMILIES
+from finetune.testing.tiny import write_tiny
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 
@@ -32,9 +33,9 @@ def _calm(tmp_path_factory: pytest.TempPathFactory) -> None:
 def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family name -> a small random base of it."""
     root = tmp_path_factory.mktemp("bases")
-    for name, family in families.REGISTRY.items():
-        family.write_tiny(root / name)
-    return {name: root / name for name in families.REGISTRY}
+    for name in FAMILIES:
+        write_tiny(name, root / name)
+    return {name: root / name for name in FAMILIES}
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
     for index, colour in enumerate(((200, 30, 30), (30, 200, 30), (30, 30, 200))):
-        picture = Image.new("RGB", (48, 40), colour)
-        picture.paste((250, 250, 250), (8 * index, 8, 8 * index + 12, 24))
-        picture.save(folder / f"{index}.png")
+        image = Image.new("RGB", (48, 40), colour)
+        image.paste((250, 250, 250), (8 * index, 8, 8 * index + 12, 24))
+        image.save(folder / f"{index}.png")
     return folder

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.__main__ import main as data_tools
-from finetune import cli
+from finetune.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,7 +20,7 @@ SHORT = (
     "optim.lr=1e-3",
 )  # fmt: skip
 FEW_CLASS_IMAGES = ("prior.count=2", "prior.steps=1")
-# What `.ci/run` and `make` run themselves; the demo has a test of its own (test_demo.py).
+# What `.ci/run` and `make` run themselves; the demo has a test of its own (jobs/test_demo.py).
 BY_MAKE = (
     "make demo", "make test", "make check", "python3 -m venv .venv",
     '.venv/bin/pip install -c constraints.txt -e ".[dev]"',
@@ -52,7 +52,7 @@ def run(words: list[str]) -> int:
     if words[:3] == ["python", "-m", "data_tools"]:
         return data_tools(words[3:])
     assert words[0] == "finetune", words
-    code, message = cli.run(words[1:])
+    code, message = main.run(words[1:])
     print(message)
     return code
 

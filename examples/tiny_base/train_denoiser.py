@@ -25,15 +25,20 @@ from train_vae import to_pixels
 from transformers import CLIPTextModel, CLIPTokenizer
 from world import Facts, world_picture
 
-from finetune import families
-from finetune.batch import Batch, Geometry, Latents
-from finetune.config import Run
-from finetune.draws import Draw
-from finetune.loop import fit, make_accelerator
+from finetune.core.batch import Batch, Geometry, Latents
+from finetune.core.events import sent_to
+from finetune.core.rng import SampleKey
+from finetune.families.source import load_family
 from finetune.methods.full import Full
-from finetune.objectives import ObjectiveSettings, build
-from finetune.optim import AdamW
-from finetune.run import RunFolder
+from finetune.objectives.registry import build_objective
+from finetune.objectives.settings import ObjectiveSettings
+from finetune.optim.adamw import AdamW
+from finetune.runs.folder import RunFolder
+from finetune.runs.metrics import MetricsFile
+from finetune.training.accelerate import make_accelerator
+from finetune.training.settings import Run
+from finetune.training.step import Step, StepOptions, parts_of
+from finetune.training.trainer import Trainable, Trainer
 
 PICTURES = 24000
 BATCH = 64
@@ -132,7 +137,7 @@ class Rendered:
         chosen = [int(rng.integers(len(self.facts))) for rng in rngs]
         captions = [caption(self.facts[k], rng)[0] for k, rng in zip(chosen, rngs, strict=True)]
         latents = Latents(self._tensor(self.mean[chosen]), self._tensor(self.std[chosen]))
-        draws = [Draw(3, step, slot) for slot in slots]
+        draws = [SampleKey(3, step, slot) for slot in slots]
         return Batch(latents, captions, torch.ones(self.size), [SQUARE] * self.size, draws, [str(k) for k in chosen])
 
     @staticmethod
@@ -145,22 +150,21 @@ def train(out: Path, steps: int) -> None:
         steps=steps, batch_size=BATCH, ema=0.997, seed=3, precision="bf16", checkpoint_every=250, keep=2, log_every=25
     )
     accelerator = make_accelerator(run, adapter=False)
-    family = families.load(str(out / "base"))
+    family = load_family(str(out / "base"))
     trained = Full(parts=["denoiser"]).attach(family, run.seed)
     folder = RunFolder(out / "denoiser")
     folder.path.mkdir(parents=True, exist_ok=True)
-    fit(
-        accelerator=accelerator,
-        family=family,
-        trained=trained,
-        objective=build(ObjectiveSettings(), family.schedule),
-        encode_prompts=family.encode_prompts,
-        batches=Rendered(out, accelerator.process_index, accelerator.num_processes),
-        optim=AdamW(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup=100),
-        run=run,
-        folder=folder,
-        stratify=BATCH,
+    objective = build_objective(ObjectiveSettings(), family.schedule)
+    trainer = Trainer(
+        Step(family, parts_of(trained), objective, family.encode_prompts, StepOptions(stratify=BATCH)),
+        Trainable(trained),
+        AdamW(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup=100),
+        run,
+        accelerator,
+        folder.checkpoints,
     )
+    with sent_to(MetricsFile(folder.path)):
+        trainer.fit(Rendered(out, accelerator.process_index, accelerator.num_processes))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.batch import Batch, Latents
+from finetune.core.batch import Batch, Latents
+from finetune.core.errors import BadInput
+from finetune.core.rng import SampleKey
 from finetune.data.cache import Cache
-from finetune.data.inputs import Inputs
+from finetune.data.conditioning.base import Inputs
+from finetune.data.crops import Crop
 from finetune.data.masks import Masks
-from finetune.data.orders import Order, Permutations, Sample, Streams
-from finetune.data.views import View
-from finetune.draws import Draw
-from finetune.errors import BadInput
+from finetune.data.samplers import ItemSampler, Sample, ShuffleSampler, Streams
 
 __all__ = ["Batches", "Cache", "Sample", "check_split"]
 
@@ -26,9 +26,9 @@ __all__ = ["Batches", "Cache", "Sample", "check_split"]
 class Drawn:
     """One sample of a batch."""
 
-    draw: Draw
+    draw: SampleKey
     name: str
-    view: View
+    view: Crop
     caption: str
     weight: float
 
@@ -53,7 +53,7 @@ class Batches:
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
-        order: Order | None = None,
+        order: ItemSampler | None = None,
         masks: Masks | None = None,
         inputs: Inputs | None = None,
     ) -> None:
@@ -61,7 +61,7 @@ class Batches:
         check_split(batch_size, accumulate, world)
         self.streams, self.cache, self.seed = streams, cache, seed
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
-        self.order, self.masks = order or Permutations(streams, seed, batch_size), masks
+        self.order, self.masks = order or ShuffleSampler(streams, seed, batch_size), masks
         self.inputs = inputs  # None where the base reads latents alone
 
     @property
@@ -75,11 +75,11 @@ class Batches:
         return self._batch([self._draw(step, slot) for slot in range(start, start + size)])
 
     def _draw(self, step: int, slot: int) -> Drawn:
-        draw = Draw(self.seed, step, slot)
+        draw = SampleKey(self.seed, step, slot)
         pair, stream = divmod(slot, len(self.streams))
-        sample, views, counts = self.order.place(stream, step, pair)
+        sample, crops, counts = self.order.place(stream, step, pair)
         picks = torch.rand(3, generator=draw.generator("sample")).tolist()
-        view = views[int(picks[0] * len(views))]
+        view = crops[int(picks[0] * len(crops))]
         caption = sample.captions[int(picks[1] * len(sample.captions))]
         text = "" if picks[2] < sample.caption_dropout else caption
         return Drawn(draw, sample.name, view, text, sample.weight * len(self.streams) * counts)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from finetune.core.errors import BadInput
 from finetune.data.photos import Photo
-from finetune.errors import BadInput
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from finetune.core.errors import BadInput
 from finetune.data.buckets import Size
-from finetune.data.photos import MASK, Photo, alpha_channel, open_picture, picture_files, shown
-from finetune.data.views import View
-from finetune.errors import BadInput
+from finetune.data.crops import Crop
+from finetune.data.photos import MASK, Photo, alpha_channel, image_files, open_image, shown
 
 FAINT = 10  # of 255: a mask that is nowhere brighter shows nothing, such as one with the labels 0 and 1
 SHAPE = 0.02  # a mask's aspect ratio may be so far off its photo's: rounding, when it was made smaller
@@ -36,7 +36,7 @@ class Mask:
     def open(self) -> Image.Image:
         """Grey, 8 bits, upright. What is transparent in a mask file is black."""
         if not self.alpha:
-            return open_picture(self.file, "black").convert("L")
+            return open_image(self.file, "black").convert("L")
         channel = alpha_channel(self.file)
         assert channel is not None
         return channel
@@ -94,7 +94,7 @@ def _inside(folder: Path) -> dict[str, Path]:
 
 def _refuse_orphans(folder: Path, files: dict[str, Path]) -> None:
     """A mask whose name fits no photo would be passed over in silence (and NAME.mask.png is never a photo)."""
-    stems = {file.stem for file in picture_files(folder)}
+    stems = {file.stem for file in image_files(folder)}
     orphans = sorted(shown(file.relative_to(folder)) for stem, file in files.items() if stem not in stems)
     if orphans:
         raise BadInput(
@@ -103,15 +103,15 @@ def _refuse_orphans(folder: Path, files: dict[str, Path]) -> None:
 
 
 def _check(photo: Photo, mask: Mask) -> None:
-    picture = mask.open()
+    image = mask.open()
     name = f"{mask.file.name}'s alpha channel" if mask.alpha else f"the mask {mask.file.name}"
-    brightest = int(np.asarray(picture).max())
+    brightest = int(np.asarray(image).max())
     if brightest < FAINT:
         raise BadInput(
             f"{name} is black everywhere (at most {brightest} of 255), so that nothing of {photo.path.name} would be "
             "learned: make the subject white"
         )
-    (width, height), (photo_width, photo_height) = picture.size, photo.size
+    (width, height), (photo_width, photo_height) = image.size, photo.size
     if abs(width * photo_height / (height * photo_width) - 1) > SHAPE:
         raise BadInput(
             f"{name} is {width}x{height} but its photo is {photo_width}x{photo_height}: give it the photo's shape"
@@ -123,22 +123,22 @@ class Masks:
 
     def __init__(self, masks: dict[Path, Mask], latent_factor: int, floor: float) -> None:
         self.masks, self.factor, self.floor = masks, latent_factor, floor
-        self.held: dict[View, Tensor] = {}
+        self.held: dict[Crop, Tensor] = {}
 
-    def fill(self, views: Sequence[View]) -> Masks:
+    def fill(self, crops: Sequence[Crop]) -> Masks:
         """Makes those of `views` that are not all ones; a file that changes later changes nothing."""
-        for view in views:
+        for view in crops:
             if view.photo.path in self.masks:
                 self.held[view] = self._make(view, self.masks[view.photo.path])
         return self
 
-    def mask(self, view: View) -> Tensor:
+    def mask(self, view: Crop) -> Tensor:
         """[1, h, w] float32 in [floor, 1]: the share of each latent's pixels that are the subject."""
         if view in self.held:
             return self.held[view]
         return torch.ones(1, view.size[1] // self.factor, view.size[0] // self.factor)
 
-    def _make(self, view: View, mask: Mask) -> Tensor:
+    def _make(self, view: Crop, mask: Mask) -> Tensor:
         values = np.asarray(view.cut(_resized(mask, view.resized)), dtype=np.float32) / 255
         share = avg_pool2d(torch.from_numpy(values)[None], self.factor)
         return self.floor + (1 - self.floor) * share

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from finetune.errors import BadInput
+from finetune.core.errors import BadInput
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 APPLE = {".heic", ".heif"}
@@ -21,7 +21,7 @@ MIN_SIDE = 16  # pixels: less holds nothing to learn from
 MAX_ASPECT = 20  # resized to a shorter side of 512, a longer strip would not fit into memory
 
 
-class BadPicture(BadInput):
+class BadImage(BadInput):
     """A file that can't be used as a photo; `reason` says why in a few words."""
 
     def __init__(self, file: Path, reason: str) -> None:
@@ -38,16 +38,16 @@ class Photo:
     digest: str
 
 
-def picture_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """Every picture file in a folder, sorted by name; hidden files and masks are left out."""
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}: give the folder that holds the photos")
     entries = (file for file in folder.iterdir() if not file.name.startswith("."))
     files = sorted(file for file in entries if file.is_file() or file.is_symlink())  # a dead link is a bad photo
-    pictures = [file for file in files if file.suffix.lower() in SUFFIXES | APPLE]
-    pictures = [file for file in pictures if not file.name.lower().endswith(MASK)]
-    stems = {file.stem for file in pictures}
-    return [file for file in pictures if not is_companion(file, stems)]
+    images = [file for file in files if file.suffix.lower() in SUFFIXES | APPLE]
+    images = [file for file in images if not file.name.lower().endswith(MASK)]
+    stems = {file.stem for file in images}
+    return [file for file in images if not is_companion(file, stems)]
 
 
 def is_companion(file: Path, stems: set[str]) -> bool:
@@ -68,26 +68,26 @@ def scan(folder: Path) -> list[Photo]:
     Raises:
         BadInput: no folder, no pictures, or bad files: all of them are named at once.
     """
-    photos, bad = sort_out(folder)
+    photos, bad = scan_lenient(folder)
     if bad:
         raise BadInput(f"in {folder} {bad}; mend or remove them")
     return photos
 
 
-def sort_out(folder: Path) -> tuple[list[Photo], str]:
+def scan_lenient(folder: Path) -> tuple[list[Photo], str]:
     """Opens and decodes every picture of a folder once: the good ones, and a sentence that names the bad ones.
 
     Raises:
         BadInput: no folder, or no good picture in it.
     """
-    files = picture_files(folder)
+    files = image_files(folder)
     if not files:
         raise BadInput(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}): give the folder with the photos")
     photos, bad = [], []
     for file in files:
         try:
             photos.append(read_photo(file))
-        except BadPicture as fault:
+        except BadImage as fault:
             bad.append(f"{shown(file.name)} ({fault.reason})")
     sentence = f"{len(bad)} of {len(files)} files can't be used: {', '.join(bad)}" if bad else ""
     if not photos:
@@ -107,17 +107,17 @@ def read_photo(file: Path) -> Photo:
         BadPicture: it can't be used as a photo.
     """
     if shown(file) != str(file):
-        raise BadPicture(file, "its name is not UTF-8: rename it")
+        raise BadImage(file, "its name is not UTF-8: rename it")
     content = _content(file)
     width, height = _decode(file, content).size
     if min(width, height) < MIN_SIDE:
-        raise BadPicture(file, f"{width}x{height} pixels are too small to learn from")
+        raise BadImage(file, f"{width}x{height} pixels are too small to learn from")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadPicture(file, f"{width}x{height} is more than {MAX_ASPECT} times as long as wide: crop it")
+        raise BadImage(file, f"{width}x{height} is more than {MAX_ASPECT} times as long as wide: crop it")
     return Photo(file, (width, height), hashlib.sha256(content).hexdigest())
 
 
-def open_picture(file: Path, ground: str = "white") -> Image.Image:
+def open_image(file: Path, ground: str = "white") -> Image.Image:
     """A file as an upright RGB picture: EXIF rotation applied, transparency on `ground`, 16-bit and float scaled.
 
     Of an animation the first frame.
@@ -151,7 +151,7 @@ def open_values(file: Path) -> np.ndarray:
         BadPicture: it can't be read or decoded.
     """
     upright = _decode(file, _content(file))
-    grey = upright if upright.mode.startswith(("I", "F")) else open_picture(file).convert("L")
+    grey = upright if upright.mode.startswith(("I", "F")) else open_image(file).convert("L")
     return np.asarray(grey, dtype=np.float32)
 
 
@@ -162,13 +162,13 @@ def _has_alpha(image: Image.Image) -> bool:
 
 def _content(file: Path) -> bytes:
     if file.suffix.lower() in APPLE:
-        raise BadPicture(file, "HEIC: convert it to JPEG")
+        raise BadImage(file, "HEIC: convert it to JPEG")
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise BadPicture(file, error.strerror or type(error).__name__) from error
+        raise BadImage(file, error.strerror or type(error).__name__) from error
     if not content:
-        raise BadPicture(file, "empty file")
+        raise BadImage(file, "empty file")
     return content
 
 
@@ -180,12 +180,12 @@ def _decode(file: Path, content: bytes) -> Image.Image:
             image.load()
             return ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
-        raise BadPicture(file, "not a picture, or its beginning is damaged") from error
+        raise BadImage(file, "not a picture, or its beginning is damaged") from error
     except Image.DecompressionBombError as error:
-        raise BadPicture(file, f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: make it smaller") from error
+        raise BadImage(file, f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: make it smaller") from error
     except (OSError, SyntaxError, ValueError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise BadPicture(file, "truncated" if "truncated" in said.lower() else f"damaged: {said}") from error
+        raise BadImage(file, "truncated" if "truncated" in said.lower() else f"damaged: {said}") from error
 
 
 def _scale_deep(image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from finetune.devices import DTYPES
+from finetune.core.devices import DTYPES
 from finetune.families.base import Family
 
 SMALL = 2.0**-6  # of the largest value of B: most of its values then are far enough above fp16's smallest

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from finetune.families import REGISTRY
+from finetune.families.registry import FAMILIES
 
 TAGS = {"adapter": ["lora", "template:sd-lora"], "weights": [], "embedding": ["textual_inversion"]}  # the hub's
 
@@ -25,7 +25,7 @@ class Card:
     licence: str | None
     holds: Sequence[str]  # of "adapter", "weights" and "embedding"
     settings: dict[str, str]
-    pictures: Sequence[tuple[str, str]]
+    images: Sequence[tuple[str, str]]
     files: Sequence[str]
     activation: str = ""  # what UIs want in a prompt where that is not the trigger
     loading: Sequence[str] = ()  # lines of Python that load what is beside an adapter
@@ -35,7 +35,7 @@ def sidecar(card: Card) -> dict[str, Any]:
     """NAME.json: Forge, A1111 and InvokeAI show and use these."""
     return {
         "description": f"{card.trigger}: trained on {card.base}",
-        "sd version": REGISTRY[card.family].labels.sidecar,
+        "sd version": FAMILIES[card.family].labels.sidecar,
         "activation text": card.activation or card.trigger,
         "preferred weight": 1.0,
         "notes": "; ".join(f"{name} {value}" for name, value in card.settings.items()),
@@ -54,14 +54,14 @@ def model_card(card: Card) -> str:
         front["base_model"] = card.base
     if card.licence:
         front["license"] = card.licence
-    front["widget"] = [{"text": prompt, "output": {"url": url}} for prompt, url in card.pictures]
+    front["widget"] = [{"text": prompt, "output": {"url": url}} for prompt, url in card.images]
     licence = (
         f"That of the base: {card.licence}." if card.licence else "That of the base, which its folder does not state."
     )
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {card.title}",
-        "<Gallery />" if card.pictures else "",
+        "<Gallery />" if card.images else "",
         f"Write `{card.trigger}` in a prompt. Trained on {card.base}.",
         "## Files\n\n" + "\n".join(f"- {line}" for line in card.files),
         _use(card),
@@ -73,7 +73,7 @@ def model_card(card: Card) -> str:
 
 
 def _use(card: Card) -> str:
-    prompt = card.pictures[0][0] if card.pictures else card.trigger
+    prompt = card.images[0][0] if card.images else card.trigger
     source = f"{card.title}-model" if "weights" in card.holds else card.base
     lora = f'pipeline.load_lora_weights(".", weight_name="{card.title}.safetensors")'
     lines = [

@@ -14,14 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.errors import BadInput
-from finetune.export.base import DTYPES, Bench, Exported
+from finetune.core.devices import DTYPES
+from finetune.core.errors import BadInput
+from finetune.core.files import save_tensors
+from finetune.export.base import Bench, Exported
 from finetune.export.metadata import checkpoint_metadata
 from finetune.export.verify import BOUNDS, PREDICTION_BOUND, predicted
-from finetune.families import REGISTRY, is_transformer
 from finetune.families.base import Family
-from finetune.files import save_tensors
-from finetune.methods.textual_inversion import Inversion, mend_end, set_embeddings
+from finetune.families.registry import FAMILIES, is_transformer
+from finetune.methods.embeddings import fix_eos_token_id, set_embeddings
+from finetune.methods.textual_inversion import Inversion
 
 NAME = "embedding"
 # the encoder's prefix in kohya's files -> its key here
@@ -32,7 +34,7 @@ OURS, THEIRS = "first-reader", "<second-reader>"
 
 def keys(family: str) -> dict[str, str]:
     """Text encoder -> the name of its tensor in a file."""
-    prefixes = REGISTRY[family].export_prefix
+    prefixes = FAMILIES[family].export_prefix
     return {part: KEYS[prefix] for part, prefix in prefixes.items() if prefix in KEYS}
 
 
@@ -72,7 +74,7 @@ def export_embedding(
 
 def readers(family: str) -> tuple[str, ...]:
     """The programs that are known to read such a file; diffusers has no reader for SD3's."""
-    if not REGISTRY[family].known_to_uis:
+    if not FAMILIES[family].known_to_uis:
         return ("diffusers",)
     if not is_transformer(family):
         return ("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers")
@@ -117,7 +119,7 @@ def read_by_diffusers(method: Inversion, values: dict[str, Tensor], path: Path, 
     that the bound holds in every precision.
     """
     with bench.clean() as family:
-        legacy = [mend_end(family.parts[part], tokenizer) for part, tokenizer in _clip(family)]
+        legacy = [fix_eos_token_id(family.parts[part], tokenizer) for part, tokenizer in _clip(family)]
         before = _probe(family, dict.fromkeys(family.text_encoders, words))
         pipeline = family.pipeline()
         with torch.random.fork_rng(devices=[]):  # it draws the rows that it then fills
@@ -125,7 +127,7 @@ def read_by_diffusers(method: Inversion, values: dict[str, Tensor], path: Path, 
         converted = {part: pipeline.maybe_convert_prompt(THEIRS, tokenizer) for part, tokenizer in _clip(family)}
         fault = _other_rows(family, converted, values)
         theirs = _probe(family, dict.fromkeys(family.text_encoders, words) | converted)
-        placeholder = method.name_subject(family, OURS, words)
+        placeholder = method.add_subject_token(family, OURS, words)
         set_embeddings(family, values)
         own = {part: placeholder for part, _ in _clip(family)}
         ours = _probe(family, dict.fromkeys(family.text_encoders, words) | own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from finetune.export.base import Adapter
-from finetune.families import REGISTRY
+from finetune.families.registry import FAMILIES
 
 SPECIFIED = {"title", "resolution", "date", "trigger_phrase"}  # have a place in modelspec
 
@@ -15,7 +15,7 @@ def adapter_metadata(adapter: Adapter, about: dict[str, str], v_prediction: bool
 
     `about`: title, resolution ("512x512"), trigger_phrase, and whatever else the run says of itself.
     """
-    labels = REGISTRY[adapter.family].labels
+    labels = FAMILIES[adapter.family].labels
     kohya = {
         "ss_base_model_version": (v_prediction and labels.v_kohya) or labels.kohya,
         "ss_v2": str(adapter.family == "sd2"),
@@ -29,7 +29,7 @@ def adapter_metadata(adapter: Adapter, about: dict[str, str], v_prediction: bool
 
 def checkpoint_metadata(family: str, about: dict[str, str], v_prediction: bool, kind: str = "") -> dict[str, str]:
     """`modelspec.*` and `finetune_*` strings; what is empty is left out."""
-    labels = REGISTRY[family].labels
+    labels = FAMILIES[family].labels
     architecture = (v_prediction and labels.v_architecture) or labels.architecture
     spec = {
         "sai_model_spec": "1.0.1",

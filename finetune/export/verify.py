@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.batch import Geometry
-from finetune.draws import generator
-from finetune.errors import BadInput
+from finetune.core.batch import Geometry
+from finetune.core.errors import BadInput
+from finetune.core.rng import generator
 from finetune.export.base import Adapter, Bench, Export, Exported, delta
 from finetune.families.base import Family
-from finetune.families.layout import add_text_model
+from finetune.families.naming.clip import add_text_model
 from finetune.methods.peft_adapter import active_lora
 
 # the largest relative error of a delta: B and A are each rounded once

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from finetune.batch import Geometry, Latents
-from finetune.errors import BadInput
-from finetune.objectives import AnySchedule, FlowSchedule
+from finetune.core.batch import Geometry, Latents
+from finetune.core.errors import BadInput
+from finetune.objectives.schedule import AnySchedule, FlowSchedule
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Given:
+class ImageCondition:
     """What a picture is drawn from, by bases that draw from pictures.
 
     `picture` [3, H, W] and `beside` [1, H, W] (the mask of what is painted, or a depth map) are in [0, 1];
     `guidance` is how closely an edit keeps to the picture (arXiv:2211.09800 eq. 3).
     """
 
-    picture: Tensor
+    image: Tensor
     beside: Tensor | None = None
     guidance: float = 1.5
 
@@ -75,7 +75,7 @@ class Family(ABC):
     device: torch.device = torch.device("cpu")  # where the parts compute: each is there while it is needed (`place`)
 
     # the share of the noise levels, from the lowest, that the base was trained on and is trained on
-    noise_share: ClassVar[float] = 1.0
+    timestep_fraction: ClassVar[float] = 1.0
     # whether it was found out what the UIs make of a LoRA for such a base
     known_to_uis: ClassVar[bool] = True
     # part -> kohya prefix ("lora_unet", "lora_te", ...): the parts that can be trained
@@ -86,7 +86,7 @@ class Family(ABC):
     inputs: str | None = None
     widened: bool = False
     # part -> parameter-name prefixes that never get a gradient (DDP fails on them unless they stay frozen)
-    unread: dict[str, tuple[str, ...]] = {}
+    unused_parameters: dict[str, tuple[str, ...]] = {}
 
     @classmethod
     @abstractmethod
@@ -109,11 +109,6 @@ class Family(ABC):
 
     @abstractmethod
     def enable_gradient_checkpointing(self, parts: Sequence[str]) -> None: ...
-
-    @classmethod
-    @abstractmethod
-    def write_tiny(cls, folder: Path, seed: int = 0) -> None:
-        """Writes a small, real, randomly initialised base as a diffusers folder (for tests)."""
 
     @classmethod
     @abstractmethod
@@ -239,7 +234,7 @@ class Family(ABC):
         """What the pipeline is called with for a guidance scale and one negative prompt for each picture."""
         return {"guidance_scale": guidance, "negative_prompt": list(negatives)}
 
-    def canvas(self, side: int, count: int, steps: int, given: Given | None) -> dict[str, Any]:
+    def pipeline_inputs(self, side: int, count: int, steps: int, given: ImageCondition | None) -> dict[str, Any]:
         """What the pipeline is called with for `count` pictures of this side length; `given`: what they are drawn
         from, by families that draw from pictures (None: from nothing)."""
         return {"width": side, "height": side}

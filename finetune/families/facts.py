@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from finetune import families
-from finetune.objectives import FlowSchedule, read_schedule
+from finetune.families.configs import read_config
+from finetune.families.registry import family_of
+from finetune.objectives.schedule import FlowSchedule, read_schedule
 
 
 def facts(folder: Path) -> dict[str, str]:
@@ -17,11 +18,11 @@ def facts(folder: Path) -> dict[str, str]:
     Raises:
         BadInput: it is no diffusers folder, or of no supported family.
     """
-    family = families.family_of(folder)
+    family = family_of(folder)
     parts = family.skeletons(folder, list(family.sources))
-    scheduler = families.read_config(folder, "scheduler/scheduler_config.json")
+    scheduler = read_config(folder, "scheduler/scheduler_config.json")
     return {
-        "family": f"{family.name} ({families.read_config(folder, 'model_index.json')['_class_name']})",
+        "family": f"{family.name} ({read_config(folder, 'model_index.json')['_class_name']})",
         "predicts": read_schedule(scheduler).prediction,
         "schedule": _schedule(scheduler),
         "resolution": f"{family.resolution_of(folder)} pixels",
@@ -46,7 +47,7 @@ def _schedule(config: dict[str, Any]) -> str:
 
 
 def _encoder(folder: Path, part: str) -> str:
-    config = families.read_config(folder, f"{part}/config.json")
+    config = read_config(folder, f"{part}/config.json")
     if "d_model" in config:
         return f"T5, {config['num_layers']} layers of width {config['d_model']}, frozen"
     length = config.get("max_position_embeddings", 77)

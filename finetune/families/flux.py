@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from finetune.batch import Geometry
-from finetune.errors import BadInput
+from finetune.core.batch import Geometry
+from finetune.core.errors import BadInput
 from finetune.families.base import Labels
 from finetune.families.transformer import TransformerFamily
 
@@ -36,12 +36,6 @@ class Flux(TransformerFamily):
     @classmethod
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
         return model_index.get("_class_name") == cls.pipeline_class
-
-    @classmethod
-    def write_tiny(cls, folder: Path, seed: int = 0) -> None:
-        from finetune.families.tiny_transformers import write_flux
-
-        write_flux(folder, seed)
 
     @classmethod
     def resolution_of(cls, folder: Path) -> int:

@@ -12,13 +12,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from finetune.batch import Latents
-from finetune.devices import empty_cache
-from finetune.errors import BadInput
+from finetune.core.batch import Latents
+from finetune.core.devices import empty_cache
+from finetune.core.errors import BadInput
 from finetune.families.base import Family
-from finetune.families.samplers import make_scheduler
+from finetune.families.schedulers import make_scheduler
 from finetune.families.weights import load_weights
-from finetune.objectives import read_schedule
+from finetune.objectives.schedule import read_schedule
 
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
@@ -40,7 +40,7 @@ class DiffusersFamily(Family):
         self.scheduler = _scheduler(folder)
         self.schedule = read_schedule(dict(self.scheduler.config))
         self._check_widths()
-        self.unread = self._find_unread()
+        self.unused_parameters = self._find_unused_parameters()
         vae = cast(Any, self.parts["vae"]).config
         self.latent_factor = 2 ** (len(vae.block_out_channels) - 1)
         self.latent_channels = int(vae.latent_channels)
@@ -51,7 +51,7 @@ class DiffusersFamily(Family):
         folders = {name: self.folder / name.replace("text_encoder", "tokenizer") for name in self.text_encoders}
         return [_tokenizer(folder, self.sources[name][1]) for name, folder in folders.items()]
 
-    def _find_unread(self) -> dict[str, tuple[str, ...]]:
+    def _find_unused_parameters(self) -> dict[str, tuple[str, ...]]:
         """`Family.unread`, from the loaded parts."""
         return {}
 
@@ -122,7 +122,7 @@ class DiffusersFamily(Family):
         """Full paths of the modules that a LoRA of this choice adapts; deterministic order."""
         if part == "denoiser":
             return self._denoiser_targets(choice)
-        dead = self.unread.get(part, ())
+        dead = self.unused_parameters.get(part, ())
         linear = [path for path, child in self.parts[part].named_modules() if isinstance(child, nn.Linear)]
         return [path for path in linear if path.endswith(CLIP_TARGETS) and not path.startswith(dead)]
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
 import transformers
 from torch import Tensor
 
-from finetune.batch import Geometry
+from finetune.core.batch import Geometry
 from finetune.families.base import Labels
 from finetune.families.unet import UNetFamily
 
@@ -37,12 +36,6 @@ class StableDiffusion1(UNetFamily):
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
         linear = bool(denoiser_config.get("use_linear_projection", False))
         return super().matches(model_index, denoiser_config) and linear == cls.linear_projection
-
-    @classmethod
-    def write_tiny(cls, folder: Path, seed: int = 0) -> None:
-        from finetune.families.tiny import write_sd
-
-        write_sd(folder, seed, linear_projection=cls.linear_projection)
 
     def encode_text(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden": [B, length, width]}: the encoder's last hidden state."""

@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from finetune.batch import Geometry
-from finetune.errors import BadInput
+from finetune.core.batch import Geometry
+from finetune.core.errors import BadInput
 from finetune.families.base import Labels
 from finetune.families.transformer import TransformerFamily
 
@@ -36,7 +36,7 @@ class StableDiffusion3(TransformerFamily):
     optional = (T5,)
     labels = Labels("sd3", "stable-diffusion-3", "https://github.com/Stability-AI/sd3-ref", "SD3", prediction="")
 
-    def _find_unread(self) -> dict[str, tuple[str, ...]]:
+    def _find_unused_parameters(self) -> dict[str, tuple[str, ...]]:
         last = f"transformer_blocks.{cast(Any, self.parts['denoiser']).config.num_layers - 1}.attn"
         # the last block drops its text tokens: what they would have asked for is read by nothing
         return {"denoiser": (f"{last}.add_q_proj", f"{last}.norm_added_q")}
@@ -44,12 +44,6 @@ class StableDiffusion3(TransformerFamily):
     @classmethod
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
         return model_index.get("_class_name") == cls.pipeline_class and denoiser_config.get("in_channels") == 16
-
-    @classmethod
-    def write_tiny(cls, folder: Path, seed: int = 0) -> None:
-        from finetune.families.tiny_transformers import write_sd3
-
-        write_sd3(folder, seed)
 
     @classmethod
     def resolution_of(cls, folder: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
@@ -11,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from finetune.batch import Geometry
+from finetune.core.batch import Geometry
 from finetune.families.base import Labels
 from finetune.families.unet import UNetFamily
 
@@ -35,7 +34,7 @@ class StableDiffusionXL(UNetFamily):
         "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models", "SDXL"
     )
 
-    def _find_unread(self) -> dict[str, tuple[str, ...]]:
+    def _find_unused_parameters(self) -> dict[str, tuple[str, ...]]:
         if "text_encoder" not in self.parts:
             return {}
         encoder: Any = self.parts["text_encoder"]
@@ -44,12 +43,6 @@ class StableDiffusionXL(UNetFamily):
         wrapper = "text_model." if "text_model" in names else ""
         # the UNet reads the second-last layer: nothing after it gets a gradient, and DDP fails on such weights
         return {"text_encoder": (f"{wrapper}encoder.layers.{last}.", f"{wrapper}final_layer_norm")}
-
-    @classmethod
-    def write_tiny(cls, folder: Path, seed: int = 0) -> None:
-        from finetune.families.tiny import write_sdxl
-
-        write_sdxl(folder, seed)
 
     def _part_dtype(self, name: str) -> torch.dtype:
         """SDXL's VAE overflows in fp16 (black pictures): it stays in fp32 then."""

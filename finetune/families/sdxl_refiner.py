@@ -7,7 +7,6 @@ reads an aesthetic score.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
@@ -15,8 +14,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from finetune.batch import Geometry
-from finetune.families.base import Given, Labels
+from finetune.core.batch import Geometry
+from finetune.families.base import ImageCondition, Labels
 from finetune.families.sdxl import StableDiffusionXL
 
 SCORE = 6.0  # diffusers' default for what is wanted; 2.5 goes with the negative prompt
@@ -27,7 +26,7 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
     name = "sdxl-refiner"
     pipeline_class = "StableDiffusionXLImg2ImgPipeline"
     pipelines: ClassVar = {"": pipeline_class}
-    noise_share = 0.2
+    timestep_fraction = 0.2
     known_to_uis = False
     export_prefix: ClassVar = {"denoiser": "lora_unet", "text_encoder_2": "lora_te2"}
     sources: ClassVar = {
@@ -42,22 +41,16 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
         "SDXL",
     )
 
-    @classmethod
-    def write_tiny(cls, folder: Path, seed: int = 0) -> None:
-        from finetune.families.tiny import write_sdxl_refiner
-
-        write_sdxl_refiner(folder, seed)
-
     def _time_ids(self, geometry: Sequence[Geometry]) -> Tensor:
         """[B, 5]: original height and width, crop top and left, aesthetic score."""
         return torch.tensor([[*item.original, *item.crop, SCORE] for item in geometry], dtype=torch.float32)
 
-    def canvas(self, side: int, count: int, steps: int, given: Given | None) -> dict[str, Any]:
+    def pipeline_inputs(self, side: int, count: int, steps: int, given: ImageCondition | None) -> dict[str, Any]:
         """A given picture is refined. Without one everything is drawn, from the noise over latents of zeros."""
         if given is None:
             latents = side // self.latent_factor
             return {"image": torch.zeros(count, self.latent_channels, latents, latents), "strength": 1.0}
-        return {"image": given.picture.expand(count, -1, -1, -1), "strength": max(STRENGTH, 1 / steps)}
+        return {"image": given.image.expand(count, -1, -1, -1), "strength": max(STRENGTH, 1 / steps)}
 
     def _pipeline_extras(self) -> dict[str, Any]:
         left_out = {"text_encoder": None, "tokenizer": None}

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from finetune.errors import BadInput
+from finetune.core.errors import BadInput
 from finetune.families.loading import DiffusersFamily
-from finetune.families.mmdit import original_name
+from finetune.families.naming.mmdit import original_name
 
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -37,7 +37,7 @@ class TransformerFamily(DiffusersFamily):
             for path, child in self.parts["denoiser"].named_modules()
             if isinstance(child, nn.Linear) and path.startswith(BLOCKS)
         ]
-        linear = [path for path in linear if not path.startswith(self.unread.get("denoiser", ("-",)))]
+        linear = [path for path in linear if not path.startswith(self.unused_parameters.get("denoiser", ("-",)))]
         if choice == "attention":
             return [path for path in linear if ".attn" in path and path.endswith(ATTENTION)]
         return [path for path in linear if ".norm" not in path]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from finetune.errors import BadInput
-from finetune.families.base import Given
-from finetune.families.inputs import canvas, channels, kind_of, widen
+from finetune.core.errors import BadInput
+from finetune.families.base import ImageCondition
+from finetune.families.conditioning import channels, kind_of, pipeline_inputs, widen
 from finetune.families.loading import DiffusersFamily
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -55,10 +55,10 @@ class UNetFamily(DiffusersFamily):
     def _pipeline_name(self) -> str:
         return self.pipelines[self.inputs or ""]
 
-    def canvas(self, side: int, count: int, steps: int, given: Given | None) -> dict[str, Any]:
+    def pipeline_inputs(self, side: int, count: int, steps: int, given: ImageCondition | None) -> dict[str, Any]:
         if self.inputs is None:
-            return super().canvas(side, count, steps, given)
-        return canvas(self.inputs, side, count, given)
+            return super().pipeline_inputs(side, count, steps, given)
+        return pipeline_inputs(self.inputs, side, count, given)
 
     def _read(self, noisy: Tensor) -> Tensor:
         """What the UNet reads, in the dtype of its weights: zeros where its extra inputs are not behind `noisy`."""

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from finetune.errors import BadInput
+from finetune.core.errors import BadInput
 
 ALLOW_PICKLE = "FINETUNE_ALLOW_PICKLE"  # an environment variable, so that started processes inherit it
 

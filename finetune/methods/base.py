@@ -10,20 +10,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from finetune.core.settings import Settings
 from finetune.families.base import Family
-from finetune.methods.start import BaseOf, copied_distance, frozen_twin, parameter_bytes
-from finetune.optim import Window
-from finetune.settings import Settings
+from finetune.methods.start import ReferenceModel, copied_distance, parameter_bytes, reference_copy
+from finetune.optim.base import Window
 
 Part = Literal["denoiser", "text_encoders"]
-Leaves = Literal["adapter", "weights", "embedding"]
+Artifact = Literal["adapter", "weights", "embedding"]
 
 
 class Method(Settings, ABC):
     """A recipe's `method:` section is the constructor of one of these (pydantic, unknown keys refused)."""
 
     low_rank: ClassVar[bool] = False  # whether it is B A as it stands: what leaves the run is what was trained
-    leaves: ClassVar[tuple[Leaves, ...]] = ("adapter",)  # what leaves the run: `finetune.export` has formats for each
+    artifacts: ClassVar[tuple[Artifact, ...]] = (
+        "adapter",
+    )  # what leaves the run: `finetune.export` has formats for each
     kind: str
     parts: list[Part] = Field(["denoiser"], min_length=1)
 
@@ -33,7 +35,7 @@ class Method(Settings, ABC):
         names = [name for part in self.parts for name in ([part] if part == "denoiser" else texts)]
         return list(dict.fromkeys(names))
 
-    def name_subject(self, family: Family, token: str, noun: str | None) -> str | None:
+    def add_subject_token(self, family: Family, token: str, noun: str | None) -> str | None:
         """What stands for the subject in prompts, where the method brings a word of its own (`family` learns to read
         it, before `attach`); None where it is a token that the base has. `token` is the recipe's."""
         return None
@@ -90,9 +92,9 @@ class Method(Settings, ABC):
         """What fp32 weights compute in: under autocast where training is full and in a half precision."""
         return None if self.is_adapter or compute == torch.float32 else compute
 
-    def base_of(self, family: Family) -> BaseOf:
+    def base_of(self, family: Family) -> ReferenceModel:
         """The base as it was, to be asked while the family trains; called when the method has just been attached."""
-        return frozen_twin(family, self.part_names(family))
+        return reference_copy(family, self.part_names(family))
 
     @property
     def measures_distance(self) -> bool:
@@ -103,6 +105,6 @@ class Method(Settings, ABC):
         """sum |theta - theta_0|^2 over the model's weights, a float32 scalar with gradient; called as `base_of`."""
         return copied_distance(trained)
 
-    def copied_bytes(self, family: Family) -> int:
+    def reference_bytes(self, family: Family) -> int:
         """What `base_of` or `distance` holds in memory beside the model."""
         return parameter_bytes(family, self.part_names(family))

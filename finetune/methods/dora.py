@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from finetune.devices import exact_device
+from finetune.core.devices import exact_device
 from finetune.methods.peft_adapter import ADAPTER, Ranked
 
 

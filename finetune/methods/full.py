@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from finetune.errors import BadInput
+from finetune.core.errors import BadInput
 from finetune.families.base import Family
 from finetune.methods.base import Method
 
@@ -15,7 +15,7 @@ from finetune.methods.base import Method
 class Full(Method):
     """Trains every weight of the chosen parts, except those that the family never reads."""
 
-    leaves: ClassVar = ("weights",)
+    artifacts: ClassVar = ("weights",)
     kind: Literal["full"] = "full"
 
     @property
@@ -34,7 +34,7 @@ class Full(Method):
             f"{part}.{name}": parameter
             for part in self.part_names(family)
             for name, parameter in family.parts[part].named_parameters()
-            if not name.startswith(family.unread.get(part, ()))
+            if not name.startswith(family.unused_parameters.get(part, ()))
         }
 
     def state_dict(self, family: Family) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from finetune.devices import doubled
-from finetune.errors import BadInput
+from finetune.core.devices import doubled
+from finetune.core.errors import BadInput
 from finetune.families.base import Family
 from finetune.methods.peft_adapter import ADAPTER, PeftAdapter
 

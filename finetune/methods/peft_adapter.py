@@ -16,11 +16,11 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finetune.errors import BadInput
+from finetune.core.errors import BadInput
 from finetune.families.base import Family
-from finetune.families.layout import strip_text_model
+from finetune.families.naming.clip import strip_text_model
 from finetune.methods.base import Method
-from finetune.methods.start import BaseOf, adapted_layers, switched_off
+from finetune.methods.start import ReferenceModel, adapted_layers, adapters_disabled
 
 ADAPTER = "default"
 CROSS_KV = ("attn2.to_k", "attn2.to_v")
@@ -118,13 +118,13 @@ class PeftAdapter(Method):
         with self.base_of(family)():
             yield
 
-    def base_of(self, family: Family) -> BaseOf:
-        return switched_off(family, adapted_layers(family, self.part_names(family)))
+    def base_of(self, family: Family) -> ReferenceModel:
+        return adapters_disabled(family, adapted_layers(family, self.part_names(family)))
 
-    def copied_bytes(self, family: Family) -> int:
+    def reference_bytes(self, family: Family) -> int:
         return 0
 
-    def own_form(self, family: Family) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+    def native_form(self, family: Family) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
         """Part -> (adapter_config.json, adapter_model.safetensors) as PEFT itself writes and reads them, in fp32."""
         forms = {}
         for part in self.part_names(family):
@@ -179,7 +179,7 @@ def active_lora(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, float]
                 yield strip_text_model(path), held.lora_A[name].weight, held.lora_B[name].weight, scale
 
 
-def read_own_form(family: Family, folder: Path) -> None:
+def read_native_form(family: Family, folder: Path) -> None:
     """Puts a PEFT folder of any kind (PART/adapter_config.json, ...) into a clean family, by PEFT's own reader.
 
     Raises:

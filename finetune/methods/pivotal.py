@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from finetune.families.base import Family
 from finetune.methods.lora import LoRA
 from finetune.methods.textual_inversion import Inversion
-from finetune.optim import WHOLE, Window
+from finetune.optim.base import WHOLE, Window
 
 
 class Pivotal(Inversion):
     """`parts`, `rank`, `alpha`, `dropout`, `targets` and `rank_stabilised` are the LoRA's."""
 
-    leaves: ClassVar = ("adapter", "embedding")
+    artifacts: ClassVar = ("adapter", "embedding")
     kind: Literal["pivotal"] = "pivotal"
     pivot: float = Field(0.5, gt=0, lt=1)
     keep_training_token: bool = False

@@ -14,10 +14,10 @@ from torch.nn.functional import mse_loss
 
 from finetune.families.base import Family
 
-BaseOf = Callable[[], AbstractContextManager[Family]]  # inside the block, the family is the base as it was
+ReferenceModel = Callable[[], AbstractContextManager[Family]]  # inside the block, the family is the base as it was
 
 
-def frozen_twin(family: Family, parts: Sequence[str]) -> BaseOf:
+def reference_copy(family: Family, parts: Sequence[str]) -> ReferenceModel:
     """A family of its own that shares what is frozen and holds copies of `parts`, in the dtype that they have."""
     twin = copy.copy(family)
     twin.parts = {name: part for name, part in family.parts.items() if name != "vae"}
@@ -25,21 +25,21 @@ def frozen_twin(family: Family, parts: Sequence[str]) -> BaseOf:
     return lambda: nullcontext(twin)
 
 
-def switched_off(family: Family, layers: Sequence[BaseTunerLayer]) -> BaseOf:
+def adapters_disabled(family: Family, layers: Sequence[BaseTunerLayer]) -> ReferenceModel:
     """The same family with PEFT's layers passed by: nothing is copied."""
 
     @contextmanager
     def block() -> Iterator[Family]:
-        _pass_by(layers, True)
+        _set_disabled(layers, True)
         try:
             yield family
         finally:
-            _pass_by(layers, False)
+            _set_disabled(layers, False)
 
     return block
 
 
-def _pass_by(layers: Sequence[BaseTunerLayer], off: bool) -> None:
+def _set_disabled(layers: Sequence[BaseTunerLayer], off: bool) -> None:
     """PEFT's `enable_adapters` would also turn requires_grad off and on, between a forward and its backward."""
     for layer in layers:
         layer._disable_adapters = off

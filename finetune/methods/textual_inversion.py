@@ -7,61 +7,24 @@ have no place for them): they read the initialiser's words instead.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, field_validator
-from tokenizers import Regex, normalizers
 from torch import Tensor, nn
 
-from finetune.errors import BadInput
+from finetune.core.errors import BadInput
 from finetune.families.base import Family
-from finetune.families.layout import strip_text_model
+from finetune.families.naming.clip import strip_text_model
 from finetune.methods.base import Method, Part
-
-SUBJECT = "subject"  # what data.token "auto" is called
-LEGACY_EOS = 2  # in old configs of CLIP; transformers then takes the highest id for the end of the text
-
-
-class Rows(nn.Module):
-    """New embeddings [n, width]; the parameter is fp32."""
-
-    def __init__(self, start: Tensor) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(start.detach().float().clone(), requires_grad=False)
-
-    def forward(self) -> Tensor:
-        return self.rows
-
-
-class Directions(Rows):
-    """m v / |v| for a parameter v [n, width]: only the direction is learned (arXiv:2512.13672 fixes the norm, too, and
-    steps on the sphere; here the sphere is in the parametrisation)."""
-
-    def __init__(self, start: Tensor, norm: Tensor) -> None:
-        super().__init__(start)
-        self.norm: Tensor
-        self.register_buffer("norm", norm.float(), persistent=False)
-
-    def forward(self) -> Tensor:
-        return self.norm * nn.functional.normalize(self.rows, dim=-1)
-
-
-class Extended(nn.Module):
-    """A frozen table of embeddings, and new rows for the ids from `first` on; dtype of the table."""
-
-    def __init__(self, base_layer: nn.Embedding, first: int, new: Rows) -> None:
-        super().__init__()
-        self.base_layer, self.first, self.new = base_layer, first, new  # the base first: its dtype is the encoder's
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """[B, length] -> [B, length, width]; the rows get a gradient (of zero) also where no prompt has them."""
-        mine = ids >= self.first
-        held = self.base_layer(ids.masked_fill(mine, 0))
-        new = self.new().to(held.dtype)[(ids - self.first).clamp(min=0)]
-        return torch.where(mine[..., None], new, held)
+from finetune.methods.embeddings import (
+    _name,
+    add_tokens,
+    extend_embeddings,
+    extensions,
+    fix_eos_token_id,
+    rewrite_prompt,
+)
 
 
 class Inversion(Method):
@@ -77,7 +40,7 @@ class Inversion(Method):
     def is_adapter(self) -> bool:
         return True
 
-    def name_subject(self, family: Family, token: str, noun: str | None) -> str:
+    def add_subject_token(self, family: Family, token: str, noun: str | None) -> str:
         """New tokens and rows for the placeholder, in place; `<zwx>` for a token `zwx`.
 
         Raises:
@@ -91,12 +54,12 @@ class Inversion(Method):
             )
         for part, tokenizer in zip(family.text_encoders, family.tokenizers, strict=True):
             if part not in family.trainable_text_encoders:
-                _rewrite(tokenizer, f"<{name}>", words)
+                rewrite_prompt(tokenizer, f"<{name}>", words)
                 continue
             start = self._start(tokenizer, words)
-            first = _add_tokens(tokenizer, name, self.vectors)
-            _extend(cast(Any, family.parts[part]), first, start, self.norm)
-            mend_end(family.parts[part], tokenizer)
+            first = add_tokens(tokenizer, name, self.vectors)
+            extend_embeddings(cast(Any, family.parts[part]), first, start, self.norm)
+            fix_eos_token_id(family.parts[part], tokenizer)
         return f"<{name}>"
 
     def _start(self, tokenizer: Any, words: str) -> list[int]:
@@ -145,7 +108,7 @@ class TextualInversion(Inversion):
 
     kind: Literal["textual_inversion"] = "textual_inversion"
     parts: list[Part] = Field(["text_encoders"], min_length=1)
-    leaves: ClassVar = ("embedding",)
+    artifacts: ClassVar = ("embedding",)
 
     @field_validator("parts")
     @classmethod
@@ -162,79 +125,3 @@ class TextualInversion(Inversion):
 
     def load_state_dict(self, family: Family, state: dict[str, Tensor]) -> None:
         self.load_rows(family, state)
-
-
-def extensions(family: Family) -> Iterator[tuple[str, str, Extended]]:
-    """(part, module path, table with new rows) of a family whose subject was named."""
-    for part in family.trainable_text_encoders:
-        for path, module in family.parts[part].named_modules():
-            if isinstance(module, Extended):
-                yield part, path, module
-
-
-@torch.no_grad()
-def embeddings(family: Family) -> dict[str, Tensor]:
-    """Part -> its new embeddings [n, width], fp32, as the encoder reads them."""
-    return {part: table.new().detach().clone() for part, _, table in extensions(family)}
-
-
-@torch.no_grad()
-def set_embeddings(family: Family, values: dict[str, Tensor]) -> None:
-    """The new embeddings of a named family, whatever the method's norm was."""
-    for part, _, table in extensions(family):
-        table.new = Rows(values[part].to(table.new.rows.device))
-
-
-def _name(token: str) -> str:
-    """ "zwx" for `zwx` and `<zwx>`, "subject" for `auto`."""
-    if token == "auto":
-        return SUBJECT
-    found = re.fullmatch(r"<?([\w-]+)>?", token)
-    if found is None:
-        raise BadInput(
-            f"the token {token!r} can't name new embeddings: give a name of letters and digits, such as data.token=zwx"
-        )
-    return found[1]
-
-
-def _add_tokens(tokenizer: Any, name: str, count: int) -> int:
-    """Adds `<name_0>`, `<name_1>`, ..., for which `<name>` stands in prompts; returns the first one's id.
-
-    They are spelled unlike diffusers' `<name>`, `<name>_1`, so that its pipelines do not expand prompts once more.
-    """
-    new = [f"<{name.lower()}_{k}>" for k in range(count)]
-    taken = next((text for text in new if text in tokenizer.get_vocab()), None)
-    if taken is not None:
-        raise BadInput(f"the base's tokenizer has {taken!r} already: give another name with data.token=NAME")
-    tokenizer.add_tokens(new)
-    ids = tokenizer.convert_tokens_to_ids(new)
-    assert ids == list(range(ids[0], ids[0] + count))
-    _rewrite(tokenizer, f"<{name}>", " ".join(new))
-    return ids[0]
-
-
-def _rewrite(tokenizer: Any, placeholder: str, text: str) -> None:
-    """A tokenizer that reads `text` where a prompt has the placeholder: so does every pipeline that is given it."""
-    backend = tokenizer.backend_tokenizer
-    before = [] if backend.normalizer is None else [backend.normalizer]
-    replace = normalizers.Replace(Regex(f"(?i){re.escape(placeholder)}"), text)
-    backend.normalizer = normalizers.Sequence([*before, replace])
-
-
-@torch.no_grad()
-def _extend(encoder: Any, first: int, start: list[int], norm: str) -> None:
-    table = encoder.get_input_embeddings()
-    begin = table.weight[start]
-    # both norms, for a recipe's `free` and `keep`
-    new = Rows(begin) if norm == "free" else Directions(begin, table.weight.float().norm(dim=-1).mean())
-    encoder.set_input_embeddings(Extended(table, first, new).train(encoder.training))
-
-
-def mend_end(encoder: nn.Module, tokenizer: Any) -> bool:
-    """The pooled vector is the end of the text's. Where a config says that its id is 2, transformers looks for the
-    highest id, which is a new token's now; ordinary prompts are not changed by looking for the true one. Returns
-    whether it was so."""
-    legacy = [module for module in encoder.modules() if getattr(module, "eos_token_id", None) == LEGACY_EOS]
-    for module in legacy:
-        cast(Any, module).eos_token_id = int(tokenizer.eos_token_id)
-    return bool(legacy)

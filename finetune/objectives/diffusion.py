@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from finetune.objectives.base import Objective, ObjectiveSettings
+from finetune.objectives.base import Objective
 from finetune.objectives.densities import Density
 from finetune.objectives.schedule import DIFFUSION, AnySchedule, Schedule
+from finetune.objectives.settings import ObjectiveSettings
 from finetune.objectives.weights import weight
 
 

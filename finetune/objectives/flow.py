@@ -7,10 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from finetune.errors import BadInput
-from finetune.objectives.base import Objective, ObjectiveSettings
+from finetune.core.errors import BadInput
+from finetune.objectives.base import Objective
 from finetune.objectives.densities import Density
 from finetune.objectives.schedule import AnySchedule
+from finetune.objectives.settings import ObjectiveSettings
 
 
 class RectifiedFlow(Objective):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from finetune.errors import BadInput
+from finetune.core.errors import BadInput
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 DIFFUSION = ("epsilon", "v_prediction", "sample")

@@ -138,6 +138,6 @@ def write(name: str, folder: Path) -> Path:
     for part, config in parts.items():
         (folder / part).mkdir(parents=True)
         file = "scheduler_config.json" if part == "scheduler" else "config.json"
-        (folder / part / file).write_text(json.dumps(config))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+        (folder / part / file).write_text(json.dumps(config), encoding="utf-8", newline="\n")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}), encoding="utf-8", newline="\n")
     return folder

@@ -10,16 +10,16 @@ from typing import Any, cast
 
 import torch
 
-from finetune import families
 from finetune.families.base import Family
-from finetune.families.tiny import tiny_tokenizer
-from finetune.families.tiny_transformers import tiny_t5_tokenizer
+from finetune.families.registry import family_of
+from finetune.testing.tiny_transformers import tiny_t5_tokenizer
+from finetune.testing.tiny_unets import tiny_tokenizer
 
 
 def random_family(folder: Path, dtype: torch.dtype, device: torch.device | str, parts: Sequence[str]) -> Family:
     """A family of the configs in `folder` (`testing.published` writes them), of which `parts` are made; the others are
     released. Its tokenizers know a few words only."""
-    family = families.family_of(folder).on_meta(folder, dtype)
+    family = family_of(folder).on_meta(folder, dtype)
     family.device = torch.device(device)
     family.tokenizers = [_tokenizer(folder, name) for name in family.text_encoders]
     family.parts = {name: torch.nn.Identity() for name in family.parts}

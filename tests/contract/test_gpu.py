@@ -13,17 +13,19 @@ import torch
 from accelerate.state import AcceleratorState
 from test_resume import train
 
-from finetune import families, methods
-from finetune.config import Run
+from finetune.core.determinism import deterministic
+from finetune.core.errors import CheckFailed
 from finetune.data.cache import PromptCache
-from finetune.determinism import deterministic
-from finetune.errors import CheckFailed
-from finetune.loop import resolve_precision
+from finetune.families.registry import FAMILIES
+from finetune.families.source import load_family
 from finetune.methods.base import Method
-from finetune.sample import draw
+from finetune.methods.registry import METHODS
+from finetune.sampling.draw import draw
+from finetune.training.accelerate import resolve_precision
+from finetune.training.settings import Run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
-CASES = [(family, kind) for family in families.REGISTRY for kind in methods.REGISTRY]
+CASES = [(family, kind) for family in FAMILIES for kind in METHODS]
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +54,9 @@ def test_auto_is_a_half_precision() -> None:
     assert resolve_precision(Run()) in ("bf16", "fp16")
 
 
-@pytest.mark.parametrize("name", list(families.REGISTRY))
+@pytest.mark.parametrize("name", list(FAMILIES))
 def test_prompts_and_images_are_the_cpus(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    here, there = families.load(str(tiny_bases[name])), families.load(str(tiny_bases[name]))
+    here, there = load_family(str(tiny_bases[name])), load_family(str(tiny_bases[name]))
     there.to("cuda")
     wanted = here.encode_prompts(["a photo of zwx mug"])
     cache = PromptCache(there, "base", tmp_path)
@@ -67,10 +69,10 @@ def test_prompts_and_images_are_the_cpus(name: str, tiny_bases: dict[str, Path],
     assert difference.mean() < 1
 
 
-@pytest.mark.parametrize("kind", list(methods.REGISTRY))
+@pytest.mark.parametrize("kind", list(METHODS))
 def test_trained_weights_lie_where_the_base_does(kind: str, tiny_bases: dict[str, Path]) -> None:
-    family = families.load(str(tiny_bases["sdxl"]), dtype=torch.bfloat16)
+    family = load_family(str(tiny_bases["sdxl"]), dtype=torch.bfloat16)
     family.to("cuda")
-    method: Method = methods.REGISTRY[kind]()
-    method.name_subject(family, "zwx", "mug")
+    method: Method = METHODS[kind]()
+    method.add_subject_token(family, "zwx", "mug")
     assert all(value.device.type == "cuda" for value in method.attach(family, 0).values())

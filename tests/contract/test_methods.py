@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import families, methods
-from finetune.batch import Geometry
-from finetune.errors import BadInput
+from finetune.core.batch import Geometry
+from finetune.core.errors import BadInput
 from finetune.families.base import Family
+from finetune.families.registry import FAMILIES
+from finetune.families.source import load_family
 from finetune.methods.base import Method
 from finetune.methods.lora import LoRA
 from finetune.methods.peft_adapter import PeftAdapter
+from finetune.methods.registry import METHODS
 
 PARTS = [["denoiser"], ["text_encoders"], ["denoiser", "text_encoders"]]
 ONLY = {"textual_inversion": [["text_encoders"]]}  # kinds that refuse other parts
@@ -26,8 +28,8 @@ def marks(kind: str, parts: list) -> tuple:
 
 CASES = [
     pytest.param(family, kind, parts, id=f"{family}-{kind}-{'+'.join(parts)}", marks=marks(kind, parts))
-    for family in families.REGISTRY
-    for kind in methods.REGISTRY
+    for family in FAMILIES
+    for kind in METHODS
     for parts in ONLY.get(kind, PARTS)
 ]
 every_case = pytest.mark.parametrize(("name", "kind", "parts"), CASES)
@@ -35,8 +37,8 @@ every_case = pytest.mark.parametrize(("name", "kind", "parts"), CASES)
 
 def attached(kind: str, parts: list, family: Family, seed: int = 0) -> tuple[Method, dict, str]:
     """A method on a family, what it trains, and the word for the subject: `zwx`, or a new one that begins as it."""
-    method = methods.REGISTRY[kind](parts=parts)
-    word = method.name_subject(family, "zwx", "zwx") or "zwx"
+    method = METHODS[kind](parts=parts)
+    word = method.add_subject_token(family, "zwx", "zwx") or "zwx"
     return method, method.attach(family, seed), word
 
 
@@ -60,7 +62,7 @@ def train_a_little(family: Family, trained: dict, word: str = "zwx") -> None:
 
 @every_case
 def test_only_what_should_move_moves(name: str, kind: str, parts: list, tiny_bases: dict[str, Path]) -> None:
-    family = families.load(str(tiny_bases[name]))
+    family = load_family(str(tiny_bases[name]))
     base = weights(family)
     _, trained, word = attached(kind, parts, family)
     start = {n: p.detach().clone() for n, p in trained.items()}
@@ -82,7 +84,7 @@ def _wanting(part: str, module: torch.nn.Module) -> list[str]:
 
 @every_case
 def test_every_trained_weight_gets_a_gradient(name: str, kind: str, parts: list, tiny_bases: dict[str, Path]) -> None:
-    family = families.load(str(tiny_bases[name]))
+    family = load_family(str(tiny_bases[name]))
     _, trained, word = attached(kind, parts, family)
     predict(family, 0, word).square().mean().backward()
     assert [n for n, p in trained.items() if p.grad is None] == []
@@ -92,7 +94,7 @@ def test_every_trained_weight_gets_a_gradient(name: str, kind: str, parts: list,
 def test_step_0_is_the_base_and_the_seed_decides(
     name: str, kind: str, parts: list, tiny_bases: dict[str, Path]
 ) -> None:
-    family, again = (families.load(str(tiny_bases[name])) for _ in range(2))
+    family, again = (load_family(str(tiny_bases[name])) for _ in range(2))
     before = predict(family)
     _, first, word = attached(kind, parts, family)
     assert torch.equal(predict(family, 0, word), before)
@@ -102,7 +104,7 @@ def test_step_0_is_the_base_and_the_seed_decides(
 
 @every_case
 def test_saved_and_loaded_is_the_same(name: str, kind: str, parts: list, tiny_bases: dict[str, Path]) -> None:
-    family, again = (families.load(str(tiny_bases[name])) for _ in range(2))
+    family, again = (load_family(str(tiny_bases[name])) for _ in range(2))
     method, trained, word = attached(kind, parts, family)
     train_a_little(family, trained, word)
     attached(kind, parts, again, 5)
@@ -121,7 +123,7 @@ def test_checkpointing_gives_the_same_gradients(
 ) -> None:
     gradients = []
     for checkpointing in (False, True):
-        family = families.load(str(tiny_bases[name]))
+        family = load_family(str(tiny_bases[name]))
         method, trained, word = attached(kind, parts, family)
         for part in method.part_names(family):
             family.parts[part].train()
@@ -133,15 +135,15 @@ def test_checkpointing_gives_the_same_gradients(
         assert torch.allclose(value, gradients[1][n], rtol=1e-4, atol=1e-7), n
 
 
-ADAPTERS = [kind for kind, method in methods.REGISTRY.items() if issubclass(method, PeftAdapter)]
+ADAPTERS = [kind for kind, method in METHODS.items() if issubclass(method, PeftAdapter)]
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-@pytest.mark.parametrize("name", list(families.REGISTRY))
+@pytest.mark.parametrize("name", list(FAMILIES))
 def test_an_adapter_switched_off_is_the_base(name: str, kind: str, tiny_bases: dict[str, Path]) -> None:
-    family = families.load(str(tiny_bases[name]))
+    family = load_family(str(tiny_bases[name]))
     before = predict(family)
-    method = methods.REGISTRY[kind](parts=["denoiser", "text_encoders"])
+    method = METHODS[kind](parts=["denoiser", "text_encoders"])
     train_a_little(family, method.attach(family, 0))
     assert not torch.equal(predict(family), before)
     with method.disabled(family):
@@ -149,9 +151,9 @@ def test_an_adapter_switched_off_is_the_base(name: str, kind: str, tiny_bases: d
     assert not torch.equal(predict(family), before)
 
 
-@pytest.mark.parametrize("name", list(families.REGISTRY))
+@pytest.mark.parametrize("name", list(FAMILIES))
 def test_the_choice_of_targets_grows(name: str, tiny_bases: dict[str, Path]) -> None:
-    family = families.load(str(tiny_bases[name]))
+    family = load_family(str(tiny_bases[name]))
     attention, linear = (set(family.lora_targets("denoiser", c)) for c in ("attention", "all-linear"))
     assert attention < linear
     assert all(path.split(".")[-1].removesuffix("_proj").split("_")[-1] in "q k v 0 out".split() for path in attention)
@@ -168,9 +170,9 @@ def _blocks(family: Family) -> list[torch.nn.Module]:
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_on_a_bf16_base_are_fp32_and_begin_as_it(kind: str, tiny_bases: dict[str, Path]) -> None:
-    family = families.load(str(tiny_bases["sd1"]), dtype=torch.bfloat16)
+    family = load_family(str(tiny_bases["sd1"]), dtype=torch.bfloat16)
     before = predict(family)
-    trained = methods.REGISTRY[kind]().attach(family, 0)
+    trained = METHODS[kind]().attach(family, 0)
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert torch.equal(predict(family), before)
     predict(family).float().square().mean().backward()
@@ -181,7 +183,7 @@ def test_adapters_on_a_bf16_base_are_fp32_and_begin_as_it(kind: str, tiny_bases:
 @pytest.mark.parametrize(("stabilised", "scale"), [(False, 12 / 4), (True, 12 / 4**0.5)])
 def test_the_adapter_is_the_papers_formula(stabilised: bool, scale: float, tiny_bases: dict[str, Path]) -> None:
     """arXiv:2106.09685 eq. 3 and arXiv:2312.03732: W x + s B A x."""
-    family = families.load(str(tiny_bases["sd1"]))
+    family = load_family(str(tiny_bases["sd1"]))
     method = LoRA(rank=4, alpha=12, rank_stabilised=stabilised, targets="attention")
     path = family.lora_targets("denoiser", "attention")[0]
     method.attach(family, 0)

@@ -9,22 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import families, methods
-from finetune.batch import Batch, Geometry, Latents
-from finetune.config import Run
-from finetune.draws import Draw
-from finetune.errors import CheckFailed
-from finetune.loop import fit, make_accelerator
-from finetune.objectives import ObjectiveSettings, build
-from finetune.optim import AdamW
-from finetune.run import RunFolder
+from finetune.core.batch import Batch, Geometry, Latents
+from finetune.core.errors import CheckFailed
+from finetune.core.events import sent_to
+from finetune.core.rng import SampleKey
+from finetune.families.registry import FAMILIES
+from finetune.families.source import load_family
+from finetune.methods.registry import METHODS
+from finetune.objectives.registry import build_objective
+from finetune.objectives.settings import ObjectiveSettings
+from finetune.optim.adamw import AdamW
+from finetune.runs.metrics import MetricsFile
+from finetune.training.accelerate import make_accelerator
+from finetune.training.checkpoint import Checkpoints
+from finetune.training.settings import Run
+from finetune.training.step import Step, parts_of
+from finetune.training.trainer import Trainable, Trainer
 
 BOTH = ["denoiser", "text_encoders"]
 USUAL = ("lora", "full")
 CASES = [
     pytest.param(family, kind, marks=() if kind in USUAL else pytest.mark.slow)
-    for family in families.REGISTRY
-    for kind in methods.REGISTRY
+    for family in FAMILIES
+    for kind in METHODS
 ]
 PROMPTS = ["a photo of a {} mug", "a mug"]
 
@@ -42,31 +49,30 @@ class Fixed:
         mean = self.mean[chosen] * (float("nan") if step == self.bad else 1)
         geometry = [Geometry((40, 48), (0, 4), (32, 32))] * self.size
         prompts = [PROMPTS[k].format(self.word) for k in chosen]
-        latents, draws = Latents(mean, torch.full_like(mean, 0.1)), [Draw(0, step, k) for k in chosen]
+        latents, draws = Latents(mean, torch.full_like(mean, 0.1)), [SampleKey(0, step, k) for k in chosen]
         return Batch(latents, prompts, torch.ones(self.size), geometry, draws, [f"{k}.png" for k in chosen])
 
 
 def train(
     base: Path, kind: str, folder: Path, bad: int = -1, count: int = 2, steps: int = 3, device: str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    family = families.load(str(base))
+    family = load_family(str(base))
     family.to(device)
-    method = methods.REGISTRY[kind](**({} if kind == "textual_inversion" else {"parts": BOTH}))
-    word = method.name_subject(family, "zwx", "mug") or "zwx"
+    method = METHODS[kind](**({} if kind == "textual_inversion" else {"parts": BOTH}))
+    word = method.add_subject_token(family, "zwx", "mug") or "zwx"
     trained = method.attach(family, 0)
     run = Run(steps=steps, batch_size=2, accumulate=count, checkpoint_every=1)
-    fit(
-        accelerator=make_accelerator(run, method.is_adapter),
-        family=family,
-        trained=trained,
-        objective=build(ObjectiveSettings(), family.schedule, family.shift(32)),
-        encode_prompts=family.encode_prompts,
-        batches=Fixed(family.latent_channels, word, bad, count),
-        optim=AdamW(lr=1e-2),
-        run=run,
-        folder=RunFolder(folder),
-        windows=method.windows(trained),
+    objective = build_objective(ObjectiveSettings(), family.schedule, family.shift(32))
+    trainer = Trainer(
+        Step(family, parts_of(trained), objective, family.encode_prompts),
+        Trainable(trained, method.windows(trained)),
+        AdamW(lr=1e-2),
+        run,
+        make_accelerator(run, method.is_adapter),
+        Checkpoints(folder),
     )
+    with sent_to(MetricsFile(folder)):
+        trainer.fit(Fixed(family.latent_channels, word, bad, count))
     return {name: value.detach().clone() for name, value in trained.items()}
 
 
@@ -84,7 +90,7 @@ def test_killed_and_resumed_is_the_unbroken_run(
     assert all(torch.equal(value, resumed[name]) for name, value in wanted.items())
 
 
-@pytest.mark.parametrize("family", families.REGISTRY)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", USUAL)
 def test_micro_batches_have_the_whole_batchs_gradient(
     family: str, kind: str, tiny_bases: dict[str, Path], tmp_path: Path

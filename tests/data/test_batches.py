@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.batch import Latents
-from finetune.data.batches import Batches, Sample
+from finetune.core.batch import Latents
+from finetune.data.batches import Batches
+from finetune.data.crops import Crop, make_crops
 from finetune.data.photos import Photo
-from finetune.data.views import View, views
+from finetune.data.samplers import Sample
 
 
 class InMemory:
@@ -20,14 +21,14 @@ class InMemory:
     def __init__(self) -> None:
         self.values = torch.randn(40, 4, 2, 2, generator=torch.Generator().manual_seed(0))
 
-    def latents(self, view: View) -> Latents:
+    def latents(self, view: Crop) -> Latents:
         return Latents(self.values[int(view.photo.digest)], torch.zeros(4, 2, 2))
 
 
 def stream(count: int, first: int, weight: float = 1.0) -> list[Sample]:
     """Samples whose only view and caption are told by their number."""
     photos = [Photo(Path(f"{k}.png"), (8, 8), str(k)) for k in range(first, first + count)]
-    return [Sample(views(p, 8, "center", 1, False, 0), [p.digest], weight, 0.0, p.path.name) for p in photos]
+    return [Sample(make_crops(p, 8, "center", 1, False, 0), [p.digest], weight, 0.0, p.path.name) for p in photos]
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(5, 3), (4, 4), (3, 8), (7, 2)])

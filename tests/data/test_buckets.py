@@ -15,18 +15,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from finetune import families, job
-from finetune.batch import Batch, Latents
-from finetune.config import parse_recipe
-from finetune.data.batches import Batches, Sample
+from finetune.config.load import parse_recipe
+from finetune.core.batch import Batch, Latents
+from finetune.core.errors import BadInput
+from finetune.data.batches import Batches
 from finetune.data.buckets import bucket_table, cut_away, nearest_bucket
-from finetune.data.orders import Buckets
-from finetune.data.photos import Photo, open_picture, scan
-from finetune.data.views import View, views
-from finetune.errors import BadInput
+from finetune.data.crops import Crop, make_crops
+from finetune.data.photos import Photo, open_image, scan
+from finetune.data.samplers import BucketSampler, Sample
+from finetune.families.registry import FAMILIES, is_transformer
 from finetune.families.sdxl import time_ids
-from finetune.plan import look, plan
-from finetune.run import RunFolder
+from finetune.families.source import load_family
+from finetune.jobs import train as job
+from finetune.jobs.plan import plan
+from finetune.jobs.prepare import prepare
+from finetune.testing.kill import killed_at
 
 # the table
 
@@ -91,7 +94,7 @@ def test_a_tie_goes_to_the_squarer_bucket_whatever_the_tables_order() -> None:
 @pytest.mark.parametrize("size", [(640, 480), (481, 999), (100, 37), (2000, 151), (33, 33)])
 @pytest.mark.parametrize("target", [(64, 64), (96, 40), (40, 96)])
 def test_a_view_covers_its_bucket(size: tuple[int, int], target: tuple[int, int]) -> None:
-    for view in views(Photo(Path("x.png"), size, "d"), target, "random", 5, True, 1):
+    for view in make_crops(Photo(Path("x.png"), size, "d"), target, "random", 5, True, 1):
         assert view.resized[0] == target[0] or view.resized[1] == target[1]
         assert view.resized[0] / view.resized[1] == pytest.approx(size[0] / size[1], rel=1 / min(target))
         top, left = view.geometry.crop
@@ -106,21 +109,21 @@ def test_pixels_and_time_ids_of_a_crop_and_its_mirror(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
     (photo,) = scan(tmp_path)
-    made = views(photo, (24, 20), "random", 3, True, 0)
+    made = make_crops(photo, (24, 20), "random", 3, True, 0)
     assert {view.flip for view in made} == {False, True}
     for view in made:
-        shown = open_picture(photo.path).resize((36, 20), Image.Resampling.LANCZOS)
+        shown = open_image(photo.path).resize((36, 20), Image.Resampling.LANCZOS)
         shown = shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else shown
         top, left = view.geometry.crop
-        assert np.array_equal(np.asarray(view.picture()), np.asarray(shown.crop((left, top, left + 24, top + 20))))
+        assert np.array_equal(np.asarray(view.image()), np.asarray(shown.crop((left, top, left + 24, top + 20))))
         assert view.pixels().shape == (3, 20, 24)
         assert time_ids([view.geometry]).tolist() == [[50, 90, top, left, 20, 24]]
-    assert len({view.key for view in [*made, *views(photo, (20, 24), "random", 3, True, 0)]}) == 2 * len(made)
+    assert len({view.key for view in [*made, *make_crops(photo, (20, 24), "random", 3, True, 0)]}) == 2 * len(made)
 
 
 def test_keys_of_squares_are_those_of_before() -> None:
     """As the version before buckets made them: its caches stay good."""
-    (view,) = views(Photo(Path("x.png"), (300, 100), "d"), 64, "center", 1, False, 0)
+    (view,) = make_crops(Photo(Path("x.png"), (300, 100), "d"), 64, "center", 1, False, 0)
     assert view.key == "b8dc54fe7df36480049d4f41bd7e99df77671cfa6a9c6591f472c1f7f21b84f8"
 
 
@@ -130,7 +133,7 @@ def test_keys_of_squares_are_those_of_before() -> None:
 class ByShape:
     """Latents of the view's own shape, of its photo's number."""
 
-    def latents(self, view: View) -> Latents:
+    def latents(self, view: Crop) -> Latents:
         value = torch.full((1, view.size[1] // 4, view.size[0] // 4), float(view.photo.digest))
         return Latents(value, torch.zeros_like(value))
 
@@ -139,7 +142,7 @@ def stream(sizes: list[tuple[int, int]], first: int = 0, weight: float = 1.0) ->
     """One sample for each size; a photo's number is its digest."""
     photos = [Photo(Path(f"{k}.png"), size, str(k)) for k, size in enumerate(sizes, first)]
     return [
-        Sample(views(p, s, "center", 1, True, 0), [p.digest], weight, 0.0, p.digest)
+        Sample(make_crops(p, s, "center", 1, True, 0), [p.digest], weight, 0.0, p.digest)
         for p, s in zip(photos, sizes, strict=True)
     ]
 
@@ -147,7 +150,7 @@ def stream(sizes: list[tuple[int, int]], first: int = 0, weight: float = 1.0) ->
 def classes(count: int, sizes: list[tuple[int, int]], weight: float) -> list[Sample]:
     photos = [Photo(Path(f"c{k}.png"), (32, 32), str(k)) for k in range(1000, 1000 + count)]
     return [
-        Sample([v for s in sizes for v in views(p, s, "center", 1, True, 0)], [p.digest], weight, 0.0, p.digest)
+        Sample([v for s in sizes for v in make_crops(p, s, "center", 1, True, 0)], [p.digest], weight, 0.0, p.digest)
         for p in photos
     ]
 
@@ -161,7 +164,7 @@ def some_sizes(rng: random.Random) -> list[tuple[int, int]]:
 
 
 def made(streams: list[list[Sample]], seed: int, batch_size: int, *cut: int) -> Batches:
-    return Batches(streams, ByShape(), seed, batch_size, *cut, order=Buckets(streams, seed, batch_size))
+    return Batches(streams, ByShape(), seed, batch_size, *cut, order=BucketSampler(streams, seed, batch_size))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -286,9 +289,9 @@ def recipe(base: Path, photos: Path, *overrides: str) -> object:
 def test_the_step_of_a_bucket_is_the_familys_own(tiny_bases: dict[str, Path]) -> None:
     """64 pixels for SD1 (four blocks), 32 for SDXL (three); the small bases: 2 per latent, one halving."""
     for name, base in tiny_bases.items():
-        family = families.load(str(base))
+        family = load_family(str(base))
         assert family.size_multiple == 4, name
-        if families.is_transformer(name):  # tokens are patches of 2x2 latents
+        if is_transformer(name):  # tokens are patches of 2x2 latents
             assert family.size_multiple == 2 * family.latent_factor == family.square_multiple
             continue
         halvings = sum(block.downsamplers is not None for block in family.parts["denoiser"].down_blocks)
@@ -296,7 +299,7 @@ def test_the_step_of_a_bucket_is_the_familys_own(tiny_bases: dict[str, Path]) ->
 
 
 def test_the_plan_tells_of_buckets(tiny_bases: dict[str, Path], shapes: Path) -> None:
-    told = plan(look(recipe(tiny_bases["sd1"], shapes, "run.steps=40")))
+    told = plan(prepare(recipe(tiny_bases["sd1"], shapes, "run.steps=40")))
     assert told["buckets"] == (
         "24x40: 1 photo; 32x32: 1 photo; 40x28: 2 photos; 64x16: 1 photo; "
         "at most 60% of a photo (strip.png) is cut away"
@@ -304,12 +307,12 @@ def test_the_plan_tells_of_buckets(tiny_bases: dict[str, Path], shapes: Path) ->
     assert told["padding"] == "3 of 8 places of an epoch are repeats that count nothing"
     assert told["each photo"] == "seen 10 times"  # 40 steps, 4 an epoch
     assert "enlarged" not in told
-    told = plan(look(recipe(tiny_bases["sd1"], shapes, "data.resolution=64")))
+    told = plan(prepare(recipe(tiny_bases["sd1"], shapes, "data.resolution=64")))
     assert told["enlarged"] == "5 of 5 photos are enlarged to fill their bucket (the smallest, strip.png, is 300x30)"
 
 
 def test_the_plan_tells_what_a_square_cuts_away(tiny_bases: dict[str, Path], shapes: Path) -> None:
-    told = plan(look(recipe(tiny_bases["sd1"], shapes, "data.shape=square")))
+    told = plan(prepare(recipe(tiny_bases["sd1"], shapes, "data.shape=square")))
     assert told["cropped"] == (
         "up to 90% of a photo (strip.png) is cut away by the square crop: "
         "data.shape=buckets would cut away at most 60%"
@@ -317,28 +320,19 @@ def test_the_plan_tells_what_a_square_cuts_away(tiny_bases: dict[str, Path], sha
     assert "buckets" not in told
     for name in ("strip", "tall", "wide", "wider"):
         (shapes / f"{name}.png").unlink()
-    assert "cropped" not in plan(look(recipe(tiny_bases["sd1"], shapes, "data.shape=square")))
+    assert "cropped" not in plan(prepare(recipe(tiny_bases["sd1"], shapes, "data.shape=square")))
 
 
 def test_an_extreme_photo_is_cropped_into_the_last_bucket(tiny_bases: dict[str, Path], shapes: Path) -> None:
-    found = look(recipe(tiny_bases["sd1"], shapes))
+    found = prepare(recipe(tiny_bases["sd1"], shapes))
     size = dict(zip([photo.path.stem for photo in found.photos], found.sizes, strict=True))["strip"]
     assert size == bucket_table(32, 4)[-1] == (64, 16)
 
 
 def test_a_resolution_that_buckets_cannot_have_is_refused(tiny_bases: dict[str, Path], shapes: Path) -> None:
-    look(recipe(tiny_bases["sd1"], shapes, "data.resolution=34", "data.shape=square"))
+    prepare(recipe(tiny_bases["sd1"], shapes, "data.resolution=34", "data.shape=square"))
     with pytest.raises(BadInput, match=r"is 34, .* by 4 \(as data\.shape=buckets needs it\): choose 32"):
-        look(recipe(tiny_bases["sd1"], shapes, "data.resolution=34"))
-
-
-def stop_at(step: int, log: object) -> object:
-    def stopping(self: RunFolder, number: int, values: dict[str, float]) -> None:
-        if number == step:
-            raise KeyboardInterrupt
-        log(self, number, values)  # type: ignore[operator]
-
-    return stopping
+        prepare(recipe(tiny_bases["sd1"], shapes, "data.resolution=34"))
 
 
 def metrics(run: Path) -> list[dict]:
@@ -352,7 +346,7 @@ def test_a_stopped_job_with_buckets_goes_on_to_the_same_weights(
 ) -> None:
     """Stopped in the fourth of six steps; the denoiser meets each bucket's own latent shape, class images too."""
     met = defaultdict(set)
-    kind = families.REGISTRY[family]
+    kind = FAMILIES[family]
     predict = kind.predict
 
     def watched(self: object, noisy: torch.Tensor, t: object, cond: object, geometry: list) -> torch.Tensor:
@@ -363,8 +357,7 @@ def test_a_stopped_job_with_buckets_goes_on_to_the_same_weights(
     wanted = recipe(tiny_bases[family], shapes)
     whole = job.train(wanted, tmp_path / "whole")
     assert met[4] == {((h // 2, w // 2), (h, w)) for w, h in [(24, 40), (32, 32), (40, 28), (64, 16)]}
-    monkeypatch.setattr(RunFolder, "log", stop_at(4, RunFolder.log))
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(4):
         job.train(wanted, tmp_path / "stopped")
     monkeypatch.undo()
     job.resume(tmp_path / "stopped")

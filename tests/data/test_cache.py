@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import families
 from finetune.data.cache import LatentCache, PromptCache
+from finetune.data.crops import Crop, make_crops
 from finetune.data.photos import scan
-from finetune.data.views import View, views
 from finetune.families.base import Family
+from finetune.families.source import load_family
 
 
 @pytest.fixture(scope="module", params=["sd1", "sdxl"])
 def family(request: pytest.FixtureRequest, tiny_bases: dict[str, Path]) -> Family:
-    return families.load(str(tiny_bases[request.param]))
+    return load_family(str(tiny_bases[request.param]))
 
 
-def all_views(folder: Path) -> list[View]:
-    return [view for photo in scan(folder) for view in views(photo, 32, "center", 1, True, 0)]
+def all_views(folder: Path) -> list[Crop]:
+    return [view for photo in scan(folder) for view in make_crops(photo, 32, "center", 1, True, 0)]
 
 
 def test_latents_are_the_vaes_own(family: Family, photos: Path, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from finetune.core.errors import BadInput
 from finetune.data.captions import Captioned, caption_photos, caption_rows, summarise
 from finetune.data.photos import scan
-from finetune.errors import BadInput
 
 
 def captioned(

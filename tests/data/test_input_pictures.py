@@ -11,21 +11,22 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from finetune import families
-from finetune.data.batches import Batches, Sample
+from finetune.core.errors import BadInput
+from finetune.core.rng import SampleKey
+from finetune.data.batches import Batches
 from finetune.data.cache import LatentCache
-from finetune.data.depth import Depth, scaled
-from finetune.data.edit import dropped
-from finetune.data.inpaint import Inpaint, MaskedView
-from finetune.data.inputs import Choices, Inputs, make_inputs, registry
-from finetune.data.photos import open_values, picture_files, scan
-from finetune.data.views import View, views
-from finetune.draws import Draw
-from finetune.errors import BadInput
+from finetune.data.conditioning.base import INPUTS, Choices, Inputs, make_inputs
+from finetune.data.conditioning.depth import Depth, scaled
+from finetune.data.conditioning.edit import dropped
+from finetune.data.conditioning.inpaint import Inpaint, MaskedCrop
+from finetune.data.crops import Crop, make_crops
+from finetune.data.photos import image_files, open_values, scan
+from finetune.data.samplers import Sample
 from finetune.families.base import Family
+from finetune.families.source import load_family
 
 CHOICES = Choices(seed=3, mask_count=6, edit_dropout=0.0, image_guidance=1.5)
-DRAWS = [Draw(3, step, 0) for step in range(40)]
+DRAWS = [SampleKey(3, step, 0) for step in range(40)]
 
 
 @pytest.fixture
@@ -39,28 +40,28 @@ def companions(photos: Path) -> Path:
 
 
 def family_of(kind: str, tiny_bases: dict[str, Path]) -> Family:
-    family = families.load(str(tiny_bases["sd1"]))
+    family = load_family(str(tiny_bases["sd1"]))
     family.widen(kind)
     return family
 
 
-def made(kind: str, folder: Path, tiny_bases: dict, choices: Choices = CHOICES) -> tuple[Family, Inputs, list[View]]:
+def made(kind: str, folder: Path, tiny_bases: dict, choices: Choices = CHOICES) -> tuple[Family, Inputs, list[Crop]]:
     family = family_of(kind, tiny_bases)
     photos = scan(folder)
     inputs = make_inputs(family, photos, choices)
     assert inputs is not None
-    return family, inputs, [view for photo in photos for view in views(photo, (32, 32), "random", 2, True, 1)]
+    return family, inputs, [view for photo in photos for view in make_crops(photo, (32, 32), "random", 2, True, 1)]
 
 
-def filled(family: Family, inputs: Inputs, seen: list[View], tmp_path: Path) -> LatentCache:
+def filled(family: Family, inputs: Inputs, seen: list[Crop], tmp_path: Path) -> LatentCache:
     cache = LatentCache(tmp_path / "cache", "base")
-    cache.fill(family, [picture for view in seen for picture in inputs.pictures(view)])
+    cache.fill(family, [image for view in seen for image in inputs.images(view)])
     return cache
 
 
 def test_a_plain_base_has_none(photos: Path, tiny_bases: dict[str, Path]) -> None:
-    assert make_inputs(families.load(str(tiny_bases["sd1"])), scan(photos), CHOICES) is None
-    assert sorted(registry()) == ["depth", "edit", "inpaint"]
+    assert make_inputs(load_family(str(tiny_bases["sd1"])), scan(photos), CHOICES) is None
+    assert sorted(INPUTS) == ["depth", "edit", "inpaint"]
 
 
 @pytest.fixture
@@ -78,10 +79,10 @@ def test_masks_and_masked_latents_are_the_pipelines(
     for view, draw in zip(seen, DRAWS, strict=False):
         ours = inputs.extra(view, draw, cache)
         number = next(n for n in range(6) if torch.equal(_small(view, n), ours[:1]))
-        mask = Image.fromarray((MaskedView(view, 3, number).mask()[0].numpy() * 255).astype(np.uint8))
-        picture = pipeline.image_processor.preprocess(view.picture(), height=32, width=32)
+        mask = Image.fromarray((MaskedCrop(view, 3, number).mask()[0].numpy() * 255).astype(np.uint8))
+        image = pipeline.image_processor.preprocess(view.image(), height=32, width=32)
         condition = pipeline.mask_processor.preprocess(mask, height=32, width=32)
-        masked = picture * (condition < 0.5)
+        masked = image * (condition < 0.5)
         theirs = pipeline.prepare_mask_latents(condition, masked, 1, 32, 32, torch.float32, "cpu", None, False)
         close = (
             1e-2 if bool((condition == 1).all()) else 1e-5
@@ -89,21 +90,21 @@ def test_masks_and_masked_latents_are_the_pipelines(
         assert torch.allclose(ours, torch.cat(theirs, 1)[0], atol=close)
 
 
-def _small(view: View, number: int) -> torch.Tensor:
-    return MaskedView(view, 3, number).mask()[:, ::2, ::2]
+def _small(view: Crop, number: int) -> torch.Tensor:
+    return MaskedCrop(view, 3, number).mask()[:, ::2, ::2]
 
 
 def test_masks_are_a_function_of_seed_view_and_number(photos: Path) -> None:
-    (view,) = views(scan(photos)[0], (32, 32), "center", 1, False, 0)
-    masks = [MaskedView(view, 1, n).mask() for n in range(400)]
+    (view,) = make_crops(scan(photos)[0], (32, 32), "center", 1, False, 0)
+    masks = [MaskedCrop(view, 1, n).mask() for n in range(400)]
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} and mask.sum() >= 8 for mask in masks)
     assert 0.17 < sum(float(mask.mean()) == 1 for mask in masks) / 400 < 0.33  # a quarter: 5 sigma is .11
     shares = torch.tensor([float(mask.mean()) for mask in masks])
     assert len(shares.unique()) > 200
-    again = MaskedView(view, 1, 7)
+    again = MaskedCrop(view, 1, 7)
     assert torch.equal(again.mask(), masks[7])
-    assert len({MaskedView(view, seed, 7).key for seed in range(5)}) == 5
-    assert not torch.equal(MaskedView(replace(view, flip=True), 1, 7).mask(), masks[7])
+    assert len({MaskedCrop(view, seed, 7).key for seed in range(5)}) == 5
+    assert not torch.equal(MaskedCrop(replace(view, flip=True), 1, 7).mask(), masks[7])
 
 
 def test_each_step_draws_its_mask(photos: Path, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
@@ -122,15 +123,15 @@ def test_depth_is_the_pipelines(companions: Path, tiny_bases: dict[str, Path], t
     assert isinstance(inputs, Depth)
     pipeline = family.pipeline()
     for photo in scan(companions):
-        whole = View(photo, (40, 40), photo.size, (4, 0), False)  # at the photo's own size: nothing is resized
+        whole = Crop(photo, (40, 40), photo.size, (4, 0), False)  # at the photo's own size: nothing is resized
         values = torch.from_numpy(open_values(companions / f"{photo.path.stem}.depth.png"))
         assert len(values.unique()) > 40  # levels that 8 bits would not keep apart
         for view, cut in ((whole, values[:, 4:44]), (replace(whole, flip=True), values[:, 4:44].flip(1))):
-            theirs = pipeline.prepare_depth_map([view.picture()], cut[None], 1, False, torch.float32, "cpu")
+            theirs = pipeline.prepare_depth_map([view.image()], cut[None], 1, False, torch.float32, "cpu")
             assert torch.allclose(inputs.extra(view, DRAWS[0], LatentCache(tmp_path, "")), theirs[0], atol=1e-5)
             given = inputs.given(view)
             assert given.beside is not None
-            again = pipeline.prepare_depth_map([view.picture()], given.beside, 1, False, torch.float32, "cpu")
+            again = pipeline.prepare_depth_map([view.image()], given.beside, 1, False, torch.float32, "cpu")
             assert torch.allclose(again, theirs, atol=1e-4)
 
 
@@ -142,7 +143,7 @@ def test_edits_are_the_pipelines(companions: Path, tiny_bases: dict[str, Path], 
     family, inputs, seen = made("edit", companions, tiny_bases)
     cache, pipeline = filled(family, inputs, seen, tmp_path), family.pipeline()
     for view in seen:
-        before = ImageOps.invert(view.picture())  # every step from file to view is linear but for rounding
+        before = ImageOps.invert(view.image())  # every step from file to view is linear but for rounding
         pixels = pipeline.image_processor.preprocess(before)
         theirs = pipeline.prepare_image_latents(pixels, 1, 1, torch.float32, "cpu", False)
         ours = inputs.extra(view, DRAWS[0], cache)
@@ -151,13 +152,13 @@ def test_edits_are_the_pipelines(companions: Path, tiny_bases: dict[str, Path], 
         assert inputs.prompt("make it red", DRAWS[0]) == "make it red"
 
 
-def cache_of_after(family: Family, view: View) -> torch.Tensor:
+def cache_of_after(family: Family, view: Crop) -> torch.Tensor:
     return family.encode_images(view.pixels()[None]).mean[0] / family.scaling
 
 
 def test_edit_dropout_is_the_papers() -> None:
     """5 % without the picture, 5 % without the instruction, 5 % without both (arXiv:2211.09800 section 3.2.1)."""
-    draws = [Draw(0, step, sample) for step in range(1000) for sample in range(4)]
+    draws = [SampleKey(0, step, sample) for step in range(1000) for sample in range(4)]
     found = [dropped(draw, 0.05) for draw in draws]
     for case in ((True, False), (False, True), (True, True)):
         assert abs(found.count(case) / 4000 - 0.05) < 0.0138  # 4 sigma
@@ -169,15 +170,15 @@ def test_dropped_edits_are_zeros_and_empty(companions: Path, tiny_bases: dict[st
     family, inputs, seen = made("edit", companions, tiny_bases, replace(CHOICES, edit_dropout=0.2))
     cache = filled(family, inputs, seen[:1], tmp_path)
     for draw in DRAWS:
-        picture, text = dropped(draw, 0.2)
-        assert bool(inputs.extra(seen[0], draw, cache).any()) != picture
+        image, text = dropped(draw, 0.2)
+        assert bool(inputs.extra(seen[0], draw, cache).any()) != image
         assert inputs.prompt("x", draw) == ("" if text else "x")
     assert len({dropped(draw, 0.2) for draw in DRAWS}) == 4
 
 
 def test_companions_are_no_photos(companions: Path) -> None:
     (companions / "sunset.before.png").write_bytes((companions / "0.png").read_bytes())
-    assert [file.name for file in picture_files(companions)] == ["0.png", "1.png", "2.png", "sunset.before.png"]
+    assert [file.name for file in image_files(companions)] == ["0.png", "1.png", "2.png", "sunset.before.png"]
 
 
 def test_all_missing_companions_are_named(companions: Path, tiny_bases: dict[str, Path]) -> None:

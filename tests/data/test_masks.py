@@ -10,19 +10,25 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from finetune import families, job
-from finetune.batch import Batch, Geometry, Latents
-from finetune.config import Recipe, parse_recipe
-from finetune.data.batches import Batches, Sample
+from finetune.config.load import parse_recipe
+from finetune.config.recipe import Recipe
+from finetune.core.batch import Batch, Geometry, Latents
+from finetune.core.errors import BadInput
+from finetune.core.rng import SampleKey
+from finetune.data.batches import Batches
+from finetune.data.crops import Crop, make_crops
 from finetune.data.masks import Masks, find_masks
 from finetune.data.photos import Photo, scan
-from finetune.data.views import View, views
-from finetune.draws import Draw
-from finetune.errors import BadInput
-from finetune.loop import Step
-from finetune.loss import per_sample
-from finetune.objectives import ObjectiveSettings, build
-from finetune.plan import look, plan
+from finetune.data.samplers import Sample
+from finetune.families.registry import FAMILIES
+from finetune.families.source import load_family
+from finetune.jobs import train as job
+from finetune.jobs.plan import plan
+from finetune.jobs.prepare import prepare
+from finetune.objectives.loss import per_sample
+from finetune.objectives.registry import build_objective
+from finetune.objectives.settings import ObjectiveSettings
+from finetune.training.step import Step
 
 # the reduction
 
@@ -66,20 +72,22 @@ def test_a_black_crop_costs_nothing_and_a_faint_one_counts_in_full() -> None:
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_the_background_has_no_gradient(family: str, tiny_bases: dict[str, Path]) -> None:
     """The step's loss and the gradient of every weight stay the same whatever is predicted outside the mask."""
-    base = families.load(str(tiny_bases[family]))
+    base = load_family(str(tiny_bases[family]))
     base.parts["denoiser"].requires_grad_(True)
     predict, made = base.predict, torch.Generator().manual_seed(0)
     mask = (torch.rand(2, 1, 16, 16, generator=made) > 0.6).float()
     mean = torch.randn(2, 4, 16, 16, generator=made)
     square = [Geometry((32, 32), (0, 0), (32, 32))] * 2
-    draws = [Draw(0, 0, 0), Draw(0, 0, 1)]
+    draws = [SampleKey(0, 0, 0), SampleKey(0, 0, 1)]
     batch = Batch(Latents(mean, mean * 0), ["a", "b"], torch.ones(2), square, draws, ["a", "b"], mask)
     ends = []
     for noise in (None, 1 - mask, mask):
         base.parts["denoiser"].zero_grad()
         more = 0.0 if noise is None else 3 * noise * torch.randn(2, 4, 16, 16, generator=made)
         base.predict = lambda *args, more=more: predict(*args) + more
-        loss = Step(base, ["denoiser"], build(ObjectiveSettings(), base.schedule), base.encode_prompts)(batch)
+        loss = Step(base, ["denoiser"], build_objective(ObjectiveSettings(), base.schedule), base.encode_prompts)(
+            batch
+        )
         loss.backward()
         grads = {n: p.grad.clone() for n, p in base.parts["denoiser"].named_parameters() if p.grad is not None}
         ends.append((loss.detach(), grads))
@@ -95,9 +103,9 @@ def test_the_background_has_no_gradient(family: str, tiny_bases: dict[str, Path]
 
 def half(size: tuple[int, int]) -> Image.Image:
     """White above, black below."""
-    picture = Image.new("L", size, 0)
-    picture.paste(255, (0, 0, size[0], size[1] // 2))
-    return picture
+    image = Image.new("L", size, 0)
+    image.paste(255, (0, 0, size[0], size[1] // 2))
+    return image
 
 
 @pytest.fixture
@@ -106,9 +114,9 @@ def masked(photos: Path) -> Path:
     half((48, 40)).save(photos / "0.mask.png")
     (photos / "masks").mkdir()
     half((48, 40)).save(photos / "masks" / "1.png")
-    with Image.open(photos / "2.png") as picture:
-        picture.putalpha(half((48, 40)))
-        picture.save(photos / "2.png")
+    with Image.open(photos / "2.png") as image:
+        image.putalpha(half((48, 40)))
+        image.save(photos / "2.png")
     return photos
 
 
@@ -132,7 +140,7 @@ def test_a_mask_goes_the_way_of_its_view(photos: Path, target: tuple[int, int]) 
     noise = np.random.default_rng(0).integers(0, 256, (40, 48), dtype=np.uint8)
     Image.fromarray(noise).save(photos / "0.mask.png")
     photo = scan(photos)[0]
-    made = views(photo, target, "random", 3, True, 0)
+    made = make_crops(photo, target, "random", 3, True, 0)
     masks = Masks(find_masks(photos, [photo], "files"), 2, 0.0).fill(made)
     for view in made:
         shown = Image.fromarray(noise).resize(view.resized, Image.Resampling.BILINEAR)
@@ -146,7 +154,7 @@ def test_a_mask_goes_the_way_of_its_view(photos: Path, target: tuple[int, int]) 
 
 def test_the_floor_lifts_the_background_and_leaves_the_subject(masked: Path) -> None:
     photo = scan(masked)[0]
-    (view,) = views(photo, 40, "center", 1, False, 0)
+    (view,) = make_crops(photo, 40, "center", 1, False, 0)
     mask = Masks(find_masks(masked, [photo], "auto"), 2, 0.25).fill([view]).mask(view)
     assert mask[0, :10].eq(1).all()
     assert mask[0, 10:].eq(0.25).all()
@@ -155,9 +163,9 @@ def test_the_floor_lifts_the_background_and_leaves_the_subject(masked: Path) -> 
 def test_an_exif_rotation_turns_the_alpha_channel_too(photos: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # 90 degrees clockwise: what is above is then on the right
-    picture = Image.new("RGB", (48, 40), "red")
-    picture.putalpha(half((48, 40)))
-    picture.save(photos / "0.png", exif=exif)
+    image = Image.new("RGB", (48, 40), "red")
+    image.putalpha(half((48, 40)))
+    image.save(photos / "0.png", exif=exif)
     photo = scan(photos)[0]
     mask = np.asarray(find_masks(photos, [photo], "alpha")[photo.path].open())
     assert mask.shape == (48, 40)
@@ -181,15 +189,15 @@ def test_names_and_which_mask_wins(masked: Path) -> None:
 
 
 def test_transparent_parts_of_a_mask_file_are_background(photos: Path) -> None:
-    picture = Image.new("RGBA", (48, 40), (255, 255, 255, 0))
-    picture.paste((255, 255, 255, 255), (0, 0, 48, 20))
-    picture.save(photos / "0.mask.png")
+    image = Image.new("RGBA", (48, 40), (255, 255, 255, 0))
+    image.paste((255, 255, 255, 255), (0, 0, 48, 20))
+    image.save(photos / "0.mask.png")
     photo = scan(photos)[0]
     assert find_masks(photos, [photo], "files")[photo.path].open().tobytes() == half((48, 40)).tobytes()
 
 
 class Zeros:
-    def latents(self, view: View) -> Latents:
+    def latents(self, view: Crop) -> Latents:
         value = torch.zeros(4, view.size[1] // 2, view.size[0] // 2)
         return Latents(value, value)
 
@@ -197,11 +205,11 @@ class Zeros:
 def test_batches_hold_the_masks_of_their_views(masked: Path) -> None:
     """Photos in stream 0 as they are shown, class images with ones."""
     found = scan(masked)
-    subject = [Sample(views(p, 32, "random", 2, True, 0), ["a"], 1.0, 0.0, p.path.name) for p in found]
+    subject = [Sample(make_crops(p, 32, "random", 2, True, 0), ["a"], 1.0, 0.0, p.path.name) for p in found]
     drawn = Photo(masked / "class.png", (32, 32), "d")
-    other = [Sample(views(drawn, 32, "center", 1, False, 0), ["b"], 1.0, 0.0, "class")]
+    other = [Sample(make_crops(drawn, 32, "center", 1, False, 0), ["b"], 1.0, 0.0, "class")]
     masks = Masks(find_masks(masked, found, "auto"), 2, 0.0)
-    masks.fill([view for sample in subject for view in sample.views])
+    masks.fill([view for sample in subject for view in sample.crops])
     batch = Batches([subject, other], Zeros(), 0, 3, masks=masks).micro(0, 0)
     assert batch.mask is not None
     assert batch.mask.shape == (6, 1, 16, 16)
@@ -236,7 +244,7 @@ def test_what_is_predicted_for_the_background_changes_nothing(
 ) -> None:
     """Mask files and alpha: noise on the prediction in the lower part of the photos leaves the same weights, bit for
     bit; noise in the upper part, or in the class images, does not, and neither does it without masks."""
-    kind = families.REGISTRY[family]
+    kind = FAMILIES[family]
     predict = kind.predict
 
     def end(name: str, rows: slice, first: int, *overrides: str) -> dict[str, torch.Tensor]:
@@ -264,8 +272,8 @@ def test_what_is_predicted_for_the_background_changes_nothing(
 
 
 def test_masks_and_buckets_train_together(tiny_bases: dict[str, Path], masked: Path, tmp_path: Path) -> None:
-    with Image.open(masked / "1.png") as picture:
-        picture.resize((30, 60)).save(masked / "1.png")
+    with Image.open(masked / "1.png") as image:
+        image.resize((30, 60)).save(masked / "1.png")
     half((30, 60)).save(masked / "masks" / "1.png")
     wanted = recipe(tiny_bases["sd1"], masked, "data.shape=buckets", "data.mask_floor=0.1", "export.formats=[kohya]")
     run = job.train(wanted, tmp_path / "run")
@@ -273,13 +281,13 @@ def test_masks_and_buckets_train_together(tiny_bases: dict[str, Path], masked: P
 
 
 def test_auto_without_any_mask_is_no_mask(tiny_bases: dict[str, Path], photos: Path) -> None:
-    found = look(recipe(tiny_bases["sd1"], photos))
+    found = prepare(recipe(tiny_bases["sd1"], photos))
     assert found.masks == {}
     assert plan(found)["masks"] == "of 0 of 3 photos; background counts 0"
     half((48, 40)).save(photos / "0.mask.png")
-    told = plan(look(recipe(tiny_bases["sd1"], photos, "data.mask_floor=0.1")))
+    told = plan(prepare(recipe(tiny_bases["sd1"], photos, "data.mask_floor=0.1")))
     assert told["masks"] == "of 1 of 3 photos; background counts 0.1"
-    assert "masks" not in plan(look(recipe(tiny_bases["sd1"], photos, "data.masks=none")))
+    assert "masks" not in plan(prepare(recipe(tiny_bases["sd1"], photos, "data.masks=none")))
 
 
 def test_a_mask_of_other_size_but_the_same_shape_is_taken(photos: Path) -> None:

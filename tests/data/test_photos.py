@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune.core.errors import BadInput
 from finetune.data import photos
-from finetune.data.photos import BadPicture, open_picture, read_photo, scan
-from finetune.errors import BadInput
+from finetune.data.photos import BadImage, open_image, read_photo, scan
 
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 6
@@ -21,9 +21,9 @@ ROTATED[0x0112] = 6
 @pytest.fixture
 def corner() -> Image.Image:
     """40x20, black, with a red left quarter."""
-    picture = Image.new("RGB", (40, 20), "black")
-    picture.paste((255, 0, 0), (0, 0, 10, 20))
-    return picture
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste((255, 0, 0), (0, 0, 10, 20))
+    return image
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
@@ -31,7 +31,7 @@ def test_every_format_is_turned_upright_once(tmp_path: Path, corner: Image.Image
     """Pillow turns a TIFF while it loads it and the others not at all."""
     file = tmp_path / f"a.{suffix}"
     corner.save(file, exif=ROTATED)
-    upright = open_picture(file)
+    upright = open_image(file)
     assert read_photo(file).size == upright.size == (20, 40)
     assert upright.getpixel((10, 3))[0] > 200 > 50 > upright.getpixel((10, 30))[0]
 
@@ -42,39 +42,39 @@ def test_every_format_is_read(tmp_path: Path, corner: Image.Image, suffix: str) 
     (photo,) = scan(tmp_path)
     assert photo.size == (40, 20)
     assert photo.digest == hashlib.sha256(photo.path.read_bytes()).hexdigest()
-    red, green, blue = open_picture(photo.path).getpixel((3, 10))
+    red, green, blue = open_image(photo.path).getpixel((3, 10))
     assert red > 200 > 60 > max(green, blue)
 
 
 def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert open_picture(tmp_path / "a.gif").getpixel((8, 8)) == (255, 0, 0)
+    assert open_image(tmp_path / "a.gif").getpixel((8, 8)) == (255, 0, 0)
 
 
 def test_a_dark_16_bit_picture_stays_dark(tmp_path: Path) -> None:
     """200 of 65,535 is black; taken for 8 bits it would be light grey."""
     Image.fromarray(np.full((8, 8), 200, np.uint16)).save(tmp_path / "dark.png")
-    assert open_picture(tmp_path / "dark.png").getpixel((4, 4)) == (1, 1, 1)
+    assert open_image(tmp_path / "dark.png").getpixel((4, 4)) == (1, 1, 1)
 
 
 def test_float_palette_grey_and_cmyk(tmp_path: Path) -> None:
     ramp = np.linspace(-3.0, 5.0, 9, dtype=np.float32).reshape(3, 3)
     Image.fromarray(ramp).save(tmp_path / "float.tiff")
-    assert [open_picture(tmp_path / "float.tiff").getpixel(at)[0] for at in ((0, 0), (1, 1), (2, 2))] == [0, 128, 255]
+    assert [open_image(tmp_path / "float.tiff").getpixel(at)[0] for at in ((0, 0), (1, 1), (2, 2))] == [0, 128, 255]
     Image.new("RGB", (8, 8), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
-    assert open_picture(tmp_path / "palette.png").getpixel((1, 1)) == (10, 200, 30)
+    assert open_image(tmp_path / "palette.png").getpixel((1, 1)) == (10, 200, 30)
     Image.new("L", (8, 8), 77).save(tmp_path / "grey.png")
-    assert open_picture(tmp_path / "grey.png").getpixel((1, 1)) == (77, 77, 77)
+    assert open_image(tmp_path / "grey.png").getpixel((1, 1)) == (77, 77, 77)
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.tiff")
-    assert open_picture(tmp_path / "cmyk.tiff").getpixel((1, 1)) == (255, 0, 0)
+    assert open_image(tmp_path / "cmyk.tiff").getpixel((1, 1)) == (255, 0, 0)
 
 
 def test_a_transparent_palette_colour_becomes_white(tmp_path: Path) -> None:
-    picture = Image.new("P", (8, 8), 0)
-    picture.putpalette([255, 0, 0, 0, 0, 255])
-    picture.save(tmp_path / "a.png", transparency=0)
-    assert open_picture(tmp_path / "a.png").getpixel((1, 1)) == (255, 255, 255)
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.save(tmp_path / "a.png", transparency=0)
+    assert open_image(tmp_path / "a.png").getpixel((1, 1)) == (255, 255, 255)
 
 
 def test_reasons_say_what_is_wrong(tmp_path: Path, corner: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,13 +88,13 @@ def test_reasons_say_what_is_wrong(tmp_path: Path, corner: Image.Image, monkeypa
         assert reason in str(caught.value)
     corner.save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
-    with pytest.raises(BadPicture, match="more than 600 pixels"):
-        open_picture(tmp_path / "bomb.png")
+    with pytest.raises(BadImage, match="more than 600 pixels"):
+        open_image(tmp_path / "bomb.png")
 
 
 def test_a_file_that_has_gone_since_the_scan(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="No such file"):
-        open_picture(tmp_path / "gone.png")
+        open_image(tmp_path / "gone.png")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
@@ -110,7 +110,7 @@ def test_damaged_bytes_never_end_in_a_traceback(tmp_path: Path, kind: str) -> No
         file.write_bytes(damaged)
         try:
             read_photo(file)
-        except BadPicture:
+        except BadImage:
             refused += 1
     assert refused > 10
 

@@ -123,7 +123,7 @@ def rules(work: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from finetune.files import flush, load_tensors, save_tensors, write_text
+    from finetune.core.files import flush, load_tensors, save_tensors, write_text
 
     refused(ModuleNotFoundError, lambda: exec("import fcntl", {"__name__": "finetune.x"}))
     refused(PermissionError, lambda: os.close(os.open(work, os.O_RDONLY)))
@@ -161,7 +161,7 @@ def refused(kind: type[BaseException], act: Callable[[], object]) -> None:
 
 def first_steps(work: Path, photos: Path) -> None:
     """The demo with few steps, longer, exported again, drawn from, converted over itself; then a whole model."""
-    from finetune.cli import run
+    from finetune.cli.main import run
 
     def finetune(*arguments: object) -> None:
         code, message = run([str(argument) for argument in arguments])

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from finetune.cli import run
+from finetune.cli.main import run
 
 
 @dataclass

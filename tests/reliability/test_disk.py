@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.config import Recipe, parse_recipe
-from finetune.errors import BadInput
-from finetune.files import save_tensors
-from finetune.run import RunFolder, State
+from finetune.config.load import parse_recipe
+from finetune.config.recipe import Recipe
+from finetune.core.errors import BadInput
+from finetune.core.files import save_tensors
+from finetune.runs.folder import RunFolder
+from finetune.training.checkpoint import State
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,10 +48,10 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(recipe: Recipe, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with folder.held(recipe):
-        folder.save(state(1), keep=1)
+        folder.checkpoints.save(state(1), keep=1)
         with largest_file(20_000), pytest.raises(BadInput, match=r"step 2 could not be written.*free some space"):
-            folder.save(state(2, size=100_000), keep=1)
-        found = folder.latest()
+            folder.checkpoints.save(state(2, size=100_000), keep=1)
+        found = folder.checkpoints.latest()
     assert found is not None
     assert found.step == 1
     assert [path.name for path in (folder.path / "checkpoints").iterdir()] == ["step-000001"]
@@ -67,23 +69,23 @@ def test_a_run_that_would_not_fit_is_refused_before_it_starts(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
     folder = RunFolder(tmp_path)
-    folder.check_space(10_000_000)
+    folder.checkpoints.check_space(10_000_000)
     with pytest.raises(BadInput, match=r"0\.01 GB free but .* need 0\.02 GB"):
-        folder.check_space(20_000_000)
+        folder.checkpoints.check_space(20_000_000)
 
 
 def test_left_overs_of_a_kill_are_swept_away(recipe: Recipe, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with folder.held(recipe):
         (folder.path / "checkpoints" / ".step-000001.tmp").mkdir(parents=True)
-        folder.save(state(2), keep=2)
+        folder.checkpoints.save(state(2), keep=2)
     assert [path.name for path in (folder.path / "checkpoints").iterdir()] == ["step-000002"]
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from finetune.run import RunFolder
+from finetune.runs.folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 with folder.held(folder.recipe):
     print("held", flush=True)

@@ -17,12 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import launch
-from finetune.config import Run, parse_recipe
-from finetune.errors import BadInput
-from finetune.files import load_tensors, save_tensors, write_text
-from finetune.run import RunFolder
-from finetune.signals import STOPPING
+from finetune.cli import launch
+from finetune.config.load import parse_recipe
+from finetune.core.errors import BadInput
+from finetune.core.files import load_tensors, save_tensors, write_text
+from finetune.core.signals import STOPPING
+from finetune.runs.folder import RunFolder
+from finetune.training.settings import Run
 
 ROOT = Path(__file__).parents[2]
 OURS = [file for part in ("finetune", "data_tools") for file in sorted((ROOT / part).rglob("*.py"))]

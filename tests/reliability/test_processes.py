@@ -70,9 +70,9 @@ def test_one_and_two_processes_end_equal(tiny_bases: dict[str, Path], photos: Pa
         assert losses(two) == pytest.approx(losses(one), rel=1e-5)
         weights = [load_file(run / "adapter" / "trained.safetensors") for run in (one, two)]
         assert distance(*weights) < 1e-5, name
-    pictures = class_images(tmp_path / "1" / "cache")
-    assert len(pictures) == 5 * len(names)
-    assert class_images(tmp_path / "2" / "cache") == pictures
+    images = class_images(tmp_path / "1" / "cache")
+    assert len(images) == 5 * len(names)
+    assert class_images(tmp_path / "2" / "cache") == images
     written = (tmp_path / "2" / "written.txt").read_text().splitlines()
     shared = ("/cache/class-images", "file-hashes.json")  # its share of the pictures; a list of file hashes
     odd = [line for line in written if not line.endswith("/cache") and not any(name in line for name in shared)]

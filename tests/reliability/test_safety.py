@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from finetune import load_recipe, train
-from finetune.errors import BadInput
-from finetune.files import sha256
-from finetune.report import write_report
-from finetune.run import RunFolder
+from finetune.core.errors import BadInput
+from finetune.core.files import sha256
+from finetune.report.html import write_report
+from finetune.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
@@ -84,7 +84,7 @@ def test_a_name_leads_out_of_no_folder(name: str, photos: Path, tmp_path: Path) 
 
 def test_an_adapters_metadata_leads_nowhere(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     """Names inside a file that somebody sent are never used as paths."""
-    from finetune.cli import run
+    from finetune.cli.main import run
 
     part = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     width = json.loads((tiny_bases["sd1"] / "unet" / "config.json").read_text())["block_out_channels"][-1]
@@ -105,7 +105,7 @@ def test_a_bases_own_code_is_not_run(tiny_bases: dict[str, Path], tmp_path: Path
     """`auto_map` names a Python file beside the weights, for libraries that trust remote code."""
     import shutil
 
-    from finetune import families
+    from finetune.families.source import load_family
 
     base = tmp_path / "base"
     shutil.copytree(tiny_bases["sd1"], base)
@@ -114,7 +114,7 @@ def test_a_bases_own_code_is_not_run(tiny_bases: dict[str, Path], tmp_path: Path
         (base / part / "evil.py").write_text(code)
         config = json.loads((base / part / "config.json").read_text())
         (base / part / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Evil"}}))
-    families.load(str(base))
+    load_family(str(base))
     assert not (tmp_path / "ran").exists()
 
 

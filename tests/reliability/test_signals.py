@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from work import wait_for_steps
 
-from finetune.signals import Interrupted, Signals
+from finetune.core.signals import Interrupted, Signals, Stop
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,23 +26,23 @@ def kill_myself(number: signal.Signals, pause: float = 0.01) -> None:
 
 
 def test_outside_the_loop_a_signal_interrupts_at_once() -> None:
-    with Signals(), pytest.raises(Interrupted) as caught:
+    with Signals(Stop()), pytest.raises(Interrupted) as caught:
         kill_myself(signal.SIGTERM, pause=1)
     assert caught.value.number == signal.SIGTERM
 
 
 def test_inside_the_loop_the_first_signal_is_noted_and_raised_at_its_end() -> None:
     reached = False
-    with Signals() as signals, pytest.raises(Interrupted), signals.deferred():  # noqa: PT012
+    with Signals(Stop()) as stop, pytest.raises(Interrupted), stop.deferred():  # noqa: PT012
         kill_myself(signal.SIGTERM)
-        reached = signals.received == signal.SIGTERM
+        reached = stop.received == signal.SIGTERM
     assert reached
 
 
 def test_a_second_ctrl_c_interrupts_inside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.signals.SAME_KEYPRESS", 0.0)
+    monkeypatch.setattr("finetune.core.signals.SAME_KEYPRESS", 0.0)
     reached = False
-    with Signals() as signals, pytest.raises(Interrupted), signals.deferred():  # noqa: PT012
+    with Signals(Stop()) as stop, pytest.raises(Interrupted), stop.deferred():  # noqa: PT012
         kill_myself(signal.SIGINT)
         kill_myself(signal.SIGINT, pause=1)
         reached = True
@@ -51,7 +51,7 @@ def test_a_second_ctrl_c_interrupts_inside_the_loop(monkeypatch: pytest.MonkeyPa
 
 def test_one_key_press_that_arrives_twice_is_one() -> None:
     reached = False
-    with Signals() as signals, pytest.raises(Interrupted), signals.deferred():  # noqa: PT012
+    with Signals(Stop()) as stop, pytest.raises(Interrupted), stop.deferred():  # noqa: PT012
         kill_myself(signal.SIGINT)
         kill_myself(signal.SIGINT)
         reached = True
@@ -60,7 +60,7 @@ def test_one_key_press_that_arrives_twice_is_one() -> None:
 
 def test_handlers_are_given_back() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with Signals():
+    with Signals(Stop()):
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
 

@@ -45,14 +45,14 @@ def note_writes(folder: Path, note: Path) -> None:
 
 def work(arguments: list[str]) -> tuple[int, str]:
     """arguments: a folder, the photos, and base folders; RUNS/<family>-<method> come out."""
-    from finetune.quiet import quiet, quiet_bars
+    from finetune.core.logging import quiet, quiet_bars
 
     quiet()
     quiet_bars()
     import torch
 
     from finetune import load_recipe, train
-    from finetune.errors import BadInput, CheckFailed
+    from finetune.core.errors import BadInput, CheckFailed
 
     torch.set_num_threads(1)
     out, photos, *bases = map(Path, arguments)
@@ -74,7 +74,7 @@ def work(arguments: list[str]) -> tuple[int, str]:
 
 def priors(arguments: list[str]) -> tuple[int, str]:
     """arguments: a folder, the photos, a base. One recipe for each kind of prior that has no class images."""
-    from finetune.quiet import quiet, quiet_bars
+    from finetune.core.logging import quiet, quiet_bars
 
     quiet()
     quiet_bars()
@@ -97,9 +97,9 @@ def priors(arguments: list[str]) -> tuple[int, str]:
 def one_bad_rank(arguments: list[str]) -> tuple[int, str]:
     """arguments: a folder, a base. The second process meets a NaN in step 3."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from test_loop import Memory, run_fit
+    from test_trainer import Memory, run_fit
 
-    from finetune.errors import CheckFailed
+    from finetune.core.errors import CheckFailed
     from finetune.methods.lora import LoRA
 
     out, base = map(Path, arguments)

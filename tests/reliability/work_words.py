@@ -18,14 +18,14 @@ SETTINGS = (
 
 def work(arguments: list[str]) -> tuple[int, str]:
     """arguments: a folder, the photos, and a base; RUNS/<method> come out."""
-    from finetune.quiet import quiet, quiet_bars
+    from finetune.core.logging import quiet, quiet_bars
 
     quiet()
     quiet_bars()
     import torch
 
     from finetune import load_recipe, train
-    from finetune.errors import BadInput, CheckFailed
+    from finetune.core.errors import BadInput, CheckFailed
 
     torch.set_num_threads(1)
     out, photos, base = map(Path, arguments)

@@ -1,0 +1,68 @@
+"""What can be done with adapters as matrices: sums, lower ranks, and the difference of two models.
+
+Everything goes by singular values (Eckart and Young): the best approximation of a delta by a given rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from finetune.core.errors import BadInput
+from finetune.export.base import Adapter
+from finetune.export.decompose import (
+    Kept,
+    decompose,
+    differences,
+    factors_at_rank,
+    kept_energy,
+    rank_for_energy,
+    svd_of_product,
+)
+from finetune.families.base import Family
+
+
+def resize(adapter: Adapter, rank: int | None = None, energy: float | None = None) -> tuple[Adapter, Kept]:
+    """Every module at `rank`, or at the smallest rank that keeps `energy` (0 to 1) of it."""
+    layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    spectra: dict[str, tuple[Tensor, int]] = {}
+    for part, module, a, b in adapter.modules():
+        u, s, v = svd_of_product(b.flatten(1) * adapter.scale, a.flatten(1))
+        r = rank_for_energy(s, rank, energy)
+        layers.setdefault(part, {})[module] = factors_at_rank(u, s, v, r, a, b)
+        spectra[f"{part}.{module}"] = (s, r)
+    return Adapter(adapter.family, adapter.base_folder, layers, 1.0), kept_energy(spectra)
+
+
+def combine(weighted: Sequence[tuple[Adapter, float]]) -> Adapter:
+    """The adapter whose deltas are the weighted sums: ranks add up, nothing is lost.
+
+    Raises:
+        BadInput: they are of different families.
+    """
+    names = {adapter.family for adapter, _ in weighted}
+    if len(names) != 1:
+        raise BadInput(f"adapters of {' and '.join(sorted(names))} can't be added: give adapters of one family")
+    layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for adapter, weight in weighted:
+        for part, module, a, b in adapter.modules():
+            held = layers.setdefault(part, {})
+            pair = (a, b * (adapter.scale * weight))
+            if module in held:
+                pair = (torch.cat([held[module][0], pair[0]]), torch.cat([held[module][1], pair[1]], 1))
+            held[module] = pair
+    return Adapter(weighted[0][0].family, weighted[0][0].base_folder, layers, 1.0)
+
+
+def extract(base: Family, tuned: Family, rank: int) -> tuple[Adapter, Kept]:
+    """The difference of two models as a LoRA, on every linear layer and convolution that moved.
+
+    Raises:
+        BadInput: they are of different families or shapes, or do not differ.
+    """
+    found = decompose(differences(base, tuned), rank)
+    if not found.spectra:
+        raise BadInput("the model and the base have the same weights: there is nothing to extract")
+    return Adapter(base.name, base.folder, found.layers(rank), 1.0), found.kept(rank)

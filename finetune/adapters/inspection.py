@@ -1,0 +1,314 @@
+"""A LoRA file from anywhere, held against a base: what it is, what is wrong with it, and who would read it how.
+
+The rules of the UIs are facts read from their loaders (docs/exports.md); diffusers is asked by loading the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from finetune.core.errors import BadInput
+from finetune.export.base import Adapter
+from finetune.export.lora.diffusers import HEADER, prefixes
+from finetune.export.lora.kohya import ALPHA, Place, key_of, keys_of, places, split
+from finetune.export.lora.peft import Peft
+from finetune.families.configs import read_config
+from finetune.families.naming.clip import strip_text_model
+from finetune.families.naming.ldm import unet_name
+from finetune.families.registry import FAMILIES, family_of, is_transformer, weight_shapes
+from finetune.families.source import resolve_base
+
+# endings of one module's tensors -> (what it is, which role it has in a LoRA)
+ENDINGS = {
+    ".lora_down.weight": "a", ".lora_up.weight": "b", ".lora_A.weight": "a", ".lora_B.weight": "b", ALPHA: "alpha",
+}  # fmt: skip
+OTHERS = {
+    ".dora_scale": "DoRA", ".lora_magnitude_vector": "DoRA", ".hada_w1_a": "LoHa", ".hada_w1_b": "LoHa",
+    ".hada_w2_a": "LoHa", ".hada_w2_b": "LoHa", ".lokr_w1": "LoKr", ".lokr_w2": "LoKr", ".lokr_w1_a": "LoKr",
+    ".lokr_w1_b": "LoKr", ".lokr_w2_a": "LoKr", ".lokr_w2_b": "LoKr", ".oft_blocks": "OFT", ".oft_diag": "OFT",
+    ".lora_mid.weight": "LoCon with a middle matrix", ".diff": "full differences", ".diff_b": "full differences",
+}  # fmt: skip
+FORGE_LIMIT = 12  # more unmatched keys, and Forge ignores the whole file
+NOT_KOHYA = (
+    ("partly", "it matches only some of these keys (measured on SDXL: 24 of 56): convert it to kohya"),
+    ("refused", "it does not read these keys: convert it to kohya"),
+    ("unknown", "not established for these keys: convert it to kohya"),
+    ("unknown", "not established for these keys: convert it to kohya"),
+)
+
+
+@dataclass
+class Inspection:
+    """What was found.
+
+    `faults`: what is wrong with a module -> the names of such modules. `verdicts`: UI -> (fully, partly, refused or
+    unknown; why).
+    """
+
+    path: Path
+    kind: str
+    family: str
+    dtype: str
+    size: int
+    adapter: Adapter | None
+    ranks: Counter[int]
+    scales: Counter[float]
+    metadata: dict[str, str]
+    zero: list[str] = field(default_factory=list)
+    unknown_keys: list[str] = field(default_factory=list)
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    verdicts: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def problems(self) -> list[str]:
+        """One line for each kind of fault, with the first name."""
+        lines = [f"{what} ({len(names)}, such as {names[0]})" for what, names in self.faults.items()]
+        if self.unknown_keys:
+            lines.append(
+                f"keys that fit nothing in {self.family} ({len(self.unknown_keys)}, such as {self.unknown_keys[0]})"
+            )
+        if self.adapter is None:
+            lines.append(f"no module of {self.family} can be read from it")
+        elif self.zero and len(self.zero) == self.adapter.count:
+            lines.append("every module is zero: the adapter changes nothing")
+        return lines
+
+    def fault(self, what: str, name: str) -> None:
+        self.faults.setdefault(what, []).append(name)
+
+
+def inspect_adapter(path: Path, base: str) -> Inspection:
+    """Looks at a kohya or diffusers file, or a PEFT folder, against a base.
+
+    Raises:
+        BadInput: nothing is there, it is not a whole safetensors file, or it is no LoRA at all.
+    """
+    folder = resolve_base(base)
+    family = family_of(folder).name
+    if path.is_dir():
+        return _peft_folder(path, family, folder)
+    if not path.is_file():
+        raise BadInput(f"there is no file {path}: give a .safetensors file or a PEFT folder")
+    if path.suffix != ".safetensors":
+        raise BadInput(f"{path} is no .safetensors file: other kinds are not read, since they can run code")
+    keys = keys_of(path)
+    if not any(key.endswith((*ENDINGS, *OTHERS)) for key in keys):
+        raise BadInput(f"{path} is no LoRA: none of its {len(keys)} keys is one (such as {', '.join(keys[:1])})")
+    with safe_open(path, "pt") as opened:
+        metadata = dict(opened.metadata() or {})
+        tensors = {key: opened.get_tensor(key).clone() for key in keys}  # not mapped: the file may be replaced
+    return _inspect(path, tensors, metadata, family, folder)
+
+
+def open_adapter(path: Path, base: str) -> tuple[Adapter, Inspection]:
+    """A file's adapter, where nothing of it would be lost.
+
+    Raises:
+        BadInput: it has keys or modules that can't be taken over; they are named.
+    """
+    found = inspect_adapter(path, base)
+    grave = [line for line in found.problems if not line.startswith("modules without alpha")]
+    if found.adapter is None or grave:
+        raise BadInput(f"{path} can't be taken over: {'; '.join(grave)}: see `finetune verify {path} --base {base}`")
+    return found.adapter, found
+
+
+def accepted_names(folder: Path) -> dict[str, Place]:
+    """Every module name that some trainer writes -> what it stands for."""
+    family = family_of(folder)
+    title, prefix = family.name, prefixes(family.name)
+    names: dict[str, Place] = {}
+    for (part, name), place in places(folder).items():
+        names[key_of(title, part, name)] = place
+        if part == "denoiser":
+            names |= _other_denoiser_names(title, name, place, folder)
+        elif family.export_prefix[part] == "lora_te":
+            names[key_of(title, part, name).replace("lora_te_", "lora_te1_", 1)] = place
+    for part, modules in weight_shapes(folder).items():
+        names |= {f"{prefix[part]}.{path}": Place(part, (path,), (shape[0],)) for path, shape in modules.items()}
+    return names
+
+
+def _other_denoiser_names(family: str, name: str, place: Place, folder: Path) -> dict[str, Place]:
+    """SDXL's original names in kohya's form, and the original names of SD3 and Flux in PEFT's."""
+    if is_transformer(family):
+        return {f"diffusion_model.{name}": place}
+    config = read_config(folder, "unet/config.json")
+    return {f"lora_unet_{unet_name(name, config).replace('.', '_')}": place}
+
+
+def _inspect(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], family: str, folder: Path
+) -> Inspection:
+    names = accepted_names(folder)
+    modules, others, odd = _by_module(tensors)
+    known = {name: names[_plain(name)] for name in modules if _plain(name) in names}
+    found = Inspection(
+        path=path,
+        kind=_kind(modules),
+        family=family,
+        dtype=", ".join(sorted({_dtype(value) for key, value in tensors.items() if not key.endswith(ALPHA)})),
+        size=path.stat().st_size,
+        adapter=None,
+        ranks=Counter(),
+        scales=Counter(),
+        metadata=metadata,
+        unknown_keys=sorted(odd) + sorted(name for name in modules if name not in known),
+    )
+    weights = weight_shapes(folder)
+    layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    header_alpha = _header_alpha(metadata)
+    for name in sorted(known):
+        place = known[name]
+        first = weights[place.part][place.modules[0]]
+        pair = _module(found, name, modules[name], header_alpha, torch.Size([sum(place.rows), *first[1:]]))
+        if pair is not None:
+            apart = split(*pair, place)
+            found.ranks.update(len(a) for a, _ in apart.values())
+            layers.setdefault(place.part, {}).update(apart)
+    for key, what in others.items():
+        found.fault(f"keys of {what}, which a reader of plain LoRA drops or misreads", key)
+    if layers:
+        found.adapter = Adapter(family, folder, layers, 1.0)
+    found.verdicts = _verdicts(found, list(modules))
+    return found
+
+
+def _by_module(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], list[str]]:
+    """Module name -> its matrices by role; keys of other methods; keys of nothing known."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, str] = {}
+    odd = []
+    for key, value in tensors.items():
+        ending = next((ending for ending in (*ENDINGS, *OTHERS) if key.endswith(ending)), None)
+        if ending is None:
+            odd.append(key)
+        elif ending in OTHERS:
+            others[key] = OTHERS[ending]
+        else:
+            modules.setdefault(key.removesuffix(ending), {})[ENDINGS[ending]] = value
+    return {name: held for name, held in modules.items() if held.keys() & {"a", "b"}}, others, odd
+
+
+def _plain(name: str) -> str:
+    """A diffusers name without the wrapper that some encoders have."""
+    prefix, dot, rest = name.partition(".")
+    return f"{prefix}.{strip_text_model(rest)}" if dot else name
+
+
+def _module(
+    found: Inspection, name: str, held: dict[str, Tensor], header_alpha: float | None, weight: torch.Size
+) -> tuple[Tensor, Tensor] | None:
+    """(A, B) with the scale in B, or None; what is wrong goes into `found`."""
+    missing = [role for role in ("a", "b") if role not in held]
+    if missing:
+        found.fault(f"modules without their {'down' if missing == ['a'] else 'up'} matrix: readers skip them", name)
+        return None
+    a, b = held["a"].float(), held["b"].float()
+    if len(a) != b.shape[1] or len(b) != weight[0] or a[0].numel() != weight[1:].numel():
+        found.fault("modules of another shape than the base's: it was trained on another base", name)
+        return None
+    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        found.fault("modules that are not finite", name)
+        return None
+    alpha = float(held["alpha"]) if "alpha" in held else header_alpha
+    if alpha is None and is_transformer(found.family):
+        alpha = float(len(a))  # such files carry their scale in the matrices
+    if alpha is None:
+        found.fault("modules without alpha: readers take the rank, which the trainer may not have", name)
+        alpha = float(len(a))
+    if not bool(b.any()) or not bool(a.any()):
+        found.zero.append(name)
+    found.scales[round(alpha / len(a), 6)] += 1
+    return a.reshape(len(a), *weight[1:]), (b * (alpha / len(a))).reshape(*b.shape[:2], *([1] * (len(weight) - 2)))
+
+
+def _header_alpha(metadata: dict[str, str]) -> float | None:
+    """diffusers' files say their alpha in the header, once per part; ours and diffusers' own have one for all."""
+    about = json.loads(metadata.get(HEADER, "{}"))
+    alphas = {float(value) for key, value in about.items() if key.endswith(".lora_alpha")}
+    return alphas.pop() if len(alphas) == 1 else None
+
+
+def _kind(modules: dict[str, Any]) -> str:
+    dotted = sum("." in name for name in modules)
+    if dotted and dotted < len(modules):
+        return "a mixture of two formats"
+    return "diffusers" if dotted else "kohya"
+
+
+def _dtype(value: Tensor) -> str:
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}.get(value.dtype, str(value.dtype))
+
+
+def _verdicts(found: Inspection, modules: list[str]) -> dict[str, tuple[str, str]]:
+    """What each UI's loader makes of the keys."""
+    uis = ("ComfyUI", "Forge/A1111", "InvokeAI", "sdnext")
+    if found.adapter is None:
+        return dict.fromkeys(uis, ("refused", "nothing fits"))
+    if not FAMILIES[found.family].known_to_uis:
+        return dict.fromkeys(uis, ("unknown", f"not established for {found.family}"))
+    if is_transformer(found.family):
+        return _transformer_verdicts(found, uis)
+    if found.kind != "kohya":
+        return dict(zip(uis, NOT_KOHYA, strict=True))
+    lost = len(found.unknown_keys)
+    if lost:
+        verdicts = dict.fromkeys(uis, ("partly", f"{lost} keys are not loaded"))
+        if lost > FORGE_LIMIT:
+            verdicts["Forge/A1111"] = ("refused", f"{lost} keys are unmatched, more than {FORGE_LIMIT}")
+        if found.family == "sdxl":
+            verdicts["InvokeAI"] = ("refused", "unknown keys are an error for SDXL")
+        return verdicts
+    verdicts = dict.fromkeys(uis, ("fully", ""))
+    silent = sum(name.startswith("lora_te1_") for name in modules) if found.family != "sdxl" else 0
+    if silent:
+        why = f"{silent} text-encoder modules (lora_te1_ where lora_te_ belongs) are lost in silence: convert it"
+        verdicts["InvokeAI"] = verdicts["sdnext"] = ("partly", why)
+    return verdicts
+
+
+def _transformer_verdicts(found: Inspection, uis: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    """SD3 and Flux: the diffusers form is what all read; joined matrices each reads in its own way."""
+    lost, texts = (
+        len(found.unknown_keys),
+        len((found.adapter.layers.keys() if found.adapter else set()) - {"denoiser"}),
+    )
+    if found.kind != "diffusers":
+        return dict.fromkeys(uis, ("unknown", "not established for these keys: convert it to diffusers"))
+    if lost or texts:
+        why = f"{lost} keys are not loaded" if lost else "not established for the text encoders of such files"
+        return dict.fromkeys(uis, ("partly" if lost else "unknown", why))
+    return dict.fromkeys(uis, ("fully", ""))
+
+
+def _peft_folder(path: Path, family: str, folder: Path) -> Inspection:
+    if not any(path.glob("*/adapter_config.json")):
+        raise BadInput(f"{path} is no PEFT folder (it has no PART/adapter_config.json): give a LoRA file")
+    adapter = Peft().read(path, family, folder)
+    files = sorted(path.glob("*/adapter_model.safetensors"))
+    with safe_open(files[0], "pt") as opened:
+        dtype = _dtype(opened.get_tensor(next(iter(opened.keys()))))
+    ranks = Counter(len(a) for _, _, a, _ in adapter.modules())
+    found = Inspection(
+        path, "peft", family, dtype, sum(file.stat().st_size for file in files), adapter, ranks,
+        Counter({round(adapter.scale, 6): adapter.count}), {},
+    )  # fmt: skip
+    table = {(place.part, module) for place in places(folder).values() for module in place.modules}
+    found.unknown_keys = [
+        f"{part}.{module}" for part, module, _, _ in adapter.modules() if (part, module) not in table
+    ]
+    for part, module, a, b in adapter.modules():
+        if not bool(a.isfinite().all() and b.isfinite().all()):
+            found.fault("modules that are not finite", f"{part}.{module}")
+    refused = ("refused", "it reads single files: convert it to kohya")
+    found.verdicts = dict.fromkeys(("ComfyUI", "Forge/A1111", "InvokeAI", "sdnext"), refused)
+    return found

@@ -1,0 +1,121 @@
+"""Adapter files of any trainer: looked at, converted, added, made smaller, or taken out of a tuned model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from finetune.adapters.algebra import combine, extract, resize
+from finetune.adapters.inspection import Inspection, inspect_adapter, open_adapter
+from finetune.core.devices import DTYPES, machine
+from finetune.core.errors import BadInput
+from finetune.export.adapter import export_adapter
+from finetune.export.base import Adapter, Bench, Exported
+from finetune.export.decompose import Kept
+from finetune.export.model.checkpoint import export_checkpoint
+from finetune.export.model.folder import export_folder
+from finetune.export.registry import EXPORTS, FOLDER, check_formats
+from finetune.export.verify import BOUNDS, apply_adapter, read_by_diffusers
+from finetune.families.configs import read_config
+from finetune.families.source import load_family, resolve_base
+
+# what diffusers raises on files that it does not understand
+READER_ERRORS = (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError)
+
+
+def verify_file(path: Path, base: str) -> Inspection:
+    """`inspect_adapter`, and what diffusers makes of the file when it loads it on a clean base."""
+    found = inspect_adapter(path, base)
+    if path.is_dir():
+        found.verdicts["diffusers"] = ("unknown", "it reads such folders part by part through PEFT: not tried here")
+        return found
+    if found.adapter is None:
+        found.verdicts["diffusers"] = ("refused", "nothing fits")
+        return found
+    try:
+        line = read_by_diffusers(found.adapter, found.adapter, path, _coarsest(found.dtype), _bench(found.adapter))
+    except AssertionError:  # the sizes of Flux.1 are written into its reader of joined matrices
+        found.verdicts["diffusers"] = ("unknown", "its reader of such keys knows the full-size model only")
+        return found
+    except READER_ERRORS as error:
+        found.verdicts["diffusers"] = ("refused", " ".join(str(error).split())[:160])
+        return found
+    state = "fully" if line.startswith("ok") else "partly"
+    found.verdicts["diffusers"] = (state, line.split(": ", 1)[1])
+    return found
+
+
+def _bench(adapter: Adapter) -> Bench:
+    """This machine."""
+    return Bench(*machine(), lambda dtype: load_family(str(adapter.base_folder), dtype=dtype))
+
+
+def _coarsest(found: str) -> torch.dtype:
+    """Of a file's precisions ("fp16, fp32")."""
+    return max((DTYPES[name] for name in found.split(", ") if name in DTYPES), key=lambda dtype: BOUNDS[dtype])
+
+
+def write(
+    adapter: Adapter, base: str, out: Path, formats: Sequence[str], dtype: str, force: bool, about: dict[str, str]
+) -> list[Exported]:
+    """`out` has no ending: NAME.safetensors, NAME-diffusers/ and NAME-peft/ are written beside each other."""
+    scheduler = read_config(resolve_base(base), "scheduler/scheduler_config.json")
+    folder = out.parent
+    for wanted in formats:
+        check_formats([wanted])
+        path = EXPORTS[wanted]().path(folder, out.name, adapter.family)
+        if path.exists() and not force:
+            raise BadInput(f"{path} is already there: give another --out, or pass --force")
+    own = {"title": out.name, "trigger_phrase": "", "resolution": ""} | about
+    v_prediction = scheduler.get("prediction_type") == "v_prediction"
+    return export_adapter(
+        adapter, folder, out.name, list(formats), dtype, own, _bench(adapter), v_prediction, force=True
+    )
+
+
+def about_of(found: Inspection) -> dict[str, str]:
+    """What a converted file keeps of the old one's metadata: the trigger and the resolution, nothing private."""
+    metadata = found.metadata
+    return {
+        "trigger_phrase": metadata.get("modelspec.trigger_phrase", ""),
+        "resolution": metadata.get("modelspec.resolution", ""),
+    }
+
+
+def weighted(text: str) -> tuple[Path, float]:
+    """FILE or FILE:WEIGHT."""
+    name, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(name), float(number)
+    except ValueError as error:
+        raise BadInput(f"{text!r} is no file, and {number!r} no weight: write FILE or FILE:0.7") from error
+
+
+def merged(files: Sequence[tuple[Path, float]], base: str, rank: int | None) -> tuple[Adapter, Kept | None]:
+    """The weighted sum of adapters as one adapter; at `rank`, if one is given."""
+    adapter = combine([(open_adapter(path, base)[0], weight) for path, weight in files])
+    return resize(adapter, rank) if rank else (adapter, None)
+
+
+def merged_model(
+    files: Sequence[tuple[Path, float]], base: str, out: Path, dtype: str, wanted: str = FOLDER
+) -> Exported:
+    """The base with adapters added into its weights, as a diffusers folder or a single file."""
+    if out.exists():
+        raise BadInput(f"{out} is already there: give another --out")
+    adapters = [(open_adapter(path, base)[0], weight) for path, weight in files]
+    family = load_family(base)
+    for adapter, weight in adapters:
+        apply_adapter(family, adapter, weight)
+    if wanted == FOLDER:
+        return export_folder(family, out, dtype)
+    about = {"title": out.stem, "trigger_phrase": "", "resolution": f"{family.resolution}x{family.resolution}"}
+    return export_checkpoint(family, out, dtype, about)
+
+
+def extracted(model: str, base: str, rank: int) -> tuple[Adapter, Kept]:
+    return extract(load_family(base), load_family(model), rank)

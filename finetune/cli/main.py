@@ -1,0 +1,401 @@
+"""The command line: parses, calls, prints. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune.cli.adapters import register, say_exported
+from finetune.cli.output import PROGRESS_BARS, progress_bars
+from finetune.core.errors import BadInput, CheckFailed, Stopped
+from finetune.core.logging import printable, quiet
+
+if TYPE_CHECKING:
+    from finetune.config.recipe import Recipe
+
+app = typer.Typer(
+    name="finetune",
+    help="Fine-tune and personalise diffusion models, with proof.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(help="Shipped recipes.", no_args_is_help=True, rich_markup_mode=None)
+tokens_app = typer.Typer(help="Rare tokens of a base.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(tokens_app, name="tokens")
+
+register(app)
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_ERRORS = (*NO_SPACE, errno.EACCES, errno.EROFS, errno.EPERM)
+
+Processes = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave out photos that can't be used")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
+BaseOption = Annotated[str, typer.Option("--base", help="tiny, a diffusers folder or a hub id")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a YAML file")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    skip_bad: SkipBad = False,
+    processes: Processes = None,
+) -> None:
+    """Train a recipe from end to end; an interrupted run of the same recipe goes on where it stopped."""
+    from finetune.config.recipes import find
+
+    find(recipe)  # a misspelt name is told at once, before the heavy imports
+    from finetune.config.load import load_recipe
+
+    _train(load_recipe(recipe, [*(overrides or []), *_skipping(skip_bad)]), dry_run, processes)
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="a run folder")], processes: Processes = None) -> None:
+    """Go on with an interrupted run; what comes out is what the unbroken run would have given."""
+    from finetune.runs.folder import RunFolder
+
+    _train(RunFolder(run).recipe, False, processes, run)
+
+
+@app.command()
+def dreambooth(
+    photos: Annotated[Path, typer.Argument(help="a folder with 3-10 photos of the subject")],
+    class_noun: Annotated[str, typer.Option("--class-noun", help="what the subject is, such as dog")],
+    overrides: Overrides = None,
+    base: BaseOption = "tiny",
+    dry_run: DryRun = False,
+    skip_bad: SkipBad = False,
+    processes: Processes = None,
+) -> None:
+    """The short way: a DreamBooth LoRA with class images from a folder of photos."""
+    from finetune.config.load import load_recipe
+
+    name = "demo" if base == "tiny" else "dreambooth-lora"
+    own = [
+        f"data.photos={photos}",
+        f"data.class_noun={class_noun}",
+        f"base={base}",
+        f"run.name={_file_name(class_noun)}",
+    ]
+    _train(load_recipe(name, [*own, *(overrides or []), *_skipping(skip_bad)]), dry_run, processes)
+
+
+@app.command()
+def demo(out: Annotated[Path | None, typer.Option("--out", help="the run folder")] = None) -> None:
+    """The whole job on the embedded base in minutes: five pictures of a mug become an adapter that works."""
+    from finetune.jobs.demo import run_demo
+
+    _loud()
+    run_demo(out, typer.echo)
+
+
+@app.command()
+def sample(
+    source: Annotated[Path, typer.Argument(help="a run folder or an adapter file", metavar="RUN_OR_ADAPTER")],
+    prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="may be given several times")],
+    negative: str = "",
+    seed: int = 0,
+    count: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 4,
+    steps: Annotated[int, typer.Option(min=1)] = 25,
+    guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
+    sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
+    base: BaseOption = "tiny",
+    out: Annotated[Path, typer.Option(help="where the pictures go")] = Path("samples"),
+) -> None:
+    """Draw pictures: PNGs and a grid."""
+    _loud()
+    from finetune.core.devices import machine
+    from finetune.core.events import phase
+    from finetune.jobs.open import open_result
+    from finetune.sampling.draw import draw
+    from finetune.sampling.images import grid, parameters, save_image
+
+    family, info = open_result(source, base, *machine())
+    size = info.get("resolution") or family.resolution
+    guidance = guidance if guidance is not None else info.get("guidance", 5.0)
+    seeds = [seed + number for number in range(count)]
+    pairs = [(text, one) for text in prompt for one in seeds]
+    with phase("Drawing", len(pairs)) as advance:
+        images = draw(
+            family,
+            [text for text, _ in pairs],
+            seeds=[one for _, one in pairs],
+            negative=negative,
+            sampler=sampler,
+            steps=steps,
+            guidance=guidance,
+            size=size,
+            advance=lambda amount: advance(amount, ""),
+        )
+    for number, ((text, one), image) in enumerate(zip(pairs, images, strict=True)):
+        about = parameters(text, negative, one, sampler, steps, guidance, size, info.get("base", base))
+        save_image(image, out / f"{number // count:02d}-{one}.png", about)
+    grid(images, count, prompt).save(out / "grid.png")
+    typer.echo(f"{len(images)} pictures and grid.png in {out}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a finished run's folder")],
+    to: Annotated[
+        list[str] | None, typer.Option("--to", help="kohya, diffusers, peft; folder, checkpoint, embedding")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="of what is no LoRA and leaves as one")] = None,
+    max_error: Annotated[float | None, typer.Option("--max-error", help="what this may cost, such as 0.1")] = None,
+) -> None:
+    """Write what the run trained for other programs into RUN/exports, and check every file."""
+    _loud()
+    from finetune.config.load import parse_recipe
+    from finetune.core.devices import machine
+    from finetune.export.registry import check_formats
+    from finetune.jobs.companions import write_companions
+    from finetune.jobs.export import export_run
+    from finetune.jobs.open import open_run
+    from finetune.report.html import write_report
+    from finetune.runs.folder import RunFolder
+
+    folder = RunFolder(run)
+    given = {"export.rank": rank, "export.max_error": max_error}
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    recipe = parse_recipe(folder.recipe.model_dump(mode="json"), options, where="the options")
+    check_formats(to or [], recipe.method.artifacts)
+    family, _ = open_run(folder, machine()[0])
+    exported = export_run(folder, family, to or [], recipe.export)
+    write_companions(folder)
+    write_report(run)
+    say_exported(exported)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    captions: Annotated[bool, typer.Option("--captions", help="show the captions of the photos' files")] = False,
+) -> None:
+    """Build RUN/report.html again."""
+    from finetune.report.html import write_report
+    from finetune.runs.folder import RunFolder
+
+    RunFolder(run).recipe  # noqa: B018 - says so if this is no run folder
+    typer.echo(str(write_report(run, captions)))
+
+
+@app.command()
+def doctor() -> None:
+    """What works on this machine, and what to do about what does not."""
+    _loud()
+    from rich.console import Console
+    from rich.table import Table
+
+    from finetune.cli.doctor import examine
+
+    table = Table("", "", "what to do", box=None)
+    findings = examine()
+    for item in findings:
+        mark = {True: "[green]ok[/] ", False: "[red]bad[/] ", None: ""}[item.ok]
+        table.add_row(item.name, f"{mark}{item.value}", item.advice)
+    Console().print(table)
+    bad = [item.name for item in findings if item.ok is False]
+    if bad:
+        raise CheckFailed(f"{', '.join(bad)}: see what to do above")
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """Names and what they are for."""
+    from finetune.config import recipes
+
+    for name in recipes.names():
+        typer.echo(f"{name:<18} {recipes.summary(recipes.find(name))}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: str) -> None:
+    """Print a recipe."""
+    from finetune.config import recipes
+
+    typer.echo(recipes.find(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy")
+def recipes_copy(name: str, to: Annotated[Path | None, typer.Argument(help="a new file")] = None) -> None:
+    """Copy a recipe, to change it."""
+    from finetune.config import recipes
+
+    target = to or Path(f"{name}.yaml")
+    if target.exists():
+        raise BadInput(f"{target} is already there: give another name")
+    target.write_bytes(recipes.find(name).read_bytes())
+    typer.echo(f"wrote {target}; train it with: finetune train {target}")
+
+
+@recipes_app.command("schema")
+def recipes_schema(to: Annotated[Path, typer.Argument(help="a JSON file")] = Path("recipe.schema.json")) -> None:
+    """Write the JSON schema of a recipe, for editors."""
+    from finetune.config.recipe import json_schema
+    from finetune.core.files import write_json
+
+    write_json(to, json_schema())
+    typer.echo(f"wrote {to}; in an editor: # yaml-language-server: $schema={to}")
+
+
+@tokens_app.command("suggest")
+def tokens_suggest(
+    base: BaseOption = "tiny",
+    count: Annotated[int, typer.Option("-n", min=1)] = 10,
+    class_noun: Annotated[str | None, typer.Option("--class-noun")] = None,
+) -> None:
+    """The best rare tokens of a base: single, rare, without a meaning, told apart, and with a weak prior."""
+    _loud()
+    from finetune.data import tokens
+    from finetune.families.source import load_family
+
+    for token in tokens.suggest(load_family(base), count, class_noun):
+        measured = f"prior strength {token.strength:.3f}  embedding moved by {token.distance:.2f}"
+        typer.echo(f"{token.text:<6} rank {token.rank:.3f}  {measured}")
+
+
+@tokens_app.command("check")
+def tokens_check(
+    token: str, base: BaseOption = "tiny", class_noun: Annotated[str | None, typer.Option()] = None
+) -> None:
+    """What one token is to a base: exit 1 if it should not be used."""
+    _loud()
+    from finetune.data import tokens
+    from finetune.families.source import load_family
+
+    found = tokens.check(load_family(base), token, class_noun)
+    measured = (
+        f"; prior strength {found.strength:.3f}, embedding moved by {found.distance:.2f}" if found.single else ""
+    )
+    typer.echo(found.verdict + measured)
+    if not found.good:
+        raise CheckFailed(
+            f"{token!r} is not a good rare token: `finetune tokens suggest --base {base}` finds better ones"
+        )
+
+
+def _train(recipe: Recipe, dry_run: bool, processes: int | None, run: Path | None = None) -> None:
+    if processes:
+        _launch_or_check(processes, dry_run)
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"processes": None})})
+    _loud()
+    from finetune.jobs import train as job
+    from finetune.jobs.plan import plan
+    from finetune.jobs.prepare import prepare
+
+    if dry_run:
+        for name, value in plan(prepare(recipe)).items():
+            typer.echo(f"{name:>16}  {value}")
+        return
+    say = typer.echo if _is_main_process() else _silent
+    path = job.train(recipe, run, say)
+    say(f"done: look at {path}/report.html")
+
+
+def _file_name(noun: str) -> str:
+    return re.sub(r"[^\w-]+", "-", noun).strip("-_") or "run"
+
+
+def _skipping(skip_bad: bool) -> list[str]:
+    return ["data.skip_bad=true"] if skip_bad else []
+
+
+def _launch_or_check(processes: int, dry_run: bool) -> None:
+    launched = os.environ.get("WORLD_SIZE")
+    if launched is None and processes > 1 and not dry_run:
+        raise _Launch(processes)
+    if launched is not None and int(launched) != processes:
+        raise BadInput(f"--processes is {processes} but {launched} were started: leave --processes out under torchrun")
+
+
+def _is_main_process() -> bool:
+    """Under torchrun, one process talks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _silent(line: str) -> None:
+    """What the other processes say."""
+
+
+def _loud() -> None:
+    """Other libraries' progress bars off, our own on."""
+    from finetune.core.logging import quiet_bars
+
+    quiet_bars()
+    bars = PROGRESS_BARS.get()
+    if bars is not None and _is_main_process():
+        bars.enable()
+
+
+@contextmanager
+def _pickle_allowed(allowed: bool) -> Iterator[None]:
+    """For this command and the processes that it starts; see finetune.families.weights."""
+    if allowed:
+        os.environ["FINETUNE_ALLOW_PICKLE"] = "1"
+    try:
+        yield
+    finally:
+        if allowed:
+            del os.environ["FINETUNE_ALLOW_PICKLE"]
+
+
+class _Launch(Exception):
+    """The command is to run in several processes, of which this is none."""
+
+
+def run(arguments: list[str]) -> tuple[int, str]:
+    """The exit code and what is to be said about it: 1 a check failed, 2 bad input, 130 and 143 stopped by a signal.
+
+    Raises:
+        Exception: a fault of our own; with `--debug` also those that are told in one sentence.
+    """
+    debug = "--debug" in arguments
+    quiet()
+    printable()
+    try:
+        with _pickle_allowed("--allow-pickle" in arguments), progress_bars():
+            app([argument for argument in arguments if argument not in ("--debug", "--allow-pickle")])
+    except SystemExit as end:
+        return int(end.code or 0), ""
+    except _Launch as wish:
+        from finetune.cli.launch import launch
+
+        return launch(int(wish.args[0]), run, arguments)
+    except (BadInput, CheckFailed) as error:
+        if debug:
+            raise
+        return (1 if isinstance(error, CheckFailed) else 2), f"error: {error}"
+    except Stopped as stop:
+        return 128 + stop.number, f"\n{stop}"
+    except OSError as error:
+        if debug or error.errno not in DISK_ERRORS:
+            raise
+        advice = "free some space" if error.errno in NO_SPACE else "choose a folder that you may write to"
+        return 2, f"error: {error.filename or 'a file'} could not be written ({error.strerror}): {advice}"
+    return 0, ""
+
+
+def main() -> None:
+    """The `finetune` command; `--debug` anywhere shows the traceback of what is told in one sentence."""
+    code, message = run(sys.argv[1:])
+    if message:
+        typer.echo(message, err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

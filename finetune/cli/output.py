@@ -1,0 +1,81 @@
+"""What the command line shows of a run: one progress bar for each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from finetune.core.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted, sent_to
+
+
+class ProgressBars:
+    """A consumer of events. Nothing is shown until a command calls `enable`."""
+
+    def __init__(self) -> None:
+        self.is_enabled = False
+        self._open: list[tuple[Any, Any]] = []  # (rich's Progress, its task), the innermost phase last
+
+    def enable(self) -> None:
+        self.is_enabled = True
+
+    def __call__(self, event: Event) -> None:
+        if not self.is_enabled:
+            return
+        if isinstance(event, PhaseStarted):
+            self._start(event)
+        elif isinstance(event, PhaseAdvanced) and self._open:
+            progress, task = self._open[-1]
+            progress.update(task, advance=event.amount, note=event.note)
+            speed = progress.tasks[0].speed
+            progress.update(task, rate=f"{speed:.1f}/s" if speed else "")
+        elif isinstance(event, PhaseEnded) and self._open:
+            self._open.pop()[0].stop()
+            if self._open:
+                self._open[-1][0].start()
+
+    def _start(self, event: PhaseStarted) -> None:
+        """rich shows one live bar at a time: the outer phase's stands still meanwhile."""
+        if self._open:
+            self._open[-1][0].stop()
+        progress = _bar()
+        progress.start()
+        self._open.append((progress, progress.add_task(event.title, total=event.total, note="", rate="")))
+
+
+PROGRESS_BARS: ContextVar[ProgressBars | None] = ContextVar("finetune_progress_bars", default=None)
+
+
+@contextmanager
+def progress_bars() -> Iterator[None]:
+    """Inside the block events go to bars, which the command that runs may enable."""
+    bars = ProgressBars()
+    token = PROGRESS_BARS.set(bars)
+    try:
+        with sent_to(bars):
+            yield
+    finally:
+        PROGRESS_BARS.reset(token)
+
+
+def _bar() -> Any:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    return Progress(*columns, refresh_per_second=4)

@@ -1,0 +1,99 @@
+"""A recipe: a YAML file -> one strict `Recipe`. A setting lives in the module that reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import TypeAdapter, model_validator
+
+from finetune.core.settings import Settings
+from finetune.data.settings import Data
+from finetune.export.settings import ExportTo
+from finetune.families.settings import Base
+from finetune.methods.registry import MethodSettings
+from finetune.objectives.settings import ObjectiveSettings
+from finetune.optim.registry import Optim
+from finetune.sampling.settings import Sample
+from finetune.training.prior import ClassImages, Distance, NoPrior, Prior
+from finetune.training.settings import Run
+
+
+class Recipe(Settings):
+    """Everything a run depends on. `RUN/recipe.yaml` holds it resolved."""
+
+    base: Base = Base()
+    data: Data
+    prior: Prior = NoPrior()
+    method: MethodSettings
+    objective: ObjectiveSettings = ObjectiveSettings()
+    optim: Optim
+    run: Run = Run()
+    sample: Sample = Sample()
+    export: ExportTo = ExportTo()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.run.batch_size % self.run.accumulate:
+            raise ValueError(
+                f"run.batch_size {self.run.batch_size} can't be split into run.accumulate {self.run.accumulate} "
+                "equal micro-batches: make it a multiple"
+            )
+        if self.optim.text_lr is not None and not self.method.has_text_lr:
+            raise ValueError(
+                "optim.text_lr is set but method.parts has no text_encoders: add them, or leave text_lr out"
+            )
+        if self.export.rank is not None and (self.method.adapter.low_rank or self.method.artifacts == ("embedding",)):
+            raise ValueError(
+                f"export.rank is {self.export.rank} but a {self.method.kind} leaves as it was trained: leave it out, "
+                "or make the file smaller with `finetune resize`"
+            )
+        if any("{token}" in prompt for prompt in self.prior.prompts):
+            raise ValueError("prior.prompt has {token}, but it names the class without the subject: use {noun} alone")
+        if isinstance(self.prior, Distance) and not self.method.measures_distance:
+            raise ValueError(
+                f"prior.kind is distance, which method.kind {self.method.kind} does not measure: use "
+                "prior.kind=frozen_base, or method.kind=lora"
+            )
+        texts = [*self.data.templates, *self.prior.prompts]
+        if self.data.class_noun is None and any("{noun}" in text for text in texts):
+            raise ValueError(
+                "data.class_noun is missing but a template uses {noun}: say what the subject is, such as "
+                "data.class_noun=dog"
+            )
+        if self.data.subjects:
+            _check_subjects(self, any("{noun}" in text for text in texts))
+        return self
+
+
+def _check_subjects(recipe: Recipe, noun_needed: bool) -> None:
+    """What several subjects in one run may not be. Raises ValueError in a sentence, as pydantic wants it."""
+    subjects = recipe.data.all_subjects
+    if "embedding" in recipe.method.artifacts:
+        raise ValueError(
+            f"data.subjects has further subjects but method.kind {recipe.method.kind} makes a word for one: use "
+            "method.kind=lora, or train each subject in a run of its own"
+        )
+    for subject in subjects:
+        if noun_needed and subject.class_noun is None:
+            raise ValueError(
+                f"the subject in {subject.photos} has no class_noun but a template uses {{noun}}: say there what it "
+                "is, such as class_noun: dog"
+            )
+    tokens = [subject.token.lower() for subject in subjects if subject.token != "auto"]  # CLIP reads no capitals
+    twice = next((token for token in tokens if tokens.count(token) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the token {twice!r} is given to two subjects: give each its own, or leave it out (auto)")
+    folders = [subject.photos for subject in subjects]
+    again = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if again is not None:
+        raise ValueError(f"{again} holds the photos of two subjects: give each a folder of its own")
+    if isinstance(recipe.prior, ClassImages) and recipe.prior.folder and len({s.class_noun for s in subjects}) > 1:
+        raise ValueError(
+            f"prior.folder is {str(recipe.prior.folder)!r} but there are several class nouns: leave it out, so that "
+            "each has its own class images"
+        )
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors."""
+    return TypeAdapter(Recipe).json_schema()

@@ -1,0 +1,45 @@
+"""Where recipes are found: shipped ones by name, in a checkout or in a wheel, and files by path."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from finetune.core.errors import BadInput
+
+
+def folder() -> Path:
+    """The shipped recipes: beside the package in a checkout, inside it in a wheel."""
+    inside = Path(__file__).parents[1] / "_recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def names() -> list[str]:
+    return sorted(file.stem for file in folder().glob("*.yaml"))
+
+
+def find(source: str) -> Path:
+    """A YAML file's path, or a shipped recipe's name.
+
+    Raises:
+        BadInput: there is neither; the nearest name is given.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    shipped = folder() / f"{source}.yaml"
+    if shipped.is_file():
+        return shipped
+    nearest = difflib.get_close_matches(source, names(), n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"shipped are {', '.join(names())}"
+    raise BadInput(f"there is no recipe {source!r}, neither a file nor a shipped one; {hint}")
+
+
+def summary(path: Path) -> str:
+    """What a recipe is for: the second line of the comment it begins with."""
+    lines = [
+        line.removeprefix("#").strip()
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("#")
+    ]
+    return lines[1] if len(lines) > 1 else ""

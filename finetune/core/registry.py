@@ -1,0 +1,83 @@
+"""One registry for every seam: what a package of ours defines, and what other packages add to it.
+
+A new family, method, objective, optimiser, export format, ... is one new file in its package: `Registry` finds it. A
+package outside this one adds its own by an entry point of the same group, or by `register`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar, cast
+
+from finetune.core.errors import BadInput
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, type[T]], Generic[T]):
+    """Name -> class, sorted by name. Modules are imported when it is first asked."""
+
+    def __init__(self, base: Any, package: str, name_of: Callable[[Any], str]) -> None:
+        """`base`: the abstract class that entries derive from. `package`: where ours are; also the group of entry
+        points. `name_of`: a class -> the name that recipes use."""
+        self.base, self.package, self.name_of = base, package, name_of
+        self._found: dict[str, type[T]] = {}
+        self._loaded = self._loading = False
+
+    def register(self, entry: type[T]) -> type[T]:
+        """Adds a class; usable as a decorator.
+
+        Raises:
+            BadInput: it is not of this kind, or its name is taken by another class.
+        """
+        if not (inspect.isclass(entry) and issubclass(entry, self.base) and not inspect.isabstract(entry)):
+            raise BadInput(f"{entry!r} can't be added to {self.package}: it must be a {self.base.__name__} class")
+        name = self.name_of(entry)
+        there = self._found.get(name)
+        if there is not None and there is not entry:
+            raise BadInput(
+                f"{self.package} has two {name!r}, of {there.__module__} and of {entry.__module__}: rename one"
+            )
+        self._found[name] = entry
+        return entry
+
+    def __getitem__(self, name: str) -> type[T]:
+        self._load()
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._load()
+        return iter(sorted(self._found))
+
+    def __len__(self) -> int:
+        self._load()
+        return len(self._found)
+
+    def _load(self) -> None:
+        """Imports our own modules, then those of entry points; an error while loading is met again the next time."""
+        if self._loaded or self._loading:
+            return
+        self._loading = True
+        try:
+            for module in self._modules():
+                for item in list(vars(module).values()):
+                    if inspect.isclass(item) and self._is_ours(item, module.__name__):
+                        self.register(cast(type[T], item))
+            for entry in entry_points(group=self.package):
+                self.register(entry.load())
+            self._loaded = True
+        finally:
+            self._loading = False
+
+    def _modules(self) -> Iterator[Any]:
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__, f"{self.package}."):
+            yield importlib.import_module(module.name)
+
+    def _is_ours(self, item: Any, module: str) -> bool:
+        """Defined in this module, and not only imported there."""
+        return item.__module__ == module and issubclass(item, self.base) and not inspect.isabstract(item)

@@ -1,0 +1,105 @@
+"""Inpainting's extra inputs: drawn masks, and the latents of the picture without what is painted.
+
+A fixed number of masks for each view is drawn once, so that their pictures can be encoded once; which of them a sample
+gets is drawn in each step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from finetune.core.rng import SampleKey, generator, uniform
+from finetune.data.cache import Cache, Encodable
+from finetune.data.conditioning.base import Choices, Inputs, unit
+from finetune.data.crops import Crop
+from finetune.data.photos import Photo
+from finetune.families.base import Family, ImageCondition
+
+WHOLE = 0.25  # of the masks: Stable Diffusion's inpainting was trained so (its model card)
+LEAST = 1 / 8  # of a side: less is one latent pixel of 512
+STROKES, POINTS = 4, 6  # at most, and of each stroke
+
+
+@dataclass(frozen=True)
+class MaskedCrop:
+    """A view without what its `number`-th mask covers: grey there, which is 0 in [-1, 1]."""
+
+    view: Crop
+    seed: int
+    number: int
+
+    @cached_property
+    def key(self) -> str:
+        return hashlib.sha256(f"{self.view.key}:{self.seed}:{self.number}:masked".encode()).hexdigest()
+
+    def mask(self) -> Tensor:
+        """[1, H, W]: 1 where it is painted, else 0."""
+        height, width = self.view.geometry.target
+        drawn = draw_mask(width, height, generator(self.seed, f"mask:{self.view.key}", self.number))
+        return torch.from_numpy(np.array(drawn, dtype=np.float32))[None] / 255
+
+    def pixels(self) -> Tensor:
+        return self.view.pixels() * (1 - self.mask())
+
+
+class Inpaint(Inputs):
+    kind = "inpaint"
+    any_picture = True
+
+    def __init__(self, family: Family, photos: Sequence[Photo], choices: Choices) -> None:
+        super().__init__(family, photos, choices)
+        self.small: dict[str, Tensor] = {}
+
+    def masked(self, view: Crop) -> list[MaskedCrop]:
+        return [MaskedCrop(view, self.choices.seed, number) for number in range(self.choices.mask_count)]
+
+    def images(self, view: Crop) -> list[Encodable]:
+        return list(self.masked(view))
+
+    def extra(self, view: Crop, draw: SampleKey, cache: Cache) -> Tensor:
+        """[5, h, w]: the mask, taken at every `factor`-th pixel as diffusers' pipeline does, and the masked latents'
+        mean."""
+        masked = self.masked(view)
+        chosen = masked[int(uniform([draw], "mask") * len(masked))]
+        if chosen.key not in self.small:
+            height, width = view.geometry.target
+            size = (height // self.factor, width // self.factor)
+            self.small[chosen.key] = interpolate(chosen.mask()[None], size)[0]
+        return torch.cat([self.small[chosen.key], cache.latents(chosen).mean])
+
+    def given(self, view: Crop) -> ImageCondition:
+        return ImageCondition(unit(view.pixels()), self.masked(view)[0].mask())
+
+
+def draw_mask(width: int, height: int, draw: torch.Generator) -> Image.Image:
+    """Black, with all of it, a rectangle, an ellipse (diffusers' DreamBooth inpainting script) or strokes in white."""
+    mask = Image.new("L", (width, height), 0)
+    pen = ImageDraw.Draw(mask)
+    whole, shape, *u = torch.rand(6, generator=draw).tolist()
+    if whole < WHOLE:
+        return Image.new("L", (width, height), 255)
+    if shape < 1 / 3:
+        _strokes(pen, width, height, draw)
+        return mask
+    w, h = (side * (LEAST + (1 - LEAST) * share) for side, share in zip((width, height), u[:2], strict=True))
+    left, top = (width - w) * u[2], (height - h) * u[3]
+    (pen.rectangle if shape < 2 / 3 else pen.ellipse)((left, top, left + w, top + h), fill=255)
+    return mask
+
+
+def _strokes(pen: ImageDraw.ImageDraw, width: int, height: int, draw: torch.Generator) -> None:
+    """Free-form lines, an eighth to a quarter of the shorter side thick."""
+    count = 1 + int(torch.rand((), generator=draw) * STROKES)
+    for _ in range(count):
+        points = (torch.rand(POINTS, 2, generator=draw) * torch.tensor([width, height])).tolist()
+        thick = round(min(width, height) * LEAST * (1 + float(torch.rand((), generator=draw))))
+        pen.line([(x, y) for x, y in points], fill=255, width=max(1, thick), joint="curve")

@@ -1,0 +1,176 @@
+"""Rare tokens (arXiv:2208.12242 section 3.1), found in the base's own vocabulary.
+
+Four questions are kept apart: is it one token in every tokenizer of the base; is it rare (CLIP's ids are merge ranks:
+a high id is a rare piece); do the base's text encoders tell it apart at all (how far it moves the embedding); and does
+the frozen base already draw something for it (its prior strength). A token with a weak prior that the encoders hardly
+notice is a bad one: "T mug" and "mug" are then nearly the same prompt, and the class becomes the subject (measured in
+docs/results.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.core.batch import Geometry
+from finetune.core.rng import generator
+from finetune.families.base import Family
+
+END = "</w>"
+VOWELS = set("aeiou")
+MEASURED_SIDE = 32
+RARE_FROM = 0.8  # the last fifth of the vocabulary; CLIP's ids >= 40000 of 49408
+KNOWN = {"sks": "a rifle"}  # tokens in common use that mean something to real bases
+
+
+@dataclass(frozen=True)
+class Token:
+    """What is known of one candidate.
+
+    `pieces` per tokenizer; `rank` the smallest id as a fraction of the vocabulary (1 is rarest); `strength` how much
+    the token changes the frozen base's prediction, as a share of how much the class noun does; `distance` how far it
+    moves the prompt's embedding, as a share of the embedding's norm (None: not measured).
+    """
+
+    text: str
+    pieces: list[list[str]]
+    rank: float
+    meaning: str | None
+    strength: float | None = None
+    distance: float | None = None
+
+    @property
+    def single(self) -> bool:
+        return all(len(pieces) == 1 for pieces in self.pieces)
+
+    @property
+    def good(self) -> bool:
+        return self.single and self.meaning is None and self.rank >= RARE_FROM
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: what it is, and whether to use it."""
+        if not self.single:
+            split = " + ".join(next(p for p in self.pieces if len(p) > 1))
+            return f"{self.text!r} is not one token ({split}): choose another"
+        if self.meaning:
+            return f"{self.text!r} is one token, but the base may know it: it is {self.meaning}"
+        if self.rank < RARE_FROM:
+            return f"{self.text!r} is one token, but a common one (rank {self.rank:.2f} of 1): choose a rarer one"
+        return f"{self.text!r} is one rare token (rank {self.rank:.2f} of 1)"
+
+
+def check(family: Family, text: str, noun: str | None = None, measure: bool = True) -> Token:
+    """Everything about one token; `noun` is the class noun it is to stand before."""
+    token = describe(family.word_tokenizers, text)
+    if not measure or not token.single:
+        return token
+    return _with_strengths(family, [_with_distance(family, token, noun)], noun)[0]
+
+
+def suggest(family: Family, count: int = 10, noun: str | None = None, measured: int = 24) -> list[Token]:
+    """The best rare tokens of `measured` candidates spread over the rare range: of the third that the text encoders
+    tell apart best, those with the weakest prior first; then the rest, the best told apart first."""
+    candidates = rare_tokens(family.word_tokenizers)
+    chosen = candidates[:: max(1, len(candidates) // measured)][:measured]
+    found = [_with_distance(family, describe(family.word_tokenizers, text), noun) for text in chosen]
+    found.sort(key=lambda token: token.distance or 0.0, reverse=True)
+    distinct = -(-len(found) // 3)
+    found = [*_with_strengths(family, found[: max(distinct, count)], noun), *found[max(distinct, count) :]]
+    first = sorted(found[:distinct], key=lambda token: token.strength or 0.0)
+    return [*first, *found[distinct:]][:count]
+
+
+def describe(tokenizers: Sequence[Any], text: str) -> Token:
+    pieces = [tokenizer.tokenize(text) for tokenizer in tokenizers]
+    ranks = [
+        tokenizer.convert_tokens_to_ids(split[0]) / len(tokenizer)
+        for tokenizer, split in zip(tokenizers, pieces, strict=True)
+    ]
+    shown = [[piece.removesuffix(END) for piece in split] for split in pieces]
+    return Token(text, shown, min(ranks), meaning_of(text))
+
+
+def rare_tokens(tokenizers: Sequence[Any]) -> list[str]:
+    """Whole-word tokens of 3 or 4 letters, one piece in each tokenizer, in the rare range, without a known meaning;
+    rarest first."""
+    vocab = tokenizers[0].get_vocab()
+    floor = RARE_FROM * len(tokenizers[0])
+    words = [
+        (number, text.removesuffix(END)) for text, number in vocab.items() if text.endswith(END) and number >= floor
+    ]
+    fitting = [text for _, text in sorted(words, reverse=True) if _looks_rare(text)]
+    return [text for text in fitting if all(len(tokenizer.tokenize(text)) == 1 for tokenizer in tokenizers)]
+
+
+def _looks_rare(text: str) -> bool:
+    """3-4 ASCII letters that nobody would read as a word: few vowels, and not in the list of known ones."""
+    letters = 3 <= len(text) <= 4 and text.isascii() and text.isalpha() and text.islower()
+    return letters and len(VOWELS & set(text)) == 0 and meaning_of(text) is None
+
+
+def meaning_of(text: str) -> str | None:
+    if text in KNOWN:
+        return KNOWN[text]
+    return "a word, name or abbreviation" if text.lower() in _words() else None
+
+
+def _words() -> frozenset[str]:
+    return frozenset(files("finetune.data").joinpath("words.txt").read_text(encoding="utf-8").split())
+
+
+def _with_distance(family: Family, token: Token, noun: str | None) -> Token:
+    return replace(token, distance=embedding_distance(family, token.text, noun or "thing"))
+
+
+def _with_strengths(family: Family, found: Sequence[Token], noun: str | None) -> list[Token]:
+    measured = prior_strengths(family, [token.text for token in found], noun or "thing")
+    return [replace(token, strength=strength) for token, strength in zip(found, measured, strict=True)]
+
+
+@torch.no_grad()
+def embedding_distance(family: Family, token: str, noun: str) -> float:
+    """|E(a photo of T N) - E(a photo of N)| / |E(a photo of N)| over all that the denoiser is conditioned on."""
+    family.place(family.text_encoders)
+    both = family.encode_prompts([f"a photo of {token} {noun}", f"a photo of {noun}"])
+    with_token, plain = (torch.cat([value[index].float().flatten() for value in both.values()]) for index in (0, 1))
+    return float((with_token - plain).norm() / plain.norm())
+
+
+def prior_strength(family: Family, token: str, noun: str, draws: int = 4) -> float:
+    """`prior_strengths` of one token."""
+    return prior_strengths(family, [token], noun, draws)[0]
+
+
+@torch.no_grad()
+def prior_strengths(family: Family, texts: Sequence[str], noun: str, draws: int = 4) -> list[float]:
+    """|eps(a photo of T N) - eps(a photo of N)| / |eps(a photo of N) - eps()| for each T.
+
+    Over fixed noise and timesteps. Near 0: the frozen base takes no notice of the token. 1: it changes as much as the
+    class noun itself does.
+    """
+    prompts = [f"a photo of {noun}", "", *[f"a photo of {text} {noun}" for text in texts]]
+    family.place(family.text_encoders)
+    conditions = [family.encode_prompts([prompt] * draws) for prompt in prompts]
+    family.place(["denoiser"])
+    plain, empty = (_predict(family, cond, draws) for cond in conditions[:2])
+    scale = (plain - empty).norm().clamp(min=1e-8)
+    return [float((_predict(family, cond, draws) - plain).norm() / scale) for cond in conditions[2:]]
+
+
+def _predict(family: Family, cond: dict[str, Tensor], draws: int) -> Tensor:
+    """The denoiser's output on pure noise: [draws, C, h, w]. Late timesteps decide what is drawn; a large base is
+    asked at 32x32 latents, since a person waits for the answer."""
+    device = family.device
+    side = min(family.resolution // family.latent_factor, MEASURED_SIDE)
+    shape = (draws, family.latent_channels, side, side)
+    noise = torch.randn(shape, generator=generator(0, "prior strength")).to(device)
+    last = family.schedule.steps - 1
+    timesteps = torch.linspace(0.6 * last, 0.95 * last, draws, device=device).long()
+    square = (side * family.latent_factor, side * family.latent_factor)
+    return family.predict(noise, timesteps, cond, [Geometry(square, (0, 0), square)] * draws).float()

@@ -1,0 +1,169 @@
+"""What can be done with adapters as matrices: sums, lower ranks, and the difference of two models.
+
+Everything goes by singular values (Eckart and Young): the best approximation of a delta by a given rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetune.core.devices import doubled, exact_device
+from finetune.core.errors import BadInput
+from finetune.families.base import Family
+from finetune.families.naming.clip import strip_text_model
+
+LAYERS = (torch.nn.Linear, torch.nn.Conv2d)  # what a LoRA file can hold
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of the deltas an approximation holds: share of the energy (squared singular values), and the relative
+    error |approximation - delta| / |delta|, over all modules and of the worst one."""
+
+    energy: float
+    error: float
+    worst: float
+    worst_module: str
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """Deltas by their singular values.
+
+    `factors`: part -> module -> (A, B) of each delta at a rank of `most`, or its full one where that is less; one more
+    rank is one more row of A and column of B. `spectra`: "part.module" -> all singular values.
+    """
+
+    factors: dict[str, dict[str, tuple[Tensor, Tensor]]]
+    spectra: dict[str, Tensor]
+
+    def layers(self, rank: int) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+        """The best approximation of every delta by `rank`."""
+        return {
+            part: {module: (a[:rank], b[:, :rank]) for module, (a, b) in modules.items()}
+            for part, modules in self.factors.items()
+        }
+
+    def kept(self, rank: int) -> Kept:
+        return kept_energy({name: (s, rank) for name, s in self.spectra.items()})
+
+    def rank_for(self, max_error: float) -> int:
+        """The smallest rank whose relative error over all modules is at most `max_error`."""
+        energy = torch.zeros(max(len(s) for s in self.spectra.values()), dtype=torch.float64)
+        for s in self.spectra.values():
+            energy[: len(s)] += s.double().square()
+        lost = energy.sum() - energy.cumsum(0)  # after rank 1, 2, ...
+        return min(int((lost > max_error**2 * energy.sum()).sum()) + 1, len(energy))
+
+
+@torch.no_grad()
+def decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int) -> Decomposed:
+    """(part, module, delta [out, in(,k,k)]) -> their singular values and first factors, on the CPU."""
+    found = Decomposed({}, {})
+    for part, module, change in deltas:
+        u, s, v = _svd(change.flatten(1))
+        r = min(most, len(s))
+        root = s[:r].sqrt()
+        a = (root[:, None] * v[:r]).reshape(r, *change.shape[1:])
+        b = (u[:, :r] * root).reshape(-1, r, *[1] * (change.ndim - 2))
+        found.factors.setdefault(part, {})[module] = (a.cpu(), b.cpu())
+        found.spectra[f"{part}.{module}"] = s.cpu()
+    return found
+
+
+@torch.no_grad()
+def differences(base: Family, tuned: Family) -> Iterator[tuple[str, str, Tensor]]:
+    """(part, module, tuned weight - base weight) of every linear layer and convolution that moved.
+
+    Raises:
+        BadInput: as `extract`.
+    """
+    if base.name != tuned.name:
+        raise BadInput(f"the model is a {tuned.name} and the base a {base.name}: give the base it was tuned from")
+    for part in base.export_prefix:
+        others = {strip_text_model(path): child for path, child in tuned.parts[part].named_modules()}
+        for path, child in base.parts[part].named_modules():
+            if not isinstance(child, LAYERS):
+                continue
+            module = strip_text_model(path)
+            change = _difference(part, module, child.weight, others.get(module))
+            if bool(change.any()):
+                yield part, module, change
+
+
+@torch.no_grad()
+def beyond_lora(base: Family, tuned: Family) -> tuple[int, float]:
+    """How many tensors moved that no LoRA holds (biases, norms, embeddings), and |their change|."""
+    count, energy = 0, 0.0
+    for part, module in base.parts.items():
+        held = {f"{path}.weight" for path, child in module.named_modules() if isinstance(child, LAYERS)}
+        if part not in base.export_prefix:
+            held = set()
+        theirs = {strip_text_model(name): value for name, value in tuned.parts[part].named_parameters()}
+        for name, value in module.named_parameters():
+            other = theirs[strip_text_model(name)]
+            if name not in held and not torch.equal(other.float(), value.float().to(other.device)):
+                count += 1
+                energy += float(doubled(other.float() - value.float().to(other.device)).square().sum())
+    return count, energy**0.5
+
+
+def _difference(part: str, module: str, weight: Tensor, other: object) -> Tensor:
+    theirs = getattr(other, "weight", None)
+    if theirs is None or theirs.shape != weight.shape:
+        raise BadInput(
+            f"{part} {module} is of another shape in the model than in the base: give the base it was tuned from"
+        )
+    return theirs.float() - weight.float().to(theirs.device)
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The reduced SVD. A small one takes one thread: on a busy machine several wait for each other (100 times slower
+    beside eight busy threads)."""
+    matrix = matrix.to(exact_device(matrix.device))
+    threads = torch.get_num_threads()
+    if min(matrix.shape) <= 512:
+        torch.set_num_threads(1)
+    try:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    finally:
+        torch.set_num_threads(threads)
+    return u, s, v
+
+
+def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of B A by way of two small QR decompositions: U [out, r], S [r], V [r, in], in float64."""
+    q, r = torch.linalg.qr(doubled(b))
+    p, t = torch.linalg.qr(doubled(a).T)
+    u, s, v = _svd(r @ t.T)
+    return q @ u, s, v @ p.T
+
+
+def rank_for_energy(s: Tensor, rank: int | None, energy: float | None) -> int:
+    if rank is not None:
+        return min(rank, len(s))
+    share = s.square().cumsum(0) / s.square().sum().clamp(min=1e-30)
+    return int((share < (energy or 1.0) - 1e-12).sum().clamp(max=len(s) - 1)) + 1
+
+
+def factors_at_rank(u: Tensor, s: Tensor, v: Tensor, r: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of rank r in the shapes of the old ones, the singular values shared between them."""
+    root = s[:r].sqrt()
+    return (root[:, None] * v[:r]).float().reshape(r, *a.shape[1:]), (u[:, :r] * root).float().reshape(
+        len(b), r, *b.shape[2:]
+    )
+
+
+def kept_energy(spectra: dict[str, tuple[Tensor, int]]) -> Kept:
+    whole = sum(float(s.square().sum()) for s, _ in spectra.values())
+    lost = sum(float(s[r:].square().sum()) for s, r in spectra.values())
+    errors = {
+        name: (float(s[r:].square().sum()) / max(float(s.square().sum()), 1e-30)) ** 0.5
+        for name, (s, r) in spectra.items()
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    return Kept(1 - lost / max(whole, 1e-30), (lost / max(whole, 1e-30)) ** 0.5, errors[worst], worst)

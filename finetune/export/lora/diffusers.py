@@ -1,0 +1,86 @@
+"""diffusers' own LoRA file: PEFT keys per part, and the alpha as JSON in the header.
+
+Without that header diffusers takes alpha = rank, and the reloaded adapter is another one. For SD3 and Flux this is
+also the form that the UIs read; none of them reads the header, so the scale is in the matrices there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from finetune.core.errors import BadInput
+from finetune.core.files import save_tensors
+from finetune.export.base import Adapter, Export
+from finetune.families.naming.clip import add_text_model, strip_text_model
+from finetune.families.registry import FAMILIES, is_transformer
+
+HEADER = "lora_adapter_metadata"
+UIS = ("ComfyUI", "Forge", "InvokeAI", "sdnext")
+FILE = "pytorch_lora_weights.safetensors"
+
+
+class Diffusers(Export):
+    name = "diffusers"
+    read_by = ("diffusers",)
+
+    def path(self, folder: Path, name: str, family: str) -> Path:
+        return folder / (f"{name}.safetensors" if is_transformer(family) else f"{name}-diffusers/{FILE}")
+
+    def readers(self, adapter: Adapter) -> tuple[str, ...]:
+        """SD3's and Flux's denoiser is read in this form by every UI; of its text encoders that is not known."""
+        alone = adapter.layers.keys() == {"denoiser"}
+        return (*UIS, *self.read_by) if is_transformer(adapter.family) and alone else self.read_by
+
+    def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+        adapter, names = adapter.padded(), prefixes(adapter.family)
+        if is_transformer(adapter.family):
+            adapter = adapter.folded()  # UIs take alpha = rank
+        tensors = {}
+        for part, module, a, b in adapter.modules():
+            key = f"{names[part]}.{add_text_model(module) if part.startswith('text_encoder') else module}"
+            tensors[f"{key}.lora_A.weight"] = a.to(dtype)
+            tensors[f"{key}.lora_B.weight"] = b.to(dtype)
+        header = json.dumps(_header(adapter), indent=2, sort_keys=True)
+        save_tensors(path, tensors, metadata | {HEADER: header, "format": "pt"})
+
+    def read(self, path: Path, family: str, base_folder: Path) -> Adapter:
+        with safe_open(path, "pt") as opened:
+            about = json.loads((opened.metadata() or {}).get(HEADER, "{}"))
+        if not about:
+            raise BadInput(
+                f"{path} does not say its alpha ({HEADER} is not in its header): diffusers would take the rank"
+            )
+        layers: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+        tensors, names = load_file(path), prefixes(family)
+        for key in tensors:
+            if not key.endswith(".lora_A.weight"):
+                continue
+            module = key.removesuffix(".lora_A.weight")
+            prefix, inside = module.split(".", 1)
+            part = next(name for name, value in names.items() if value == prefix)
+            pair = (tensors[key].float(), tensors[f"{module}.lora_B.weight"].float())
+            layers.setdefault(part, {})[strip_text_model(inside)] = pair
+        prefix = names[next(iter(layers))]
+        rank, alpha = int(about[f"{prefix}.r"]), float(about[f"{prefix}.lora_alpha"])
+        return Adapter(family, base_folder, layers, alpha / rank)
+
+
+def prefixes(family: str) -> dict[str, str]:
+    """part -> what diffusers calls it: "unet" or "transformer", "text_encoder", "text_encoder_2"."""
+    return {part: FAMILIES[family].sources[part][0] for part in FAMILIES[family].export_prefix}
+
+
+def _header(adapter: Adapter) -> dict[str, Any]:
+    """peft.LoraConfig's arguments per part; paths without the wrapper match both layouts of CLIP."""
+    header: dict[str, Any] = {}
+    names = prefixes(adapter.family)
+    for part, layers in adapter.layers.items():
+        config = {"r": adapter.rank, "lora_alpha": adapter.alpha, "target_modules": sorted(layers)}
+        header |= {f"{names[part]}.{key}": value for key, value in config.items()}
+    return header

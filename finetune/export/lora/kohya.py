@@ -1,0 +1,169 @@
+"""kohya's keys: the one LoRA format that every UI reads for SD1, SD2 and SDXL.
+
+Per matrix `<prefix>_<path with _>`: `.lora_down.weight` [r, in], `.lora_up.weight` [out, r] and a 0-D `.alpha`.
+SD1 and SD2 take `lora_te_`, SDXL `lora_te1_` and `lora_te2_` (InvokeAI silently loses others). One alpha in the whole
+file: diffusers' reader ignores a per-module one on attention projections.
+
+SD3 and Flux have q, k and v in one matrix there: the downs are stacked, and the ups stand on a diagonal. Joined ones
+are of a higher rank, and each has its own alpha.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finetune.core.errors import BadInput
+from finetune.core.files import save_tensors
+from finetune.export.base import Adapter, Export
+from finetune.families.naming.clip import add_text_model
+from finetune.families.registry import FAMILIES, family_of, is_transformer, weight_shapes
+
+DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one name of a file stands for: modules of a part, joined by rows, and how many rows each has."""
+
+    part: str
+    modules: tuple[str, ...]
+    rows: tuple[int, ...]
+
+
+class Kohya(Export):
+    name = "kohya"
+    read_by = ("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers")
+
+    def path(self, folder: Path, name: str, family: str) -> Path:
+        return folder / (f"{name}-kohya.safetensors" if is_transformer(family) else f"{name}.safetensors")
+
+    def readers(self, adapter: Adapter) -> tuple[str, ...]:
+        """Joined matrices are read in different ways: there the diffusers form is the one to use."""
+        if not FAMILIES[adapter.family].known_to_uis:
+            return ("diffusers",)
+        return () if is_transformer(adapter.family) else self.read_by
+
+    def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+        known = key_table(adapter.base_folder)
+        written = [(part, module) for part, module, _, _ in adapter.modules()]
+        nameless = set(written) - {(place.part, module) for place in known.values() for module in place.modules}
+        if nameless:
+            raise BadInput(
+                f"kohya's format has no name for {len(nameless)} modules of this adapter, such as "
+                f"{' '.join(sorted(nameless)[0])}: use --to diffusers"
+            )
+        joined = {}
+        for key, place in known.items():
+            pairs = [adapter.layers.get(place.part, {}).get(module) for module in place.modules]
+            if any(pair is not None for pair in pairs):
+                joined[key] = join(pairs, place.rows)
+        largest = max(len(a) for a, _ in joined.values())
+        tensors = {}
+        for key, (a, b) in joined.items():
+            rank = len(a) if is_transformer(adapter.family) else largest
+            tensors[key + DOWN] = a.to(dtype).contiguous()
+            tensors[key + UP] = (b * (len(a) / rank)).to(dtype)  # the readers divide alpha by each rank
+            tensors[key + ALPHA] = torch.tensor(float(adapter.scale * rank))
+        save_tensors(path, tensors, metadata)
+
+    def read(self, path: Path, family: str, base_folder: Path) -> Adapter:
+        tensors = load_file(path)
+        known = key_table(base_folder)
+        names = {key.rsplit(".lora_", 1)[0].removesuffix(ALPHA) for key in tensors}
+        unknown_keys = sorted(names - known.keys())
+        if unknown_keys:
+            raise BadInput(
+                f"{path} has {len(unknown_keys)} modules that {family} has not, such as {unknown_keys[0]!r}"
+            )
+        layers: dict[str, dict[str, Pair]] = {}
+        modules = {name: _three(path, tensors, name) for name in sorted(names)}
+        scales = {alpha / len(a) for a, _, alpha in modules.values()}
+        scale = scales.pop() if len(scales) == 1 else 1.0
+        for name, (a, b, alpha) in modules.items():
+            place = known[name]
+            for module, pair in split(a.float(), b.float() * (alpha / len(a) / scale), place).items():
+                layers.setdefault(place.part, {})[module] = pair
+        return Adapter(family, base_folder, layers, scale)
+
+
+def join(pairs: list[Pair | None], rows: tuple[int, ...]) -> Pair:
+    """Modules that lie in one matrix there -> one (A, B): A stacked, B on a diagonal, zero rows where none is."""
+    if len(pairs) == 1:
+        assert pairs[0] is not None
+        return pairs[0]
+    held = [pair for pair in pairs if pair is not None]
+    a = torch.cat([pair[0] for pair in held])
+    b = held[0][1].new_zeros(sum(rows), len(a))
+    top = left = 0
+    for pair, height in zip(pairs, rows, strict=True):
+        if pair is not None:
+            b[top : top + height, left : left + len(pair[0])] = pair[1]
+            left += len(pair[0])
+        top += height
+    return a, b
+
+
+def split(a: Tensor, b: Tensor, place: Place) -> dict[str, Pair]:
+    """The inverse of `join`, for joined matrices of any trainer: each module's rows of B, without the columns that are
+    zero there. A module whose rows are all zero is not in the file, unless columns are left that no other uses."""
+    if len(place.modules) == 1:
+        return {place.modules[0]: (a, b)}
+    parts = dict(zip(place.modules, b.split(list(place.rows)), strict=True))
+    used = {module: rows.flatten(1).any(0) for module, rows in parts.items()}
+    left = torch.stack(list(used.values())).logical_not().all(0).nonzero().flatten()
+    silent = [module for module, columns in used.items() if not bool(columns.any())]
+    for module, columns in zip(silent, left.chunk(len(silent)) if len(left) and silent else [], strict=False):
+        used[module] = torch.zeros(len(a), dtype=torch.bool).index_fill(0, columns, True)
+    return {
+        module: (a[used[module]], rows[:, used[module]]) for module, rows in parts.items() if bool(used[module].any())
+    }
+
+
+def key_of(family: str, part: str, module: str) -> str:
+    path = add_text_model(module) if part.startswith("text_encoder") else module
+    return f"{FAMILIES[family].export_prefix[part]}_{path.replace('.', '_')}"
+
+
+def key_table(base_folder: Path) -> dict[str, Place]:
+    """Every name that a file of this base may hold, from the base's real architecture."""
+    family = family_of(base_folder).name
+    return {key_of(family, part, name): place for (part, name), place in places(base_folder).items()}
+
+
+def places(base_folder: Path) -> dict[tuple[str, str], Place]:
+    """(part, name with dots, as the files' format has it) -> the modules it stands for."""
+    family, shapes = family_of(base_folder), weight_shapes(base_folder)
+    table = {}
+    for part, modules in shapes.items():
+        names = {module: [module] for module in modules}
+        if part == "denoiser":
+            names = family.original_names(list(modules), base_folder)
+        for name, held in names.items():
+            table[(part, name)] = Place(part, tuple(held), tuple(modules[module][0] for module in held))
+    return table
+
+
+def keys_of(path: Path) -> list[str]:
+    """A safetensors file's keys, without its tensors; empty for anything else."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        return []
+    try:
+        with safe_open(path, "pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is no whole safetensors file ({error}): export it again") from error
+
+
+def _three(path: Path, tensors: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor, float]:
+    missing = [ending for ending in (DOWN, UP, ALPHA) if name + ending not in tensors]
+    if missing:
+        raise BadInput(f"{path}: {name} has no {missing[0].lstrip('.')}: a reader would take a wrong scale or skip it")
+    return tensors[name + DOWN], tensors[name + UP], float(tensors[name + ALPHA])

@@ -1,0 +1,77 @@
+"""PEFT's own folder, one for each part: adapter_model.safetensors and adapter_config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from finetune.core.errors import BadInput
+from finetune.core.files import save_tensors, write_json
+from finetune.export.base import Adapter, Export
+from finetune.families.naming.clip import strip_text_model
+from finetune.families.registry import own_paths
+
+PREFIX = "base_model.model."
+
+
+def kind_of(config: dict[str, Any]) -> str:
+    """What an adapter_config.json is of: "LORA", "DORA", "LOHA", ..."""
+    return "DORA" if config.get("use_dora") else str(config.get("peft_type", "LORA"))
+
+
+class Peft(Export):
+    name = "peft"
+    read_by = ("peft",)
+
+    def path(self, folder: Path, name: str, family: str) -> Path:
+        return folder / f"{name}-peft"
+
+    def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+        adapter, own = adapter.padded(), own_paths(adapter.base_folder)
+        for part, layers in adapter.layers.items():
+            tensors = {}
+            for module, (a, b) in layers.items():
+                tensors[f"{PREFIX}{own[part][module]}.lora_A.weight"] = a.to(dtype)
+                tensors[f"{PREFIX}{own[part][module]}.lora_B.weight"] = b.to(dtype)
+            save_tensors(path / part / "adapter_model.safetensors", tensors, {"format": "pt"})
+            config = {
+                "peft_type": "LORA",
+                "task_type": None,
+                "r": adapter.rank,
+                "lora_alpha": adapter.alpha,
+                "lora_dropout": 0.0,
+                "bias": "none",
+                "target_modules": sorted(layers),
+                "inference_mode": True,
+            }
+            write_json(path / part / "adapter_config.json", config)
+
+    def read(self, path: Path, family: str, base_folder: Path) -> Adapter:
+        layers: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+        rules = set()
+        for config_file in sorted(path.glob("*/adapter_config.json")):
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            if kind_of(config) != "LORA" or config.get("rank_pattern") or config.get("alpha_pattern"):
+                raise BadInput(
+                    f"{path} holds a {kind_of(config)} of PEFT and no plain LoRA of one rank and alpha: take the "
+                    "kohya or diffusers file, or load it with PEFT"
+                )
+            rank, alpha = int(config["r"]), float(config["lora_alpha"])
+            rules.add((rank, alpha * rank**0.5 if config.get("use_rslora") else alpha))
+            tensors = load_file(config_file.with_name("adapter_model.safetensors"))
+            layers[config_file.parent.name] = {
+                strip_text_model(key.removeprefix(PREFIX).removesuffix(".lora_A.weight")): (
+                    value.float(),
+                    tensors[key.replace(".lora_A.", ".lora_B.")].float(),
+                )
+                for key, value in tensors.items()
+                if key.endswith(".lora_A.weight")
+            }
+        if len(rules) != 1:
+            raise BadInput(f"{path} has parts of several ranks or alphas: {sorted(rules)}")
+        rank, alpha = rules.pop()
+        return Adapter(family, base_folder, layers, alpha / rank)

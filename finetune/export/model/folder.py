@@ -1,0 +1,74 @@
+"""A fully fine-tuned model as a complete diffusers folder, checked by loading it again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from finetune.core.devices import DTYPES
+from finetune.core.files import load_tensors, save_tensors, write_json
+from finetune.export.base import Exported
+from finetune.families.base import Family
+from finetune.families.naming.clip import strip_text_model
+from finetune.families.source import load_family
+
+
+def export_folder(family: Family, path: Path, dtype: str) -> Exported:
+    """Writes `path` (replacing an older export), in `dtype`, and compares every weight of the re-loaded folder."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    family.pipeline().save_pretrained(temporary, safe_serialization=True)
+    for file in temporary.rglob("*.safetensors"):
+        tensors = {
+            name: value.to(DTYPES[dtype]) if value.is_floating_point() else value
+            for name, value in load_tensors(file).items()
+        }
+        save_tensors(file, tensors, {"format": "pt"})
+    for file in family.folder.glob("tokenizer*/*"):
+        shutil.copy(file, temporary / file.parent.name / file.name)
+    _keep_estimator(family.folder, temporary)
+    _forget_origin(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    count, checks = _compare(family, path, DTYPES[dtype])
+    ok = checks[0].startswith("ok")
+    return Exported("folder", path, size, count, 0.0 if ok else float("inf"), ["diffusers"] if ok else [], checks)
+
+
+def _keep_estimator(base: Path, folder: Path) -> None:
+    """A depth base comes with a model that makes depth maps, which is not ours to load."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    listed = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    names = [name for name in ("depth_estimator", "feature_extractor") if "depth_estimator" in index]
+    there = [name for name in names if (base / name).is_dir() and name in listed]
+    for name in there:
+        shutil.copytree(base / name, folder / name)
+    write_json(folder / "model_index.json", index | {name: listed[name] for name in there})
+
+
+def _forget_origin(folder: Path) -> None:
+    """diffusers notes in each config where a part came from: a path of this machine, in a folder to be shared."""
+    for file in folder.rglob("*.json"):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+            write_json(file, values)
+
+
+def _compare(family: Family, path: Path, dtype: torch.dtype) -> tuple[int, list[str]]:
+    """Every weight of the folder, loaded as any base is, against the trained one rounded to the stored dtype."""
+    again = load_family(str(path), dtype=dtype)
+    count = 0
+    for part, module in family.parts.items():
+        wanted = {strip_text_model(name): value.to(dtype).cpu() for name, value in module.named_parameters()}
+        found = {strip_text_model(name): value for name, value in again.parts[part].named_parameters()}
+        if wanted.keys() != found.keys():
+            return count, [f"FAILED: {part} has other weights, such as {sorted(wanted.keys() ^ found.keys())[0]}"]
+        for name, value in wanted.items():
+            if not torch.equal(value, found[name].to(dtype)):
+                return count, [f"FAILED: {part}.{name} is not what was trained"]
+        count += len(wanted)
+    return count, [f"ok: {count} weights re-loaded, bit for bit in the stored precision"]

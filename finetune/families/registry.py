@@ -1,0 +1,64 @@
+"""Base models: where they come from, and which family a folder is of.
+
+Every module in this package that defines a `Family` with a `name` is a family: a new one is one new file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from finetune.core.errors import BadInput
+from finetune.core.registry import Registry
+from finetune.families.base import Family
+from finetune.families.configs import read_config
+from finetune.families.naming.clip import strip_text_model
+
+FAMILIES: Registry[Family] = Registry(Family, "finetune.families", lambda item: item.name)
+
+
+def denoiser_folders() -> list[str]:
+    """Where the denoiser lies in a diffusers folder: "unet", "transformer"."""
+    return sorted({family.sources["denoiser"][0] for family in FAMILIES.values()}, reverse=True)
+
+
+def family_of(folder: Path) -> type[Family]:
+    """The family of a diffusers folder, told from its configs."""
+    index = read_config(folder, "model_index.json")
+    part = next((name for name in denoiser_folders() if (folder / name / "config.json").is_file()), None)
+    if part is None:
+        wanted = " or ".join(f"{name}/config.json" for name in denoiser_folders())
+        raise BadInput(f"{folder} has no {wanted}: the base must be a whole diffusers folder")
+    denoiser = read_config(folder, f"{part}/config.json")
+    for family in FAMILIES.values():
+        if family.matches(index, denoiser):
+            return family
+    raise BadInput(
+        f"{folder} is a {index.get('_class_name')!r} with {denoiser.get('in_channels')} input channels; "
+        f"supported are {', '.join(FAMILIES)}: choose a text-to-image base of those"
+    )
+
+
+def weight_shapes(folder: Path) -> dict[str, dict[str, torch.Size]]:
+    """part -> module path, without `text_model.` -> its weight's shape; from configs alone, on the meta device."""
+    return {
+        part: {
+            strip_text_model(path): child.weight.shape
+            for path, child in skeleton.named_modules()
+            if isinstance(getattr(child, "weight", None), torch.Tensor)
+        }
+        for part, skeleton in family_of(folder).skeletons(folder).items()
+    }
+
+
+def own_paths(folder: Path) -> dict[str, dict[str, str]]:
+    """part -> module path without `text_model.` -> the path that the module really has: PEFT goes by it."""
+    return {
+        part: {strip_text_model(path): path for path, _ in skeleton.named_modules()}
+        for part, skeleton in family_of(folder).skeletons(folder).items()
+    }
+
+
+def is_transformer(family: str) -> bool:
+    return FAMILIES[family].sources["denoiser"][0] == "transformer"

@@ -1,0 +1,43 @@
+"""A recipe: a YAML file -> one strict `Recipe`. A setting lives in the module that reads it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import model_validator
+
+from finetune.core.settings import Settings
+from finetune.families.base import Family
+from finetune.families.source import load_family
+
+
+class Base(Settings):
+    """`source`: "tiny", a diffusers folder, a hub id (`revision` pins one) or a single-file checkpoint (.safetensors).
+
+    A file has weights only: configs and tokenizers come from `like`, a folder or hub id of the same kind. `without`
+    leaves parts out that the family can do without (text_encoder_3, the T5 of SD3). `inputs` lets a plain base read a
+    mask and what it leaves, a depth map, or the picture before an edit.
+    """
+
+    source: str = "tiny"
+    revision: str | None = None
+    like: str | None = None
+    without: list[str] = []
+    inputs: Literal["inpaint", "depth", "edit"] | None = None
+
+    def load(self, dtype: torch.dtype = torch.float32) -> Family:
+        """The family, frozen.
+
+        Raises:
+            BadInput: as `families.load`.
+        """
+        family = load_family(self.source, self.revision, dtype, self.like, self.without)
+        if self.inputs is not None:
+            family.widen(self.inputs)
+        return family
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value

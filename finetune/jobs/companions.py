@@ -1,0 +1,66 @@
+"""What a run or an adapter file holds, loaded again: for sampling and for exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from finetune.core.files import write_json, write_text
+from finetune.export.card import Card, licence_of, model_card, sidecar
+from finetune.export.embedding import NAME, usage
+from finetune.export.registry import CHECKPOINT, FOLDER
+from finetune.families.source import resolve_base
+from finetune.runs.folder import RunFolder
+from finetune.runs.record import short_name, trigger
+
+
+def write_companions(folder: RunFolder) -> None:
+    """Beside the exports: README.md with pictures, and for a file that UIs list, NAME.json and NAME.png."""
+    target, card = folder.path / "exports", _card(folder)
+    for number, (_, url) in enumerate(card.images):
+        (target / url).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder.path / "samples" / "after" / _first_picture(folder, number), target / url)
+    write_text(target / "README.md", model_card(card))
+    if (target / f"{card.title}.safetensors").is_file():
+        write_json(target / f"{card.title}.json", sidecar(card))
+        if card.images:
+            shutil.copy(target / card.images[0][1], target / f"{card.title}.png")
+
+
+def _card(folder: RunFolder) -> Card:
+    recipe, info = folder.recipe, folder.info
+    listed = json.loads((folder.path / "exports.json").read_text(encoding="utf-8"))
+    base = resolve_base(recipe.base.source, recipe.base.revision, recipe.base.like)
+    prompts = info["prompts"] if (folder.path / "samples" / "after").is_dir() else []
+    settings = {
+        "method": recipe.method.kind,
+        "steps": f"{recipe.run.steps} of {recipe.run.batch_size}",
+        "learning rate": f"{recipe.optim.lr:g}",
+        "resolution": str(info["resolution"]),
+        "prior preservation": recipe.prior.kind,
+        "seed": str(recipe.run.seed),
+        "base hash": info["base_hash"][:16],
+    }
+    whole = any(item["format"] in (FOLDER, CHECKPOINT) for item in listed)
+    words = next((Path(item["path"]).name for item in listed if item["format"] == NAME), None)
+    return Card(
+        title=recipe.run.name if whole or recipe.method.is_adapter else f"{recipe.run.name}-lora",
+        trigger=trigger(info),
+        activation=trigger(info | ({"token": Path(words).stem} if words else {})),
+        loading=usage(info["family"], words, info["token"]) if words else [],
+        family=info["family"],
+        base=short_name(recipe.base.source),
+        licence=licence_of(base),
+        holds=recipe.method.artifacts if whole or recipe.method.is_adapter else ("adapter",),
+        settings=settings,
+        images=[(prompt, f"images/{number:02d}.png") for number, prompt in enumerate(prompts)],
+        files=[
+            f"`{Path(item['path']).relative_to('exports').as_posix()}` ({item['format']}): {'; '.join(item['checks'])}"
+            for item in listed
+        ],
+    )
+
+
+def _first_picture(folder: RunFolder, prompt: int) -> str:
+    return min(file.name for file in (folder.path / "samples" / "after").glob(f"{prompt:02d}-*.png"))

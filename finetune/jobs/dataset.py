@@ -1,0 +1,119 @@
+"""What a job trains on: photos and class images as streams of samples, latents and prompts from the caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+
+from finetune.core.events import phase
+from finetune.core.files import cache_dir
+from finetune.data.batches import Batches
+from finetune.data.cache import Encodable, LatentCache, PromptCache
+from finetune.data.crops import make_crops
+from finetune.data.masks import Masks
+from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
+from finetune.jobs.class_images import class_images
+from finetune.jobs.prepare import Prepared
+from finetune.training.prior import ClassImages
+from finetune.training.step import PromptEncoder
+
+
+def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> LatentCache:
+    cache = LatentCache(cache_dir(), job.base_hash, next(job.family.parts["vae"].parameters()).dtype)
+    seen = [view for stream in streams for sample in stream for view in sample.crops]
+    images: list[Encodable] = list(seen)
+    if job.inputs is not None:
+        images += [image for view in seen for image in job.inputs.images(view)]
+    with phase("Latents", len(images)) as advance, accelerator.main_process_first():
+        cache.fill(job.family, images, lambda amount: advance(amount, ""))
+    return cache
+
+
+def load_masks(job: Prepared, streams: Sequence[Sequence[Sample]]) -> Masks | None:
+    """None where all of every photo counts."""
+    if not job.masks:
+        return None
+    masks = Masks(job.masks, job.family.latent_factor, job.recipe.data.mask_floor)
+    return masks.fill([view for sample in streams[0] for view in sample.crops])
+
+
+def make_streams(job: Prepared, accelerator: Accelerator) -> list[list[Sample]]:
+    """Stream 0: the photos of all subjects. Stream 1, with a prior: class images of every noun, their loss weighted by
+    lambda."""
+    data, prior, seed = job.recipe.data, job.recipe.prior, job.recipe.run.seed
+    subject = [
+        Sample(
+            make_crops(photo, size, data.crop, data.crops, data.flip, seed),
+            texts,
+            1.0,
+            data.caption_dropout,
+            name,
+        )
+        for photo, size, texts, name in zip(job.photos, job.sizes, job.captions, job.names, strict=True)
+    ]
+    if not isinstance(prior, ClassImages):
+        return [subject]
+    nouns = job.class_nouns.items()
+    return [subject, [sample for each in nouns for sample in _classes(job, prior, *each, accelerator)]]
+
+
+def _classes(
+    job: Prepared, prior: ClassImages, prompt: str, noun: str | None, accelerator: Accelerator
+) -> list[Sample]:
+    """The class images of one noun, captioned with its class prompt."""
+    images = class_images(
+        job.family,
+        prior,
+        noun or "",
+        job.resolution,
+        job.base_hash,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.wait_for_everyone,
+    )
+    sizes = sorted(set(job.sizes))  # a class image stands beside photos of any bucket
+    of = f" of {noun}" if len(job.class_nouns) > 1 else ""
+    return [
+        Sample(
+            [view for size in sizes for view in make_crops(image, size, "center", 1, prior.flip, job.recipe.run.seed)],
+            [prompt],
+            prior.weight,
+            prior.caption_dropout,
+            f"class image {image.path.name}{of}",
+        )
+        for image in images
+    ]
+
+
+def make_batches(job: Prepared, streams: list[list[Sample]], cache: LatentCache, accelerator: Accelerator) -> Batches:
+    """This process's batches."""
+    run = job.recipe.run
+    kind = BucketSampler if job.recipe.data.shape == "buckets" else ShuffleSampler
+    return Batches(
+        streams,
+        cache,
+        run.seed,
+        run.batch_size,
+        run.accumulate,
+        accelerator.process_index,
+        accelerator.num_processes,
+        kind(streams, run.seed, run.batch_size),
+        load_masks(job, streams),
+        job.inputs,
+    )
+
+
+def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> PromptEncoder:
+    """Embeddings of frozen encoders are made once; encoders that train run in every step."""
+    family = job.family
+    if job.recipe.method.trains_texts(family):
+        return family.encode_prompts
+    prompts = [text for stream in streams for sample in stream for text in sample.captions]
+    prompts += job.class_nouns  # the class prompts
+    cache = PromptCache(
+        family, job.base_hash, cache_dir(), next(family.parts[family.text_encoders[0]].parameters()).dtype
+    )
+    with accelerator.main_process_first():
+        cache.fill(list(dict.fromkeys(["", *prompts])))
+    return cache

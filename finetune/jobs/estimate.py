@@ -1,0 +1,204 @@
+"""What a run trains, writes and needs, counted on the meta device: no weights are read and nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from finetune.config.recipe import Recipe
+from finetune.core.batch import Geometry
+from finetune.core.devices import DTYPES
+from finetune.core.errors import BadInput
+from finetune.families.base import Family
+from finetune.families.registry import family_of
+from finetune.families.source import resolve_base
+from finetune.training.accelerate import resolve_precision
+from finetune.training.prior import ClassImages, Distance, FrozenBase
+
+MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03}  # bytes of Adam's state for each trained parameter
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a training step, and what it trains. `activations` are of one micro-batch.
+
+    `held`: frozen weights that stay in memory; `trained`: weights, gradients and moments of what is trained.
+    """
+
+    parameters: dict[str, int]
+    trained_parameters: int
+    modules: int
+    held: float
+    trained: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.held + self.trained + self.activations
+
+
+def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
+    """Counts the recipe's run at its base's real size; `checkpointing` overrides the recipe's.
+
+    Raises:
+        BadInput: the base's configs are not there, or the method does not fit the family.
+    """
+    base, method = recipe.base, recipe.method
+    dtype = DTYPES[resolve_precision(recipe.run)]
+    folder = resolve_base(base.source, base.revision, base.like, weights=False)
+    family = family_of(folder).on_meta(folder, method.weight_dtype(dtype), base.without)
+    counts = {part: sum(p.numel() for p in module.parameters()) for part, module in family.parts.items()}
+    trained = method.attach(family, recipe.run.seed)
+    count = sum(parameter.numel() for parameter in trained.values())
+    busy = ["denoiser", *[part for part in method.part_names(family) if part != "denoiser"]]
+    if len(busy) > 1:  # an encoder trains: prompts are not cached, so all of them stay
+        busy = ["denoiser", *family.text_encoders]
+    if recipe.run.gradient_checkpointing if checkpointing is None else checkpointing:
+        family.enable_gradient_checkpointing(method.part_names(family))
+    held = sum(_frozen_bytes(family.parts[part]) for part in busy)
+    each = 8 + MOMENTS[recipe.optim.kind]
+    if not method.is_adapter and dtype != torch.float32:  # autocast computes with a copy of the weights
+        each += 2
+        for part in family.parts.values():
+            part.to(dtype)
+    if isinstance(recipe.prior, FrozenBase | Distance):
+        held += method.reference_bytes(family)
+    activations = _activations(family, method.part_names(family), _samples(recipe), _side(recipe, family))
+    return Estimate(counts, count, _adapted(trained), held, count * each, activations)
+
+
+def report(recipe: Recipe) -> dict[str, str]:
+    """The estimate in rows: what is trained, what is written, and the memory with and without checkpointing."""
+    plain, light = estimate(recipe, checkpointing=False), estimate(recipe, checkpointing=True)
+    own = light if recipe.run.gradient_checkpointing else plain
+    folder = resolve_base(recipe.base.source, recipe.base.revision, recipe.base.like, weights=False)
+    family = family_of(folder)
+    whole = sum(own.parameters.values())
+    written = own.trained_parameters if recipe.method.is_adapter else whole
+    size = {"fp32": 4, "fp16": 2, "bf16": 2}[recipe.export.dtype]
+    share = own.trained_parameters / whole
+    return {
+        "base": f"{recipe.base.source} ({family.name}), {_side(recipe, family)} pixels",
+        "parameters": ", ".join(f"{part} {_millions(count)}" for part, count in own.parameters.items()),
+        "precision": _precision(recipe),
+        "method": f"{recipe.method.kind} on {own.modules} modules",
+        "trained": f"{own.trained_parameters:,} parameters ({share:.2%} of all)",
+        "export": f"{_size(written * size)} in {recipe.export.dtype}",
+        "checkpoint": f"{_size(own.trained_parameters * 4 * (3 + bool(recipe.run.ema)))}, of which {recipe.run.keep} "
+        "are kept",
+        "memory": f"{_gib(own.total)}: frozen weights {_gib(own.held)}, what is trained with gradients and moments "
+        f"{_gib(own.trained)}, activations of {_samples(recipe)} sample(s) {_gib(own.activations)}",
+        "checkpointing": f"{_gib(plain.total)} without run.gradient_checkpointing, {_gib(light.total)} with it",
+        "not counted": "drawing pictures, the CUDA context (about 0.5 GiB) and fragmentation",
+    }
+
+
+def _precision(recipe: Recipe) -> str:
+    chosen = resolve_precision(recipe.run)
+    if recipe.run.precision == "auto" and not torch.cuda.is_available():
+        return f"{chosen}, as there is no GPU here; run.precision=bf16 counts for one"
+    return chosen
+
+
+def _side(recipe: Recipe, family: Any) -> int:
+    """Works on a loaded family and on its class."""
+    if recipe.data.resolution:
+        return recipe.data.resolution
+    folder = resolve_base(recipe.base.source, recipe.base.revision, recipe.base.like, weights=False)
+    return family.resolution_of(folder)
+
+
+def _samples(recipe: Recipe) -> int:
+    """Predictions with a gradient in a micro-batch: class images, or class prompts, lie beside the photos."""
+    streams = 2 if isinstance(recipe.prior, ClassImages | FrozenBase) else 1
+    return recipe.run.batch_size // recipe.run.accumulate * streams
+
+
+def _adapted(trained: dict[str, nn.Parameter]) -> int:
+    return len({name.split(".lora_")[0].split(".hada_")[0].rsplit(".", 1)[0] for name in trained})
+
+
+def _frozen_bytes(module: nn.Module) -> float:
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
+
+
+def _activations(family: Family, parts: list[str], samples: int, side: int) -> float:
+    """Bytes that autograd keeps of one forward pass for its backward pass: each tensor once, weights not."""
+    for part in parts:
+        family.parts[part].train()
+    latent = side // family.latent_factor
+    noisy = torch.zeros(samples, family.latent_channels, latent, latent, device="meta")
+    timesteps = torch.zeros(samples, dtype=torch.long, device="meta")
+    square = [Geometry((side, side), (0, 0), (side, side))] * samples
+    weights = [p for part in family.parts.values() for p in part.parameters()]
+    with _counting(weights) as seen:
+        cond = family.encode_prompts([""] * samples)
+        try:
+            prediction = family.predict(noisy, timesteps, cond, square)
+        except NotImplementedError as error:
+            raise BadInput(f"{family.name} can't be counted on the meta device ({error}): use --dry-run") from error
+        prediction.float().square().mean()
+    return float(sum(seen.values()))
+
+
+@contextmanager
+def _counting(weights: list[nn.Parameter], fused: bool = True) -> Iterator[dict[int, int]]:
+    """Storage -> bytes of every tensor that autograd saves inside the block; attention as fused kernels save it."""
+    own = {weight.untyped_storage()._cdata for weight in weights}
+    seen: dict[int, int] = {}
+    kept: list[Tensor] = []  # a freed storage's number may be given again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in seen:
+            seen[storage._cdata] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    real = functional.scaled_dot_product_attention
+    if fused:
+        functional.scaled_dot_product_attention = _attention
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield seen
+    finally:
+        functional.scaled_dot_product_attention = real
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a fused kernel keeps: q, k, v and its output. On the meta device torch would keep the whole matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError("nothing is computed on the meta device")
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Tensor:
+    out = _FusedAttention.apply(query, key, value)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f}M" if count < 1e7 else f"{count / 1e6:,.0f}M"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"

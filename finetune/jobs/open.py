@@ -1,0 +1,89 @@
+"""What a run or an adapter file holds, loaded again: for sampling and for exports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.adapters.inspection import open_adapter
+from finetune.core.devices import DTYPES
+from finetune.core.errors import BadInput
+from finetune.export.base import Exported
+from finetune.export.embedding import NAME, read_embedding
+from finetune.export.registry import CHECKPOINT, FOLDER
+from finetune.export.verify import apply_adapter
+from finetune.families.base import Family
+from finetune.families.source import base_hash, load_family, resolve_base
+from finetune.methods.embeddings import set_embeddings
+from finetune.methods.peft_adapter import read_native_form
+from finetune.runs.folder import RunFolder
+from finetune.training.accelerate import resolve_precision
+
+
+def open_result(
+    source: Path, base: str = "tiny", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Family, dict[str, Any]]:
+    """A family with a finished run's training in it, in the run's precision, or an adapter file merged into `base` in
+    `dtype`; and run.json's content.
+
+    Raises:
+        BadInput: neither a finished run nor an adapter for that base.
+    """
+    if (source / "recipe.yaml").is_file():
+        return open_run(RunFolder(source), device)
+    adapter, _ = open_adapter(source, base)
+    family = load_family(base, dtype=dtype)
+    family.to(device)
+    apply_adapter(family, adapter)
+    return family, {}
+
+
+def open_run(folder: RunFolder, device: str | torch.device = "cpu") -> tuple[Family, dict[str, Any]]:
+    """A family with the run's training in it, in the precision in which the run held it; and run.json's content.
+
+    Raises:
+        BadInput: the run is not finished, or the base is not its base any more.
+    """
+    recipe, info = folder.recipe, folder.info
+    trained = folder.result()
+    precision = DTYPES[resolve_precision(recipe.run)]
+    family = recipe.base.load(recipe.method.weight_dtype(precision))
+    family.autocast = recipe.method.autocast_dtype(precision)
+    if base_hash(family.folder) != info.get("base_hash"):
+        raise BadInput(
+            f"the base {recipe.base.source!r} is not the one that {folder.path} was trained on (its content changed): "
+            "give the old one back, or train again"
+        )
+    recipe.method.add_subject_token(family, recipe.data.token, recipe.data.class_noun)
+    recipe.method.attach(family, recipe.run.seed)
+    recipe.method.load_state_dict(family, trained)
+    family.to(device)
+    return family, info
+
+
+def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.dtype) -> Family | None:
+    """What a user of the first good export gets: the file on a clean base, or the whole model. None: none is good."""
+    item = next((item for item in exported if item.ok), None)
+    if item is None:
+        return None
+    base = folder.recipe.base
+    if item.format == FOLDER:
+        return load_family(str(item.path), dtype=dtype)
+    if item.format == CHECKPOINT:
+        like = resolve_base(base.source, base.revision, base.like)
+        return load_family(str(item.path), dtype=dtype, like=str(like))
+    family, method, data = base.load(dtype), folder.recipe.method, folder.recipe.data
+    words = next((item for item in exported if item.ok and item.format == NAME), None)
+    method.add_subject_token(family, data.token, data.class_noun)
+    if words is not None:
+        set_embeddings(family, read_embedding(words.path, family.name))
+    if item is words:
+        return family
+    if item.format == "peft" and method.is_adapter and not method.adapter.low_rank:
+        read_native_form(family, item.path)
+        return family
+    apply_adapter(family, open_adapter(item.path, str(family.folder))[0])
+    return family

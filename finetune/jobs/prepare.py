@@ -1,0 +1,185 @@
+"""A recipe, looked at: photos, captions, token and base, before anything is written; and the plan in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from finetune.config.recipe import Recipe
+from finetune.core.devices import DTYPES
+from finetune.core.errors import BadInput
+from finetune.data.buckets import Size, bucket_table, nearest_bucket
+from finetune.data.conditioning.base import INPUTS, Choices, Inputs, make_inputs
+from finetune.data.masks import Mask
+from finetune.data.photos import Photo
+from finetune.export.registry import CHECKPOINT, check_formats
+from finetune.families.base import Family
+from finetune.families.source import base_hash as base_hash_of
+from finetune.jobs.class_images import check_set
+from finetune.jobs.subjects import Subject, caption_subjects, scan_subjects
+from finetune.objectives.registry import build_objective
+from finetune.training.accelerate import resolve_precision
+from finetune.training.prior import ClassImages
+
+
+@dataclass
+class Prepared:
+    """A recipe, its base and its photos, looked at but not yet worked on.
+
+    `subjects` are at least one; `photos` and `captions` are those of all, in the same order.
+    """
+
+    recipe: Recipe
+    family: Family
+    base_hash: str
+    subjects: list[Subject]
+    resolution: int
+    masks: dict[Path, Mask] = field(default_factory=dict)  # of those photos that have one
+    inputs: Inputs | None = None  # what the base reads beside its latents
+
+    @cached_property
+    def photos(self) -> list[Photo]:
+        return [photo for subject in self.subjects for photo in subject.photos]
+
+    @cached_property
+    def captions(self) -> list[list[str]]:
+        return [item.captions for subject in self.subjects for item in subject.captioned]
+
+    @property
+    def captions_from_files(self) -> int:
+        return sum(item.source == "file" for subject in self.subjects for item in subject.captioned)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What each photo is called in messages; no two the same."""
+        several = len(self.subjects) > 1
+        return [
+            f"{photo.path.name} of {subject.token}" if several else photo.path.name
+            for subject in self.subjects
+            for photo in subject.photos
+        ]
+
+    @property
+    def token(self) -> str:
+        """The first subject's."""
+        return self.subjects[0].token
+
+    @property
+    def noun(self) -> str | None:
+        """The first subject's."""
+        return self.subjects[0].noun
+
+    def class_prompt_of(self, subject: Subject) -> str:
+        return subject.fill(next(iter(self.recipe.prior.prompts), ""))
+
+    @property
+    def class_nouns(self) -> dict[str, str | None]:
+        """Class prompt -> its noun: one for each different noun, the first subject's first."""
+        nouns: dict[str, str | None] = {}
+        for subject in self.subjects:
+            nouns.setdefault(self.class_prompt_of(subject), subject.noun)
+        return nouns
+
+    @property
+    def class_prompts(self) -> dict[str, str]:
+        """Photo (by its name here) -> the class prompt of its subject."""
+        prompts = [self.class_prompt_of(subject) for subject in self.subjects for _ in subject.photos]
+        return dict(zip(self.names, prompts, strict=True))
+
+    @property
+    def class_prompt(self) -> str:
+        """The first subject's."""
+        return self.class_prompt_of(self.subjects[0])
+
+    def sample_prompts(self) -> list[str]:
+        """A prompt that names the subject or its class stands there for each subject."""
+        return [
+            prompt
+            for template in self.recipe.sample.prompts
+            for prompt in dict.fromkeys(subject.fill(template) for subject in self.subjects)
+        ]
+
+    @cached_property
+    def sizes(self) -> list[Size]:
+        """The (width, height) that each photo is trained at."""
+        if self.recipe.data.shape == "square":
+            return [(self.resolution, self.resolution)] * len(self.photos)
+        return self.bucket_sizes()
+
+    def bucket_sizes(self) -> list[Size]:
+        """Each photo's bucket."""
+        table = bucket_table(self.resolution, self.family.size_multiple, self.recipe.data.bucket_tolerance)
+        return [nearest_bucket(photo.size, table) for photo in self.photos]
+
+
+def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Prepared:
+    """Scans the photos, loads the base to compute on `device`, settles the token and the captions; writes nothing.
+
+    Raises:
+        BadInput: whatever is wrong with the photos, the captions, the base or the token.
+    """
+    scanned = scan_subjects(recipe.data)
+    check_formats(recipe.export.formats, recipe.method.artifacts)
+    precision = DTYPES[resolve_precision(recipe.run)]
+    family = recipe.base.load(recipe.method.weight_dtype(precision))
+    resolution = recipe.data.resolution or family.resolution
+    _check_resolution(recipe, resolution, family)
+    if recipe.data.encoder_dropout and len(family.text_encoders) == 1:
+        raise BadInput(
+            f"data.encoder_dropout is {recipe.data.encoder_dropout} but {family.name} has one text encoder: use "
+            "data.caption_dropout"
+        )
+    _refuse_inputs(recipe, family)
+    family.check_sampler(recipe.sample.sampler)
+    if isinstance(recipe.prior, ClassImages):
+        family.check_sampler(recipe.prior.sampler)
+    choices = Choices(recipe.run.seed, recipe.data.mask_count, recipe.data.edit_dropout, recipe.sample.image_guidance)
+    inputs = make_inputs(family, [photo for found in scanned for photo in found.photos], choices)
+    family.device, family.autocast = torch.device(device), recipe.method.autocast_dtype(precision)
+    build_objective(recipe.objective, family.schedule, family.shift(resolution))
+    subjects = caption_subjects(recipe, family, scanned)
+    masks = {path: mask for subject in subjects for path, mask in subject.masks.items()}
+    job = Prepared(recipe, family, base_hash_of(family.folder), subjects, resolution, masks, inputs)
+    if isinstance(recipe.prior, ClassImages):
+        for noun in job.class_nouns.values():
+            check_set(recipe.prior, noun or "", resolution, job.base_hash)
+    return job
+
+
+def _check_resolution(recipe: Recipe, resolution: int, family: Family) -> None:
+    buckets = recipe.data.shape == "buckets"
+    multiple = family.size_multiple if buckets else family.square_multiple
+    if resolution % multiple:
+        raise BadInput(
+            f"data.resolution is {resolution}, which {family.name} can't divide by {multiple}"
+            f"{' (as data.shape=buckets needs it)' if buckets else ''}: "
+            f"choose {max(1, round(resolution / multiple)) * multiple}"
+        )
+
+
+def _refuse_inputs(recipe: Recipe, family: Family) -> None:
+    """What can't be done with a base that reads more than latents."""
+    if family.inputs is None:
+        return
+    if family.widened and (recipe.method.is_adapter or "denoiser" not in recipe.method.parts):
+        raise BadInput(
+            f"base.inputs={family.inputs} gives this base new weights, which only method.kind=full with the denoiser "
+            "trains: choose that, or a base that has them"
+        )
+    if recipe.data.subjects:
+        raise BadInput(
+            f"data.subjects has further subjects but the base reads {family.inputs} inputs, and its pictures are "
+            "drawn from one subject's photo: train each subject in a run of its own"
+        )
+    if CHECKPOINT in recipe.export.formats:
+        raise BadInput(
+            f"export.formats has {CHECKPOINT!r}, which can't hold a base with {family.inputs} inputs: use folder"
+        )
+    if isinstance(recipe.prior, ClassImages) and not INPUTS[family.inputs].any_picture:
+        raise BadInput(
+            f"prior.kind is class_images but the base reads {family.inputs} inputs, which class images have not: set "
+            "prior.kind=none"
+        )

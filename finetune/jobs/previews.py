@@ -1,0 +1,56 @@
+"""Previews show what a file of the adapter gives: it is written as an export is, read back, and drawn with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from finetune.core.devices import DTYPES
+from finetune.export.adapter import adapter_from
+from finetune.export.base import Adapter
+from finetune.export.metadata import adapter_metadata
+from finetune.export.registry import EXPORTS
+from finetune.families.base import Family
+from finetune.families.registry import is_transformer
+from finetune.runs.folder import RunFolder
+from finetune.runs.record import about_run
+
+
+@contextmanager
+def from_file(folder: RunFolder, family: Family, step: int) -> Iterator[None]:
+    """Inside the block the family's LoRA holds what RUN/previews/NAME-000100.safetensors holds (the base under it is
+    untouched); afterwards exactly what it held before. What is no LoRA is drawn as it trains: to make it one takes
+    singular values of every module."""
+    method = folder.recipe.method.adapter
+    if not method.low_rank:
+        yield
+        return
+    kept, trained = method.state_dict(family), adapter_from(method, family)
+    method.load_state_dict(family, _state(_written(folder, family, trained, step), trained.scale))
+    try:
+        yield
+    finally:
+        method.load_state_dict(family, kept)
+
+
+def _written(folder: RunFolder, family: Family, adapter: Adapter, step: int) -> Adapter:
+    """The adapter of this step as a file that UIs read, and what is in it."""
+    recipe = folder.recipe
+    export = EXPORTS["diffusers" if is_transformer(family.name) else "kohya"]()
+    path = folder.path / "previews" / f"{recipe.run.name}-{step:06d}.safetensors"
+    about = about_run(folder) | {"title": path.stem, "steps": str(step)}
+    v_prediction = family.schedule.prediction == "v_prediction"
+    stored = adapter.balanced() if recipe.export.dtype == "fp16" else adapter
+    export.write(stored, path, DTYPES[recipe.export.dtype], adapter_metadata(adapter, about, v_prediction))
+    return export.read(path, family.name, family.folder)
+
+
+def _state(adapter: Adapter, scale: float) -> dict[str, Tensor]:
+    """A file's matrices as the method's weights, which it multiplies with its own `scale`."""
+    state: dict[str, Tensor] = {}
+    for part, module, a, b in adapter.modules():
+        name = f"{part}.{module}"
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a, b * (adapter.scale / scale)
+    return state

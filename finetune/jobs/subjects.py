@@ -1,0 +1,159 @@
+"""The subjects of a run: photos and masks of each, its token, its captions. Mostly there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.config.recipe import Recipe
+from finetune.core.errors import BadInput
+from finetune.data import tokens
+from finetune.data.captions import Captioned, caption_photos, summarise
+from finetune.data.masks import Mask, find_masks
+from finetune.data.photos import Photo, scan_lenient
+from finetune.data.settings import Data
+from finetune.data.settings import Subject as Settings
+from finetune.families.base import Family
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """A subject's photos and masks; `left_out` is a sentence about bad files, or empty."""
+
+    settings: Settings
+    photos: list[Photo]
+    masks: dict[Path, Mask]
+    left_out: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A subject with its captions; `summary` says in a sentence where they come from."""
+
+    token: str
+    noun: str | None
+    captioned: list[Captioned]
+    masks: dict[Path, Mask]
+    summary: str
+
+    @property
+    def photos(self) -> list[Photo]:
+        return [item.photo for item in self.captioned]
+
+    def fill(self, prompt: str) -> str:
+        """A prompt with {token} and {noun} filled in."""
+        return prompt.replace("{token}", self.token).replace("{noun}", self.noun or "")
+
+
+def scan_subjects(data: Data) -> list[Scanned]:
+    """The photos and masks of every subject, the first one first.
+
+    Raises:
+        BadInput: whatever is wrong with one subject's photos or masks; it names the folder.
+    """
+    return [_scan(data, subject) for subject in data.all_subjects]
+
+
+def _scan(data: Data, subject: Settings) -> Scanned:
+    with _in_folder(data, subject):
+        photos, left_out = _photos(subject.photos, data.skip_bad)
+        return Scanned(subject, photos, find_masks(subject.photos, photos, data.masks), left_out)
+
+
+@contextmanager
+def _in_folder(data: Data, subject: Settings) -> Iterator[None]:
+    """Of several subjects, says whose photos are told of."""
+    try:
+        yield
+    except BadInput as error:
+        if not data.subjects or str(subject.photos) in str(error):
+            raise
+        raise BadInput(f"in {subject.photos}: {error}") from error
+
+
+def _photos(folder: Path, skip_bad: bool) -> tuple[list[Photo], str]:
+    """The photos, and a sentence about those that were left out."""
+    photos, bad = scan_lenient(folder)
+    if bad and not skip_bad:
+        raise BadInput(f"in {folder} {bad}; mend or remove them, or leave them out with --skip-bad")
+    if len(photos) > 1 and len({photo.digest for photo in photos}) == 1:
+        raise BadInput(
+            f"all {len(photos)} photos in {folder} are the same picture: give different photos of the subject"
+        )
+    return photos, f"{bad}; they are left out" if bad else ""
+
+
+def caption_subjects(recipe: Recipe, family: Family, scanned: Sequence[Scanned]) -> list[Subject]:
+    """Settles every subject's token and captions.
+
+    Raises:
+        BadInput: a token that can't be used, captions that are missing or too long.
+    """
+    words = _tokens(recipe, family)
+    return [_caption(recipe, family, found, token) for found, token in zip(scanned, words, strict=True)]
+
+
+def _caption(recipe: Recipe, family: Family, found: Scanned, token: str) -> Subject:
+    data, noun = recipe.data, found.settings.class_noun
+    with _in_folder(data, found.settings):
+        captioned = caption_photos(
+            found.photos, captions=data.captions, templates=data.templates, token=token, noun=noun
+        )
+        _refuse_long(recipe, family, captioned)
+    summary = "; ".join(text for text in (summarise(captioned, token), found.left_out) if text)
+    return Subject(token, noun, captioned, found.masks, summary)
+
+
+def _refuse_long(recipe: Recipe, family: Family, captioned: list[Captioned]) -> None:
+    """Captions that the text encoders would not read to their end."""
+    if recipe.data.long_captions == "cut":
+        return
+    length = max(family.text_length(index) for index in range(len(family.tokenizers)))
+    readers = [family.tokenizers[n] for n in range(len(family.tokenizers)) if family.text_length(n) == length]
+    long = [
+        item.photo.path.name
+        for item in captioned
+        if any(len(tokenizer(text)["input_ids"]) > length for tokenizer in readers for text in item.captions)
+    ]
+    if long:
+        raise BadInput(
+            f"the captions of {', '.join(long)} are longer than the {length} tokens that the text encoder reads: "
+            "shorten them, or set data.long_captions=cut"
+        )
+
+
+def _tokens(recipe: Recipe, family: Family) -> list[str]:
+    """Each subject's word in prompts: the method's own, the token that was given, or a rare one; no two the same."""
+    data = recipe.data
+    own = recipe.method.add_subject_token(family, data.token, data.class_noun)
+    if own is not None:
+        return [own]  # such methods have one subject: `Recipe` refuses more
+    for subject in data.all_subjects:
+        if subject.token != "auto":
+            _refuse_pieces(family, subject.token, data.token_pieces)
+    taken = {subject.token.lower() for subject in data.all_subjects if subject.token != "auto"}
+    words = []
+    for subject in data.all_subjects:
+        word = _rare(family, subject.class_noun, taken) if subject.token == "auto" else subject.token
+        taken.add(word.lower())
+        words.append(word)
+    return words
+
+
+def _refuse_pieces(family: Family, token: str, most: int) -> None:
+    pieces = max(tokens.describe(family.word_tokenizers, token).pieces, key=len)
+    if len(pieces) > most:
+        raise BadInput(
+            f"the token {token!r} is {len(pieces)} pieces to this base ({' + '.join(pieces)}), each with a "
+            f"meaning: find one with `finetune tokens suggest`, or allow it with data.token_pieces={len(pieces)}"
+        )
+
+
+def _rare(family: Family, noun: str | None, taken: set[str]) -> str:
+    """The best rare token that no other subject has. `taken` are lower-case."""
+    found = [token.text for token in tokens.suggest(family, len(taken) + 1, noun) if token.text not in taken]
+    if not found:
+        raise BadInput("no rare token was found in this base's tokenizer: give one with data.token=TOKEN")
+    return found[0]

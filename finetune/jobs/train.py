@@ -1,0 +1,263 @@
+"""The job: photos -> plan -> class images -> caches -> training -> pictures -> exports -> page.
+
+Each stage is a function here and can be read on its own; the loop is in `training/trainer.py`.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from finetune.config.recipe import Recipe
+from finetune.core.determinism import deterministic
+from finetune.core.errors import CheckFailed, Stopped
+from finetune.core.events import Consumer, Event, RunEnded, RunStarted, StepDone, emit, sent_to
+from finetune.core.signals import Interrupted, Signals, Stop
+from finetune.data.cache import PromptCache
+from finetune.jobs.companions import write_companions
+from finetune.jobs.dataset import cache_latents, make_batches, make_prompt_encoder, make_streams
+from finetune.jobs.export import export_run
+from finetune.jobs.images import draw_preview, draw_samples
+from finetune.jobs.open import open_exported
+from finetune.jobs.plan import plan
+from finetune.jobs.prepare import Prepared, prepare
+from finetune.objectives.registry import build_objective
+from finetune.report.html import write_report
+from finetune.runs.folder import RunFolder, next_folder
+from finetune.runs.metrics import MetricsFile
+from finetune.runs.status import StatusFile
+from finetune.training.accelerate import make_accelerator
+from finetune.training.regularizers import PriorContext
+from finetune.training.step import PromptEncoder, Step, StepOptions, parts_of
+from finetune.training.trainer import Trainable, Trainer
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """How a caller follows a run and ends it: `say` gets lines for a person, `events` the typed events (on the main
+    process), and `stop.request()`, from any thread, ends the run after its step."""
+
+    say: Say = lambda line: None
+    events: Consumer = lambda event: None
+    stop: Stop = field(default_factory=Stop)
+
+
+def train(
+    recipe: Recipe,
+    run_dir: Path | str | None = None,
+    say: Say = lambda line: None,
+    *,
+    events: Consumer = lambda event: None,
+    stop: Stop | None = None,
+) -> Path:
+    """Runs a recipe from end to end, or goes on where an interrupted run of it stopped; returns the run folder.
+
+    Args:
+        say: gets lines for a person: the plan, the exported files.
+        events: gets the typed events of `finetune.core.events`, on the main process.
+        stop: `stop.request()`, from any thread, ends the run after its step.
+
+    Raises:
+        BadInput: something in the recipe, the photos or the folder; nothing was half-written.
+        CheckFailed: a step was not finite, or an export is not what was trained.
+        Stopped: SIGINT, SIGTERM or `stop`; `resume` goes on.
+    """
+    with deterministic(recipe.run.deterministic):
+        return _train_here(recipe, run_dir, Hooks(say, events, stop or Stop()))
+
+
+def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Path:
+    accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
+    main = accelerator.is_main_process
+    with sent_to(*([hooks.events] if main else [])):
+        job = prepare(recipe, accelerator.device)
+        chosen = [run_dir or recipe.run.dir or next_folder(recipe.run.name)]
+        path = Path(
+            broadcast_object_list(chosen)[0]
+        )  # processes that start at different moments see different folders
+        accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(path)
+        folder = RunFolder(path)
+        held = folder.held(recipe) if main else nullcontext()
+        with Signals(hooks.stop), held, _followed(folder, accelerator, recipe):
+            return _stages(job, folder, accelerator, hooks)
+
+
+@contextmanager
+def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe) -> Iterator[None]:
+    """Metrics, status and trackers follow the events inside the block; at its end the outcome is told."""
+    consumers: list[Consumer] = []
+    if accelerator.is_main_process:
+        consumers = [MetricsFile(folder.path), StatusFile(folder.path, recipe.run.steps)]
+        consumers += [partial(_track, accelerator)] if recipe.run.trackers else []
+    outcome = "failed"
+    with sent_to(*consumers):
+        emit(RunStarted(folder.path, recipe.run.steps))
+        try:
+            yield
+            outcome = "finished"
+        except Interrupted as stop:
+            outcome = "stopped"
+            raise Stopped(folder.path, stop.number) from stop
+        finally:
+            emit(RunEnded(folder.path, outcome))
+
+
+def _track(accelerator: Accelerator, event: Event) -> None:
+    """wandb, trackio and TensorBoard, through Accelerate."""
+    if isinstance(event, StepDone):
+        accelerator.log({"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm}, step=event.step)
+
+
+def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks) -> Path:
+    recipe = job.recipe
+    if accelerator.is_main_process:
+        folder.write_info(_info(job, folder.info))
+    accelerator.wait_for_everyone()
+    hooks.say(f"{'run folder':>16}  {folder.path}")
+    for name, value in plan(job).items():
+        hooks.say(f"{name:>16}  {value}")
+    if folder.finished(recipe.run.steps):
+        _load_result(job, folder)
+    else:
+        _train(job, folder, accelerator, hooks.stop)
+    if accelerator.is_main_process:
+        _finish(job, folder, accelerator.device, hooks.say)
+    accelerator.wait_for_everyone()
+    return folder.path
+
+
+def resume(
+    run_dir: Path | str,
+    say: Say = lambda line: None,
+    *,
+    events: Consumer = lambda event: None,
+    stop: Stop | None = None,
+) -> Path:
+    """Goes on with an interrupted run: what comes out is what the unbroken run would have given. As `train`."""
+    return train(RunFolder(Path(run_dir)).recipe, run_dir, say, events=events, stop=stop)
+
+
+def _info(job: Prepared, before: dict[str, Any]) -> dict[str, Any]:
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
+    several = [{"token": s.token, "class_noun": s.noun, "photos": len(s.photos)} for s in job.subjects]
+    return before | {
+        "token": job.token,
+        "class_noun": job.noun,
+        "family": job.family.name,
+        "base": job.recipe.base.source,
+        "base_hash": job.base_hash,
+        "resolution": job.resolution,
+        "plan": plan(job),
+        "captions": job.captions,
+        "captions_from_files": job.captions_from_files,
+        "photos": [photo.path.as_posix() for photo in job.photos],
+        **({"subjects": several} if len(several) > 1 else {}),
+        "prompts": job.sample_prompts(),
+        "guidance": job.recipe.sample.guidance,
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+    }
+
+
+def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, stop: Stop) -> None:
+    """The pictures of before, the training, and the trained weights in RUN/adapter."""
+    recipe = job.recipe
+    if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
+        draw_samples(job, folder.path / "samples" / "before", "Before")
+    if recipe.run.trackers:
+        accelerator.init_trackers("finetune", config={"recipe": recipe.model_dump_json()})
+    fit_job(job, folder, accelerator, stop=stop)
+    if recipe.run.trackers:
+        accelerator.end_training()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder.path / "samples" / "after", ignore_errors=True)  # of a shorter run
+        about = {"base_hash": job.base_hash, "steps": str(recipe.run.steps)}
+        folder.save_result(recipe.method.state_dict(job.family), about)
+
+
+def fit_job(
+    job: Prepared,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    on_step: Callable[[int], None] = lambda step: None,
+    stop: Stop | None = None,
+) -> None:
+    """Class images, caches, the method attached, and the loop: what is trained ends in `job.family`."""
+    recipe, family = job.recipe, job.family
+    streams = make_streams(job, accelerator)
+    cache = cache_latents(job, streams, accelerator)
+    encode_prompts = make_prompt_encoder(job, streams, accelerator)
+    idle = _idle_parts(job, encode_prompts)
+    family.release(idle)
+    family.place([part for part in family.parts if part not in idle])
+    trained = recipe.method.attach(family, recipe.run.seed)
+    if recipe.run.gradient_checkpointing:
+        family.enable_gradient_checkpointing(recipe.method.part_names(family))
+    batches = make_batches(job, streams, cache, accelerator)
+    context = PriorContext(family, recipe.method, trained, encode_prompts, job.class_prompt, job.class_prompts)
+    stratified = recipe.objective.timesteps == "stratified"
+    options = StepOptions(
+        recipe.data.encoder_dropout,
+        recipe.prior.regularizers(context),
+        batches.samples_per_step if stratified else None,
+    )
+    objective = build_objective(recipe.objective, family.schedule, family.shift(job.resolution))
+    trainer = Trainer(
+        Step(family, parts_of(trained), objective, encode_prompts, options),
+        Trainable(trained, recipe.method.windows(trained)),
+        recipe.optim,
+        recipe.run,
+        accelerator,
+        folder.checkpoints,
+    )
+
+    def after_step(step: int) -> None:
+        if recipe.sample.every and step % recipe.sample.every == 0 and accelerator.is_main_process:
+            with trainer.result_weights():
+                draw_preview(job, folder, step, idle)
+        on_step(step)
+
+    trainer.fit(batches, after_step, stop)
+    family.restore(idle)
+
+
+def _idle_parts(job: Prepared, encode_prompts: PromptEncoder) -> list[str]:
+    """Frozen parts whose work is cached: they leave memory while the loop runs."""
+    busy = {"denoiser", *job.recipe.method.part_names(job.family)}
+    cached = isinstance(encode_prompts, PromptCache)
+    return [part for part in job.family.parts if part not in busy and (part == "vae" or cached)]
+
+
+def _load_result(job: Prepared, folder: RunFolder) -> None:
+    job.recipe.method.attach(job.family, job.recipe.run.seed)
+    job.recipe.method.load_state_dict(job.family, folder.result())
+
+
+def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) -> None:
+    dtype = next(job.family.parts["denoiser"].parameters()).dtype
+    exported = export_run(folder, job.family)
+    after = folder.path / "samples" / "after"
+    shown = None if after.is_dir() else open_exported(folder, exported, dtype)
+    if shown is not None:  # what is shown is what the file gives, not what was in memory
+        shown.device = device
+        job.family = shown
+        draw_samples(job, after, "After")
+    write_companions(folder)
+    write_report(folder.path)
+    for item in exported:
+        say(f"{item.format:>16}  {item.path}  {'; '.join(item.checks)}")
+    failed = [item.format for item in exported if not item.ok]
+    if failed:
+        raise CheckFailed(f"the export to {', '.join(failed)} is not what was trained: see {folder.path}/report.html")

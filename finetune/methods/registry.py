@@ -1,0 +1,18 @@
+"""Training methods. Every module here that defines a `Method` with a `kind` is one: a new method is one new file."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from finetune.core.registry import Registry
+from finetune.methods.base import Method
+
+METHODS: Registry[Method] = Registry(Method, "finetune.methods", lambda item: item.model_fields["kind"].default)
+
+
+# what a recipe's `method:` section may be: `kind` chooses the class
+MethodSettings: Any = Annotated[reduce(or_, METHODS.values()), Field(discriminator="kind")]

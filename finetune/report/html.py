@@ -1,0 +1,266 @@
+"""The run as one HTML page: RUN/report.html, from the run folder alone, readable without a network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from finetune.core.files import write_text
+from finetune.data.photos import open_image
+from finetune.runs.folder import RunFolder
+from finetune.runs.record import names, trigger
+
+SIDE = 160  # pixels of a picture on the page
+
+STYLE = """
+:root{--ink:#1d1d1f;--soft:#6b6b70;--line:#e3e3e6;--page:#fbfbfc;--card:#fff;--mark:#2f6fde;--good:#1f8a4c;--bad:#c23b2e}
+@media(prefers-color-scheme:dark){:root{--ink:#ececef;--soft:#9a9aa2;--line:#33343a;--page:#17181b;--card:#1f2024;--mark:#7aa7ff;
+--good:#5cc689;--bad:#ff8d80}}
+*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:40px 20px 80px}h1{font-size:30px;line-height:1.2;margin:0 0 6px}
+h2{font-size:18px;margin:44px 0 12px}p{margin:6px 0 12px}.soft{color:var(--soft)}
+.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:18px 20px;overflow-x:auto}
+table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:6px 14px 6px 0;vertical-align:top}
+th{font-weight:600;color:var(--soft);white-space:nowrap}tr+tr td,tr+tr th{border-top:1px solid var(--line)}
+img{display:inline-block;border-radius:8px;margin:0 6px 6px 0;vertical-align:top}code,pre{font:13px/1.5 ui-monospace,monospace}
+pre{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 18px;overflow-x:auto}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:18px}.pair h3{font-size:13px;color:var(--soft);margin:0 0 6px;font-weight:600}
+.prompt{font-weight:600;margin:22px 0 8px}.good{color:var(--good)}.bad{color:var(--bad)}
+.row img{width:calc(25% - 8px);max-width:160px;height:auto}svg{max-width:100%;height:auto}
+@media(max-width:700px){.pair{grid-template-columns:1fr}}
+"""
+
+
+def write_report(path: Path, with_captions: bool = False) -> Path:
+    """Builds the page of a run folder; whatever is missing there is left out.
+
+    It may be passed on: it names no folders of this machine, and the captions of the photos' files only
+    `with_captions`.
+    """
+    info = _shareable(RunFolder(path).info)
+    metrics = _metrics(path / "metrics.jsonl")
+    sections = [
+        _head(info),
+        _subject(info, with_captions),
+        _plan(info),
+        _curves(metrics),
+        _before_after(path, info),
+        _exports(path),
+        _next_steps(path, info),
+    ]
+    body = "\n".join(section for section in sections if section)
+    title = escape(trigger(info) or path.name)
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><main>{body}</main></body></html>\n"
+    )
+    write_text(path / "report.html", page)
+    return path / "report.html"
+
+
+def _shareable(info: dict[str, Any]) -> dict[str, Any]:
+    """run.json with a base's folder as its last name."""
+    base = str(info.get("base", ""))
+    if not Path(base).is_absolute():
+        return info
+    plan = {name: value.replace(base, Path(base).name) if isinstance(value, str) else value
+            for name, value in info.get("plan", {}).items()}  # fmt: skip
+    return info | {"base": Path(base).name, "plan": plan}
+
+
+def _metrics(file: Path) -> list[dict[str, float]]:
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def image_tag(image: Image.Image, alt: str) -> str:
+    """An <img> with the picture inside; small ones are enlarged smoothly."""
+    scale = SIDE / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    held = io.BytesIO()
+    image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(held, "JPEG", quality=88)
+    data = base64.b64encode(held.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" title="{escape(alt)}" width="{size[0]}" height="{size[1]}" src="data:image/jpeg;base64,{data}">'
+
+
+def _head(info: dict[str, Any]) -> str:
+    words = [name or "?" for name in names(info)]
+    title = ", ".join(f"“{escape(name)}”" for name in words)
+    shown = " or ".join(f"<b>{escape(name)}</b>" for name in words)
+    return (
+        f"<h1>{title}</h1><p class=soft>Write {shown} in a prompt to get the subject. Trained on "
+        f"{escape(str(info.get('base')))} ({escape(str(info.get('family')))}), {info.get('resolution')} pixels.</p>"
+    )
+
+
+def _subject(info: dict[str, Any], with_captions: bool) -> str:
+    photos = [Path(photo) for photo in info.get("photos", [])]
+    counts = [subject["photos"] for subject in info.get("subjects", [])] or [len(photos)]
+    starts = [sum(counts[:number]) for number in range(len(counts))]
+    first = [
+        photo for start, count in zip(starts, counts, strict=True) for photo in photos[start : start + min(12, count)]
+    ]
+    shown = [image_tag(open_image(photo), photo.name) for photo in first if photo.is_file()]
+    captions = list(dict.fromkeys(text for texts in info.get("captions", []) for text in texts))[:5]
+    listed = "".join(f"<li><code>{escape(text)}</code></li>" for text in captions)
+    prompts = f"the first training prompts:</p><ul>{listed}</ul>"
+    if info.get("captions_from_files") and not with_captions:
+        prompts = "their own captions are not shown here (<code>finetune report RUN --captions</code>).</p>"
+    return f"<h2>What it learned from</h2><div class=card>{''.join(shown)}<p class=soft>{len(photos)} photos; {prompts}</div>"
+
+
+def _plan(info: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(str(name))}</th><td>{escape(', '.join(value) if isinstance(value, list) else str(value))}</td></tr>"
+        for name, value in info.get("plan", {}).items()
+        if name != "training prompts"
+    )
+    return f"<h2>The plan</h2><div class=card><table>{rows}</table></div>" if rows else ""
+
+
+def _curves(metrics: Sequence[dict[str, float]]) -> str:
+    if len(metrics) < 2:
+        return ""
+    steps = [row["step"] for row in metrics]
+    loss = [row["loss"] for row in metrics]
+    seconds = sum(row["seconds"] for row in metrics) / len(metrics)
+    return (
+        "<h2>Training</h2><div class=card>"
+        + curve("loss", steps, loss, smooth(loss))
+        + curve("learning rate", steps, [row["lr"] for row in metrics])
+        + f"<p class=soft>{int(steps[-1])} steps, {seconds:.2f} s a step. Loss at a random timestep is noisy: the thick "
+        "line is its running mean. It says little about likeness; the pictures below do.</p></div>"
+    )
+
+
+def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
+    """Exponential running mean over about `share` of the values, without the bias of its start."""
+    decay = 1 - 1 / max(2.0, share * len(values))
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(mean / weight)
+    return out
+
+
+def curve(title: str, steps: Sequence[float], values: Sequence[float], smoothed: Sequence[float] | None = None) -> str:
+    """An inline SVG line plot with its axes' ends labelled."""
+    width, height, left, top = 960, 190, 70, 24
+    low, high = min(values), max(values)
+    low, high = (min(0.0, low), high * 1.05 or 1.0)
+
+    def points(line: Sequence[float]) -> str:
+        span = max(1e-9, steps[-1] - steps[0])
+        return " ".join(
+            f"{left + (x - steps[0]) / span * (width - left - 10):.1f},"
+            f"{top + (1 - (y - low) / (high - low)) * (height - top - 26):.1f}"
+            for x, y in zip(steps, line, strict=True)
+        )
+
+    raw_style = 'stroke-width="1" opacity=".35"' if smoothed else 'stroke-width="2"'
+    thick = f'<polyline points="{points(smoothed)}" stroke-width="2.5"/>' if smoothed else ""
+    base = height - 26
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(title)}">'
+        f'<g fill="none" stroke="var(--line)"><line x1="{left}" y1="{base}" x2="{width - 10}" y2="{base}"/>'
+        f'<line x1="{left}" y1="{top}" x2="{left}" y2="{base}"/></g>'
+        f'<g fill="none" stroke="var(--mark)"><polyline points="{points(values)}" {raw_style}/>{thick}</g>'
+        f'<g fill="var(--soft)" font-size="12"><text x="{left}" y="14">{escape(title)}</text>'
+        f'<text x="{left - 8}" y="{top + 8}" text-anchor="end">{high:.3g}</text>'
+        f'<text x="{left - 8}" y="{base}" text-anchor="end">{low:.3g}</text>'
+        f'<text x="{left}" y="{height - 8}">{steps[0]:.0f}</text>'
+        f'<text x="{width - 10}" y="{height - 8}" text-anchor="end">step {steps[-1]:.0f}</text></g></svg>'
+    )
+
+
+def _before_after(path: Path, info: dict[str, Any]) -> str:
+    before, after = path / "samples" / "before", path / "samples" / "after"
+    if not after.is_dir():
+        return ""
+    rows = []
+    for number, prompt in enumerate(info.get("prompts", [])):
+        sides = [_row(folder, number) for folder in (before, after)]
+        rows.append(
+            f"<p class=prompt>{escape(prompt)}</p><div class=pair><div><h3>before</h3><div class=row>{sides[0]}</div></div>"
+            f"<div><h3>after</h3><div class=row>{sides[1]}</div></div></div>"
+        )
+    return (
+        "<h2>Before and after</h2><p class=soft>The same prompts at the same seeds. Look for three things: the subject is "
+        "itself; it stands where the prompt puts it; the class without the token is still what it was.</p>"
+        f"<div class=card>{''.join(rows)}</div>"
+    )
+
+
+def _row(folder: Path, number: int) -> str:
+    files = sorted(folder.glob(f"{number:02d}-*.png"))[:4]
+    tags = []
+    for file in files:
+        with Image.open(file) as image:
+            tags.append(image_tag(image, f"seed {file.stem.split('-')[1]}"))
+    return "".join(tags)
+
+
+def _exports(path: Path) -> str:
+    file = path / "exports.json"
+    if not file.is_file():
+        return ""
+    rows = []
+    for item in json.loads(file.read_text(encoding="utf-8")):
+        checks = "<br>".join(
+            f'<span class="{"bad" if check.startswith("FAILED") else "good"}">{escape(check)}</span>'
+            for check in item["checks"]
+        )
+        size = item["size"] / 1e6
+        rows.append(
+            f"<tr><td>{escape(item['format'])}</td><td><code>{escape(_inside(item['path'], path))}</code></td><td>{size:.2f} MB</td>"
+            f"<td>{escape(', '.join(item['read_by']))}</td><td>{checks}</td></tr>"
+        )
+    head = "<tr><th>format</th><th>file</th><th>size</th><th>for</th><th>checks</th></tr>"
+    return f"<h2>Files for other programs</h2><div class=card><table>{head}{''.join(rows)}</table></div>"
+
+
+def _inside(item: str, path: Path) -> str:
+    place = Path(item)
+    if place.is_relative_to(path):
+        return place.relative_to(path).as_posix()
+    return place.name if place.is_absolute() else item
+
+
+def _a_format(path: Path) -> str:
+    """What may be exported again: kohya, or the first of what was written."""
+    file = path / "exports.json"
+    listed = [item["format"] for item in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
+    return "kohya" if "kohya" in listed or not listed else listed[0]
+
+
+def _next_steps(path: Path, info: dict[str, Any]) -> str:
+    thing = names(info)[0]
+    # a page may be passed on: no folders of this machine in it
+    run = path.name if path.is_absolute() else path.as_posix()
+    commands = "\n".join(
+        (
+            "# more pictures",
+            f'finetune sample {run} -p "a photo of {thing} in the city" --count 8',
+            "# the files again, or others",
+            f"finetune export {run} --to {_a_format(path)}",
+            "# go on, or train longer",
+            f"finetune train {run}/recipe.yaml run.dir={run} run.steps=N",
+        )
+    )
+    places = (
+        "The kohya file goes to <code>ComfyUI/models/loras</code>, <code>stable-diffusion-webui/models/Lora</code> (A1111, "
+        "Forge, sdnext) or InvokeAI's model manager, if the base is the one that it was trained on."
+        if _a_format(path) != "embedding"
+        else "The embedding goes to <code>ComfyUI/models/embeddings</code> or <code>stable-diffusion-webui/embeddings</code> "
+        "(A1111, Forge); there its file's name is the word for prompts (<code>embedding:NAME</code> in ComfyUI)."
+    )
+    return f"<h2>Go on</h2><pre>{escape(commands)}</pre><p class=soft>{places}</p>"

@@ -1,0 +1,166 @@
+"""The run folder: recipe, metrics, checkpoints that can be trusted, and where to go on.
+
+RUN/recipe.yaml            the resolved recipe          RUN/samples/    before, after, step-000100
+RUN/run.json               what was found out           RUN/exports/    files for other programs
+RUN/metrics.jsonl          one line a step              RUN/report.html the page
+RUN/checkpoints/step-000250/{trained,optimizer,ema}.safetensors + state.json
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from finetune.config.load import dump_recipe, read_recipe
+from finetune.config.recipe import Recipe
+from finetune.core.errors import BadInput
+from finetune.core.files import load_tensors, save_tensors, write_json, write_text
+from finetune.training.checkpoint import Checkpoints
+
+HOLDER = "run.lock.txt"  # who holds run.lock, which nobody else can read on Windows
+
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+class RunFolder:
+    """A run's folder. Only the main process writes to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.path)
+
+    @property
+    def recipe(self) -> Recipe:
+        file = self.path / "recipe.yaml"
+        if not file.is_file():
+            raise BadInput(f"{self.path} is no run folder (it has no recipe.yaml): give the folder of a run")
+        return read_recipe(file)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the run found out before training (token, class noun, base hash, plan): run.json."""
+        file = self.path / "run.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def write_info(self, info: dict[str, Any]) -> None:
+        write_json(self.path / "run.json", info)
+
+    def finished(self, steps: int) -> bool:
+        """Whether the trained weights are there, and of that many steps: a longer run of the recipe goes on."""
+        from safetensors import safe_open
+
+        file = self.path / "adapter" / "trained.safetensors"
+        if not file.is_file():
+            return False
+        with safe_open(file, "pt") as held:
+            return (held.metadata() or {}).get("steps") == str(steps)
+
+    @contextmanager
+    def held(self, recipe: Recipe) -> Iterator[None]:
+        """Makes the folder, or takes an existing one of the same recipe, and keeps other processes off it.
+
+        The lock is the kernel's: a process that dies, however it dies, lets go of it.
+
+        Raises:
+            BadInput: as `check`; or another process is at work there.
+        """
+        self.check(recipe)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(
+                f"the folder {self.path} could not be made ({error.strerror}): choose another with run.dir=PATH"
+            ) from error
+        with self._lock():
+            name = f"process {os.getpid()} on {platform.node()}\n"
+            (self.path / HOLDER).write_text(name, encoding="utf-8", newline="\n")
+            write_text(self.path / "recipe.yaml", dump_recipe(recipe))
+            yield
+
+    def _lock(self) -> AbstractContextManager[object]:
+        lock = FileLock(self.path / "run.lock", fallback_to_soft=False, preserve_lock_file=True)
+        try:
+            return lock.acquire(blocking=False)
+        except Timeout as error:
+            holder = self.path / HOLDER
+            name = holder.read_text(encoding="utf-8").strip() if holder.is_file() else ""
+            raise BadInput(
+                f"{self.path} is in use by {name or 'another process'}: wait for it, or choose another folder with "
+                "run.dir=PATH"
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise BadInput(
+                f"{self.path} lies on a filesystem without file locks ({error.strerror}): choose a folder on another "
+                "with run.dir=PATH"
+            ) from error
+
+    def check(self, recipe: Recipe) -> None:
+        """Whether this recipe may run here.
+
+        Raises:
+            BadInput: the folder holds something else, or a run of another recipe; the changed keys are named.
+        """
+        file = self.path / "recipe.yaml"
+        if file.is_file():
+            changed = _changed_keys(self.recipe, recipe)
+            if changed:
+                raise BadInput(
+                    f"{self.path} holds a run with another recipe (changed: {', '.join(changed)}): "
+                    "undo the change, or choose another folder with run.dir=PATH"
+                )
+        elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+            raise BadInput(f"{self.path} exists and is no run folder: choose another with run.dir=PATH")
+
+    # what leaves the run
+
+    def save_result(self, trained: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        save_tensors(self.path / "adapter" / "trained.safetensors", trained, metadata)
+
+    def result(self) -> dict[str, Tensor]:
+        file = self.path / "adapter" / "trained.safetensors"
+        if not file.is_file():
+            raise BadInput(f"{self.path} has not finished training: run `finetune resume {self.path}` first")
+        return load_tensors(file)
+
+
+def next_folder(name: str, parent: Path = Path("runs")) -> Path:
+    """runs/<name>, or the first runs/<name>-<n> that does not exist."""
+    candidate, number = parent / name, 2
+    while candidate.exists():
+        candidate, number = parent / f"{name}-{number}", number + 1
+    return candidate
+
+
+def _changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """The keys that differ, except those that a run may change: more steps, more processes, its folder's name."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    free = {"run.dir", "run.name", "run.keep", "run.checkpoint_every", "run.processes"}
+    if after.get("run.steps", 0) >= before.get("run.steps", 0):
+        free.add("run.steps")
+    names = sorted(before.keys() | after.keys())
+    return [name for name in names if name not in free and before.get(name) != after.get(name)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

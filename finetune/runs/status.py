@@ -1,0 +1,67 @@
+"""RUN/status.json: what a run is doing now, for whoever looks from outside: a page, a script, a second terminal."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finetune.core.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted, RunEnded, StepDone
+from finetune.core.files import write_json
+
+EVERY = 1.0  # seconds: a step can be shorter than the writing of a file
+SCHEMA = 1
+
+
+@dataclass
+class Status:
+    """`state`: "running", "finished", "stopped" or "failed". `done` of `total` units of `phase` are done; `eta` is the
+    seconds that are left of it, at its pace so far. `step` and `loss` are of the last logged step."""
+
+    state: str = "running"
+    phase: str = ""
+    done: int = 0
+    total: int = 0
+    eta: float | None = None
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+
+
+class StatusFile:
+    """A consumer of events that keeps RUN/status.json, each time whole: a reader never sees half of it."""
+
+    def __init__(self, run: Path, steps: int) -> None:
+        self.file, self.status = run / "status.json", Status(steps=steps)
+        self._written = self._began = 0.0
+        self._skipped = 0  # units that a resumed phase did not have to do
+
+    def __call__(self, event: Event) -> None:
+        status = self.status
+        if isinstance(event, PhaseStarted):
+            status.phase, status.done, status.total, status.eta = event.title, 0, event.total, None
+            self._began, self._skipped = time.monotonic(), 0
+        elif isinstance(event, PhaseAdvanced):
+            self._advance(event.amount)
+        elif isinstance(event, StepDone):
+            status.step, status.loss = event.step, event.loss
+        elif isinstance(event, RunEnded):
+            status.state = event.outcome
+        if isinstance(event, PhaseStarted | PhaseEnded | RunEnded) or time.monotonic() - self._written > EVERY:
+            self.write()
+
+    def _advance(self, amount: int) -> None:
+        status, now = self.status, time.monotonic()
+        if status.done == 0 and amount > 1 and now - self._began < EVERY:
+            self._skipped = amount
+        status.done += amount
+        worked = status.done - self._skipped
+        if worked > 0:
+            status.eta = round((now - self._began) / worked * (status.total - status.done), 1)
+
+    def write(self) -> None:
+        self._written = time.monotonic()
+        process = {"process": os.getpid(), "host": platform.node(), "time": round(time.time(), 1)}
+        write_json(self.file, {"schema": SCHEMA, **asdict(self.status), **process})

@@ -1,0 +1,52 @@
+"""The only training loop. One batch can be read straight through, from latents to the stepped optimiser."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+
+from finetune.core.devices import auto_precision
+from finetune.core.errors import BadInput
+from finetune.data.batches import check_split
+from finetune.training.settings import Run
+
+
+def make_accelerator(run: Run, adapter: bool) -> Accelerator:
+    """Device, precision, accumulation and processes, as the recipe asks for them.
+
+    An adapter on a bf16 base trains without autocast (the adapter is fp32 and the base is cast once); full
+    training in bf16 keeps fp32 weights under autocast. fp16 needs Accelerate's loss scaling in both.
+    """
+    precision = resolve_precision(run)
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise BadInput("run.precision is 'fp16' but there is no CUDA GPU here: set run.precision=fp32 or bf16")
+    mixed = {"fp32": "no", "bf16": "no" if adapter else "bf16", "fp16": "fp16"}[precision]
+    accelerator = Accelerator(
+        mixed_precision=mixed,
+        gradient_accumulation_steps=run.accumulate,
+        log_with=list(run.trackers) or None,
+        project_dir=".",  # trackers ask for one; `job.train` sets it once the run folder is known
+        cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+    )
+    _check_launch(accelerator, run)
+    return accelerator
+
+
+def _check_launch(accelerator: Accelerator, run: Run) -> None:
+    """Some launchers start fewer processes than they were asked for, and some settings change precision in silence."""
+    world = accelerator.num_processes
+    if run.processes not in (None, world):
+        raise BadInput(
+            f"run.processes is {run.processes} but {world} process(es) were started: use `finetune train --processes "
+            f"{run.processes}` or torchrun (`accelerate launch --cpu` starts one, whatever it is told)"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise BadInput("ACCELERATE_USE_FSDP is set, but weights are not sharded here: unset it")
+    check_split(run.batch_size, run.accumulate, world)
+
+
+def resolve_precision(run: Run) -> str:
+    """What `run.precision` is on this machine."""
+    return auto_precision() if run.precision == "auto" else run.precision

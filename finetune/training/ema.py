@@ -1,0 +1,53 @@
+"""The exponential moving average of what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """ema += (1 - d) (weights - ema), with d = min(decay, (1 + n)/(10 + n)) so that a short run is not its start.
+
+    Without a decay it holds nothing and changes nothing.
+    """
+
+    def __init__(self, trained: Mapping[str, nn.Parameter], decay: float | None) -> None:
+        self.trained, self.decay = trained, decay
+        self.averages: dict[str, Tensor] = {}
+        if decay is not None:
+            self.averages = {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+    def load(self, averages: Mapping[str, Tensor]) -> None:
+        for name, value in averages.items():
+            self.averages[name] = value.to(self.trained[name].device)
+
+    def update(self, step: int) -> None:
+        """After step n, from 0."""
+        if self.decay is None:
+            return
+        decay = min(self.decay, (1 + step) / (10 + step))
+        weights = [parameter.detach() for parameter in self.trained.values()]
+        torch._foreach_lerp_([self.averages[name] for name in self.trained], weights, 1 - decay)
+
+    def copy_to_weights(self) -> None:
+        copy_into(self.trained, self.averages)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside the block the trained parameters hold the averages; afterwards what they held, bit for bit."""
+        kept = {name: self.trained[name].detach().clone() for name in self.averages}
+        self.copy_to_weights()
+        try:
+            yield
+        finally:
+            copy_into(self.trained, kept)
+
+
+def copy_into(trained: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            trained[name].copy_(value)

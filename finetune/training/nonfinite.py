@@ -1,0 +1,65 @@
+"""What is kept of a step that was stopped: enough to look at it, beside the checkpoint that leads to it again."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from finetune.core.batch import Batch
+from finetune.core.files import save_tensors, write_json
+
+Samples = list[tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+def describe(batches: Sequence[Batch], timesteps: Sequence[Tensor]) -> Samples:
+    """One entry a sample: what is said of it, and its latents (mean and std, [C, h, w])."""
+    found: Samples = []
+    for batch, t in zip(batches, timesteps, strict=True):
+        for index, name in enumerate(batch.names):
+            about = {
+                "name": name,
+                "timestep": float(t[index]),
+                "sample": batch.draws[index].sample,
+                "prompt": batch.prompts[index],
+                "weight": float(batch.weight[index]),
+            }
+            tensors = {"mean": batch.latents.mean[index], "std": batch.latents.std[index]}
+            if batch.mask is not None:
+                tensors["mask"] = batch.mask[index]
+            if batch.extra is not None:
+                tensors["extra"] = batch.extra[index]
+            found.append((about, {key: value.detach().cpu() for key, value in tensors.items()}))
+    return found
+
+
+def bundle_folder(run: Path, step: int) -> Path:
+    return run / f"bad-step-{step:06d}"
+
+
+def write_bundle(folder: Path, step: int, loss: float, grad_norm: float | None, samples: Samples) -> None:
+    """RUN/bad-step-000012/{step.json,latents.safetensors}; a bundle of the same step is replaced."""
+    shutil.rmtree(folder, ignore_errors=True)
+    numbers = {"loss": loss, "grad_norm": grad_norm}
+    facts = {
+        "step": step,
+        **{key: value if value is None or math.isfinite(value) else str(value) for key, value in numbers.items()},
+        "again": f"finetune resume {folder.parent.as_posix()}",
+        "samples": [about for about, _ in samples],
+    }
+    write_json(folder / "step.json", facts)
+    tensors = {f"{about['sample']:04d}.{key}": value for about, held in samples for key, value in held.items()}
+    save_tensors(folder / "latents.safetensors", tensors)
+
+
+def sentence(step: int, loss: float, grad_norm: float | None, samples: Samples, bundle: Path) -> str:
+    what = f"gradient norm {grad_norm}" if math.isfinite(loss) else f"loss {loss}"
+    where = ", ".join(f"{about['name']} (timestep {about['timestep']:g})" for about, _ in samples)
+    return (
+        f"step {step} is not finite ({what}) on {where}; the weights were not updated and the last checkpoint is "
+        f"whole: lower optim.lr, or look at those files (the batch is in {bundle})"
+    )

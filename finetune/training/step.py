@@ -1,0 +1,104 @@
+"""One batch, read straight through: from latents to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from finetune.core.batch import Batch
+from finetune.core.rng import SampleKey, generator, uniform
+from finetune.families.base import Family
+from finetune.objectives.base import Objective
+from finetune.objectives.loss import per_sample
+from finetune.training.dropout import CurrentSamples, replace_dropout
+from finetune.training.regularizers import NoisedBatch, Regularizer
+
+PromptEncoder = Callable[[Sequence[str], Tensor | None], dict[str, Tensor]]
+
+
+class MicroBatches(Protocol):
+    """Step number and micro-batch number -> this process's batch: a pure function."""
+
+    def micro(self, step: int, index: int) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """
+    encoder_dropout: the probability with which each text encoder's output is zeroed.
+    regularizers: what is added to the loss of every micro-batch.
+    stratify: the number of samples in a global batch, to spread their timesteps evenly; None draws them uniformly.
+    """
+
+    encoder_dropout: float = 0.0
+    regularizers: Sequence[Regularizer] = ()
+    stratify: int | None = None
+
+
+class Step(nn.Module):
+    """Latents -> noise -> prediction -> loss, for one micro-batch.
+
+    Only the parts that train are submodules, so that Accelerate wraps, moves and synchronises nothing else.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        trained_parts: Sequence[str],
+        objective: Objective,
+        encode_prompts: PromptEncoder,
+        options: StepOptions | None = None,
+    ) -> None:
+        super().__init__()
+        self.trained = nn.ModuleDict({name: family.parts[name] for name in trained_parts})
+        self.current = CurrentSamples()
+        for name, part in self.trained.items():
+            replace_dropout(part, name, self.current)
+        self.family, self.objective, self.encode_prompts = family, objective, encode_prompts
+        self.options = options or StepOptions()
+
+    def move_to(self, device: torch.device) -> None:
+        """What it computes with, the trained parts and the objective's tables."""
+        self.to(device)
+        self.objective = self.objective.to(device)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The mean over the batch of weight * error(prediction, target), and the penalties: a float32 scalar."""
+        self.current.keys = batch.draws
+        x0 = batch.sample_latents()
+        noise, added = (value.to(x0.device) for value in self.objective.noises(batch.draws, x0.shape[1:]))
+        t = self.objective.timesteps(self.positions(batch.draws)).to(x0.device)
+        kept = self.kept(batch.draws)
+        cond = self.encode_prompts(batch.prompts, kept)
+        noisy = batch.beside(self.objective.add_noise(x0, added, t))
+        prediction = self.family.predict(noisy, t, cond, batch.geometry)
+        error = per_sample(self.objective.error(prediction.float(), self.objective.target(x0, noise, t)), batch.mask)
+        weight = self.objective.weight(t)
+        at = NoisedBatch(batch, noisy, t, weight * batch.weight, kept, self.current)
+        extra = (regularizer(at) for regularizer in self.options.regularizers)
+        return sum(extra, start=(error * weight * batch.weight).mean())
+
+    def kept(self, draws: list[SampleKey]) -> Tensor | None:
+        """[encoders, B]: 0 where a text encoder's output is dropped, on its own (arXiv:2403.03206, 5.2)."""
+        if not self.options.encoder_dropout:
+            return None
+        each = [uniform(draws, f"text encoder {n}") for n in range(len(self.family.text_encoders))]
+        return (torch.stack(each) >= self.options.encoder_dropout).float()
+
+    def positions(self, draws: list[SampleKey]) -> Tensor:
+        """Where in [0, 1) each sample's timestep lies [B]: uniform over the noise levels of the base, or one in each
+        of `stratify` equal parts of them."""
+        u, share = uniform(draws, "timestep"), self.family.timestep_fraction
+        if self.options.stratify is None:
+            return u * share
+        order = torch.randperm(self.options.stratify, generator=generator(draws[0].seed, "strata", draws[0].step))
+        return (order[[draw.sample for draw in draws]] + u) / self.options.stratify * share
+
+
+def parts_of(trained: Iterable[str]) -> list[str]:
+    """The parts that these parameters are of: "denoiser.conv_in.weight" is the denoiser's."""
+    return list(dict.fromkeys(name.split(".", 1)[0] for name in trained))

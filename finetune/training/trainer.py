@@ -1,0 +1,194 @@
+"""The only training loop: restore, step, save, log. It knows neither recipe nor run folder."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from finetune.core.batch import Batch
+from finetune.core.errors import CheckFailed
+from finetune.core.events import CheckpointSaved, Restored, StepDone, emit, phase
+from finetune.core.signals import Interrupted, Stop
+from finetune.optim.base import Window
+from finetune.optim.registry import Optim
+from finetune.optim.state import load_state_tensors, state_tensors
+from finetune.training import nonfinite
+from finetune.training.checkpoint import Checkpoints, State, to_cpu
+from finetune.training.ema import Ema, copy_into
+from finetune.training.settings import Run
+from finetune.training.step import MicroBatches, Step
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """Name -> fp32 parameter, as `Method.attach` gave them; `windows`: name -> the share of the run in which it is
+    trained (a name left out: all of it)."""
+
+    parameters: Mapping[str, nn.Parameter]
+    windows: Mapping[str, Window] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains `trained` by the loss of `step`, from the newest checkpoint on.
+
+    Args:
+        step: the loss of one micro-batch.
+        optim, run: the settings of the optimiser and of the run.
+        accelerator: device, precision and processes (`training.accelerate`).
+        checkpoints: where states are kept and found again.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        trained: Trainable,
+        optim: Optim,
+        run: Run,
+        accelerator: Accelerator,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self.step, self.trained, self.optim, self.run = step, trained.parameters, optim, run
+        self.accelerator, self.checkpoints = accelerator, checkpoints
+        step.move_to(accelerator.device)  # before the optimiser: its state is made where its parameters are
+        optimizer = optim.build(trained.parameters, trained.windows)
+        self.model, self.optimizer = accelerator.prepare(step, optimizer)
+        self.ema = Ema(trained.parameters, run.ema)
+
+    def fit(
+        self,
+        batches: MicroBatches,
+        after_step: Callable[[int], None] = lambda step: None,
+        stop: Stop | None = None,
+    ) -> None:
+        """Trains to `run.steps`, and leaves the EMA, where one is asked for, in the trained parameters.
+
+        Args:
+            after_step: called on every process after step n (1-based), for previews.
+
+        Raises:
+            CheckFailed: a loss or gradient that is not finite; the update is not made.
+            Interrupted: `stop` was requested; the step was finished and its checkpoint written.
+        """
+        stop = stop or Stop()
+        first = self.restore()
+        if self.accelerator.is_main_process:
+            self.checkpoints.check_space(self._checkpoint_bytes() * (self.run.keep + 1))
+        self.model.train()
+        with phase("Training", self.run.steps) as advance, stop.deferred():
+            advance(first, "")
+            for n in range(first, self.run.steps):
+                advance(1, self._one_step(batches, n))
+                asked = self._all_reduce_max(stop.received or 0)
+                if asked or (n + 1) % self.run.checkpoint_every == 0 or n + 1 == self.run.steps:
+                    self.save(n + 1)
+                if asked:
+                    self.accelerator.wait_for_everyone()  # whoever started us ends the others when one of us ends
+                    raise Interrupted(asked)
+                after_step(n + 1)
+        self.accelerator.wait_for_everyone()
+        self.ema.copy_to_weights()
+        self.accelerator.free_memory()  # it holds on to the model and the optimiser
+
+    @contextmanager
+    def result_weights(self) -> Iterator[None]:
+        """Inside the block the trained parameters are what would leave the run now."""
+        with self.ema.swapped_in():
+            yield
+
+    def restore(self) -> int:
+        """Takes the newest valid checkpoint's state; returns the number of steps done."""
+        state = self.checkpoints.latest()
+        step = state.step if state else 0
+        if self.accelerator.is_main_process:
+            emit(Restored(step))
+        if state is None:
+            return 0
+        copy_into(self.trained, state.trained)
+        load_state_tensors(self.optimizer, state.optimizer, state.values.get("optimizer", {}))
+        if self.accelerator.scaler is not None and "scaler" in state.values:
+            self.accelerator.scaler.load_state_dict(state.values["scaler"])
+        self.ema.load(state.ema)
+        return step
+
+    def save(self, step: int) -> None:
+        """The main process writes the state after `step` steps."""
+        if not self.accelerator.is_main_process:
+            return
+        tensors, values = state_tensors(self.optimizer)
+        extra: dict[str, Any] = {"optimizer": values}
+        if self.accelerator.scaler is not None:
+            extra["scaler"] = self.accelerator.scaler.state_dict()
+        state = State(step, to_cpu(self.trained), to_cpu(tensors), to_cpu(self.ema.averages), extra)
+        emit(CheckpointSaved(step, self.checkpoints.save(state, self.run.keep)))
+
+    def _one_step(self, batches: MicroBatches, n: int) -> str:
+        """Step n, from 0; what a person is told of it."""
+        began = time.perf_counter()
+        lr = self.optim.set_lr(self.optimizer, n, self.run.steps)
+        loss, norm = self._update(batches, n)
+        self.ema.update(n)
+        return self._log(n + 1, loss, norm, lr, time.perf_counter() - began)
+
+    def _update(self, batches: MicroBatches, n: int) -> tuple[Tensor, Tensor | None]:
+        """One optimiser step from its micro-batches: their mean loss, and the gradient's norm before clipping."""
+        accelerator, count = self.accelerator, self.run.accumulate
+        loss = torch.zeros((), device=accelerator.device)
+        norm, seen = None, []
+        for index in range(count):
+            batch = batches.micro(n, index).to(accelerator.device)
+            seen.append(batch)
+            with accelerator.accumulate(self.model):
+                micro_loss = self.model(batch)
+                accelerator.backward(micro_loss)
+                loss += micro_loss.detach() / count
+                if accelerator.sync_gradients:
+                    parameters = list(self.trained.values())
+                    norm = accelerator.clip_grad_norm_(parameters, self.optim.max_grad_norm or math.inf)
+                    self._check_finite(n, loss, norm, seen)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return loss, norm
+
+    def _check_finite(self, n: int, loss: Tensor, norm: Tensor | None, seen: list[Batch]) -> None:
+        """Stops every process before a bad update. Under fp16 an infinite gradient is the scaler's: it skips the
+        step."""
+        value = float(loss)
+        length = None if norm is None or self.accelerator.scaler is not None else float(norm)
+        bad = not math.isfinite(value) or (length is not None and not math.isfinite(length))
+        if not self._all_reduce_max(int(bad)):
+            return
+        timesteps = [self.step.objective.timesteps(self.step.positions(batch.draws)) for batch in seen]
+        everyone = gather_object([(value, nonfinite.describe(seen, timesteps))])
+        worst = next((loss for loss, _ in everyone if not math.isfinite(loss)), value)
+        samples = [sample for _, part in everyone for sample in part]
+        bundle = nonfinite.bundle_folder(self.checkpoints.run, n + 1)
+        if self.accelerator.is_main_process:
+            nonfinite.write_bundle(bundle, n + 1, worst, length, samples)
+        raise CheckFailed(nonfinite.sentence(n + 1, worst, length, samples, bundle))
+
+    def _log(self, step: int, loss: Tensor, norm: Tensor | None, lr: float, seconds: float) -> str:
+        if step % self.run.log_every and step != self.run.steps:
+            return ""
+        mean = float(self.accelerator.reduce(loss, reduction="mean"))
+        if self.accelerator.is_main_process:
+            emit(StepDone(step, mean, lr, float(norm) if norm is not None else 0.0, seconds))
+        return f"loss {mean:.4f}"
+
+    def _all_reduce_max(self, own: int) -> int:
+        """The largest of the processes' numbers: what one of them has met, all of them act upon in the same step."""
+        if self.accelerator.num_processes == 1:
+            return own
+        return int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
+
+    def _checkpoint_bytes(self) -> int:
+        """Weights, two moments of Adam, and the EMA, in fp32: what 8-bit moments save is left as a margin."""
+        return sum(parameter.numel() for parameter in self.trained.values()) * 4 * (3 + bool(self.run.ema))

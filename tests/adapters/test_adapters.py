@@ -1,0 +1,360 @@
+"""Adapter files of any trainer: what verify says of them, and that convert, resize, merge and extract are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_export import ABOUT, NAMES, bench_of, probe_trained, trained
+
+from finetune.adapters.algebra import combine, resize
+from finetune.adapters.inspection import inspect_adapter, open_adapter
+from finetune.adapters.operations import extracted, merged, merged_model, verify_file, write
+from finetune.cli.main import run
+from finetune.core.errors import BadInput
+from finetune.export.adapter import adapter_from, export_adapter
+from finetune.export.base import Adapter, delta
+from finetune.export.registry import EXPORTS
+from finetune.export.verify import apply_adapter
+from finetune.families.configs import read_config
+from finetune.families.naming.ldm import unet_name
+from finetune.families.registry import FAMILIES, is_transformer
+from finetune.families.source import load_family
+
+PARTS = ["denoiser", "text_encoders"]
+
+
+def written(
+    base: Path, folder: Path, formats: list[str] | None = None, dtype: str = "fp32", **settings: object
+) -> Adapter:
+    """Writes x in the formats and returns the adapter."""
+    method, family = trained(base, **{"parts": PARTS, "targets": "conv", "alpha": 7} | settings)
+    adapter = adapter_from(method, family)
+    export_adapter(adapter, folder, "x", formats or list(EXPORTS), dtype, ABOUT, bench_of(adapter.base_folder))
+    return adapter
+
+
+def largest_difference(one: Adapter, other: Adapter) -> float:
+    """The largest relative difference of a module's delta between two adapters; infinite where modules differ."""
+    first = {(part, module): (a, b) for part, module, a, b in one.modules()}
+    second = {(part, module): (a, b) for part, module, a, b in other.modules()}
+    if first.keys() != second.keys():
+        return float("inf")
+    worst = 0.0
+    for place, pair in first.items():
+        wanted, found = delta(*pair, one.scale), delta(*second[place], other.scale)
+        worst = max(worst, float((wanted - found).norm() / wanted.norm().clamp(min=1e-30)))
+    return worst
+
+
+def paths(name: str, title: str = "x") -> dict[str, Path]:
+    return {kind: export().path(Path(), title, name) for kind, export in EXPORTS.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_own_files_are_found_whole(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = written(tiny_bases[name], tmp_path)
+    for kind, path in paths(name).items():
+        found = verify_file(tmp_path / path, str(tiny_bases[name]))
+        assert (found.kind, found.family, found.dtype) == (kind, name, "fp32")
+        assert found.problems == []
+        assert found.adapter is not None
+        assert largest_difference(adapter, found.adapter) < 1e-6
+        if kind != "kohya" or not is_transformer(name):
+            assert found.verdicts["diffusers"][0] == ("unknown" if kind == "peft" else "fully")
+        assert found.ranks == {3: adapter.count}
+        folded = kind == "diffusers" and is_transformer(name)
+        assert set(found.scales) == {1.0 if folded else round(7 / 3, 6)}
+    assert inspect_adapter(tmp_path / paths(name)["peft"], str(tiny_bases[name])).verdicts["ComfyUI"][0] == "refused"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_form_for_uis_is_read_fully_by_all(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    written(tiny_bases[name], tmp_path, parts=["denoiser"])
+    found = verify_file(tmp_path / "x.safetensors", str(tiny_bases[name]))
+    assert found.kind == ("diffusers" if is_transformer(name) else "kohya")
+    known = FAMILIES[name].known_to_uis
+    assert {state for ui, (state, _) in found.verdicts.items() if ui != "diffusers"} == {
+        "fully" if known else "unknown"
+    }
+    assert found.verdicts["diffusers"][0] == "fully"
+    if is_transformer(name):
+        joined = inspect_adapter(tmp_path / paths(name)["kohya"], str(tiny_bases[name]))
+        assert {state for state, _ in joined.verdicts.values()} == {"unknown"}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_original_unet_names_are_read(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """kohya's own SDXL files name the UNet's blocks as the original code does: lora_unet_input_blocks_4_1_..."""
+    adapter = written(tiny_bases[name], tmp_path, ["kohya"], parts=["denoiser"])
+    config = read_config(tiny_bases[name], "unet/config.json")
+    names = {
+        f"lora_unet_{module.replace('.', '_')}": f"lora_unet_{unet_name(module, config).replace('.', '_')}"
+        for module in adapter.layers["denoiser"]
+    }
+    tensors = {
+        names[key.split(".", 1)[0]] + "." + key.split(".", 1)[1]: value
+        for key, value in load_file(tmp_path / "x.safetensors").items()
+    }
+    assert any("input_blocks" in key for key in tensors)
+    save_file(tensors, tmp_path / "sgm.safetensors")
+    found = inspect_adapter(tmp_path / "sgm.safetensors", str(tiny_bases[name]))
+    assert found.problems == []
+    assert found.adapter is not None
+    assert largest_difference(adapter, found.adapter) < 1e-6
+
+
+def first(tensors: dict[str, torch.Tensor], ending: str) -> str:
+    return next(key for key in tensors if key.endswith(ending))
+
+
+def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
+    for key in list(tensors):
+        tensors[key.replace(old, new)] = tensors.pop(key)
+
+
+def drop(tensors: dict[str, torch.Tensor], word: str) -> None:
+    for key in [key for key in tensors if word in key]:
+        del tensors[key]
+
+
+def transpose_conv(tensors: dict[str, torch.Tensor]) -> None:
+    key = next(key for key in tensors if key.endswith("conv1.lora_down.weight"))
+    tensors[key] = tensors[key].transpose(0, 1).contiguous()
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "missing alpha": (lambda t: t.pop(first(t, ".alpha")), "without alpha"),
+    "missing up": (lambda t: t.pop(first(t, ".lora_up.weight")), "without their up matrix"),
+    "wrong prefix": (lambda t: rename(t, "lora_unet_", "lora_net_"), "fit nothing in sd1"),
+    "extra key": (lambda t: t.__setitem__("optimizer.step", torch.ones(1)), "optimizer.step"),
+    "nan": (lambda t: t[first(t, ".lora_up.weight")].fill_(float("nan")), "not finite"),
+    "all zero": (lambda t: [v.zero_() for k, v in t.items() if k.endswith("up.weight")], "changes nothing"),
+    "transposed conv": (transpose_conv, "another shape"),
+    "another trainer's keys too": (lambda t: t.__setitem__("unet.x.lora_A.weight", torch.ones(2, 2)), "unet.x"),
+    "dora": (lambda t: t.__setitem__(first(t, ".alpha").replace(".alpha", ".dora_scale"), torch.ones(3)), "DoRA"),
+    "loha": (lambda t: t.__setitem__("lora_unet_x.hada_w1_a", torch.ones(3)), "LoHa"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_verify_names_each_fault(
+    fault: str, tiny_bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, words = FAULTS[fault]
+    written(tiny_bases["sd1"], tmp_path, ["kohya"])
+    tensors = load_file(tmp_path / "x.safetensors")
+    spoil(tensors)
+    save_file(tensors, tmp_path / "bad.safetensors")
+    code, message = run(["verify", str(tmp_path / "bad.safetensors"), "--base", str(tiny_bases["sd1"])])
+    assert code == 1
+    assert "bad.safetensors" in message
+    problems = [line for line in capsys.readouterr().out.splitlines() if "PROBLEM" in line]
+    assert any(words in line for line in problems), problems
+
+
+def test_a_dropped_encoder_and_a_lost_prefix_are_told_by_reader(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """diffusers' own converter writes lora_te1_ for SD1: two readers lose the encoder in silence."""
+    written(tiny_bases["sd1"], tmp_path, ["kohya"])
+    tensors = load_file(tmp_path / "x.safetensors")
+    rename(tensors, "lora_te_", "lora_te1_")
+    save_file(tensors, tmp_path / "te1.safetensors")
+    found = inspect_adapter(tmp_path / "te1.safetensors", str(tiny_bases["sd1"]))
+    assert found.problems == []
+    assert {ui: state for ui, (state, _) in found.verdicts.items()} == {
+        "ComfyUI": "fully", "Forge/A1111": "fully", "InvokeAI": "partly", "sdnext": "partly",
+    }  # fmt: skip
+    drop(tensors, "lora_te1_")
+    save_file(tensors, tmp_path / "none.safetensors")
+    assert set(inspect_adapter(tmp_path / "none.safetensors", str(tiny_bases["sd1"])).adapter.layers) == {"denoiser"}
+
+
+def test_unmatched_keys_by_reader(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    written(tiny_bases["sdxl"], tmp_path, ["kohya"])
+    tensors = load_file(tmp_path / "x.safetensors")
+    for number in range(13):
+        tensors[f"stranger.{number}"] = torch.ones(1)
+        save_file(tensors, tmp_path / "odd.safetensors")
+        if number == 11:
+            few = inspect_adapter(tmp_path / "odd.safetensors", str(tiny_bases["sdxl"])).verdicts
+    many = verify_file(tmp_path / "odd.safetensors", str(tiny_bases["sdxl"])).verdicts
+    assert (few["Forge/A1111"][0], many["Forge/A1111"][0]) == ("partly", "refused")
+    assert (few["ComfyUI"][0], few["InvokeAI"][0]) == ("partly", "refused")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_conversions_there_and_back_are_exact(
+    name: str, dtype: str, tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Every format to every format: the same deltas to fp32's last digits, in fp16 too (nothing is rounded twice)."""
+    base = str(tiny_bases[name])
+    written(tiny_bases[name], tmp_path, dtype=dtype, alpha=None)
+    for start, path in paths(name).items():
+        source, found = open_adapter(tmp_path / path, base)
+        assert found.dtype == dtype
+        for end in EXPORTS:
+            (item,) = write(source, base, tmp_path / f"{start}-to", [end], dtype, False, {})
+            assert item.ok, item.checks
+            assert item.largest_error <= 1e-6
+            again, _ = open_adapter(item.path, base)
+            assert largest_difference(source, again) <= 1e-6, (start, end)
+
+
+def test_modules_of_several_ranks_and_alphas(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """As LoRAs with per-layer ranks have them; what leaves has one alpha, and the same deltas."""
+    written(tiny_bases["sd1"], tmp_path, ["kohya"])
+    tensors = load_file(tmp_path / "x.safetensors")
+    for number, key in enumerate([key for key in tensors if key.endswith(".alpha")]):
+        name = key.removesuffix(".alpha")
+        rank = 1 + number % 3
+        tensors[f"{name}.lora_down.weight"] = tensors[f"{name}.lora_down.weight"][:rank].clone()
+        tensors[f"{name}.lora_up.weight"] = tensors[f"{name}.lora_up.weight"][:, :rank].clone()
+        tensors[key] = torch.tensor(1.0 + number % 5)
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    base = str(tiny_bases["sd1"])
+    source, found = open_adapter(tmp_path / "mixed.safetensors", base)
+    assert set(found.ranks) == {1, 2, 3}
+    for item in write(source, base, tmp_path / "one", list(EXPORTS), "fp32", False, {}):
+        assert item.ok, item.checks
+        assert largest_difference(source, open_adapter(item.path, base)[0]) <= 1e-6
+    alphas = {float(v) for k, v in load_file(tmp_path / "one.safetensors").items() if k.endswith(".alpha")}
+    assert len(alphas) == 1
+
+
+def test_resize_is_the_best_approximation_of_its_rank(tiny_bases: dict[str, Path]) -> None:
+    """Against torch's SVD of the whole delta (Eckart-Young)."""
+    adapter = adapter_from(*trained(tiny_bases["sd1"], targets="conv", alpha=7))
+    small, kept = resize(adapter, rank=2)
+    lost = whole = 0.0
+    for (_, _, a, b), (_, _, c, d) in zip(adapter.modules(), small.modules(), strict=True):
+        wanted = delta(a, b, adapter.scale).flatten(1).double()
+        values = torch.linalg.svdvals(wanted)
+        error = float((delta(c, d, small.scale).flatten(1) - wanted).norm())
+        assert error == pytest.approx(float(values[2:].norm()), rel=1e-4, abs=1e-6)
+        lost, whole = lost + error**2, whole + float(wanted.norm()) ** 2
+    assert small.rank == 2
+    assert kept.error == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
+    assert kept.energy == pytest.approx(1 - lost / whole, rel=1e-6)
+    assert largest_difference(adapter, resize(adapter, rank=3)[0]) < 1e-5
+
+
+def test_resize_by_energy_keeps_that_much_in_every_module(tiny_bases: dict[str, Path]) -> None:
+    adapter = adapter_from(*trained(tiny_bases["sd1"], targets="conv"))
+    small, kept = resize(adapter, energy=0.8)
+    assert kept.energy >= 0.8
+    assert kept.worst <= 0.2**0.5 + 1e-6
+    assert {len(a) for _, _, a, _ in small.modules()} <= {1, 2, 3}
+    assert resize(adapter, energy=1.0)[0].rank == 3
+
+
+def test_a_sum_of_adapters_is_the_sum_of_their_deltas(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    one = written(tiny_bases["sd1"], tmp_path, ["kohya"], targets="attention")
+    other = adapter_from(*trained(tiny_bases["sd1"], targets="conv", alpha=2))
+    both = combine([(one, 0.5), (other, -2.0)])
+    for part, module, a, b in both.modules():
+        wanted = 0
+        for adapter, weight in ((one, 0.5), (other, -2.0)):
+            pair = adapter.layers.get(part, {}).get(module)
+            if pair is not None:
+                wanted = wanted + weight * delta(*pair, adapter.scale)
+        assert torch.allclose(delta(a, b, both.scale), wanted, atol=1e-5)
+    path = tmp_path / "x.safetensors"
+    doubled, _ = merged([(path, 1.5), (path, 0.5)], str(tiny_bases["sd1"]), None)
+    again, kept = merged([(path, 1.5), (path, 0.5)], str(tiny_bases["sd1"]), 3)
+    assert doubled.rank == 6
+    assert kept is not None
+    assert kept.error < 1e-6
+    assert largest_difference(doubled, again) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_merged_model_draws_what_base_and_adapter_draw(
+    name: str, tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """LoRA + base -> folder; and the difference of the two taken out again is that LoRA."""
+    adapter = written(tiny_bases[name], tmp_path, ["kohya"])
+    item = merged_model([(tmp_path / paths(name)["kohya"], 0.5)], str(tiny_bases[name]), tmp_path / "model", "fp32")
+    assert item.ok, item.checks
+    clean = load_family(str(tiny_bases[name]))
+    apply_adapter(clean, adapter, 0.5)
+    assert torch.allclose(probe_trained(load_family(str(tmp_path / "model"))), probe_trained(clean), atol=2e-5)
+    out, kept = extracted(str(tmp_path / "model"), str(tiny_bases[name]), 3)
+    assert kept.error < 1e-4
+    half = combine([(adapter, 0.5)])
+    for part, module, a, b in half.modules():
+        found = delta(*out.layers[part][module], out.scale)
+        assert torch.allclose(found, delta(a, b, half.scale), atol=1e-5), module
+
+
+def test_extraction_says_what_a_rank_costs(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    from finetune.export.model.folder import export_folder
+    from finetune.methods.full import Full
+
+    family = load_family(str(tiny_bases["sd1"]))
+    made = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in Full(parts=PARTS).attach(family, 0).values():
+            value.add_(torch.randn(value.shape, generator=made) * 0.01)
+    export_folder(family, tmp_path / "model", "fp32")
+    base = str(tiny_bases["sd1"])
+    low, high = (extracted(str(tmp_path / "model"), base, rank)[1] for rank in (2, 16))
+    assert 1 > low.error > high.error > 0
+    assert low.energy == pytest.approx(1 - low.error**2)
+
+
+def test_the_commands(tiny_bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["--base", str(tiny_bases["sd1"])]
+    written(tiny_bases["sd1"], tmp_path, ["kohya"])
+    file, out = str(tmp_path / "x.safetensors"), str(tmp_path / "y")
+    assert run(["verify", file, *base]) == (0, "")
+    said = capsys.readouterr().out
+    for words in ("kohya LoRA for sd1", "denoiser: ", "rank 3; scale (alpha / rank) 2.33", "ComfyUI      fully"):
+        assert words in said
+    assert run(["convert", file, "--to", "diffusers", "--to", "peft", "--out", out, *base]) == (0, "")
+    assert "read by diffusers" in capsys.readouterr().out
+    assert (tmp_path / "y-peft" / "denoiser" / "adapter_config.json").is_file()
+    assert run(["resize", file, "--rank", "2", "--out", out, *base]) == (0, "")
+    assert "of the energy" in capsys.readouterr().out
+    code, message = run(["resize", file, "--rank", "2", "--out", out, *base])
+    assert code == 2
+    assert "--force" in message
+    assert run(["resize", file, "--energy", "0.9", "--out", out, "--force", *base])[0] == 0
+    assert run(["merge", f"{file}:0.5", file, "--out", str(tmp_path / "sum"), *base])[0] == 0
+    model = tmp_path / "model"
+    assert run(["merge", f"{file}:0.5", "--to", "folder", "--out", str(model), *base])[0] == 0
+    assert run(["extract", str(model), "--rank", "3", "--out", str(tmp_path / "back"), *base])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["resize", "{x}", "--out", "y"], "either --rank or --energy"),
+        (["resize", "{x}", "--out", "y", "--rank", "2", "--dtype", "int8"], "int8"),
+        (["convert", "{x}", "--out", "y", "--to", "kohja"], "did you mean 'kohya'"),
+        (["merge", "{x}:much", "--out", "y"], "'much'"),
+        (["verify", "/nowhere.safetensors"], "/nowhere.safetensors"),
+        (["verify", "{base}/vae/diffusion_pytorch_model.safetensors"], "no LoRA"),
+        (["verify", "{base}"], "no PEFT folder"),
+        (["extract", "{base}", "--out", "y"], "nothing to extract"),
+        (["extract", "{sdxl}", "--out", "y"], "is a sdxl and the base a sd1"),
+    ],
+)
+def test_bad_input(arguments: list[str], words: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    written(tiny_bases["sd1"], tmp_path, ["kohya"])
+    names = {"x": tmp_path / "x.safetensors", "base": tiny_bases["sd1"], "sdxl": tiny_bases["sdxl"]}
+    filled = [text.format(**names) if "{" in text else text for text in arguments]
+    code, message = run([*filled, "--base", str(tiny_bases["sd1"])])
+    assert code == 2
+    assert words in message
+    assert "\n" not in message
+
+
+def test_a_file_with_strangers_is_not_converted(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    written(tiny_bases["sd1"], tmp_path, ["kohya"])
+    save_file(load_file(tmp_path / "x.safetensors") | {"odd": torch.ones(1)}, tmp_path / "odd.safetensors")
+    with pytest.raises(BadInput, match="finetune verify"):
+        open_adapter(tmp_path / "odd.safetensors", str(tiny_bases["sd1"]))

@@ -1,0 +1,156 @@
+"""The command as a person meets it: exit codes, sentences, no traceback, a quick --help."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+COMMANDS = (
+    [], ["train"], ["resume"], ["dreambooth"], ["demo"], ["sample"], ["export"], ["report"], ["doctor"],
+    ["recipes"], ["recipes", "list"], ["recipes", "copy"], ["tokens"], ["tokens", "suggest"], ["tokens", "check"],
+    ["plan"], ["inspect"], ["verify"], ["convert"], ["resize"], ["merge"], ["extract"],
+)  # fmt: skip
+HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL")
+
+
+def finetune(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "finetune", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    program = (
+        "import sys; from finetune.cli.main import app\n"
+        f"try: app({[*command, '--help']!r})\n"
+        "except SystemExit: pass\n"
+        f"sys.exit(any(name in sys.modules for name in {HEAVY!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "demmo"], ("demmo", "did you mean 'demo'")),
+        (["resume", "/nowhere"], ("/nowhere", "run folder")),
+        (["dreambooth", "/nowhere", "--class-noun", "dog"], ("/nowhere",)),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(arguments: list[str], words: tuple[str, ...], tmp_path: Path) -> None:
+    """As the shell sees it; all the other cases are in reliability/test_bad_input.py."""
+    assert_one_sentence(finetune(*arguments, cwd=tmp_path), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    assert "Traceback" in finetune("train", "nothing", "--debug", cwd=tmp_path).stderr
+
+
+def test_recipes_are_listed_shown_copied_and_described(tmp_path: Path) -> None:
+    assert "demo" in finetune("recipes", "list").stdout
+    shown = finetune("recipes", "show", "demo").stdout
+    assert finetune("recipes", "copy", "demo", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "demo.yaml").read_text() == shown
+    assert_one_sentence(finetune("recipes", "copy", "demo", cwd=tmp_path), "demo.yaml")
+    assert finetune("recipes", "schema", cwd=tmp_path).returncode == 0
+    assert "properties" in json.loads((tmp_path / "recipe.schema.json").read_text())
+
+
+def test_doctor_tells_what_works() -> None:
+    done = finetune("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in ("torch", "bitsandbytes", "bf16", "fp16", "adamw8bit", "free space", "hub"):
+        assert word in done.stdout
+
+
+@pytest.mark.slow
+def test_tokens_are_suggested_and_checked() -> None:
+    found = finetune("tokens", "suggest", "-n", "2")
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.splitlines()) == 2
+    best = found.stdout.split()[0]
+    assert finetune("tokens", "check", best).returncode == 0
+    bad = finetune("tokens", "check", "mug")
+    assert_one_sentence(bad, "mug", "tokens suggest", code=1)
+    assert "rifle" in finetune("tokens", "check", "sks").stdout
+
+
+SHORT = (
+    "run.steps=2", "prior.count=2", "prior.steps=1", "sample.steps=1", "sample.count=1",
+    "sample.prompts=['a photo of {token} {noun}']", "run.checkpoint_every=1",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_from_photos_to_pictures(photos: Path, tmp_path: Path) -> None:
+    """dreambooth, dry and real; sample from the run and from the file; export; a changed recipe; going on."""
+    dry = finetune("dreambooth", photos, "--class-noun", "mug", "--dry-run", *SHORT, cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    assert "token" in dry.stdout
+    assert not (tmp_path / "runs").exists()
+
+    done = finetune("dreambooth", photos, "--class-noun", "mug", *SHORT, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "mug"
+    assert (run / "recipe.yaml").is_file()
+    assert "report.html" in done.stdout
+
+    drawing = ["-p", "a photo of a mug", "--count", "2", "--steps", "1", "--out"]
+    assert finetune("sample", run, *drawing, tmp_path / "a").returncode == 0
+    file = run / "exports" / "mug.safetensors"
+    assert finetune("sample", file, *drawing, tmp_path / "b").returncode == 0
+    assert Image.open(tmp_path / "a" / "00-0.png").info["parameters"].startswith("a photo of a mug\n")
+    assert (tmp_path / "b" / "grid.png").is_file()
+
+    exported = finetune("export", run, "--to", "kohya", "--to", "peft")
+    assert exported.returncode == 0, exported.stderr
+    assert "ComfyUI" in exported.stdout
+    assert_one_sentence(finetune("export", run, "--to", "kohia"), "kohia", "kohya")
+
+    recipe = run / "recipe.yaml"
+    assert_one_sentence(finetune("train", recipe, f"run.dir={run}", "optim.lr=0.5"), "optim.lr")
+    longer = finetune("train", recipe, f"run.dir={run}", "run.steps=3")
+    assert longer.returncode == 0, longer.stderr
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert finetune("resume", run).returncode == 0
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run(photos: Path, tmp_path: Path) -> None:
+    """torchrun: one folder, said once; the losses are those of one (test_processes.py compares weights)."""
+    settings = [f"data.photos={photos}", "data.class_noun=mug", *SHORT, "run.batch_size=2"]
+    losses = {}
+    port = str(29900 + os.getpid() % 90)
+    for name, launch in (
+        ("one", ["-m", "finetune"]),
+        ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m", "finetune"]),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        done = subprocess.run(
+            [sys.executable, *launch, "train", "demo", *settings], capture_output=True, text=True, cwd=tmp_path / name,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("run folder") == 1
+        assert [path.name for path in (tmp_path / name / "runs").iterdir()] == ["demo"]
+        lines = (tmp_path / name / "runs" / "demo" / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)

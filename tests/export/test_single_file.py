@@ -1,0 +1,192 @@
+"""Single-file checkpoints: there and back bit for bit, and diffusers' own reader as the independent one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from finetune import load_recipe, train
+from finetune.cli.main import run
+from finetune.core.errors import BadInput
+from finetune.export.model.checkpoint import export_checkpoint
+from finetune.families.base import Family
+from finetune.families.naming.clip import strip_text_model
+from finetune.families.naming.single_file import TEXT
+from finetune.families.registry import FAMILIES
+from finetune.families.source import load_family, resolve_base
+
+NAMES = list(TEXT)
+ABOUT = {"title": "x", "trigger_phrase": "zwx mug", "resolution": "32x32"}
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def file_of(base: Path, path: Path, dtype: str = "fp32") -> Path:
+    item = export_checkpoint(load_family(str(base)), path, dtype, ABOUT)
+    assert item.ok, item.checks
+    return path
+
+
+def weights(family: Family) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{strip_text_model(key)}": value
+        for part, module in family.parts.items()
+        for key, value in module.state_dict().items()
+        if not key.endswith("position_ids")
+    }
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_folder_to_file_to_folder(name: str, dtype: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    base = tiny_bases[name]
+    file = file_of(base, tmp_path / "x.safetensors", dtype)
+    stored = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
+    wanted, found = weights(load_family(str(base))), weights(load_family(str(file), like=str(base)))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(value.to(stored).float(), found[key].float()) for key, value in wanted.items())
+    folder = resolve_base(str(file), like=str(base))
+    assert {value.dtype for value in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").values()} == {
+        stored
+    }
+    again = export_checkpoint(load_family(str(folder)), tmp_path / "again.safetensors", dtype, ABOUT)
+    assert again.ok
+    first, second = load_file(file), load_file(again.path)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_diffusers_reads_the_file_as_the_folder(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """from_single_file, with the folder as its local config: every weight, and the same picture."""
+    base = tiny_bases[name]
+    file = file_of(base, tmp_path / "x.safetensors")
+    kind = getattr(diffusers, FAMILIES[name].pipeline_class)
+    pipeline = kind.from_single_file(str(file), config=str(base), local_files_only=True, torch_dtype=torch.float32)
+    ours = load_family(str(base))
+    theirs = {"denoiser": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
+    if name == "sdxl":
+        theirs["text_encoder_2"] = pipeline.text_encoder_2
+    for part, module in theirs.items():
+        wanted = {strip_text_model(key): value for key, value in ours.parts[part].state_dict().items()}
+        found = {strip_text_model(key): value for key, value in module.state_dict().items()}
+        for key, value in wanted.items():
+            if not key.endswith("position_ids"):
+                assert torch.equal(found[key], value), f"{part}.{key}"
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_there_is_no_single_file_of_a_transformer(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="use --to folder"):
+        export_checkpoint(load_family(str(tiny_bases[name])), tmp_path / "x.safetensors", "fp16", ABOUT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layout_is_the_original_one(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """Names that the UIs look for, as they stand in published files."""
+    seen = {name: load_file(file_of(tiny_bases[name], tmp_path / f"{name}.safetensors")) for name in NAMES}
+    for tensors in seen.values():
+        assert "model.diffusion_model.input_blocks.0.0.weight" in tensors
+        assert "model.diffusion_model.time_embed.2.bias" in tensors
+        assert tensors["first_stage_model.decoder.mid.attn_1.q.weight"].ndim == 4
+        assert "first_stage_model.encoder.down.0.block.0.norm1.weight" in tensors
+    assert "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight" in seen["sd1"]
+    fused = seen["sd2"]["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"]
+    assert fused.shape[0] == 3 * fused.shape[1]
+    assert "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight" in seen["sdxl"]
+    assert "conditioner.embedders.1.model.text_projection" in seen["sdxl"]
+    assert "model.diffusion_model.label_emb.0.0.weight" in seen["sdxl"]
+    with safe_open(tmp_path / "sdxl.safetensors", "pt") as opened:
+        assert opened.metadata()["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+
+
+def test_a_run_on_a_file_is_the_run_on_its_folder(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    file = file_of(tiny_bases["sd1"], tmp_path / "x.safetensors")
+    settings = [f"data.photos={photos}", "data.class_noun=mug", "prior.kind=none", "run.steps=2", "sample.steps=1",
+                "sample.count=1", "sample.prompts=['a {noun}']"]  # fmt: skip
+    ends = []
+    for number, base in enumerate(([f"base={tiny_bases['sd1']}"], [f"base={file}", f"base.like={tiny_bases['sd1']}"])):
+        done = train(
+            load_recipe("dreambooth-full", [*settings, *base, "export.formats=[checkpoint]"]), tmp_path / str(number)
+        )
+        ends.append(load_file(done / "adapter" / "trained.safetensors"))
+        assert (done / "exports" / "dreambooth-full.safetensors").is_file()
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    assert run(["export", str(tmp_path / "1"), "--to", "checkpoint", "--to", "folder"]) == (0, "")
+
+
+def spoilt(file: Path, change: object) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
+    for key in list(tensors):
+        tensors[key.replace(old, new)] = tensors.pop(key)
+
+
+INPUT = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(INPUT), "no UNet in the original layout"),
+        (lambda t: t.__setitem__(INPUT, torch.ones(8, 9, 3, 3)), "9 input channels (inpainting)"),
+        (lambda t: [t.pop(k) for k in list(t) if k.startswith("cond_stage")], "no text encoder that is known"),
+        (lambda t: t.pop("first_stage_model.quant_conv.weight"), "has no first_stage_model.quant_conv.weight"),
+        (lambda t: t.__setitem__("model.diffusion_model.out.2.weight", torch.ones(4, 3, 3, 3)), "choose a folder"),
+        (lambda t: t.__setitem__("v_pred", torch.ones(1)), "predicts v"),
+        (
+            lambda t: rename(t, "cond_stage_model.transformer", "conditioner.embedders.0.model"),
+            "refiner",
+        ),
+    ],
+)  # fmt: skip
+def test_files_that_are_something_else(
+    change: object, words: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    file = file_of(tiny_bases["sd1"], tmp_path / "x.safetensors")
+    spoilt(file, change)
+    arguments = [f"base={file}", f"base.like={tiny_bases['sd1']}", f"data.photos={photos}", "data.class_noun=mug"]
+    code, message = run(["train", "dreambooth-lora", *arguments, "--dry-run"])
+    assert code == 2
+    assert words in message
+    assert "\n" not in message
+
+
+def test_a_like_of_another_family_and_a_truncated_file(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    file = file_of(tiny_bases["sd1"], tmp_path / "x.safetensors")
+    with pytest.raises(BadInput, match=r"is a sd1 but base\.like=.* a sdxl"):
+        load_family(str(file), like=str(tiny_bases["sdxl"]))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="no whole safetensors file"):
+        load_family(str(file), like=str(tiny_bases["sd1"]))
+
+
+def test_ema_copies_and_other_left_overs_do_not_matter(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    file = file_of(tiny_bases["sd1"], tmp_path / "x.safetensors")
+    odd = {"model_ema.decay": torch.ones(1), "betas": torch.ones(1000), "cond_stage_model.logit_scale": torch.ones(1)}
+    save_file(load_file(file) | odd, file)
+    assert load_family(str(file), like=str(tiny_bases["sd1"])).name == "sd1"
+
+
+def test_a_v_prediction_base_says_so(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bases["sdxl"], base)
+    config = base / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    file = file_of(base, tmp_path / "x.safetensors")
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["modelspec.prediction_type"] == "v"
+    spoilt(file, lambda tensors: tensors.__setitem__("v_pred", torch.zeros(1)))
+    assert load_family(str(file), like=str(base)).schedule.prediction == "v_prediction"

@@ -1,0 +1,133 @@
+"""Class-image sets: the same files however they came to be, and refused when they are of something else."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from finetune.core.errors import BadInput
+from finetune.core.files import sha256
+from finetune.families.source import load_family
+from finetune.jobs.class_images import class_images, seed_of
+from finetune.training.prior import ClassImages
+
+SMALL = ClassImages(count=5, batch_size=2, steps=2, guidance=2.0)
+
+
+def make(base: Path, folder: Path, prior: ClassImages = SMALL, **extra: int) -> list[str]:
+    family = load_family(str(base))
+    photos = class_images(family, prior.model_copy(update={"folder": folder}), "mug", 32, "basehash", **extra)
+    return [sha256(photo.path) for photo in photos]
+
+
+def test_a_set_and_its_manifest(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    hashes = make(tiny_bases["sd1"], tmp_path / "set")
+    made = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert len(set(hashes)) == 5
+    assert [made["pictures"][f"{k:05d}.png"]["sha256"] for k in range(5)] == hashes
+    assert made["pictures"]["00003.png"]["seed"] == seed_of(3)
+    assert (made["prompt"], made["sampler"], made["steps"]) == ("a photo of a mug", "dpm++", 2)
+
+
+def test_an_interrupted_set_continues_to_the_same_files(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    whole = make(tiny_bases["sd1"], tmp_path / "whole")
+    make(tiny_bases["sd1"], tmp_path / "cut")
+    for name in ("00001.png", "00004.png"):
+        (tmp_path / "cut" / name).unlink()
+    kept = (tmp_path / "cut" / "00002.png").stat().st_mtime_ns
+    assert make(tiny_bases["sd1"], tmp_path / "cut") == whole
+    assert (tmp_path / "cut" / "00002.png").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_two_ranks_at_once_draw_the_same_files(tiny_bases: dict[str, Path], tmp_path: Path, late: int) -> None:
+    """Two threads with a barrier, one of them slow to start, as processes are."""
+    whole = make(tiny_bases["sd1"], tmp_path / "whole")
+    prior = SMALL.model_copy(update={"folder": tmp_path / "two"})
+    bases = [load_family(str(tiny_bases["sd1"])) for _ in range(2)]
+    barrier = threading.Barrier(2, timeout=60)
+
+    def rank(number: int) -> list[str]:
+        if number == late:
+            time.sleep(0.2)
+        photos = class_images(bases[number], prior, "mug", 32, "basehash", number, 2, lambda: barrier.wait() and None)
+        return [photo.digest for photo in photos]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(rank, range(2))) == [whole, whole]
+
+
+def test_a_rank_draws_its_own_chunks_whatever_is_there(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """Chunk c is rank c % world's, so a rank that looks later than the others leaves nothing undrawn."""
+    make(tiny_bases["sd1"], tmp_path / "set")
+    for name in ("00002.png", "00004.png"):  # chunks 1 and 2 of (0 1) (2 3) (4)
+        (tmp_path / "set" / name).unlink()
+    with pytest.raises(FileNotFoundError):
+        make(tiny_bases["sd1"], tmp_path / "set", rank=1, world=2)
+    assert (tmp_path / "set" / "00002.png").is_file()
+    assert not (tmp_path / "set" / "00004.png").exists()
+
+
+def test_pictures_that_were_changed_are_refused_by_hash(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    whole = make(tiny_bases["sd1"], tmp_path / "set")
+    changed = tmp_path / "set" / "00003.png"
+    Image.new("RGB", (32, 32)).save(changed)
+    with pytest.raises(BadInput, match=r"\(00003\.png\)"):
+        make(tiny_bases["sd1"], tmp_path / "set")
+    changed.unlink()
+    assert make(tiny_bases["sd1"], tmp_path / "set") == whole
+
+
+def test_a_smaller_request_uses_the_larger_set(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    whole = make(tiny_bases["sd1"], tmp_path / "set")
+    assert make(tiny_bases["sd1"], tmp_path / "set", SMALL.model_copy(update={"count": 2})) == whole[:2]
+    made = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert len(made["pictures"]) == 5
+
+
+def test_a_manifest_that_is_none(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[1")
+    with pytest.raises(BadInput, match="is no manifest"):
+        make(tiny_bases["sd1"], tmp_path)
+
+
+def test_the_default_folder_is_in_the_cache_and_safe(
+    tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    family = load_family(str(tiny_bases["sd1"]))
+    one = SMALL.model_copy(update={"count": 1})
+    folders = {class_images(family, one, noun, 32, "h")[0].path.parent for noun in ("toy car", "../up", "")}
+    assert {folder.parent for folder in folders} == {tmp_path / "class-images"}
+    assert {folder.name[:-13] for folder in folders} == {"toy-car", "up", "class"}
+
+
+def test_a_stale_set_is_refused_and_says_why(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    make(tiny_bases["sd1"], tmp_path / "set")
+    with pytest.raises(BadInput, match="another steps"):
+        make(tiny_bases["sd1"], tmp_path / "set", SMALL.model_copy(update={"steps": 3}))
+    family = load_family(str(tiny_bases["sd1"]))
+    with pytest.raises(BadInput, match="another base"):
+        class_images(family, SMALL.model_copy(update={"folder": tmp_path / "set"}), "mug", 32, "other")
+
+
+def test_the_users_own_pictures_are_used_as_they_are(tiny_bases: dict[str, Path], photos: Path) -> None:
+    before = sorted(file.name for file in photos.iterdir())
+    family = load_family(str(tiny_bases["sd1"]))
+    found = class_images(family, SMALL.model_copy(update={"folder": photos}), "mug", 32, "basehash")
+    assert [photo.path.name for photo in found] == before == sorted(file.name for file in photos.iterdir())
+
+
+def test_a_set_grows_without_redrawing(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """Also where the last chunk was cut short: number 2 is drawn again beside number 3, and not written again."""
+    first = make(tiny_bases["sd1"], tmp_path / "set", SMALL.model_copy(update={"count": 3}))
+    kept = [(tmp_path / "set" / f"{k:05d}.png").stat().st_mtime_ns for k in range(3)]
+    more = make(tiny_bases["sd1"], tmp_path / "set", SMALL.model_copy(update={"count": 6}))
+    assert more[:3] == first
+    assert kept == [(tmp_path / "set" / f"{k:05d}.png").stat().st_mtime_ns for k in range(3)]

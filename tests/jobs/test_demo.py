@@ -1,0 +1,48 @@
+"""The demo as it is shipped, judged: the subject is learned, stands in new places, and its class is left alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from finetune.jobs.demo import demo_images, run_demo
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples" / "tiny_base"))
+
+
+def test_the_demo_pictures_are_there() -> None:
+    assert len(list(demo_images().glob("*.png"))) == 5
+
+
+@pytest.mark.slow
+def test_the_demo_teaches_the_mug(tmp_path: Path) -> None:
+    import judge
+
+    lines: list[str] = []
+    run = run_demo(tmp_path / "demo", lines.append)
+    known = judge.load_judge()
+
+    def drawn(when: str, prompt: int) -> list[Image.Image]:
+        return [
+            Image.open(file).convert("RGB") for file in sorted((run / "samples" / when).glob(f"{prompt:02d}-*.png"))
+        ]
+
+    def share(when: str, prompt: int) -> float:
+        found = judge.is_subject(known, drawn(when, prompt), "mug")
+        return sum(found) / len(found)
+
+    subject, beach, snow, plain = range(4)
+    assert share("before", subject) == 0
+    assert share("after", subject) >= 0.75
+    assert share("after", plain) <= 0.25
+    for prompt, place in ((beach, "beach"), (snow, "snow")):
+        places = judge.classify(known, drawn("after", prompt))["place"]
+        assert places.count(place) >= 3
+    exported = json.loads((run / "exports.json").read_text())
+    assert all(check.startswith("ok: ") for item in exported for check in item["checks"])
+    assert any("report.html" in line for line in lines)

@@ -1,0 +1,117 @@
+"""Counts on the meta device against loaded models, a real step's saved tensors, and the published sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.cli.main import run
+from finetune.config.load import parse_recipe
+from finetune.config.recipe import Recipe
+from finetune.core.batch import Geometry
+from finetune.families.registry import FAMILIES
+from finetune.families.source import load_family
+from finetune.jobs.estimate import _activations, _counting, estimate, report
+from finetune.methods.registry import METHODS
+from finetune.testing.published import PUBLISHED
+from finetune.testing.published import write as write_published
+
+# the published counts, in millions (../shared/reference/methods.md, the model cards)
+DENOISERS = {name: millions for name, (_, _, _, millions) in PUBLISHED.items()}
+OTHERS = {"SD 1.5": {"vae": 84, "text_encoder": 123}, "SDXL": {"vae": 84, "text_encoder_2": 695},
+          "SD3 medium": {"vae": 84, "text_encoder_3": 4762}, "Flux.1 dev": {"text_encoder_2": 4762}}  # fmt: skip
+
+
+def recipe(base: Path, **sections: dict) -> Recipe:
+    plain = {"base": str(base), "data": {"photos": "photos", "class_noun": "dog"}, "optim": {"kind": "adamw"}}
+    return parse_recipe({**plain, "method": {"kind": "lora"}, **sections})
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_published_models_are_counted_without_weights(name: str, tmp_path: Path) -> None:
+    counted = estimate(recipe(write_published(name, tmp_path)))
+    assert round(counted.parameters["denoiser"] / 1e6) == DENOISERS[name]
+    for part, millions in OTHERS.get(name, {}).items():
+        assert round(counted.parameters[part] / 1e6) == millions
+    assert 0 < counted.trained_parameters < 0.02 * counted.parameters["denoiser"]
+
+
+def test_sd15s_lora_has_the_known_size(tmp_path: Path) -> None:
+    """Rank 4 on the attention projections is diffusers' example: 797,184 parameters, a file of 3.2 MB in fp32."""
+    method = {"kind": "lora", "rank": 4, "targets": "attention"}
+    folder = write_published("SD 1.5", tmp_path)
+    counted = estimate(recipe(folder, method=method))
+    assert counted.trained_parameters == 797_184
+    assert report(recipe(folder, method=method, export={"dtype": "fp32"}))["export"] == "3.2 MB in fp32"
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_counts_are_those_of_the_loaded_family(name: str, kind: str, tiny_bases: dict[str, Path]) -> None:
+    method = {"kind": kind, "parts": ["denoiser", "text_encoders"]}
+    asked = recipe(tiny_bases[name], method=method)
+    counted, family = estimate(asked), load_family(str(tiny_bases[name]))
+    assert counted.parameters == {
+        part: sum(p.numel() for p in module.parameters()) for part, module in family.parts.items()
+    }
+    trained = METHODS[kind](parts=method["parts"]).attach(family, 0)
+    assert counted.trained_parameters == sum(p.numel() for p in trained.values())
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_of_a_real_step(name: str, checkpointing: bool, tiny_bases: dict[str, Path]) -> None:
+    """The same accounting over real tensors and torch's own attention: within 10 %."""
+    asked = recipe(tiny_bases[name])
+    family = load_family(str(tiny_bases[name]))
+    asked.method.attach(family, 0)
+    family.parts["denoiser"].train()
+    if checkpointing:
+        family.enable_gradient_checkpointing(["denoiser"])
+    side = family.resolution
+    noisy = torch.randn(2, family.latent_channels, side // 2, side // 2)
+    with _counting([p for part in family.parts.values() for p in part.parameters()], fused=False) as seen:
+        cond = family.encode_prompts(["", ""])
+        square = [Geometry((side, side), (0, 0), (side, side))] * 2
+        family.predict(noisy, torch.tensor([3, 500]), cond, square).float().square().mean()
+    meta = FAMILIES[name].on_meta(tiny_bases[name], torch.float32)
+    meta.t5_length = 16  # the tiny tokenizer's; a real one reads as far as the family does
+    asked.method.attach(meta, 0)
+    if checkpointing:
+        meta.enable_gradient_checkpointing(["denoiser"])
+    counted = _activations(meta, ["denoiser"], 2, side)
+    assert counted == pytest.approx(sum(seen.values()), rel=0.1)
+
+
+def test_checkpointing_and_8_bits_need_less(tmp_path: Path) -> None:
+    folder = write_published("SD 1.5", tmp_path)
+    plain = estimate(recipe(folder, method={"kind": "full"}))
+    light = estimate(recipe(folder, method={"kind": "full"}, run={"gradient_checkpointing": True}))
+    small = estimate(recipe(folder, method={"kind": "full"}, optim={"kind": "adamw8bit"}))
+    assert light.activations < 0.5 * plain.activations
+    assert light.trained == plain.trained
+    assert small.trained < 0.7 * plain.trained
+    twice = estimate(recipe(folder, method={"kind": "full"}, run={"batch_size": 2}))
+    assert twice.activations == pytest.approx(2 * plain.activations, rel=0.05)
+
+
+def test_a_prior_is_counted(tmp_path: Path) -> None:
+    folder = write_published("SD 1.5", tmp_path)
+    full = {"kind": "full"}
+    plain, teacher = (estimate(recipe(folder, method=full, prior={"kind": kind})) for kind in ("none", "frozen_base"))
+    assert teacher.activations == pytest.approx(2 * plain.activations, rel=0.05)
+    assert teacher.held - plain.held == pytest.approx(4 * plain.trained_parameters)  # the frozen twin, fp32
+    free = estimate(recipe(folder, prior={"kind": "frozen_base"}))
+    assert free.held == estimate(recipe(folder)).held  # an adapter is switched off instead
+
+
+def test_the_command(tiny_bases: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "demo", f"base={tiny_bases['sd3']}", "method.targets=all-linear"]) == (0, "")
+    said = capsys.readouterr().out
+    for words in ("sd3", "run.precision=bf16", "trained", "memory", "checkpoint", "text_encoder_3"):
+        assert words in said
+    code, message = run(["plan", "demo", "base=/nowhere"])
+    assert code == 2
+    assert "/nowhere" in message

@@ -1,0 +1,72 @@
+"""The page: one file that stands alone, true to the run folder, and safe whatever the names are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from finetune.report.html import curve, smooth, write_report
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for name in ("before", "after"):
+        for prompt in range(2):
+            file = tmp_path / "samples" / name / f"{prompt:02d}-0.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (prompt * 90, 10, 10)).save(file)
+    info = {
+        "token": "zwx", "class_noun": "<b>mug</b>", "family": "sd1", "base": "tiny", "resolution": 64,
+        "prompts": ["a photo of zwx mug", "a & b"], "captions": [["a photo of zwx mug"]], "photos": [],
+        "plan": {"steps": "2 of 1"},
+    }  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps(info))
+    rows = [{"step": n, "loss": 1 / n, "lr": 1e-4, "grad_norm": 1.0, "seconds": 0.5} for n in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exported = {
+        "format": "kohya", "path": "exports/x.safetensors", "size": 1000, "read_by": ["ComfyUI"],
+        "checks": ["ok: 3 modules re-read", "FAILED: one is odd"],
+    }  # fmt: skip
+    (tmp_path / "exports.json").write_text(json.dumps([exported]))
+    return tmp_path
+
+
+def test_the_page_shows_what_the_run_folder_holds(run: Path) -> None:
+    page = write_report(run).read_text(encoding="utf-8")
+    assert page.count("<img") == 4
+    assert "3 steps, 0.50 s a step" in page
+    assert 'class="good">ok: 3 modules re-read' in page
+    assert 'class="bad">FAILED: one is odd' in page
+    assert "exports/x.safetensors" in page
+    assert page.count("<svg") == 2
+
+
+def test_nothing_is_fetched_and_nothing_is_let_through(run: Path) -> None:
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "<b>mug</b>" not in page
+    assert "&lt;b&gt;mug&lt;/b&gt;" in page
+    assert "a &amp; b" in page
+    assert "<script" not in page
+    assert "http" not in page
+
+
+def test_a_run_that_has_only_begun_has_a_page_too(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert write_report(tmp_path).is_file()
+
+
+def test_smoothing_keeps_a_constant_and_has_no_bias_at_the_start() -> None:
+    assert smooth([3.0] * 50) == pytest.approx([3.0] * 50)
+    assert smooth([1.0, 2.0])[0] == 1.0
+
+
+def test_a_curve_goes_through_its_points() -> None:
+    """Loss 1 at the first step and 0 at the last: from the top of the plot (within 5 %) to its floor."""
+    points = curve("loss", [0, 10], [1.0, 0.0]).split('points="')[1].split('"')[0].split()
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in points)
+    assert (x0, x1) == (70.0, 950.0)
+    assert y1 == 164.0
+    assert 24.0 <= y0 < 32.0

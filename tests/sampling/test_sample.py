@@ -1,0 +1,198 @@
+"""Sampling: seeds, the grid, and what a PNG says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune.families.base import ImageCondition
+from finetune.families.registry import FAMILIES
+from finetune.families.schedulers import SAMPLERS
+from finetune.families.source import load_family
+from finetune.sampling.draw import draw
+from finetune.sampling.images import A1111_SAMPLERS, grid, parameters, save_image
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_a_picture_is_a_function_of_prompt_and_seed(name: str, tiny_bases: dict[str, Path]) -> None:
+    family = load_family(str(tiny_bases[name]))
+    settings = {"steps": 2, "guidance": 3.0}
+    together = draw(family, ["a mug", "a dog", "a mug"], seeds=[1, 1, 2], **settings)
+    alone = draw(family, ["a dog"], seeds=[1], **settings)
+    first, second, third = (np.asarray(image, dtype=int) for image in together)
+    assert first.shape == (32, 32, 3)
+    assert np.abs(second - np.asarray(alone[0], dtype=int)).max() <= 1
+    assert np.abs(first - third).max() > 1
+
+
+def test_guidance_1_is_no_guidance(tiny_bases: dict[str, Path]) -> None:
+    family = load_family(str(tiny_bases["sd1"]))
+    plain, negative = (
+        draw(family, ["a mug"], seeds=[1], steps=2, guidance=1.0, negative=text)[0] for text in ("", "a dog")
+    )
+    assert np.array_equal(np.asarray(plain), np.asarray(negative))
+
+
+def test_drawing_leaves_the_modes_as_they_were(tiny_bases: dict[str, Path]) -> None:
+    family = load_family(str(tiny_bases["sd1"]))
+    family.parts["denoiser"].train()
+    draw(family, ["a mug"], seeds=[1], steps=1)
+    assert family.parts["denoiser"].training
+    assert not family.parts["vae"].training
+
+
+def test_the_grid_and_the_parameters(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (8, 6), (k, 0, 0)) for k in range(5)]
+    page = grid(images, 2)
+    assert page.size == (16, 18)
+    assert page.getpixel((12, 8)) == (3, 0, 0)
+    text = parameters("a mug", "blurry", 7, "dpm++", 20, 5.0, 64, "tiny")
+    save_image(images[0], tmp_path / "a" / "b.png", text)
+    with Image.open(tmp_path / "a" / "b.png") as image:
+        assert image.text["parameters"] == text
+    assert text.splitlines() == [
+        "a mug",
+        "Negative prompt: blurry",
+        "Steps: 20, Sampler: DPM++ 2M, CFG scale: 5.0, Seed: 7, Size: 64x64, Model: tiny",
+    ]
+
+
+def test_every_sampler_has_the_name_that_other_programs_know() -> None:
+    assert A1111_SAMPLERS.keys() == SAMPLERS.keys()
+
+
+def test_a_model_name_with_a_comma_is_quoted_as_a1111_does() -> None:
+    text = parameters("p", "", 1, "euler", 5, 1.0, 64, "models/a, b")
+    assert text.splitlines() == [
+        "p",
+        'Steps: 5, Sampler: Euler, CFG scale: 1.0, Seed: 1, Size: 64x64, Model: "models/a, b"',
+    ]
+
+
+def test_captions_stand_above_their_rows() -> None:
+    images = [Image.new("RGB", (60, 10), "red")] * 4
+    page = np.asarray(grid(images, 2, ["first", "second"]))
+    assert page.shape == (2 * (10 + 16), 120, 3)
+    for top in (0, 26):
+        assert (page[top : top + 16] < 100).all(axis=2).any(), "no black ink"
+        assert (page[top + 16 : top + 26] == (255, 0, 0)).all()
+
+
+def test_released_parts_come_back_in_eval_mode(tiny_bases: dict[str, Path]) -> None:
+    family = load_family(str(tiny_bases["sd1"]))
+    whole = draw(family, ["a mug"], seeds=[1], steps=1)
+    family.release(["vae", "text_encoder"])
+    again = draw(family, ["a mug"], seeds=[1], steps=1)
+    assert not any(part.training for part in family.parts.values())
+    assert np.array_equal(np.asarray(whole[0]), np.asarray(again[0]))
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_a_picture_is_what_diffusers_own_call_gives(name: str, tiny_bases: dict[str, Path]) -> None:
+    """One at a time, from a pipeline that diffusers itself has loaded from the folder."""
+    kind = getattr(diffusers, FAMILIES[name].pipeline_class)
+    pipeline = kind.from_pretrained(tiny_bases[name], safety_checker=None, requires_safety_checker=False)
+    flow = "FlowMatch" in type(pipeline.scheduler).__name__
+    if not flow:
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+            pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    blank = {"image": torch.zeros(1, 4, 16, 16), "strength": 1.0}
+    wanted = pipeline(
+        "a mug",
+        negative_prompt="blurry",
+        **({"max_sequence_length": 16} if flow else {}),
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        **(blank if name == "sdxl-refiner" else {"width": 32, "height": 32}),
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    family = load_family(str(tiny_bases[name]))
+    settings = {"sampler": "euler" if flow else "ddim", "steps": 3, "guidance": 4.0, "size": 32}
+    got = draw(family, ["a dog", "a mug"], seeds=[9, 5], negative="blurry", **settings)[1]
+    assert np.abs(np.asarray(got, dtype=int) - np.asarray(wanted, dtype=int)).max() <= 1
+
+
+def test_a_refiner_refines_what_it_is_given(tiny_bases: dict[str, Path]) -> None:
+    """As diffusers does by default: three tenths of the steps, and at least one."""
+    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(tiny_bases["sdxl-refiner"])
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(2))
+    seed = torch.Generator().manual_seed(5)
+    wanted = pipeline("a mug", image=image[None], num_inference_steps=10, guidance_scale=1.0, generator=seed)
+    family = load_family(str(tiny_bases["sdxl-refiner"]))
+    settings = {"sampler": "ddim", "guidance": 1.0, "given": ImageCondition(image)}
+    got = draw(family, ["a mug"], seeds=[5], steps=10, **settings)[0]
+    assert np.abs(np.asarray(got, dtype=int) - np.asarray(wanted.images[0], dtype=int)).max() <= 1
+    assert draw(family, ["a mug"], seeds=[5], steps=1, **settings)[0].size == (32, 32)
+
+
+DTYPES = (torch.bfloat16, torch.float16)
+INPUTS = [(name, kind) for name, family in FAMILIES.items() for kind in getattr(family, "pipelines", {"": ""})]
+
+
+@pytest.mark.parametrize("force_upcast", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "inputs"), INPUTS)
+def test_half_precision_draws_the_same_picture(
+    name: str, inputs: str, dtype: torch.dtype, force_upcast: bool, tiny_bases: dict[str, Path]
+) -> None:
+    """Grey levels apart by no more than the dtype rounds to: 8 steps of eps over 255 levels. SDXL's VAE stays in fp32
+    under fp16, whatever its config's `force_upcast` says, and drawing leaves it so."""
+    drawn = []
+    for precision in (torch.float32, dtype):
+        family = load_family(str(tiny_bases[name]), dtype=precision)
+        if inputs:
+            family.widen(inputs)
+        family.parts["vae"].register_to_config(force_upcast=force_upcast)
+        images = draw(family, ["a mug", "a dog"], seeds=[1, 2], steps=2, guidance=2.0)
+        drawn.append(np.stack([np.asarray(image, dtype=int) for image in images]))
+    wide = name.startswith("sdxl") and dtype == torch.float16
+    assert family.parts["vae"].dtype == (torch.float32 if wide else dtype)
+    assert drawn[0].std() > 1
+    assert np.abs(drawn[0] - drawn[1]).max() <= max(1, round(8 * torch.finfo(dtype).eps * 255))
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_the_vae_decodes_one_picture_at_a_time(name: str, tiny_bases: dict[str, Path]) -> None:
+    family = load_family(str(tiny_bases[name]))
+    sizes: list[int] = []
+    for coder in (family.parts["vae"].encoder, family.parts["vae"].decoder):
+        coder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    latents = torch.randn(3, family.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    together = family.decode_latents(latents)
+    alone = torch.cat([family.decode_latents(latents[k : k + 1]) for k in range(3)])
+    assert torch.equal(together, alone)
+    encoded = family.encode_images(together.clamp(-1, 1))
+    assert torch.equal(encoded.mean[1], family.encode_images(together[1:2].clamp(-1, 1)).mean[0])
+    draw(family, ["a mug", "a dog"], seeds=[1, 2], steps=1)
+    family.release(["vae"])
+    family.restore(["vae"])
+    family.parts["vae"].decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    family.decode_latents(latents)
+    assert len(sizes) >= 3 + 3 + 3 + 1 + 2 + 3
+    assert set(sizes) == {1}
+
+
+def test_an_error_while_drawing_leaves_the_modes_as_they_were(tiny_bases: dict[str, Path]) -> None:
+    family = load_family(str(tiny_bases["sd1"]))
+    denoiser = family.parts["denoiser"].train()
+    denoiser.conv_in.eval()
+    before = {name: module.training for name, module in denoiser.named_modules()}
+
+    def stop(amount: int) -> None:
+        assert not any(module.training for part in family.parts.values() for module in part.modules())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(family, ["a mug"], seeds=[1], steps=1, advance=stop)
+    assert {name: module.training for name, module in denoiser.named_modules()} == before
+    assert not family.parts["vae"].training

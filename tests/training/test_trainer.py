@@ -1,0 +1,276 @@
+"""The loop: its loss against the formula, exact resume, accumulation, EMA, the stop before a bad update, fp16."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from finetune.core.batch import Batch, Geometry, Latents
+from finetune.core.errors import CheckFailed
+from finetune.core.events import sent_to
+from finetune.core.rng import SampleKey, normal, uniform
+from finetune.families.source import load_family
+from finetune.methods.base import Method
+from finetune.methods.dora import DoRA
+from finetune.methods.full import Full
+from finetune.methods.lokr import LoKr
+from finetune.methods.lora import LoRA
+from finetune.objectives.registry import build_objective
+from finetune.objectives.settings import ObjectiveSettings
+from finetune.optim.adamw import AdamW
+from finetune.optim.adamw8bit import AdamW8bit
+from finetune.optim.registry import Optim
+from finetune.runs.metrics import MetricsFile
+from finetune.training.accelerate import make_accelerator
+from finetune.training.checkpoint import Checkpoints
+from finetune.training.prior import NoPrior, PriorSettings
+from finetune.training.regularizers import PriorContext
+from finetune.training.settings import Run
+from finetune.training.step import Step, StepOptions, parts_of
+from finetune.training.trainer import Trainable, Trainer
+
+
+class Memory:
+    """Batches from memory: eight latents, two captions, the cut by accumulation and rank as in the data plan."""
+
+    def __init__(
+        self, size: int = 4, accumulate: int = 1, rank: int = 0, world: int = 1, bad_at: int = -1, channels: int = 4
+    ) -> None:
+        made, shape = torch.Generator().manual_seed(0), (8, channels, 16, 16)
+        self.mean, self.std = torch.randn(shape, generator=made), torch.rand(shape, generator=made) * 0.1
+        self.part, self.rank, self.world, self.bad_at = size // accumulate // world, rank, world, bad_at
+
+    def micro(self, step: int, index: int) -> Batch:
+        start = (index * self.world + self.rank) * self.part
+        draws = [SampleKey(0, step, slot) for slot in range(start, start + self.part)]
+        chosen = [(step * 3 + draw.sample) % 8 for draw in draws]
+        mean = self.mean[chosen] * (float("nan") if step == self.bad_at else 1)
+        prompts = [("a photo of a zwx mug", "a mug")[k % 2] for k in chosen]
+        square = [Geometry((32, 32), (0, 0), (32, 32))] * self.part
+        weight = torch.tensor([1.0 + 0.5 * (k % 2) for k in chosen])
+        return Batch(Latents(mean, self.std[chosen]), prompts, weight, square, draws, [f"{k}.png" for k in chosen])
+
+
+def run_fit(
+    base: Path,
+    folder: Path,
+    method: Method,
+    *,
+    optim: Optim | None = None,
+    steps: int = 4,
+    accumulate: int = 1,
+    batches: Memory | None = None,
+    make: Callable[[Run, bool], Accelerator] = make_accelerator,
+    prior: PriorSettings | None = None,
+    **settings: object,
+) -> dict[str, torch.Tensor]:
+    run = Run(steps=steps, batch_size=4, accumulate=accumulate, **settings)
+    accelerator = make(run, method.is_adapter)
+    family = load_family(str(base))
+    trained = method.attach(family, 0)
+    attached = PriorContext(family, method, trained, family.encode_prompts, "a mug")
+    objective = build_objective(ObjectiveSettings(weighting="min_snr"), family.schedule)
+    options = StepOptions(regularizers=(prior or NoPrior()).regularizers(attached))
+    trainer = Trainer(
+        Step(family, parts_of(trained), objective, family.encode_prompts, options),
+        Trainable(trained),
+        optim or AdamW(lr=1e-3, schedule="cosine", warmup=2),
+        run,
+        accelerator,
+        Checkpoints(folder),
+    )
+    with sent_to(MetricsFile(folder)):
+        trainer.fit(batches or Memory(4, accumulate, accelerator.process_index, accelerator.num_processes))
+    return {name: value.detach().clone() for name, value in trained.items()}
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "run"
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_the_loss_of_a_flow_is_the_papers(name: str, tiny_bases: dict[str, Path]) -> None:
+    """arXiv:2403.03206 eq. 13 with logit-normal timesteps, written out sample by sample."""
+    family = load_family(str(tiny_bases[name]))
+    batch = Memory(channels=16).micro(2, 0)
+    loss = Step(family, [], build_objective(ObjectiveSettings(), family.schedule, 2.0), family.encode_prompts)(batch)
+    total = 0.0
+    for k, draw in enumerate(batch.draws):
+        x0 = batch.latents.mean[k] + batch.latents.std[k] * normal([draw], (16, 16, 16), "vae")[0]
+        noise = normal([draw], (16, 16, 16), "noise")[0]
+        t = torch.sigmoid(torch.distributions.Normal(0, 1).icdf(uniform([draw], "timestep")))
+        t = 2 * t / (1 + t)
+        cond = family.encode_prompts([batch.prompts[k]])
+        predicted = family.predict(((1 - t) * x0 + t * noise)[None], 1000 * t, cond, [batch.geometry[k]])[0]
+        total += float(batch.weight[k]) * float((predicted - (noise - x0)).square().mean())
+    assert float(loss) == pytest.approx(total / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_the_loss_is_the_papers(name: str, tiny_bases: dict[str, Path]) -> None:
+    """mean_i w_i w(t_i) |prediction - target|^2, written out sample by sample."""
+    family = load_family(str(tiny_bases[name]))
+    objective = build_objective(ObjectiveSettings(weighting="min_snr"), family.schedule)
+    batch = Memory().micro(2, 0)
+    loss = Step(family, [], objective, family.encode_prompts)(batch)
+    total = 0.0
+    for k, draw in enumerate(batch.draws):
+        x0 = batch.latents.mean[k] + batch.latents.std[k] * normal([draw], (4, 16, 16), "vae")[0]
+        noise = normal([draw], (4, 16, 16), "noise")[0]
+        t = int(float(uniform([draw], "timestep")) * 1000)
+        abar = family.scheduler.alphas_cumprod[t]
+        noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+        cond = family.encode_prompts([batch.prompts[k]])
+        predicted = family.predict(noisy[None], torch.tensor([t]), cond, [batch.geometry[k]])[0]
+        v = name == "sd2"
+        target = abar.sqrt() * noise - (1 - abar).sqrt() * x0 if v else noise
+        snr = float(abar / (1 - abar))
+        weight = min(snr, 5) / (snr + v)
+        total += weight * float(batch.weight[k]) * float((predicted - target).square().mean())
+    assert float(loss) == pytest.approx(total / 4, rel=1e-4)
+
+
+METHODS = {
+    "lora": LoRA(rank=4, dropout=0.2, parts=["denoiser", "text_encoders"]),
+    "dora": DoRA(rank=4, dropout=0.2, parts=["denoiser", "text_encoders"]),
+    "lokr": LoKr(rank=2),
+    "full": Full(parts=["denoiser", "text_encoders"]),
+}
+
+
+@pytest.mark.parametrize("kind", list(METHODS))
+@pytest.mark.parametrize("optim", [AdamW(lr=1e-3), AdamW8bit(lr=1e-3)], ids=["adamw", "adamw8bit"])
+def test_killed_and_resumed_is_the_unbroken_run(
+    kind: str, optim: Optim, tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Bit for bit, weights and metrics, with dropout, accumulation and EMA on; killed between two checkpoints."""
+    settings = {"optim": optim, "accumulate": 2, "ema": 0.9, "checkpoint_every": 2, "steps": 6}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    wanted = run_fit(tiny_bases["sdxl"], whole, METHODS[kind], **settings)
+    killer = Memory(4, 2, bad_at=3)
+    with pytest.raises(CheckFailed):
+        run_fit(tiny_bases["sdxl"], cut, METHODS[kind], batches=killer, **settings)
+    assert [row["step"] for row in metrics(cut)] == [1, 2, 3]
+    resumed = run_fit(tiny_bases["sdxl"], cut, METHODS[kind], **settings)
+    assert all(torch.equal(wanted[name], resumed[name]) for name in wanted)
+    assert metrics(cut) == metrics(whole)
+
+
+def test_accumulation_gives_the_whole_batchs_step(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    results = []
+    for accumulate in (1, 2, 4):
+        path = tmp_path / str(accumulate)
+        path.mkdir()
+        results.append((run_fit(tiny_bases["sd1"], path, Full(), accumulate=accumulate), metrics(path)))
+    for weights, rows in results[1:]:
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in results[0][1]], rel=1e-5)
+        assert all(torch.allclose(weights[n], results[0][0][n], atol=2e-5) for n in weights)
+
+
+def test_clipping_limits_the_step_and_reports_the_norm_before(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    norms = []
+    for limit in (0.0, 1e-3):
+        path = tmp_path / str(limit)
+        path.mkdir()
+        run_fit(tiny_bases["sd1"], path, Full(), steps=1, optim=AdamW(lr=1e-3, max_grad_norm=limit))
+        norms.append(metrics(path)[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1]) != 0
+
+
+def test_ema_is_the_formula_and_is_what_leaves_the_run(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    plain, averaged = tmp_path / "plain", tmp_path / "ema"
+    plain.mkdir()
+    averaged.mkdir()
+    run_fit(tiny_bases["sd1"], plain, LoRA(rank=2), steps=3, checkpoint_every=1, keep=3)
+    result = run_fit(tiny_bases["sd1"], averaged, LoRA(rank=2), steps=3, ema=0.9)
+    start = LoRA(rank=2).attach(load_family(str(tiny_bases["sd1"])), 0)
+    wanted = {name: value.detach().clone() for name, value in start.items()}
+    from safetensors.torch import load_file
+
+    for n in range(3):
+        now = load_file(plain / "checkpoints" / f"step-{n + 1:06d}" / "trained.safetensors")
+        decay = min(0.9, (1 + n) / (10 + n))
+        wanted = {name: decay * value + (1 - decay) * now[name] for name, value in wanted.items()}
+    assert all(torch.allclose(result[name], wanted[name], atol=1e-6) for name in wanted)
+
+
+def test_a_bad_step_stops_before_the_update(tiny_bases: dict[str, Path], folder: Path) -> None:
+    """Step 3 of four samples in two micro-batches: all are named with their timesteps, and kept as they were."""
+    batches = Memory(4, 2, bad_at=2)
+    with pytest.raises(
+        CheckFailed, match=r"step 3 is not finite \(loss nan\) on 6\.png \(timestep \d+\), 7\.png .*lr"
+    ):
+        run_fit(tiny_bases["sd1"], folder, LoRA(rank=2), batches=batches, accumulate=2, checkpoint_every=2)
+    facts = json.loads((folder / "bad-step-000003" / "step.json").read_text())
+    draws = [SampleKey(0, 2, slot) for slot in range(4)]
+    assert [item["timestep"] for item in facts["samples"]] == [int(u * 1000) for u in uniform(draws, "timestep")]
+    assert [item["name"] for item in facts["samples"]] == ["6.png", "7.png", "0.png", "1.png"]
+    kept = load_file(folder / "bad-step-000003" / "latents.safetensors")
+    assert torch.equal(kept["0003.std"], batches.std[1])
+    assert bool(kept["0003.mean"].isnan().all())
+    state = Checkpoints(folder).latest()
+    assert state is not None
+    assert state.step == 2
+    assert all(bool(torch.isfinite(value).all()) for value in state.trained.values())
+
+
+def test_stratified_timesteps_fill_every_part_once(tiny_bases: dict[str, Path]) -> None:
+    family = load_family(str(tiny_bases["sd1"]))
+    objective = build_objective(ObjectiveSettings(), family.schedule)
+    step = Step(family, [], objective, family.encode_prompts, StepOptions(stratify=8))
+    positions = step.positions([SampleKey(0, 5, slot) for slot in range(8)])
+    assert sorted((positions * 8).int().tolist()) == list(range(8))
+
+
+@pytest.fixture
+def _own_precision() -> Iterator[None]:
+    """Accelerate keeps one precision for the whole program."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_own_precision")
+def test_under_fp16_an_overflow_is_the_scalers_to_handle(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """torch's own scaler, on the CPU, begun far too high: the first steps overflow, are skipped, and are no error; its
+    state is in the checkpoint, so that the resumed run is the unbroken one."""
+
+    def with_scaler(run: Run, adapter: bool) -> Accelerator:
+        accelerator = Accelerator(mixed_precision="fp16", gradient_accumulation_steps=run.accumulate, cpu=True)
+        accelerator.native_amp = True  # as on a GPU: autocast, and gradients unscaled before they are clipped
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-40)
+        return accelerator
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    unbroken = run_fit(tiny_bases["sd1"], whole, LoRA(rank=2), make=with_scaler, steps=6)
+    norms = [row["grad_norm"] for row in metrics(whole)]
+    assert not all(map(math.isfinite, norms))
+    assert math.isfinite(norms[-1])
+    run_fit(tiny_bases["sd1"], broken, LoRA(rank=2), make=with_scaler, steps=6, checkpoint_every=3)
+    for late in (broken / "checkpoints").glob("step-000006"):
+        shutil.rmtree(late)
+    resumed = run_fit(tiny_bases["sd1"], broken, LoRA(rank=2), make=with_scaler, steps=6)
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+    start = LoRA(rank=2).attach(load_family(str(tiny_bases["sd1"])), 0)
+    assert any(not torch.equal(start[name], unbroken[name]) for name in unbroken)
