@@ -1,0 +1,1 @@
+"""Adapter files of any trainer: inspect, convert, resize, merge, extract."""

@@ -1,0 +1,1 @@
+"""A recipe, composed of the settings of all packages: read, checked, written."""

@@ -1,0 +1,1 @@
+"""Plain tools that know no model: errors, files, random draws, events, devices."""

@@ -47,7 +47,7 @@ class Batch:
     `weight` [B] multiplies each sample's loss; `draws` says where each sample stands in the run, and `names`
     which files they come from, for the message of a step that is stopped. `mask` [B, 1, h, w] in [0, 1] says how much
     each latent counts in its sample's loss; None where all count the same. `extra` [B, E, h, w] is what the denoiser
-    reads behind the noisy latents, where it reads more (`data/inputs.py`).
+    reads behind the noisy latents, where it reads more (`data/conditioning/`).
     """
 
     latents: Latents

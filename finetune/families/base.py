@@ -81,8 +81,8 @@ class Family(ABC):
     # part -> kohya prefix ("lora_unet", "lora_te", ...): the parts that can be trained
     export_prefix: ClassVar[dict[str, str]]
     labels: ClassVar[Labels]
-    # what the denoiser reads behind the noisy latents: "inpaint", "depth", "edit" (`families/inputs.py`); and whether
-    # it was made to
+    # what the denoiser reads behind the noisy latents: "inpaint", "depth", "edit" (`families/conditioning.py`); and
+    # whether it was made to
     inputs: str | None = None
     widened: bool = False
     # part -> parameter-name prefixes that never get a gradient (DDP fails on them unless they stay frozen)

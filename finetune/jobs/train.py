@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 
 from finetune.config.recipe import Recipe
 from finetune.core.determinism import deterministic
-from finetune.core.errors import CheckFailed, Stopped
+from finetune.core.errors import BadInput, CheckFailed, Stopped
 from finetune.core.events import Consumer, Event, RunEnded, RunStarted, StepDone, emit, sent_to
 from finetune.core.signals import Interrupted, Signals, Stop
 from finetune.data.cache import PromptCache
@@ -43,6 +44,7 @@ from finetune.training.step import PromptEncoder, Step, StepOptions, parts_of
 from finetune.training.trainer import Trainable, Trainer
 
 Say = Callable[[str], None]
+_RUNNING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,19 @@ def train(
         CheckFailed: a step was not finite, or an export is not what was trained.
         Stopped: SIGINT, SIGTERM or `stop`; `resume` goes on.
     """
-    with deterministic(recipe.run.deterministic):
+    with _alone_in_this_process(), deterministic(recipe.run.deterministic):
         return _train_here(recipe, run_dir, Hooks(say, events, stop or Stop()))
+
+
+@contextmanager
+def _alone_in_this_process() -> Iterator[None]:
+    """torch's seed for new weights and its deterministic mode are the process's: two runs at once would mix them."""
+    if not _RUNNING.acquire(blocking=False):
+        raise BadInput("another run is at work in this Python process: wait for its end, or start this one in another")
+    try:
+        yield
+    finally:
+        _RUNNING.release()
 
 
 def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Path:

@@ -1,0 +1,1 @@
+"""What a step learns: noising, targets, loss weights and timesteps. Tensors only."""

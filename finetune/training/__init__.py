@@ -1,0 +1,1 @@
+"""The training loop and what it works with: the step, checkpoints, EMA, regularizers."""

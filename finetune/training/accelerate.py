@@ -6,6 +6,7 @@ import os
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from finetune.core.devices import auto_precision
 from finetune.core.errors import BadInput
@@ -23,6 +24,7 @@ def make_accelerator(run: Run, adapter: bool) -> Accelerator:
     if precision == "fp16" and not torch.cuda.is_available():
         raise BadInput("run.precision is 'fp16' but there is no CUDA GPU here: set run.precision=fp32 or bf16")
     mixed = {"fp32": "no", "bf16": "no" if adapter else "bf16", "fp16": "fp16"}[precision]
+    _allow_another_precision(mixed)
     accelerator = Accelerator(
         mixed_precision=mixed,
         gradient_accumulation_steps=run.accumulate,
@@ -32,6 +34,12 @@ def make_accelerator(run: Run, adapter: bool) -> Accelerator:
     )
     _check_launch(accelerator, run)
     return accelerator
+
+
+def _allow_another_precision(mixed: str) -> None:
+    """Accelerate keeps the first precision for the whole process, and refuses another; the processes' group stays."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state()
 
 
 def _check_launch(accelerator: Accelerator, run: Run) -> None:

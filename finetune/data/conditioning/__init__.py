@@ -1,0 +1,1 @@
+"""Extra inputs of inpainting, depth and editing bases."""

@@ -1,0 +1,1 @@
+"""LoRA file formats. One file for each format."""

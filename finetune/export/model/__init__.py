@@ -1,0 +1,1 @@
+"""Whole models: a diffusers folder, a single file."""

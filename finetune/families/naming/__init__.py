@@ -1,0 +1,1 @@
+"""The names that other programs give to a base model's weights."""
