@@ -1,0 +1,91 @@
+"""Recipes are read without the libraries that train them: a mistake in one is told in a moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.config import recipes
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
+
+LOADED = f"""
+import json, sys
+print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
+"""
+NEEDED = ["data.photos=x", "data.class_noun=dog"]
+
+
+def heavy_after(code: str) -> list[str]:
+    """Which of the heavy libraries a fresh interpreter has imported when it has run `code`."""
+    # nothing else is on its path, so that it imports this tree's package
+    done = subprocess.run(
+        [sys.executable, "-c", code + LOADED],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["finetune.config.recipe", "finetune.config.load", "finetune.methods.registry", "finetune.optim.registry"],
+)
+def test_settings_are_imported_without_torch(module: str) -> None:
+    assert heavy_after(f"import {module}") == []
+
+
+def test_every_shipped_recipe_is_read_and_written_without_torch() -> None:
+    code = f"""
+from finetune.config import recipes
+from finetune.config.load import dump_recipe, load_recipe
+for name in recipes.names():
+    recipe = load_recipe(name, {NEEDED!r})
+    assert "photos: " in dump_recipe(recipe)
+    recipe.method.part_names, recipe.optim.factor(1, 2), recipe.objective.density
+    print(name)
+"""
+    assert recipes.names()
+    assert heavy_after(code) == []
+
+
+@pytest.mark.parametrize("arguments", [["recipes", "show", "demo"], ["recipes", "list"], ["train", "dmo"]])
+def test_commands_about_recipes_need_no_torch(arguments: list[str]) -> None:
+    said = {"show": "method:", "list": "dreambooth-lora", "dmo": ""}[arguments[1]]
+    code = f"""
+import contextlib, io
+from finetune.cli.main import run
+shown = io.StringIO()
+with contextlib.redirect_stdout(shown):
+    code, message = run({arguments!r})
+assert {said!r} in shown.getvalue(), shown.getvalue()
+assert (code, "did you mean 'demo'" in message) == {(2, True) if said == "" else (0, False)!r}, message
+"""
+    assert heavy_after(code) == []
+
+
+def test_a_bad_setting_is_told_without_torch() -> None:
+    code = """
+from finetune.config.load import load_recipe
+from finetune.core.errors import BadInput
+try:
+    load_recipe("demo", ["method.rnk=4"])
+except BadInput as error:
+    assert "did you mean 'method.rank'" in str(error)
+else:
+    raise AssertionError
+"""
+    assert heavy_after(code) == []
+
+
+def test_what_it_looks_for_is_found_where_it_is() -> None:
+    assert "torch" in heavy_after("import finetune.families.base")
