@@ -68,16 +68,19 @@ assert {shown!r} in out.getvalue()
     assert heavy_after(code) == []
 
 
-def test_a_bad_setting_is_told_without_torch() -> None:
-    code = """
-from finetune.config.load import load_recipe
-from finetune.core.errors import BadInput
-try:
-    load_recipe("demo", ["method.rnk=4"])
-except BadInput as error:
-    assert "did you mean 'method.rank'" in str(error)
-else:
-    raise AssertionError
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train dmo", "did you mean 'demo'"),
+        ("train demo run.stesp=4", "'run.steps'"),
+        ("plan demo run.steps=0", "steps"),
+    ],
+)
+def test_mistakes_are_told_before_torch_is_imported(command: str, said: str) -> None:
+    code = f"""
+from finetune.cli.main import run
+code, message = run({command!r}.split())
+assert code == 2 and {said!r} in message, message
 """
     assert heavy_after(code) == []
 
