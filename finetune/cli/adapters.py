@@ -50,13 +50,12 @@ def plan(
     ] = None,
 ) -> None:
     """What a recipe trains, writes and needs in memory, from the base's configs alone: no weights, no photos."""
-    from finetune.config.recipes import find
-
-    find(recipe)
     from finetune.config.load import load_recipe
+
+    checked = load_recipe(recipe, overrides or [])  # a mistake in it is told at once, before the heavy imports
     from finetune.jobs.estimate import report
 
-    for name, value in report(load_recipe(recipe, overrides or [])).items():
+    for name, value in report(checked).items():
         typer.echo(f"{name:>16}  {value}")
 
 

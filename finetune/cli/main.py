@@ -55,9 +55,6 @@ def train(
     processes: Processes = None,
 ) -> None:
     """Train a recipe from end to end; an interrupted run of the same recipe goes on where it stopped."""
-    from finetune.config.recipes import find
-
-    find(recipe)  # a misspelt name is told at once, before the heavy imports
     from finetune.config.load import load_recipe
 
     _train(load_recipe(recipe, [*(overrides or []), *_skipping(skip_bad)]), dry_run, processes)

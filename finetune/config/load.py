@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from finetune.config.effect import without_effect
 from finetune.config.recipe import Recipe
+from finetune.config.recipes import find
 from finetune.core.errors import BadInput
 from finetune.core.settings import Settings
 
@@ -19,18 +21,22 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     """A shipped recipe's name or a YAML file, with `section.key=value` overrides, as a checked `Recipe`.
 
     Raises:
-        BadInput: no such recipe, not YAML, an unknown key (the nearest known one is named) or a bad value.
+        BadInput: no such recipe, not YAML, an unknown key (the nearest known one is named), a bad value, or a setting
+            that has no effect beside the others.
     """
-    from finetune.config.recipes import find
-
-    return read_recipe(find(str(source)), overrides)
+    path = find(str(source))
+    recipe = read_recipe(path, overrides)
+    useless = without_effect(recipe)
+    if useless is not None:
+        raise BadInput(f"{path}: {useless}")
+    return recipe
 
 
 def read_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A recipe file as a checked `Recipe`.
+    """A recipe file as a checked `Recipe`: a run's own too, where a setting without effect may stand.
 
     Raises:
-        BadInput: as `load_recipe`.
+        BadInput: as `load_recipe`, but for settings without effect.
     """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader

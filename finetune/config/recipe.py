@@ -31,6 +31,11 @@ class Recipe(Settings):
     sample: Sample = Sample()
     export: ExportTo = ExportTo()
 
+    @property
+    def leaves_as_trained(self) -> bool:
+        """Whether files hold exactly what was trained: no LoRA is made of it by singular values."""
+        return self.method.adapter.low_rank or self.method.artifacts == ("embedding",)
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.run.batch_size % self.run.accumulate:
@@ -42,7 +47,7 @@ class Recipe(Settings):
             raise ValueError(
                 "optim.text_lr is set but method.parts has no text_encoders: add them, or leave text_lr out"
             )
-        if self.export.rank is not None and (self.method.adapter.low_rank or self.method.artifacts == ("embedding",)):
+        if self.export.rank is not None and self.leaves_as_trained:
             raise ValueError(
                 f"export.rank is {self.export.rank} but a {self.method.kind} leaves as it was trained: leave it out, "
                 "or make the file smaller with `finetune resize`"

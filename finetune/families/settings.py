@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import model_validator
 
 from finetune.core.settings import Settings
-from finetune.families.base import Family
-from finetune.families.source import load_family
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune.families.base import Family
 
 
 class Base(Settings):
@@ -26,13 +28,17 @@ class Base(Settings):
     without: list[str] = []
     inputs: Literal["inpaint", "depth", "edit"] | None = None
 
-    def load(self, dtype: torch.dtype = torch.float32) -> Family:
-        """The family, frozen.
+    def load(self, dtype: torch.dtype | None = None) -> Family:
+        """The family, frozen; in float32 where no dtype is asked for.
 
         Raises:
             BadInput: as `families.load`.
         """
-        family = load_family(self.source, self.revision, dtype, self.like, self.without)
+        import torch
+
+        from finetune.families.source import load_family
+
+        family = load_family(self.source, self.revision, dtype or torch.float32, self.like, self.without)
         if self.inputs is not None:
             family.widen(self.inputs)
         return family

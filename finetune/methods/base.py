@@ -1,19 +1,26 @@
-"""The method seam: what is trained, and what leaves the run. A new method is one new file in this folder."""
+"""The method seam: what is trained, and what leaves the run. A new method is one new file in this folder.
+
+A recipe is made of these classes, so modules here import torch and PEFT inside functions only: `tests/config` sees to
+it. Classes of torch modules live in `layers/`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from finetune.core.settings import Settings
-from finetune.families.base import Family
 from finetune.methods.start import ReferenceModel, copied_distance, parameter_bytes, reference_copy
 from finetune.optim.base import Window
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from finetune.families.base import Family
 
 Part = Literal["denoiser", "text_encoders"]
 Artifact = Literal["adapter", "weights", "embedding"]
@@ -86,10 +93,14 @@ class Method(Settings, ABC):
 
     def weight_dtype(self, compute: torch.dtype) -> torch.dtype:
         """The dtype in which the base is loaded: an adapter's base is cast once, trained weights stay fp32."""
+        import torch
+
         return compute if self.is_adapter else torch.float32
 
     def autocast_dtype(self, compute: torch.dtype) -> torch.dtype | None:
         """What fp32 weights compute in: under autocast where training is full and in a half precision."""
+        import torch
+
         return None if self.is_adapter or compute == torch.float32 else compute
 
     def base_of(self, family: Family) -> ReferenceModel:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import peft
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from finetune.core.devices import exact_device
 from finetune.methods.peft_adapter import ADAPTER, Ranked
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DoRA(Ranked):
@@ -23,6 +22,8 @@ class DoRA(Ranked):
     rank_stabilised: bool = False
 
     def config(self, targets: list[str]) -> Any:
+        import peft
+
         return peft.LoraConfig(
             r=self.rank,
             lora_alpha=self.peft_alpha,
@@ -32,14 +33,19 @@ class DoRA(Ranked):
             target_modules=targets,
         )
 
-    @torch.no_grad()
     def prepare(self, layer: Any) -> None:
         """The magnitude in fp32: PEFT takes it in the base's dtype, and a bf16 base would start .4 % off."""
+        import torch
+
         magnitude, weight = layer.lora_magnitude_vector[ADAPTER], layer.get_base_layer().weight.float()
-        magnitude.weight.data = magnitude.get_weight_norm(weight, torch.zeros_like(weight), layer.scaling[ADAPTER])
+        with torch.no_grad():
+            norm = magnitude.get_weight_norm(weight, torch.zeros_like(weight), layer.scaling[ADAPTER])
+        magnitude.weight.data = norm
 
     def delta(self, layer: Any) -> Tensor:
         """PEFT's merge minus the base, in float64: the difference of two numbers that are nearly equal."""
+        from finetune.core.devices import exact_device
+
         own = layer.get_base_layer().weight.device
         if exact_device(own) != own:
             layer = copy.deepcopy(layer).to(exact_device(own))

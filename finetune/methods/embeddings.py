@@ -9,77 +9,42 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, cast
-
-import torch
-from tokenizers import Regex, normalizers
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune.core.errors import BadInput
-from finetune.families.base import Family
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from finetune.families.base import Family
+    from finetune.methods.layers.embedding import ExtendedEmbedding
 
 SUBJECT = "subject"  # what data.token "auto" is called
-
-
 LEGACY_EOS = 2  # in old configs of CLIP; transformers then takes the highest id for the end of the text
-
-
-class Rows(nn.Module):
-    """New embeddings [n, width]; the parameter is fp32."""
-
-    def __init__(self, start: Tensor) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(start.detach().float().clone(), requires_grad=False)
-
-    def forward(self) -> Tensor:
-        return self.rows
-
-
-class Directions(Rows):
-    """m v / |v| for a parameter v [n, width]: only the direction is learned (arXiv:2512.13672 fixes the norm, too, and
-    steps on the sphere; here the sphere is in the parametrisation)."""
-
-    def __init__(self, start: Tensor, norm: Tensor) -> None:
-        super().__init__(start)
-        self.norm: Tensor
-        self.register_buffer("norm", norm.float(), persistent=False)
-
-    def forward(self) -> Tensor:
-        return self.norm * nn.functional.normalize(self.rows, dim=-1)
-
-
-class ExtendedEmbedding(nn.Module):
-    """A frozen table of embeddings, and new rows for the ids from `first` on; dtype of the table."""
-
-    def __init__(self, base_layer: nn.Embedding, first: int, new: Rows) -> None:
-        super().__init__()
-        self.base_layer, self.first, self.new = base_layer, first, new  # the base first: its dtype is the encoder's
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """[B, length] -> [B, length, width]; the rows get a gradient (of zero) also where no prompt has them."""
-        mine = ids >= self.first
-        held = self.base_layer(ids.masked_fill(mine, 0))
-        new = self.new().to(held.dtype)[(ids - self.first).clamp(min=0)]
-        return torch.where(mine[..., None], new, held)
 
 
 def extensions(family: Family) -> Iterator[tuple[str, str, ExtendedEmbedding]]:
     """(part, module path, table with new rows) of a family whose subject was named."""
+    from finetune.methods.layers.embedding import ExtendedEmbedding
+
     for part in family.trainable_text_encoders:
         for path, module in family.parts[part].named_modules():
             if isinstance(module, ExtendedEmbedding):
                 yield part, path, module
 
 
-@torch.no_grad()
 def embeddings(family: Family) -> dict[str, Tensor]:
     """Part -> its new embeddings [n, width], fp32, as the encoder reads them."""
-    return {part: table.new().detach().clone() for part, _, table in extensions(family)}
+    import torch
+
+    with torch.no_grad():
+        return {part: table.new().detach().clone() for part, _, table in extensions(family)}
 
 
-@torch.no_grad()
 def set_embeddings(family: Family, values: dict[str, Tensor]) -> None:
     """The new embeddings of a named family, whatever the method's norm was."""
+    from finetune.methods.layers.embedding import Rows
+
     for part, _, table in extensions(family):
         table.new = Rows(values[part].to(table.new.rows.device))
 
@@ -114,18 +79,22 @@ def add_tokens(tokenizer: Any, name: str, count: int) -> int:
 
 def rewrite_prompt(tokenizer: Any, placeholder: str, text: str) -> None:
     """A tokenizer that reads `text` where a prompt has the placeholder: so does every pipeline that is given it."""
+    from tokenizers import Regex, normalizers
+
     backend = tokenizer.backend_tokenizer
     before = [] if backend.normalizer is None else [backend.normalizer]
     replace = normalizers.Replace(Regex(f"(?i){re.escape(placeholder)}"), text)
     backend.normalizer = normalizers.Sequence([*before, replace])
 
 
-@torch.no_grad()
 def extend_embeddings(encoder: Any, first: int, start: list[int], norm: str) -> None:
+    from finetune.methods.layers.embedding import Directions, ExtendedEmbedding, Rows
+
     table = encoder.get_input_embeddings()
-    begin = table.weight[start]
+    weight = table.weight.detach()
+    begin = weight[start]
     # both norms, for a recipe's `free` and `keep`
-    new = Rows(begin) if norm == "free" else Directions(begin, table.weight.float().norm(dim=-1).mean())
+    new = Rows(begin) if norm == "free" else Directions(begin, weight.float().norm(dim=-1).mean())
     encoder.set_input_embeddings(ExtendedEmbedding(table, first, new).train(encoder.training))
 
 

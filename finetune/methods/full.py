@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from finetune.core.errors import BadInput
-from finetune.families.base import Family
 from finetune.methods.base import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from finetune.families.base import Family
 
 
 class Full(Method):
@@ -41,6 +42,8 @@ class Full(Method):
         return {name: parameter.detach().clone() for name, parameter in self._parameters(family).items()}
 
     def load_state_dict(self, family: Family, state: dict[str, Tensor]) -> None:
+        import torch
+
         own = self._parameters(family)
         wrong = sorted(own.keys() ^ state.keys())
         if wrong:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import peft
 from pydantic import Field
 
 from finetune.methods.peft_adapter import ADAPTER, Ranked
@@ -18,6 +17,8 @@ class LoHa(Ranked):
     rank: int = Field(8, ge=1)
 
     def config(self, targets: list[str]) -> Any:
+        import peft
+
         return peft.LoHaConfig(r=self.rank, alpha=self.peft_alpha, target_modules=targets)
 
     def prepare(self, layer: Any) -> None:

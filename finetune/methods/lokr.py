@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import peft
 from pydantic import Field
 
 from finetune.methods.loha import never_dropped
@@ -22,6 +21,8 @@ class LoKr(Ranked):
     factor: int | None = Field(None, ge=2)
 
     def config(self, targets: list[str]) -> Any:
+        import peft
+
         return peft.LoKrConfig(
             r=self.rank, alpha=self.peft_alpha, decompose_factor=self.factor or -1, target_modules=targets
         )

@@ -6,15 +6,17 @@ rsLoRA (arXiv:2312.03732) scales by alpha / sqrt(r).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import peft
 from pydantic import Field
-from torch import Tensor, nn
 
-from finetune.families.base import Family
 from finetune.methods.peft_adapter import ADAPTER, Ranked
 from finetune.methods.start import adapted_layers, low_rank_distance
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from finetune.families.base import Family
 
 
 class LoRA(Ranked):
@@ -33,6 +35,8 @@ class LoRA(Ranked):
     init: Literal["default", "gaussian"] = "default"
 
     def config(self, targets: list[str]) -> Any:
+        import peft
+
         return peft.LoraConfig(
             r=self.rank,
             lora_alpha=self.peft_alpha,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import peft
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from finetune.core.devices import doubled
 from finetune.core.errors import BadInput
-from finetune.families.base import Family
 from finetune.methods.peft_adapter import ADAPTER, PeftAdapter
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from finetune.families.base import Family
 
 
 class OFT(PeftAdapter):
@@ -29,9 +29,13 @@ class OFT(PeftAdapter):
     block_size: int = Field(32, ge=2)
 
     def config(self, targets: list[str]) -> Any:
+        import peft
+
         return peft.OFTConfig(oft_block_size=self.block_size, use_cayley_neumann=False, target_modules=targets)
 
     def target_modules(self, family: Family, part: str) -> list[str]:
+        from torch import nn
+
         modules = dict(family.parts[part].named_modules())
         found = [path for path in super().target_modules(family, part) if isinstance(modules[path], nn.Linear)]
         if not found:
@@ -47,6 +51,10 @@ class OFT(PeftAdapter):
 
     def delta(self, layer: Any) -> Tensor:
         """W (R^T - I): x R W^T is what the layer computes."""
+        import torch
+
+        from finetune.core.devices import doubled
+
         weight = doubled(layer.get_base_layer().weight)
         rotation = doubled(layer.get_delta_weight(ADAPTER))
         return (weight @ (rotation.T - torch.eye(len(rotation), dtype=torch.double, device=weight.device))).float()

@@ -6,21 +6,19 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-import peft
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
-from peft.utils import set_peft_model_state_dict
 from pydantic import Field
-from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from finetune.core.errors import BadInput
-from finetune.families.base import Family
 from finetune.families.naming.clip import strip_text_model
 from finetune.methods.base import Method
-from finetune.methods.start import ReferenceModel, adapted_layers, adapters_disabled
+from finetune.methods.start import ReferenceModel, adapted_layers, adapters_disabled, tuner_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from finetune.families.base import Family
 
 ADAPTER = "default"
 CROSS_KV = ("attn2.to_k", "attn2.to_v")
@@ -71,6 +69,9 @@ class PeftAdapter(Method):
         return found
 
     def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
+        import peft
+        import torch
+
         trained: dict[str, nn.Parameter] = {}
         for part in self.part_names(family):
             module, config = family.parts[part], self.config(self.target_modules(family, part))
@@ -90,20 +91,24 @@ class PeftAdapter(Method):
     def layers(self, family: Family) -> Iterator[tuple[str, str, Any]]:
         """(part, module path without `text_model.`, the adapted layer) of an attached family."""
         for part in self.part_names(family):
-            for path, module in family.parts[part].named_modules():
-                if isinstance(module, BaseTunerLayer):
-                    yield part, strip_text_model(path), module
+            for path, layer in tuner_layers(family.parts[part]):
+                yield part, strip_text_model(path), layer
 
-    @torch.no_grad()
     def deltas(self, family: Family) -> Iterator[tuple[str, str, Tensor]]:
         """(part, module path, effective weight - base weight), one module at a time: all are as large as the base."""
+        import torch
+
         for part, path, layer in self.layers(family):
-            yield part, path, self.delta(layer)
+            with torch.no_grad():
+                delta = self.delta(layer)
+            yield part, path, delta
 
     def state_dict(self, family: Family) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self._parameters(family)}
 
     def load_state_dict(self, family: Family, state: dict[str, Tensor]) -> None:
+        import torch
+
         own = dict(self._parameters(family))
         wrong = sorted(own.keys() ^ state.keys())
         if wrong:
@@ -128,8 +133,7 @@ class PeftAdapter(Method):
         """Part -> (adapter_config.json, adapter_model.safetensors) as PEFT itself writes and reads them, in fp32."""
         forms = {}
         for part in self.part_names(family):
-            modules = family.parts[part].named_modules()
-            config = self.config([path for path, module in modules if isinstance(module, BaseTunerLayer)])
+            config = self.config([path for path, _ in tuner_layers(family.parts[part])])
             config.inference_mode = True
             plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
             tensors = {
@@ -169,14 +173,13 @@ class Ranked(PeftAdapter):
 
 def active_lora(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     """(path without `text_model.`, A, B, scale) of the LoRA layers that take part, whoever put them there."""
-    for path, layer in module.named_modules():
-        if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
+    for path, layer in tuner_layers(module):
+        if layer.disable_adapters:
             continue
-        held: Any = layer
         for name in layer.active_adapters:
             if name in getattr(layer, "lora_A", ()):
-                scale = float(held.scaling[name])
-                yield strip_text_model(path), held.lora_A[name].weight, held.lora_B[name].weight, scale
+                scale = float(layer.scaling[name])
+                yield strip_text_model(path), layer.lora_A[name].weight, layer.lora_B[name].weight, scale
 
 
 def read_native_form(family: Family, folder: Path) -> None:
@@ -185,6 +188,11 @@ def read_native_form(family: Family, folder: Path) -> None:
     Raises:
         BadInput: its weights and its config disagree.
     """
+    import peft
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+    from peft.utils import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
     for file in sorted(folder.glob(f"*/{CONFIG}")):
         module = family.parts[file.parent.name]
         config = peft.PeftConfig.from_pretrained(str(file.parent))
@@ -201,9 +209,7 @@ def read_native_form(family: Family, folder: Path) -> None:
 
 
 def _prefixes(module: nn.Module) -> set[str]:
-    return {
-        name for layer in module.modules() if isinstance(layer, BaseTunerLayer) for name in layer.adapter_layer_names
-    }
+    return {name for _, layer in tuner_layers(module) for name in layer.adapter_layer_names}
 
 
 def _without_adapter(name: str) -> str:

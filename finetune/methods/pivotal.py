@@ -9,15 +9,18 @@ bit-identical.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
 
-from finetune.families.base import Family
 from finetune.methods.lora import LoRA
 from finetune.methods.textual_inversion import Inversion
 from finetune.optim.base import WHOLE, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from finetune.families.base import Family
 
 
 class Pivotal(Inversion):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import Tensor, nn
 
-from finetune.families.base import Family
+    from finetune.families.base import Family
 
-ReferenceModel = Callable[[], AbstractContextManager[Family]]  # inside the block, the family is the base as it was
+ReferenceModel = Callable[[], AbstractContextManager["Family"]]  # inside the block, the family is the base as it was
 
 
 def reference_copy(family: Family, parts: Sequence[str]) -> ReferenceModel:
@@ -46,11 +45,21 @@ def _set_disabled(layers: Sequence[BaseTunerLayer], off: bool) -> None:
 
 
 def adapted_layers(family: Family, parts: Sequence[str]) -> list[Any]:
-    return [module for part in parts for module in family.parts[part].modules() if isinstance(module, BaseTunerLayer)]
+    return [layer for part in parts for _, layer in tuner_layers(family.parts[part])]
+
+
+def tuner_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, layer) of the layers that PEFT put into a module."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return ((path, layer) for path, layer in module.named_modules() if isinstance(layer, BaseTunerLayer))
 
 
 def copied_distance(trained: Mapping[str, nn.Parameter]) -> Callable[[], Tensor]:
     """sum |theta - theta_0|^2 over all trained weights, with a copy of those that they have now."""
+    import torch
+    from torch.nn.functional import mse_loss
+
     start = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
     def distance() -> Tensor:
@@ -66,6 +75,8 @@ def low_rank_distance(factors: Iterable[tuple[Tensor, Tensor, float]]) -> Callab
     |B A|^2 = tr(A^T B^T B A) = tr((B^T B) (A A^T)): two r x r matrices. `factors` are (A [r, in, ...],
     B [out, r, ...], s); a convolution's B A is their product as matrices too, since its B is 1x1.
     """
+    import torch
+
     held = list(factors)
 
     def distance() -> Tensor:

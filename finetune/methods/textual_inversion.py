@@ -7,14 +7,11 @@ have no place for them): they read the initialiser's words instead.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
 
 from finetune.core.errors import BadInput
-from finetune.families.base import Family
 from finetune.families.naming.clip import strip_text_model
 from finetune.methods.base import Method, Part
 from finetune.methods.embeddings import (
@@ -25,6 +22,11 @@ from finetune.methods.embeddings import (
     fix_eos_token_id,
     rewrite_prompt,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from finetune.families.base import Family
 
 
 class Inversion(Method):
@@ -94,6 +96,8 @@ class Inversion(Method):
         return {f"{part}.{strip_text_model(path)}.rows": table.new.rows for part, path, table in extensions(family)}
 
     def load_rows(self, family: Family, state: dict[str, Tensor]) -> None:
+        import torch
+
         own = self.rows(family)
         wrong = sorted(own.keys() ^ state.keys()) or [n for n, row in own.items() if row.shape != state[n].shape]
         if wrong:

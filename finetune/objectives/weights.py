@@ -7,11 +7,12 @@ A paper gives its weight for one prediction; all are written here for the x0 los
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from finetune.objectives.schedule import Prediction
+    from finetune.objectives.schedule import Prediction
 
 Weighting = Literal["none", "min_snr", "debiased", "p2"]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from finetune.optim.base import Optimiser, Window
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 class AdamW(Optimiser):
@@ -19,6 +20,8 @@ class AdamW(Optimiser):
     def build(
         self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None
     ) -> torch.optim.Optimizer:
+        import torch
+
         return torch.optim.AdamW(
             self.groups(trained, windows),
             lr=self.lr,

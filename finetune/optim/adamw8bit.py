@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from finetune.optim.base import Optimiser, Window
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 class AdamW8bit(Optimiser):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import nn
 
 from finetune.core.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 Window = tuple[float, float]  # from and to, as shares of a run's steps
 

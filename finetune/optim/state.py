@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -13,6 +14,8 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Ten
 
     bitsandbytes nests its quantised state one level deeper: "<index>/<key>/<inner key>".
     """
+    import torch
+
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     for name, value in _leaves(optimizer.state_dict()["state"]):

@@ -1,0 +1,1 @@
+"""Torch modules of methods: imported where they are made, so that settings need no torch."""

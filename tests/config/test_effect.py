@@ -1,0 +1,91 @@
+"""A setting that does nothing beside the others is refused by name; the recipe that a run wrote down is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune.config.effect import NEEDS
+from finetune.config.load import dump_recipe, load_recipe, parse_recipe
+from finetune.core.errors import BadInput
+from finetune.runs.folder import RunFolder
+
+NEEDED = ["data.photos=x", "data.class_noun=dog"]
+
+# (a setting that does nothing in the recipe `demo`, what gives it an effect)
+USELESS = [
+    ("data.bucket_tolerance=0.2", "data.shape=buckets"),
+    ("data.crops=8", "data.crop=random"),
+    ("data.mask_floor=0.3", "data.masks=auto"),
+    ("objective.huber_c=0.5", "objective.loss=huber"),
+    ("objective.mode_scale=0.8", "objective.density=mode"),
+]
+USELESS_BESIDE = [
+    ("objective.gamma=3", "objective.weighting=none", "objective.weighting=min_snr"),
+    ("objective.gamma=3", "objective.weighting=debiased", "objective.weighting=p2"),
+    ("objective.logit_mean=1", "objective.density=cosmap", "objective.density=logit_normal"),
+    ("objective.logit_std=2", "objective.density=uniform", "objective.density=auto"),
+    ("data.mask_count=3", "base.inputs=depth", "base.inputs=inpaint"),
+    ("data.edit_dropout=0.1", "base.inputs=inpaint", "base.inputs=edit"),
+    ("sample.image_guidance=2", "base.inputs=depth", "base.inputs=edit"),
+]
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(BadInput) as caught:
+        load_recipe("demo", [*NEEDED, *overrides])
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize(("setting", "remedy"), USELESS)
+def test_a_setting_without_effect_is_refused_with_its_remedy(setting: str, remedy: str) -> None:
+    said = refusal(setting)
+    key, value = setting.split("=")
+    assert f"{key} is {value} but {remedy.split('=')[0]} is " in said
+    assert said.endswith(f"so it has no effect: leave it out, or set {remedy}")
+    load_recipe("demo", [*NEEDED, setting, remedy])
+
+
+@pytest.mark.parametrize(("setting", "beside", "remedy"), USELESS_BESIDE)
+def test_another_setting_may_take_the_effect_away(setting: str, beside: str, remedy: str) -> None:
+    said = refusal(setting, beside)
+    assert setting.replace("=", " is ") in said
+    assert beside.replace("=", " is ") in said
+    load_recipe("demo", [*NEEDED, setting, remedy])
+
+
+def test_every_rule_is_tried_here() -> None:
+    tried = {row[0].split("=")[0] for row in [*USELESS, *USELESS_BESIDE]}
+    assert {needs.key for needs in NEEDS} == tried
+
+
+@pytest.mark.parametrize("kind", ["lora", "textual_inversion"])
+def test_an_error_is_bounded_only_where_a_lora_is_made(kind: str) -> None:
+    said = refusal(f"method.kind={kind}", "export.max_error=0.1")
+    assert f"export.max_error is 0.1 but a {kind} leaves as it was trained" in said
+    load_recipe("demo", [*NEEDED, "method.kind=dora", "export.max_error=0.1"])
+
+
+def test_what_the_base_decides_is_not_guessed() -> None:
+    """An inpainting base reads masks without `base.inputs`, and a flow draws logit_normal where density is auto."""
+    load_recipe("demo", [*NEEDED, "data.mask_count=3", "data.edit_dropout=0.1", "objective.logit_mean=1"])
+
+
+def test_a_resolved_recipe_can_be_trained_again(tmp_path: Path) -> None:
+    recipe = load_recipe("demo", NEEDED)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert "huber_c: 0.1" in file.read_text(encoding="utf-8")
+    assert load_recipe(file) == recipe
+
+
+def test_an_older_run_is_read_with_whatever_it_was_given(tmp_path: Path) -> None:
+    plain = load_recipe("demo", NEEDED).model_dump(mode="json")
+    plain["data"]["crops"] = 8
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(parse_recipe(plain)), encoding="utf-8")
+    assert RunFolder(tmp_path).recipe.data.crops == 8
+    with pytest.raises(BadInput, match=r"recipe\.yaml: data\.crops is 8 but data\.crop is center"):
+        load_recipe(tmp_path / "recipe.yaml")
