@@ -25,6 +25,8 @@ HOMES = {
     "tokenizers": ("methods.embeddings",),
     "accelerate": ("training", "jobs"),
     "bitsandbytes": ("optim.",),
+    "prodigyopt": ("optim.",),
+    "schedulefree": ("optim.",),
     "typer": ("cli",),
     "rich": ("cli",),
 }

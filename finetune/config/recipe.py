@@ -47,6 +47,11 @@ class Recipe(Settings):
             raise ValueError(
                 "optim.text_lr is set but method.parts has no text_encoders: add them, or leave text_lr out"
             )
+        if self.optim.averages and self.run.ema is not None:
+            raise ValueError(
+                f"run.ema is {self.run.ema} but optim.kind {self.optim.kind} averages the weights itself: leave "
+                "run.ema out"
+            )
         if self.export.rank is not None and self.leaves_as_trained:
             raise ValueError(
                 f"export.rank is {self.export.rank} but a {self.method.kind} leaves as it was trained: leave it out, "

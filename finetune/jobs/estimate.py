@@ -21,7 +21,6 @@ from finetune.families.source import resolve_base
 from finetune.training.accelerate import resolve_precision
 from finetune.training.prior import ClassImages, Distance, FrozenBase
 
-MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03}  # bytes of Adam's state for each trained parameter
 GIB = 2**30
 
 
@@ -63,7 +62,7 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
     if recipe.run.gradient_checkpointing if checkpointing is None else checkpointing:
         family.enable_gradient_checkpointing(method.part_names(family))
     held = sum(_frozen_bytes(family.parts[part]) for part in busy)
-    each = 8 + MOMENTS[recipe.optim.kind]
+    each = 8 + recipe.optim.state_bytes
     if not method.is_adapter and dtype != torch.float32:  # autocast computes with a copy of the weights
         each += 2
         for part in family.parts.values():
@@ -84,6 +83,7 @@ def report(recipe: Recipe) -> dict[str, str]:
     written = own.trained_parameters if recipe.method.is_adapter else whole
     size = {"fp32": 4, "fp16": 2, "bf16": 2}[recipe.export.dtype]
     share = own.trained_parameters / whole
+    kept = 4 + max(8, recipe.optim.state_bytes) + 4 * bool(recipe.run.ema)  # a parameter in a checkpoint
     return {
         "base": f"{recipe.base.source} ({family.name}), {_side(recipe, family)} pixels",
         "parameters": ", ".join(f"{part} {_millions(count)}" for part, count in own.parameters.items()),
@@ -91,8 +91,7 @@ def report(recipe: Recipe) -> dict[str, str]:
         "method": f"{recipe.method.kind} on {own.modules} modules",
         "trained": f"{own.trained_parameters:,} parameters ({share:.2%} of all)",
         "export": f"{_size(written * size)} in {recipe.export.dtype}",
-        "checkpoint": f"{_size(own.trained_parameters * 4 * (3 + bool(recipe.run.ema)))}, of which {recipe.run.keep} "
-        "are kept",
+        "checkpoint": f"{_size(own.trained_parameters * kept)}, of which {recipe.run.keep} are kept",
         "memory": f"{_gib(own.total)}: frozen weights {_gib(own.held)}, what is trained with gradients and moments "
         f"{_gib(own.trained)}, activations of {_samples(recipe)} sample(s) {_gib(own.activations)}",
         "checkpointing": f"{_gib(plain.total)} without run.gradient_checkpointing, {_gib(light.total)} with it",

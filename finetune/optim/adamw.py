@@ -1,25 +1,24 @@
-"""Optimisers by kind, and the learning rate as a pure function of the step."""
+"""AdamW (arXiv:1711.05101) of torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from finetune.optim.base import Optimiser, Window
+from finetune.optim.base import Adam, Window
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
+    from torch.optim import Optimizer
 
 
-class AdamW(Optimiser):
+class AdamW(Adam):
     """torch's AdamW, fused: one kernel for all parameters."""
 
+    state_bytes: ClassVar[float] = 8.0
     kind: Literal["adamw"] = "adamw"
 
-    def build(
-        self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None
-    ) -> torch.optim.Optimizer:
+    def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
         import torch
 
         return torch.optim.AdamW(

@@ -1,26 +1,25 @@
-"""Optimisers by kind, and the learning rate as a pure function of the step."""
+"""AdamW of bitsandbytes with its moments in 8 bits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from finetune.optim.base import Optimiser, Window
+from finetune.optim.base import Adam, Window
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
+    from torch.optim import Optimizer
 
 
-class AdamW8bit(Optimiser):
+class AdamW8bit(Adam):
     """bitsandbytes' AdamW with 8-bit state (arXiv:2110.02861): 2.03 bytes per parameter instead of 8."""
 
-    kind: Literal["adamw8bit"] = "adamw8bit"
+    state_bytes: ClassVar[float] = 2.03  # two of a byte, and a scale of 4 bytes for 256 of each
     min_8bit_size: ClassVar[int] = 4096
+    kind: Literal["adamw8bit"] = "adamw8bit"
 
-    def build(
-        self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None
-    ) -> torch.optim.Optimizer:
+    def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
         import bitsandbytes as bnb
 
         return bnb.optim.AdamW8bit(

@@ -1,12 +1,18 @@
-"""Optimisers by kind, and the learning rate as a pure function of the step."""
+"""Optimisers. Every module here that defines an `Optimiser` with a `kind` is one: a new optimiser is one new file."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from finetune.optim.adamw import AdamW
-from finetune.optim.adamw8bit import AdamW8bit
+from finetune.core.registry import Registry
+from finetune.optim.base import Optimiser
 
-Optim = Annotated[AdamW | AdamW8bit, Field(discriminator="kind")]
+OPTIMISERS: Registry[Optimiser] = Registry(Optimiser, "finetune.optim", lambda item: item.model_fields["kind"].default)
+
+
+# what a recipe's `optim:` section may be: `kind` chooses the class
+Optim: Any = Annotated[reduce(or_, OPTIMISERS.values()), Field(discriminator="kind")]

@@ -1,4 +1,4 @@
-"""Optimisers by kind, and the learning rate as a pure function of the step."""
+"""An optimiser's state as tensors and plain values, and back, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
+
+GROUPS = "groups"
+OURS = ("params", "lr", "base_lr", "window")  # of a group: set from the recipe and the step
 
 
-def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def state_tensors(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state as tensors for safetensors ("<index>/<key>") and plain values for JSON.
 
-    bitsandbytes nests its quantised state one level deeper: "<index>/<key>/<inner key>".
+    bitsandbytes nests its quantised state one level deeper: "<index>/<key>/<inner key>". What an optimiser keeps in
+    its parameter groups (Prodigy's estimate, schedule-free's sums) is "groups/<index>/<key>".
     """
     import torch
 
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
-    for name, value in _leaves(optimizer.state_dict()["state"]):
+    for name, value in (*_leaves(optimizer.state_dict()["state"]), *_changed(optimizer)):
         target: dict[str, Any] = tensors if isinstance(value, torch.Tensor) else values
         target[name] = value
     return tensors, values
@@ -32,15 +36,28 @@ def _leaves(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def load_state_tensors(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], values: dict[str, Any]
-) -> None:
+def _changed(optimizer: Any) -> Iterator[tuple[str, Any]]:
+    """The groups' values that are not those that the optimiser was made with."""
+    missing = object()
+    for index, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if key not in OURS and value is not (made := optimizer.defaults.get(key, missing)) and value != made:
+                yield f"{GROUPS}/{index}/{key}", value
+
+
+def load_state_tensors(optimizer: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     """The inverse of `state_tensors`: bit-exact, on an optimiser over the same parameters."""
     state: dict[Any, Any] = {}
+    groups: list[tuple[int, str, Any]] = []
     for name, value in (tensors | values).items():
         index, *path, key = name.split("/")
+        if index == GROUPS:
+            groups.append((int(path[0]), key, value))
+            continue
         inside = state.setdefault(int(index), {})
         for step in path:
             inside = inside.setdefault(step, {})
         inside[key] = value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    for number, key, value in groups:
+        optimizer.param_groups[number][key] = value

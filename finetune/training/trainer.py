@@ -18,8 +18,7 @@ from finetune.core.batch import Batch
 from finetune.core.errors import CheckFailed
 from finetune.core.events import CheckpointSaved, Restored, StepDone, emit, phase
 from finetune.core.signals import Interrupted, Stop
-from finetune.optim.base import Window
-from finetune.optim.registry import Optim
+from finetune.optim.base import Optimiser, Window
 from finetune.optim.state import load_state_tensors, state_tensors
 from finetune.training import nonfinite
 from finetune.training.checkpoint import Checkpoints, State, to_cpu
@@ -51,7 +50,7 @@ class Trainer:
         self,
         step: Step,
         trained: Trainable,
-        optim: Optim,
+        optim: Optimiser,
         run: Run,
         accelerator: Accelerator,
         checkpoints: Checkpoints,
@@ -69,7 +68,7 @@ class Trainer:
         after_step: Callable[[int], None] = lambda step: None,
         stop: Stop | None = None,
     ) -> None:
-        """Trains to `run.steps`, and leaves the EMA, where one is asked for, in the trained parameters.
+        """Trains to `run.steps`, and leaves the EMA or the optimiser's own average, if any, in what is trained.
 
         Args:
             after_step: called on every process after step n (1-based), for previews.
@@ -95,13 +94,14 @@ class Trainer:
                     raise Interrupted(asked)
                 after_step(n + 1)
         self.accelerator.wait_for_everyone()
+        self.optim.to_result(self.optimizer)
         self.ema.copy_to_weights()
         self.accelerator.free_memory()  # it holds on to the model and the optimiser
 
     @contextmanager
     def result_weights(self) -> Iterator[None]:
         """Inside the block the trained parameters are what would leave the run now."""
-        with self.ema.swapped_in():
+        with self.optim.result_weights(self.optimizer), self.ema.swapped_in():
             yield
 
     def restore(self) -> int:
@@ -190,5 +190,6 @@ class Trainer:
         return int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
 
     def _checkpoint_bytes(self) -> int:
-        """Weights, two moments of Adam, and the EMA, in fp32: what 8-bit moments save is left as a margin."""
-        return sum(parameter.numel() for parameter in self.trained.values()) * 4 * (3 + bool(self.run.ema))
+        """Weights, the optimiser's state and the EMA, in fp32: what 8-bit moments save is left as a margin."""
+        each = 4 + max(8, math.ceil(self.optim.state_bytes)) + 4 * bool(self.run.ema)
+        return sum(parameter.numel() for parameter in self.trained.values()) * each

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_resume import train
 
 from finetune.core.determinism import deterministic
 from finetune.core.errors import CheckFailed
@@ -21,6 +20,7 @@ from finetune.families.source import load_family
 from finetune.methods.base import Method
 from finetune.methods.registry import METHODS
 from finetune.sampling.draw import draw
+from finetune.testing.contract import train
 from finetune.training.accelerate import resolve_precision
 from finetune.training.settings import Run
 

@@ -1,0 +1,33 @@
+"""Lion of bitsandbytes with its momentum in 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from finetune.optim.base import Optimiser, Window
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+class Lion8bit(Optimiser):
+    """Lion (arXiv:2302.06675): the sign of the momentum. Its rate is a third to a tenth of AdamW's."""
+
+    state_bytes: ClassVar[float] = 1.02
+    min_8bit_size: ClassVar[int] = 4096
+    kind: Literal["lion8bit"] = "lion8bit"
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+
+    def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
+        import bitsandbytes as bnb
+
+        return bnb.optim.Lion8bit(
+            self.groups(trained, windows),
+            lr=self.lr,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            min_8bit_size=self.min_8bit_size,
+        )

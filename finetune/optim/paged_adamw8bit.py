@@ -1,0 +1,52 @@
+"""AdamW of bitsandbytes whose moments can leave the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from finetune.core.errors import BadInput
+from finetune.optim.base import Adam, Window
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+class PagedAdamW8bit(Adam):
+    """`adamw8bit` with its moments in CUDA's managed memory: they move to the computer's where the GPU's is full."""
+
+    state_bytes: ClassVar[float] = 2.03
+    kind: Literal["paged_adamw8bit"] = "paged_adamw8bit"
+
+    def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
+        elsewhere = {parameter.device.type for parameter in trained.values()} - {"cuda"}
+        if elsewhere:
+            raise BadInput(
+                f"optim.kind is 'paged_adamw8bit', which needs an NVIDIA GPU, but this run is on {elsewhere.pop()}: "
+                "use optim.kind=adamw8bit"
+            )
+        return paged_class()(
+            self.groups(trained, windows),
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
+
+
+def paged_class() -> Any:
+    """bitsandbytes' class, except that a loaded state is paged as well: its own load leaves it on the GPU."""
+    import bitsandbytes as bnb
+    import torch
+
+    class Paged(bnb.optim.PagedAdamW8bit):
+        @torch.no_grad()
+        def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+            super().load_state_dict(state_dict, move_to_device)
+            for parameter, state in self.state.items():
+                for key in {"state1", "state2"} & state.keys():
+                    buffer = self.get_state_buffer(parameter, dtype=state[key].dtype)
+                    state[key] = buffer.copy_(state[key])
+
+    return Paged

@@ -1,0 +1,57 @@
+"""Prodigy of prodigyopt: AdamW that finds its rate."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from finetune.optim.base import Adam, Window, not_installed
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+class Prodigy(Adam):
+    """Prodigy (arXiv:2306.06101): `lr` multiplies the rate d that it estimates, one for everything that is trained."""
+
+    state_bytes: ClassVar[float] = 16.0  # two moments, the start and s of its estimate
+    windows: ClassVar[bool] = False  # its one rate also moves the groups that are set to 0
+    kind: Literal["prodigy"] = "prodigy"
+    lr: float = Field(1.0, gt=0)
+    d0: float = Field(1e-6, gt=0)  # where the estimate begins
+    d_coef: float = Field(1.0, gt=0)  # what it is multiplied by
+    bias_correction: bool = False
+
+    @field_validator("text_lr")
+    @classmethod
+    def _one_rate(cls, value: float | None) -> float | None:
+        if value is not None:
+            raise ValueError("prodigy has one rate for everything that is trained: leave optim.text_lr out")
+        return value
+
+    def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
+        try:
+            import prodigyopt
+        except ImportError as error:
+            raise not_installed(self.kind, "prodigyopt") from error
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that weight decay is decoupled
+            return prodigyopt.Prodigy(
+                self.groups(trained, windows),
+                lr=self.lr,
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+                d0=self.d0,
+                d_coef=self.d_coef,
+                use_bias_correction=self.bias_correction,
+                safeguard_warmup=self.warmup > 0,
+            )
+
+    def set_lr(self, optimizer: Any, step: int, steps: int) -> float:
+        """As others do; returns the rate that comes of the estimate, for the log."""
+        return super().set_lr(optimizer, step, steps) * optimizer.param_groups[0]["d"]

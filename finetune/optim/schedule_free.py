@@ -1,0 +1,58 @@
+"""Schedule-free AdamW of schedulefree: an average of the weights in place of a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import field_validator
+
+from finetune.optim.base import Adam, Window, not_installed
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+class ScheduleFree(Adam):
+    """Schedule-free AdamW (arXiv:2405.15682): trains between the weights and their average, which leaves."""
+
+    state_bytes: ClassVar[float] = 8.0
+    averages: ClassVar[bool] = True
+    windows: ClassVar[bool] = False  # the average goes on where the rate is 0
+    kind: Literal["schedule_free"] = "schedule_free"
+
+    @field_validator("schedule")
+    @classmethod
+    def _no_schedule(cls, value: str) -> str:
+        if value != "constant":
+            raise ValueError("schedule_free takes the place of a schedule: leave optim.schedule out")
+        return value
+
+    @field_validator("betas")
+    @classmethod
+    def _some_average(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] > 0:
+            raise ValueError("schedule_free's first beta must be above 0, such as 0.9")
+        return value
+
+    def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
+        try:
+            import schedulefree
+        except ImportError as error:
+            raise not_installed(self.kind, "schedulefree") from error
+        optimizer = schedulefree.AdamWScheduleFree(
+            self.groups(trained, windows),
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
+        optimizer.train()
+        return optimizer
+
+    def to_result(self, optimizer: Any) -> None:
+        optimizer.eval()
+
+    def to_training(self, optimizer: Any) -> None:
+        optimizer.train()

@@ -1,0 +1,219 @@
+"""What every family, method and optimiser promises, as plain functions over a base folder and settings.
+
+tests/contract runs them over the registries, and a package that adds to those can run them over what it adds. Each
+raises AssertionError where the promise is not kept. `finetune.testing.tiny` writes small bases of our families.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.core.batch import Batch, Geometry, Latents
+from finetune.core.errors import BadInput, CheckFailed
+from finetune.core.events import sent_to
+from finetune.core.rng import SampleKey
+from finetune.families.base import Family
+from finetune.families.source import load_family
+from finetune.methods.base import Method
+from finetune.methods.registry import METHODS
+from finetune.objectives.registry import build_objective
+from finetune.objectives.settings import ObjectiveSettings
+from finetune.optim.adamw import AdamW
+from finetune.optim.base import Optimiser
+from finetune.runs.metrics import MetricsFile
+from finetune.training.accelerate import make_accelerator
+from finetune.training.checkpoint import Checkpoints
+from finetune.training.settings import Run
+from finetune.training.step import Step, parts_of
+from finetune.training.trainer import Trainable, Trainer
+
+Parameters = dict[str, nn.Parameter]
+PROMPTS = ["a photo of a {} mug", "a mug"]
+
+
+def killed_and_resumed_is_the_unbroken_run(
+    base: Path, kind: str, folder: Path, optim: Optimiser | None = None, **settings: Any
+) -> None:
+    """A run that ends in its last step and is started again ends as the unbroken one, bit for bit."""
+    whole, cut = folder / "whole", folder / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    wanted = train(base, kind, whole, optim=optim, **settings)
+    try:
+        train(base, kind, cut, bad=2, optim=optim, **settings)
+    except CheckFailed:
+        resumed = train(base, kind, cut, optim=optim, **settings)
+    else:
+        raise AssertionError("a step that is not finite did not end the run")
+    changed = [name for name, value in wanted.items() if not torch.equal(value, resumed[name])]
+    assert not changed, f"{len(changed)} of {len(wanted)} weights differ after a resume, such as {changed[0]}"
+
+
+def only_what_should_move_moves(base: Path, kind: str, parts: list[str]) -> None:
+    """Training moves every trained weight, all of them fp32, and no other."""
+    family = load_family(str(base))
+    before = weights(family)
+    _, trained, word = attached(kind, parts, family)
+    start = {n: p.detach().clone() for n, p in trained.items()}
+    train_a_little(family, trained, word)
+    after = weights(family)
+    for n, value in before.items():
+        held = after.get(n, after.get(n.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")))
+        assert n in trained or (held is not None and torch.equal(held, value)), f"{n} is not trained, but it moved"
+    still = [n for n, value in start.items() if torch.equal(trained[n], value)]
+    assert not still, f"trained but unmoved: {still[:3]}"
+    assert all(p.dtype == torch.float32 for p in trained.values()), "what is trained must be fp32"
+    assert {n for part, m in family.parts.items() for n in _wanting(part, m)} == set(trained)
+
+
+def every_trained_weight_gets_a_gradient(base: Path, kind: str, parts: list[str]) -> None:
+    family = load_family(str(base))
+    _, trained, word = attached(kind, parts, family)
+    predict(family, 0, word).square().mean().backward()
+    missing = [n for n, p in trained.items() if p.grad is None]
+    assert not missing, f"no gradient: {missing[:3]}"
+
+
+def step_0_is_the_base_and_the_seed_decides(base: Path, kind: str, parts: list[str]) -> None:
+    family, again = (load_family(str(base)) for _ in range(2))
+    before = predict(family)
+    _, first, word = attached(kind, parts, family)
+    assert torch.equal(predict(family, 0, word), before), "before training the prediction is not the base's"
+    _, second, _ = attached(kind, parts, again)
+    assert all(torch.equal(first[n], second[n]) for n in first), "the same seed began differently"
+
+
+def saved_and_loaded_is_the_same(base: Path, kind: str, parts: list[str]) -> None:
+    """Bit for bit; and a state with something missing is refused."""
+    family, again = (load_family(str(base)) for _ in range(2))
+    method, trained, word = attached(kind, parts, family)
+    train_a_little(family, trained, word)
+    attached(kind, parts, again, 5)
+    assert not torch.equal(predict(family, 0, word), predict(again, 0, word)), "training changed nothing"
+    state = method.state_dict(family)
+    method.load_state_dict(again, state)
+    assert torch.equal(predict(family, 0, word), predict(again, 0, word)), "loaded is not what was saved"
+    state.pop(next(iter(state)))
+    try:
+        method.load_state_dict(again, state)
+    except BadInput:
+        return
+    raise AssertionError("a state with a tensor missing was loaded in silence")
+
+
+def checkpointing_gives_the_same_gradients(base: Path, kind: str, parts: list[str]) -> None:
+    gradients: list[dict[str, Tensor]] = []
+    for checkpointing in (False, True):
+        family = load_family(str(base))
+        method, trained, word = attached(kind, parts, family)
+        for part in method.part_names(family):
+            family.parts[part].train()
+        if checkpointing:
+            family.enable_gradient_checkpointing(method.part_names(family))
+        predict(family, 0, word).square().mean().backward()
+        gradients.append({n: p.grad for n, p in trained.items() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for n, value in gradients[0].items():
+        assert torch.allclose(value, gradients[1][n], rtol=1e-4, atol=1e-7), n
+
+
+def switched_off_is_the_base(base: Path, kind: str) -> None:
+    """An adapter can be switched off and on again."""
+    family = load_family(str(base))
+    before = predict(family)
+    method = method_of(kind, parts=["denoiser", "text_encoders"])
+    train_a_little(family, method.attach(family, 0))
+    assert not torch.equal(predict(family), before), "training changed nothing"
+    with method.disabled(family):
+        assert torch.equal(predict(family), before), "switched off it is not the base"
+    assert not torch.equal(predict(family), before), "it was not switched on again"
+
+
+class Fixed:
+    """Two samples in `count` micro-batches; the step `bad` is not finite, as a fault in the middle of a run."""
+
+    def __init__(self, channels: int, word: str, bad: int, count: int) -> None:
+        made = torch.Generator().manual_seed(0)
+        self.mean, self.word = torch.randn(2, channels, 16, 16, generator=made), word
+        self.bad, self.size = bad, 2 // count
+
+    def micro(self, step: int, index: int) -> Batch:
+        chosen = list(range(index * self.size, (index + 1) * self.size))
+        mean = self.mean[chosen] * (float("nan") if step == self.bad else 1)
+        geometry = [Geometry((40, 48), (0, 4), (32, 32))] * self.size
+        prompts = [PROMPTS[k].format(self.word) for k in chosen]
+        latents, draws = Latents(mean, torch.full_like(mean, 0.1)), [SampleKey(0, step, k) for k in chosen]
+        return Batch(latents, prompts, torch.ones(self.size), geometry, draws, [f"{k}.png" for k in chosen])
+
+
+def train(
+    base: Path,
+    kind: str,
+    folder: Path,
+    bad: int = -1,
+    count: int = 2,
+    steps: int = 3,
+    device: str = "cpu",
+    optim: Optimiser | None = None,
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """A run of `Trainer` with a checkpoint after each step, in `folder`; what is trained, at its end.
+
+    `settings`: of the method; without any, all parts are trained where the method can be told so.
+    """
+    family = load_family(str(base))
+    family.to(device)
+    own = {} if kind == "textual_inversion" else {"parts": ["denoiser", "text_encoders"]}
+    method = method_of(kind, **own | settings)
+    word = method.add_subject_token(family, "zwx", "mug") or "zwx"
+    trained = method.attach(family, 0)
+    run = Run(steps=steps, batch_size=2, accumulate=count, checkpoint_every=1)
+    objective = build_objective(ObjectiveSettings(), family.schedule, family.shift(32))
+    trainer = Trainer(
+        Step(family, parts_of(trained), objective, family.encode_prompts),
+        Trainable(trained, method.windows(trained)),
+        optim or AdamW(lr=1e-2),
+        run,
+        make_accelerator(run, method.is_adapter),
+        Checkpoints(folder),
+    )
+    with sent_to(MetricsFile(folder)):
+        trainer.fit(Fixed(family.latent_channels, word, bad, count))
+    return {name: value.detach().clone() for name, value in trained.items()}
+
+
+def method_of(kind: str, **settings: Any) -> Any:
+    return METHODS[kind](**settings)
+
+
+def attached(kind: str, parts: list[str], family: Family, seed: int = 0) -> tuple[Method, Parameters, str]:
+    """A method on a family, what it trains, and the word for the subject: `zwx`, or a new one that begins as it."""
+    method = method_of(kind, parts=parts)
+    word = method.add_subject_token(family, "zwx", "zwx") or "zwx"
+    return method, method.attach(family, seed), word
+
+
+def predict(family: Family, seed: int = 0, word: str = "zwx") -> Tensor:
+    noise = torch.randn(2, family.latent_channels, 16, 16, generator=torch.Generator().manual_seed(seed))
+    cond = family.encode_prompts([f"a photo of a {word} mug", "a mug"])
+    return family.predict(noise, torch.tensor([20, 700]), cond, [Geometry((40, 48), (0, 4), (32, 32))] * 2)
+
+
+def weights(family: Family) -> dict[str, Tensor]:
+    return {f"{part}.{n}": p.detach().clone() for part, m in family.parts.items() for n, p in m.named_parameters()}
+
+
+def train_a_little(family: Family, trained: Parameters, word: str = "zwx") -> None:
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
+    for step in range(2):
+        predict(family, step, word).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _wanting(part: str, module: nn.Module) -> list[str]:
+    return [f"{part}.{n}" for n, p in module.named_parameters() if p.requires_grad]
