@@ -16,6 +16,9 @@ from finetune.config.recipe import Recipe
 from finetune.core.batch import Geometry
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
+from finetune.export.embedding import NAME, readers
+from finetune.export.registry import CHECKPOINT, EXPORTS, FOLDER, formats_for
+from finetune.export.settings import UNCHECKED
 from finetune.families.base import Family
 from finetune.families.registry import family_of
 from finetune.families.source import resolve_base
@@ -103,8 +106,25 @@ def report(recipe: Recipe) -> dict[str, str]:
         "memory": f"{_gib(own.total)}: frozen weights {_gib(own.held)}, what is trained with gradients and moments "
         f"{_gib(own.trained)}, activations of {_samples(recipe)} sample(s) {_gib(own.activations)}",
         "checkpointing": f"{_gib(plain.total)} without run.gradient_checkpointing, {_gib(light.total)} with it",
+        "checks": _checks(recipe, own, family),
         "not counted": "drawing pictures, the CUDA context (about 0.5 GiB) and fragmentation",
     }
+
+
+def _checks(recipe: Recipe, own: Estimate, family: type[Family]) -> str:
+    """What checking the exports takes in memory."""
+    if recipe.export.verify == "off":
+        return f"{UNCHECKED} (export.verify is off)"
+    formats = recipe.export.formats or formats_for(recipe.method.artifacts, usual=True)
+    loaded, size = [], sum(own.parameters.values()) * DTYPES[recipe.export.dtype].itemsize
+    if CHECKPOINT in formats:
+        loaded.append(f"a file of {_gib(size)} in main memory, beside the trained one")
+    if recipe.export.verify == "full":
+        if FOLDER in formats:
+            loaded.append(f"a second model of {_gib(size)} in main memory, beside the trained one")
+        if set(formats) & EXPORTS.keys() or (NAME in formats and "diffusers" in readers(family.name)):
+            loaded.append(f"a clean base of {_gib(own.clean)}, beside nothing")
+    return "; ".join(loaded) or "files are read again; a second model is not loaded"
 
 
 def _precision(recipe: Recipe) -> str:
