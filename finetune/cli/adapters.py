@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.core.errors import BadInput, CheckFailed
+from finetune.export.settings import UNCHECKED
 
 if TYPE_CHECKING:
     from finetune.export.base import Exported
@@ -169,8 +170,8 @@ def say_exported(exported: list[Exported]) -> None:
         CheckFailed: a check did not hold.
     """
     for item in exported:
-        readers = ", ".join(item.read_by) or "nobody"
-        typer.echo(f"{item.format}: {item.path} ({item.size / 1e6:.2f} MB, {item.modules} modules), read by {readers}")
+        readers = f"read by {', '.join(item.read_by) or 'nobody'}" if item.checks else UNCHECKED
+        typer.echo(f"{item.format}: {item.path} ({item.size / 1e6:.2f} MB, {item.modules} modules), {readers}")
         for line in item.checks:
             typer.echo(f"  {line}")
     if not all(item.ok for item in exported):

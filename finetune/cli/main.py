@@ -110,6 +110,7 @@ def sample(
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
     sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures at once: fewer need less memory")] = 8,
     base: BaseOption = "tiny",
     out: Annotated[Path, typer.Option(help="where the pictures go")] = Path("samples"),
 ) -> None:
@@ -136,6 +137,7 @@ def sample(
             steps=steps,
             guidance=guidance,
             size=size,
+            batch_size=batch_size,
             advance=lambda amount: advance(amount, ""),
         )
     for number, ((text, one), image) in enumerate(zip(pairs, images, strict=True)):
@@ -153,6 +155,7 @@ def export(
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="of what is no LoRA and leaves as one")] = None,
     max_error: Annotated[float | None, typer.Option("--max-error", help="what this may cost, such as 0.1")] = None,
+    verify: Annotated[str | None, typer.Option("--verify", help="full, deltas or off; default: the run's own")] = None,
 ) -> None:
     """Write what the run trained for other programs into RUN/exports, and check every file."""
     _loud()
@@ -166,7 +169,7 @@ def export(
     from finetune.runs.folder import RunFolder
 
     folder = RunFolder(run)
-    given = {"export.rank": rank, "export.max_error": max_error}
+    given = {"export.rank": rank, "export.max_error": max_error, "export.verify": verify}
     options = [f"{key}={value}" for key, value in given.items() if value is not None]
     recipe = parse_recipe(folder.recipe.model_dump(mode="json"), options, where="the options")
     check_formats(to or [], recipe.method.artifacts)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.core.devices import DTYPES
+from finetune.export.settings import Verify
 from finetune.families.base import Family
 
 SMALL = 2.0**-6  # of the largest value of B: most of its values then are far enough above fp16's smallest
@@ -23,17 +24,19 @@ Load = Callable[[torch.dtype], Family]  # a clean base in a precision, on the CP
 
 @dataclass(frozen=True)
 class Bench:
-    """Where exports are checked: on clean bases from `load`, one at a time, on `device` and in `dtype`."""
+    """Where exports are checked: on clean bases from `load`, one at a time, on `device` and in `dtype`; and how far
+    (`export.verify`)."""
 
     device: torch.device
     dtype: torch.dtype
     load: Load
+    verify: Verify = "full"
 
     @classmethod
-    def of(cls, family: Family, load: Load) -> Bench:
+    def of(cls, family: Family, load: Load, verify: Verify = "full") -> Bench:
         """Where a family is, and in its precision."""
         weight = next(family.parts["denoiser"].parameters())
-        return cls(family.device, weight.dtype, load)
+        return cls(family.device, weight.dtype, load, verify)
 
     @contextmanager
     def clean(self) -> Iterator[Family]:
@@ -160,13 +163,19 @@ class Exported:
     path: Path
     size: int  # bytes
     modules: int
-    largest_error: float
+    largest_error: float | None  # None: not measured
     read_by: list[str]
     checks: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         return not any(check.startswith("FAILED") for check in self.checks)
+
+
+def unchecked(form: str, path: Path, modules: int) -> Exported:
+    """What was written and not looked at again (`export.verify: off`): it has no checks, and nothing is claimed."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return Exported(form, path, sum(file.stat().st_size for file in files), modules, None, [])
 
 
 class Export(ABC):

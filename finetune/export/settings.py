@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from finetune.core.settings import Settings
+
+Verify = Literal["full", "deltas", "off"]
+
+UNCHECKED = "not checked"  # for a person, where a file has no checks
 
 
 class ExportTo(Settings):
@@ -15,6 +19,9 @@ class ExportTo(Settings):
 
     What is no LoRA leaves as one by singular values: `rank` is its rank (None: the smallest that meets `max_error`, at
     most 128), `max_error` the largest |LoRA - change| / |change| over all modules that is no failure.
+
+    `verify`: "full" also has other programs' loaders read each file into a clean base; "deltas" reads the files again
+    and compares what they hold, without a second model; "off" only writes them.
     """
 
     formats: list[str] = []
@@ -22,3 +29,9 @@ class ExportTo(Settings):
     max_error: float = Field(0.2, gt=0, le=1)
     metadata: Literal["minimal", "standard", "full"] = "standard"
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    verify: Verify = "full"
+
+    @field_validator("verify", mode="before")
+    @classmethod
+    def _off_in_yaml(cls, value: Any) -> Any:
+        return "off" if value is False else value  # what YAML makes of a plain `off`

@@ -10,6 +10,7 @@ from finetune.core.files import write_json, write_text
 from finetune.export.card import Card, licence_of, model_card, sidecar
 from finetune.export.embedding import NAME, usage
 from finetune.export.registry import CHECKPOINT, FOLDER
+from finetune.export.settings import UNCHECKED
 from finetune.families.source import resolve_base
 from finetune.runs.folder import RunFolder
 from finetune.runs.record import short_name, trigger
@@ -56,7 +57,8 @@ def _card(folder: RunFolder) -> Card:
         settings=settings,
         images=[(prompt, f"images/{number:02d}.png") for number, prompt in enumerate(prompts)],
         files=[
-            f"`{Path(item['path']).relative_to('exports').as_posix()}` ({item['format']}): {'; '.join(item['checks'])}"
+            f"`{Path(item['path']).relative_to('exports').as_posix()}` ({item['format']}): "
+            f"{'; '.join(item['checks']) or UNCHECKED}"
             for item in listed
         ],
     )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from finetune.config.recipe import Recipe
 from finetune.core.batch import Geometry
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
+from finetune.export.embedding import NAME, readers
+from finetune.export.registry import CHECKPOINT, EXPORTS, FOLDER, formats_for
+from finetune.export.settings import UNCHECKED
 from finetune.families.base import Family
 from finetune.families.registry import family_of
 from finetune.families.source import resolve_base
@@ -28,12 +32,15 @@ GIB = 2**30
 class Estimate:
     """Bytes of a training step, and what it trains. `activations` are of one micro-batch.
 
-    `held`: frozen weights that stay in memory; `trained`: weights, gradients and moments of what is trained.
+    `held`: frozen weights that stay in memory; `trained`: weights, gradients and moments of what is trained. `clean`:
+    a whole base, as the run holds it. `vectors`: embeddings of new words.
     """
 
     parameters: dict[str, int]
     trained_parameters: int
     modules: int
+    vectors: int
+    clean: float
     held: float
     trained: float
     activations: float
@@ -54,7 +61,10 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
     folder = resolve_base(base.source, base.revision, base.like, weights=False)
     family = family_of(folder).on_meta(folder, method.weight_dtype(dtype), base.without)
     counts = {part: sum(p.numel() for p in module.parameters()) for part, module in family.parts.items()}
+    clean = sum(_frozen_bytes(module) for module in family.parts.values())
+    method.add_subject_token(family, recipe.data.token, recipe.data.class_noun)
     trained = method.attach(family, recipe.run.seed)
+    modules, vectors = method.adapted_modules(family), method.new_vectors(family)
     count = sum(parameter.numel() for parameter in trained.values())
     busy = ["denoiser", *[part for part in method.part_names(family) if part != "denoiser"]]
     if len(busy) > 1:  # an encoder trains: prompts are not cached, so all of them stay
@@ -70,7 +80,7 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
     if isinstance(recipe.prior, FrozenBase | Distance):
         held += method.reference_bytes(family)
     activations = _activations(family, method.part_names(family), _samples(recipe), _side(recipe, family))
-    return Estimate(counts, count, _adapted(trained), held, count * each, activations)
+    return Estimate(counts, count, modules, vectors, clean, held, count * each, activations)
 
 
 def report(recipe: Recipe) -> dict[str, str]:
@@ -88,15 +98,32 @@ def report(recipe: Recipe) -> dict[str, str]:
         "base": f"{recipe.base.source} ({family.name}), {_side(recipe, family)} pixels",
         "parameters": ", ".join(f"{part} {_millions(count)}" for part, count in own.parameters.items()),
         "precision": _precision(recipe),
-        "method": f"{recipe.method.kind} on {own.modules} modules",
+        "method": f"{recipe.method.kind} on {_trained_things(own)}",
         "trained": f"{own.trained_parameters:,} parameters ({share:.2%} of all)",
         "export": f"{_size(written * size)} in {recipe.export.dtype}",
         "checkpoint": f"{_size(own.trained_parameters * kept)}, of which {recipe.run.keep} are kept",
         "memory": f"{_gib(own.total)}: frozen weights {_gib(own.held)}, what is trained with gradients and moments "
         f"{_gib(own.trained)}, activations of {_samples(recipe)} sample(s) {_gib(own.activations)}",
         "checkpointing": f"{_gib(plain.total)} without run.gradient_checkpointing, {_gib(light.total)} with it",
+        "checks": _checks(recipe, own, family),
         "not counted": "drawing pictures, the CUDA context (about 0.5 GiB) and fragmentation",
     }
+
+
+def _checks(recipe: Recipe, own: Estimate, family: type[Family]) -> str:
+    """What checking the exports takes in memory."""
+    if recipe.export.verify == "off":
+        return f"{UNCHECKED} (export.verify is off)"
+    formats = recipe.export.formats or formats_for(recipe.method.artifacts, usual=True)
+    loaded, size = [], sum(own.parameters.values()) * DTYPES[recipe.export.dtype].itemsize
+    if CHECKPOINT in formats:
+        loaded.append(f"a file of {_gib(size)} in main memory, beside the trained one")
+    if recipe.export.verify == "full":
+        if FOLDER in formats:
+            loaded.append(f"a second model of {_gib(size)} in main memory, beside the trained one")
+        if set(formats) & EXPORTS.keys() or (NAME in formats and "diffusers" in readers(family.name)):
+            loaded.append(f"a clean base of {_gib(own.clean)}, beside nothing")
+    return "; ".join(loaded) or "files are read again; a second model is not loaded"
 
 
 def _precision(recipe: Recipe) -> str:
@@ -120,8 +147,9 @@ def _samples(recipe: Recipe) -> int:
     return recipe.run.batch_size // recipe.run.accumulate * streams
 
 
-def _adapted(trained: dict[str, nn.Parameter]) -> int:
-    return len({name.split(".lora_")[0].split(".hada_")[0].rsplit(".", 1)[0] for name in trained})
+def _trained_things(own: Estimate) -> str:
+    counts = {"module": own.modules, "new embedding": own.vectors}
+    return " and ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
 
 
 def _frozen_bytes(module: nn.Module) -> float:
@@ -149,7 +177,10 @@ def _activations(family: Family, parts: list[str], samples: int, side: int) -> f
 
 @contextmanager
 def _counting(weights: list[nn.Parameter], fused: bool = True) -> Iterator[dict[int, int]]:
-    """Storage -> bytes of every tensor that autograd saves inside the block; attention as fused kernels save it."""
+    """Storage -> bytes of every tensor that autograd saves inside the block; attention as fused kernels save it.
+
+    Both hooks are this thread's and this block's alone.
+    """
     own = {weight.untyped_storage()._cdata for weight in weights}
     seen: dict[int, int] = {}
     kept: list[Tensor] = []  # a freed storage's number may be given again
@@ -161,14 +192,18 @@ def _counting(weights: list[nn.Parameter], fused: bool = True) -> Iterator[dict[
             kept.append(tensor)
         return tensor
 
-    real = functional.scaled_dot_product_attention
-    if fused:
-        functional.scaled_dot_product_attention = _attention
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield seen
-    finally:
-        functional.scaled_dot_product_attention = real
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Fused() if fused else nullcontext():
+        yield seen
+
+
+class _Fused(TorchFunctionMode):
+    """Attention inside the block is `_attention`, whoever calls it."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        called = _attention if func is functional.scaled_dot_product_attention else func
+        return called(*args, **(kwargs or {}))
 
 
 class _FusedAttention(torch.autograd.Function):

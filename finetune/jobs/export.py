@@ -39,10 +39,10 @@ def export_run(
     chosen = list(formats or options.formats) or formats_for(artifacts, usual=True)
     check_formats(chosen, artifacts)
     target, name = folder.path / "exports", recipe.run.name
-    bench = Bench.of(family, recipe.base.load)
+    bench = Bench.of(family, recipe.base.load, options.verify)
     rows = {part: value.cpu() for part, value in embeddings(family).items()}
     whole = [item for item in chosen if item in (FOLDER, CHECKPOINT)]
-    exported = [_whole_model(family, target, name, item, options.dtype, about_run(folder)) for item in whole]
+    exported = [_whole_model(family, target, name, item, options, about_run(folder)) for item in whole]
     exported += _as_lora(folder, family, [item for item in chosen if item in EXPORTS], options, bench)
     discard(family)
     if NAME in chosen:
@@ -117,10 +117,12 @@ def _embedding(
     return export_embedding(recipe.method, rows, family, path, options.dtype, about, words, bench)
 
 
-def _whole_model(family: Family, target: Path, name: str, wanted: str, dtype: str, about: dict[str, str]) -> Exported:
+def _whole_model(
+    family: Family, target: Path, name: str, wanted: str, options: ExportTo, about: dict[str, str]
+) -> Exported:
     if wanted == FOLDER:
-        return export_folder(family, target / f"{name}-model", dtype)
-    return export_checkpoint(family, target / f"{name}.safetensors", dtype, about)
+        return export_folder(family, target / f"{name}-model", options.dtype, options.verify)
+    return export_checkpoint(family, target / f"{name}.safetensors", options.dtype, about, options.verify)
 
 
 def _merged(run: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = No
             steps=sample.steps,
             guidance=sample.guidance,
             size=job.resolution,
+            batch_size=sample.batch_size,
             given=image_condition(job),
             advance=lambda amount: advance(amount, ""),
         )

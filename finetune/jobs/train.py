@@ -26,6 +26,7 @@ from finetune.core.errors import BadInput, CheckFailed, Stopped
 from finetune.core.events import Consumer, Event, RunEnded, RunStarted, StepDone, emit, sent_to
 from finetune.core.signals import Interrupted, Signals, Stop
 from finetune.data.cache import PromptCache
+from finetune.export.settings import UNCHECKED
 from finetune.jobs.companions import write_companions
 from finetune.jobs.dataset import cache_latents, make_batches, make_prompt_encoder, make_streams
 from finetune.jobs.export import export_run
@@ -270,7 +271,7 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
     write_companions(folder)
     write_report(folder.path)
     for item in exported:
-        say(f"{item.format:>16}  {item.path}  {'; '.join(item.checks)}")
+        say(f"{item.format:>16}  {item.path}  {'; '.join(item.checks) or UNCHECKED}")
     failed = [item.format for item in exported if not item.ok]
     if failed:
         raise CheckFailed(f"the export to {', '.join(failed)} is not what was trained: see {folder.path}/report.html")

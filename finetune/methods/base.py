@@ -79,6 +79,14 @@ class Method(Settings, ABC):
         """
 
     @abstractmethod
+    def adapted_modules(self, family: Family) -> int:
+        """How many of an attached family's modules are trained, or have an adapter."""
+
+    def new_vectors(self, family: Family) -> int:
+        """How many embeddings of new words an attached family trains."""
+        return 0
+
+    @abstractmethod
     def state_dict(self, family: Family) -> dict[str, Tensor]:
         """What was trained, as it leaves the run: "denoiser.<path>.lora_A.weight" for LoRA (without
         `text_model.`), "denoiser.<parameter>" for full."""

@@ -30,6 +30,10 @@ class Full(Method):
             parameter.requires_grad_(True)
         return trained
 
+    def adapted_modules(self, family: Family) -> int:
+        modules = [module for part in self.part_names(family) for module in family.parts[part].modules()]
+        return sum(any(p.requires_grad for p in module.parameters(recurse=False)) for module in modules)
+
     def _parameters(self, family: Family) -> dict[str, nn.Parameter]:
         return {
             f"{part}.{name}": parameter

@@ -88,6 +88,9 @@ class PeftAdapter(Method):
             self.prepare(layer)
         return trained
 
+    def adapted_modules(self, family: Family) -> int:
+        return sum(1 for _ in self.layers(family))
+
     def layers(self, family: Family) -> Iterator[tuple[str, str, Any]]:
         """(part, module path without `text_model.`, the adapted layer) of an attached family."""
         for part in self.part_names(family):

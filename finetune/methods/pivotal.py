@@ -58,6 +58,9 @@ class Pivotal(Inversion):
     def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
         return self.adapter.attach(family, seed) | self.attach_rows(family)
 
+    def adapted_modules(self, family: Family) -> int:
+        return self.adapter.adapted_modules(family)
+
     def windows(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Window]:
         token = WHOLE if self.keep_training_token else (0.0, self.pivot)
         return {name: token if name.endswith(".new.rows") else (self.pivot, 1.0) for name in trained}

@@ -49,6 +49,12 @@ class Inversion(Method):
             BadInput: no initialiser, one that is not made of whole tokens, or a name that can't be used.
         """
         name, words = _name(token), self.init or noun
+        if not family.tokenizers:  # on the meta device, where nothing is read
+            for part in family.trainable_text_encoders:
+                encoder = cast(Any, family.parts[part])
+                first = encoder.get_input_embeddings().num_embeddings
+                extend_embeddings(encoder, first, [0] * self.vectors, self.norm)
+            return f"<{name}>"
         if words is None:
             raise BadInput(
                 "method.init is missing and there is no class noun: say what the subject is like in a word that the "
@@ -90,6 +96,12 @@ class Inversion(Method):
         for parameter in trained.values():
             parameter.requires_grad_(True)
         return trained
+
+    def adapted_modules(self, family: Family) -> int:
+        return 0
+
+    def new_vectors(self, family: Family) -> int:
+        return sum(len(table.new.rows) for _, _, table in extensions(family))
 
     def rows(self, family: Family) -> dict[str, nn.Parameter]:
         """The rows by the names that leave the run: "text_encoder.embeddings.token_embedding.rows"."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from finetune.core.files import write_text
 from finetune.data.photos import open_image
+from finetune.export.settings import UNCHECKED
 from finetune.runs.folder import RunFolder
 from finetune.runs.record import names, trigger
 
@@ -222,7 +223,7 @@ def _exports(path: Path) -> str:
         size = item["size"] / 1e6
         rows.append(
             f"<tr><td>{escape(item['format'])}</td><td><code>{escape(_inside(item['path'], path))}</code></td><td>{size:.2f} MB</td>"
-            f"<td>{escape(', '.join(item['read_by']))}</td><td>{checks}</td></tr>"
+            f"<td>{escape(', '.join(item['read_by']))}</td><td>{checks or UNCHECKED}</td></tr>"
         )
     head = "<tr><th>format</th><th>file</th><th>size</th><th>for</th><th>checks</th></tr>"
     return f"<h2>Files for other programs</h2><div class=card><table>{head}{''.join(rows)}</table></div>"

@@ -26,5 +26,6 @@ class Sample(Settings):
     seed: int = 0
     sampler: Sampler = "dpm++"
     steps: int = Field(25, ge=1)
+    batch_size: int = Field(8, ge=1)  # pictures at once
     guidance: float = 5.0
     image_guidance: float = Field(1.5, ge=1)  # how closely an edit keeps to its picture
