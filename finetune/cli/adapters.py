@@ -172,7 +172,7 @@ def say_exported(exported: list[Exported]) -> None:
     for item in exported:
         readers = ", ".join(item.read_by) or "nobody"
         typer.echo(f"{item.format}: {item.path} ({item.size / 1e6:.2f} MB, {item.modules} modules), read by {readers}")
-        for line in item.checks:
-            typer.echo(f"  {line}")
+        for check in item.checks:
+            typer.echo(f"  {check.line}")
     if not all(item.ok for item in exported):
         raise CheckFailed("a written file is not what it should be: see the lines above")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.core.devices import DTYPES
+from finetune.core.records import Check
 from finetune.families.base import Family
 
 SMALL = 2.0**-6  # of the largest value of B: most of its values then are far enough above fp16's smallest
@@ -153,7 +154,7 @@ class Exported:
     """One written file or folder, and what its checks found.
 
     `largest_error`: the largest relative error of a module's delta, rebuilt from the re-opened file, against the
-    trained one. `checks`: one line each, "ok: ..." or "FAILED: ...".
+    trained one.
     """
 
     format: str
@@ -162,11 +163,11 @@ class Exported:
     modules: int
     largest_error: float
     read_by: list[str]
-    checks: list[str] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return not any(check.startswith("FAILED") for check in self.checks)
+        return all(check.passed for check in self.checks)
 
 
 class Export(ABC):

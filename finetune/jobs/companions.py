@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from finetune.core.files import write_json, write_text
+from finetune.core.records import checks_of
 from finetune.export.card import Card, licence_of, model_card, sidecar
 from finetune.export.embedding import NAME, usage
 from finetune.export.registry import CHECKPOINT, FOLDER
@@ -56,7 +57,8 @@ def _card(folder: RunFolder) -> Card:
         settings=settings,
         images=[(prompt, f"images/{number:02d}.png") for number, prompt in enumerate(prompts)],
         files=[
-            f"`{Path(item['path']).relative_to('exports').as_posix()}` ({item['format']}): {'; '.join(item['checks'])}"
+            f"`{Path(item['path']).relative_to('exports').as_posix()}` ({item['format']}): "
+            f"{'; '.join(check.line for check in checks_of(item))}"
             for item in listed
         ],
     )

@@ -257,7 +257,7 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
     write_companions(folder)
     write_report(folder.path)
     for item in exported:
-        say(f"{item.format:>16}  {item.path}  {'; '.join(item.checks)}")
+        say(f"{item.format:>16}  {item.path}  {'; '.join(check.line for check in item.checks)}")
     failed = [item.format for item in exported if not item.ok]
     if failed:
         raise CheckFailed(f"the export to {', '.join(failed)} is not what was trained: see {folder.path}/report.html")

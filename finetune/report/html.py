@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from finetune.core.files import write_text
+from finetune.core.records import checks_of
 from finetune.data.photos import open_image
 from finetune.runs.folder import RunFolder
 from finetune.runs.record import names, trigger
@@ -216,8 +217,8 @@ def _exports(path: Path) -> str:
     rows = []
     for item in json.loads(file.read_text(encoding="utf-8")):
         checks = "<br>".join(
-            f'<span class="{"bad" if check.startswith("FAILED") else "good"}">{escape(check)}</span>'
-            for check in item["checks"]
+            f'<span class="{"good" if check.passed else "bad"}">{escape(check.line)}</span>'
+            for check in checks_of(item)
         )
         size = item["size"] / 1e6
         rows.append(

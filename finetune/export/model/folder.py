@@ -10,6 +10,7 @@ import torch
 
 from finetune.core.devices import DTYPES
 from finetune.core.files import load_tensors, save_tensors, write_json
+from finetune.core.records import Check
 from finetune.export.base import Exported
 from finetune.families.base import Family
 from finetune.families.naming.clip import strip_text_model
@@ -34,9 +35,9 @@ def export_folder(family: Family, path: Path, dtype: str) -> Exported:
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    count, checks = _compare(family, path, DTYPES[dtype])
-    ok = checks[0].startswith("ok")
-    return Exported("folder", path, size, count, 0.0 if ok else float("inf"), ["diffusers"] if ok else [], checks)
+    count, check = _compare(family, path, DTYPES[dtype])
+    error, readers = (0.0, ["diffusers"]) if check.passed else (float("inf"), [])
+    return Exported("folder", path, size, count, error, readers, [check])
 
 
 def _keep_estimator(base: Path, folder: Path) -> None:
@@ -58,7 +59,7 @@ def _forget_origin(folder: Path) -> None:
             write_json(file, values)
 
 
-def _compare(family: Family, path: Path, dtype: torch.dtype) -> tuple[int, list[str]]:
+def _compare(family: Family, path: Path, dtype: torch.dtype) -> tuple[int, Check]:
     """Every weight of the folder, loaded as any base is, against the trained one rounded to the stored dtype."""
     again = load_family(str(path), dtype=dtype)
     count = 0
@@ -66,9 +67,10 @@ def _compare(family: Family, path: Path, dtype: torch.dtype) -> tuple[int, list[
         wanted = {strip_text_model(name): value.to(dtype).cpu() for name, value in module.named_parameters()}
         found = {strip_text_model(name): value for name, value in again.parts[part].named_parameters()}
         if wanted.keys() != found.keys():
-            return count, [f"FAILED: {part} has other weights, such as {sorted(wanted.keys() ^ found.keys())[0]}"]
+            odd = sorted(wanted.keys() ^ found.keys())
+            return count, Check("weights", False, f"{part} has other weights, such as {odd[0]}")
         for name, value in wanted.items():
             if not torch.equal(value, found[name].to(dtype)):
-                return count, [f"FAILED: {part}.{name} is not what was trained"]
+                return count, Check("weights", False, f"{part}.{name} is not what was trained")
         count += len(wanted)
-    return count, [f"ok: {count} weights re-loaded, bit for bit in the stored precision"]
+    return count, Check("weights", True, f"{count} weights re-loaded, bit for bit in the stored precision", 0.0)
