@@ -81,8 +81,8 @@ def verify(file: File, base: BaseOption = "tiny") -> None:
             typer.echo(f"  {key}: {found.metadata[key]}")
     for reader, (state, why) in found.verdicts.items():
         typer.echo(f"  {reader:<12} {state}{f': {why}' if why else ''}")
-    for line in found.problems:
-        typer.echo(f"  PROBLEM: {line}")
+    for problem in found.problems:
+        typer.echo(f"  PROBLEM: {problem.line}")
     if found.problems:
         raise CheckFailed(f"{file} has {len(found.problems)} kind(s) of problem: see the lines above")
 
