@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
+
+from finetune import __version__
+from finetune.core.errors import BadInput
 
 PASSED, NOT_PASSED = "ok: ", "FAILED: "  # how a line for a person begins
 
@@ -44,3 +48,31 @@ def checks_of(item: Mapping[str, Any]) -> list[Check]:
     if "results" in item:
         return [Check(**values) for values in item["results"]]
     return [Check.of_older(line) for line in item["checks"]]
+
+
+Values = dict[str, Any]
+
+
+def migrated(values: Values, file: Path, schema: int, steps: Sequence[Callable[[Values], Values]]) -> Values:
+    """What a JSON file holds, in the form of `schema`; a file without a number is of form 0.
+
+    `steps`: from form 0 to 1, from 1 to 2 and so on up to `schema`.
+
+    Raises:
+        BadInput: a later version wrote it.
+    """
+    found = values.get("schema", 0)
+    check_schema(found, file, schema)
+    for step in steps[found:]:
+        values = step(values)
+    return values | {"schema": schema}
+
+
+def check_schema(found: Any, file: Path, schema: int) -> None:
+    """Refuses a form that this version does not know, rather than to read it wrongly."""
+    if isinstance(found, int) and 0 <= found <= schema:
+        return
+    raise BadInput(
+        f"{file} has schema {found}, and finetune {__version__} reads schemas up to {schema}: install the version "
+        "that wrote it, or a later one"
+    )

@@ -33,5 +33,5 @@ def run_demo(out: Path | None, say: Callable[[str], None]) -> Path:
     recipe = load_recipe("demo", [f"data.photos={demo_images()}"])
     run = train(recipe, out, say)
     info = RunFolder(run).info
-    say(LOOK.format(run=run, thing=f"{info['token']} {info['class_noun']}"))
+    say(LOOK.format(run=run, thing=info.trigger))
     return run

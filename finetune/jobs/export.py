@@ -23,8 +23,8 @@ from finetune.families.base import Family
 from finetune.methods.embeddings import embeddings
 from finetune.methods.peft_adapter import PeftAdapter
 from finetune.methods.textual_inversion import Inversion
+from finetune.runs.about import about_run
 from finetune.runs.folder import RunFolder
-from finetune.runs.record import about_run
 
 
 def export_run(
