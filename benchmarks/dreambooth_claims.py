@@ -78,7 +78,7 @@ def one_run(
     seconds = time.process_time() - began
     family, info = open_result(folder)
     measured = {"subject": subject, "seed": seed, "method": method, "prior": prior, "cpu_seconds": seconds}
-    measured |= measure(family, subject, f"{info['token']} {subject}", seed, folder)
+    measured |= measure(family, subject, f"{info.token} {subject}", seed, folder)
     done.write_text(json.dumps(measured, indent=2), encoding="utf-8", newline="\n")
     return measured
 

@@ -16,6 +16,6 @@ recipe = load_recipe("demo", [f"data.photos={photos}", "data.class_noun=mug", "r
 run = train(recipe, say=print)
 
 family, info = open_result(run)
-prompt = f"a photo of {info['token']} {info['class_noun']} on the beach"
+prompt = f"a photo of {info.trigger} on the beach"
 grid(draw(family, [prompt] * 4, seeds=range(4), guidance=3.0), 4, [prompt]).save(run / "beach.png")
 print(f"look at {run}/report.html and {run}/beach.png")

@@ -36,6 +36,14 @@ OTHERS = {
     ".lokr_w1_b": "LoKr", ".lokr_w2_a": "LoKr", ".lokr_w2_b": "LoKr", ".oft_blocks": "OFT", ".oft_diag": "OFT",
     ".lora_mid.weight": "LoCon with a middle matrix", ".diff": "full differences", ".diff_b": "full differences",
 }  # fmt: skip
+NO_ALPHA = "no-alpha"
+FAULTS = {
+    NO_ALPHA: "modules without alpha: readers take the rank, which the trainer may not have",
+    "not-finite": "modules that are not finite",
+    "one-matrix": "modules without their {} matrix: readers skip them",
+    "another-shape": "modules of another shape than the base's: it was trained on another base",
+    "other-method": "keys of {}, which a reader of plain LoRA drops or misreads",
+}
 FORGE_LIMIT = 12  # more unmatched keys, and Forge ignores the whole file
 NOT_KOHYA = (
     ("partly", "it matches only some of these keys (measured on SDXL: 24 of 56): convert it to kohya"),
@@ -45,12 +53,28 @@ NOT_KOHYA = (
 )
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One kind of problem. `name`: which kind, a word that does not change; `message`: what it is, for a person;
+    `modules`: the modules or keys that have it, none where it is the whole file's."""
+
+    name: str
+    message: str
+    modules: tuple[str, ...] = ()
+
+    @property
+    def line(self) -> str:
+        """For a person: with the first name."""
+        such = f" ({len(self.modules)}, such as {self.modules[0]})" if self.modules else ""
+        return f"{self.message}{such}"
+
+
 @dataclass
 class Inspection:
     """What was found.
 
-    `faults`: what is wrong with a module -> the names of such modules. `verdicts`: UI -> (fully, partly, refused or
-    unknown; why).
+    `faults`: kind of problem -> what it is, and the names of the modules that have it. `verdicts`: UI -> (fully,
+    partly, refused or unknown; why).
     """
 
     path: Path
@@ -64,25 +88,26 @@ class Inspection:
     metadata: dict[str, str]
     zero: list[str] = field(default_factory=list)
     unknown_keys: list[str] = field(default_factory=list)
-    faults: dict[str, list[str]] = field(default_factory=dict)
+    faults: dict[str, Problem] = field(default_factory=dict)
     verdicts: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
-    def problems(self) -> list[str]:
-        """One line for each kind of fault, with the first name."""
-        lines = [f"{what} ({len(names)}, such as {names[0]})" for what, names in self.faults.items()]
+    def problems(self) -> list[Problem]:
+        """One for each kind."""
+        found = list(self.faults.values())
         if self.unknown_keys:
-            lines.append(
-                f"keys that fit nothing in {self.family} ({len(self.unknown_keys)}, such as {self.unknown_keys[0]})"
-            )
+            found.append(Problem("unknown-keys", f"keys that fit nothing in {self.family}", tuple(self.unknown_keys)))
         if self.adapter is None:
-            lines.append(f"no module of {self.family} can be read from it")
+            found.append(Problem("nothing-fits", f"no module of {self.family} can be read from it"))
         elif self.zero and len(self.zero) == self.adapter.count:
-            lines.append("every module is zero: the adapter changes nothing")
-        return lines
+            found.append(Problem("all-zero", "every module is zero: the adapter changes nothing"))
+        return found
 
-    def fault(self, what: str, name: str) -> None:
-        self.faults.setdefault(what, []).append(name)
+    def fault(self, name: str, module: str, of: str = "") -> None:
+        """Notes that a module has a problem of a kind in FAULTS; `of` a method, where the kind is one for each."""
+        known = self.faults.get(name + of)
+        modules = known.modules if known else ()
+        self.faults[name + of] = Problem(name, FAULTS[name].format(of), (*modules, module))
 
 
 def inspect_adapter(path: Path, base: str) -> Inspection:
@@ -115,7 +140,7 @@ def open_adapter(path: Path, base: str) -> tuple[Adapter, Inspection]:
         BadInput: it has keys or modules that can't be taken over; they are named.
     """
     found = inspect_adapter(path, base)
-    grave = [line for line in found.problems if not line.startswith("modules without alpha")]
+    grave = [problem.line for problem in found.problems if problem.name != NO_ALPHA]
     if found.adapter is None or grave:
         raise BadInput(f"{path} can't be taken over: {'; '.join(grave)}: see `finetune verify {path} --base {base}`")
     return found.adapter, found
@@ -175,7 +200,7 @@ def _inspect(
             found.ranks.update(len(a) for a, _ in apart.values())
             layers.setdefault(place.part, {}).update(apart)
     for key, what in others.items():
-        found.fault(f"keys of {what}, which a reader of plain LoRA drops or misreads", key)
+        found.fault("other-method", key, of=what)
     if layers:
         found.adapter = Adapter(family, folder, layers, 1.0)
     found.verdicts = _verdicts(found, list(modules))
@@ -210,20 +235,20 @@ def _module(
     """(A, B) with the scale in B, or None; what is wrong goes into `found`."""
     missing = [role for role in ("a", "b") if role not in held]
     if missing:
-        found.fault(f"modules without their {'down' if missing == ['a'] else 'up'} matrix: readers skip them", name)
+        found.fault("one-matrix", name, of="down" if missing == ["a"] else "up")
         return None
     a, b = held["a"].float(), held["b"].float()
     if len(a) != b.shape[1] or len(b) != weight[0] or a[0].numel() != weight[1:].numel():
-        found.fault("modules of another shape than the base's: it was trained on another base", name)
+        found.fault("another-shape", name)
         return None
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-        found.fault("modules that are not finite", name)
+        found.fault("not-finite", name)
         return None
     alpha = float(held["alpha"]) if "alpha" in held else header_alpha
     if alpha is None and is_transformer(found.family):
         alpha = float(len(a))  # such files carry their scale in the matrices
     if alpha is None:
-        found.fault("modules without alpha: readers take the rank, which the trainer may not have", name)
+        found.fault(NO_ALPHA, name)
         alpha = float(len(a))
     if not bool(b.any()) or not bool(a.any()):
         found.zero.append(name)
@@ -308,7 +333,7 @@ def _peft_folder(path: Path, family: str, folder: Path) -> Inspection:
     ]
     for part, module, a, b in adapter.modules():
         if not bool(a.isfinite().all() and b.isfinite().all()):
-            found.fault("modules that are not finite", f"{part}.{module}")
+            found.fault("not-finite", f"{part}.{module}")
     refused = ("refused", "it reads single files: convert it to kohya")
     found.verdicts = dict.fromkeys(("ComfyUI", "Forge/A1111", "InvokeAI", "sdnext"), refused)
     return found

@@ -35,15 +35,14 @@ def verify_file(path: Path, base: str) -> Inspection:
         found.verdicts["diffusers"] = ("refused", "nothing fits")
         return found
     try:
-        line = read_by_diffusers(found.adapter, found.adapter, path, _coarsest(found.dtype), _bench(found.adapter))
+        check = read_by_diffusers(found.adapter, found.adapter, path, _coarsest(found.dtype), _bench(found.adapter))
     except AssertionError:  # the sizes of Flux.1 are written into its reader of joined matrices
         found.verdicts["diffusers"] = ("unknown", "its reader of such keys knows the full-size model only")
         return found
     except READER_ERRORS as error:
         found.verdicts["diffusers"] = ("refused", " ".join(str(error).split())[:160])
         return found
-    state = "fully" if line.startswith("ok") else "partly"
-    found.verdicts["diffusers"] = (state, line.split(": ", 1)[1])
+    found.verdicts["diffusers"] = ("fully" if check.passed else "partly", check.message)
     return found
 
 

@@ -81,8 +81,8 @@ def verify(file: File, base: BaseOption = "tiny") -> None:
             typer.echo(f"  {key}: {found.metadata[key]}")
     for reader, (state, why) in found.verdicts.items():
         typer.echo(f"  {reader:<12} {state}{f': {why}' if why else ''}")
-    for line in found.problems:
-        typer.echo(f"  PROBLEM: {line}")
+    for problem in found.problems:
+        typer.echo(f"  PROBLEM: {problem.line}")
     if found.problems:
         raise CheckFailed(f"{file} has {len(found.problems)} kind(s) of problem: see the lines above")
 
@@ -172,7 +172,7 @@ def say_exported(exported: list[Exported]) -> None:
     for item in exported:
         readers = f"read by {', '.join(item.read_by) or 'nobody'}" if item.checks else UNCHECKED
         typer.echo(f"{item.format}: {item.path} ({item.size / 1e6:.2f} MB, {item.modules} modules), {readers}")
-        for line in item.checks:
-            typer.echo(f"  {line}")
+        for check in item.checks:
+            typer.echo(f"  {check.line}")
     if not all(item.ok for item in exported):
         raise CheckFailed("a written file is not what it should be: see the lines above")

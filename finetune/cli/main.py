@@ -123,8 +123,8 @@ def sample(
     from finetune.sampling.images import grid, parameters, save_image
 
     family, info = open_result(source, base, *machine())
-    size = info.get("resolution") or family.resolution
-    guidance = guidance if guidance is not None else info.get("guidance", 5.0)
+    size = info.resolution or family.resolution
+    guidance = guidance if guidance is not None else info.guidance
     seeds = [seed + number for number in range(count)]
     pairs = [(text, one) for text in prompt for one in seeds]
     with phase("Drawing", len(pairs)) as advance:
@@ -141,7 +141,7 @@ def sample(
             advance=lambda amount: advance(amount, ""),
         )
     for number, ((text, one), image) in enumerate(zip(pairs, images, strict=True)):
-        about = parameters(text, negative, one, sampler, steps, guidance, size, info.get("base", base))
+        about = parameters(text, negative, one, sampler, steps, guidance, size, info.base or base)
         save_image(image, out / f"{number // count:02d}-{one}.png", about)
     grid(images, count, prompt).save(out / "grid.png")
     typer.echo(f"{len(images)} pictures and grid.png in {out}")
@@ -296,9 +296,10 @@ def _train(recipe: Recipe, dry_run: bool, processes: int | None, run: Path | Non
     from finetune.jobs import train as job
     from finetune.jobs.plan import plan
     from finetune.jobs.prepare import prepare
+    from finetune.runs.plan import plan_rows
 
     if dry_run:
-        for name, value in plan(prepare(recipe)).items():
+        for name, value in plan_rows(plan(prepare(recipe))).items():
             typer.echo(f"{name:>16}  {value}")
         return
     say = typer.echo if _is_main_process() else _silent

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.core.devices import DTYPES
+from finetune.core.records import Check
 from finetune.export.settings import Verify
 from finetune.families.base import Family
 
@@ -156,7 +157,7 @@ class Exported:
     """One written file or folder, and what its checks found.
 
     `largest_error`: the largest relative error of a module's delta, rebuilt from the re-opened file, against the
-    trained one. `checks`: one line each, "ok: ..." or "FAILED: ...".
+    trained one.
     """
 
     format: str
@@ -165,11 +166,11 @@ class Exported:
     modules: int
     largest_error: float | None  # None: not measured
     read_by: list[str]
-    checks: list[str] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return not any(check.startswith("FAILED") for check in self.checks)
+        return all(check.passed for check in self.checks)
 
 
 def unchecked(form: str, path: Path, modules: int) -> Exported:

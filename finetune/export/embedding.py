@@ -17,9 +17,10 @@ from torch import Tensor
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors
+from finetune.core.records import Check
 from finetune.export.base import Bench, Exported, unchecked
 from finetune.export.metadata import checkpoint_metadata
-from finetune.export.verify import BOUNDS, PREDICTION_BOUND, predicted
+from finetune.export.verify import BOUNDS, predicted, same_prediction
 from finetune.families.base import Family
 from finetune.families.registry import FAMILIES, is_transformer
 from finetune.methods.embeddings import fix_eos_token_id, set_embeddings
@@ -65,13 +66,13 @@ def export_embedding(
     try:
         again = read_embedding(path, family.name)
     except BadInput as fault:
-        return Exported(NAME, path, size, 0, float("inf"), [], [f"FAILED: {fault}"])
+        return Exported(NAME, path, size, 0, float("inf"), [], [Check("file", False, str(fault))])
     error, check = _compare(trained, again, BOUNDS[DTYPES[dtype]])
     checks = [check]
     theirs = bench.verify == "full" and "diffusers" in readers(family.name)
-    if theirs and check.startswith("ok"):
+    if theirs and check.passed:
         checks.append(read_by_diffusers(method, again, path, words, bench))
-    ok = all(line.startswith("ok") for line in checks)
+    ok = all(check.passed for check in checks)
     return Exported(NAME, path, size, rows, error, list(readers(family.name)) if ok else [], checks)
 
 
@@ -103,18 +104,19 @@ def read_embedding(path: Path, family: str) -> dict[str, Tensor]:
     return {part: held[key].float() for part, key in names.items()}
 
 
-def _compare(trained: dict[str, Tensor], again: dict[str, Tensor], bound: float) -> tuple[float, str]:
+def _compare(trained: dict[str, Tensor], again: dict[str, Tensor], bound: float) -> tuple[float, Check]:
     shapes = {part: tuple(value.shape) for part, value in trained.items()}
     if shapes != {part: tuple(value.shape) for part, value in again.items()}:
-        return float("inf"), f"FAILED: the embeddings are not of shape {shapes}"
+        return float("inf"), Check("weights", False, f"the embeddings are not of shape {shapes}")
     pairs = [pair for part, values in trained.items() for pair in zip(again[part], values, strict=True)]
     error = max(_relative(found, value) for found, value in pairs)
     line = f"{len(pairs)} embeddings re-read, largest relative error {error:.1e}"
-    return error, f"ok: {line}" if error <= bound else f"FAILED: {line} (bound {bound:.0e})"
+    passed = error <= bound
+    return error, Check("weights", passed, line if passed else f"{line} (bound {bound:.0e})", error)
 
 
 @torch.no_grad()
-def read_by_diffusers(method: Inversion, values: dict[str, Tensor], path: Path, words: str, bench: Bench) -> str:
+def read_by_diffusers(method: Inversion, values: dict[str, Tensor], path: Path, words: str, bench: Bench) -> Check:
     """diffusers' load_textual_inversion on a clean base: the rows that a prompt then reads against `values` in the
     base's precision, and what is predicted against our own reading of the same file.
 
@@ -135,11 +137,11 @@ def read_by_diffusers(method: Inversion, values: dict[str, Tensor], path: Path, 
         own = {part: placeholder for part, _ in _clip(family)}
         ours = _probe(family, dict.fromkeys(family.text_encoders, words) | own)
     if fault:
-        return f"FAILED: diffusers reads it back otherwise: {fault}"
+        return Check("diffusers", False, f"diffusers reads it back otherwise: {fault}")
     moved, error = _relative(before, ours), _relative(theirs, ours)
     mended = " once its text encoder's eos_token_id is mended, which is 2 in this base's config" if any(legacy) else ""
     line = f"diffusers reads it back{mended}: error {error:.1e} (the embedding itself moves it by {moved:.1e})"
-    return f"ok: {line}" if error <= max(PREDICTION_BOUND * moved, 1e-6) else f"FAILED: {line}"
+    return Check("diffusers", same_prediction(error, moved), line, error)
 
 
 def _other_rows(family: Family, prompts: dict[str, str], values: dict[str, Tensor]) -> str:

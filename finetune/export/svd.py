@@ -18,11 +18,12 @@ from finetune.core.devices import exact_device
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.core.files import save_tensors, write_json
+from finetune.core.records import Check
 from finetune.core.rng import generator
 from finetune.export.base import Adapter, Bench, Exported, discard, full_fp32, unchecked
 from finetune.export.decompose import LAYERS, Decomposed, beyond_lora, decompose, differences
 from finetune.export.lora.peft import Peft
-from finetune.export.verify import BOUNDS, PREDICTION_BOUND, apply_adapter, moved_line, probe, relative
+from finetune.export.verify import BOUNDS, apply_adapter, moved_check, probe, relative, same_prediction
 from finetune.families.base import Family
 from finetune.methods.base import Method
 from finetune.methods.peft_adapter import CONFIG, WEIGHTS, PeftAdapter, read_native_form
@@ -34,10 +35,10 @@ Places = dict[tuple[str, str], Tensor]  # (part, module path) -> something of th
 
 @dataclass(frozen=True)
 class Reduced:
-    """A trained change as a LoRA; what it is worth, as check lines; and what the trained model predicts (`probe`)."""
+    """A trained change as a LoRA; what it is worth, as checks; and what the trained model predicts (`probe`)."""
 
     adapter: Adapter
-    checks: list[str]
+    checks: list[Check]
     prediction: Tensor
 
 
@@ -48,7 +49,7 @@ def reduced(method: Method, family: Family, bench: Bench, rank: int | None, max_
     Raises:
         BadInput: nothing was trained.
     """
-    lost: list[str] = []
+    lost: list[Check] = []
     if isinstance(method, PeftAdapter):
         found = _decompose(_deltas(method, family), rank or MOST, sum(1 for _ in method.layers(family)))
     else:
@@ -101,7 +102,7 @@ def with_checks(item: Exported, own: Reduced, bench: Bench) -> Exported:
 
 
 @torch.no_grad()
-def _predicted(own: Reduced, bench: Bench) -> str:
+def _predicted(own: Reduced, bench: Bench) -> Check:
     """The LoRA on a clean base against the trained model, by what both predict."""
     with bench.clean() as clean:
         before = probe(clean)
@@ -113,22 +114,23 @@ def _predicted(own: Reduced, bench: Bench) -> str:
     line = f"training moved a prediction by {relative(before, own.prediction):.1e}; the LoRA misses {share:.1%} of it"
     if bench.dtype != torch.float32:
         line += f" (in {bench.precision}, its rounding with it)"
-    return f"{'ok' if bool(torch.isfinite(after).all()) else 'FAILED'}: {line}"
+    return Check("prediction", bool(torch.isfinite(after).all()), line, share)
 
 
-def _bound(found: Decomposed, rank: int, max_error: float) -> str:
+def _bound(found: Decomposed, rank: int, max_error: float) -> Check:
     kept = found.kept(rank)
     line = (
         f"rank {rank} holds {kept.energy:.1%} of the change, error {kept.error:.3f} (worst {kept.worst:.2f} in "
         f"{kept.worst_module})"
     )
     if kept.error <= max_error:
-        return f"ok: {line}"
+        return Check("rank", True, line, kept.error)
     needed = found.rank_for(max_error)
-    return (
-        f"FAILED: {line}, more than export.max_error {max_error:g}: export.rank={needed} would meet it, or allow more "
-        f"with export.max_error={_above(kept.error)}"
+    line += (
+        f", more than export.max_error {max_error:g}: export.rank={needed} would meet it, or allow more with "
+        f"export.max_error={_above(kept.error)}"
     )
+    return Check("rank", False, line, kept.error)
 
 
 def _above(error: float) -> str:
@@ -136,12 +138,13 @@ def _above(error: float) -> str:
     return f"{min(1.0, error + 0.005):.2f}"
 
 
-def _not_held(count: int, change: float, found: Decomposed) -> list[str]:
+def _not_held(count: int, change: float, found: Decomposed) -> list[Check]:
     if not count:
         return []
     held = sum(float(s.double().square().sum()) for s in found.spectra.values())
     share = change**2 / max(change**2 + held, 1e-30)
-    return [f"ok: {count} biases, norms and embeddings moved too ({share:.1%} of the change): no LoRA holds them"]
+    line = f"{count} biases, norms and embeddings moved too ({share:.1%} of the change): no LoRA holds them"
+    return [Check("not-held", True, line, share)]
 
 
 def _settled(family: Family) -> Family:
@@ -177,8 +180,8 @@ def export_native_form(method: PeftAdapter, family: Family, path: Path, predicti
         if bench.verify == "full":
             checks.append(_read_by_peft(method, path, shadows, prediction, bench))
     except BadInput as fault:
-        checks = [f"FAILED: {fault}"]
-    ok = not any(check.startswith("FAILED") for check in checks)
+        checks = [Check("file", False, str(fault))]
+    ok = all(check.passed for check in checks)
     return Exported(Peft.name, path, size, len(shadows), 0.0 if ok else float("inf"), ["peft"] if ok else [], checks)
 
 
@@ -193,17 +196,18 @@ def _shadows(method: PeftAdapter, family: Family) -> Places:
     return found
 
 
-def _same_tensors(path: Path, wanted: dict[str, dict[str, Tensor]]) -> str:
+def _same_tensors(path: Path, wanted: dict[str, dict[str, Tensor]]) -> Check:
     for part, tensors in wanted.items():
         found = load_file(path / part / WEIGHTS)
         odd = sorted(found.keys() ^ tensors.keys())
         odd += [name for name in tensors.keys() & found.keys() if not torch.equal(tensors[name], found[name])]
         if odd:
-            return f"FAILED: {part} {odd[0]} is not what was trained"
-    return f"ok: {sum(map(len, wanted.values()))} tensors re-read, bit for bit (in fp32, whatever export.dtype is)"
+            return Check("weights", False, f"{part} {odd[0]} is not what was trained")
+    count = sum(map(len, wanted.values()))
+    return Check("weights", True, f"{count} tensors re-read, bit for bit (in fp32, whatever export.dtype is)", 0.0)
 
 
-def _read_by_peft(method: PeftAdapter, path: Path, wanted: Places, prediction: Tensor, bench: Bench) -> str:
+def _read_by_peft(method: PeftAdapter, path: Path, wanted: Places, prediction: Tensor, bench: Bench) -> Check:
     """PEFT's own reader on a clean base: every module's delta there against the trained one, and the prediction."""
     with bench.clean() as clean:
         before = probe(clean)
@@ -211,13 +215,13 @@ def _read_by_peft(method: PeftAdapter, path: Path, wanted: Places, prediction: T
         found, theirs = _shadows(method, clean), probe(_settled(clean))
         fault = _other_deltas(found, wanted)
         if fault:
-            return f"FAILED: peft reads it back otherwise: {fault}"
+            return Check("peft", False, f"peft reads it back otherwise: {fault}")
         if bench.dtype != torch.float32:
-            line = f"peft reads it back: {len(found)} modules with the trained deltas"
-            return moved_line(line, before, theirs, bench, lambda: _strength(method, clean))
+            good = Check("peft", True, f"peft reads it back: {len(found)} modules with the trained deltas")
+            return moved_check(good, before, theirs, bench, lambda: _strength(method, clean))
     error, moved = relative(theirs, prediction), relative(before, prediction)
     line = f"peft reads it back: prediction error {error:.1e} (the adapter itself moves it by {moved:.1e})"
-    return f"ok: {line}" if error <= max(PREDICTION_BOUND * moved, 1e-6) else f"FAILED: {line}"
+    return Check("peft", same_prediction(error, moved), line, error)
 
 
 def _strength(method: PeftAdapter, family: Family) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
+from finetune.core.records import Check
 from finetune.core.rng import generator
 from finetune.export.base import Adapter, Bench, Export, Exported, delta, unchecked
 from finetune.families.base import Family
@@ -21,6 +22,7 @@ from finetune.methods.peft_adapter import active_lora
 # the largest relative error of a delta: B and A are each rounded once
 BOUNDS: dict[torch.dtype, float] = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 PREDICTION_BOUND = 1e-4  # two readers of one file, fp32 arithmetic in another order
+TOO_FAINT = "changes this small, as after few steps or held near 0, lose digits in fp16: export fp32"
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,13 @@ def verify(adapter: Adapter, export: Export, path: Path, dtype: torch.dtype, ben
         again = export.read(path, adapter.family, adapter.base_folder)
         error, checks = compare(adapter, again, BOUNDS[dtype])
         if BOUNDS[dtype] < error and dtype == torch.float16 and _faint(adapter):
-            checks.append(
-                "FAILED: changes this small, as after few steps or held near 0, lose digits in fp16: export fp32"
-            )
+            checks.append(Check("precision", False, TOO_FAINT))
     except BadInput as fault:
-        return Exported(export.name, path, size, 0, float("inf"), [], [f"FAILED: {fault}"])
+        return Exported(export.name, path, size, 0, float("inf"), [], [Check("file", False, str(fault))])
     theirs = bench.verify == "full" and "diffusers" in export.readers(adapter)
-    if theirs and not any(check.startswith("FAILED") for check in checks):
+    if theirs and all(check.passed for check in checks):
         checks.append(read_by_diffusers(adapter, again, path, dtype, bench))
-    whole = not any(check.startswith("FAILED") for check in checks)
+    whole = all(check.passed for check in checks)
     return Exported(
         export.name, path, size, again.count, error, list(export.readers(adapter)) if whole else [], checks
     )
@@ -60,25 +60,25 @@ def _faint(adapter: Adapter) -> bool:
     return any(float(b.abs().median()) < 1e-4 for _, _, _, b in adapter.modules())
 
 
-def compare(trained: Adapter, again: Adapter, bound: float) -> tuple[float, list[str]]:
+def compare(trained: Adapter, again: Adapter, bound: float) -> tuple[float, list[Check]]:
     """The largest relative error over the modules' deltas, and the checks that say so."""
     wanted, found = _by_place(trained), _by_place(again)
     if wanted.keys() != found.keys():
         odd = sorted(wanted.keys() ^ found.keys())
-        return float("inf"), [f"FAILED: {len(odd)} modules differ, such as {' '.join(odd[0])}"]
+        return float("inf"), [Check("weights", False, f"{len(odd)} modules differ, such as {' '.join(odd[0])}")]
     errors = {}
     for place, factors in wanted.items():  # one delta at a time: all of them are as large as the base
         right, value = delta(*factors, trained.scale), delta(*found[place], again.scale)
         if value.shape != right.shape:
-            return float("inf"), [f"FAILED: {' '.join(place)} has shape {tuple(value.shape)}"]
+            return float("inf"), [Check("weights", False, f"{' '.join(place)} has shape {tuple(value.shape)}")]
         if not bool(torch.isfinite(value).all()):
-            return float("inf"), [f"FAILED: {' '.join(place)} is not finite"]
+            return float("inf"), [Check("weights", False, f"{' '.join(place)} is not finite")]
         errors[place] = relative(value, right)
     worst = max(errors, key=lambda place: errors[place])
     line = f"{len(errors)} modules re-read, largest relative error {errors[worst]:.1e}"
-    if errors[worst] > bound:
-        return errors[worst], [f"FAILED: {line} in {' '.join(worst)} (bound {bound:.0e})"]
-    return errors[worst], [f"ok: {line}"]
+    passed = errors[worst] <= bound
+    where = "" if passed else f" in {' '.join(worst)} (bound {bound:.0e})"
+    return errors[worst], [Check("weights", passed, f"{line}{where}", errors[worst])]
 
 
 def _by_place(adapter: Adapter) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
@@ -91,7 +91,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 @torch.no_grad()
-def read_by_diffusers(trained: Adapter, again: Adapter, path: Path, dtype: torch.dtype, bench: Bench) -> str:
+def read_by_diffusers(trained: Adapter, again: Adapter, path: Path, dtype: torch.dtype, bench: Bench) -> Check:
     """diffusers' load_lora_weights on a clean base: the deltas that it holds there against the `trained` ones.
 
     In fp32 also what it predicts against our own merge of the same file (`again`, stored in `dtype`). In bf16 and fp16
@@ -107,16 +107,21 @@ def read_by_diffusers(trained: Adapter, again: Adapter, path: Path, dtype: torch
         pipeline.unload_lora_weights()
         clean = probe(family)
         if injected.fault:
-            return f"FAILED: diffusers reads it back otherwise: {injected.fault}"
+            return Check("diffusers", False, f"diffusers reads it back otherwise: {injected.fault}")
         if bench.dtype != torch.float32:
-            line = f"diffusers reads it back: {injected.held}"
-            return moved_line(line, clean, theirs, bench, lambda: _strength(family, trained))
+            found = Check("diffusers", True, f"diffusers reads it back: {injected.held}")
+            return moved_check(found, clean, theirs, bench, lambda: _strength(family, trained))
         apply_adapter(family, again)
         ours = probe(family)
     moved = relative(clean, ours)
     error = relative(theirs, ours)
     line = f"diffusers reads it back: prediction error {error:.1e} (the adapter itself moves it by {moved:.1e})"
-    return f"{'ok' if error <= max(PREDICTION_BOUND * moved, 1e-6) else 'FAILED'}: {line}; {injected.held}"
+    return Check("diffusers", same_prediction(error, moved), f"{line}; {injected.held}", error)
+
+
+def same_prediction(error: float, moved: float) -> bool:
+    """Whether two readers of a file predict the same; `moved`: by how much the file moves a prediction."""
+    return error <= max(PREDICTION_BOUND * moved, 1e-6)
 
 
 def _compare_injected(trained: Adapter, faint: Adapter | None, family: Family, bound: float) -> Injected:
@@ -154,19 +159,20 @@ def _rounded(pair: tuple[Tensor, Tensor], device: torch.device, dtype: torch.dty
     return delta(a, b, scale)
 
 
-def moved_line(line: str, clean: Tensor, theirs: Tensor, bench: Bench, strength: Callable[[], float]) -> str:
-    """A reader's check line for precisions in which predictions can't be compared closely.
+def moved_check(found: Check, clean: Tensor, theirs: Tensor, bench: Bench, strength: Callable[[], float]) -> Check:
+    """A reader's check, `found` good so far, for precisions in which predictions can't be compared closely.
 
     `strength`: the largest |delta| / |weight| of a module, which tells whether a prediction has to move.
     """
+    line = found.message
     if not bool(torch.isfinite(theirs).all()):
-        return f"FAILED: {line}, but its prediction in {bench.precision} is not finite"
+        return replace(found, passed=False, message=f"{line}, but its prediction in {bench.precision} is not finite")
     moved = relative(theirs, clean)
     if moved:
-        return f"ok: {line} (in {bench.precision}; it moves a prediction by {moved:.1e})"
+        return replace(found, message=f"{line} (in {bench.precision}; it moves a prediction by {moved:.1e})")
     if strength() > torch.finfo(bench.dtype).eps:
-        return f"FAILED: {line}, but in {bench.precision} it moves no prediction"
-    return f"ok: {line} (in {bench.precision}, where it is too faint to move a prediction)"
+        return replace(found, passed=False, message=f"{line}, but in {bench.precision} it moves no prediction")
+    return replace(found, message=f"{line} (in {bench.precision}, where it is too faint to move a prediction)")
 
 
 def _strength(family: Family, adapter: Adapter) -> float:

@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 
 from finetune.core.files import write_json, write_text
+from finetune.core.records import checks_of
 from finetune.export.card import Card, licence_of, model_card, sidecar
 from finetune.export.embedding import NAME, usage
 from finetune.export.registry import CHECKPOINT, FOLDER
 from finetune.export.settings import UNCHECKED
 from finetune.families.source import resolve_base
+from finetune.runs.about import short_name
 from finetune.runs.folder import RunFolder
-from finetune.runs.record import short_name, trigger
 
 
 def write_companions(folder: RunFolder) -> None:
@@ -33,24 +34,24 @@ def _card(folder: RunFolder) -> Card:
     recipe, info = folder.recipe, folder.info
     listed = json.loads((folder.path / "exports.json").read_text(encoding="utf-8"))
     base = resolve_base(recipe.base.source, recipe.base.revision, recipe.base.like)
-    prompts = info["prompts"] if (folder.path / "samples" / "after").is_dir() else []
+    prompts = info.prompts if (folder.path / "samples" / "after").is_dir() else []
     settings = {
         "method": recipe.method.kind,
         "steps": f"{recipe.run.steps} of {recipe.run.batch_size}",
         "learning rate": f"{recipe.optim.lr:g}",
-        "resolution": str(info["resolution"]),
+        "resolution": str(info.resolution),
         "prior preservation": recipe.prior.kind,
         "seed": str(recipe.run.seed),
-        "base hash": info["base_hash"][:16],
+        "base hash": info.base_hash[:16],
     }
     whole = any(item["format"] in (FOLDER, CHECKPOINT) for item in listed)
     words = next((Path(item["path"]).name for item in listed if item["format"] == NAME), None)
     return Card(
         title=recipe.run.name if whole or recipe.method.is_adapter else f"{recipe.run.name}-lora",
-        trigger=trigger(info),
-        activation=trigger(info | ({"token": Path(words).stem} if words else {})),
-        loading=usage(info["family"], words, info["token"]) if words else [],
-        family=info["family"],
+        trigger=info.trigger,
+        activation=(info.model_copy(update={"token": Path(words).stem}) if words else info).trigger,
+        loading=usage(info.family, words, info.token) if words else [],
+        family=info.family,
         base=short_name(recipe.base.source),
         licence=licence_of(base),
         holds=recipe.method.artifacts if whole or recipe.method.is_adapter else ("adapter",),
@@ -58,7 +59,7 @@ def _card(folder: RunFolder) -> Card:
         images=[(prompt, f"images/{number:02d}.png") for number, prompt in enumerate(prompts)],
         files=[
             f"`{Path(item['path']).relative_to('exports').as_posix()}` ({item['format']}): "
-            f"{'; '.join(item['checks']) or UNCHECKED}"
+            f"{'; '.join(check.line for check in checks_of(item)) or UNCHECKED}"
             for item in listed
         ],
     )

@@ -45,5 +45,5 @@ def run_demo(out: Path | None, say: Callable[[str], None]) -> Path:
     with _threads(2):  # 64-pixel tensors: more threads only wait for each other
         run = train(recipe, out, say)
     info = RunFolder(run).info
-    say(LOOK.format(run=run, thing=f"{info['token']} {info['class_noun']}"))
+    say(LOOK.format(run=run, thing=info.trigger))
     return run

@@ -23,8 +23,8 @@ from finetune.families.base import Family
 from finetune.methods.embeddings import embeddings
 from finetune.methods.peft_adapter import PeftAdapter
 from finetune.methods.textual_inversion import Inversion
+from finetune.runs.about import about_run
 from finetune.runs.folder import RunFolder
-from finetune.runs.record import about_run
 
 
 def export_run(
@@ -130,6 +130,12 @@ def _merged(run: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:
     are still there."""
     file = run / "exports.json"
     old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    new = [asdict(item) | {"path": item.path.relative_to(run).as_posix()} for item in exported]
+    new = [_listed(item, run) for item in exported]
     formats = {item["format"] for item in new}
     return [item for item in old if item["format"] not in formats and (run / item["path"]).exists()] + new
+
+
+def _listed(item: Exported, run: Path) -> dict[str, Any]:
+    """`results` is for programs; `checks` has the same as lines, as ever, for whoever reads those."""
+    lines, results = [check.line for check in item.checks], [check.values() for check in item.checks]
+    return asdict(item) | {"path": item.path.relative_to(run).as_posix(), "checks": lines, "results": results}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,14 +19,15 @@ from finetune.families.source import base_hash, load_family, resolve_base
 from finetune.methods.embeddings import set_embeddings
 from finetune.methods.peft_adapter import read_native_form
 from finetune.runs.folder import RunFolder
+from finetune.runs.record import RunRecord
 from finetune.training.accelerate import resolve_precision
 
 
 def open_result(
     source: Path, base: str = "tiny", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[Family, dict[str, Any]]:
+) -> tuple[Family, RunRecord]:
     """A family with a finished run's training in it, in the run's precision, or an adapter file merged into `base` in
-    `dtype`; and run.json's content.
+    `dtype`; and run.json's record, an empty one for a file.
 
     Raises:
         BadInput: neither a finished run nor an adapter for that base.
@@ -38,11 +38,11 @@ def open_result(
     family = load_family(base, dtype=dtype)
     family.to(device)
     apply_adapter(family, adapter)
-    return family, {}
+    return family, RunRecord()
 
 
-def open_run(folder: RunFolder, device: str | torch.device = "cpu") -> tuple[Family, dict[str, Any]]:
-    """A family with the run's training in it, in the precision in which the run held it; and run.json's content.
+def open_run(folder: RunFolder, device: str | torch.device = "cpu") -> tuple[Family, RunRecord]:
+    """A family with the run's training in it, in the precision in which the run held it; and run.json's record.
 
     Raises:
         BadInput: the run is not finished, or the base is not its base any more.
@@ -52,7 +52,7 @@ def open_run(folder: RunFolder, device: str | torch.device = "cpu") -> tuple[Fam
     precision = DTYPES[resolve_precision(recipe.run)]
     family = recipe.base.load(recipe.method.weight_dtype(precision))
     family.autocast = recipe.method.autocast_dtype(precision)
-    if base_hash(family.folder) != info.get("base_hash"):
+    if base_hash(family.folder) != info.base_hash:
         raise BadInput(
             f"the base {recipe.base.source!r} is not the one that {folder.path} was trained on (its content changed): "
             "give the old one back, or train again"

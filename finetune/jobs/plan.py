@@ -11,63 +11,58 @@ from finetune.data.crops import enlarged
 from finetune.data.samplers import group_count
 from finetune.jobs.prepare import Prepared
 from finetune.objectives.registry import build_objective
+from finetune.runs.plan import Cut, Plan, PlannedBucket, PlannedClassImages, PlannedSubject
 from finetune.training.accelerate import resolve_precision
 from finetune.training.prior import ClassImages
 
 CROPPED = 0.1  # a square crop that cuts away more of a photo is told
 
 
-def plan(job: Prepared) -> dict[str, Any]:
+def plan(job: Prepared) -> Plan:
     """The run in numbers: what is seen how often, what is trained, what it costs in class images."""
-    recipe = job.recipe
-    seen = recipe.run.steps * recipe.run.batch_size
-    times = seen / len(job.photos)
-    if recipe.data.shape == "buckets":
-        times = recipe.run.steps / _groups(job)
-    several = len(job.subjects) > 1
-    rows: dict[str, Any] = {
-        "base": f"{recipe.base.source} ({job.family.name}, {job.family.schedule.prediction})",
-        **_subject_rows(job),
-        "training prompts": list(dict.fromkeys(text for texts in job.captions for text in texts))[:5],
-        **({} if several else {"token": f"{job.token} (class noun: {job.noun or 'none'})"}),
-        "resolution": job.resolution,
-        "steps": f"{recipe.run.steps} of {recipe.run.batch_size} photo(s), {recipe.run.accumulate} micro-batch(es)",
-        "each photo": f"seen {times:.0f} times",
-        **_shape_rows(job),
-    }
-    if recipe.data.masks != "none":
-        rows["masks"] = (
-            f"of {len(job.masks)} of {len(job.photos)} photos; background counts {recipe.data.mask_floor:g}"
-        )
-    if job.family.inputs is not None:
-        rows["inputs"] = f"{job.family.inputs}{' (new to this base)' if job.family.widened else ''}"
-    if note := enlarged(job.photos, job.sizes if recipe.data.shape == "buckets" else job.resolution):
-        rows["enlarged"] = note
-    if isinstance(recipe.prior, ClassImages):
-        sets = " and ".join(f"{recipe.prior.count} of {prompt!r}" for prompt in job.class_nouns)
-        often = seen / recipe.prior.count / len(job.class_nouns)
-        rows["class images"] = f"{sets}, each seen {often:.1f} times"
+    recipe, family = job.recipe, job.family
     method = recipe.method
-    if cost := recipe.prior.cost(method, job.family, " or ".join(job.class_nouns)):
-        rows["prior"] = cost
-    objective = build_objective(recipe.objective, job.family.schedule, job.family.shift(job.resolution))
-    rows["timesteps"] = objective.describe()
-    rows["method"] = f"{method.kind} on {', '.join(method.part_names(job.family))}"
-    rows["precision"] = resolve_precision(recipe.run)
-    if not is_repeatable(job.family.device, recipe.run.deterministic):
-        rows["resume"] = "with the same batches and noise, but other last bits (run.deterministic=true: bit for bit)"
-    return rows
+    objective = build_objective(recipe.objective, family.schedule, family.shift(job.resolution))
+    buckets = recipe.data.shape == "buckets"
+    return Plan(
+        base=recipe.base.source,
+        family=family.name,
+        prediction=family.schedule.prediction,
+        subjects=[
+            PlannedSubject(token=s.token, noun=s.noun, photos=len(s.photos), captions=s.summary) for s in job.subjects
+        ],
+        prompts=list(dict.fromkeys(text for texts in job.captions for text in texts))[:5],
+        resolution=job.resolution,
+        steps=recipe.run.steps,
+        batch_size=recipe.run.batch_size,
+        accumulate=recipe.run.accumulate,
+        times_seen=recipe.run.steps / _groups(job) if buckets else _seen(job) / len(job.photos),
+        **(_buckets(job) if buckets else {"cut": _square_cut(job)}),
+        masked=None if recipe.data.masks == "none" else len(job.masks),
+        mask_floor=recipe.data.mask_floor,
+        inputs=family.inputs,
+        widened=family.widened,
+        enlarged=enlarged(job.photos, job.sizes if buckets else job.resolution),
+        class_images=_class_images(job),
+        prior=recipe.prior.cost(method, family, " or ".join(job.class_nouns)),
+        timesteps=objective.describe(),
+        method=method.kind,
+        parts=list(method.part_names(family)),
+        precision=resolve_precision(recipe.run),
+        repeatable=is_repeatable(family.device, recipe.run.deterministic),
+    )
 
 
-def _subject_rows(job: Prepared) -> dict[str, str]:
-    """What each subject is called, and where its captions come from."""
-    if len(job.subjects) == 1:
-        return {"subject": job.subjects[0].summary}
-    return {
-        f"subject {number}": f"{_photos_of(len(subject.photos))}, token {subject.token} (class noun: "
-        f"{subject.noun or 'none'}); {subject.summary}"
-        for number, subject in enumerate(job.subjects, 1)
-    }
+def _seen(job: Prepared) -> int:
+    return job.recipe.run.steps * job.recipe.run.batch_size
+
+
+def _class_images(job: Prepared) -> PlannedClassImages | None:
+    prior = job.recipe.prior
+    if not isinstance(prior, ClassImages):
+        return None
+    times = _seen(job) / prior.count / len(job.class_nouns)
+    return PlannedClassImages(prompts=list(job.class_nouns), count=prior.count, times=times)
 
 
 def _groups(job: Prepared) -> int:
@@ -75,30 +70,27 @@ def _groups(job: Prepared) -> int:
     return group_count(list(Counter(job.sizes).values()), job.recipe.run.batch_size)
 
 
-def _shape_rows(job: Prepared) -> dict[str, str]:
-    """The bucket table, and what the crops cut away."""
-    if job.recipe.data.shape == "square":
-        share, name = _most_cut(job, job.sizes)
-        if share <= CROPPED:
-            return {}
-        better, _ = _most_cut(job, job.bucket_sizes())
-        helps = better < share and job.resolution % job.family.size_multiple == 0
-        hint = f": data.shape=buckets would cut away at most {better:.0%}" if helps else ""
-        return {"cropped": f"up to {share:.0%} of a photo ({name}) is cut away by the square crop{hint}"}
-    counts = Counter(job.sizes)
-    parts = [f"{width}x{height}: {_photos_of(counts[width, height])}" for width, height in sorted(counts)]
+def _square_cut(job: Prepared) -> Cut | None:
+    """What the square crops cut away, where that is worth a word, and whether buckets would help."""
     share, name = _most_cut(job, job.sizes)
-    parts.append(f"at most {share:.0%} of a photo ({name}) is cut away" if share else "nothing is cut away")
-    rows = {"buckets": "; ".join(parts)}
+    if share <= CROPPED:
+        return None
+    better, _ = _most_cut(job, job.bucket_sizes())
+    helps = better < share and job.resolution % job.family.size_multiple == 0
+    return Cut(share=share, photo=name, in_buckets=better if helps else None)
+
+
+def _buckets(job: Prepared) -> dict[str, Any]:
+    """The bucket table, and what the crops cut away."""
+    counts = Counter(job.sizes)
+    share, name = _most_cut(job, job.sizes)
     places = _groups(job) * job.recipe.run.batch_size
-    if places > len(job.photos):
-        spare = places - len(job.photos)
-        rows["padding"] = f"{spare} of {places} places of an epoch are repeats that count nothing"
-    return rows
-
-
-def _photos_of(count: int) -> str:
-    return f"{count} photo" if count == 1 else f"{count} photos"
+    return {
+        "buckets": [PlannedBucket(width=w, height=h, photos=counts[w, h]) for w, h in sorted(counts)],
+        "cut": Cut(share=share, photo=name) if share else None,
+        "places": places,
+        "repeats": max(0, places - len(job.photos)),
+    }
 
 
 def _most_cut(job: Prepared, sizes: list[Size]) -> tuple[float, str]:

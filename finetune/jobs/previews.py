@@ -14,8 +14,8 @@ from finetune.export.metadata import adapter_metadata
 from finetune.export.registry import EXPORTS
 from finetune.families.base import Family
 from finetune.families.registry import is_transformer
+from finetune.runs.about import about_run
 from finetune.runs.folder import RunFolder
-from finetune.runs.record import about_run
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +37,8 @@ from finetune.objectives.registry import build_objective
 from finetune.report.html import write_report
 from finetune.runs.folder import RunFolder, next_folder
 from finetune.runs.metrics import MetricsFile
+from finetune.runs.plan import plan_rows
+from finetune.runs.record import RecordedSubject, RunRecord
 from finetune.runs.status import StatusFile
 from finetune.training.accelerate import make_accelerator
 from finetune.training.regularizers import PriorContext
@@ -138,10 +139,10 @@ def _track(accelerator: Accelerator, event: Event) -> None:
 def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks) -> Path:
     recipe = job.recipe
     if accelerator.is_main_process:
-        folder.write_info(_info(job, folder.info))
+        folder.write_info(_info(job))
     accelerator.wait_for_everyone()
     hooks.say(f"{'run folder':>16}  {folder.path}")
-    for name, value in plan(job).items():
+    for name, value in plan_rows(plan(job)).items():
         hooks.say(f"{name:>16}  {value}")
     if folder.finished(recipe.run.steps):
         _load_result(job, folder)
@@ -164,25 +165,27 @@ def resume(
     return train(RunFolder(Path(run_dir)).recipe, run_dir, say, events=events, stop=stop)
 
 
-def _info(job: Prepared, before: dict[str, Any]) -> dict[str, Any]:
+def _info(job: Prepared) -> RunRecord:
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
-    several = [{"token": s.token, "class_noun": s.noun, "photos": len(s.photos)} for s in job.subjects]
-    return before | {
-        "token": job.token,
-        "class_noun": job.noun,
-        "family": job.family.name,
-        "base": job.recipe.base.source,
-        "base_hash": job.base_hash,
-        "resolution": job.resolution,
-        "plan": plan(job),
-        "captions": job.captions,
-        "captions_from_files": job.captions_from_files,
-        "photos": [photo.path.as_posix() for photo in job.photos],
-        **({"subjects": several} if len(several) > 1 else {}),
-        "prompts": job.sample_prompts(),
-        "guidance": job.recipe.sample.guidance,
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-    }
+    several = [RecordedSubject(token=s.token, class_noun=s.noun, photos=len(s.photos)) for s in job.subjects]
+    planned = plan(job)
+    return RunRecord(
+        token=job.token,
+        class_noun=job.noun,
+        family=job.family.name,
+        base=job.recipe.base.source,
+        base_hash=job.base_hash,
+        resolution=job.resolution,
+        plan=plan_rows(planned),
+        planned=planned,
+        captions=job.captions,
+        captions_from_files=job.captions_from_files,
+        photos=[photo.path.as_posix() for photo in job.photos],
+        subjects=several if len(several) > 1 else [],
+        prompts=job.sample_prompts(),
+        guidance=job.recipe.sample.guidance,
+        versions={name: version(name) for name in packages} | {"python": platform.python_version()},
+    )
 
 
 def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, stop: Stop) -> None:
@@ -271,7 +274,7 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
     write_companions(folder)
     write_report(folder.path)
     for item in exported:
-        say(f"{item.format:>16}  {item.path}  {'; '.join(item.checks) or UNCHECKED}")
+        say(f"{item.format:>16}  {item.path}  {'; '.join(check.line for check in item.checks) or UNCHECKED}")
     failed = [item.format for item in exported if not item.ok]
     if failed:
         raise CheckFailed(f"the export to {', '.join(failed)} is not what was trained: see {folder.path}/report.html")

@@ -8,15 +8,15 @@ import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from finetune.core.files import write_text
+from finetune.core.records import checks_of
 from finetune.data.photos import open_image
 from finetune.export.settings import UNCHECKED
 from finetune.runs.folder import RunFolder
-from finetune.runs.record import names, trigger
+from finetune.runs.record import RunRecord
 
 SIDE = 160  # pixels of a picture on the page
 
@@ -45,7 +45,7 @@ def write_report(path: Path, with_captions: bool = False) -> Path:
     It may be passed on: it names no folders of this machine, and the captions of the photos' files only
     `with_captions`.
     """
-    info = _shareable(RunFolder(path).info)
+    info = RunFolder(path).info
     metrics = _metrics(path / "metrics.jsonl")
     sections = [
         _head(info),
@@ -57,7 +57,7 @@ def write_report(path: Path, with_captions: bool = False) -> Path:
         _next_steps(path, info),
     ]
     body = "\n".join(section for section in sections if section)
-    title = escape(trigger(info) or path.name)
+    title = escape(info.trigger or path.name)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
@@ -65,16 +65,6 @@ def write_report(path: Path, with_captions: bool = False) -> Path:
     )
     write_text(path / "report.html", page)
     return path / "report.html"
-
-
-def _shareable(info: dict[str, Any]) -> dict[str, Any]:
-    """run.json with a base's folder as its last name."""
-    base = str(info.get("base", ""))
-    if not Path(base).is_absolute():
-        return info
-    plan = {name: value.replace(base, Path(base).name) if isinstance(value, str) else value
-            for name, value in info.get("plan", {}).items()}  # fmt: skip
-    return info | {"base": Path(base).name, "plan": plan}
 
 
 def _metrics(file: Path) -> list[dict[str, float]]:
@@ -93,37 +83,36 @@ def image_tag(image: Image.Image, alt: str) -> str:
     return f'<img alt="{escape(alt)}" title="{escape(alt)}" width="{size[0]}" height="{size[1]}" src="data:image/jpeg;base64,{data}">'
 
 
-def _head(info: dict[str, Any]) -> str:
-    words = [name or "?" for name in names(info)]
+def _head(info: RunRecord) -> str:
+    words = [name or "?" for name in info.names]
     title = ", ".join(f"“{escape(name)}”" for name in words)
     shown = " or ".join(f"<b>{escape(name)}</b>" for name in words)
     return (
         f"<h1>{title}</h1><p class=soft>Write {shown} in a prompt to get the subject. Trained on "
-        f"{escape(str(info.get('base')))} ({escape(str(info.get('family')))}), {info.get('resolution')} pixels.</p>"
+        f"{escape(info.public_base)} ({escape(info.family)}), {info.resolution} pixels.</p>"
     )
 
 
-def _subject(info: dict[str, Any], with_captions: bool) -> str:
-    photos = [Path(photo) for photo in info.get("photos", [])]
-    counts = [subject["photos"] for subject in info.get("subjects", [])] or [len(photos)]
+def _subject(info: RunRecord, with_captions: bool) -> str:
+    photos = [Path(photo) for photo in info.photos]
+    counts = [subject.photos for subject in info.subjects] or [len(photos)]
     starts = [sum(counts[:number]) for number in range(len(counts))]
     first = [
         photo for start, count in zip(starts, counts, strict=True) for photo in photos[start : start + min(12, count)]
     ]
     shown = [image_tag(open_image(photo), photo.name) for photo in first if photo.is_file()]
-    captions = list(dict.fromkeys(text for texts in info.get("captions", []) for text in texts))[:5]
+    captions = list(dict.fromkeys(text for texts in info.captions for text in texts))[:5]
     listed = "".join(f"<li><code>{escape(text)}</code></li>" for text in captions)
     prompts = f"the first training prompts:</p><ul>{listed}</ul>"
-    if info.get("captions_from_files") and not with_captions:
+    if info.captions_from_files and not with_captions:
         prompts = "their own captions are not shown here (<code>finetune report RUN --captions</code>).</p>"
     return f"<h2>What it learned from</h2><div class=card>{''.join(shown)}<p class=soft>{len(photos)} photos; {prompts}</div>"
 
 
-def _plan(info: dict[str, Any]) -> str:
+def _plan(info: RunRecord) -> str:
     rows = "".join(
         f"<tr><th>{escape(str(name))}</th><td>{escape(', '.join(value) if isinstance(value, list) else str(value))}</td></tr>"
-        for name, value in info.get("plan", {}).items()
-        if name != "training prompts"
+        for name, value in info.public_plan.items()
     )
     return f"<h2>The plan</h2><div class=card><table>{rows}</table></div>" if rows else ""
 
@@ -183,12 +172,12 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float], smoothed:
     )
 
 
-def _before_after(path: Path, info: dict[str, Any]) -> str:
+def _before_after(path: Path, info: RunRecord) -> str:
     before, after = path / "samples" / "before", path / "samples" / "after"
     if not after.is_dir():
         return ""
     rows = []
-    for number, prompt in enumerate(info.get("prompts", [])):
+    for number, prompt in enumerate(info.prompts):
         sides = [_row(folder, number) for folder in (before, after)]
         rows.append(
             f"<p class=prompt>{escape(prompt)}</p><div class=pair><div><h3>before</h3><div class=row>{sides[0]}</div></div>"
@@ -217,8 +206,8 @@ def _exports(path: Path) -> str:
     rows = []
     for item in json.loads(file.read_text(encoding="utf-8")):
         checks = "<br>".join(
-            f'<span class="{"bad" if check.startswith("FAILED") else "good"}">{escape(check)}</span>'
-            for check in item["checks"]
+            f'<span class="{"good" if check.passed else "bad"}">{escape(check.line)}</span>'
+            for check in checks_of(item)
         )
         size = item["size"] / 1e6
         rows.append(
@@ -243,8 +232,8 @@ def _a_format(path: Path) -> str:
     return "kohya" if "kohya" in listed or not listed else listed[0]
 
 
-def _next_steps(path: Path, info: dict[str, Any]) -> str:
-    thing = names(info)[0]
+def _next_steps(path: Path, info: RunRecord) -> str:
+    thing = info.names[0]
     # a page may be passed on: no folders of this machine in it
     run = path.name if path.is_absolute() else path.as_posix()
     commands = "\n".join(

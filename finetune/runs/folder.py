@@ -9,7 +9,6 @@ RUN/checkpoints/step-000250/{trained,optimizer,ema}.safetensors + state.json
 from __future__ import annotations
 
 import errno
-import json
 import os
 import platform
 from collections.abc import Iterator
@@ -23,9 +22,13 @@ from torch import Tensor
 from finetune.config.load import dump_recipe, read_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
-from finetune.core.files import load_tensors, save_tensors, write_json, write_text
+from finetune.core.files import load_tensors, save_tensors, write_text
+from finetune.core.records import check_schema
+from finetune.runs.record import RunRecord, read_record, write_record
 from finetune.training.checkpoint import Checkpoints
 
+SCHEMA = 1  # of recipe.yaml; 0 had the same keys and no number
+SCHEMA_LINE = "# schema: "  # a comment: older versions, which refuse unknown keys, still read the recipe
 HOLDER = "run.lock.txt"  # who holds run.lock, which nobody else can read on Windows
 
 
@@ -47,16 +50,21 @@ class RunFolder:
         file = self.path / "recipe.yaml"
         if not file.is_file():
             raise BadInput(f"{self.path} is no run folder (it has no recipe.yaml): give the folder of a run")
+        _check_recipe_schema(file)
         return read_recipe(file)
 
     @property
-    def info(self) -> dict[str, Any]:
-        """What the run found out before training (token, class noun, base hash, plan): run.json."""
-        file = self.path / "run.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    def info(self) -> RunRecord:
+        """What the run found out before training (token, class noun, base hash, plan): run.json.
 
-    def write_info(self, info: dict[str, Any]) -> None:
-        write_json(self.path / "run.json", info)
+        Raises:
+            BadInput: it is damaged, or a later version wrote it.
+        """
+        file = self.path / "run.json"
+        return read_record(file) if file.is_file() else RunRecord()
+
+    def write_info(self, info: RunRecord) -> None:
+        write_record(self.path / "run.json", info)
 
     def finished(self, steps: int) -> bool:
         """Whether the trained weights are there, and of that many steps: a longer run of the recipe goes on."""
@@ -87,7 +95,7 @@ class RunFolder:
         with self._lock():
             name = f"process {os.getpid()} on {platform.node()}\n"
             (self.path / HOLDER).write_text(name, encoding="utf-8", newline="\n")
-            write_text(self.path / "recipe.yaml", dump_recipe(recipe))
+            write_text(self.path / "recipe.yaml", f"{SCHEMA_LINE}{SCHEMA}\n{dump_recipe(recipe)}")
             yield
 
     def _lock(self) -> AbstractContextManager[object]:
@@ -113,10 +121,12 @@ class RunFolder:
         """Whether this recipe may run here.
 
         Raises:
-            BadInput: the folder holds something else, or a run of another recipe; the changed keys are named.
+            BadInput: the folder holds something else, or a run of another recipe (the changed keys are named) or
+                of a later version.
         """
         file = self.path / "recipe.yaml"
         if file.is_file():
+            self.info  # noqa: B018 - a later version's is refused before anything is written over
             changed = _changed_keys(self.recipe, recipe)
             if changed:
                 raise BadInput(
@@ -136,6 +146,15 @@ class RunFolder:
         if not file.is_file():
             raise BadInput(f"{self.path} has not finished training: run `finetune resume {self.path}` first")
         return load_tensors(file)
+
+
+def _check_recipe_schema(file: Path) -> None:
+    """By the first line alone: the rest of a later version's recipe may not be readable."""
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        first = opened.readline().strip()
+    if first.startswith(SCHEMA_LINE):
+        number = first.removeprefix(SCHEMA_LINE)
+        check_schema(int(number) if number.isdecimal() else number, file, SCHEMA)
 
 
 def next_folder(name: str, parent: Path = Path("runs")) -> Path:

@@ -1,63 +1,97 @@
-"""What a run or an adapter file holds, loaded again: for sampling and for exports."""
+"""RUN/run.json: what a run found out before training, as a record with a schema number."""
 
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__
-from finetune.config.load import dump_recipe
-from finetune.export.metadata import written_date
-from finetune.runs.folder import RunFolder
+from pydantic import ValidationError
+
+from finetune.core.errors import BadInput
+from finetune.core.files import write_json
+from finetune.core.records import Values, migrated
+from finetune.runs.plan import Plan, Record, Rows, public_name, shared_rows
+
+SCHEMA = 1
 
 
-def about_run(folder: RunFolder) -> dict[str, str]:
-    """What exports say of themselves, by `export.metadata`; paths and captions only where "full" is asked for."""
-    recipe, info = folder.recipe, folder.info
-    side = info["resolution"]
-    needed = {"title": recipe.run.name, "resolution": f"{side}x{side}", "trigger_phrase": "", "date": ""}
-    if recipe.export.metadata == "minimal":
-        return needed
-    standard = {
-        "title": recipe.run.name,
-        "resolution": f"{side}x{side}",
-        "trigger_phrase": trigger(info),
-        "base_hash": info["base_hash"],
-        "steps": str(recipe.run.steps),
-        "seed": str(recipe.run.seed),
-        "version": __version__,
-        **_date(folder),
-    }
-    if recipe.export.metadata == "standard":
-        return standard
-    captions = list(dict.fromkeys(text for texts in info["captions"] for text in texts))
-    return standard | {"recipe": dump_recipe(recipe), "captions": json.dumps(captions, ensure_ascii=False)}
+class RecordedSubject(Record):
+    """`photos`: how many of the run's photos are its."""
+
+    token: str
+    class_noun: str | None
+    photos: int
 
 
-def _date(folder: RunFolder) -> dict[str, str]:
-    """When the training ended, so that an export that is made again is the same file; nothing during the training,
-    where the files of previews are of now."""
-    file = folder.path / "adapter" / "trained.safetensors"
-    if not file.is_file():
-        return {}
-    return {"date": written_date(datetime.fromtimestamp(file.stat().st_mtime, UTC))}
+class RunRecord(Record):
+    """`plan`: the rows that were printed. `planned`: the plan in values; None in an older file. `captions`: of each
+    photo, in the order of `photos`. `subjects`: where there are several; `token` and `class_noun` are the first's."""
+
+    token: str = ""
+    class_noun: str | None = None
+    family: str = ""
+    base: str = ""
+    base_hash: str = ""
+    resolution: int | None = None
+    plan: Rows = {}
+    planned: Plan | None = None
+    captions: list[list[str]] = []
+    captions_from_files: int = 0
+    photos: list[str] = []
+    subjects: list[RecordedSubject] = []
+    prompts: list[str] = []
+    guidance: float = 5.0
+    versions: dict[str, str] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """What calls each subject in a prompt."""
+        called = [(subject.token, subject.class_noun) for subject in self.subjects]
+        return [" ".join(text for text in pair if text) for pair in called or [(self.token, self.class_noun)]]
+
+    @property
+    def trigger(self) -> str:
+        """ "zwx mug"; of several "zwx mug, vtx dog"."""
+        return ", ".join(self.names)
+
+    @property
+    def public_base(self) -> str:
+        """The base as a page may tell it."""
+        return public_name(self.base)
+
+    @property
+    def public_plan(self) -> Rows:
+        """The plan's rows as a page may tell them."""
+        return shared_rows(self.planned) if self.planned else self.plan
 
 
-def trigger(info: dict[str, Any]) -> str:
-    """What calls the subject in a prompt: "zwx mug"; of several "zwx mug, vtx dog"."""
-    return ", ".join(names(info))
+def read_record(file: Path) -> RunRecord:
+    """Raises:
+    BadInput: it is damaged, or a later version wrote it.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return RunRecord.model_validate(migrated(values, file, SCHEMA, [_from_0]))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise _damaged(file, f"{where}: {first['msg']}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise _damaged(file, str(error)) from error
 
 
-def names(info: dict[str, Any]) -> list[str]:
-    """What calls each subject, from run.json's content."""
-    return [
-        " ".join(text for text in (subject.get("token"), subject.get("class_noun")) if text)
-        for subject in info.get("subjects") or [info]
-    ]
+def write_record(file: Path, record: RunRecord) -> None:
+    write_json(file, {"schema": SCHEMA, **record.model_dump(mode="json")})
 
 
-def short_name(source: str) -> str:
-    """A base as it may be told to others: a folder's last name."""
-    return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
+def _damaged(file: Path, fault: str) -> BadInput:
+    return BadInput(f"{file} is not what a run writes ({fault}): give the run's own file back, or train again")
+
+
+def _from_0(values: Values) -> Values:
+    """Before there was a number: the plan was rows alone, of which two may be private."""
+    base = values.get("base", "")
+    private = {"training prompts"} | ({"base"} if public_name(base) != base else set())
+    rows: dict[str, Any] = values.get("plan", {})
+    return values | {"plan": {name: row for name, row in rows.items() if name not in private}}

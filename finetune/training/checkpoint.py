@@ -17,6 +17,9 @@ from torch import Tensor
 
 from finetune.core.errors import BadInput
 from finetune.core.files import flush, load_tensors, save_tensors, sha256, write_json
+from finetune.core.records import check_schema
+
+SCHEMA = 1  # of state.json; 0 had the same keys and no number
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,11 @@ class Checkpoints:
         return folder
 
     def latest(self) -> State | None:
-        """The newest checkpoint whose files match their sizes and hashes; a damaged one is named and skipped."""
+        """The newest checkpoint whose files match their sizes and hashes; a damaged one is named and skipped.
+
+        Raises:
+            BadInput: a later version wrote it.
+        """
         for folder in reversed(self._checkpoints()):
             fault = find_fault(folder)
             if fault is None:
@@ -90,7 +97,7 @@ def write_state(folder: Path, state: State) -> None:
         file.name: {"size": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(folder.glob("*.safetensors"))
     }
-    write_json(folder / "state.json", {"step": state.step, "values": state.values, "files": files})
+    write_json(folder / "state.json", {"schema": SCHEMA, "step": state.step, "values": state.values, "files": files})
 
 
 def read_state(folder: Path) -> State:
@@ -100,12 +107,17 @@ def read_state(folder: Path) -> State:
 
 
 def find_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with a checkpoint, or None.
+
+    Raises:
+        BadInput: a later version wrote it: that is no damage, and an older checkpoint is not to be taken in its place.
+    """
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        files = state["files"]
+        files, schema = state["files"], state.get("schema", 0)
     except (OSError, ValueError, KeyError) as error:
         return f"state.json: {error}"
+    check_schema(schema, folder / "state.json", SCHEMA)
     for name, stated in files.items():
         file = folder / name
         if not file.is_file():

@@ -29,6 +29,7 @@ from finetune.families.source import load_family
 from finetune.jobs import train as job
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import prepare
+from finetune.runs.plan import plan_rows
 from finetune.testing.kill import killed_at
 
 # the table
@@ -299,7 +300,7 @@ def test_the_step_of_a_bucket_is_the_familys_own(tiny_bases: dict[str, Path]) ->
 
 
 def test_the_plan_tells_of_buckets(tiny_bases: dict[str, Path], shapes: Path) -> None:
-    told = plan(prepare(recipe(tiny_bases["sd1"], shapes, "run.steps=40")))
+    told = plan_rows(plan(prepare(recipe(tiny_bases["sd1"], shapes, "run.steps=40"))))
     assert told["buckets"] == (
         "24x40: 1 photo; 32x32: 1 photo; 40x28: 2 photos; 64x16: 1 photo; "
         "at most 60% of a photo (strip.png) is cut away"
@@ -307,12 +308,12 @@ def test_the_plan_tells_of_buckets(tiny_bases: dict[str, Path], shapes: Path) ->
     assert told["padding"] == "3 of 8 places of an epoch are repeats that count nothing"
     assert told["each photo"] == "seen 10 times"  # 40 steps, 4 an epoch
     assert "enlarged" not in told
-    told = plan(prepare(recipe(tiny_bases["sd1"], shapes, "data.resolution=64")))
+    told = plan_rows(plan(prepare(recipe(tiny_bases["sd1"], shapes, "data.resolution=64"))))
     assert told["enlarged"] == "5 of 5 photos are enlarged to fill their bucket (the smallest, strip.png, is 300x30)"
 
 
 def test_the_plan_tells_what_a_square_cuts_away(tiny_bases: dict[str, Path], shapes: Path) -> None:
-    told = plan(prepare(recipe(tiny_bases["sd1"], shapes, "data.shape=square")))
+    told = plan_rows(plan(prepare(recipe(tiny_bases["sd1"], shapes, "data.shape=square"))))
     assert told["cropped"] == (
         "up to 90% of a photo (strip.png) is cut away by the square crop: "
         "data.shape=buckets would cut away at most 60%"
@@ -320,7 +321,7 @@ def test_the_plan_tells_what_a_square_cuts_away(tiny_bases: dict[str, Path], sha
     assert "buckets" not in told
     for name in ("strip", "tall", "wide", "wider"):
         (shapes / f"{name}.png").unlink()
-    assert "cropped" not in plan(prepare(recipe(tiny_bases["sd1"], shapes, "data.shape=square")))
+    assert "cropped" not in plan_rows(plan(prepare(recipe(tiny_bases["sd1"], shapes, "data.shape=square"))))
 
 
 def test_an_extreme_photo_is_cropped_into_the_last_bucket(tiny_bases: dict[str, Path], shapes: Path) -> None:

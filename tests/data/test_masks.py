@@ -28,6 +28,7 @@ from finetune.jobs.prepare import prepare
 from finetune.objectives.loss import per_sample
 from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
+from finetune.runs.plan import plan_rows
 from finetune.training.step import Step
 
 # the reduction
@@ -283,11 +284,11 @@ def test_masks_and_buckets_train_together(tiny_bases: dict[str, Path], masked: P
 def test_auto_without_any_mask_is_no_mask(tiny_bases: dict[str, Path], photos: Path) -> None:
     found = prepare(recipe(tiny_bases["sd1"], photos))
     assert found.masks == {}
-    assert plan(found)["masks"] == "of 0 of 3 photos; background counts 0"
+    assert plan_rows(plan(found))["masks"] == "of 0 of 3 photos; background counts 0"
     half((48, 40)).save(photos / "0.mask.png")
-    told = plan(prepare(recipe(tiny_bases["sd1"], photos, "data.mask_floor=0.1")))
+    told = plan_rows(plan(prepare(recipe(tiny_bases["sd1"], photos, "data.mask_floor=0.1"))))
     assert told["masks"] == "of 1 of 3 photos; background counts 0.1"
-    assert "masks" not in plan(prepare(recipe(tiny_bases["sd1"], photos, "data.masks=none")))
+    assert "masks" not in plan_rows(plan(prepare(recipe(tiny_bases["sd1"], photos, "data.masks=none"))))
 
 
 def test_a_mask_of_other_size_but_the_same_shape_is_taken(photos: Path) -> None:

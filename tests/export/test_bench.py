@@ -15,10 +15,11 @@ from test_svd import recipe_of
 
 from finetune.cli.main import run
 from finetune.core.devices import DTYPES, exact_device
+from finetune.core.records import Check
 from finetune.export.adapter import adapter_from, export_adapter
 from finetune.export.base import Adapter, delta, full_fp32
 from finetune.export.registry import EXPORTS
-from finetune.export.verify import apply_adapter, moved_line, read_by_diffusers
+from finetune.export.verify import apply_adapter, moved_check, read_by_diffusers
 from finetune.families.settings import Base
 from finetune.families.source import load_family
 from finetune.jobs import train as job
@@ -42,8 +43,8 @@ def test_every_format_is_read_in_low_precision(
         for item in export_adapter(adapter, tmp_path / stored, "x", list(EXPORTS), stored, ABOUT, bench):
             assert item.ok, item.checks
             if "diffusers" in item.read_by:
-                assert f"{adapter.count} modules, largest" in item.checks[-1]
-                assert f"(in {bench.precision}; it moves a prediction by " in item.checks[-1]
+                assert f"{adapter.count} modules, largest" in item.checks[-1].message
+                assert f"(in {bench.precision}; it moves a prediction by " in item.checks[-1].message
 
 
 def transpose(tensors: dict[str, torch.Tensor]) -> None:
@@ -90,10 +91,10 @@ def test_diffusers_layers_show_planted_faults(
     tensors = load_file(item.path)
     FAULTS[fault](tensors)
     save_file(tensors, item.path)
-    line = read_by_diffusers(adapter, adapter, item.path, torch.float32, bench)
-    assert line.startswith("ok" if fault == "none" else "FAILED"), line
+    check = read_by_diffusers(adapter, adapter, item.path, torch.float32, bench)
+    assert check.passed == (fault == "none"), check
     if fault in ("missing", "transposed"):
-        assert "1 of 48 modules differ, such as denoiser mid_block" in line
+        assert "1 of 48 modules differ, such as denoiser mid_block" in check.message
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
@@ -106,7 +107,7 @@ def test_a_header_with_another_alpha_is_found(
     path = export.path(tmp_path, "x", name)
     other = Adapter(name, adapter.base_folder, adapter.layers, adapter.scale * 1.03)
     export.write(other, path, torch.float32, {})
-    assert "modules differ" in read_by_diffusers(adapter, adapter, path, torch.float32, bench)
+    assert "modules differ" in read_by_diffusers(adapter, adapter, path, torch.float32, bench).message
 
 
 def test_an_adapter_fainter_than_fp16_is_not_called_broken(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
@@ -117,19 +118,22 @@ def test_an_adapter_fainter_than_fp16_is_not_called_broken(tiny_bases: dict[str,
     bench = bench_of(tiny_bases["sd1"], torch.float16)
     (item,) = export_adapter(faint, tmp_path, "x", ["kohya"], "fp32", ABOUT, bench)
     assert item.ok, item.checks
-    assert "too faint to move a prediction" in item.checks[-1]
+    assert "too faint to move a prediction" in item.checks[-1].message
     tensors = load_file(item.path)
     swap(tensors)
     save_file(tensors, item.path)
-    assert read_by_diffusers(faint, faint, item.path, torch.float32, bench).startswith("FAILED")
+    assert not read_by_diffusers(faint, faint, item.path, torch.float32, bench).passed
 
 
 def test_a_prediction_must_be_finite_and_moved(tiny_bases: dict[str, Path]) -> None:
     bench, clean = bench_of(tiny_bases["sd1"], torch.bfloat16), torch.ones(4)
-    assert moved_line("x", clean, clean * 2, bench, lambda: 1.0).startswith("ok")
-    assert moved_line("x", clean, clean, bench, lambda: 1.0).startswith("FAILED")
-    assert moved_line("x", clean, clean, bench, lambda: 1e-5).startswith("ok")
-    assert "not finite" in moved_line("x", clean, clean * float("nan"), bench, lambda: 1.0)
+    good = Check("diffusers", True, "x")
+    assert moved_check(good, clean, clean * 2, bench, lambda: 1.0).passed
+    assert not moved_check(good, clean, clean, bench, lambda: 1.0).passed
+    assert moved_check(good, clean, clean, bench, lambda: 1e-5).passed
+    odd = moved_check(good, clean, clean * float("nan"), bench, lambda: 1.0)
+    assert not odd.passed
+    assert "not finite" in odd.message
 
 
 @pytest.mark.parametrize("dtype", LOW)

@@ -19,6 +19,7 @@ from finetune.adapters.inspection import open_adapter
 from finetune.cli.main import run
 from finetune.config.load import parse_recipe
 from finetune.core.errors import BadInput, CheckFailed
+from finetune.core.records import Check
 from finetune.export.adapter import export_adapter
 from finetune.export.base import delta
 from finetune.export.decompose import decompose
@@ -118,8 +119,9 @@ def test_a_file_on_a_clean_base_predicts_what_was_trained(
         change = changes[f"{part}.{path}.weight"]
         lost += float((delta(a, b, 1.0) - change).double().square().sum())
         all_of += float(change.double().square().sum())
-    assert f"error {(lost / all_of) ** 0.5:.3f}" in low.checks[0]
-    assert low.checks[0].startswith("ok: rank 6 holds")
+    assert low.checks[0].error == pytest.approx((lost / all_of) ** 0.5, abs=5e-4)
+    assert f"error {(lost / all_of) ** 0.5:.3f}" in low.checks[0].message
+    assert low.checks[0].line.startswith("ok: rank 6 holds")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -183,7 +185,7 @@ def test_a_spoilt_own_form_is_found(
         real(path, value | ({"alpha": 1.0} if fault == "another alpha" else {}))
 
     monkeypatch.setattr(module, "write_json", spoilt)
-    monkeypatch.setattr(module, "_same_tensors", lambda path, wanted: "ok: not asked")
+    monkeypatch.setattr(module, "_same_tensors", lambda path, wanted: Check("weights", True, "not asked"))
     item = export_native_form(
         method, family, tmp_path / "x", probe_trained(family), bench_of(tiny_bases["sd1"], dtype)
     )
@@ -199,14 +201,14 @@ def test_a_base_in_low_precision(kind: str, dtype: torch.dtype, tiny_bases: dict
     method, family = attached_in(tiny_bases["sd1"], kind, dtype)
     bench = bench_of(tiny_bases["sd1"], dtype)
     own = reduced(method, family, bench, 1000, 1e-3)
-    assert own.checks[0].startswith("ok: "), own.checks
+    assert own.checks[0].passed, own.checks
     wanted = {(part, path): change for part, path, change in method.deltas(family)}
     for part, path, a, b in own.adapter.modules():
         assert relative(delta(a, b, 1.0), wanted[part, path]) < 1e-4
     trained = method.state_dict(family)
     item = export_native_form(method, family, tmp_path / "x", own.prediction, bench)
     assert item.ok, item.checks
-    assert "moves a prediction by" in item.checks[1]
+    assert "moves a prediction by" in item.checks[1].message
     clean = bench.load(dtype)
     read_native_form(clean, tmp_path / "x")
     assert all(torch.equal(value, trained[name]) for name, value in method.state_dict(clean).items())

@@ -26,6 +26,7 @@ from finetune.jobs.class_images import class_images
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.runs.folder import RunFolder
+from finetune.runs.plan import plan_rows
 from finetune.testing.kill import killed_at
 from finetune.training.accelerate import make_accelerator
 from finetune.training.prior import ClassImages
@@ -202,9 +203,9 @@ def test_one_subject_is_what_it_was(
     batches = given["batches"]
     assert batches.streams == [subject, classes]
     assert isinstance(batches.order, ShuffleSampler)
-    rows = list(plan(looked))
-    assert rows[:4] == ["base", "subject", "training prompts", "token"]
-    assert "subjects" not in job._info(looked, {})
+    shown = list(plan_rows(plan(looked)))
+    assert shown[:4] == ["base", "subject", "training prompts", "token"]
+    assert not job._info(looked).subjects
 
 
 def test_two_of_one_noun_share_class_images_and_the_class_prompt(

@@ -96,7 +96,7 @@ def test_a_finished_run_draws_again_what_it_drew(tiny_bases: dict[str, Path], ph
 
     run = job.train(parse_recipe(settings(tiny_bases["sd1"], photos, LORA)), tmp_path / "run")
     family, info = open_result(run)
-    again = draw(family, info["prompts"], seeds=[0, 0], steps=1, guidance=info["guidance"], size=info["resolution"])
+    again = draw(family, info.prompts, seeds=[0, 0], steps=1, guidance=info.guidance, size=info.resolution)
     for number, image in enumerate(again):
         with Image.open(run / "samples" / "after" / f"{number:02d}-0.png") as held:
             assert held.tobytes() == image.tobytes()

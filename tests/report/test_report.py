@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from finetune.core.records import Check
 from finetune.report.html import curve, smooth, write_report
 
 
@@ -42,6 +43,16 @@ def test_the_page_shows_what_the_run_folder_holds(run: Path) -> None:
     assert 'class="bad">FAILED: one is odd' in page
     assert "exports/x.safetensors" in page
     assert page.count("<svg") == 2
+
+
+def test_checks_as_records_decide_the_colour_and_not_their_words(run: Path) -> None:
+    """exports.json as it is written now: `results` beside the lines."""
+    checks = [Check("weights", True, "FAILED: is a word of this one"), Check("diffusers", False, "ok: of this")]
+    item = json.loads((run / "exports.json").read_text())[0] | {"results": [check.values() for check in checks]}
+    (run / "exports.json").write_text(json.dumps([item]))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert 'class="good">ok: FAILED: is a word of this one' in page
+    assert 'class="bad">FAILED: ok: of this' in page
 
 
 def test_nothing_is_fetched_and_nothing_is_let_through(run: Path) -> None:

@@ -82,6 +82,38 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(folder: RunFolder, damage
     assert found.step == 1
 
 
+def test_a_checkpoint_without_a_schema_is_read_and_a_later_ones_is_not_passed_over(folder: RunFolder) -> None:
+    folder.checkpoints.save(state(1), keep=3)
+    file = folder.checkpoints.save(state(2), keep=3) / "state.json"
+    values = json.loads(file.read_text())
+    assert values.pop("schema") == 1
+    file.write_text(json.dumps(values))
+    assert folder.checkpoints.latest().step == 2
+    file.write_text(json.dumps(values | {"schema": 2}))
+    with pytest.raises(BadInput, match=r"step-000002.state\.json has schema 2.*up to 1"):
+        folder.checkpoints.latest()
+
+
+def test_a_recipe_without_a_schema_is_read_and_a_later_ones_is_refused(folder: RunFolder, photos: Path) -> None:
+    file = folder.path / "recipe.yaml"
+    first, _, rest = file.read_text(encoding="utf-8").partition("\n")
+    assert first == "# schema: 1"
+    file.write_text(rest, encoding="utf-8")
+    assert folder.recipe == recipe(photos)
+    for number in ("2", "1.5", "one"):
+        file.write_text(f"# schema: {number}\nanother: form", encoding="utf-8")
+        with pytest.raises(BadInput, match=rf"recipe\.yaml has schema {number}.*up to 1"):
+            take(folder, recipe(photos))
+
+
+def test_a_later_versions_run_json_is_refused_before_anything_is_written_over(folder: RunFolder, photos: Path) -> None:
+    file = folder.path / "run.json"
+    file.write_text('{"schema": 2}')
+    with pytest.raises(BadInput, match=r"run\.json has schema 2.*up to 1"):
+        take(folder, recipe(photos))
+    assert file.read_text() == '{"schema": 2}'
+
+
 def test_no_pickle_is_written(folder: RunFolder) -> None:
     saved = folder.checkpoints.save(state(1), keep=1)
     assert {file.suffix for file in saved.iterdir()} == {".safetensors", ".json"}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors
+from finetune.core.records import Check
 from finetune.export.base import Exported, unchecked
 from finetune.export.metadata import checkpoint_metadata
 from finetune.export.settings import Verify
@@ -39,12 +40,11 @@ def export_checkpoint(
     if verify == "off":
         return unchecked("checkpoint", path, written)
     count, check = _compare(family, path, DTYPES[dtype])
-    ok = check.startswith("ok")
-    size = path.stat().st_size
-    return Exported("checkpoint", path, size, count, 0.0 if ok else float("inf"), READ_BY if ok else [], [check])
+    size, error, readers = path.stat().st_size, 0.0 if check.passed else float("inf"), READ_BY if check.passed else []
+    return Exported("checkpoint", path, size, count, error, readers, [check])
 
 
-def _compare(family: Family, path: Path, dtype: torch.dtype) -> tuple[int, str]:
+def _compare(family: Family, path: Path, dtype: torch.dtype) -> tuple[int, Check]:
     """Every weight of every part, read back by name, against the one in memory rounded to the stored precision."""
     held = load_file(path)
     count = 0
@@ -53,9 +53,9 @@ def _compare(family: Family, path: Path, dtype: torch.dtype) -> tuple[int, str]:
         try:
             again = dict(unpacked(held, family.name, part, module, path))
         except BadInput as fault:
-            return count, f"FAILED: {fault}"
+            return count, Check("file", False, str(fault))
         for key, value in again.items():
             if not torch.equal(value, weights[key].detach().cpu().to(dtype)):
-                return count, f"FAILED: {part}.{key} is not what was written"
+                return count, Check("weights", False, f"{part}.{key} is not what was written")
         count += len(again)
-    return count, f"ok: {count} weights re-read, bit for bit in the stored precision"
+    return count, Check("weights", True, f"{count} weights re-read, bit for bit in the stored precision", 0.0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from finetune.core.devices import DTYPES
 from finetune.core.files import load_tensors, save_tensors, write_json
+from finetune.core.records import Check
 from finetune.export.base import Exported, unchecked
 from finetune.export.settings import Verify
 from finetune.families.base import Family
@@ -38,9 +39,9 @@ def export_folder(family: Family, path: Path, dtype: str, verify: Verify = "full
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if verify == "off":
         return unchecked("folder", path, sum(1 for part in family.parts.values() for _ in part.parameters()))
-    count, checks = _compare(family, path, DTYPES[dtype], verify)
-    ok = checks[0].startswith("ok")
-    return Exported("folder", path, size, count, 0.0 if ok else float("inf"), ["diffusers"] if ok else [], checks)
+    count, check = _compare(family, path, DTYPES[dtype], verify)
+    error, readers = (0.0, ["diffusers"]) if check.passed else (float("inf"), [])
+    return Exported("folder", path, size, count, error, readers, [check])
 
 
 def _keep_estimator(base: Path, folder: Path) -> None:
@@ -62,7 +63,7 @@ def _forget_origin(folder: Path) -> None:
             write_json(file, values)
 
 
-def _compare(family: Family, path: Path, dtype: torch.dtype, verify: Verify) -> tuple[int, list[str]]:
+def _compare(family: Family, path: Path, dtype: torch.dtype, verify: Verify) -> tuple[int, Check]:
     """Every weight of the folder, loaded as any base is or (`deltas`) read from its files, against the trained one
     rounded to the stored dtype."""
     again = load_family(str(path), dtype=dtype) if verify == "full" else None
@@ -72,12 +73,13 @@ def _compare(family: Family, path: Path, dtype: torch.dtype, verify: Verify) -> 
         held = again.parts[part].named_parameters() if again else _stored(path, family, part).items()
         found = {strip_text_model(name): value for name, value in held}
         if wanted.keys() != found.keys():
-            return count, [f"FAILED: {part} has other weights, such as {sorted(wanted.keys() ^ found.keys())[0]}"]
+            odd = sorted(wanted.keys() ^ found.keys())
+            return count, Check("weights", False, f"{part} has other weights, such as {odd[0]}")
         for name, value in wanted.items():
             if not torch.equal(value, found[name].to(dtype)):
-                return count, [f"FAILED: {part}.{name} is not what was trained"]
+                return count, Check("weights", False, f"{part}.{name} is not what was trained")
         count += len(wanted)
-    return count, [f"ok: {count} weights re-loaded, bit for bit in the stored precision"]
+    return count, Check("weights", True, f"{count} weights re-loaded, bit for bit in the stored precision", 0.0)
 
 
 def _stored(path: Path, family: Family, part: str) -> dict[str, Tensor]:

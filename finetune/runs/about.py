@@ -1,0 +1,49 @@
+"""What is told of a run outside its folder: in exports and on pages."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+from finetune import __version__
+from finetune.config.load import dump_recipe
+from finetune.export.metadata import written_date
+from finetune.runs.folder import RunFolder
+
+
+def about_run(folder: RunFolder) -> dict[str, str]:
+    """What exports say of themselves, by `export.metadata`; paths and captions only where "full" is asked for."""
+    recipe, info = folder.recipe, folder.info
+    side = info.resolution
+    needed = {"title": recipe.run.name, "resolution": f"{side}x{side}", "trigger_phrase": "", "date": ""}
+    if recipe.export.metadata == "minimal":
+        return needed
+    standard = {
+        "title": recipe.run.name,
+        "resolution": f"{side}x{side}",
+        "trigger_phrase": info.trigger,
+        "base_hash": info.base_hash,
+        "steps": str(recipe.run.steps),
+        "seed": str(recipe.run.seed),
+        "version": __version__,
+        **_date(folder),
+    }
+    if recipe.export.metadata == "standard":
+        return standard
+    captions = list(dict.fromkeys(text for texts in info.captions for text in texts))
+    return standard | {"recipe": dump_recipe(recipe), "captions": json.dumps(captions, ensure_ascii=False)}
+
+
+def _date(folder: RunFolder) -> dict[str, str]:
+    """When the training ended, so that an export that is made again is the same file; nothing during the training,
+    where the files of previews are of now."""
+    file = folder.path / "adapter" / "trained.safetensors"
+    if not file.is_file():
+        return {}
+    return {"date": written_date(datetime.fromtimestamp(file.stat().st_mtime, UTC))}
+
+
+def short_name(source: str) -> str:
+    """A base as it may be told to others: a folder's last name."""
+    return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
