@@ -1,4 +1,4 @@
-"""A recipe: a YAML file -> one strict `Recipe`. A setting lives in the module that reads it."""
+"""Recipes read from YAML, names or dictionaries, with overrides; and written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe: a YAML file -> one strict `Recipe`. A setting lives in the module that reads it."""
+"""The recipe: the settings of all packages in one strict model, and what they may not be together."""
 
 from __future__ import annotations
 

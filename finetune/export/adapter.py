@@ -1,4 +1,4 @@
-"""Exports. Every module here that defines an `Export` with a `name` is a format: a new one is one new file."""
+"""A trained LoRA as plain matrices, written in the formats that were asked for."""
 
 from __future__ import annotations
 

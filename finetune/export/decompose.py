@@ -1,7 +1,4 @@
-"""What can be done with adapters as matrices: sums, lower ranks, and the difference of two models.
-
-Everything goes by singular values (Eckart and Young): the best approximation of a delta by a given rank.
-"""
+"""A change of weights as its best approximation of a rank, by singular values (Eckart and Young)."""
 
 from __future__ import annotations
 

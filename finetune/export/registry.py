@@ -1,4 +1,4 @@
-"""Exports. Every module here that defines an `Export` with a `name` is a format: a new one is one new file."""
+"""LoRA formats by name, and which formats hold what a method leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe: a YAML file -> one strict `Recipe`. A setting lives in the module that reads it."""
+"""The `export:` section of a recipe."""
 
 from __future__ import annotations
 

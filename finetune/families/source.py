@@ -1,7 +1,4 @@
-"""Base models: where they come from, and which family a folder is of.
-
-Every module in this package that defines a `Family` with a `name` is a family: a new one is one new file.
-"""
+"""Where a base comes from: the tiny base, a folder, the hub, a single file; and its hash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run or an adapter file holds, loaded again: for sampling and for exports."""
+"""What lies beside the exports: the model card, its images, sidecars."""
 
 from __future__ import annotations
 

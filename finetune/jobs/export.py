@@ -1,4 +1,4 @@
-"""What a run or an adapter file holds, loaded again: for sampling and for exports."""
+"""A run's exports: written, checked, and noted in RUN/exports.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run or an adapter file holds, loaded again: for sampling and for exports."""
+"""A finished run, an adapter file or an export, opened again as a family that draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe, looked at: photos, captions, token and base, before anything is written; and the plan in numbers."""
+"""The plan of a job: what is seen how often, what is trained, what it costs."""
 
 from __future__ import annotations
 

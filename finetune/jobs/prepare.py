@@ -1,4 +1,4 @@
-"""A recipe, looked at: photos, captions, token and base, before anything is written; and the plan in numbers."""
+"""A recipe prepared: photos, captions, token and base, before anything is written."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Textual inversion (arXiv:2208.01618): new words for the frozen base, one or several trained embeddings each.
-
-`Inversion` is what every method with words of its own does: it names the subject (`<subject>`), puts a few rows
-beside the frozen table of each CLIP encoder, and trains those rows only. T5 encoders get no rows (files of embeddings
-have no place for them): they read the initialiser's words instead.
-"""
+"""New rows beside the frozen embedding tables of CLIP encoders, and tokens for them (arXiv:2208.01618)."""
 
 from __future__ import annotations
 

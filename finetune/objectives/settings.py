@@ -1,4 +1,4 @@
-"""The objective seam: noising, target and loss weight. Tensors only, no model. A new one is one new file here."""
+"""The `objective:` section of a recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts -> pictures, seeded: each picture has a generator of its own."""
+"""Prompts to images, seeded: each image has a generator of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts -> pictures, seeded: each picture has a generator of its own."""
+"""Images as grids and as PNG files that say how they were made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The only training loop. One batch can be read straight through, from latents to the stepped optimiser."""
+"""Device, precision and processes, through Accelerate."""
 
 from __future__ import annotations
 
