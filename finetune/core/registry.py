@@ -10,7 +10,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar, cast
 
 from finetune.core.errors import BadInput
@@ -68,10 +68,20 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                     if inspect.isclass(item) and self._is_ours(item, module.__name__):
                         self.register(cast(type[T], item))
             for entry in entry_points(group=self.package):
-                self.register(entry.load())
+                self.register(self._from_outside(entry))
             self._loaded = True
         finally:
             self._loading = False
+
+    def _from_outside(self, entry: EntryPoint) -> type[T]:
+        try:
+            return entry.load()
+        except (ImportError, AttributeError) as error:
+            package = entry.dist.name if entry.dist else "a package"
+            raise BadInput(
+                f"{entry.value} of {package} can't be loaded into {self.package} ({error}): update that package, or "
+                "uninstall it"
+            ) from error
 
     def _modules(self) -> Iterator[Any]:
         package = importlib.import_module(self.package)

@@ -46,6 +46,13 @@ def test_another_kind_does_not_inherit_the_old_kinds_keys() -> None:
         (["prior.kind=class_image"], "prior"),
         (["run.steps=many"], "run.steps is 'many'"),
         (["nonsense"], "section.key=value"),
+        (["optim.kind=schedule_free", "run.ema=0.9"], "run.ema is 0.9 but optim.kind schedule_free averages"),
+        (["optim.kind=schedule_free", "optim.schedule=cosine"], "leave optim.schedule out"),
+        (
+            ["optim.kind=prodigy", "method.parts=[denoiser, text_encoders]", "optim.text_lr=1"],
+            "leave optim.text_lr out",
+        ),
+        (["optim.kind=lion8bit", "optim.eps=1e-6"], "optim.eps"),
         (["run.batch_size=3", "run.accumulate=2"], "run.batch_size 3 can't be split"),
         (["data.class_noun=null"], "data.class_noun is missing"),
         (["prior.kind=frozen_base", "data.class_noun=null", "data.templates=['{token}']"], "class_noun is missing"),

@@ -19,9 +19,14 @@ from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
 from finetune.methods.base import Method
 from finetune.methods.registry import METHODS
+from finetune.optim.paged_adamw8bit import PagedAdamW8bit
+from finetune.optim.registry import OPTIMISERS
+from finetune.optim.state import load_state_tensors, state_tensors
 from finetune.sampling.draw import draw
+from finetune.testing import contract
 from finetune.testing.contract import train
 from finetune.training.accelerate import resolve_precision
+from finetune.training.checkpoint import to_cpu
 from finetune.training.settings import Run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -52,6 +57,39 @@ def test_killed_and_resumed_is_the_unbroken_run(
 
 def test_auto_is_a_half_precision() -> None:
     assert resolve_precision(Run()) in ("bf16", "fp16")
+
+
+@pytest.mark.parametrize("optim", OPTIMISERS)
+def test_with_every_optimiser_too(optim: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    settings = OPTIMISERS[optim]()
+    with deterministic(True):
+        contract.killed_and_resumed_is_the_unbroken_run(tiny_bases["sd1"], "lora", tmp_path, settings, device="cuda")
+
+
+def test_paged_moments_are_paged_after_a_resume_too() -> None:
+    """bitsandbytes pages tensors of 100 000 numbers and more; the run that goes on has the unbroken one's bits."""
+
+    def made() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(2**18, device="cuda"))
+        return parameter, PagedAdamW8bit(lr=1e-2).build({"denoiser.x": parameter})
+
+    def step(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, n: int) -> None:
+        parameter.grad = torch.randn(2**18, generator=torch.Generator().manual_seed(n)).cuda()
+        optimizer.step()
+
+    whole, cut, again = made(), made(), made()
+    for n in range(4):
+        step(*whole, n)
+    for n in range(2):
+        step(*cut, n)
+    tensors, values = state_tensors(cut[1])
+    again[0].data.copy_(cut[0].data)
+    load_state_tensors(again[1], to_cpu(tensors), values)
+    assert all(getattr(again[1].state[again[0]][key], "is_paged", False) for key in ("state1", "state2"))
+    for n in range(2, 4):
+        step(*again, n)
+    assert torch.equal(whole[0], again[0])
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))

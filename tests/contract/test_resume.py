@@ -40,7 +40,7 @@ def test_killed_and_resumed_is_the_unbroken_run(
 
 @pytest.mark.parametrize(("kind", "optim"), OPTIMISER_CASES)
 def test_with_every_optimiser_too(kind: str, optim: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    own = {"d0": 1e-3} if optim == "prodigy" else {}  # so that its estimate moves in three steps
+    own = {"d_coef": 10.0} if optim == "prodigy" else {}  # so that its estimate moves in three steps
     settings = OPTIMISERS[optim](**own)
     contract.killed_and_resumed_is_the_unbroken_run(tiny_bases["sd1"], kind, tmp_path, settings)
 
