@@ -59,7 +59,7 @@ def test_our_own_files_are_found_whole(name: str, tiny_bases: dict[str, Path], t
     adapter = written(tiny_bases[name], tmp_path)
     for kind, path in paths(name).items():
         found = verify_file(tmp_path / path, str(tiny_bases[name]))
-        assert (found.kind, found.family, found.dtype) == (kind, name, "fp32")
+        assert (found.kind, found.family, found.dtypes) == (kind, name, ("fp32",))
         assert found.problems == []
         assert found.adapter is not None
         assert largest_difference(adapter, found.adapter) < 1e-6
@@ -195,7 +195,7 @@ def test_conversions_there_and_back_are_exact(
     written(tiny_bases[name], tmp_path, dtype=dtype, alpha=None)
     for start, path in paths(name).items():
         source, found = open_adapter(tmp_path / path, base)
-        assert found.dtype == dtype
+        assert found.dtypes == (dtype,)
         for end in EXPORTS:
             (item,) = write(source, base, tmp_path / f"{start}-to", [end], dtype, False, {})
             assert item.ok, item.checks
