@@ -156,6 +156,27 @@ def test_verify_names_each_fault(
     assert any(words in line for line in problems), problems
 
 
+def test_problems_name_their_kind_and_every_module(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """Without alpha a file can still be taken over; with a value that is not finite it can't."""
+    base = str(tiny_bases["sd1"])
+    written(tiny_bases["sd1"], tmp_path, ["kohya"])
+    tensors = load_file(tmp_path / "x.safetensors")
+    alphas = sorted(key for key in tensors if key.endswith(".alpha"))[:2]
+    for key in alphas:
+        del tensors[key]
+    save_file(tensors, tmp_path / "faint.safetensors")
+    _, found = open_adapter(tmp_path / "faint.safetensors", base)
+    (problem,) = found.problems
+    assert (problem.name, problem.modules) == ("no-alpha", tuple(key.removesuffix(".alpha") for key in alphas))
+    bad = first(tensors, ".lora_up.weight")
+    tensors[bad].fill_(float("nan"))
+    save_file(tensors, tmp_path / "bad.safetensors")
+    found = inspect_adapter(tmp_path / "bad.safetensors", base)
+    assert bad.removesuffix(".lora_up.weight") in {item.name: item.modules for item in found.problems}["not-finite"]
+    with pytest.raises(BadInput, match="not finite"):
+        open_adapter(tmp_path / "bad.safetensors", base)
+
+
 def test_a_dropped_encoder_and_a_lost_prefix_are_told_by_reader(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     """diffusers' own converter writes lora_te1_ for SD1: two readers lose the encoder in silence."""
     written(tiny_bases["sd1"], tmp_path, ["kohya"])
