@@ -73,14 +73,14 @@ class Problem:
 class Inspection:
     """What was found.
 
-    `faults`: kind of problem -> what it is, and the names of the modules that have it. `verdicts`: UI -> (fully,
-    partly, refused or unknown; why).
+    `dtypes`: of its matrices, such as fp16. `faults`: kind of problem -> what it is, and the names of the modules that
+    have it. `verdicts`: UI -> (fully, partly, refused or unknown; why).
     """
 
     path: Path
     kind: str
     family: str
-    dtype: str
+    dtypes: tuple[str, ...]
     size: int
     adapter: Adapter | None
     ranks: Counter[int]
@@ -180,7 +180,7 @@ def _inspect(
         path=path,
         kind=_kind(modules),
         family=family,
-        dtype=", ".join(sorted({_dtype(value) for key, value in tensors.items() if not key.endswith(ALPHA)})),
+        dtypes=tuple(sorted({_dtype(value) for key, value in tensors.items() if not key.endswith(ALPHA)})),
         size=path.stat().st_size,
         adapter=None,
         ranks=Counter(),
@@ -324,7 +324,7 @@ def _peft_folder(path: Path, family: str, folder: Path) -> Inspection:
         dtype = _dtype(opened.get_tensor(next(iter(opened.keys()))))
     ranks = Counter(len(a) for _, _, a, _ in adapter.modules())
     found = Inspection(
-        path, "peft", family, dtype, sum(file.stat().st_size for file in files), adapter, ranks,
+        path, "peft", family, (dtype,), sum(file.stat().st_size for file in files), adapter, ranks,
         Counter({round(adapter.scale, 6): adapter.count}), {},
     )  # fmt: skip
     table = {(place.part, module) for place in places(folder).values() for module in place.modules}

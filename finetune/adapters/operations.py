@@ -35,7 +35,7 @@ def verify_file(path: Path, base: str) -> Inspection:
         found.verdicts["diffusers"] = ("refused", "nothing fits")
         return found
     try:
-        check = read_by_diffusers(found.adapter, found.adapter, path, _coarsest(found.dtype), _bench(found.adapter))
+        check = read_by_diffusers(found.adapter, found.adapter, path, _coarsest(found.dtypes), _bench(found.adapter))
     except AssertionError:  # the sizes of Flux.1 are written into its reader of joined matrices
         found.verdicts["diffusers"] = ("unknown", "its reader of such keys knows the full-size model only")
         return found
@@ -51,9 +51,9 @@ def _bench(adapter: Adapter) -> Bench:
     return Bench(*machine(), lambda dtype: load_family(str(adapter.base_folder), dtype=dtype))
 
 
-def _coarsest(found: str) -> torch.dtype:
-    """Of a file's precisions ("fp16, fp32")."""
-    return max((DTYPES[name] for name in found.split(", ") if name in DTYPES), key=lambda dtype: BOUNDS[dtype])
+def _coarsest(found: Sequence[str]) -> torch.dtype:
+    """Of a file's precisions."""
+    return max((DTYPES[name] for name in found if name in DTYPES), key=lambda dtype: BOUNDS[dtype])
 
 
 def write(

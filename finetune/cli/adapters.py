@@ -70,7 +70,7 @@ def verify(file: File, base: BaseOption = "tiny") -> None:
         for rank, count in sorted(found.ranks.items())
     )
     scales = ", ".join(f"{scale:g}" for scale in sorted(found.scales))
-    typer.echo(f"{file}: {found.kind} LoRA for {found.family}, {found.size / 1e6:.2f} MB, {found.dtype}")
+    typer.echo(f"{file}: {found.kind} LoRA for {found.family}, {found.size / 1e6:.2f} MB, {', '.join(found.dtypes)}")
     for part, layers in (found.adapter.layers if found.adapter else {}).items():
         typer.echo(f"  {part}: {len(layers)} modules")
     typer.echo(f"  rank {ranks or 'unknown'}; scale (alpha / rank) {scales or 'unknown'}")
@@ -96,7 +96,7 @@ def convert(
     from finetune.adapters.operations import about_of, write
 
     adapter, found = open_adapter(file, base)
-    own = found.dtype if found.dtype in ("fp32", "fp16", "bf16") else "fp32"
+    own = found.dtypes[0] if found.dtypes in (("fp32",), ("fp16",), ("bf16",)) else "fp32"
     say_exported(write(adapter, base, out, to or ["kohya"], _dtype(dtype or own), force, about_of(found)))
 
 

@@ -59,7 +59,7 @@ def test_our_own_files_are_found_whole(name: str, tiny_bases: dict[str, Path], t
     adapter = written(tiny_bases[name], tmp_path)
     for kind, path in paths(name).items():
         found = verify_file(tmp_path / path, str(tiny_bases[name]))
-        assert (found.kind, found.family, found.dtype) == (kind, name, "fp32")
+        assert (found.kind, found.family, found.dtypes) == (kind, name, ("fp32",))
         assert found.problems == []
         assert found.adapter is not None
         assert largest_difference(adapter, found.adapter) < 1e-6
@@ -156,6 +156,27 @@ def test_verify_names_each_fault(
     assert any(words in line for line in problems), problems
 
 
+def test_problems_name_their_kind_and_every_module(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """Without alpha a file can still be taken over; with a value that is not finite it can't."""
+    base = str(tiny_bases["sd1"])
+    written(tiny_bases["sd1"], tmp_path, ["kohya"])
+    tensors = load_file(tmp_path / "x.safetensors")
+    alphas = sorted(key for key in tensors if key.endswith(".alpha"))[:2]
+    for key in alphas:
+        del tensors[key]
+    save_file(tensors, tmp_path / "faint.safetensors")
+    _, found = open_adapter(tmp_path / "faint.safetensors", base)
+    (problem,) = found.problems
+    assert (problem.name, problem.modules) == ("no-alpha", tuple(key.removesuffix(".alpha") for key in alphas))
+    bad = first(tensors, ".lora_up.weight")
+    tensors[bad].fill_(float("nan"))
+    save_file(tensors, tmp_path / "bad.safetensors")
+    found = inspect_adapter(tmp_path / "bad.safetensors", base)
+    assert bad.removesuffix(".lora_up.weight") in {item.name: item.modules for item in found.problems}["not-finite"]
+    with pytest.raises(BadInput, match="not finite"):
+        open_adapter(tmp_path / "bad.safetensors", base)
+
+
 def test_a_dropped_encoder_and_a_lost_prefix_are_told_by_reader(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     """diffusers' own converter writes lora_te1_ for SD1: two readers lose the encoder in silence."""
     written(tiny_bases["sd1"], tmp_path, ["kohya"])
@@ -195,7 +216,7 @@ def test_conversions_there_and_back_are_exact(
     written(tiny_bases[name], tmp_path, dtype=dtype, alpha=None)
     for start, path in paths(name).items():
         source, found = open_adapter(tmp_path / path, base)
-        assert found.dtype == dtype
+        assert found.dtypes == (dtype,)
         for end in EXPORTS:
             (item,) = write(source, base, tmp_path / f"{start}-to", [end], dtype, False, {})
             assert item.ok, item.checks

@@ -124,7 +124,7 @@ def hook(event, arguments):
     if event == "pickle.find_class" and not arguments[0].startswith(("multiprocessing", "torch._C")):
         print("PICKLE", arguments, flush=True)
 sys.addaudithook(hook)
-from finetune.cli import main
+from finetune.cli.main import main
 main()
 """
 
