@@ -93,6 +93,7 @@ def test_activations_are_those_of_a_real_step(name: str, checkpointing: bool, ti
 # LoRA on all linear layers (and 1x1 convolutions) of the attention blocks
 MODULES = {"SD 1.5": 192, "SD 2.1": 192, "SDXL": 722, "SDXL refiner": 462, "SD3 medium": 284, "SD3.5 medium": 336,
            "SD3.5 large": 452, "Flux.1 dev": 418}  # fmt: skip
+QUICK = ("SD 1.5", "SD3 medium")
 
 
 @pytest.mark.parametrize("kind", list(METHODS))
@@ -138,7 +139,9 @@ def test_what_the_page_says_is_what_the_command_gives() -> None:
     assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {name}" for name in PUBLISHED]
 
 
-@pytest.mark.parametrize("name", list(PUBLISHED))
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED]
+)
 def test_a_row_of_the_page_is_what_the_command_gives(name: str) -> None:
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     assert sizes_row(name) in between_marks(page).splitlines()
