@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from finetune.jobs import demo
 from finetune.jobs.demo import demo_images, run_demo
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +19,19 @@ sys.path.insert(0, str(ROOT / "examples" / "tiny_base"))
 
 def test_the_demo_pictures_are_there() -> None:
     assert len(list(demo_images().glob("*.png"))) == 5
+
+
+def test_torchs_threads_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error too."""
+    monkeypatch.setattr(demo, "train", lambda *_: inside.append(torch.get_num_threads()) or 1 / 0)
+    before, inside = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            run_demo(None, print)
+        assert (inside, torch.get_num_threads()) == ([2], 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn import functional
 
 from finetune.cli.main import run
 from finetune.config.load import parse_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.batch import Geometry
-from finetune.families.registry import FAMILIES
+from finetune.families.registry import FAMILIES, family_of
 from finetune.families.source import load_family
 from finetune.jobs.estimate import _activations, _counting, estimate, report
 from finetune.methods.registry import METHODS
 from finetune.testing.published import PUBLISHED
 from finetune.testing.published import write as write_published
+from finetune.testing.tables import HEAD, between_marks, sizes_row
 
 # the published counts, in millions (../shared/reference/methods.md, the model cards)
 DENOISERS = {name: millions for name, (_, _, _, millions) in PUBLISHED.items()}
@@ -83,6 +88,98 @@ def test_activations_are_those_of_a_real_step(name: str, checkpointing: bool, ti
         meta.enable_gradient_checkpointing(["denoiser"])
     counted = _activations(meta, ["denoiser"], 2, side)
     assert counted == pytest.approx(sum(seen.values()), rel=0.1)
+
+
+# LoRA on all linear layers (and 1x1 convolutions) of the attention blocks
+MODULES = {"SD 1.5": 192, "SD 2.1": 192, "SDXL": 722, "SDXL refiner": 462, "SD3 medium": 284, "SD3.5 medium": 336,
+           "SD3.5 large": 452, "Flux.1 dev": 418}  # fmt: skip
+QUICK = ("SD 1.5", "SD3 medium")
+
+
+@pytest.mark.parametrize("kind", list(METHODS))
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_modules_are_those_that_are_adapted(name: str, kind: str, tiny_bases: dict[str, Path]) -> None:
+    """Against PEFT's layers, or the owners of trained parameters, on the loaded family."""
+    words = {"vectors": 3} if kind in ("textual_inversion", "pivotal") else {}
+    parts = ["text_encoders"] if kind == "textual_inversion" else ["denoiser", "text_encoders"]
+    method = {"kind": kind, "parts": parts, **words}
+    counted = estimate(recipe(tiny_bases[name], method=method))
+    family, real = load_family(str(tiny_bases[name])), METHODS[kind](parts=parts, **words)
+    real.add_subject_token(family, "zwx", "mug")
+    trained = real.attach(family, 0)
+    modules = [module for part in family.parts.values() for module in part.modules()]
+    layers = sum(isinstance(module, BaseTunerLayer) for module in modules)
+    own = {id(p) for p in trained.values()}
+    owners = sum(any(id(p) in own for p in module._parameters.values()) for module in modules)
+    assert counted.modules == {"full": owners, "textual_inversion": 0}.get(kind, layers)
+    assert (counted.modules > 0) == (kind != "textual_inversion")
+    assert counted.vectors == (3 * len(family.word_tokenizers) if words else 0)
+    assert counted.trained_parameters == sum(p.numel() for p in trained.values())
+    clean = load_family(str(tiny_bases[name])).parts.values()
+    assert counted.clean == 4 * sum(p.numel() for part in clean for p in part.parameters())
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_modules_of_published_models(name: str, tmp_path: Path) -> None:
+    """Against the layers by name and class; SD3's last block has one whose output nothing reads."""
+    folder = write_published(name, tmp_path)
+    denoiser = family_of(folder).on_meta(folder, torch.float32).parts["denoiser"]
+    layers = {path: layer for path, layer in denoiser.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    blocks = [
+        path for path in layers if "attentions." in path or ("transformer_blocks." in path and ".norm" not in path)
+    ]
+    dead = [path for path in blocks if name.startswith("SD3") and path.endswith("add_q_proj")][-1:]
+    assert len(blocks) - len(dead) == MODULES[name]
+    assert estimate(recipe(folder)).modules == MODULES[name]
+
+
+def test_what_the_page_says_is_what_the_command_gives() -> None:
+    rows = between_marks((Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")).splitlines()
+    assert rows[:2] == HEAD.splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {name}" for name in PUBLISHED]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED]
+)
+def test_a_row_of_the_page_is_what_the_command_gives(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert sizes_row(name) in between_marks(page).splitlines()
+
+
+def test_attention_is_replaced_in_the_block_and_nowhere_else() -> None:
+    before = functional.scaled_dot_product_attention
+    query = torch.randn(1, 2, 8, 4, requires_grad=True)
+    wanted = before(query, query, query)
+    with ThreadPoolExecutor(1) as other, _counting([]) as seen:
+        assert functional.scaled_dot_product_attention is before
+        assert torch.equal(other.submit(functional.scaled_dot_product_attention, *[query] * 3).result(), wanted)
+        assert not seen
+        functional.scaled_dot_product_attention(query, query, query)
+    assert sum(seen.values()) == 2 * query.nbytes  # q, k and v are one tensor; the output
+    assert torch.equal(functional.scaled_dot_product_attention(query, query, query), wanted)
+
+
+@pytest.mark.parametrize(
+    ("setting", "method", "formats", "words"),
+    [
+        ("full", "lora", [], "a clean base of 3.97 GiB, beside nothing"),
+        ("full", "full", [], "a second model of 1.99 GiB in main memory, beside the trained one"),
+        ("full", "full", ["checkpoint"], "a file of 1.99 GiB in main memory, beside the trained one"),
+        ("full", "textual_inversion", [], "a clean base of 3.97 GiB, beside nothing"),
+        ("deltas", "lora", [], "files are read again; a second model is not loaded"),
+        ("off", "full", [], "not checked (export.verify is off)"),
+    ],
+)
+def test_the_plan_tells_what_checks_need(
+    setting: str, method: str, formats: list[str], words: str, tmp_path: Path
+) -> None:
+    """SD 1.5's parts are 859,520,964 + 83,653,863 + 123,060,480 weights."""
+    weights = 859_520_964 + 83_653_863 + 123_060_480
+    assert (f"{weights * 4 / 2**30:.2f}", f"{weights * 2 / 2**30:.2f}") == ("3.97", "1.99")
+    export = {"verify": setting, "formats": formats}
+    asked = recipe(write_published("SD 1.5", tmp_path), method={"kind": method}, export=export)
+    assert report(asked)["checks"] == words
 
 
 def test_checkpointing_and_8_bits_need_less(tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ def _compare(family: Family, path: Path, dtype: torch.dtype, verify: Verify) -> 
 
 
 def _stored(path: Path, family: Family, part: str) -> dict[str, Tensor]:
-    """One part's weights, from its files alone."""
+    """One part's weights, from its files alone; without buffers (SD3's positions), which nothing trains."""
+    buffers = {strip_text_model(name) for name, _ in family.parts[part].named_buffers()}
     files = sorted((path / family.sources[part][0]).glob("*.safetensors"))
-    return {name: value for file in files for name, value in load_tensors(file).items()}
+    held = {strip_text_model(name): value for file in files for name, value in load_tensors(file).items()}
+    return {name: value for name, value in held.items() if name not in buffers}
