@@ -24,7 +24,7 @@ ENVIRONMENT = os.environ | {
 }  # fmt: skip
 PROGRAM = """
 import sys, work
-from finetune.launch import launch
+from finetune.cli.launch import launch
 code, message = launch({count}, work.{name}, sys.argv[1:])
 print(message, file=sys.stderr)
 sys.exit(code)

@@ -12,7 +12,7 @@ from test_processes import ENVIRONMENT, distance, losses
 
 PROGRAM = """
 import sys, work_words
-from finetune.launch import launch
+from finetune.cli.launch import launch
 code, message = launch({count}, work_words.work, sys.argv[1:])
 print(message, file=sys.stderr)
 sys.exit(code)
