@@ -110,8 +110,9 @@ def test_a_spoilt_folder_is_found_from_its_files(
     tensors = load_file(file)
     odd = next(key for key, value in tensors.items() if value.any())
     save_file(tensors | {odd: tensors[odd] * 1.01}, file, {"format": "pt"})
-    _, (line,) = whole_models._compare(family, tmp_path / "x", torch.float16, "deltas")
-    assert line.startswith(f"FAILED: vae.{odd}")
+    _, found = whole_models._compare(family, tmp_path / "x", torch.float16, "deltas")
+    assert not found.passed
+    assert found.message.startswith(f"vae.{odd}")
 
 
 def test_off_as_yaml_reads_it(photos: Path) -> None:
