@@ -69,14 +69,16 @@ def write_sd15(folder: Path) -> None:
 
 def train_only(recipe: Recipe, work: Path) -> Path:
     """Latents, prompts and the steps, without pictures and exports; returns the run folder."""
+    from finetune.core.events import sent_to
     from finetune.jobs import train as job
     from finetune.jobs.prepare import prepare
     from finetune.runs.folder import RunFolder
+    from finetune.runs.metrics import MetricsFile
     from finetune.training.accelerate import make_accelerator
 
     accelerator = make_accelerator(recipe.run, adapter=True)
     folder = RunFolder(work / f"steps-{os.getpid()}")
-    with folder.held(recipe):
+    with folder.held(recipe), sent_to(MetricsFile(folder.path)):
         job.fit_job(prepare(recipe), folder, accelerator)
     return folder.path
 
