@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 METHODS: dict[str, dict[str, Any]] = {"lora": {"kind": "lora", "rank": 4, "dropout": 0.1}, "full": {"kind": "full"}}
+WINDOW = 0.55  # of the unbroken run: a resumed one that only has its pictures and exports left may come to its end
 PHASES = ("before the first file", "class images", "latents and prompts", "training", "saving", "pictures and exports")
 
 
@@ -136,6 +137,11 @@ def main() -> None:
     work = arguments.work or Path(tempfile.mkdtemp(prefix="chaos-"))
     work.mkdir(parents=True, exist_ok=True)
     import finetune.jobs.train  # noqa: F401 - once, so that every child starts with everything imported
+    from finetune.families.registry import FAMILIES
+    from finetune.methods.registry import METHODS as REGISTERED
+
+    assert list(FAMILIES)  # registries import their modules when they are first asked
+    assert list(REGISTERED)
 
     kinds = (arguments.method, arguments.optim)
     dice, context = random.Random(arguments.seed), multiprocessing.get_context("fork")
@@ -150,7 +156,7 @@ def main() -> None:
     while kills < arguments.kills:
         run = work / f"run-{runs}"
         runs += 1
-        while kill_once(context, work, run, kinds, length / 3 if kills < arguments.kills else 10 * length, dice):
+        while kill_once(context, work, run, kinds, length * WINDOW if kills < arguments.kills else 10 * length, dice):
             kills += 1
             where[phase_of(work, run)] += 1
             flipped += dice.random() < 0.2 and flip_a_byte(run, dice)
