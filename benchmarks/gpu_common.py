@@ -25,6 +25,10 @@ class Where:
         """fp16 is refused on a CPU."""
         return "bf16" if self.tiny and wanted == "fp16" else wanted
 
+    def label(self, what: str) -> str:
+        """What a row says was run, where `precision` may have put another in fp16's place."""
+        return what.replace("fp16", "bf16 in place of fp16") if self.tiny else what
+
 
 @dataclass(frozen=True)
 class Part:

@@ -157,7 +157,9 @@ def resume(where: Where) -> Iterator[Row]:
         precision = [f"run.precision={where.precision('fp16')}"] if "run.precision=fp16" in overrides else []
         settings = (*overrides, *precision, "run.steps=6", "run.checkpoint_every=3", "run.deterministic=true")
         name = re.sub(r"\W+", "-", what)
-        yield attempt(f"deterministic run: {what}", lambda n=name, f=family, s=settings: half(where, n, f, s))
+        yield attempt(
+            where.label(f"deterministic run: {what}"), lambda n=name, f=family, s=settings: half(where, n, f, s)
+        )
         if (where.work / f"{name}-again").is_dir():
             command = [sys.executable, "-m", "finetune", "resume", str(where.work / f"{name}-again")]
             started[what] = (
@@ -170,7 +172,9 @@ def resume(where: Where) -> Iterator[Row]:
         _, said = process.communicate()
         again, whole = (trained_bytes(where.work / (name + suffix)) for suffix in ("-again", ""))
         equal = process.returncode == 0 and again == whole
-        yield check(f"resumed bit for bit: {what}", equal, "" if equal else said.strip()[-300:] or "other weights")
+        yield check(
+            where.label(f"resumed bit for bit: {what}"), equal, "" if equal else said.strip()[-300:] or "other weights"
+        )
 
 
 def half(where: Where, name: str, family: str, settings: tuple[str, ...]) -> str:
@@ -200,7 +204,7 @@ def jobs(where: Where) -> Iterator[Row]:
     """Whole jobs on small random bases, from photos to exports that diffusers or PEFT read back; then the commands."""
     for what, (family, overrides) in JOBS.items():
         settings = tuple(text.replace("fp16", where.precision("fp16")) for text in overrides)
-        yield attempt(f"job: {what}", lambda w=what, f=family, s=settings: whole_job(where, w, f, s))
+        yield attempt(where.label(f"job: {what}"), lambda w=what, f=family, s=settings: whole_job(where, w, f, s))
     run = where.work / folder_of(next(iter(JOBS)))
     if run.is_dir():
         file = next(run.glob("exports/*.safetensors"))
@@ -234,7 +238,9 @@ def stops(where: Where) -> Iterator[Row]:
     for precision in ("fp32", "bf16", "fp16"):
         for kind in ("lora", "full"):
             chosen = where.precision(precision)
-            yield attempt(f"stop at NaN: {kind} {precision}", lambda k=kind, p=chosen: stopped_at_nan(where, k, p))
+            yield attempt(
+                where.label(f"stop at NaN: {kind} {precision}"), lambda k=kind, p=chosen: stopped_at_nan(where, k, p)
+            )
 
 
 def stopped_at_nan(where: Where, kind: str, precision: str) -> str:
