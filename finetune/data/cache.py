@@ -51,8 +51,8 @@ class LatentCache:
         """
         for view in crops:
             if not self._read(view):
-                family.place(["vae"])
-                encoded = family.encode_images(view.pixels()[None].to(family.device)).to("cpu")
+                family.parts.place(family.codec.parts)
+                encoded = family.codec.encode(view.pixels()[None].to(family.device)).to("cpu")
                 held = self.held[view.key] = Latents(encoded.mean[0], encoded.std[0])
                 save_tensors(self._file(view), {"mean": held.mean, "std": held.std})
             advance(1)
@@ -103,7 +103,7 @@ class PromptCache:
         file = self._file(prompt, index)
         tensors = _load(file)
         if tensors is None:
-            self.family.place([part])
+            self.family.parts.place([part])
             tensors = {name: value[0] for name, value in self.family.encode_text(index, [prompt]).items()}
             save_tensors(file, tensors)
         return tensors

@@ -293,10 +293,10 @@ def test_the_step_of_a_bucket_is_the_familys_own(tiny_bases: dict[str, Path]) ->
         family = load_family(str(base))
         assert family.size_multiple == 4, name
         if is_transformer(name):  # tokens are patches of 2x2 latents
-            assert family.size_multiple == 2 * family.latent_factor == family.square_multiple
+            assert family.size_multiple == 2 * family.codec.factor == family.square_multiple
             continue
         halvings = sum(block.downsamplers is not None for block in family.parts["denoiser"].down_blocks)
-        assert family.size_multiple == family.latent_factor * 2**halvings
+        assert family.size_multiple == family.codec.factor * 2**halvings
 
 
 def test_the_plan_tells_of_buckets(tiny_bases: dict[str, Path], shapes: Path) -> None:
