@@ -179,6 +179,11 @@ class Family(ABC):
     @abstractmethod
     def _join(self, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]: ...
 
+    @property
+    def image_encoders(self) -> list[str]:
+        """The parts with which `encode_image_conditions` computes."""
+        return []
+
     def encode_image_conditions(self, pixels: Tensor) -> dict[str, Tensor]:
         """Pixels [B, 3, H, W] in [-1, 1] of training images -> the conditions that are made of the image itself, such
         as unCLIP's image embedding (arXiv:2204.06125 section 2): first dimension B, no gradient. {} for none.
