@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from finetune.core.batch import Geometry
+from finetune.core.errors import BadInput
 from finetune.core.rng import generator
 from finetune.families.base import Family
 
@@ -77,6 +78,11 @@ def suggest(family: Family, count: int = 10, noun: str | None = None, measured: 
     """The best rare tokens of `measured` candidates spread over the rare range: of the third that the text encoders
     tell apart best, those with the weakest prior first; then the rest, the best told apart first."""
     candidates = rare_tokens(family.word_tokenizers)
+    if not candidates:
+        raise BadInput(
+            f"the tokenizer of {family.folder} has no rare word that is one token: choose a word yourself with "
+            "data.token, and look at it with `finetune tokens check`"
+        )
     chosen = candidates[:: max(1, len(candidates) // measured)][:measured]
     found = [_with_distance(family, describe(family.word_tokenizers, text), noun) for text in chosen]
     found.sort(key=lambda token: token.distance or 0.0, reverse=True)

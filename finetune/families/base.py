@@ -146,8 +146,10 @@ class Family(ABC):
 
     @property
     def word_tokenizers(self) -> list[Any]:
-        """The tokenizers for which a rare token must be one piece: CLIP's, which T5's never agree with."""
-        return [tokenizer for tokenizer in self.tokenizers if type(tokenizer).__name__.startswith("CLIP")]
+        """The tokenizers for which a rare token must be one piece: CLIP's, which T5's never agree with. All, where
+        there is no CLIP."""
+        clip = [tokenizer for tokenizer in self.tokenizers if type(tokenizer).__name__.startswith("CLIP")]
+        return clip or self.tokenizers
 
     def encode_prompts(self, prompts: Sequence[str], kept: Tensor | None = None) -> dict[str, Tensor]:
         """Prompts -> conditioning tensors, first dimension len(prompts); with gradients if encoders train.
