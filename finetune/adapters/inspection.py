@@ -306,7 +306,9 @@ def _transformer_verdicts(found: Inspection, uis: tuple[str, ...]) -> dict[str, 
     if lost or texts:
         why = f"{lost} keys are not loaded" if lost else "not established for the text encoders of such files"
         return dict.fromkeys(uis, ("partly" if lost else "unknown", why))
-    return dict.fromkeys(uis, ("fully", ""))
+    known = FAMILIES[found.family].naming.known_readers.diffusers_format
+    unknown = ("unknown", f"not established for {found.family}")
+    return {ui: ("fully", "") if ui.split("/")[0] in known else unknown for ui in uis}
 
 
 def _peft_folder(path: Path, family: str, folder: Path) -> Inspection:

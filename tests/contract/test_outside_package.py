@@ -103,7 +103,9 @@ def test_what_it_adds_keeps_the_contract_and_what_breaks_it_is_seen(
 ) -> None:
     folder = tmp_path / "runs"
     folder.mkdir()
-    done = run(installed, (RECIPE + checks).format(base=str(tiny_bases["sd1"]), folder=str(folder), photos=str(photos)))
+    done = run(
+        installed, (RECIPE + checks).format(base=str(tiny_bases["sd1"]), folder=str(folder), photos=str(photos))
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

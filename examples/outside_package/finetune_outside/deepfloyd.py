@@ -18,7 +18,7 @@ from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
 from finetune.families.codec import ImageCodec, PixelCodec
 from finetune.families.configs import read_config
-from finetune.families.naming.base import Labels, Naming
+from finetune.families.naming.base import Labels, Naming, Readers
 from finetune.families.parts import Source
 from finetune.families.unet import UNetDrawing, UNetFamily
 
@@ -46,7 +46,8 @@ class DeepFloydIF(UNetFamily):
     naming = Naming(
         Labels("deepfloyd_if_i", "deepfloyd-if-stage-i", "https://github.com/deep-floyd/IF", "Unknown"),
         {"denoiser": "lora_unet"},
-        readers=None,
+        Readers(),  # diffusers reads its own form; its reader of kohya's does not know add_k_proj and add_v_proj
+        ui_format="diffusers",
     )
 
     @classmethod
