@@ -54,7 +54,8 @@ class DoRA(Ranked):
         base.weight.data = held.double()
         try:
             layer.merge()
-            return (base.weight.data - held.double()).float()
+            difference: Tensor = base.weight.data - held.double()
+            return difference.float()
         finally:
             base.weight.data = held
             layer.merged_adapters.clear()

@@ -44,7 +44,8 @@ class PeftAdapter(Method):
 
     def delta(self, layer: Any) -> Tensor:
         """What one adapted layer adds to its base weight: the weight's shape, float32."""
-        return layer.get_delta_weight(ADAPTER).float()
+        delta: Tensor = layer.get_delta_weight(ADAPTER)
+        return delta.float()
 
     def prepare(self, layer: Any) -> None:
         """Sets a new layer right, where PEFT's own start would not be the base or would not be repeatable."""
