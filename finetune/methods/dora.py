@@ -18,7 +18,7 @@ class DoRA(Ranked):
 
     marks: ClassVar = (".lora_",)
     kind: Literal["dora"] = "dora"
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     rank_stabilised: bool = False
 
     def config(self, targets: list[str]) -> Any:

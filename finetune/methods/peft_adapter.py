@@ -162,8 +162,8 @@ class PeftAdapter(Method):
 class Ranked(PeftAdapter):
     """Kinds with a rank, and alpha / rank as their scale. `alpha: null` is the rank, so that the scale is 1."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float | None = Field(None, gt=0)
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
 
     @property
     def alpha_value(self) -> float:

@@ -41,11 +41,11 @@ class Optimiser(Settings):
     if TYPE_CHECKING:
         kind: str  # a field of each subclass; as a field here it would come first in recipe.yaml
 
-    lr: float = Field(1e-4, gt=0)
-    text_lr: float | None = Field(None, gt=0)  # None: lr
+    lr: float = Field(default=1e-4, gt=0)
+    text_lr: float | None = Field(default=None, gt=0)  # None: lr
     max_grad_norm: float = 1.0  # 0: no clipping
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup: int = Field(0, ge=0)  # steps
+    warmup: int = Field(default=0, ge=0)  # steps
 
     @abstractmethod
     def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:

@@ -22,9 +22,9 @@ class Prodigy(Adam):
     state_bytes: ClassVar[float] = 16.0  # two moments, the start and s of its estimate
     windows: ClassVar[bool] = False  # its one rate also moves the groups that are set to 0
     kind: Literal["prodigy"] = "prodigy"
-    lr: float = Field(1.0, gt=0)
-    d0: float = Field(1e-6, gt=0)  # where the estimate begins
-    d_coef: float = Field(1.0, gt=0)  # what it is multiplied by
+    lr: float = Field(default=1.0, gt=0)
+    d0: float = Field(default=1e-6, gt=0)  # where the estimate begins
+    d_coef: float = Field(default=1.0, gt=0)  # what it is multiplied by
     bias_correction: bool = False
 
     @field_validator("text_lr")
