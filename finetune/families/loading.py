@@ -107,9 +107,9 @@ class DiffusersFamily(Family):
         subfolder, kind = self.sources[name]
         if not self.is_in(self.folder, name):
             raise BadInput(f"{self.folder} has no {subfolder}/config.json: the base must be a whole diffusers folder")
-        part: Any = load_weights(self.folder / subfolder, kind, self._part_dtype(name))
+        part = load_weights(self.folder / subfolder, kind, self._part_dtype(name))
         if name == "vae":
-            part.enable_slicing()  # a picture at a time: eight of 1024 pixels need no more memory than one
+            cast(Any, part).enable_slicing()  # a picture at a time: eight of 1024 pixels need no more memory than one
         return part.requires_grad_(False).eval()
 
     def _is_t5(self, index: int) -> bool:
@@ -138,7 +138,8 @@ class DiffusersFamily(Family):
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         vae: Any = self.parts["vae"]
-        return vae.decode((latents / self.scaling + self.offset).to(vae.dtype)).sample.float()
+        decoded: Tensor = vae.decode((latents / self.scaling + self.offset).to(vae.dtype)).sample
+        return decoded.float()
 
     def text_length(self, index: int) -> int:
         if not self.tokenizers:  # on the meta device
@@ -161,9 +162,9 @@ class DiffusersFamily(Family):
                     f"the prompt {prompt!r} is longer than {length} tokens; {cut!r} is not read: shorten it",
                     stacklevel=2,
                 )
-        return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")[
-            "input_ids"
-        ]
+        fixed = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        ids: Tensor = tokenizer(list(prompts), **fixed)["input_ids"]
+        return ids
 
     def release(self, parts: Sequence[str]) -> None:
         for name in parts:
@@ -224,9 +225,11 @@ class DiffusersFamily(Family):
 
 
 def _from_config(kind: Any, folder: Path) -> nn.Module:
-    if issubclass(kind, diffusers.ModelMixin):
-        return kind.from_config(kind.load_config(folder))
-    return kind(kind.config_class.from_pretrained(folder))
+    ours = issubclass(kind, diffusers.ModelMixin)
+    model: nn.Module = (
+        kind.from_config(kind.load_config(folder)) if ours else kind(kind.config_class.from_pretrained(folder))
+    )
+    return model
 
 
 def _tokenizer(folder: Path, encoder: Any) -> Any:

@@ -51,12 +51,13 @@ class StableDiffusion1(UNetFamily):
     ) -> Tensor:
         denoiser: Any = self.parts["denoiser"]
         read = self._read(noisy)
-        return denoiser(
+        predicted: Tensor = denoiser(
             read,
             timesteps,
             encoder_hidden_states=cond["hidden"].to(read.dtype),
             return_dict=False,
         )[0]
+        return predicted
 
     def _pipeline_extras(self) -> dict[str, Any]:
         if self.inputs == "depth":

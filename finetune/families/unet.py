@@ -82,12 +82,15 @@ class UNetFamily(DiffusersFamily):
     def size_multiple(self) -> int:
         """A UNet halves the latents once between two blocks: 64 pixels for SD1 and SD2, 32 for SDXL."""
         blocks = cast(Any, self.parts["denoiser"]).config.block_out_channels
-        return self.latent_factor * 2 ** (len(blocks) - 1)
+        multiple: int = self.latent_factor * 2 ** (len(blocks) - 1)
+        return multiple
 
     @classmethod
     def resolution_of(cls, folder: Path) -> int:
-        def read(part: str) -> dict:
-            return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+        def read(part: str) -> dict[str, Any]:
+            config: dict[str, Any] = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+            return config
 
         levels = len(read("vae").get("block_out_channels", (0,)))
-        return int(read("unet").get("sample_size", 64)) * 2 ** (levels - 1)
+        pixels: int = int(read("unet").get("sample_size", 64)) * 2 ** (levels - 1)
+        return pixels
