@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     printable()
     try:
-        return options.run(options)
+        code: int = options.run(options)
+        return code
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

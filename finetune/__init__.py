@@ -18,10 +18,12 @@ __all__ = ["load_recipe", "resume", "train"]
 _HOMES = {"load_recipe": "finetune.config.load", "train": "finetune.jobs.train", "resume": "finetune.jobs.train"}
 
 
-def __getattr__(name: str) -> Any:
-    """Imports torch and the rest only when something that needs them is asked for (PEP 562)."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'finetune' has no attribute {name!r}")
-    import importlib
+if not TYPE_CHECKING:  # a type checker would take every misspelled name for one of ours
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    def __getattr__(name: str) -> Any:
+        """Imports torch and the rest only when something that needs them is asked for (PEP 562)."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 import yaml
@@ -23,6 +25,10 @@ def read(name: str) -> str:
 def steps(workflow: Path) -> list[dict]:
     jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
     return [step for job in jobs.values() for step in job.get("steps", [])]
+
+
+def is_field(node: ast.AST) -> TypeGuard[ast.Call]:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Field"
 
 
 def test_the_version_is_stated_once_and_repeated_right() -> None:
@@ -49,6 +55,21 @@ def test_the_licence_is_the_same_in_the_citation() -> None:
 @pytest.mark.parametrize("package", PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
 def test_packages_say_that_they_are_typed(package: str) -> None:
     assert (ROOT / package / "py.typed").is_file()
+
+
+def test_mypy_alone_is_strict_about_all_that_is_packaged() -> None:
+    settings = PROJECT["tool"]["mypy"]
+    assert settings["strict"] is True
+    assert set(PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) <= set(settings["files"])
+    assert not any(name.split(".")[0] in settings["files"] for own in settings["overrides"] for name in own["module"])
+
+
+def test_settings_name_their_defaults() -> None:
+    """Type checkers without pydantic's plugin take a field for required if its default is not named (PEP 681)."""
+    files = [*(ROOT / "finetune").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    calls = [node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8"))) if is_field(node)]
+    assert calls
+    assert not [ast.unparse(call) for call in calls if call.args]
 
 
 def test_pre_commit_uses_the_versions_of_the_dev_extra() -> None:

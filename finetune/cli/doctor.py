@@ -10,8 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.core.files import cache_dir
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors")
 NEEDED_GB = 10
@@ -50,7 +54,7 @@ def _versions() -> list[Finding]:
     return findings
 
 
-def _bounds() -> dict:
+def _bounds() -> dict[str, SpecifierSet]:
     from packaging.requirements import Requirement
 
     try:

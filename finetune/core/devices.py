@@ -32,9 +32,9 @@ def native_bf16(index: int | None = None) -> bool:
     """Whether a GPU (None: the current one) computes in bf16 itself. Before NVIDIA's Ampere (T4, V100, RTX 20) it is
     emulated, and many times slower than fp16."""
     if index is None:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     with torch.cuda.device(index):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def exact_device(device: torch.device) -> torch.device:

@@ -75,7 +75,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     def _from_outside(self, entry: EntryPoint) -> type[T]:
         try:
-            return entry.load()
+            found: type[T] = entry.load()
+            return found
         except (ImportError, AttributeError) as error:
             package = entry.dist.name if entry.dist else "a package"
             raise BadInput(

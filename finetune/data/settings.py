@@ -15,7 +15,7 @@ class Subject(Settings):
 
     photos: AnyPath
     class_noun: str | None = None
-    token: str = Field("auto", min_length=1)
+    token: str = Field(default="auto", min_length=1)
 
     @field_validator("photos")
     @classmethod
@@ -38,22 +38,22 @@ class Data(Subject):
 
     subjects: list[Subject] = []
     skip_bad: bool = False  # leave out files that can't be used
-    token_pieces: int = Field(1, ge=1)
+    token_pieces: int = Field(default=1, ge=1)
     captions: Literal["auto", "files", "templates"] = "auto"
     templates: list[str] = ["a photo of {token} {noun}"]
     long_captions: Literal["refuse", "cut"] = "refuse"
-    resolution: int | None = Field(None, ge=8, le=4096)  # None: the base's own
+    resolution: int | None = Field(default=None, ge=8, le=4096)  # None: the base's own
     shape: Literal["square", "buckets"] = "square"
-    bucket_tolerance: float = Field(0.1, ge=0, le=0.5)
+    bucket_tolerance: float = Field(default=0.1, ge=0, le=0.5)
     crop: Literal["center", "random"] = "center"
-    crops: int = Field(4, ge=1)  # how many random crops of each photo are cached
+    crops: int = Field(default=4, ge=1)  # how many random crops of each photo are cached
     flip: bool = False
-    caption_dropout: float = Field(0.0, ge=0, le=1)
-    encoder_dropout: float = Field(0.0, ge=0, le=1)  # each of several text encoders on its own
+    caption_dropout: float = Field(default=0.0, ge=0, le=1)
+    encoder_dropout: float = Field(default=0.0, ge=0, le=1)  # each of several text encoders on its own
     masks: Literal["none", "auto", "alpha", "files"] = "none"
-    mask_floor: float = Field(0.0, ge=0, le=1)
-    mask_count: int = Field(8, ge=1)  # drawn for each view, for inpainting
-    edit_dropout: float = Field(0.05, ge=0, le=1 / 3)  # of picture, instruction and both
+    mask_floor: float = Field(default=0.0, ge=0, le=1)
+    mask_count: int = Field(default=8, ge=1)  # drawn for each view, for inpainting
+    edit_dropout: float = Field(default=0.05, ge=0, le=1 / 3)  # of picture, instruction and both
 
     @property
     def all_subjects(self) -> list[Subject]:

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.export.base import Adapter, Bench, Exported
@@ -21,7 +23,7 @@ def adapter_from(method: Method, family: Family) -> Adapter:
     """The trained LoRA as plain matrices."""
     assert isinstance(method, LoRA), f"{method.kind} has no low-rank matrices"
     state = method.state_dict(family)
-    layers: dict[str, dict[str, tuple]] = {}
+    layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for key, a in state.items():
         if key.endswith(".lora_A.weight"):
             name = key.removesuffix(".lora_A.weight")

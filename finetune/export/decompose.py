@@ -110,7 +110,7 @@ def beyond_lora(base: Family, tuned: Family) -> tuple[int, float]:
 
 
 def _difference(part: str, module: str, weight: Tensor, other: object) -> Tensor:
-    theirs = getattr(other, "weight", None)
+    theirs: Tensor | None = getattr(other, "weight", None)
     if theirs is None or theirs.shape != weight.shape:
         raise BadInput(
             f"{part} {module} is of another shape in the model than in the base: give the base it was tuned from"

@@ -25,8 +25,8 @@ class ExportTo(Settings):
     """
 
     formats: list[str] = []
-    rank: int | None = Field(None, ge=1)
-    max_error: float = Field(0.2, gt=0, le=1)
+    rank: int | None = Field(default=None, ge=1)
+    max_error: float = Field(default=0.2, gt=0, le=1)
     metadata: Literal["minimal", "standard", "full"] = "standard"
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     verify: Verify = "full"

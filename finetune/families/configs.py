@@ -14,6 +14,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if not file.is_file():
         raise BadInput(f"{folder} has no {name}: the base must be a diffusers folder")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return config
     except ValueError as error:
         raise BadInput(f"{file} is no JSON ({error}): fetch the base again") from error

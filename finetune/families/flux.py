@@ -104,7 +104,7 @@ def pack(latents: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `pack` for h = `height` and w = `width`."""
-    patches = tokens.unflatten(1, (height, width)).unflatten(3, (-1, 2, 2))  # [B, h, w, C, 2, 2]
+    patches: Tensor = tokens.unflatten(1, (height, width)).unflatten(3, (-1, 2, 2))  # [B, h, w, C, 2, 2]
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 

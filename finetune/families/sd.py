@@ -68,12 +68,13 @@ class StableDiffusion1(UNetFamily):
     ) -> Tensor:
         denoiser: Any = self.parts["denoiser"]
         read = self._read(noisy)
-        return denoiser(
+        predicted: Tensor = denoiser(
             read,
             timesteps,
             encoder_hidden_states=cond["hidden"].to(read.dtype),
             return_dict=False,
         )[0]
+        return predicted
 
 
 class StableDiffusion2(StableDiffusion1):

@@ -63,7 +63,8 @@ class StableDiffusion3(TransformerFamily):
     def resolution_of(cls, folder: Path) -> int:
         config = diffusers.SD3Transformer2DModel.load_config(folder / "transformer")
         vae = diffusers.AutoencoderKL.load_config(folder / "vae")
-        return int(config.get("sample_size", 128)) * 2 ** (len(vae["block_out_channels"]) - 1)
+        pixels: int = int(config.get("sample_size", 128)) * 2 ** (len(vae["block_out_channels"]) - 1)
+        return pixels
 
     def _check_widths(self) -> None:
         """T5's tokens are as wide as the denoiser reads; CLIP's two are put side by side and padded to that."""
@@ -97,10 +98,11 @@ class StableDiffusion3(TransformerFamily):
     ) -> Tensor:
         denoiser: Any = self.parts["denoiser"]
         dtype = denoiser.proj_out.weight.dtype
-        return denoiser(
+        predicted: Tensor = denoiser(
             hidden_states=noisy.to(dtype),
             timestep=timesteps,
             encoder_hidden_states=cond["hidden"].to(dtype),
             pooled_projections=cond["pooled"].to(dtype),
             return_dict=False,
         )[0]
+        return predicted

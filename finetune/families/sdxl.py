@@ -86,13 +86,14 @@ class StableDiffusionXL(UNetFamily):
         dtype = read.dtype
         # the sizes stay fp32: bf16 would tell 1365 pixels as 1368, whose embedding is another one
         added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": self._time_ids(geometry).to(noisy.device)}
-        return denoiser(
+        predicted: Tensor = denoiser(
             read,
             timesteps,
             encoder_hidden_states=cond["hidden"].to(dtype),
             added_cond_kwargs=added,
             return_dict=False,
         )[0]
+        return predicted
 
     def _time_ids(self, geometry: Sequence[Geometry]) -> Tensor:
         return time_ids(geometry)

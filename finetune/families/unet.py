@@ -88,7 +88,8 @@ class UNetFamily(DiffusersFamily):
     def size_multiple(self) -> int:
         """A UNet halves the latents once between two blocks: 64 pixels for SD1 and SD2, 32 for SDXL."""
         blocks = cast(Any, self.parts["denoiser"]).config.block_out_channels
-        return self.codec.factor * 2 ** (len(blocks) - 1)
+        halvings: int = len(blocks) - 1
+        return self.codec.factor * 2**halvings
 
     @classmethod
     def resolution_of(cls, folder: Path) -> int:
@@ -96,4 +97,5 @@ class UNetFamily(DiffusersFamily):
             return read_config(folder, f"{part}/config.json")
 
         levels = len(read("vae").get("block_out_channels", (0,)))
-        return int(read("unet").get("sample_size", 64)) * 2 ** (levels - 1)
+        pixels: int = int(read("unet").get("sample_size", 64)) * 2 ** (levels - 1)
+        return pixels

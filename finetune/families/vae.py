@@ -31,7 +31,8 @@ class CastVAE(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.inner.device
+        device: torch.device = self.inner.device
+        return device
 
     def encode(self, pixels: Tensor) -> AutoencoderKLOutput:
         with torch.autocast(pixels.device.type, enabled=False):

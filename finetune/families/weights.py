@@ -37,6 +37,7 @@ def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
         )
     keywords: dict[str, Any] = {"use_safetensors": not pickled, "output_loading_info": True}
     keywords["torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"] = dtype
+    model: nn.Module
     try:
         model, info = kind.from_pretrained(folder, **keywords)
     except (OSError, SafetensorError, pickle.UnpicklingError) as error:

@@ -129,7 +129,7 @@ def _manifest(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not file.is_file():
         return settings | {"toolkit": __version__, "pictures": {}}
     try:
-        made = json.loads(file.read_text(encoding="utf-8"))
+        made: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         images = made["pictures"]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(

@@ -133,7 +133,7 @@ def _precision(recipe: Recipe) -> str:
     return chosen
 
 
-def _side(recipe: Recipe, family: Any) -> int:
+def _side(recipe: Recipe, family: Family | type[Family]) -> int:
     """Works on a loaded family and on its class."""
     if recipe.data.resolution:
         return recipe.data.resolution
@@ -221,9 +221,8 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Tensor:
-    out = _FusedAttention.apply(query, key, value)
-    assert isinstance(out, Tensor)
-    return out
+    apply: Callable[..., Tensor] = _FusedAttention.apply
+    return apply(query, key, value)
 
 
 def _millions(count: int) -> str:

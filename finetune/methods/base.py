@@ -34,7 +34,7 @@ class Method(Settings, ABC):
         "adapter",
     )  # what leaves the run: `finetune.export` has formats for each
     kind: str
-    parts: list[Part] = Field(["denoiser"], min_length=1)
+    parts: list[Part] = Field(default=["denoiser"], min_length=1)
 
     def part_names(self, family: Family) -> list[str]:
         """`parts` as names in `family.parts`: "text_encoders" means all that the family lets train."""

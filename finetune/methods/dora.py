@@ -18,7 +18,7 @@ class DoRA(Ranked):
 
     marks: ClassVar = (".lora_",)
     kind: Literal["dora"] = "dora"
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     rank_stabilised: bool = False
 
     def config(self, targets: list[str]) -> Any:
@@ -54,7 +54,8 @@ class DoRA(Ranked):
         base.weight.data = held.double()
         try:
             layer.merge()
-            return (base.weight.data - held.double()).float()
+            difference: Tensor = base.weight.data - held.double()
+            return difference.float()
         finally:
             base.weight.data = held
             layer.merged_adapters.clear()

@@ -66,7 +66,7 @@ def add_tokens(tokenizer: Any, name: str, count: int) -> int:
     if taken is not None:
         raise BadInput(f"the base's tokenizer has {taken!r} already: give another name with data.token=NAME")
     tokenizer.add_tokens(new)
-    ids = tokenizer.convert_tokens_to_ids(new)
+    ids: list[int] = tokenizer.convert_tokens_to_ids(new)
     assert ids == list(range(ids[0], ids[0] + count))
     rewrite_prompt(tokenizer, f"<{name}>", " ".join(new))
     return ids[0]

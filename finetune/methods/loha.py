@@ -14,7 +14,7 @@ class LoHa(Ranked):
 
     marks: ClassVar = (".hada_",)
     kind: Literal["loha"] = "loha"
-    rank: int = Field(8, ge=1)
+    rank: int = Field(default=8, ge=1)
 
     def config(self, targets: list[str]) -> Any:
         import peft

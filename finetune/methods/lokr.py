@@ -18,7 +18,7 @@ class LoKr(Ranked):
 
     marks: ClassVar = (".lokr_",)
     kind: Literal["lokr"] = "lokr"
-    factor: int | None = Field(None, ge=2)
+    factor: int | None = Field(default=None, ge=2)
 
     def config(self, targets: list[str]) -> Any:
         import peft

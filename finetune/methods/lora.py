@@ -30,7 +30,7 @@ class LoRA(Ranked):
     marks: ClassVar = (".lora_",)
     low_rank: ClassVar = True
     kind: Literal["lora"] = "lora"
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     rank_stabilised: bool = False
     init: Literal["default", "gaussian"] = "default"
 

@@ -26,7 +26,7 @@ class OFT(PeftAdapter):
     marks: ClassVar = (".oft_R.",)
     kind: Literal["oft"] = "oft"
     targets: Literal["attention", "all-linear", "cross-kv"] = "all-linear"
-    block_size: int = Field(32, ge=2)
+    block_size: int = Field(default=32, ge=2)
 
     def config(self, targets: list[str]) -> Any:
         import peft

@@ -44,7 +44,8 @@ class PeftAdapter(Method):
 
     def delta(self, layer: Any) -> Tensor:
         """What one adapted layer adds to its base weight: the weight's shape, float32."""
-        return layer.get_delta_weight(ADAPTER).float()
+        delta: Tensor = layer.get_delta_weight(ADAPTER)
+        return delta.float()
 
     def prepare(self, layer: Any) -> None:
         """Sets a new layer right, where PEFT's own start would not be the base or would not be repeatable."""
@@ -161,8 +162,8 @@ class PeftAdapter(Method):
 class Ranked(PeftAdapter):
     """Kinds with a rank, and alpha / rank as their scale. `alpha: null` is the rank, so that the scale is 1."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float | None = Field(None, gt=0)
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
 
     @property
     def alpha_value(self) -> float:

@@ -28,11 +28,11 @@ class Pivotal(Inversion):
 
     artifacts: ClassVar = ("adapter", "embedding")
     kind: Literal["pivotal"] = "pivotal"
-    pivot: float = Field(0.5, gt=0, lt=1)
+    pivot: float = Field(default=0.5, gt=0, lt=1)
     keep_training_token: bool = False
-    rank: int = Field(16, ge=1)
-    alpha: float | None = Field(None, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Literal["attention", "all-linear", "conv", "cross-kv"] = "all-linear"
     rank_stabilised: bool = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -15,4 +15,7 @@ METHODS: Registry[Method] = Registry(Method, "finetune.methods", lambda item: it
 
 
 # what a recipe's `method:` section may be: `kind` chooses the class
-MethodSettings: Any = Annotated[reduce(or_, METHODS.values()), Field(discriminator="kind")]
+if TYPE_CHECKING:
+    MethodSettings = Method
+else:
+    MethodSettings = Annotated[reduce(or_, METHODS.values()), Field(discriminator="kind")]

@@ -34,8 +34,8 @@ class Inversion(Method):
     one token, and are repeated where there are more vectors. `norm: keep` fixes their length at the base's mean.
     """
 
-    vectors: int = Field(1, ge=1, le=32)
-    init: str | None = Field(None, min_length=1)
+    vectors: int = Field(default=1, ge=1, le=32)
+    init: str | None = Field(default=None, min_length=1)
     norm: Literal["free", "keep"] = "free"
 
     @property
@@ -123,7 +123,7 @@ class TextualInversion(Inversion):
     """Nothing but the new embeddings is trained; the base stays as it is."""
 
     kind: Literal["textual_inversion"] = "textual_inversion"
-    parts: list[Part] = Field(["text_encoders"], min_length=1)
+    parts: list[Part] = Field(default=["text_encoders"], min_length=1)
     artifacts: ClassVar = ("embedding",)
 
     @field_validator("parts")

@@ -26,12 +26,12 @@ class ObjectiveSettings(Settings):
     timesteps: Literal["uniform", "stratified"] = "uniform"
     density: Literal["auto"] | Density = "auto"
     logit_mean: float = 0.0
-    logit_std: float = Field(1.0, gt=0)
-    mode_scale: float = Field(1.29, ge=-1, le=1.7519)
+    logit_std: float = Field(default=1.0, gt=0)
+    mode_scale: float = Field(default=1.29, ge=-1, le=1.7519)
     shift: Literal["auto"] | float = "auto"
     weighting: Weighting = "none"
-    gamma: float | None = Field(None, gt=0)
+    gamma: float | None = Field(default=None, gt=0)
     loss: Literal["l2", "huber"] = "l2"
-    huber_c: float = Field(0.1, gt=0)
-    noise_offset: float = Field(0.0, ge=0, le=1)
-    input_perturbation: float = Field(0.0, ge=0, le=1)
+    huber_c: float = Field(default=0.1, gt=0)
+    noise_offset: float = Field(default=0.0, ge=0, le=1)
+    input_perturbation: float = Field(default=0.0, ge=0, le=1)

@@ -38,12 +38,14 @@ class Optimiser(Settings):
     state_bytes: ClassVar[float]
     averages: ClassVar[bool] = False
     windows: ClassVar[bool] = True
+    if TYPE_CHECKING:
+        kind: str  # a field of each subclass; as a field here it would come first in recipe.yaml
 
-    lr: float = Field(1e-4, gt=0)
-    text_lr: float | None = Field(None, gt=0)  # None: lr
+    lr: float = Field(default=1e-4, gt=0)
+    text_lr: float | None = Field(default=None, gt=0)  # None: lr
     max_grad_norm: float = 1.0  # 0: no clipping
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup: int = Field(0, ge=0)  # steps
+    warmup: int = Field(default=0, ge=0)  # steps
 
     @abstractmethod
     def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
@@ -92,7 +94,8 @@ class Optimiser(Settings):
         """Sets every group's rate for `step`; returns the denoiser's (the first group's)."""
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.factor_within(group["window"], step, steps)
-        return optimizer.param_groups[0]["lr"]
+        rate: float = optimizer.param_groups[0]["lr"]
+        return rate
 
     def groups(
         self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from finetune.core.errors import BadInput
@@ -35,7 +35,7 @@ class PagedAdamW8bit(Adam):
         )
 
 
-def paged_class() -> Any:
+def paged_class() -> Callable[..., Optimizer]:
     """bitsandbytes' class, except that a loaded state is paged as well: its own load leaves it on the GPU."""
     import bitsandbytes as bnb
     import torch
@@ -43,10 +43,12 @@ def paged_class() -> Any:
     class Paged(bnb.optim.PagedAdamW8bit):
         @torch.no_grad()
         def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
-            super().load_state_dict(state_dict, move_to_device)
+            load: Callable[..., None] = super().load_state_dict
+            load(state_dict, move_to_device)
+            buffer_for: Callable[..., torch.Tensor] = self.get_state_buffer
             for parameter, state in self.state.items():
                 for key in {"state1", "state2"} & state.keys():
-                    buffer = self.get_state_buffer(parameter, dtype=state[key].dtype)
+                    buffer = buffer_for(parameter, dtype=state[key].dtype)
                     state[key] = buffer.copy_(state[key])
 
     return Paged

@@ -22,9 +22,9 @@ class Prodigy(Adam):
     state_bytes: ClassVar[float] = 16.0  # two moments, the start and s of its estimate
     windows: ClassVar[bool] = False  # its one rate also moves the groups that are set to 0
     kind: Literal["prodigy"] = "prodigy"
-    lr: float = Field(1.0, gt=0)
-    d0: float = Field(1e-6, gt=0)  # where the estimate begins
-    d_coef: float = Field(1.0, gt=0)  # what it is multiplied by
+    lr: float = Field(default=1.0, gt=0)
+    d0: float = Field(default=1e-6, gt=0)  # where the estimate begins
+    d_coef: float = Field(default=1.0, gt=0)  # what it is multiplied by
     bias_correction: bool = False
 
     @field_validator("text_lr")
@@ -40,7 +40,7 @@ class Prodigy(Adam):
         except ImportError as error:
             raise not_installed(self.kind, "prodigyopt") from error
         with contextlib.redirect_stdout(io.StringIO()):  # it prints that weight decay is decoupled
-            return prodigyopt.Prodigy(
+            optimizer: Optimizer = prodigyopt.Prodigy(
                 self.groups(trained, windows),
                 lr=self.lr,
                 betas=self.betas,
@@ -51,7 +51,9 @@ class Prodigy(Adam):
                 use_bias_correction=self.bias_correction,
                 safeguard_warmup=self.warmup > 0,
             )
+        return optimizer
 
     def set_lr(self, optimizer: Any, step: int, steps: int) -> float:
         """As others do; returns the rate that comes of the estimate, for the log."""
-        return super().set_lr(optimizer, step, steps) * optimizer.param_groups[0]["d"]
+        estimate: float = optimizer.param_groups[0]["d"]
+        return super().set_lr(optimizer, step, steps) * estimate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -15,4 +15,7 @@ OPTIMISERS: Registry[Optimiser] = Registry(Optimiser, "finetune.optim", lambda i
 
 
 # what a recipe's `optim:` section may be: `kind` chooses the class
-Optim: Any = Annotated[reduce(or_, OPTIMISERS.values()), Field(discriminator="kind")]
+if TYPE_CHECKING:
+    Optim = Optimiser
+else:
+    Optim = Annotated[reduce(or_, OPTIMISERS.values()), Field(discriminator="kind")]

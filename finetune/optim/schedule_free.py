@@ -49,7 +49,8 @@ class ScheduleFree(Adam):
             weight_decay=self.weight_decay,
         )
         optimizer.train()
-        return optimizer
+        built: Optimizer = optimizer
+        return built
 
     def to_result(self, optimizer: Any) -> None:
         optimizer.eval()

@@ -21,11 +21,11 @@ class Sample(Settings):
         "a photo of a {noun}",
     ]
     negative: str = ""
-    every: int = Field(0, ge=0)
-    count: int = Field(4, ge=1)
+    every: int = Field(default=0, ge=0)
+    count: int = Field(default=4, ge=1)
     seed: int = 0
     sampler: Sampler = "dpm++"
-    steps: int = Field(25, ge=1)
-    batch_size: int = Field(8, ge=1)  # pictures at once
+    steps: int = Field(default=25, ge=1)
+    batch_size: int = Field(default=8, ge=1)  # pictures at once
     guidance: float = 5.0
-    image_guidance: float = Field(1.5, ge=1)  # how closely an edit keeps to its picture
+    image_guidance: float = Field(default=1.5, ge=1)  # how closely an edit keeps to its picture

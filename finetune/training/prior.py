@@ -41,9 +41,9 @@ class FrozenBase(PriorSettings):
     """
 
     kind: Literal["frozen_base"] = "frozen_base"
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)
     prompt: str = "a photo of a {noun}"
-    caption_dropout: float = Field(0.25, ge=0, le=1)
+    caption_dropout: float = Field(default=0.25, ge=0, le=1)
 
     @property
     def prompts(self) -> list[str]:
@@ -66,7 +66,7 @@ class Distance(PriorSettings):
     """
 
     kind: Literal["distance"] = "distance"
-    weight: float = Field(1e-3, ge=0)
+    weight: float = Field(default=1e-3, ge=0)
 
     def regularizers(self, attached: PriorContext) -> list[Regularizer]:
         distance = attached.method.distance(attached.family, attached.trained)
@@ -96,16 +96,16 @@ class ClassImages(PriorSettings):
     """
 
     kind: Literal["class_images"] = "class_images"
-    weight: float = Field(1.0, ge=0)
-    count: int = Field(100, ge=1)
+    weight: float = Field(default=1.0, ge=0)
+    count: int = Field(default=100, ge=1)
     prompt: str = "a photo of a {noun}"
     negative: str = ""
     folder: AnyPath | None = None
     sampler: Sampler = "dpm++"
-    steps: int = Field(20, ge=1)
+    steps: int = Field(default=20, ge=1)
     guidance: float = 4.0
-    batch_size: int = Field(8, ge=1)
-    caption_dropout: float = Field(0.25, ge=0, le=1)
+    batch_size: int = Field(default=8, ge=1)
+    caption_dropout: float = Field(default=0.25, ge=0, le=1)
     flip: bool = True
 
     @property

@@ -22,20 +22,20 @@ class Run(Settings):
     """
 
     dir: AnyPath | None = None  # None: runs/<name>-<n>
-    name: str = Field("run", pattern=r"^\w[\w .+-]*$", max_length=100)  # of files: no folders in it
+    name: str = Field(default="run", pattern=r"^\w[\w .+-]*$", max_length=100)  # of files: no folders in it
     seed: int = 0
-    steps: int = Field(800, ge=1)
-    batch_size: int = Field(1, ge=1)
-    accumulate: int = Field(1, ge=1)
-    processes: int | None = Field(None, ge=1)  # None: as many as were launched
+    steps: int = Field(default=800, ge=1)
+    batch_size: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    processes: int | None = Field(default=None, ge=1)  # None: as many as were launched
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deterministic: bool = False  # the same bits on CUDA too; slower there
     gradient_checkpointing: bool = False
     released: Literal["reread", "cpu"] = "reread"
-    ema: float | None = Field(None, gt=0, lt=1)
-    checkpoint_every: int = Field(250, ge=1)
-    keep: int = Field(2, ge=1)
-    log_every: int = Field(1, ge=1)
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    checkpoint_every: int = Field(default=250, ge=1)
+    keep: int = Field(default=2, ge=1)
+    log_every: int = Field(default=1, ge=1)
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
 
     @field_validator("name")

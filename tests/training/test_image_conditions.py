@@ -1,4 +1,4 @@
-"""Conditions that are made of the training image itself, as unCLIP's image embedding is: a small family that has them."""
+"""Conditions that are made of the training image itself, as unCLIP's image embedding is: a family that has them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class SGD(Optimiser):
 
     state_bytes: ClassVar[float] = 4.0
     kind: Literal["sgd"] = "sgd"
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
 
     def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
         import torch

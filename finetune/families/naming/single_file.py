@@ -140,7 +140,8 @@ class _Lazy(Mapping[str, Tensor]):
         self.opened, self.names = opened, set(opened.keys())
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.opened.get_tensor(name)
+        tensor: Tensor = self.opened.get_tensor(name)
+        return tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
