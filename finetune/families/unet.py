@@ -88,8 +88,8 @@ class UNetFamily(DiffusersFamily):
     def size_multiple(self) -> int:
         """A UNet halves the latents once between two blocks: 64 pixels for SD1 and SD2, 32 for SDXL."""
         blocks = cast(Any, self.parts["denoiser"]).config.block_out_channels
-        halvings: int = len(blocks) - 1
-        return self.codec.factor * 2**halvings
+        multiple: int = self.codec.factor * 2 ** (len(blocks) - 1)
+        return multiple
 
     @classmethod
     def resolution_of(cls, folder: Path) -> int:
