@@ -121,7 +121,7 @@ def loss_and_gradient(base: Path, kind: str, device: torch.device, precision: st
     method = METHODS[kind]()
     dtype = DTYPES[precision]
     family = load_family(str(base), dtype=method.weight_dtype(dtype))
-    family.to(device)
+    family.parts.to(device)
     trained = method.attach(family, 0)
     made = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def loss_and_gradient(base: Path, kind: str, device: torch.device, precision: st
     step = Step(family, list(method.part_names(family)), objective, family.encode_prompts)
     autocast = precision == "fp16" or (precision == "bf16" and not method.is_adapter)
     with torch.autocast(device.type, dtype if autocast else torch.bfloat16, enabled=autocast):
-        loss = step(fixed_batch(family.latent_channels).to(device))
+        loss = step(fixed_batch(family.codec.channels).to(device))
     (loss * SCALE).backward()
     gradient = torch.cat([p.grad.float().flatten().cpu() for p in trained.values() if p.grad is not None])
     return float(loss), gradient / SCALE
@@ -260,13 +260,13 @@ def stopped_at_nan(where: Where, kind: str, precision: str) -> str:
     method = METHODS[kind]()
     run = Run(steps=3, precision=precision)
     family = load_family(str(tiny_base(where, "sd1")), dtype=method.weight_dtype(DTYPES[precision]))
-    family.to(where.device)
+    family.parts.to(where.device)
     trained = method.attach(family, 0)
     before: dict[str, Tensor] = {}
 
     class Spoiled:
         def micro(self, step: int, index: int) -> Any:
-            batch = fixed_batch(family.latent_channels)
+            batch = fixed_batch(family.codec.channels)
             if step == 1:
                 before.update({name: value.detach().clone() for name, value in trained.items()})
                 batch.latents.mean.fill_(math.nan)

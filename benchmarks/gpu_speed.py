@@ -110,8 +110,8 @@ class Case:
         from finetune.core.batch import Batch, Geometry, Latents
         from finetune.core.rng import SampleKey
 
-        latent = self.side // self.family.latent_factor
-        mean = torch.zeros(self.batch, self.family.latent_channels, latent, latent)
+        latent = self.side // self.family.codec.factor
+        mean = torch.zeros(self.batch, self.family.codec.channels, latent, latent)
         square = (self.side, self.side)
         return Batch(
             Latents(mean, torch.ones_like(mean)),
@@ -137,17 +137,17 @@ def prepared(where: Where, base: str, kind: str) -> Case:
     dtype = torch.float32 if where.tiny else torch.bfloat16
     if where.tiny:
         family = load_family(str(tiny_base(where, BASES[base])))
-        family.to(where.device)
+        family.parts.to(where.device)
     else:
         folder = published.write(base, where.work / "base")
         encoders = [part for part in published.PUBLISHED[base][2] if part.startswith("text_encoder")]
         family = random_family(folder, dtype, where.device, encoders)
     prompts = PromptCache(family, base, where.work / "cache", dtype)
     prompts.fill(["a photo of zwx mug"])
-    family.release([part for part in family.parts if part != "denoiser"])
+    family.parts.release([part for part in family.parts if part != "denoiser"])
     if not where.tiny:
         make_parts(family, method.weight_dtype(dtype), ["denoiser"])
-    family.place(["denoiser"])
+    family.parts.place(["denoiser"])
     trained = method.attach(family, 0)
     optim = AdamW() if kind == "lora" else AdamW8bit()
     return Case(where, family, method, trained, prompts, optim, dtype)

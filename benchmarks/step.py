@@ -95,7 +95,7 @@ def floor_step(source: str) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     with torch.no_grad():
         cond = family.encode_prompts(["a photo of a mug"] * BATCH)
-    side = family.resolution // family.latent_factor
+    side = family.resolution // family.codec.factor
     channels = family.parts["denoiser"].config.in_channels
     noisy, target = torch.randn(BATCH, channels, side, side), torch.randn(BATCH, channels, side, side)
     timesteps = torch.tensor([300, 700])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.__main__ import main as data_tools
+from finetune.adapters.inspection import open_adapter
 from finetune.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -98,3 +100,18 @@ def test_the_api_example_runs(photos: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "api" / "beach.png").is_file()
     assert (tmp_path / "runs" / "api" / "report.html").is_file()
+
+
+def test_a_loop_of_your_own_writes_a_file_that_is_whole(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "own_loop.py")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": loss ") == 20
+    adapter, _ = open_adapter(tmp_path / "own_loop" / "mug.safetensors", "tiny")
+    assert adapter.count > 0
+    assert (tmp_path / "own_loop" / "beach.png").is_file()

@@ -20,10 +20,8 @@ from finetune.export.base import Adapter
 from finetune.export.lora.diffusers import HEADER, prefixes
 from finetune.export.lora.kohya import ALPHA, Place, key_of, keys_of, places, split
 from finetune.export.lora.peft import Peft
-from finetune.families.configs import read_config
 from finetune.families.naming.clip import strip_text_model
-from finetune.families.naming.ldm import unet_name
-from finetune.families.registry import FAMILIES, family_of, is_transformer, weight_shapes
+from finetune.families.registry import FAMILIES, denoiser_config, family_of, weight_shapes
 from finetune.families.source import resolve_base
 
 # endings of one module's tensors -> (what it is, which role it has in a LoRA)
@@ -36,6 +34,7 @@ OTHERS = {
     ".lokr_w1_b": "LoKr", ".lokr_w2_a": "LoKr", ".lokr_w2_b": "LoKr", ".oft_blocks": "OFT", ".oft_diag": "OFT",
     ".lora_mid.weight": "LoCon with a middle matrix", ".diff": "full differences", ".diff_b": "full differences",
 }  # fmt: skip
+LONE_ENCODER, MISNAMED_ENCODER = "lora_te", "lora_te1"  # kohya's names for the only text encoder of SD1, SD2
 NO_ALPHA = "no-alpha"
 FAULTS = {
     NO_ALPHA: "modules without alpha: readers take the rank, which the trainer may not have",
@@ -149,25 +148,17 @@ def open_adapter(path: Path, base: str) -> tuple[Adapter, Inspection]:
 def accepted_names(folder: Path) -> dict[str, Place]:
     """Every module name that some trainer writes -> what it stands for."""
     family = family_of(folder)
-    title, prefix = family.name, prefixes(family.name)
+    title, prefix, config = family.name, prefixes(family.name), denoiser_config(folder)
     names: dict[str, Place] = {}
     for (part, name), place in places(folder).items():
         names[key_of(title, part, name)] = place
         if part == "denoiser":
-            names |= _other_denoiser_names(title, name, place, folder)
-        elif family.export_prefix[part] == "lora_te":
-            names[key_of(title, part, name).replace("lora_te_", "lora_te1_", 1)] = place
+            names |= dict.fromkeys(family.naming.other_names(name, config), place)
+        elif family.naming.prefixes[part] == LONE_ENCODER:
+            names[key_of(title, part, name).replace(f"{LONE_ENCODER}_", f"{MISNAMED_ENCODER}_", 1)] = place
     for part, modules in weight_shapes(folder).items():
         names |= {f"{prefix[part]}.{path}": Place(part, (path,), (shape[0],)) for path, shape in modules.items()}
     return names
-
-
-def _other_denoiser_names(family: str, name: str, place: Place, folder: Path) -> dict[str, Place]:
-    """SDXL's original names in kohya's form, and the original names of SD3 and Flux in PEFT's."""
-    if is_transformer(family):
-        return {f"diffusion_model.{name}": place}
-    config = read_config(folder, "unet/config.json")
-    return {f"lora_unet_{unet_name(name, config).replace('.', '_')}": place}
 
 
 def _inspect(
@@ -245,7 +236,7 @@ def _module(
         found.fault("not-finite", name)
         return None
     alpha = float(held["alpha"]) if "alpha" in held else header_alpha
-    if alpha is None and is_transformer(found.family):
+    if alpha is None and FAMILIES[found.family].naming.scale_in_matrices:
         alpha = float(len(a))  # such files carry their scale in the matrices
     if alpha is None:
         found.fault(NO_ALPHA, name)
@@ -279,9 +270,10 @@ def _verdicts(found: Inspection, modules: list[str]) -> dict[str, tuple[str, str
     uis = ("ComfyUI", "Forge/A1111", "InvokeAI", "sdnext")
     if found.adapter is None:
         return dict.fromkeys(uis, ("refused", "nothing fits"))
-    if not FAMILIES[found.family].known_to_uis:
+    naming = FAMILIES[found.family].naming
+    if naming.readers is None:
         return dict.fromkeys(uis, ("unknown", f"not established for {found.family}"))
-    if is_transformer(found.family):
+    if naming.ui_format == "diffusers":
         return _transformer_verdicts(found, uis)
     if found.kind != "kohya":
         return dict(zip(uis, NOT_KOHYA, strict=True))
@@ -290,13 +282,15 @@ def _verdicts(found: Inspection, modules: list[str]) -> dict[str, tuple[str, str
         verdicts = dict.fromkeys(uis, ("partly", f"{lost} keys are not loaded"))
         if lost > FORGE_LIMIT:
             verdicts["Forge/A1111"] = ("refused", f"{lost} keys are unmatched, more than {FORGE_LIMIT}")
-        if found.family == "sdxl":
-            verdicts["InvokeAI"] = ("refused", "unknown keys are an error for SDXL")
+        for ui in naming.readers.refuse_unknown:
+            verdicts[ui] = ("refused", f"unknown keys are an error for {naming.labels.sidecar}")
         return verdicts
     verdicts = dict.fromkeys(uis, ("fully", ""))
-    silent = sum(name.startswith("lora_te1_") for name in modules) if found.family != "sdxl" else 0
+    lone = LONE_ENCODER in naming.prefixes.values()
+    silent = sum(name.startswith(f"{MISNAMED_ENCODER}_") for name in modules) if lone else 0
     if silent:
-        why = f"{silent} text-encoder modules (lora_te1_ where lora_te_ belongs) are lost in silence: convert it"
+        wrong, right = f"{MISNAMED_ENCODER}_", f"{LONE_ENCODER}_"
+        why = f"{silent} text-encoder modules ({wrong} where {right} belongs) are lost in silence: convert it"
         verdicts["InvokeAI"] = verdicts["sdnext"] = ("partly", why)
     return verdicts
 
@@ -312,7 +306,9 @@ def _transformer_verdicts(found: Inspection, uis: tuple[str, ...]) -> dict[str, 
     if lost or texts:
         why = f"{lost} keys are not loaded" if lost else "not established for the text encoders of such files"
         return dict.fromkeys(uis, ("partly" if lost else "unknown", why))
-    return dict.fromkeys(uis, ("fully", ""))
+    known = FAMILIES[found.family].naming.known_readers.diffusers_format
+    unknown = ("unknown", f"not established for {found.family}")
+    return {ui: ("fully", "") if ui.split("/")[0] in known else unknown for ui in uis}
 
 
 def _peft_folder(path: Path, family: str, folder: Path) -> Inspection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ class Batch:
     `weight` [B] multiplies each sample's loss; `draws` says where each sample stands in the run, and `names`
     which files they come from, for the message of a step that is stopped. `mask` [B, 1, h, w] in [0, 1] says how much
     each latent counts in its sample's loss; None where all count the same. `extra` [B, E, h, w] is what the denoiser
-    reads behind the noisy latents, where it reads more (`data/conditioning/`).
+    reads behind the noisy latents, where it reads more (`data/conditioning/`). `conditions` [B, ...] are made of the
+    images themselves (`Family.encode_image_conditions`).
     """
 
     latents: Latents
@@ -58,6 +59,7 @@ class Batch:
     names: list[str]
     mask: Tensor | None = None
     extra: Tensor | None = None
+    conditions: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -82,4 +84,5 @@ class Batch:
             self.names,
             None if self.mask is None else self.mask.to(device),
             None if self.extra is None else self.extra.to(device),
+            {name: value.to(device) for name, value in self.conditions.items()},
         )

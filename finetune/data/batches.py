@@ -95,10 +95,16 @@ class Batches:
             [item.name for item in drawn],
             None if self.masks is None else torch.stack([self.masks.mask(item.view) for item in drawn]),
             self._extra(drawn),
+            self._conditions(drawn),
         )
 
     def _prompt(self, item: Drawn) -> str:
         return item.caption if self.inputs is None else self.inputs.prompt(item.caption, item.draw)
+
+    def _conditions(self, drawn: list[Drawn]) -> dict[str, Tensor]:
+        """What is made of the images themselves, by the families that are conditioned on it."""
+        made = [self.cache.conditions(item.view) for item in drawn]
+        return {name: torch.stack([item[name] for item in made]) for name in made[0]}
 
     def _extra(self, drawn: list[Drawn]) -> Tensor | None:
         if self.inputs is None:

@@ -15,6 +15,8 @@ from finetune.core.batch import Latents
 from finetune.core.files import load_tensors, save_tensors
 from finetune.families.base import Family
 
+CONDITION = "condition."
+
 
 class Encodable(Protocol):
     """What the VAE encodes: a view, or something made of one."""
@@ -30,13 +32,16 @@ class Encodable(Protocol):
 class Cache(Protocol):
     def latents(self, view: Encodable) -> Latents: ...
 
+    def conditions(self, view: Encodable) -> dict[str, Tensor]: ...
+
 
 class LatentCache:
-    """The latent distribution of each view; `fill` once, then `latents` from memory."""
+    """The latent distribution of each view, and the conditions that are made of it; `fill` once, then from memory."""
 
     def __init__(self, folder: Path, base_hash: str, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.base_hash, self.dtype = folder / "latents", base_hash, dtype
         self.held: dict[str, Latents] = {}
+        self.made: dict[str, dict[str, Tensor]] = {}
 
     def fill(
         self,
@@ -51,15 +56,25 @@ class LatentCache:
         """
         for view in crops:
             if not self._read(view):
-                family.place(["vae"])
-                encoded = family.encode_images(view.pixels()[None].to(family.device)).to("cpu")
-                held = self.held[view.key] = Latents(encoded.mean[0], encoded.std[0])
-                save_tensors(self._file(view), {"mean": held.mean, "std": held.std})
+                self._make(family, view)
             advance(1)
 
     def latents(self, view: Encodable) -> Latents:
         """mean and std [C, h, w], float32."""
         return self.held[view.key]
+
+    def conditions(self, view: Encodable) -> dict[str, Tensor]:
+        """`Family.encode_image_conditions` of one image, without the batch's dimension."""
+        return self.made[view.key]
+
+    def _make(self, family: Family, view: Encodable) -> None:
+        family.parts.place([*family.codec.parts, *family.image_encoders])
+        pixels = view.pixels()[None].to(family.device)
+        encoded = family.codec.encode(pixels).to("cpu")
+        made = {name: value[0].to("cpu") for name, value in family.encode_image_conditions(pixels).items()}
+        self.held[view.key], self.made[view.key] = Latents(encoded.mean[0], encoded.std[0]), made
+        tensors = {"mean": encoded.mean[0], "std": encoded.std[0]}
+        save_tensors(self._file(view), tensors | {f"{CONDITION}{name}": value for name, value in made.items()})
 
     def _file(self, view: Encodable) -> Path:
         text = f"{view.key}:{self.base_hash}:{self.dtype}"
@@ -68,9 +83,10 @@ class LatentCache:
 
     def _read(self, view: Encodable) -> bool:
         tensors = _load(self._file(view))
-        if tensors is None or tensors.keys() != {"mean", "std"}:
+        if tensors is None or not tensors.keys() >= {"mean", "std"}:
             return False
-        self.held[view.key] = Latents(tensors["mean"], tensors["std"])
+        self.held[view.key] = Latents(tensors.pop("mean"), tensors.pop("std"))
+        self.made[view.key] = {name.removeprefix(CONDITION): value for name, value in tensors.items()}
         return True
 
 
@@ -103,7 +119,7 @@ class PromptCache:
         file = self._file(prompt, index)
         tensors = _load(file)
         if tensors is None:
-            self.family.place([part])
+            self.family.parts.place([part])
             tensors = {name: value[0] for name, value in self.family.encode_text(index, [prompt]).items()}
             save_tensors(file, tensors)
         return tensors

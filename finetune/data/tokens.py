@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from finetune.core.batch import Geometry
+from finetune.core.errors import BadInput
 from finetune.core.rng import generator
 from finetune.families.base import Family
 
@@ -77,6 +78,11 @@ def suggest(family: Family, count: int = 10, noun: str | None = None, measured: 
     """The best rare tokens of `measured` candidates spread over the rare range: of the third that the text encoders
     tell apart best, those with the weakest prior first; then the rest, the best told apart first."""
     candidates = rare_tokens(family.word_tokenizers)
+    if not candidates:
+        raise BadInput(
+            f"the tokenizer of {family.folder} has no rare word that is one token: choose a word yourself with "
+            "data.token, and look at it with `finetune tokens check`"
+        )
     chosen = candidates[:: max(1, len(candidates) // measured)][:measured]
     found = [_with_distance(family, describe(family.word_tokenizers, text), noun) for text in chosen]
     found.sort(key=lambda token: token.distance or 0.0, reverse=True)
@@ -136,7 +142,7 @@ def _with_strengths(family: Family, found: Sequence[Token], noun: str | None) ->
 @torch.no_grad()
 def embedding_distance(family: Family, token: str, noun: str) -> float:
     """|E(a photo of T N) - E(a photo of N)| / |E(a photo of N)| over all that the denoiser is conditioned on."""
-    family.place(family.text_encoders)
+    family.parts.place(family.text_encoders)
     both = family.encode_prompts([f"a photo of {token} {noun}", f"a photo of {noun}"])
     with_token, plain = (torch.cat([value[index].float().flatten() for value in both.values()]) for index in (0, 1))
     return float((with_token - plain).norm() / plain.norm())
@@ -155,9 +161,9 @@ def prior_strengths(family: Family, texts: Sequence[str], noun: str, draws: int 
     class noun itself does.
     """
     prompts = [f"a photo of {noun}", "", *[f"a photo of {text} {noun}" for text in texts]]
-    family.place(family.text_encoders)
+    family.parts.place(family.text_encoders)
     conditions = [family.encode_prompts([prompt] * draws) for prompt in prompts]
-    family.place(["denoiser"])
+    family.parts.place(["denoiser"])
     plain, empty = (_predict(family, cond, draws) for cond in conditions[:2])
     scale = (plain - empty).norm().clamp(min=1e-8)
     return [float((_predict(family, cond, draws) - plain).norm() / scale) for cond in conditions[2:]]
@@ -167,10 +173,10 @@ def _predict(family: Family, cond: dict[str, Tensor], draws: int) -> Tensor:
     """The denoiser's output on pure noise: [draws, C, h, w]. Late timesteps decide what is drawn; a large base is
     asked at 32x32 latents, since a person waits for the answer."""
     device = family.device
-    side = min(family.resolution // family.latent_factor, MEASURED_SIDE)
-    shape = (draws, family.latent_channels, side, side)
+    side = min(family.resolution // family.codec.factor, MEASURED_SIDE)
+    shape = (draws, family.codec.channels, side, side)
     noise = torch.randn(shape, generator=generator(0, "prior strength")).to(device)
     last = family.schedule.steps - 1
     timesteps = torch.linspace(0.6 * last, 0.95 * last, draws, device=device).long()
-    square = (side * family.latent_factor, side * family.latent_factor)
+    square = (side * family.codec.factor, side * family.codec.factor)
     return family.predict(noise, timesteps, cond, [Geometry(square, (0, 0), square)] * draws).float()

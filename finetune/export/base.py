@@ -36,14 +36,13 @@ class Bench:
     @classmethod
     def of(cls, family: Family, load: Load, verify: Verify = "full") -> Bench:
         """Where a family is, and in its precision."""
-        weight = next(family.parts["denoiser"].parameters())
-        return cls(family.device, weight.dtype, load, verify)
+        return cls(family.device, family.parts.dtype("denoiser"), load, verify)
 
     @contextmanager
     def clean(self) -> Iterator[Family]:
         """A clean base inside the block, which leaves memory after it."""
         family = self.load(self.dtype)
-        family.to(self.device)
+        family.parts.to(self.device)
         try:
             with full_fp32():
                 yield family
@@ -58,7 +57,8 @@ class Bench:
 
 def discard(family: Family) -> None:
     """Takes a family's weights out of memory, wherever else the family is still named."""
-    family.release(list(family.parts))
+    family.parts.keep_released = False
+    family.parts.release(list(family.parts))
     gc.collect()  # pipelines and adapted layers may stand in circles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -35,7 +35,7 @@ def sidecar(card: Card) -> dict[str, Any]:
     """NAME.json: Forge, A1111 and InvokeAI show and use these."""
     return {
         "description": f"{card.trigger}: trained on {card.base}",
-        "sd version": FAMILIES[card.family].labels.sidecar,
+        "sd version": FAMILIES[card.family].naming.labels.sidecar,
         "activation text": card.activation or card.trigger,
         "preferred weight": 1.0,
         "notes": "; ".join(f"{name} {value}" for name, value in card.settings.items()),

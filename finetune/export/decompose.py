@@ -81,7 +81,7 @@ def differences(base: Family, tuned: Family) -> Iterator[tuple[str, str, Tensor]
     """
     if base.name != tuned.name:
         raise BadInput(f"the model is a {tuned.name} and the base a {base.name}: give the base it was tuned from")
-    for part in base.export_prefix:
+    for part in base.trainable_parts():
         others = {strip_text_model(path): child for path, child in tuned.parts[part].named_modules()}
         for path, child in base.parts[part].named_modules():
             if not isinstance(child, LAYERS):
@@ -98,7 +98,7 @@ def beyond_lora(base: Family, tuned: Family) -> tuple[int, float]:
     count, energy = 0, 0.0
     for part, module in base.parts.items():
         held = {f"{path}.weight" for path, child in module.named_modules() if isinstance(child, LAYERS)}
-        if part not in base.export_prefix:
+        if part not in base.trainable_parts():
             held = set()
         theirs = {strip_text_model(name): value for name, value in tuned.parts[part].named_parameters()}
         for name, value in module.named_parameters():

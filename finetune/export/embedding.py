@@ -22,7 +22,7 @@ from finetune.export.base import Bench, Exported, unchecked
 from finetune.export.metadata import checkpoint_metadata
 from finetune.export.verify import BOUNDS, predicted, same_prediction
 from finetune.families.base import Family
-from finetune.families.registry import FAMILIES, is_transformer
+from finetune.families.registry import FAMILIES
 from finetune.methods.embeddings import fix_eos_token_id, set_embeddings
 from finetune.methods.textual_inversion import Inversion
 
@@ -35,7 +35,7 @@ OURS, THEIRS = "first-reader", "<second-reader>"
 
 def keys(family: str) -> dict[str, str]:
     """Text encoder -> the name of its tensor in a file."""
-    prefixes = FAMILIES[family].export_prefix
+    prefixes = FAMILIES[family].naming.prefixes
     return {part: KEYS[prefix] for part, prefix in prefixes.items() if prefix in KEYS}
 
 
@@ -77,12 +77,8 @@ def export_embedding(
 
 
 def readers(family: str) -> tuple[str, ...]:
-    """The programs that are known to read such a file; diffusers has no reader for SD3's."""
-    if not FAMILIES[family].known_to_uis:
-        return ("diffusers",)
-    if not is_transformer(family):
-        return ("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers")
-    return ("ComfyUI", "diffusers") if family == "flux" else ("ComfyUI",)
+    """The programs that are known to read such a file."""
+    return FAMILIES[family].naming.known_readers.embedding
 
 
 def read_embedding(path: Path, family: str) -> dict[str, Tensor]:
@@ -126,7 +122,7 @@ def read_by_diffusers(method: Inversion, values: dict[str, Tensor], path: Path, 
     with bench.clean() as family:
         legacy = [fix_eos_token_id(family.parts[part], tokenizer) for part, tokenizer in _clip(family)]
         before = _probe(family, dict.fromkeys(family.text_encoders, words))
-        pipeline = family.pipeline()
+        pipeline = family.drawing.pipeline()
         with torch.random.fork_rng(devices=[]):  # it draws the rows that it then fills
             _load_with_diffusers(pipeline, family, path)
         converted = {part: pipeline.maybe_convert_prompt(THEIRS, tokenizer) for part, tokenizer in _clip(family)}

@@ -15,10 +15,10 @@ def adapter_metadata(adapter: Adapter, about: dict[str, str], v_prediction: bool
 
     `about`: title, resolution ("512x512"), trigger_phrase, and whatever else the run says of itself.
     """
-    labels = FAMILIES[adapter.family].labels
+    labels = FAMILIES[adapter.family].naming.labels
     kohya = {
         "ss_base_model_version": (v_prediction and labels.v_kohya) or labels.kohya,
-        "ss_v2": str(adapter.family == "sd2"),
+        "ss_v2": str(labels.v2),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(adapter.rank),
         "ss_network_alpha": str(adapter.alpha),
@@ -29,7 +29,7 @@ def adapter_metadata(adapter: Adapter, about: dict[str, str], v_prediction: bool
 
 def checkpoint_metadata(family: str, about: dict[str, str], v_prediction: bool, kind: str = "") -> dict[str, str]:
     """`modelspec.*` and `finetune_*` strings; what is empty is left out."""
-    labels = FAMILIES[family].labels
+    labels = FAMILIES[family].naming.labels
     architecture = (v_prediction and labels.v_architecture) or labels.architecture
     spec = {
         "sai_model_spec": "1.0.1",

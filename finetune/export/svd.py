@@ -54,7 +54,7 @@ def reduced(method: Method, family: Family, bench: Bench, rank: int | None, max_
         found = _decompose(_deltas(method, family), rank or MOST, sum(1 for _ in method.layers(family)))
     else:
         base = bench.load(bench.dtype)  # on the CPU: the device holds the trained one
-        layers = [child for part in base.export_prefix for child in base.parts[part].modules()]
+        layers = [child for part in base.trainable_parts() for child in base.parts[part].modules()]
         count = sum(isinstance(child, LAYERS) for child in layers)
         found = _decompose(differences(base, family), rank or MOST, count)
         lost = _not_held(*beyond_lora(base, family), found)

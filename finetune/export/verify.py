@@ -99,7 +99,7 @@ def read_by_diffusers(trained: Adapter, again: Adapter, path: Path, dtype: torch
     """
     bound = max(BOUNDS[dtype], BOUNDS[bench.dtype])
     with bench.clean() as family:
-        pipeline = family.pipeline()
+        pipeline = family.drawing.pipeline()
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
         faint = again if bench.dtype == torch.float16 and _faint(again) else None
         injected = _compare_injected(trained, faint, family, bound)
@@ -129,7 +129,7 @@ def _compare_injected(trained: Adapter, faint: Adapter | None, family: Family, b
 
     `faint`: what was stored, where fp16 can't hold all of it: then a delta is right that is what fp16 keeps of it.
     """
-    parts = family.export_prefix
+    parts = family.naming.prefixes
     found = {(part, path): (a, b, k) for part in parts for path, a, b, k in active_lora(family.parts[part])}
     wanted = _by_place(trained)
     stored = _by_place(faint) if faint else {}
@@ -195,9 +195,9 @@ def probe(family: Family) -> Tensor:
 
 def predicted(family: Family, cond: dict[str, Tensor]) -> Tensor:
     """The prediction for one fixed noise and timestep, on the denoiser's device, and the conditions: one vector."""
-    device = next(family.parts["denoiser"].parameters()).device
-    side = family.resolution // family.latent_factor
-    noise = torch.randn((1, family.latent_channels, side, side), generator=generator(0, "verify")).to(device)
+    device = family.device
+    side = family.resolution // family.codec.factor
+    noise = torch.randn((1, family.codec.channels, side, side), generator=generator(0, "verify")).to(device)
     square = (family.resolution, family.resolution)
     prediction = family.predict(noise, torch.tensor([500], device=device), cond, [Geometry(square, (0, 0), square)])
     return torch.cat([prediction.float().flatten(), *(value.float().flatten() for value in cond.values())])

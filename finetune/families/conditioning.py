@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from finetune.families.base import ImageCondition
+from finetune.families.drawing import ImageCondition
 
 KINDS = ("inpaint", "depth", "edit")
 GREY = 0.5

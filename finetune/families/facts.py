@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from finetune.families.configs import read_config
+from finetune.families.parts import skeletons
 from finetune.families.registry import family_of
 from finetune.objectives.schedule import FlowSchedule, read_schedule
 
@@ -19,7 +20,7 @@ def facts(folder: Path) -> dict[str, str]:
         BadInput: it is no diffusers folder, or of no supported family.
     """
     family = family_of(folder)
-    parts = family.skeletons(folder, list(family.sources))
+    parts = skeletons(family.sources, folder, list(family.sources))
     scheduler = read_config(folder, "scheduler/scheduler_config.json")
     return {
         "family": f"{family.name} ({read_config(folder, 'model_index.json')['_class_name']})",
@@ -29,8 +30,8 @@ def facts(folder: Path) -> dict[str, str]:
         **{part: _encoder(folder, part) for part in parts if part.startswith("text_encoder")},
         "parameters": ", ".join(f"{part} {_millions(module)}" for part, module in parts.items()),
         "weights": _weights(folder),
-        "can train": f"adapters or whole weights: {', '.join(family.export_prefix)}; new words: "
-        f"{', '.join(part for part in family.export_prefix if part != 'denoiser')}",
+        "can train": f"adapters or whole weights: {', '.join(family.trainable_parts())}; new words: "
+        f"{', '.join(part for part in family.trainable_parts() if part != 'denoiser')}",
     }
 
 

@@ -13,25 +13,39 @@ from torch import Tensor
 
 from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
-from finetune.families.base import Labels
+from finetune.families.drawing import DiffusersDrawing
+from finetune.families.naming.base import Labels, Readers
+from finetune.families.naming.mmdit import DENOISER_UIS, FLUX_NAMES, JoinedNaming
+from finetune.families.parts import Source
 from finetune.families.transformer import TransformerFamily
 
 # [dev] is distilled to read its guidance scale; trained on photos, which no guidance has sharpened, it is 1
 TRAINING_GUIDANCE = 1.0
 
 
+class FluxDrawing(DiffusersDrawing):
+    def arguments(self, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
+        """A distilled model takes the guidance scale as an input; a negative prompt is for the others."""
+        return {"guidance_scale": guidance, "max_sequence_length": self.family.text_length(1)}
+
+
 class Flux(TransformerFamily):
     name = "flux"
     pipeline_class = "FluxPipeline"
-    export_prefix: ClassVar = {"denoiser": "lora_unet", "text_encoder": "lora_te1"}
+    drawing_class = FluxDrawing
     sources: ClassVar = {
-        "denoiser": ("transformer", diffusers.FluxTransformer2DModel),
-        "vae": ("vae", diffusers.AutoencoderKL),
-        "text_encoder": ("text_encoder", transformers.CLIPTextModel),
-        "text_encoder_2": ("text_encoder_2", transformers.T5EncoderModel),
+        "denoiser": Source("transformer", diffusers.FluxTransformer2DModel),
+        "vae": Source("vae", diffusers.AutoencoderKL),
+        "text_encoder": Source("text_encoder", transformers.CLIPTextModel),
+        "text_encoder_2": Source("text_encoder_2", transformers.T5EncoderModel),
     }
+    naming = JoinedNaming(
+        Labels("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux", "Flux", prediction=""),
+        {"denoiser": "lora_unet", "text_encoder": "lora_te1"},
+        Readers(diffusers_format=DENOISER_UIS, embedding=("ComfyUI", "diffusers")),
+        names=FLUX_NAMES,
+    )
     t5_length = 512
-    labels = Labels("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux", "Flux", prediction="")
 
     @classmethod
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
@@ -80,11 +94,6 @@ class Flux(TransformerFamily):
             return_dict=False,
         )[0]
         return unpack(packed, height, width)
-
-    def sampling_arguments(self, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
-        """A distilled model takes the guidance scale as an input; a negative prompt is for the others."""
-        length = self.text_length(1)
-        return {"guidance_scale": guidance, "max_sequence_length": length}
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all families share that are loaded from diffusers folders: parts, VAE, tokenizing, release and restore."""
+"""What all families share that are loaded from diffusers folders: parts, tokenizing, widths of text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from finetune.core.batch import Latents
-from finetune.core.devices import empty_cache
 from finetune.core.errors import BadInput
 from finetune.families.base import Family
-from finetune.families.schedulers import make_scheduler
-from finetune.families.weights import load_weights
+from finetune.families.codec import ImageCodec, VaeCodec
+from finetune.families.drawing import DiffusersDrawing
+from finetune.families.parts import Parts, present, skeletons
 from finetune.objectives.schedule import read_schedule
 
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -26,46 +25,48 @@ CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 class DiffusersFamily(Family):
     # the longest text that the sampling pipeline gives to a T5 encoder; CLIP's length is its tokenizer's
     t5_length: ClassVar[int] = 256
+    drawing_class: ClassVar[type[DiffusersDrawing]] = DiffusersDrawing
 
     def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = (), on_meta: bool = False) -> None:
         self.folder, self.dtype = folder, dtype
-        present = self._present(without)
+        names = present(self.sources, folder, without)
         if on_meta:
-            self.parts = {name: part.to(dtype) for name, part in self.skeletons(folder, present).items()}
+            made = {name: part.to(dtype) for name, part in skeletons(self.sources, folder, names).items()}
         else:
-            self.parts = {name: self._load_part(name) for name in present}
+            made = {name: self._load_part(name) for name in names}
+        self.parts = Parts(made, self._load_part)
         for part in self.parts.values():
             part.requires_grad_(False).eval()
         self.tokenizers = [] if on_meta else self._tokenizers()
-        self.scheduler = _scheduler(folder)
-        self.schedule = read_schedule(dict(self.scheduler.config))
+        scheduler = _scheduler(folder)
+        self.schedule = read_schedule(dict(scheduler.config))
         self._check_widths()
         self.unused_parameters = self._find_unused_parameters()
-        vae = cast(Any, self.parts["vae"]).config
-        self.latent_factor = 2 ** (len(vae.block_out_channels) - 1)
-        self.latent_channels = int(vae.latent_channels)
-        self.scaling, self.offset = float(vae.scaling_factor), float(getattr(vae, "shift_factor", None) or 0.0)
+        self.codec = self._codec()
+        self.drawing = self.drawing_class(self, scheduler)
         self.resolution = self.resolution_of(folder)
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
+        return cls(folder, dtype, without)
+
+    @classmethod
+    def on_meta(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
+        return cls(folder, dtype, without, on_meta=True)
+
+    def _load_part(self, name: str) -> nn.Module:
+        return self.sources[name].load(self.folder, self.dtype)
+
+    def _codec(self) -> ImageCodec:
+        return VaeCodec(self.parts)
 
     def _tokenizers(self) -> list[Any]:
         folders = {name: self.folder / name.replace("text_encoder", "tokenizer") for name in self.text_encoders}
-        return [_tokenizer(folder, self.sources[name][1]) for name, folder in folders.items()]
+        return [_tokenizer(folder, self.sources[name].kind) for name, folder in folders.items()]
 
     def _find_unused_parameters(self) -> dict[str, tuple[str, ...]]:
-        """`Family.unread`, from the loaded parts."""
+        """`Family.unused_parameters`, from the loaded parts."""
         return {}
-
-    def _present(self, without: Sequence[str]) -> list[str]:
-        odd = [name for name in without if name not in self.optional]
-        if odd:
-            can = f"only {', '.join(self.optional)} can" if self.optional else "all parts are needed"
-            raise BadInput(f"base.without has {odd[0]!r}, which {self.name} can't do without ({can}): remove it")
-        lacking = [name for name in self.optional if not self.is_in(self.folder, name)]
-        return [name for name in self.sources if name not in (*without, *lacking)]
-
-    @classmethod
-    def is_in(cls, folder: Path, part: str) -> bool:
-        return (folder / cls.sources[part][0] / "config.json").is_file()
 
     @property
     def hidden_width(self) -> int:
@@ -78,45 +79,13 @@ class DiffusersFamily(Family):
         widths = [int(cast(Any, self.parts[name]).config.hidden_size) for name in self.text_encoders]
         if sum(widths) != self.hidden_width:
             raise BadInput(
-                f"in {self.folder} the {self.sources['denoiser'][0]} reads text of width {self.hidden_width} but the "
-                f"text encoder(s) write {' + '.join(map(str, widths))}: they are of different bases, put the right "
-                "ones together"
+                f"in {self.folder} the {self.sources['denoiser'].folder} reads text of width {self.hidden_width} but "
+                f"the text encoder(s) write {' + '.join(map(str, widths))}: they are of different bases, put the "
+                "right ones together"
             )
 
-    @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
-        return cls(folder, dtype, without)
-
-    @classmethod
-    def on_meta(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
-        return cls(folder, dtype, without, on_meta=True)
-
-    @classmethod
-    def skeletons(
-        cls, folder: Path, parts: Sequence[str] | None = None, device: torch.device | str = "meta"
-    ) -> dict[str, nn.Module]:
-        wanted = cls.export_prefix if parts is None else parts
-        with torch.device(device):
-            return {
-                name: _from_config(kind, folder / subfolder)
-                for name, (subfolder, kind) in cls.sources.items()
-                if name in wanted and (name not in cls.optional or cls.is_in(folder, name))
-            }
-
-    def _load_part(self, name: str) -> nn.Module:
-        subfolder, kind = self.sources[name]
-        if not self.is_in(self.folder, name):
-            raise BadInput(f"{self.folder} has no {subfolder}/config.json: the base must be a whole diffusers folder")
-        part = load_weights(self.folder / subfolder, kind, self._part_dtype(name))
-        if name == "vae":
-            cast(Any, part).enable_slicing()  # a picture at a time: eight of 1024 pixels need no more memory than one
-        return part.requires_grad_(False).eval()
-
     def _is_t5(self, index: int) -> bool:
-        return issubclass(self.sources[self.text_encoders[index]][1], transformers.T5EncoderModel)
-
-    def _part_dtype(self, name: str) -> torch.dtype:
-        return self.dtype
+        return issubclass(self.sources[self.text_encoders[index]].kind, transformers.T5EncoderModel)
 
     def lora_targets(self, part: str, choice: str) -> list[str]:
         """Full paths of the modules that a LoRA of this choice adapts; deterministic order."""
@@ -128,18 +97,6 @@ class DiffusersFamily(Family):
 
     def _denoiser_targets(self, choice: str) -> list[str]:
         raise TypeError("a family names its denoiser's targets")
-
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Latents:
-        vae: Any = self.parts["vae"]
-        latent = vae.encode(pixels.to(vae.dtype)).latent_dist
-        return Latents((latent.mean.float() - self.offset) * self.scaling, latent.std.float() * self.scaling)
-
-    @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        vae: Any = self.parts["vae"]
-        decoded: Tensor = vae.decode((latents / self.scaling + self.offset).to(vae.dtype)).sample
-        return decoded.float()
 
     def text_length(self, index: int) -> int:
         if not self.tokenizers:  # on the meta device
@@ -162,19 +119,9 @@ class DiffusersFamily(Family):
                     f"the prompt {prompt!r} is longer than {length} tokens; {cut!r} is not read: shorten it",
                     stacklevel=2,
                 )
-        fixed = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-        ids: Tensor = tokenizer(list(prompts), **fixed)["input_ids"]
+        settings = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        ids: Tensor = tokenizer(list(prompts), **settings)["input_ids"]
         return ids
-
-    def release(self, parts: Sequence[str]) -> None:
-        for name in parts:
-            self.parts[name] = nn.Identity()
-        empty_cache()
-
-    def restore(self, parts: Sequence[str]) -> None:
-        for name in parts:
-            if isinstance(self.parts[name], nn.Identity):
-                self.parts[name] = self._load_part(name)
 
     def enable_gradient_checkpointing(self, parts: Sequence[str]) -> None:
         for name in parts:
@@ -183,53 +130,6 @@ class DiffusersFamily(Family):
                 part.enable_gradient_checkpointing()
             else:
                 part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-    def check_sampler(self, sampler: str) -> None:
-        make_scheduler(self.scheduler, sampler)
-
-    def pipeline(self, sampler: str | None = None) -> Any:
-        self.restore(list(self.parts))
-        pipeline = getattr(diffusers, self._pipeline_name())(
-            **self._pipeline_parts(), scheduler=make_scheduler(self.scheduler, sampler), **self._pipeline_extras()
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        if self._fits():
-            self.place(list(self.parts))
-        else:
-            self.place([])
-            pipeline.enable_model_cpu_offload(device=self.device)
-        return pipeline
-
-    def _fits(self) -> bool:
-        """Whether all parts can lie on the device together, with a tenth of its memory left for the images."""
-        if self.device.type != "cuda":
-            return True
-        tensors = [p for part in self.parts.values() for p in part.parameters()]
-        missing = sum(p.numel() * p.element_size() for p in tensors if p.device.type == "cpu")
-        free, whole = torch.cuda.mem_get_info(self.device)
-        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return missing + whole / 10 <= free + unused
-
-    def _pipeline_name(self) -> str:
-        return self.pipeline_class
-
-    def _pipeline_parts(self) -> dict[str, Any]:
-        """Models and tokenizers by the names of the pipeline's arguments: those of the folder; None if left out."""
-        held: dict[str, Any] = {self.sources[name][0]: self.parts.get(name) for name in self.sources}
-        names = [name for name in self.sources if name.startswith("text_encoder")]
-        tokenizers = dict(zip(self.text_encoders, self.tokenizers, strict=True))
-        return held | {name.replace("text_encoder", "tokenizer"): tokenizers.get(name) for name in names}
-
-    def _pipeline_extras(self) -> dict[str, Any]:
-        return {}
-
-
-def _from_config(kind: Any, folder: Path) -> nn.Module:
-    ours = issubclass(kind, diffusers.ModelMixin)
-    model: nn.Module = (
-        kind.from_config(kind.load_config(folder)) if ours else kind(kind.config_class.from_pretrained(folder))
-    )
-    return model
 
 
 def _tokenizer(folder: Path, encoder: Any) -> Any:
@@ -250,10 +150,10 @@ def _tokenizer(folder: Path, encoder: Any) -> Any:
 def _scheduler(folder: Path) -> Any:
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
-        raise BadInput(f"{folder} has no scheduler/scheduler_config.json: it tells what the base predicts")
+        raise BadInput(f"{folder} has no scheduler/scheduler_config.json: it says what the base predicts")
     config = diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler")
     kind = getattr(diffusers, config.get("_class_name", "DDIMScheduler"), None)
     if kind is None:
-        raise BadInput(f"{file} names {config['_class_name']!r}, which is no scheduler of diffusers: mend it")
+        raise BadInput(f"{file} names {config['_class_name']!r}, which is not a scheduler of diffusers: correct it")
     read_schedule(dict(config))  # refuses what is not supported, where diffusers would raise
     return kind.from_pretrained(folder, subfolder="scheduler")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ FAMILIES: Registry[Family] = Registry(Family, "finetune.families", lambda item: 
 
 def denoiser_folders() -> list[str]:
     """Where the denoiser lies in a diffusers folder: "unet", "transformer"."""
-    return sorted({family.sources["denoiser"][0] for family in FAMILIES.values()}, reverse=True)
+    return sorted({family.sources["denoiser"].folder for family in FAMILIES.values()}, reverse=True)
 
 
 def family_of(folder: Path) -> type[Family]:
@@ -57,5 +58,6 @@ def own_paths(folder: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def is_transformer(family: str) -> bool:
-    return FAMILIES[family].sources["denoiser"][0] == "transformer"
+def denoiser_config(folder: Path) -> dict[str, Any]:
+    """The denoiser's config of a diffusers folder."""
+    return read_config(folder, f"{family_of(folder).sources['denoiser'].folder}/config.json")

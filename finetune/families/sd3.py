@@ -16,25 +16,39 @@ from torch import Tensor
 
 from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
-from finetune.families.base import Labels
+from finetune.families.drawing import DiffusersDrawing
+from finetune.families.naming.base import Labels, Readers
+from finetune.families.naming.mmdit import DENOISER_UIS, SD3_NAMES, JoinedNaming
+from finetune.families.parts import Source
 from finetune.families.transformer import TransformerFamily
 
 T5 = "text_encoder_3"
 
 
+class SD3Drawing(DiffusersDrawing):
+    def arguments(self, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
+        assert isinstance(self.family, StableDiffusion3)
+        length = self.family.text_length(2) if T5 in self.family.parts else self.family.t5_length
+        return super().arguments(guidance, negatives) | {"max_sequence_length": length}
+
+
 class StableDiffusion3(TransformerFamily):
     name = "sd3"
     pipeline_class = "StableDiffusion3Pipeline"
-    export_prefix: ClassVar = {"denoiser": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    drawing_class = SD3Drawing
     sources: ClassVar = {
-        "denoiser": ("transformer", diffusers.SD3Transformer2DModel),
-        "vae": ("vae", diffusers.AutoencoderKL),
-        "text_encoder": ("text_encoder", transformers.CLIPTextModelWithProjection),
-        "text_encoder_2": ("text_encoder_2", transformers.CLIPTextModelWithProjection),
-        T5: (T5, transformers.T5EncoderModel),
+        "denoiser": Source("transformer", diffusers.SD3Transformer2DModel),
+        "vae": Source("vae", diffusers.AutoencoderKL),
+        "text_encoder": Source("text_encoder", transformers.CLIPTextModelWithProjection),
+        "text_encoder_2": Source("text_encoder_2", transformers.CLIPTextModelWithProjection),
+        T5: Source(T5, transformers.T5EncoderModel, optional=True),
     }
-    optional = (T5,)
-    labels = Labels("sd3", "stable-diffusion-3", "https://github.com/Stability-AI/sd3-ref", "SD3", prediction="")
+    naming = JoinedNaming(
+        Labels("sd3", "stable-diffusion-3", "https://github.com/Stability-AI/sd3-ref", "SD3", prediction=""),
+        {"denoiser": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+        Readers(diffusers_format=DENOISER_UIS, embedding=("ComfyUI",)),  # diffusers has no reader for its embeddings
+        names=SD3_NAMES,
+    )
 
     def _find_unused_parameters(self) -> dict[str, tuple[str, ...]]:
         last = f"transformer_blocks.{cast(Any, self.parts['denoiser']).config.num_layers - 1}.attn"
@@ -92,7 +106,3 @@ class StableDiffusion3(TransformerFamily):
             return_dict=False,
         )[0]
         return predicted
-
-    def sampling_arguments(self, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
-        length = self.text_length(2) if T5 in self.parts else self.t5_length
-        return super().sampling_arguments(guidance, negatives) | {"max_sequence_length": length}

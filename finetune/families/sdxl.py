@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import diffusers
@@ -11,8 +12,15 @@ import transformers
 from torch import Tensor
 
 from finetune.core.batch import Geometry
-from finetune.families.base import Labels
-from finetune.families.unet import UNetFamily
+from finetune.families.naming.base import Labels, SingleFile
+from finetune.families.naming.ldm import SD_READERS, UNetNaming
+from finetune.families.parts import Source
+from finetune.families.unet import UNetDrawing, UNetFamily
+
+
+class SDXLDrawing(UNetDrawing):
+    def extras(self) -> dict[str, Any]:
+        return {"add_watermarker": False}
 
 
 class StableDiffusionXL(UNetFamily):
@@ -23,15 +31,29 @@ class StableDiffusionXL(UNetFamily):
         "inpaint": "StableDiffusionXLInpaintPipeline",
         "edit": "StableDiffusionXLInstructPix2PixPipeline",
     }
-    export_prefix: ClassVar = {"denoiser": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    drawing_class = SDXLDrawing
     sources: ClassVar = {
-        "denoiser": ("unet", diffusers.UNet2DConditionModel),
-        "vae": ("vae", diffusers.AutoencoderKL),
-        "text_encoder": ("text_encoder", transformers.CLIPTextModel),
-        "text_encoder_2": ("text_encoder_2", transformers.CLIPTextModelWithProjection),
+        "denoiser": Source("unet", diffusers.UNet2DConditionModel),
+        "vae": Source("vae", diffusers.AutoencoderKL, fp32_for_fp16=True),  # it overflows: black images
+        "text_encoder": Source("text_encoder", transformers.CLIPTextModel),
+        "text_encoder_2": Source("text_encoder_2", transformers.CLIPTextModelWithProjection),
     }
-    labels = Labels(
-        "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models", "SDXL"
+    naming = UNetNaming(
+        Labels(
+            "sdxl_base_v1-0",
+            "stable-diffusion-xl-v1-base",
+            "https://github.com/Stability-AI/generative-models",
+            "SDXL",
+        ),
+        {"denoiser": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+        replace(SD_READERS, refuse_unknown=("InvokeAI",)),
+        SingleFile(
+            {
+                "text_encoder": ("conditioner.embedders.0.transformer.text_model.", False),
+                "text_encoder_2": ("conditioner.embedders.1.model.", True),
+            },
+            "stabilityai/stable-diffusion-xl-base-1.0",
+        ),
     )
 
     def _find_unused_parameters(self) -> dict[str, tuple[str, ...]]:
@@ -43,10 +65,6 @@ class StableDiffusionXL(UNetFamily):
         wrapper = "text_model." if "text_model" in names else ""
         # the UNet reads the second-last layer: nothing after it gets a gradient, and DDP fails on such weights
         return {"text_encoder": (f"{wrapper}encoder.layers.{last}.", f"{wrapper}final_layer_norm")}
-
-    def _part_dtype(self, name: str) -> torch.dtype:
-        """SDXL's VAE overflows in fp16 (black pictures): it stays in fp32 then."""
-        return torch.float32 if name == "vae" and self.dtype == torch.float16 else self.dtype
 
     def encode_text(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden": [B, length, width]}: the second-last layer; the second encoder's "pooled" [B, width] too."""
@@ -79,9 +97,6 @@ class StableDiffusionXL(UNetFamily):
 
     def _time_ids(self, geometry: Sequence[Geometry]) -> Tensor:
         return time_ids(geometry)
-
-    def _pipeline_extras(self) -> dict[str, Any]:
-        return {"add_watermarker": False}
 
 
 def time_ids(geometry: Sequence[Geometry]) -> Tensor:

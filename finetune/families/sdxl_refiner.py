@@ -15,11 +15,28 @@ import transformers
 from torch import Tensor
 
 from finetune.core.batch import Geometry
-from finetune.families.base import ImageCondition, Labels
-from finetune.families.sdxl import StableDiffusionXL
+from finetune.families.drawing import ImageCondition
+from finetune.families.naming.base import Labels
+from finetune.families.naming.ldm import UNetNaming
+from finetune.families.parts import Source
+from finetune.families.sdxl import SDXLDrawing, StableDiffusionXL
 
 SCORE = 6.0  # diffusers' default for what is wanted; 2.5 goes with the negative prompt
 STRENGTH = 0.3  # the share of the noise that a given picture gets: diffusers' default
+
+
+class RefinerDrawing(SDXLDrawing):
+    def inputs(self, side: int, count: int, steps: int, given: ImageCondition | None) -> dict[str, Any]:
+        """A given image is refined. Without one everything is drawn, from the noise over latents of zeros."""
+        if given is None:
+            codec = self.family.codec
+            latents = side // codec.factor
+            return {"image": torch.zeros(count, codec.channels, latents, latents), "strength": 1.0}
+        return {"image": given.image.expand(count, -1, -1, -1), "strength": max(STRENGTH, 1 / steps)}
+
+    def extras(self) -> dict[str, Any]:
+        left_out = {"text_encoder": None, "tokenizer": None}
+        return super().extras() | left_out | {"requires_aesthetics_score": True}
 
 
 class StableDiffusionXLRefiner(StableDiffusionXL):
@@ -27,31 +44,23 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
     pipeline_class = "StableDiffusionXLImg2ImgPipeline"
     pipelines: ClassVar = {"": pipeline_class}
     timestep_fraction = 0.2
-    known_to_uis = False
-    export_prefix: ClassVar = {"denoiser": "lora_unet", "text_encoder_2": "lora_te2"}
+    drawing_class = RefinerDrawing
     sources: ClassVar = {
-        "denoiser": ("unet", diffusers.UNet2DConditionModel),
-        "vae": ("vae", diffusers.AutoencoderKL),
-        "text_encoder_2": ("text_encoder_2", transformers.CLIPTextModelWithProjection),
+        "denoiser": Source("unet", diffusers.UNet2DConditionModel),
+        "vae": Source("vae", diffusers.AutoencoderKL, fp32_for_fp16=True),
+        "text_encoder_2": Source("text_encoder_2", transformers.CLIPTextModelWithProjection),
     }
-    labels = Labels(
-        "sdxl_refiner_v1-0",
-        "stable-diffusion-xl-v1-refiner",
-        "https://github.com/Stability-AI/generative-models",
-        "SDXL",
+    naming = UNetNaming(
+        Labels(
+            "sdxl_refiner_v1-0",
+            "stable-diffusion-xl-v1-refiner",
+            "https://github.com/Stability-AI/generative-models",
+            "SDXL",
+        ),
+        {"denoiser": "lora_unet", "text_encoder_2": "lora_te2"},
+        readers=None,
     )
 
     def _time_ids(self, geometry: Sequence[Geometry]) -> Tensor:
         """[B, 5]: original height and width, crop top and left, aesthetic score."""
         return torch.tensor([[*item.original, *item.crop, SCORE] for item in geometry], dtype=torch.float32)
-
-    def pipeline_inputs(self, side: int, count: int, steps: int, given: ImageCondition | None) -> dict[str, Any]:
-        """A given picture is refined. Without one everything is drawn, from the noise over latents of zeros."""
-        if given is None:
-            latents = side // self.latent_factor
-            return {"image": torch.zeros(count, self.latent_channels, latents, latents), "strength": 1.0}
-        return {"image": given.image.expand(count, -1, -1, -1), "strength": max(STRENGTH, 1 / steps)}
-
-    def _pipeline_extras(self) -> dict[str, Any]:
-        left_out = {"text_encoder": None, "tokenizer": None}
-        return super()._pipeline_extras() | left_out | {"requires_aesthetics_score": True}

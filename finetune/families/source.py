@@ -13,8 +13,8 @@ import torch
 from finetune.core.errors import BadInput
 from finetune.core.files import cache_dir, sha256, write_json
 from finetune.families.base import Family
-from finetune.families.naming.single_file import LIKE, detect, unpack
-from finetune.families.registry import family_of
+from finetune.families.naming.single_file import detect, unpack
+from finetune.families.registry import FAMILIES, family_of
 from finetune.families.weights import pickle_allowed
 
 
@@ -70,16 +70,17 @@ def _from_file(file: Path, like: str | None) -> Path:
         raise BadInput(
             f"the base {file} is no whole safetensors file ({error}): give a .safetensors checkpoint"
         ) from error
+    layouts = {name: kind.naming.single_file for name, kind in FAMILIES.items() if kind.naming.single_file is not None}
     try:
-        name = detect(list(shapes), shapes)
+        name = detect(list(shapes), shapes, layouts)
     except BadInput as fault:
         raise BadInput(f"the base {file} can't be used: {fault}") from fault
-    folder = resolve_base(like) if like else _download(LIKE[name], None, weights=False)
+    folder = resolve_base(like) if like else _download(layouts[name].like, None, weights=False)
     if family_of(folder).name != name:
         raise BadInput(
             f"the base {file} is a {name} but base.like={like} a {family_of(folder).name}: choose one like it"
         )
-    return unpack(file, folder, family_of(folder))
+    return unpack(file, folder, FAMILIES[name].sources, layouts[name])
 
 
 def _download(source: str, revision: str | None, weights: bool = True) -> Path:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from finetune.core.errors import BadInput
 from finetune.families.loading import DiffusersFamily
-from finetune.families.naming.mmdit import original_name
 
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -20,7 +18,7 @@ class TransformerFamily(DiffusersFamily):
     @property
     def size_multiple(self) -> int:
         """A token is a patch of 2x2 latents."""
-        return 2 * self.latent_factor
+        return 2 * self.codec.factor
 
     @property
     def square_multiple(self) -> int:
@@ -41,16 +39,6 @@ class TransformerFamily(DiffusersFamily):
         if choice == "attention":
             return [path for path in linear if ".attn" in path and path.endswith(ATTENTION)]
         return [path for path in linear if ".norm" not in path]
-
-    @classmethod
-    def original_names(cls, paths: Sequence[str], folder: Path) -> dict[str, list[str]]:
-        last = int(cls.sources["denoiser"][1].load_config(folder / "transformer")["num_layers"]) - 1
-        slots: dict[str, dict[int, str]] = {}
-        for path in paths:
-            found = original_name(cls.name, path, last)
-            if found is not None:
-                slots.setdefault(found[0], {})[found[1]] = path
-        return {name: [held[slot] for slot in sorted(held)] for name, held in slots.items()}
 
     def _encode_t5(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
         """{"t5": [B, length, width]}; no attention mask, as the sampling pipelines have it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -12,16 +11,31 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from finetune.core.errors import BadInput
-from finetune.families.base import ImageCondition
 from finetune.families.conditioning import channels, kind_of, pipeline_inputs, widen
+from finetune.families.configs import read_config
+from finetune.families.drawing import DiffusersDrawing, ImageCondition
 from finetune.families.loading import DiffusersFamily
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
+class UNetDrawing(DiffusersDrawing):
+    """Each kind of extra inputs has a pipeline of its own."""
+
+    def pipeline_name(self) -> str:
+        assert isinstance(self.family, UNetFamily)
+        return self.family.pipelines[self.family.inputs or ""]
+
+    def inputs(self, side: int, count: int, steps: int, given: ImageCondition | None) -> dict[str, Any]:
+        if self.family.inputs is None:
+            return super().inputs(side, count, steps, given)
+        return pipeline_inputs(self.family.inputs, side, count, given)
+
+
 class UNetFamily(DiffusersFamily):
     # extra inputs ("" for none) -> the `_class_name` of such a base
     pipelines: ClassVar[dict[str, str]]
+    drawing_class = UNetDrawing
 
     def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = (), on_meta: bool = False) -> None:
         super().__init__(folder, dtype, without, on_meta)
@@ -37,28 +51,20 @@ class UNetFamily(DiffusersFamily):
             raise BadInput(f"base.inputs is {inputs!r} but the base reads {self.inputs!r}: leave base.inputs out")
         if inputs not in self.pipelines:
             raise BadInput(f"base.inputs is {inputs!r}, which diffusers can't draw with {self.name}: use another base")
-        if inputs == "inpaint" and self.latent_channels != 4:
+        if inputs == "inpaint" and self.codec.channels != 4:
             raise BadInput(
-                f"base.inputs is 'inpaint' but the base has {self.latent_channels} latent channels, and diffusers "
+                f"base.inputs is 'inpaint' but the base has {self.codec.channels} latent channels, and diffusers "
                 "paints with 4 alone: use another base"
             )
         if self.inputs is None:
             self.inputs, self.widened = inputs, True
-            widen(self.parts["denoiser"], channels(inputs, self.latent_channels))
+            widen(self.parts["denoiser"], channels(inputs, self.codec.channels))
 
     def _load_part(self, name: str) -> nn.Module:
         part = super()._load_part(name)
         if name == "denoiser" and self.widened and self.inputs:
-            widen(part, channels(self.inputs, self.latent_channels))
+            widen(part, channels(self.inputs, self.codec.channels))
         return part
-
-    def _pipeline_name(self) -> str:
-        return self.pipelines[self.inputs or ""]
-
-    def pipeline_inputs(self, side: int, count: int, steps: int, given: ImageCondition | None) -> dict[str, Any]:
-        if self.inputs is None:
-            return super().pipeline_inputs(side, count, steps, given)
-        return pipeline_inputs(self.inputs, side, count, given)
 
     def _read(self, noisy: Tensor) -> Tensor:
         """What the UNet reads, in the dtype of its weights: zeros where its extra inputs are not behind `noisy`."""
@@ -82,14 +88,13 @@ class UNetFamily(DiffusersFamily):
     def size_multiple(self) -> int:
         """A UNet halves the latents once between two blocks: 64 pixels for SD1 and SD2, 32 for SDXL."""
         blocks = cast(Any, self.parts["denoiser"]).config.block_out_channels
-        multiple: int = self.latent_factor * 2 ** (len(blocks) - 1)
+        multiple: int = self.codec.factor * 2 ** (len(blocks) - 1)
         return multiple
 
     @classmethod
     def resolution_of(cls, folder: Path) -> int:
         def read(part: str) -> dict[str, Any]:
-            config: dict[str, Any] = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-            return config
+            return read_config(folder, f"{part}/config.json")
 
         levels = len(read("vae").get("block_out_channels", (0,)))
         pixels: int = int(read("unet").get("sample_size", 64)) * 2 ** (levels - 1)

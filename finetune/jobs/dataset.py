@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from accelerate import Accelerator
 
 from finetune.core.events import phase
@@ -13,6 +14,7 @@ from finetune.data.cache import Encodable, LatentCache, PromptCache
 from finetune.data.crops import make_crops
 from finetune.data.masks import Masks
 from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
+from finetune.families.base import Family
 from finetune.jobs.class_images import class_images
 from finetune.jobs.prepare import Prepared
 from finetune.training.prior import ClassImages
@@ -20,7 +22,7 @@ from finetune.training.step import PromptEncoder
 
 
 def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> LatentCache:
-    cache = LatentCache(cache_dir(), job.base_hash, next(job.family.parts["vae"].parameters()).dtype)
+    cache = LatentCache(cache_dir(), job.base_hash, _encoding_dtype(job.family))
     seen = [view for stream in streams for sample in stream for view in sample.crops]
     images: list[Encodable] = list(seen)
     if job.inputs is not None:
@@ -34,7 +36,7 @@ def load_masks(job: Prepared, streams: Sequence[Sequence[Sample]]) -> Masks | No
     """None where all of every photo counts."""
     if not job.masks:
         return None
-    masks = Masks(job.masks, job.family.latent_factor, job.recipe.data.mask_floor)
+    masks = Masks(job.masks, job.family.codec.factor, job.recipe.data.mask_floor)
     return masks.fill([view for sample in streams[0] for view in sample.crops])
 
 
@@ -111,9 +113,12 @@ def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]], acce
         return family.encode_prompts
     prompts = [text for stream in streams for sample in stream for text in sample.captions]
     prompts += job.class_nouns  # the class prompts
-    cache = PromptCache(
-        family, job.base_hash, cache_dir(), next(family.parts[family.text_encoders[0]].parameters()).dtype
-    )
+    cache = PromptCache(family, job.base_hash, cache_dir(), family.parts.dtype(family.text_encoders[0]))
     with accelerator.main_process_first():
         cache.fill(list(dict.fromkeys(["", *prompts])))
     return cache
+
+
+def _encoding_dtype(family: Family) -> torch.dtype:
+    """In which images become latents: a cache made in another one is made anew."""
+    return family.parts.dtype(family.codec.parts[0]) if family.codec.parts else torch.float32

@@ -160,8 +160,8 @@ def _activations(family: Family, parts: list[str], samples: int, side: int) -> f
     """Bytes that autograd keeps of one forward pass for its backward pass: each tensor once, weights not."""
     for part in parts:
         family.parts[part].train()
-    latent = side // family.latent_factor
-    noisy = torch.zeros(samples, family.latent_channels, latent, latent, device="meta")
+    latent = side // family.codec.factor
+    noisy = torch.zeros(samples, family.codec.channels, latent, latent, device="meta")
     timesteps = torch.zeros(samples, dtype=torch.long, device="meta")
     square = [Geometry((side, side), (0, 0), (side, side))] * samples
     weights = [p for part in family.parts.values() for p in part.parameters()]

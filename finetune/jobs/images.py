@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune.core.events import ImagesDrawn, emit, phase
 from finetune.data.conditioning.base import unit
 from finetune.data.crops import make_crops
-from finetune.families.base import ImageCondition
+from finetune.families.drawing import ImageCondition
 from finetune.jobs.prepare import Prepared
 from finetune.jobs.previews import from_file
 from finetune.runs.folder import RunFolder
@@ -50,8 +50,8 @@ def draw_preview(job: Prepared, run: RunFolder, step: int, idle: Sequence[str]) 
     """One image of each sample prompt as the run's file of this step draws it; `idle` parts leave memory again."""
     with from_file(run, job.family, step):
         draw_samples(job, run.path / "samples" / f"step-{step:06d}", "Preview", count=1)
-    job.family.release(idle)
-    job.family.place([part for part in job.family.parts if part not in idle])
+    job.family.parts.release(idle)
+    job.family.parts.place([part for part in job.family.parts if part not in idle])
 
 
 def image_condition(job: Prepared) -> ImageCondition:

@@ -36,7 +36,7 @@ def open_result(
         return open_run(RunFolder(source), device)
     adapter, _ = open_adapter(source, base)
     family = load_family(base, dtype=dtype)
-    family.to(device)
+    family.parts.to(device)
     apply_adapter(family, adapter)
     return family, RunRecord()
 
@@ -60,7 +60,7 @@ def open_run(folder: RunFolder, device: str | torch.device = "cpu") -> tuple[Fam
     recipe.method.add_subject_token(family, recipe.data.token, recipe.data.class_noun)
     recipe.method.attach(family, recipe.run.seed)
     recipe.method.load_state_dict(family, trained)
-    family.to(device)
+    family.parts.to(device)
     return family, info
 
 

@@ -133,12 +133,13 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Prepared:
             "data.caption_dropout"
         )
     _refuse_inputs(recipe, family)
-    family.check_sampler(recipe.sample.sampler)
+    family.drawing.check_sampler(recipe.sample.sampler)
     if isinstance(recipe.prior, ClassImages):
-        family.check_sampler(recipe.prior.sampler)
+        family.drawing.check_sampler(recipe.prior.sampler)
     choices = Choices(recipe.run.seed, recipe.data.mask_count, recipe.data.edit_dropout, recipe.sample.image_guidance)
     inputs = make_inputs(family, [photo for found in scanned for photo in found.photos], choices)
-    family.device, family.autocast = torch.device(device), recipe.method.autocast_dtype(precision)
+    family.parts.device, family.autocast = torch.device(device), recipe.method.autocast_dtype(precision)
+    family.parts.keep_released = recipe.run.released == "cpu"
     build_objective(recipe.objective, family.schedule, family.shift(resolution))
     subjects = caption_subjects(recipe, family, scanned)
     masks = {path: mask for subject in subjects for path, mask in subject.masks.items()}

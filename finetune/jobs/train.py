@@ -217,8 +217,8 @@ def fit_job(
     cache = cache_latents(job, streams, accelerator)
     encode_prompts = make_prompt_encoder(job, streams, accelerator)
     idle = _idle_parts(job, encode_prompts)
-    family.release(idle)
-    family.place([part for part in family.parts if part not in idle])
+    family.parts.release(idle)
+    family.parts.place([part for part in family.parts if part not in idle])
     trained = recipe.method.attach(family, recipe.run.seed)
     if recipe.run.gradient_checkpointing:
         family.enable_gradient_checkpointing(recipe.method.part_names(family))
@@ -247,14 +247,14 @@ def fit_job(
         on_step(step)
 
     trainer.fit(batches, after_step, stop)
-    family.restore(idle)
+    family.parts.restore(idle)
 
 
 def _idle_parts(job: Prepared, encode_prompts: PromptEncoder) -> list[str]:
     """Frozen parts whose work is cached: they leave memory while the loop runs."""
     busy = {"denoiser", *job.recipe.method.part_names(job.family)}
     cached = isinstance(encode_prompts, PromptCache)
-    return [part for part in job.family.parts if part not in busy and (part == "vae" or cached)]
+    return [part for part in job.family.parts if part not in busy and (part in job.family.codec.parts or cached)]
 
 
 def _load_result(job: Prepared, folder: RunFolder) -> None:
@@ -263,12 +263,12 @@ def _load_result(job: Prepared, folder: RunFolder) -> None:
 
 
 def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) -> None:
-    dtype = next(job.family.parts["denoiser"].parameters()).dtype
+    dtype = job.family.parts.dtype("denoiser")
     exported = export_run(folder, job.family)
     after = folder.path / "samples" / "after"
     shown = None if after.is_dir() else open_exported(folder, exported, dtype)
     if shown is not None:  # what is shown is what the file gives, not what was in memory
-        shown.device = device
+        shown.parts.device = device
         job.family = shown
         draw_samples(job, after, "After")
     write_companions(folder)

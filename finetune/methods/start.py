@@ -19,8 +19,9 @@ ReferenceModel = Callable[[], AbstractContextManager["Family"]]  # inside the bl
 def reference_copy(family: Family, parts: Sequence[str]) -> ReferenceModel:
     """A family of its own that shares what is frozen and holds copies of `parts`, in the dtype that they have."""
     twin = copy.copy(family)
-    twin.parts = {name: part for name, part in family.parts.items() if name != "vae"}
-    twin.parts |= {name: copy.deepcopy(family.parts[name]).requires_grad_(False).eval() for name in parts}
+    copies = {name: copy.deepcopy(family.parts[name]).requires_grad_(False).eval() for name in parts}
+    shared = {name: part for name, part in family.parts.items() if name not in family.codec.parts}
+    twin.parts = family.parts.replaced_by(shared | copies)
     return lambda: nullcontext(twin)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from finetune.families.base import Family, ImageCondition
+from finetune.families.base import Family
+from finetune.families.drawing import ImageCondition
 from finetune.families.vae import fitting
 
 
@@ -37,8 +38,9 @@ def draw(
     one picture at a time: memory for it does not grow with the batch, and nor do its last bits change.
     """
     side = size or family.resolution
-    pipeline = family.pipeline(sampler)  # brings released parts back
-    pipeline.vae = fitting(pipeline.vae, family.dtype, family.autocast is not None)
+    pipeline = family.drawing.pipeline(sampler)  # brings released parts back
+    if family.codec.parts:
+        pipeline.vae = fitting(pipeline.vae, family.dtype, family.autocast is not None)
     images: list[Image.Image] = []
     with _in_eval(family), _as_trained(family), _hooks_removed(pipeline):
         for start in range(0, len(prompts), batch_size):
@@ -46,8 +48,8 @@ def draw(
             out = pipeline(
                 prompt=texts,
                 num_inference_steps=steps,
-                **family.sampling_arguments(guidance, [negative] * len(texts)),
-                **family.pipeline_inputs(side, len(texts), steps, given),
+                **family.drawing.arguments(guidance, [negative] * len(texts)),
+                **family.drawing.inputs(side, len(texts), steps, given),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
             )
             images += out.images

@@ -166,7 +166,7 @@ def train(
     `settings`: of the method; without any, all parts are trained where the method can be told so.
     """
     family = load_family(str(base))
-    family.to(device)
+    family.parts.to(device)
     own = {} if kind == "textual_inversion" else {"parts": ["denoiser", "text_encoders"]}
     method = method_of(kind, **own | settings)
     word = method.add_subject_token(family, "zwx", "mug") or "zwx"
@@ -182,7 +182,7 @@ def train(
         Checkpoints(folder),
     )
     with sent_to(MetricsFile(folder)):
-        trainer.fit(Fixed(family.latent_channels, word, bad, count))
+        trainer.fit(Fixed(family.codec.channels, word, bad, count))
     return {name: value.detach().clone() for name, value in trained.items()}
 
 
@@ -198,7 +198,7 @@ def attached(kind: str, parts: list[str], family: Family, seed: int = 0) -> tupl
 
 
 def predict(family: Family, seed: int = 0, word: str = "zwx") -> Tensor:
-    noise = torch.randn(2, family.latent_channels, 16, 16, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(2, family.codec.channels, 16, 16, generator=torch.Generator().manual_seed(seed))
     cond = family.encode_prompts([f"a photo of a {word} mug", "a mug"])
     return family.predict(noise, torch.tensor([20, 700]), cond, [Geometry((40, 48), (0, 4), (32, 32))] * 2)
 

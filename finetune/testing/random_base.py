@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from finetune.families.base import Family
+from finetune.families.parts import skeletons
 from finetune.families.registry import family_of
 from finetune.testing.tiny_transformers import tiny_t5_tokenizer
 from finetune.testing.tiny_unets import tiny_tokenizer
@@ -20,9 +21,9 @@ def random_family(folder: Path, dtype: torch.dtype, device: torch.device | str, 
     """A family of the configs in `folder` (`testing.published` writes them), of which `parts` are made; the others are
     released. Its tokenizers know a few words only."""
     family = family_of(folder).on_meta(folder, dtype)
-    family.device = torch.device(device)
+    family.parts.device = torch.device(device)
     family.tokenizers = [_tokenizer(folder, name) for name in family.text_encoders]
-    family.parts = {name: torch.nn.Identity() for name in family.parts}
+    family.parts.release(list(family.parts))
     make_parts(family, dtype, parts)
     return family
 
@@ -31,7 +32,7 @@ def make_parts(family: Family, dtype: torch.dtype, parts: Sequence[str]) -> None
     """Random weights in `dtype` on the family's device, frozen."""
     for part in parts:
         with _default_dtype(dtype):
-            module = family.skeletons(family.folder, [part], family.device)[part]
+            module = skeletons(family.sources, family.folder, [part], family.device)[part]
         family.parts[part] = module.to(dtype).requires_grad_(False).eval()
 
 

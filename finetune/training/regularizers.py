@@ -70,7 +70,7 @@ class KeepPrediction:
 
     def __call__(self, at: NoisedBatch) -> Tensor:
         prompts = self.prompts(at.batch)
-        cond = self.encode(prompts, at.kept)
+        cond = self.encode(prompts, at.kept) | at.batch.conditions
         wanted = self.wanted(at, prompts, cond)
         prediction = self.family.predict(at.latents, at.t, cond, at.batch.geometry).float()
         error = (prediction - wanted).square().flatten(1).mean(1)
@@ -86,5 +86,5 @@ class KeepPrediction:
     def wanted(self, at: NoisedBatch, prompts: list[str], cond: dict[str, Tensor]) -> Tensor:
         """The base's own prediction, float32, without dropout; its encoders read the prompt where ours are trained."""
         with at.current.without_dropout(), self.base() as base:
-            own = base.encode_prompts(prompts, at.kept) if self.texts_train else cond
+            own = base.encode_prompts(prompts, at.kept) | at.batch.conditions if self.texts_train else cond
             return base.predict(at.latents, at.t, own, at.batch.geometry).float()

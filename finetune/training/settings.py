@@ -17,7 +17,8 @@ class Run(Settings):
 
     `batch_size` is what one optimiser step sees: so many subject photos, and as many class images beside them.
     It is split over `accumulate` micro-batches and over the processes, so that the result does not depend on
-    how many there are.
+    how many there are. `released`: frozen parts whose work is cached are dropped and read again for images, or wait
+    in the CPU's memory (`cpu`: faster previews, for as much main memory as they take).
     """
 
     dir: AnyPath | None = None  # None: runs/<name>-<n>
@@ -30,6 +31,7 @@ class Run(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deterministic: bool = False  # the same bits on CUDA too; slower there
     gradient_checkpointing: bool = False
+    released: Literal["reread", "cpu"] = "reread"
     ema: float | None = Field(default=None, gt=0, lt=1)
     checkpoint_every: int = Field(default=250, ge=1)
     keep: int = Field(default=2, ge=1)

@@ -73,7 +73,7 @@ class Step(nn.Module):
         noise, added = (value.to(x0.device) for value in self.objective.noises(batch.draws, x0.shape[1:]))
         t = self.objective.timesteps(self.positions(batch.draws)).to(x0.device)
         kept = self.kept(batch.draws)
-        cond = self.encode_prompts(batch.prompts, kept)
+        cond = self.encode_prompts(batch.prompts, kept) | batch.conditions
         noisy = batch.beside(self.objective.add_noise(x0, added, t))
         prediction = self.family.predict(noisy, t, cond, batch.geometry)
         error = per_sample(self.objective.error(prediction.float(), self.objective.target(x0, noise, t)), batch.mask)

@@ -21,7 +21,7 @@ from finetune.export.registry import EXPORTS
 from finetune.export.verify import apply_adapter
 from finetune.families.configs import read_config
 from finetune.families.naming.ldm import unet_name
-from finetune.families.registry import FAMILIES, is_transformer
+from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
 
 PARTS = ["denoiser", "text_encoders"]
@@ -63,10 +63,10 @@ def test_our_own_files_are_found_whole(name: str, tiny_bases: dict[str, Path], t
         assert found.problems == []
         assert found.adapter is not None
         assert largest_difference(adapter, found.adapter) < 1e-6
-        if kind != "kohya" or not is_transformer(name):
+        if kind != "kohya" or not FAMILIES[name].naming.joined:
             assert found.verdicts["diffusers"][0] == ("unknown" if kind == "peft" else "fully")
         assert found.ranks == {3: adapter.count}
-        folded = kind == "diffusers" and is_transformer(name)
+        folded = kind == "diffusers" and FAMILIES[name].naming.joined
         assert set(found.scales) == {1.0 if folded else round(7 / 3, 6)}
     assert inspect_adapter(tmp_path / paths(name)["peft"], str(tiny_bases[name])).verdicts["ComfyUI"][0] == "refused"
 
@@ -75,13 +75,13 @@ def test_our_own_files_are_found_whole(name: str, tiny_bases: dict[str, Path], t
 def test_the_form_for_uis_is_read_fully_by_all(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     written(tiny_bases[name], tmp_path, parts=["denoiser"])
     found = verify_file(tmp_path / "x.safetensors", str(tiny_bases[name]))
-    assert found.kind == ("diffusers" if is_transformer(name) else "kohya")
-    known = FAMILIES[name].known_to_uis
+    assert found.kind == ("diffusers" if FAMILIES[name].naming.joined else "kohya")
+    known = FAMILIES[name].naming.readers is not None
     assert {state for ui, (state, _) in found.verdicts.items() if ui != "diffusers"} == {
         "fully" if known else "unknown"
     }
     assert found.verdicts["diffusers"][0] == "fully"
-    if is_transformer(name):
+    if FAMILIES[name].naming.joined:
         joined = inspect_adapter(tmp_path / paths(name)["kohya"], str(tiny_bases[name]))
         assert {state for state, _ in joined.verdicts.values()} == {"unknown"}
 

@@ -110,7 +110,7 @@ def test_prompts_and_images_are_the_cpus(name: str, tiny_bases: dict[str, Path],
 @pytest.mark.parametrize("kind", list(METHODS))
 def test_trained_weights_lie_where_the_base_does(kind: str, tiny_bases: dict[str, Path]) -> None:
     family = load_family(str(tiny_bases["sdxl"]), dtype=torch.bfloat16)
-    family.to("cuda")
+    family.parts.to("cuda")
     method: Method = METHODS[kind]()
     method.add_subject_token(family, "zwx", "mug")
     assert all(value.device.type == "cuda" for value in method.attach(family, 0).values())

@@ -39,6 +39,27 @@ for check in (
     check(base, "lora_fa", ["denoiser", "text_encoders"])
 contract.switched_off_is_the_base(base, "lora_fa")
 """
+FAMILY = """
+from finetune.families.registry import FAMILIES
+from finetune.jobs.train import train
+from finetune.testing.family_contract import FAMILY_CONTRACT
+from finetune.testing.tiny import write_tiny
+assert FAMILIES["deepfloyd-if"].__module__ == "finetune_outside.deepfloyd"
+small = folder / "base"
+write_tiny("deepfloyd-if", small)
+for promise in FAMILY_CONTRACT:
+    promise(small)
+contract.killed_and_resumed_is_the_unbroken_run(small, "lora", folder)
+for check in (contract.only_what_should_move_moves, contract.step_0_is_the_base_and_the_seed_decides):
+    check(small, "lora", ["denoiser"])
+train(parse_recipe({{
+    "base": str(small), "data": {{"photos": {photos!r}, "class_noun": "mug", "token": "zwx"}},
+    "prior": {{"kind": "class_images", "count": 2, "steps": 2}}, "method": {{"kind": "lora", "rank": 4}},
+    "optim": {{"kind": "sgd", "lr": 0.5}}, "run": {{"steps": 3, "batch_size": 1, "dir": str(folder / "run")}},
+    "sample": {{"prompts": ["a photo of {{token}} {{noun}}"], "count": 1, "steps": 2}},
+}}), say=lambda line: None)
+assert (folder / "run" / "report.html").is_file()
+"""
 BROKEN = """
 import finetune_outside.sgd
 finetune_outside.sgd.SGD.build = lambda self, *args: __import__("torch").optim.SGD(
@@ -76,13 +97,15 @@ def run(site: Path, program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("checks", [CHECKS, BROKEN], ids=["kept", "broken"])
+@pytest.mark.parametrize("checks", [CHECKS, FAMILY, BROKEN], ids=["kept", "family", "broken"])
 def test_what_it_adds_keeps_the_contract_and_what_breaks_it_is_seen(
-    checks: str, installed: Path, tiny_bases: dict[str, Path], tmp_path: Path
+    checks: str, installed: Path, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "runs"
     folder.mkdir()
-    done = run(installed, RECIPE.format(base=str(tiny_bases["sd1"]), folder=str(folder)) + checks)
+    done = run(
+        installed, (RECIPE + checks).format(base=str(tiny_bases["sd1"]), folder=str(folder), photos=str(photos))
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -21,6 +21,9 @@ class InMemory:
     def __init__(self) -> None:
         self.values = torch.randn(40, 4, 2, 2, generator=torch.Generator().manual_seed(0))
 
+    def conditions(self, view: Crop) -> dict[str, torch.Tensor]:
+        return {}
+
     def latents(self, view: Crop) -> Latents:
         return Latents(self.values[int(view.photo.digest)], torch.zeros(4, 2, 2))
 

@@ -23,7 +23,7 @@ from finetune.data.buckets import bucket_table, cut_away, nearest_bucket
 from finetune.data.crops import Crop, make_crops
 from finetune.data.photos import Photo, open_image, scan
 from finetune.data.samplers import BucketSampler, Sample
-from finetune.families.registry import FAMILIES, is_transformer
+from finetune.families.registry import FAMILIES
 from finetune.families.sdxl import time_ids
 from finetune.families.source import load_family
 from finetune.jobs import train as job
@@ -133,6 +133,9 @@ def test_keys_of_squares_are_those_of_before() -> None:
 
 class ByShape:
     """Latents of the view's own shape, of its photo's number."""
+
+    def conditions(self, view: Crop) -> dict[str, torch.Tensor]:
+        return {}
 
     def latents(self, view: Crop) -> Latents:
         value = torch.full((1, view.size[1] // 4, view.size[0] // 4), float(view.photo.digest))
@@ -292,11 +295,11 @@ def test_the_step_of_a_bucket_is_the_familys_own(tiny_bases: dict[str, Path]) ->
     for name, base in tiny_bases.items():
         family = load_family(str(base))
         assert family.size_multiple == 4, name
-        if is_transformer(name):  # tokens are patches of 2x2 latents
-            assert family.size_multiple == 2 * family.latent_factor == family.square_multiple
+        if FAMILIES[name].naming.joined:  # tokens are patches of 2x2 latents
+            assert family.size_multiple == 2 * family.codec.factor == family.square_multiple
             continue
         halvings = sum(block.downsamplers is not None for block in family.parts["denoiser"].down_blocks)
-        assert family.size_multiple == family.latent_factor * 2**halvings
+        assert family.size_multiple == family.codec.factor * 2**halvings
 
 
 def test_the_plan_tells_of_buckets(tiny_bases: dict[str, Path], shapes: Path) -> None:

@@ -108,6 +108,9 @@ def test_random_crops_are_a_function_of_seed_and_content(photos: Path) -> None:
 class Held:
     """Latents by view, made from its key: what a cache gives."""
 
+    def conditions(self, view: Crop) -> dict[str, torch.Tensor]:
+        return {}
+
     def latents(self, view: Crop) -> Latents:
         value = torch.full((4, 2, 2), float(int(view.key[:6], 16)))
         return Latents(value, torch.ones(4, 2, 2))

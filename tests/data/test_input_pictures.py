@@ -75,7 +75,7 @@ def test_masks_and_masked_latents_are_the_pipelines(
     photos: Path, tiny_bases: dict[str, Path], tmp_path: Path, no_noise: None
 ) -> None:
     family, inputs, seen = made("inpaint", photos, tiny_bases)
-    cache, pipeline = filled(family, inputs, seen, tmp_path), family.pipeline()
+    cache, pipeline = filled(family, inputs, seen, tmp_path), family.drawing.pipeline()
     for view, draw in zip(seen, DRAWS, strict=False):
         ours = inputs.extra(view, draw, cache)
         number = next(n for n in range(6) if torch.equal(_small(view, n), ours[:1]))
@@ -121,7 +121,7 @@ def test_depth_is_the_pipelines(companions: Path, tiny_bases: dict[str, Path], t
     """Each view's crop of the depth map, of all its 16 bits, prepared as the pipeline does."""
     family, inputs, _ = made("depth", companions, tiny_bases)
     assert isinstance(inputs, Depth)
-    pipeline = family.pipeline()
+    pipeline = family.drawing.pipeline()
     for photo in scan(companions):
         whole = Crop(photo, (40, 40), photo.size, (4, 0), False)  # at the photo's own size: nothing is resized
         values = torch.from_numpy(open_values(companions / f"{photo.path.stem}.depth.png"))
@@ -141,7 +141,7 @@ def test_flat_depth_gives_zeros() -> None:
 
 def test_edits_are_the_pipelines(companions: Path, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     family, inputs, seen = made("edit", companions, tiny_bases)
-    cache, pipeline = filled(family, inputs, seen, tmp_path), family.pipeline()
+    cache, pipeline = filled(family, inputs, seen, tmp_path), family.drawing.pipeline()
     for view in seen:
         before = ImageOps.invert(view.image())  # every step from file to view is linear but for rounding
         pixels = pipeline.image_processor.preprocess(before)
@@ -153,7 +153,7 @@ def test_edits_are_the_pipelines(companions: Path, tiny_bases: dict[str, Path], 
 
 
 def cache_of_after(family: Family, view: Crop) -> torch.Tensor:
-    return family.encode_images(view.pixels()[None]).mean[0] / family.scaling
+    return family.codec.encode(view.pixels()[None]).mean[0] / family.codec.scaling
 
 
 def test_edit_dropout_is_the_papers() -> None:

@@ -198,6 +198,9 @@ def test_transparent_parts_of_a_mask_file_are_background(photos: Path) -> None:
 
 
 class Zeros:
+    def conditions(self, view: Crop) -> dict[str, torch.Tensor]:
+        return {}
+
     def latents(self, view: Crop) -> Latents:
         value = torch.zeros(4, view.size[1] // 2, view.size[0] // 2)
         return Latents(value, value)

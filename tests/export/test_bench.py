@@ -156,7 +156,7 @@ def test_the_probe_is_made_where_the_denoiser_is(tiny_bases: dict[str, Path]) ->
     for path in tiny_bases.values():
         family = load_family(str(path))
         cond = family.encode_prompts(["a dog"])
-        family.to("meta")
+        family.parts.to("meta")
         from finetune.export.verify import predicted
 
         found = predicted(family, {name: value.to("meta") for name, value in cond.items()})

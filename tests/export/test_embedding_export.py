@@ -22,7 +22,8 @@ from finetune.data.crops import make_crops
 from finetune.data.photos import scan
 from finetune.export import embedding
 from finetune.export.embedding import export_embedding, read_by_diffusers, read_embedding
-from finetune.families.base import Family, ImageCondition
+from finetune.families.base import Family
+from finetune.families.drawing import ImageCondition
 from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
 from finetune.jobs import train as job

@@ -21,7 +21,7 @@ from finetune.export.model.folder import export_folder
 from finetune.export.registry import EXPORTS
 from finetune.export.verify import apply_adapter, probe, verify
 from finetune.families.base import Family
-from finetune.families.registry import FAMILIES, family_of, is_transformer, weight_shapes
+from finetune.families.registry import FAMILIES, family_of, weight_shapes
 from finetune.families.source import load_family
 from finetune.methods.full import Full
 from finetune.methods.lora import LoRA
@@ -40,7 +40,7 @@ def bench_of(base: Path, dtype: torch.dtype = torch.float32) -> Bench:
 def trained(base: Path, **settings: object) -> tuple[LoRA, Family]:
     """A LoRA whose B is not zero, so that its delta is something."""
     family = load_family(str(base))
-    if is_transformer(family.name) and settings.get("targets") == "conv":
+    if family.naming.joined and settings.get("targets") == "conv":
         settings["targets"] = "all-linear"
     method = LoRA(rank=3, **settings)
     parameters = method.attach(family, 0)
@@ -205,7 +205,7 @@ def test_a_full_model_leaves_as_a_folder(name: str, tiny_bases: dict[str, Path],
     assert item.ok, item.checks
     index = json.loads((tmp_path / "model" / "model_index.json").read_text())
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(tmp_path / "model")
-    for key, value in getattr(pipeline, family.sources["denoiser"][0]).state_dict().items():
+    for key, value in getattr(pipeline, family.sources["denoiser"].folder).state_dict().items():
         assert torch.equal(value.half(), family.parts["denoiser"].state_dict()[key].half())
     first = family.text_encoders[0].replace("text_encoder", "tokenizer")
     assert (tmp_path / "model" / first / "merges.txt").is_file()
@@ -268,7 +268,7 @@ def test_full_size_names_fit_the_published_architectures(name: str, tmp_path: Pa
     ]
     last = {"SD3 medium": 23, "SD3.5 medium": 23, "SD3.5 large": 37}.get(name)
     swapped = [f"transformer_blocks.{last}.norm1_context.linear", "norm_out.linear"] if last else ["norm_out.linear"]
-    assert nameless == (swapped if is_transformer(title) else [])
+    assert nameless == (swapped if FAMILIES[title].naming.joined else [])
 
 
 def test_diffusers_reads_joined_flux_matrices_at_full_size(tmp_path: Path) -> None:

@@ -18,11 +18,10 @@ from finetune.core.errors import BadInput
 from finetune.export.model.checkpoint import export_checkpoint
 from finetune.families.base import Family
 from finetune.families.naming.clip import strip_text_model
-from finetune.families.naming.single_file import TEXT
 from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family, resolve_base
 
-NAMES = list(TEXT)
+NAMES = [name for name, family in FAMILIES.items() if family.naming.single_file is not None]
 ABOUT = {"title": "x", "trigger_phrase": "zwx mug", "resolution": "32x32"}
 
 

@@ -13,8 +13,9 @@ from torch.nn.functional import interpolate
 
 from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
-from finetune.families.base import Family, ImageCondition
+from finetune.families.base import Family
 from finetune.families.conditioning import KINDS, channels, kind_of
+from finetune.families.drawing import ImageCondition
 from finetune.families.registry import FAMILIES
 from finetune.families.schedulers import make_scheduler
 from finetune.families.source import load_family
@@ -36,7 +37,7 @@ def wide_bases(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFac
         family.widen(kind)
         with torch.no_grad():
             family.parts["denoiser"].conv_in.weight.normal_(generator=torch.Generator().manual_seed(3))
-        family.pipeline().save_pretrained(root / f"{name}-{kind}")
+        family.drawing.pipeline().save_pretrained(root / f"{name}-{kind}")
     return {(name, kind): root / f"{name}-{kind}" for name, kind in CASES}
 
 
@@ -106,7 +107,7 @@ def test_a_base_of_8_latent_channels_is_widened_by_its_own_number(kind: str, tmp
     image = draw(family, ["a mug"], seeds=[1], steps=2, size=32, guidance=1.0, given=given)[0]
     if kind == "edit":  # the depth pipeline starts from grey latents under noise
         assert np.array_equal(np.asarray(image), np.asarray(before))
-    family.pipeline().save_pretrained(tmp_path)
+    family.drawing.pipeline().save_pretrained(tmp_path)
     assert load_family(str(tmp_path)).inputs == kind
 
 
@@ -151,11 +152,11 @@ def test_our_prediction_draws_the_pipelines_picture(
     given = given_of(kind)
     left_out = {"depth_estimator": None, "feature_extractor": None} if kind == "depth" else {}
     pipeline = getattr(diffusers, family.pipelines[kind]).from_pretrained(wide_bases[name, kind], **left_out)
-    pipeline.scheduler = make_scheduler(family.scheduler, "ddim")
+    pipeline.scheduler = make_scheduler(family.drawing.scheduler, "ddim")
     start = noise(1, 4, 16, 16)
     latents = {} if kind == "depth" else {"latents": start}
     if kind == "depth":  # it starts from the picture under noise: grey here
-        grey = family.encode_images(torch.zeros(1, 3, 32, 32)).mean
+        grey = family.codec.encode(torch.zeros(1, 3, 32, 32)).mean
         drawn = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
         pipeline.scheduler.set_timesteps(1)
         start = pipeline.scheduler.add_noise(grey, drawn, pipeline.scheduler.timesteps)
@@ -166,9 +167,9 @@ def test_our_prediction_draws_the_pipelines_picture(
         output_type="latent",
         generator=torch.Generator().manual_seed(5),
         **latents,
-        **family.pipeline_inputs(32, 1, 1, given),
+        **family.drawing.inputs(32, 1, 1, given),
     ).images
-    scheduler = make_scheduler(family.scheduler, "ddim")
+    scheduler = make_scheduler(family.drawing.scheduler, "ddim")
     scheduler.set_timesteps(1)
     noisy = torch.cat([start, extra_of(family, given)], 1)
     predicted = family.predict(noisy, scheduler.timesteps, family.encode_prompts(["a mug"]), [SQUARE])
@@ -217,8 +218,8 @@ def test_a_lora_on_a_base_that_has_them_moves_nothing_else(name: str, kind: str,
 def test_a_released_widened_denoiser_comes_back_wide(tiny_bases: dict[str, Path]) -> None:
     family = load_family(str(tiny_bases["sd1"]))
     family.widen("edit")
-    family.release(["denoiser"])
-    family.restore(["denoiser"])
+    family.parts.release(["denoiser"])
+    family.parts.restore(["denoiser"])
     assert family.parts["denoiser"].conv_in.in_channels == 8
 
 

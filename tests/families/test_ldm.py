@@ -13,7 +13,7 @@ from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
 
 
-@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.sources["denoiser"][0] == "unet"])
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.sources["denoiser"].folder == "unet"])
 def test_every_unet_weight_comes_back_under_its_own_name(name: str, tiny_bases: dict[str, Path]) -> None:
     """Each weight of our original naming holds its diffusers name's number; diffusers must put it back there."""
     unet = load_family(str(tiny_bases[name])).parts["denoiser"]

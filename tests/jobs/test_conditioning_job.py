@@ -51,7 +51,7 @@ def base_of(name: str, kind: str, wide: bool, tiny_bases: dict[str, Path], folde
     family.widen(kind)
     with torch.no_grad():
         family.parts["denoiser"].conv_in.weight.normal_(generator=torch.Generator().manual_seed(3))
-    family.pipeline().save_pretrained(folder)
+    family.drawing.pipeline().save_pretrained(folder)
     return {"source": str(folder)}
 
 

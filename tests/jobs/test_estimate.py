@@ -76,7 +76,7 @@ def test_activations_are_those_of_a_real_step(name: str, checkpointing: bool, ti
     if checkpointing:
         family.enable_gradient_checkpointing(["denoiser"])
     side = family.resolution
-    noisy = torch.randn(2, family.latent_channels, side // 2, side // 2)
+    noisy = torch.randn(2, family.codec.channels, side // 2, side // 2)
     with _counting([p for part in family.parts.values() for p in part.parameters()], fused=False) as seen:
         cond = family.encode_prompts(["", ""])
         square = [Geometry((side, side), (0, 0), (side, side))] * 2

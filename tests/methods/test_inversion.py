@@ -34,7 +34,9 @@ def named(base: Path, method: TextualInversion, dtype: torch.dtype = torch.float
 
 
 def clip_tokenizers(family: Family) -> list:
-    return [t for part, t in zip(family.text_encoders, family.tokenizers, strict=True) if part in family.export_prefix]
+    return [
+        t for part, t in zip(family.text_encoders, family.tokenizers, strict=True) if part in family.naming.prefixes
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.families.base import ImageCondition
+from finetune.families.drawing import ImageCondition
 from finetune.families.registry import FAMILIES
 from finetune.families.schedulers import SAMPLERS
 from finetune.families.source import load_family
@@ -86,7 +86,7 @@ def test_captions_stand_above_their_rows() -> None:
 def test_released_parts_come_back_in_eval_mode(tiny_bases: dict[str, Path]) -> None:
     family = load_family(str(tiny_bases["sd1"]))
     whole = draw(family, ["a mug"], seeds=[1], steps=1)
-    family.release(["vae", "text_encoder"])
+    family.parts.release(["vae", "text_encoder"])
     again = draw(family, ["a mug"], seeds=[1], steps=1)
     assert not any(part.training for part in family.parts.values())
     assert np.array_equal(np.asarray(whole[0]), np.asarray(again[0]))
@@ -167,17 +167,17 @@ def test_the_vae_decodes_one_picture_at_a_time(name: str, tiny_bases: dict[str, 
     sizes: list[int] = []
     for coder in (family.parts["vae"].encoder, family.parts["vae"].decoder):
         coder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    latents = torch.randn(3, family.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
-    together = family.decode_latents(latents)
-    alone = torch.cat([family.decode_latents(latents[k : k + 1]) for k in range(3)])
+    latents = torch.randn(3, family.codec.channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    together = family.codec.decode(latents)
+    alone = torch.cat([family.codec.decode(latents[k : k + 1]) for k in range(3)])
     assert torch.equal(together, alone)
-    encoded = family.encode_images(together.clamp(-1, 1))
-    assert torch.equal(encoded.mean[1], family.encode_images(together[1:2].clamp(-1, 1)).mean[0])
+    encoded = family.codec.encode(together.clamp(-1, 1))
+    assert torch.equal(encoded.mean[1], family.codec.encode(together[1:2].clamp(-1, 1)).mean[0])
     draw(family, ["a mug", "a dog"], seeds=[1, 2], steps=1)
-    family.release(["vae"])
-    family.restore(["vae"])
+    family.parts.release(["vae"])
+    family.parts.restore(["vae"])
     family.parts["vae"].decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    family.decode_latents(latents)
+    family.codec.decode(latents)
     assert len(sizes) >= 3 + 3 + 3 + 1 + 2 + 3
     assert set(sizes) == {1}
 

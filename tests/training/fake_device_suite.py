@@ -78,7 +78,7 @@ class Rich(Memory):
     """Batches with masks, and with `extra` channels behind the latents."""
 
     def __init__(self, family: Family, extra: int = 0) -> None:
-        super().__init__(2, channels=family.latent_channels)
+        super().__init__(2, channels=family.codec.channels)
         self.extra = extra
 
     def micro(self, step: int, index: int) -> Batch:
@@ -95,7 +95,7 @@ class One(Memory):
     """The batch of one step; what is counted is counted from there, until the next one is asked for."""
 
     def __init__(self, gpu: FakeDevice, family: Family) -> None:
-        super().__init__(2, channels=family.latent_channels)
+        super().__init__(2, channels=family.codec.channels)
         self.gpu = gpu
 
     def micro(self, step: int, index: int) -> Batch:
@@ -112,7 +112,7 @@ def attach(kind: str, family: Family, gpu: FakeDevice) -> tuple[Method, dict[str
     chosen = {"dropout": 0.1} if "dropout" in fields else {}
     method = METHODS[kind](parts=ONLY.get(kind, ["denoiser", "text_encoders"]), **chosen)
     method.add_subject_token(family, "zwx", "zwx")
-    family.to(gpu.device)
+    family.parts.to(gpu.device)
     return method, method.attach(family, 0)
 
 
@@ -171,10 +171,10 @@ def test_what_a_step_copies_and_reads(
     """A LoRA with cached prompts, in a step that is not logged. A read makes the CPU wait for the GPU: there are two,
     after the backward."""
     family = load_family(str(tiny_bases[name]))
-    family.to(gpu.device)
+    family.parts.to(gpu.device)
     prompts = PromptCache(family, "hash", tmp_path / "cache")
     prompts.fill(["", "a mug", "a photo of a zwx mug"])
-    family.place(["denoiser"])
+    family.parts.place(["denoiser"])
     trained = LoRA(rank=2, dropout=0.1).attach(family, 0)
     trainer = Trainer(
         Step(family, parts_of(trained), build_objective(ObjectiveSettings(), family.schedule), prompts),
@@ -198,7 +198,7 @@ def test_extra_inputs_on_a_device(name: str, inputs: str, tiny_bases: dict[str, 
     from finetune.families.conditioning import channels
 
     family = load_family(str(tiny_bases[name]))
-    family.to(gpu.device)
+    family.parts.to(gpu.device)
     family.widen(inputs)
     method = LoRA(rank=2)
     trained = method.attach(family, 0)
@@ -224,29 +224,29 @@ def test_the_work_before_training_on_a_device(
 ) -> None:
     """Latents, prompts, the probes of a token, and parts that leave and come back."""
     family = load_family(str(tiny_bases[name]))
-    family.to(gpu.device)
+    family.parts.to(gpu.device)
     cache = LatentCache(tmp_path, "hash")
     cache.fill(family, [Crop()])
     held = cache.latents(Crop())
     assert (held.mean.device.type, held.std.device.type) == ("cpu", "cpu")
-    assert family.decode_latents(held.mean[None].to(gpu.device)).device == gpu.device
+    assert family.codec.decode(held.mean[None].to(gpu.device)).device == gpu.device
     prompts = PromptCache(family, "hash", tmp_path)
     prompts.fill(["a mug", ""])
-    family.place(family.text_encoders)
+    family.parts.place(family.text_encoders)
     assert places(prompts(["a mug", ""])) == places(family.encode_prompts(["a mug", ""])) == {gpu.device}
     again = PromptCache(family, "hash", tmp_path)
     again.fill(["a mug"])
     assert places(again(["a mug"], torch.ones(len(family.text_encoders), 1))) == {gpu.device}
     assert tokens.check(family, "zwx", "mug").strength is not None
-    family.release(["vae"])
-    family.pipeline()
+    family.parts.release(["vae"])
+    family.drawing.pipeline()
     assert family.parts["vae"].device == gpu.device
 
 
 @pytest.mark.parametrize("kind", [k for k, method in METHODS.items() if issubclass(method, PeftAdapter)])
 def test_deltas_need_no_float64_of_the_device(kind: str, tiny_bases: dict[str, Path], mps: FakeDevice) -> None:
     family = load_family(str(tiny_bases["sd1"]))
-    family.to(mps.device)
+    family.parts.to(mps.device)
     method = METHODS[kind](targets="attention")
     method.attach(family, 0)
     shapes = [layer.get_base_layer().weight.shape for _, _, layer in method.layers(family)]

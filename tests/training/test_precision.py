@@ -53,7 +53,7 @@ def one_step(
     for module in step.modules():
         if isinstance(module, SampleDropout):
             module.p = 0.0
-    batch = Memory(channels=family.latent_channels).micro(2, 0)
+    batch = Memory(channels=family.codec.channels).micro(2, 0)
     batch = replace(batch, prompts=[prompt.replace("zwx", word) for prompt in batch.prompts])
     with torch.autocast("cpu", dtype=cast or BF16, enabled=cast is not None):
         loss = step(batch)

@@ -72,7 +72,7 @@ def penalty(plain: Step, whole: Step, batch: Batch) -> float:
 
 
 def batch_for(family: Family) -> Batch:
-    return Memory(channels=family.latent_channels).micro(2, 0)
+    return Memory(channels=family.codec.channels).micro(2, 0)
 
 
 @every_family
@@ -107,7 +107,7 @@ def test_frozen_base_is_the_formula(name: str, kind: str, tiny_bases: dict[str, 
         for k, draw in enumerate(batch.draws):
             x0 = batch.latents.mean[k] + batch.latents.std[k] * normal([draw], (4, 16, 16), "vae")[0]
             t = int(float(uniform([draw], "timestep")) * 1000)
-            abar = family.scheduler.alphas_cumprod[t]
+            abar = family.drawing.scheduler.alphas_cumprod[t]
             noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * normal([draw], (4, 16, 16), "noise")[0]
             prompt = "" if float(uniform([draw], "class prompt")) < 0.5 else "a mug"
             seen.add(prompt)

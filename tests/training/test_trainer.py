@@ -135,7 +135,7 @@ def test_the_loss_is_the_papers(name: str, tiny_bases: dict[str, Path]) -> None:
         x0 = batch.latents.mean[k] + batch.latents.std[k] * normal([draw], (4, 16, 16), "vae")[0]
         noise = normal([draw], (4, 16, 16), "noise")[0]
         t = int(float(uniform([draw], "timestep")) * 1000)
-        abar = family.scheduler.alphas_cumprod[t]
+        abar = family.drawing.scheduler.alphas_cumprod[t]
         noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
         cond = family.encode_prompts([batch.prompts[k]])
         predicted = family.predict(noisy[None], torch.tensor([t]), cond, [batch.geometry[k]])[0]

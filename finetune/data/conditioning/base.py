@@ -16,7 +16,8 @@ from finetune.core.rng import SampleKey
 from finetune.data.cache import Cache, Encodable
 from finetune.data.crops import Crop
 from finetune.data.photos import BadImage, Photo, companion, read_photo
-from finetune.families.base import Family, ImageCondition
+from finetune.families.base import Family
+from finetune.families.drawing import ImageCondition
 
 SHAPE = 0.02  # a companion's aspect ratio may be so far off its photo's: rounding, when it was made smaller
 
@@ -40,7 +41,7 @@ class Inputs(ABC):
 
     def __init__(self, family: Family, photos: Sequence[Photo], choices: Choices) -> None:
         """Raises BadInput where a photo lacks what belongs beside it."""
-        self.factor, self.choices = family.latent_factor, choices
+        self.factor, self.choices = family.codec.factor, choices
 
     def images(self, view: Crop) -> list[Encodable]:
         """What the VAE encodes, once, for a view."""

@@ -20,7 +20,8 @@ from finetune.data.cache import Cache
 from finetune.data.conditioning.base import Choices, Inputs, beside, unit
 from finetune.data.crops import Crop
 from finetune.data.photos import Photo, open_values
-from finetune.families.base import Family, ImageCondition
+from finetune.families.base import Family
+from finetune.families.drawing import ImageCondition
 
 
 class Depth(Inputs):

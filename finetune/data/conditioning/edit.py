@@ -12,7 +12,8 @@ from finetune.data.cache import Cache, Encodable
 from finetune.data.conditioning.base import Choices, Inputs, beside, same_crop, unit
 from finetune.data.crops import Crop
 from finetune.data.photos import Photo
-from finetune.families.base import Family, ImageCondition
+from finetune.families.base import Family
+from finetune.families.drawing import ImageCondition
 
 
 class Edit(Inputs):
@@ -21,7 +22,7 @@ class Edit(Inputs):
     def __init__(self, family: Family, photos: Sequence[Photo], choices: Choices) -> None:
         super().__init__(family, photos, choices)
         self.before = beside(photos, self.kind, "before")
-        self.scaling = family.scaling
+        self.scaling = family.codec.scaling
 
     def images(self, view: Crop) -> list[Encodable]:
         return [self._before(view)]

@@ -22,7 +22,8 @@ from finetune.data.cache import Cache, Encodable
 from finetune.data.conditioning.base import Choices, Inputs, unit
 from finetune.data.crops import Crop
 from finetune.data.photos import Photo
-from finetune.families.base import Family, ImageCondition
+from finetune.families.base import Family
+from finetune.families.drawing import ImageCondition
 
 WHOLE = 0.25  # of the masks: Stable Diffusion's inpainting was trained so (its model card)
 LEAST = 1 / 8  # of a side: less is one latent pixel of 512

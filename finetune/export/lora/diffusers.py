@@ -18,10 +18,9 @@ from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors
 from finetune.export.base import Adapter, Export
 from finetune.families.naming.clip import add_text_model, strip_text_model
-from finetune.families.registry import FAMILIES, is_transformer
+from finetune.families.registry import FAMILIES
 
 HEADER = "lora_adapter_metadata"
-UIS = ("ComfyUI", "Forge", "InvokeAI", "sdnext")
 FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -30,16 +29,16 @@ class Diffusers(Export):
     read_by = ("diffusers",)
 
     def path(self, folder: Path, name: str, family: str) -> Path:
-        return folder / (f"{name}.safetensors" if is_transformer(family) else f"{name}-diffusers/{FILE}")
+        main = FAMILIES[family].naming.ui_format == self.name
+        return folder / (f"{name}.safetensors" if main else f"{name}-diffusers/{FILE}")
 
     def readers(self, adapter: Adapter) -> tuple[str, ...]:
-        """SD3's and Flux's denoiser is read in this form by every UI; of its text encoders that is not known."""
-        alone = adapter.layers.keys() == {"denoiser"}
-        return (*UIS, *self.read_by) if is_transformer(adapter.family) and alone else self.read_by
+        readers = FAMILIES[adapter.family].naming.known_readers
+        return readers.diffusers_format if adapter.layers.keys() == {"denoiser"} else readers.with_texts
 
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
         adapter, names = adapter.padded(), prefixes(adapter.family)
-        if is_transformer(adapter.family):
+        if FAMILIES[adapter.family].naming.scale_in_matrices:
             adapter = adapter.folded()  # UIs take alpha = rank
         tensors = {}
         for part, module, a, b in adapter.modules():
@@ -73,7 +72,7 @@ class Diffusers(Export):
 
 def prefixes(family: str) -> dict[str, str]:
     """part -> what diffusers calls it: "unet" or "transformer", "text_encoder", "text_encoder_2"."""
-    return {part: FAMILIES[family].sources[part][0] for part in FAMILIES[family].export_prefix}
+    return {part: FAMILIES[family].sources[part].folder for part in FAMILIES[family].trainable_parts()}
 
 
 def _header(adapter: Adapter) -> dict[str, Any]:

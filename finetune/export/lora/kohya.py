@@ -21,7 +21,7 @@ from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors
 from finetune.export.base import Adapter, Export
 from finetune.families.naming.clip import add_text_model
-from finetune.families.registry import FAMILIES, family_of, is_transformer, weight_shapes
+from finetune.families.registry import FAMILIES, denoiser_config, family_of, weight_shapes
 
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 Pair = tuple[Tensor, Tensor]
@@ -41,13 +41,11 @@ class Kohya(Export):
     read_by = ("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers")
 
     def path(self, folder: Path, name: str, family: str) -> Path:
-        return folder / (f"{name}-kohya.safetensors" if is_transformer(family) else f"{name}.safetensors")
+        main = FAMILIES[family].naming.ui_format == self.name
+        return folder / (f"{name}.safetensors" if main else f"{name}-kohya.safetensors")
 
     def readers(self, adapter: Adapter) -> tuple[str, ...]:
-        """Joined matrices are read in different ways: there the diffusers form is the one to use."""
-        if not FAMILIES[adapter.family].known_to_uis:
-            return ("diffusers",)
-        return () if is_transformer(adapter.family) else self.read_by
+        return FAMILIES[adapter.family].naming.known_readers.kohya
 
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
         known = key_table(adapter.base_folder)
@@ -64,9 +62,10 @@ class Kohya(Export):
             if any(pair is not None for pair in pairs):
                 joined[key] = join(pairs, place.rows)
         largest = max(len(a) for a, _ in joined.values())
+        joined_form = FAMILIES[adapter.family].naming.joined
         tensors = {}
         for key, (a, b) in joined.items():
-            rank = len(a) if is_transformer(adapter.family) else largest
+            rank = len(a) if joined_form else largest
             tensors[key + DOWN] = a.to(dtype).contiguous()
             tensors[key + UP] = (b * (len(a) / rank)).to(dtype)  # the readers divide alpha by each rank
             tensors[key + ALPHA] = torch.tensor(float(adapter.scale * rank))
@@ -127,7 +126,7 @@ def split(a: Tensor, b: Tensor, place: Place) -> dict[str, Pair]:
 
 def key_of(family: str, part: str, module: str) -> str:
     path = add_text_model(module) if part.startswith("text_encoder") else module
-    return f"{FAMILIES[family].export_prefix[part]}_{path.replace('.', '_')}"
+    return f"{FAMILIES[family].naming.prefixes[part]}_{path.replace('.', '_')}"
 
 
 def key_table(base_folder: Path) -> dict[str, Place]:
@@ -143,7 +142,7 @@ def places(base_folder: Path) -> dict[tuple[str, str], Place]:
     for part, modules in shapes.items():
         names = {module: [module] for module in modules}
         if part == "denoiser":
-            names = family.original_names(list(modules), base_folder)
+            names = family.naming.original_names(list(modules), denoiser_config(base_folder))
         for name, held in names.items():
             table[(part, name)] = Place(part, tuple(held), tuple(modules[module][0] for module in held))
     return table

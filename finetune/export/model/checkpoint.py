@@ -15,7 +15,8 @@ from finetune.export.base import Exported, unchecked
 from finetune.export.metadata import checkpoint_metadata
 from finetune.export.settings import Verify
 from finetune.families.base import Family
-from finetune.families.naming.single_file import TEXT, pack, unpacked
+from finetune.families.naming.base import SingleFile
+from finetune.families.naming.single_file import pack, unpacked
 
 READ_BY = ["ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers"]
 
@@ -28,30 +29,31 @@ def export_checkpoint(
     Raises:
         BadInput: there is no original layout for this family.
     """
-    if family.name not in TEXT or family.inputs is not None:
+    layout = family.naming.single_file
+    if layout is None or family.inputs is not None:
         what = f"{family.name}{f' with {family.inputs} inputs' if family.inputs else ''}"
         raise BadInput(f"there is no single-file layout for {what} here: use --to folder")
-    family.restore(list(family.parts))
-    tensors = pack(family.name, family.parts, DTYPES[dtype])
+    family.parts.restore()
+    tensors = pack(layout, family.parts, DTYPES[dtype])
     v_prediction = family.schedule.prediction == "v_prediction"
     save_tensors(path, tensors, checkpoint_metadata(family.name, about, v_prediction))
     written = len(tensors)
     del tensors
     if verify == "off":
         return unchecked("checkpoint", path, written)
-    count, check = _compare(family, path, DTYPES[dtype])
+    count, check = _compare(family, layout, path, DTYPES[dtype])
     size, error, readers = path.stat().st_size, 0.0 if check.passed else float("inf"), READ_BY if check.passed else []
     return Exported("checkpoint", path, size, count, error, readers, [check])
 
 
-def _compare(family: Family, path: Path, dtype: torch.dtype) -> tuple[int, Check]:
+def _compare(family: Family, layout: SingleFile, path: Path, dtype: torch.dtype) -> tuple[int, Check]:
     """Every weight of every part, read back by name, against the one in memory rounded to the stored precision."""
     held = load_file(path)
     count = 0
     for part, module in family.parts.items():
         weights = module.state_dict()
         try:
-            again = dict(unpacked(held, family.name, part, module, path))
+            again = dict(unpacked(held, layout, part, module, path))
         except BadInput as fault:
             return count, Check("file", False, str(fault))
         for key, value in again.items():

@@ -23,7 +23,7 @@ def export_folder(family: Family, path: Path, dtype: str, verify: Verify = "full
     """Writes `path` (replacing an older export), in `dtype`, and compares every weight of the re-loaded folder."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    family.pipeline().save_pretrained(temporary, safe_serialization=True)
+    family.drawing.pipeline().save_pretrained(temporary, safe_serialization=True)
     for file in temporary.rglob("*.safetensors"):
         tensors = {
             name: value.to(DTYPES[dtype]) if value.is_floating_point() else value
@@ -85,6 +85,6 @@ def _compare(family: Family, path: Path, dtype: torch.dtype, verify: Verify) -> 
 def _stored(path: Path, family: Family, part: str) -> dict[str, Tensor]:
     """One part's weights, from its files alone; without buffers (SD3's positions), which nothing trains."""
     buffers = {strip_text_model(name) for name, _ in family.parts[part].named_buffers()}
-    files = sorted((path / family.sources[part][0]).glob("*.safetensors"))
+    files = sorted((path / family.sources[part].folder).glob("*.safetensors"))
     held = {strip_text_model(name): value for file in files for name, value in load_tensors(file).items()}
     return {name: value for name, value in held.items() if name not in buffers}

@@ -5,7 +5,25 @@ The original code numbers its blocks one after the other; diffusers nests them. 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from finetune.families.naming.base import Naming, Readers
+
+SD_READERS = Readers(
+    kohya=("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers"),
+    embedding=("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers"),
+)
+
+
+@dataclass(frozen=True)
+class UNetNaming(Naming):
+    """kohya's files have diffusers' names; other trainers write the original ones in kohya's form."""
+
+    def other_names(self, name: str, config: Mapping[str, Any]) -> list[str]:
+        return [f"{self.prefixes['denoiser']}_{unet_name(name, dict(config)).replace('.', '_')}"]
+
 
 RESNET = {
     "norm1": "in_layers.0",

@@ -7,6 +7,13 @@ a name comes with its slot: which of the matrices, joined by rows, a module is.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune.families.naming.base import Naming
+
+DENOISER_UIS = ("ComfyUI", "Forge", "InvokeAI", "sdnext", "diffusers")
 
 # inside a block: diffusers -> (original, slot)
 FLUX_DOUBLE = {
@@ -73,28 +80,64 @@ SD3_OUTSIDE = {
     "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
     "proj_out": "final_layer.linear",
 }
-BLOCKS = {
-    "flux": {
+
+
+@dataclass(frozen=True)
+class Names:
+    """A transformer's modules in the original code.
+
+    `blocks`: diffusers' list of blocks -> (the original's, names inside one, with the slot). `outside`: all others.
+    `swapped_in_last`: a module of the last block that no matrix of the original is equal to.
+    """
+
+    blocks: Mapping[str, tuple[str, Mapping[str, tuple[str, int]]]] = field(default_factory=dict)
+    outside: Mapping[str, str] = field(default_factory=dict)
+    swapped_in_last: str = ""
+
+    def original(self, path: str, last_block: int) -> tuple[str, int] | None:
+        """A module path -> (original path, slot); None where no matrix of the original is its equal.
+
+        Those are the output's modulation, and in SD3 that of the last block's text: diffusers swaps their halves.
+        """
+        found = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", path)
+        if found is None or found[1] not in self.blocks:
+            return (self.outside[path], 0) if path in self.outside else None
+        if found[3] == self.swapped_in_last and int(found[2]) == last_block:
+            return None
+        name, inside = self.blocks[found[1]]
+        if found[3] not in inside:
+            return None
+        original, slot = inside[found[3]]
+        return f"{name}.{found[2]}.{original}", slot
+
+
+FLUX_NAMES = Names(
+    {
         "transformer_blocks": ("double_blocks", FLUX_DOUBLE),
         "single_transformer_blocks": ("single_blocks", FLUX_SINGLE),
     },
-    "sd3": {"transformer_blocks": ("joint_blocks", SD3_BLOCK)},
-}
-OUTSIDE = {"flux": FLUX_OUTSIDE, "sd3": SD3_OUTSIDE}
+    FLUX_OUTSIDE,
+)
+SD3_NAMES = Names({"transformer_blocks": ("joint_blocks", SD3_BLOCK)}, SD3_OUTSIDE, "norm1_context.linear")
 
 
-def original_name(family: str, path: str, last_block: int) -> tuple[str, int] | None:
-    """A transformer's module path -> (original path, slot); None where no matrix of the original is its equal.
+@dataclass(frozen=True)
+class JoinedNaming(Naming):
+    """UIs read diffusers' names; kohya's file has the original matrices, of which some are several of ours."""
 
-    Those are the output's modulation, and in SD3 that of the last block's text: diffusers swaps their halves.
-    """
-    found = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", path)
-    if found is None or found[1] not in BLOCKS[family]:
-        return (OUTSIDE[family][path], 0) if path in OUTSIDE[family] else None
-    if family == "sd3" and found[3] == "norm1_context.linear" and int(found[2]) == last_block:
-        return None
-    name, inside = BLOCKS[family][found[1]]
-    if found[3] not in inside:
-        return None
-    original, slot = inside[found[3]]
-    return f"{name}.{found[2]}.{original}", slot
+    ui_format: str = "diffusers"
+    joined: bool = True
+    scale_in_matrices: bool = True
+    names: Names = Names()
+
+    def original_names(self, paths: Sequence[str], config: Mapping[str, Any]) -> dict[str, list[str]]:
+        last = int(config["num_layers"]) - 1
+        slots: dict[str, dict[int, str]] = {}
+        for path in paths:
+            found = self.names.original(path, last)
+            if found is not None:
+                slots.setdefault(found[0], {})[found[1]] = path
+        return {name: [held[slot] for slot in sorted(held)] for name, held in slots.items()}
+
+    def other_names(self, name: str, config: Mapping[str, Any]) -> list[str]:
+        return [f"diffusion_model.{name}"]

