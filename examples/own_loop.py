@@ -2,7 +2,7 @@
 
 python examples/own_loop.py [PHOTOS]
 
-What `finetune train` adds to it: checkpoints, caches, class images, several processes, and the checks of what is written.
+What `finetune train` adds: checkpoints, caches, class images, several processes, and checks of what is written.
 """
 
 import sys
