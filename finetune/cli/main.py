@@ -117,32 +117,17 @@ def sample(
     """Draw pictures: PNGs and a grid."""
     _loud()
     from finetune.core.devices import machine
-    from finetune.core.events import phase
+    from finetune.jobs.images import ImageRequest, draw_files
     from finetune.jobs.open import open_result
-    from finetune.sampling.draw import draw
-    from finetune.sampling.images import grid, parameters, save_image
+    from finetune.sampling.images import grid
+    from finetune.sampling.settings import Sampling
 
     family, info = open_result(source, base, *machine())
     size = info.resolution or family.resolution
     guidance = guidance if guidance is not None else info.guidance
-    seeds = [seed + number for number in range(count)]
-    pairs = [(text, one) for text in prompt for one in seeds]
-    with phase("Drawing", len(pairs)) as advance:
-        images = draw(
-            family,
-            [text for text, _ in pairs],
-            seeds=[one for _, one in pairs],
-            negative=negative,
-            sampler=sampler,
-            steps=steps,
-            guidance=guidance,
-            size=size,
-            batch_size=batch_size,
-            advance=lambda amount: advance(amount, ""),
-        )
-    for number, ((text, one), image) in enumerate(zip(pairs, images, strict=True)):
-        about = parameters(text, negative, one, sampler, steps, guidance, size, info.base or base)
-        save_image(image, out / f"{number // count:02d}-{one}.png", about)
+    sampling = Sampling(negative, sampler, steps, guidance, size, batch_size)
+    request = ImageRequest(prompt, range(seed, seed + count), sampling, info.base or base)
+    images = draw_files(family, request, out)
     grid(images, count, prompt).save(out / "grid.png")
     typer.echo(f"{len(images)} pictures and grid.png in {out}")
 

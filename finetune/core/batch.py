@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,13 +73,10 @@ class Batch:
         return noisy if self.extra is None else torch.cat([noisy, self.extra], dim=1)
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(
-            self.latents.to(device),
-            self.prompts,
-            self.weight.to(device),
-            self.geometry,
-            self.draws,
-            self.names,
-            None if self.mask is None else self.mask.to(device),
-            None if self.extra is None else self.extra.to(device),
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            weight=self.weight.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
+            extra=None if self.extra is None else self.extra.to(device),
         )

@@ -8,12 +8,13 @@ from accelerate import Accelerator
 
 from finetune.core.events import phase
 from finetune.core.files import cache_dir
+from finetune.core.processes import Processes
 from finetune.data.batches import Batches
 from finetune.data.cache import Encodable, LatentCache, PromptCache
 from finetune.data.crops import make_crops
 from finetune.data.masks import Masks
 from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
-from finetune.jobs.class_images import class_images
+from finetune.jobs.class_images import ClassSet, class_images
 from finetune.jobs.prepare import Prepared
 from finetune.training.prior import ClassImages
 from finetune.training.step import PromptEncoder
@@ -62,16 +63,8 @@ def _classes(
     job: Prepared, prior: ClassImages, prompt: str, noun: str | None, accelerator: Accelerator
 ) -> list[Sample]:
     """The class images of one noun, captioned with its class prompt."""
-    images = class_images(
-        job.family,
-        prior,
-        noun or "",
-        job.resolution,
-        job.base_hash,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.wait_for_everyone,
-    )
+    wanted = ClassSet(prior, noun or "", job.resolution, job.base_hash)
+    images = class_images(job.family, wanted, _processes(accelerator))
     sizes = sorted(set(job.sizes))  # a class image stands beside photos of any bucket
     of = f" of {noun}" if len(job.class_nouns) > 1 else ""
     return [
@@ -90,18 +83,13 @@ def make_batches(job: Prepared, streams: list[list[Sample]], cache: LatentCache,
     """This process's batches."""
     run = job.recipe.run
     kind = BucketSampler if job.recipe.data.shape == "buckets" else ShuffleSampler
-    return Batches(
-        streams,
-        cache,
-        run.seed,
-        run.batch_size,
-        run.accumulate,
-        accelerator.process_index,
-        accelerator.num_processes,
-        kind(streams, run.seed, run.batch_size),
-        load_masks(job, streams),
-        job.inputs,
-    )
+    sampler = kind(streams, run.seed, run.batch_size)
+    masks = load_masks(job, streams)
+    return Batches(sampler, cache, run.accumulate, _processes(accelerator), masks=masks, inputs=job.inputs)
+
+
+def _processes(accelerator: Accelerator) -> Processes:
+    return Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
 
 
 def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> PromptEncoder:

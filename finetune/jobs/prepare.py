@@ -18,7 +18,7 @@ from finetune.data.photos import Photo
 from finetune.export.registry import CHECKPOINT, check_formats
 from finetune.families.base import Family
 from finetune.families.source import base_hash as base_hash_of
-from finetune.jobs.class_images import check_set
+from finetune.jobs.class_images import ClassSet, check_set
 from finetune.jobs.subjects import Subject, caption_subjects, scan_subjects
 from finetune.objectives.registry import build_objective
 from finetune.training.accelerate import resolve_precision
@@ -145,7 +145,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Prepared:
     job = Prepared(recipe, family, base_hash_of(family.folder), subjects, resolution, masks, inputs)
     if isinstance(recipe.prior, ClassImages):
         for noun in job.class_nouns.values():
-            check_set(recipe.prior, noun or "", resolution, job.base_hash)
+            check_set(ClassSet(recipe.prior, noun or "", resolution, job.base_hash))
     return job
 
 

@@ -22,7 +22,7 @@ from finetune.data.crops import make_crops
 from finetune.data.photos import scan
 from finetune.data.samplers import Sample, ShuffleSampler
 from finetune.jobs import train as job
-from finetune.jobs.class_images import class_images
+from finetune.jobs.class_images import ClassSet, class_images
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.runs.folder import RunFolder
@@ -198,11 +198,11 @@ def test_one_subject_is_what_it_was(
             0.25,
             f"class image {image.path.name}",
         )
-        for image in class_images(looked.family, prior, "mug", side, looked.base_hash)
+        for image in class_images(looked.family, ClassSet(prior, "mug", side, looked.base_hash))
     ]
     batches = given["batches"]
     assert batches.streams == [subject, classes]
-    assert isinstance(batches.order, ShuffleSampler)
+    assert isinstance(batches.sampler, ShuffleSampler)
     shown = list(plan_rows(plan(looked)))
     assert shown[:4] == ["base", "subject", "training prompts", "token"]
     assert not job._info(looked).subjects
