@@ -340,7 +340,11 @@ def _pickle_allowed(allowed: bool) -> Iterator[None]:
 
 
 class _Launch(Exception):
-    """The command is to run in several processes, of which this is none."""
+    """The command is to run in `processes` processes, of which this is none."""
+
+    def __init__(self, processes: int) -> None:
+        super().__init__()
+        self.processes = processes
 
 
 def run(arguments: list[str]) -> tuple[int, str]:
@@ -360,7 +364,7 @@ def run(arguments: list[str]) -> tuple[int, str]:
     except _Launch as wish:
         from finetune.cli.launch import launch
 
-        return launch(int(wish.args[0]), run, arguments)
+        return launch(wish.processes, run, arguments)
     except (BadInput, CheckFailed) as error:
         if debug:
             raise

@@ -98,7 +98,8 @@ def _refuse_orphans(folder: Path, files: dict[str, Path]) -> None:
     orphans = sorted(shown(file.relative_to(folder)) for stem, file in files.items() if stem not in stems)
     if orphans:
         raise BadInput(
-            f"{', '.join(orphans)} in {folder} would be masks of photos that are not there: rename or remove them"
+            f"{', '.join(orphans)} in {folder} would be masks of photos that are not there: rename or remove them",
+            path=folder,
         )
 
 

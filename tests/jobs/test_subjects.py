@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,23 @@ def test_masks_of_a_further_subject_are_found(
     assert shown[:, width // 2 + 1 :].max() == 0
     with pytest.raises(BadInput, match=r"photos: data\.masks is 'files' but there is no mask for 0\.png"):
         prepare(parse_recipe(two(tiny_bases["sd1"], photos, balls, data={"masks": "files"})))
+
+
+def test_the_folder_is_named_once_and_whatever_the_sentence_quotes(
+    tiny_bases: dict[str, Path], photos: Path, balls: Path
+) -> None:
+    """A caption that quotes a path names no folder; a missing folder names itself."""
+    balls.joinpath("wide.txt").write_text(f"a {{noun}} as in {balls}")
+    recipe = two(tiny_bases["sd1"], photos, balls)
+    recipe["data"]["subjects"][0]["class_noun"] = None
+    recipe["data"] |= {"class_noun": None, "templates": ["a {token}"]}
+    recipe["sample"] |= {"prompts": ["a {token}"]}
+    recipe["prior"] = {"kind": "none"}
+    with pytest.raises(BadInput, match=rf"^in {re.escape(str(balls))}: the caption 'a {{noun}} as in"):
+        prepare(parse_recipe(recipe))
+    recipe["data"]["subjects"][0]["photos"] = str(balls / "none")
+    with pytest.raises(BadInput, match=rf"^there is no folder {re.escape(str(balls / 'none'))}: "):
+        prepare(parse_recipe(recipe))
 
 
 def test_a_base_with_extra_inputs_is_refused(tiny_bases: dict[str, Path], photos: Path, balls: Path) -> None:
