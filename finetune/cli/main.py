@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune.cli.adapters import register, say_exported
+from finetune.cli.adapters import BaseOption, register, say_exported
 from finetune.cli.output import PROGRESS_BARS, progress_bars
 from finetune.core.errors import BadInput, CheckFailed, Stopped
 from finetune.core.logging import printable, quiet
@@ -39,11 +39,10 @@ register(app)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_ERRORS = (*NO_SPACE, errno.EACCES, errno.EROFS, errno.EPERM)
 
-Processes = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
+ProcessCount = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave out photos that can't be used")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
-BaseOption = Annotated[str, typer.Option("--base", help="tiny, a diffusers folder or a hub id")]
 
 
 @app.command()
@@ -52,7 +51,7 @@ def train(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     skip_bad: SkipBad = False,
-    processes: Processes = None,
+    processes: ProcessCount = None,
 ) -> None:
     """Train a recipe from end to end; an interrupted run of the same recipe goes on where it stopped."""
     from finetune.config.load import load_recipe
@@ -61,7 +60,7 @@ def train(
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="a run folder")], processes: Processes = None) -> None:
+def resume(run: Annotated[Path, typer.Argument(help="a run folder")], processes: ProcessCount = None) -> None:
     """Go on with an interrupted run; what comes out is what the unbroken run would have given."""
     from finetune.runs.folder import RunFolder
 
@@ -76,7 +75,7 @@ def dreambooth(
     base: BaseOption = "tiny",
     dry_run: DryRun = False,
     skip_bad: SkipBad = False,
-    processes: Processes = None,
+    processes: ProcessCount = None,
 ) -> None:
     """The short way: a DreamBooth LoRA with class images from a folder of photos."""
     from finetune.config.load import load_recipe

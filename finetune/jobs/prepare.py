@@ -142,7 +142,8 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Prepared:
     build_objective(recipe.objective, family.schedule, family.shift(resolution))
     subjects = caption_subjects(recipe, family, scanned)
     masks = {path: mask for subject in subjects for path, mask in subject.masks.items()}
-    job = Prepared(recipe, family, base_hash_of(family.folder), subjects, resolution, masks, inputs)
+    base_hash = base_hash_of(family.folder)
+    job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs)
     if isinstance(recipe.prior, ClassImages):
         for noun in job.class_nouns.values():
             check_set(ClassSet(recipe.prior, noun or "", resolution, job.base_hash))
