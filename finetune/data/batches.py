@@ -104,7 +104,7 @@ class Batches:
             prompts=[self._prompt(item) for item in drawn],
             weight=torch.tensor([item.weight for item in drawn], dtype=torch.float32),
             geometry=[item.crop.geometry for item in drawn],
-            draws=[item.key for item in drawn],
+            keys=[item.key for item in drawn],
             names=[item.name for item in drawn],
             mask=None if self.masks is None else torch.stack([self.masks.mask(item.crop) for item in drawn]),
             extra=self._extra(drawn),

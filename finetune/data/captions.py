@@ -95,9 +95,9 @@ def caption_files(folder: Path, photos: Sequence[Photo]) -> dict[str, str]:
     """
     found = caption_rows(folder)
     for photo in photos:
-        beside = photo.path.with_suffix(".txt")
-        if beside.is_file():
-            found[photo.path.name] = " ".join(_text(beside).split())
+        file = photo.path.with_suffix(".txt")
+        if file.is_file():
+            found[photo.path.name] = " ".join(_text(file).split())
     return {name: text for name, text in found.items() if text}
 
 

@@ -22,10 +22,10 @@ from finetune.training.step import PromptEncoder
 
 def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> LatentCache:
     cache = LatentCache(cache_dir(), job.base_hash, next(job.family.parts["vae"].parameters()).dtype)
-    seen = [view for stream in streams for sample in stream for view in sample.crops]
+    seen = [crop for stream in streams for sample in stream for crop in sample.crops]
     images: list[Encodable] = list(seen)
     if job.inputs is not None:
-        images += [image for view in seen for image in job.inputs.images(view)]
+        images += [image for crop in seen for image in job.inputs.images(crop)]
     with phase("Latents", len(images)) as advance, accelerator.main_process_first():
         cache.fill(job.family, images, lambda amount: advance(amount, ""))
     return cache
@@ -36,7 +36,7 @@ def load_masks(job: Prepared, streams: Sequence[Sequence[Sample]]) -> Masks | No
     if not job.masks:
         return None
     masks = Masks(job.masks, job.family.latent_factor, job.recipe.data.mask_floor)
-    return masks.fill([view for sample in streams[0] for view in sample.crops])
+    return masks.fill([crop for sample in streams[0] for crop in sample.crops])
 
 
 def make_streams(job: Prepared, accelerator: Accelerator) -> list[list[Sample]]:
@@ -69,7 +69,7 @@ def _classes(
     of = f" of {noun}" if len(job.class_nouns) > 1 else ""
     return [
         Sample(
-            [view for size in sizes for view in make_crops(image, size, "center", 1, prior.flip, job.recipe.run.seed)],
+            [crop for size in sizes for crop in make_crops(image, size, "center", 1, prior.flip, job.recipe.run.seed)],
             [prompt],
             prior.weight,
             prior.caption_dropout,

@@ -38,7 +38,7 @@ class Prepared:
     subjects: list[Subject]
     resolution: int
     masks: dict[Path, Mask] = field(default_factory=dict)  # of those photos that have one
-    inputs: Inputs | None = None  # what the base reads beside its latents
+    inputs: Inputs | None = None  # what the base reads besides its latents
 
     @cached_property
     def photos(self) -> list[Photo]:
@@ -179,7 +179,7 @@ def _refuse_inputs(recipe: Recipe, family: Family) -> None:
         raise BadInput(
             f"export.formats has {CHECKPOINT!r}, which can't hold a base with {family.inputs} inputs: use folder"
         )
-    if isinstance(recipe.prior, ClassImages) and not INPUTS[family.inputs].any_picture:
+    if isinstance(recipe.prior, ClassImages) and not INPUTS[family.inputs].any_image:
         raise BadInput(
             f"prior.kind is class_images but the base reads {family.inputs} inputs, which class images have not: set "
             "prior.kind=none"

@@ -163,10 +163,10 @@ class Fixed:
         mean = self.mean[chosen] * (float("nan") if step == self.bad else 1)
         geometry = [Geometry((40, 48), (0, 4), (32, 32))] * self.size
         prompts = [PROMPTS[k].format(self.word) for k in chosen]
-        latents, draws = Latents(mean, torch.full_like(mean, 0.1)), [SampleKey(0, step, k) for k in chosen]
+        latents, keys = Latents(mean, torch.full_like(mean, 0.1)), [SampleKey(0, step, k) for k in chosen]
         names = [f"{k}.png" for k in chosen]
         weight = torch.ones(self.size)
-        return Batch(latents=latents, prompts=prompts, weight=weight, geometry=geometry, draws=draws, names=names)
+        return Batch(latents=latents, prompts=prompts, weight=weight, geometry=geometry, keys=keys, names=names)
 
 
 def train(base: Path, kind: str, folder: Path, short: ShortRun = WHOLE, **settings: Any) -> dict[str, Tensor]:

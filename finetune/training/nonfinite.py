@@ -24,7 +24,7 @@ def describe_samples(batches: Sequence[Batch], timesteps: Sequence[Tensor]) -> S
             about = {
                 "name": name,
                 "timestep": float(t[index]),
-                "sample": batch.draws[index].sample,
+                "sample": batch.keys[index].sample,
                 "prompt": batch.prompts[index],
                 "weight": float(batch.weight[index]),
             }

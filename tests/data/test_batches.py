@@ -59,8 +59,8 @@ def test_latents_captions_and_geometry_belong_together() -> None:
         assert torch.equal(batch.latents.mean[row], cache.values[int(prompt)])
         assert batch.names[row] == f"{prompt}.png"
         assert batch.geometry[row].target == (8, 8)
-    assert [draw.sample for draw in batch.draws] == list(range(12))
-    assert {draw.step for draw in batch.draws} == {2}
+    assert [draw.sample for draw in batch.keys] == list(range(12))
+    assert {draw.step for draw in batch.keys} == {2}
 
 
 @pytest.mark.parametrize(("weight", "accumulate", "world"), [(1.0, 1, 1), (0.3, 2, 1), (2.0, 1, 2), (0.3, 2, 2)])

@@ -229,7 +229,7 @@ def rows(batches: list[Batch]) -> list[tuple]:
         (draw, name, prompt, float(weight), place, tuple(mean.shape))
         for b in batches
         for draw, name, prompt, weight, place, mean in zip(
-            b.draws, b.names, b.prompts, b.weight, b.geometry, b.latents.mean, strict=True
+            b.keys, b.names, b.prompts, b.weight, b.geometry, b.latents.mean, strict=True
         )
     ]
 

@@ -103,7 +103,7 @@ def test_random_crops_are_a_function_of_seed_and_content(photos: Path) -> None:
     photo = scan(photos)[0]
     first, again, other = (make_crops(photo, 16, "random", 6, False, seed) for seed in (0, 0, 1))
     assert first == again != other
-    assert all(0 <= left <= view.resized[0] - 16 for view in first for left in [view.crop[0]])
+    assert all(0 <= left <= view.resized[0] - 16 for view in first for left in [view.corner[0]])
 
 
 class Held:
@@ -129,7 +129,7 @@ def flat(batches: list) -> list[tuple]:
         (draw, name, prompt, float(weight), float(mean[0, 0, 0]))
         for batch in batches
         for draw, name, prompt, weight, mean in zip(
-            batch.draws, batch.names, batch.prompts, batch.weight, batch.latents.mean, strict=True
+            batch.keys, batch.names, batch.prompts, batch.weight, batch.latents.mean, strict=True
         )
     ]
 

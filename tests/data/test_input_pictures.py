@@ -115,7 +115,7 @@ def test_each_step_draws_its_mask(photos: Path, tiny_bases: dict[str, Path], tmp
     assert all(torch.equal(a, inputs.extra(seen[0], draw, cache)) for a, draw in zip(drawn, DRAWS, strict=True))
     assert len({tuple(extra.flatten().tolist()) for extra in drawn}) == 6
     assert isinstance(inputs, Inpaint)
-    assert inputs.any_picture
+    assert inputs.any_image
 
 
 def test_depth_is_the_pipelines(companions: Path, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
@@ -230,8 +230,8 @@ def test_batches_carry_extra_inputs_and_lose_both_together(
     assert whole.extra is not None
     assert torch.equal(whole.extra, torch.cat([part.extra for part in parts if part.extra is not None]))
     assert whole.prompts == [prompt for part in parts for prompt in part.prompts]
-    for draw, prompt, extra in zip(whole.draws, whole.prompts, whole.extra, strict=True):
+    for draw, prompt, extra in zip(whole.keys, whole.prompts, whole.extra, strict=True):
         assert (not extra.any(), prompt == "") == dropped(draw, 0.3)
     noisy = torch.randn(12, 4, 16, 16)
-    assert torch.equal(whole.beside(noisy), torch.cat([noisy, whole.extra], 1))
+    assert torch.equal(whole.concat_conditioning(noisy), torch.cat([noisy, whole.extra], 1))
     assert Batches(sampler, cache).micro(0, 0).extra is None
