@@ -1,4 +1,4 @@
-"""A folder -> photos. The one place where picture files are opened, so that each trap is met once."""
+"""A folder -> photos. The one place where image files are opened, so that each trap is met once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BadImage(BadInput):
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture file: `size` is (width, height) after the EXIF rotation, `digest` the SHA-256 of its bytes."""
+    """An image file: `size` is (width, height) after the EXIF rotation, `digest` the SHA-256 of its bytes."""
 
     path: Path
     size: tuple[int, int]
@@ -57,7 +57,7 @@ class Scan:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every picture file in a folder, sorted by name; hidden files and masks are left out."""
+    """Every image file in a folder, sorted by name; hidden files and masks are left out."""
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}: give the folder that holds the photos", path=folder)
     entries = (file for file in folder.iterdir() if not file.name.startswith("."))
@@ -69,7 +69,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def is_companion(file: Path, stems: set[str]) -> bool:
-    """Whether a picture belongs to a photo of one of these names, such as NAME.depth.png to NAME."""
+    """Whether an image belongs to a photo of one of these names, such as NAME.depth.png to NAME."""
     name, _, kind = file.stem.rpartition(".")
     return kind in COMPANIONS and name in stems
 
@@ -84,7 +84,7 @@ def scan(folder: Path) -> list[Photo]:
     """The photos of a folder, where every file must be good.
 
     Raises:
-        BadInput: no folder, no pictures, or bad files: all of them are named at once.
+        BadInput: no folder, no images, or bad files: all of them are named at once.
     """
     found = scan_lenient(folder)
     if found.bad:
@@ -96,7 +96,7 @@ def scan_lenient(folder: Path) -> Scan:
     """Opens and decodes every image of a folder once.
 
     Raises:
-        BadInput: no folder, or no good picture in it.
+        BadInput: no folder, or no good image in it.
     """
     files = image_files(folder)
     if not files:
@@ -137,7 +137,7 @@ def read_photo(file: Path) -> Photo:
 
 
 def open_image(file: Path, ground: str = "white") -> Image.Image:
-    """A file as an upright RGB picture: EXIF rotation applied, transparency on `ground`, 16-bit and float scaled.
+    """A file as an upright RGB image: EXIF rotation applied, transparency on `ground`, 16-bit and float scaled.
 
     Of an animation the first frame.
 
@@ -192,7 +192,7 @@ def _content(file: Path) -> bytes:
 
 
 def _decode(file: Path, content: bytes) -> Image.Image:
-    """The whole picture, decoded and turned upright, in the mode of the file."""
+    """The whole image, decoded and turned upright, in the mode of the file."""
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error

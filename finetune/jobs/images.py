@@ -81,4 +81,4 @@ def draw_preview(job: Prepared, run: RunFolder, step: int, idle: Sequence[str]) 
 def image_condition(job: Prepared) -> ImageCondition:
     """What bases that draw from images start from: the first photo and what lies beside it."""
     crop = make_crops(job.photos[0], (job.resolution, job.resolution), "center", 1, False, job.recipe.run.seed)[0]
-    return ImageCondition(unit(crop.pixels())) if job.inputs is None else job.inputs.given(crop)
+    return ImageCondition(unit(crop.pixels())) if job.inputs is None else job.inputs.condition(crop)

@@ -130,7 +130,7 @@ def test_depth_is_the_pipelines(companions: Path, tiny_bases: dict[str, Path], t
         for view, cut in ((whole, values[:, 4:44]), (replace(whole, flip=True), values[:, 4:44].flip(1))):
             theirs = pipeline.prepare_depth_map([view.image()], cut[None], 1, False, torch.float32, "cpu")
             assert torch.allclose(inputs.extra(view, DRAWS[0], LatentCache(tmp_path, "")), theirs[0], atol=1e-5)
-            given = inputs.given(view)
+            given = inputs.condition(view)
             assert given.beside is not None
             again = pipeline.prepare_depth_map([view.image()], given.beside, 1, False, torch.float32, "cpu")
             assert torch.allclose(again, theirs, atol=1e-4)

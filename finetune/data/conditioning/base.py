@@ -54,7 +54,7 @@ class Inputs(ABC):
         """The prompt that is trained, where extra inputs and prompt are dropped together."""
         return prompt
 
-    def given(self, crop: Crop) -> ImageCondition:
+    def condition(self, crop: Crop) -> ImageCondition:
         """What an image like this crop is drawn from."""
         return ImageCondition(unit(crop.pixels()))
 

@@ -43,7 +43,7 @@ class Depth(Inputs):
             self.entries[crop.key] = scaled(self._cut(crop), self.factor)
         return self.entries[crop.key]
 
-    def given(self, crop: Crop) -> ImageCondition:
+    def condition(self, crop: Crop) -> ImageCondition:
         depth = self._cut(crop)
         low, high = depth.min(), depth.max()
         return ImageCondition(unit(crop.pixels()), (depth - low) / (high - low).clamp(min=1e-8))

@@ -34,7 +34,7 @@ class Edit(Inputs):
     def prompt(self, prompt: str, key: SampleKey) -> str:
         return "" if dropped(key, self.choices.edit_dropout)[1] else prompt
 
-    def given(self, crop: Crop) -> ImageCondition:
+    def condition(self, crop: Crop) -> ImageCondition:
         return ImageCondition(unit(self._before(crop).pixels()), guidance=self.choices.image_guidance)
 
     def _before(self, crop: Crop) -> Crop:

@@ -76,7 +76,7 @@ class Inpaint(Inputs):
             self.small[chosen.key] = interpolate(chosen.mask()[None], size)[0]
         return torch.cat([self.small[chosen.key], cache.latents(chosen).mean])
 
-    def given(self, crop: Crop) -> ImageCondition:
+    def condition(self, crop: Crop) -> ImageCondition:
         return ImageCondition(unit(crop.pixels()), self.masked(crop)[0].mask())
 
 
