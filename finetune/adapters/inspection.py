@@ -320,9 +320,16 @@ def _peft_folder(path: Path, family: str, folder: Path) -> Inspection:
         dtype = _dtype(opened.get_tensor(next(iter(opened.keys()))))
     ranks = Counter(len(a) for _, _, a, _ in adapter.modules())
     found = Inspection(
-        path, "peft", family, (dtype,), sum(file.stat().st_size for file in files), adapter, ranks,
-        Counter({round(adapter.scale, 6): adapter.count}), {},
-    )  # fmt: skip
+        path=path,
+        kind="peft",
+        family=family,
+        dtypes=(dtype,),
+        size=sum(file.stat().st_size for file in files),
+        adapter=adapter,
+        ranks=ranks,
+        scales=Counter({round(adapter.scale, 6): adapter.count}),
+        metadata={},
+    )
     table = {(place.part, module) for place in places(folder).values() for module in place.modules}
     found.unknown_keys = [
         f"{part}.{module}" for part, module, _, _ in adapter.modules() if (part, module) not in table

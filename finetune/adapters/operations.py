@@ -19,7 +19,7 @@ from finetune.export.model.folder import export_folder
 from finetune.export.registry import EXPORTS, FOLDER, check_formats
 from finetune.export.verify import BOUNDS, apply_adapter, read_by_diffusers
 from finetune.families.configs import read_config
-from finetune.families.source import load_family, resolve_base
+from finetune.families.source import load_family
 
 # what diffusers raises on files that it does not understand
 READER_ERRORS = (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError)
@@ -57,10 +57,10 @@ def _coarsest(found: Sequence[str]) -> torch.dtype:
 
 
 def write(
-    adapter: Adapter, base: str, out: Path, formats: Sequence[str], dtype: str, force: bool, about: dict[str, str]
+    adapter: Adapter, out: Path, formats: Sequence[str], dtype: str, force: bool, about: dict[str, str]
 ) -> list[Exported]:
     """`out` has no ending: NAME.safetensors, NAME-diffusers/ and NAME-peft/ are written beside each other."""
-    scheduler = read_config(resolve_base(base), "scheduler/scheduler_config.json")
+    scheduler = read_config(adapter.base_folder, "scheduler/scheduler_config.json")
     folder = out.parent
     for wanted in formats:
         check_formats([wanted])

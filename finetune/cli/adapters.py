@@ -97,7 +97,7 @@ def convert(
 
     adapter, found = open_adapter(file, base)
     own = found.dtypes[0] if found.dtypes in (("fp32",), ("fp16",), ("bf16",)) else "fp32"
-    say_exported(write(adapter, base, out, to or ["kohya"], _dtype(dtype or own), force, about_of(found)))
+    say_exported(write(adapter, out, to or ["kohya"], _dtype(dtype or own), force, about_of(found)))
 
 
 def resize(
@@ -115,7 +115,7 @@ def resize(
     adapter, found = open_adapter(file, base)
     small, kept = smaller(adapter, rank, energy)
     _say_kept(kept)
-    say_exported(write(small, base, out, to or ["kohya"], _dtype(dtype), force, about_of(found)))
+    say_exported(write(small, out, to or ["kohya"], _dtype(dtype), force, about_of(found)))
 
 
 def merge(
@@ -134,7 +134,7 @@ def merge(
     adapter, kept = merged(pairs, base, rank)
     if kept:
         _say_kept(kept)
-    say_exported(write(adapter, base, out, to or ["kohya"], _dtype(dtype), force, {}))
+    say_exported(write(adapter, out, to or ["kohya"], _dtype(dtype), force, {}))
 
 
 def extract(
@@ -147,7 +147,7 @@ def extract(
 
     adapter, kept = extracted(model, base, rank)
     _say_kept(kept)
-    say_exported(write(adapter, base, out, to or ["kohya"], _dtype(dtype), force, {}))
+    say_exported(write(adapter, out, to or ["kohya"], _dtype(dtype), force, {}))
 
 
 def _dtype(name: str) -> str:

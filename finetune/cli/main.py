@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune.cli.adapters import register, say_exported
+from finetune.cli.adapters import BaseOption, register, say_exported
 from finetune.cli.output import PROGRESS_BARS, progress_bars
 from finetune.core.errors import BadInput, CheckFailed, Stopped
 from finetune.core.logging import printable, quiet
@@ -39,11 +39,10 @@ register(app)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_ERRORS = (*NO_SPACE, errno.EACCES, errno.EROFS, errno.EPERM)
 
-Processes = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
+ProcessCount = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave out photos that can't be used")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
-BaseOption = Annotated[str, typer.Option("--base", help="tiny, a diffusers folder or a hub id")]
 
 
 @app.command()
@@ -52,7 +51,7 @@ def train(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     skip_bad: SkipBad = False,
-    processes: Processes = None,
+    processes: ProcessCount = None,
 ) -> None:
     """Train a recipe from end to end; an interrupted run of the same recipe goes on where it stopped."""
     from finetune.config.load import load_recipe
@@ -61,7 +60,7 @@ def train(
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="a run folder")], processes: Processes = None) -> None:
+def resume(run: Annotated[Path, typer.Argument(help="a run folder")], processes: ProcessCount = None) -> None:
     """Go on with an interrupted run; what comes out is what the unbroken run would have given."""
     from finetune.runs.folder import RunFolder
 
@@ -76,7 +75,7 @@ def dreambooth(
     base: BaseOption = "tiny",
     dry_run: DryRun = False,
     skip_bad: SkipBad = False,
-    processes: Processes = None,
+    processes: ProcessCount = None,
 ) -> None:
     """The short way: a DreamBooth LoRA with class images from a folder of photos."""
     from finetune.config.load import load_recipe
@@ -117,32 +116,17 @@ def sample(
     """Draw pictures: PNGs and a grid."""
     _loud()
     from finetune.core.devices import machine
-    from finetune.core.events import phase
+    from finetune.jobs.images import ImageRequest, draw_files
     from finetune.jobs.open import open_result
-    from finetune.sampling.draw import draw
-    from finetune.sampling.images import grid, parameters, save_image
+    from finetune.sampling.images import grid
+    from finetune.sampling.settings import Sampling
 
     family, info = open_result(source, base, *machine())
     size = info.resolution or family.resolution
     guidance = guidance if guidance is not None else info.guidance
-    seeds = [seed + number for number in range(count)]
-    pairs = [(text, one) for text in prompt for one in seeds]
-    with phase("Drawing", len(pairs)) as advance:
-        images = draw(
-            family,
-            [text for text, _ in pairs],
-            seeds=[one for _, one in pairs],
-            negative=negative,
-            sampler=sampler,
-            steps=steps,
-            guidance=guidance,
-            size=size,
-            batch_size=batch_size,
-            advance=lambda amount: advance(amount, ""),
-        )
-    for number, ((text, one), image) in enumerate(zip(pairs, images, strict=True)):
-        about = parameters(text, negative, one, sampler, steps, guidance, size, info.base or base)
-        save_image(image, out / f"{number // count:02d}-{one}.png", about)
+    sampling = Sampling(negative, sampler, steps, guidance, size, batch_size)
+    request = ImageRequest(prompt, range(seed, seed + count), sampling, info.base or base)
+    images = draw_files(family, request, out)
     grid(images, count, prompt).save(out / "grid.png")
     typer.echo(f"{len(images)} pictures and grid.png in {out}")
 
@@ -355,7 +339,11 @@ def _pickle_allowed(allowed: bool) -> Iterator[None]:
 
 
 class _Launch(Exception):
-    """The command is to run in several processes, of which this is none."""
+    """The command is to run in `processes` processes, of which this is none."""
+
+    def __init__(self, processes: int) -> None:
+        super().__init__()
+        self.processes = processes
 
 
 def run(arguments: list[str]) -> tuple[int, str]:
@@ -375,7 +363,7 @@ def run(arguments: list[str]) -> tuple[int, str]:
     except _Launch as wish:
         from finetune.cli.launch import launch
 
-        return launch(int(wish.args[0]), run, arguments)
+        return launch(wish.processes, run, arguments)
     except (BadInput, CheckFailed) as error:
         if debug:
             raise

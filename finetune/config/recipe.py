@@ -13,7 +13,7 @@ from finetune.families.settings import Base
 from finetune.methods.registry import MethodSettings
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.optim.registry import Optim
-from finetune.sampling.settings import Sample
+from finetune.sampling.settings import SampleSettings
 from finetune.training.prior import ClassImages, Distance, NoPrior, Prior
 from finetune.training.settings import Run
 
@@ -28,7 +28,7 @@ class Recipe(Settings):
     objective: ObjectiveSettings = ObjectiveSettings()
     optim: Optim
     run: Run = Run()
-    sample: Sample = Sample()
+    sample: SampleSettings = SampleSettings()
     export: ExportTo = ExportTo()
 
     @property

@@ -55,7 +55,8 @@ def _refuse_orphans(folder: Path, found: dict[str, str]) -> None:
     if orphans:
         raise BadInput(
             f"metadata.jsonl or captions.csv in {folder} names {', '.join(orphans)}, which is not there: remove the "
-            "line, or add the photo"
+            "line, or add the photo",
+            path=folder,
         )
 
 
@@ -94,9 +95,9 @@ def caption_files(folder: Path, photos: Sequence[Photo]) -> dict[str, str]:
     """
     found = caption_rows(folder)
     for photo in photos:
-        beside = photo.path.with_suffix(".txt")
-        if beside.is_file():
-            found[photo.path.name] = " ".join(_text(beside).split())
+        file = photo.path.with_suffix(".txt")
+        if file.is_file():
+            found[photo.path.name] = " ".join(_text(file).split())
     return {name: text for name, text in found.items() if text}
 
 
@@ -109,7 +110,9 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{file} is not UTF-8 text (byte {error.start} is wrong): save it as UTF-8") from error
+        raise BadInput(
+            f"{file} is not UTF-8 text (byte {error.start} is wrong): save it as UTF-8", path=file
+        ) from error
 
 
 def _jsonl(file: Path) -> dict[str, str]:
@@ -124,7 +127,9 @@ def _jsonl(file: Path) -> dict[str, str]:
             row = json.loads(line)
             found[str(row["file_name"])] = str(row["text"])
         except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f'{file} line {number} is not {{"file_name": ..., "text": ...}}: mend it') from error
+            raise BadInput(
+                f'{file} line {number} is not {{"file_name": ..., "text": ...}}: mend it', path=file
+            ) from error
     return found
 
 
@@ -134,5 +139,7 @@ def _csv(file: Path) -> dict[str, str]:
         return {}
     rows = [row for row in csv.reader(io.StringIO(_text(file))) if row]
     if any(len(row) != 2 for row in rows):
-        raise BadInput(f"{file} must have two columns, file name and caption: put captions with commas in quotes")
+        raise BadInput(
+            f"{file} must have two columns, file name and caption: put captions with commas in quotes", path=file
+        )
     return {name.strip(): text.strip() for name, text in rows if name != "file_name"}

@@ -1,4 +1,4 @@
-"""A folder -> photos. The one place where picture files are opened, so that each trap is met once."""
+"""A folder -> photos. The one place where image files are opened, so that each trap is met once."""
 
 from __future__ import annotations
 
@@ -25,23 +25,41 @@ class BadImage(BadInput):
     """A file that can't be used as a photo; `reason` says why in a few words."""
 
     def __init__(self, file: Path, reason: str) -> None:
-        super().__init__(f"{shown(file)} can't be used ({reason}): mend or remove it")
-        self.reason = reason
+        super().__init__(f"{shown(file)} can't be used ({reason}): mend or remove it", path=file)
+        self.file, self.reason = file, reason
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture file: `size` is (width, height) after the EXIF rotation, `digest` the SHA-256 of its bytes."""
+    """An image file: `size` is (width, height) after the EXIF rotation, `digest` the SHA-256 of its bytes."""
 
     path: Path
     size: tuple[int, int]
     digest: str
 
 
+@dataclass(frozen=True)
+class Scan:
+    """The images of a folder: those that can be used, and why the others can't."""
+
+    photos: list[Photo]
+    bad: list[BadImage]
+
+    @property
+    def names(self) -> str:
+        """The bad files, each with its reason."""
+        return ", ".join(f"{shown(fault.file.name)} ({fault.reason})" for fault in self.bad)
+
+    @property
+    def sentence(self) -> str:
+        """How many files are bad, and which."""
+        return f"{len(self.bad)} of {len(self.photos) + len(self.bad)} files can't be used: {self.names}"
+
+
 def image_files(folder: Path) -> list[Path]:
-    """Every picture file in a folder, sorted by name; hidden files and masks are left out."""
+    """Every image file in a folder, sorted by name; hidden files and masks are left out."""
     if not folder.is_dir():
-        raise BadInput(f"there is no folder {folder}: give the folder that holds the photos")
+        raise BadInput(f"there is no folder {folder}: give the folder that holds the photos", path=folder)
     entries = (file for file in folder.iterdir() if not file.name.startswith("."))
     files = sorted(file for file in entries if file.is_file() or file.is_symlink())  # a dead link is a bad photo
     images = [file for file in files if file.suffix.lower() in SUFFIXES | APPLE]
@@ -51,7 +69,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def is_companion(file: Path, stems: set[str]) -> bool:
-    """Whether a picture belongs to a photo of one of these names, such as NAME.depth.png to NAME."""
+    """Whether an image belongs to a photo of one of these names, such as NAME.depth.png to NAME."""
     name, _, kind = file.stem.rpartition(".")
     return kind in COMPANIONS and name in stems
 
@@ -63,36 +81,37 @@ def companion(photo: Path, kind: str) -> Path | None:
 
 
 def scan(folder: Path) -> list[Photo]:
-    """`sort_out`, where every file must be good.
+    """The photos of a folder, where every file must be good.
 
     Raises:
-        BadInput: no folder, no pictures, or bad files: all of them are named at once.
+        BadInput: no folder, no images, or bad files: all of them are named at once.
     """
-    photos, bad = scan_lenient(folder)
-    if bad:
-        raise BadInput(f"in {folder} {bad}; mend or remove them")
-    return photos
+    found = scan_lenient(folder)
+    if found.bad:
+        raise BadInput(f"in {folder} {found.sentence}; mend or remove them", path=folder)
+    return found.photos
 
 
-def scan_lenient(folder: Path) -> tuple[list[Photo], str]:
-    """Opens and decodes every picture of a folder once: the good ones, and a sentence that names the bad ones.
+def scan_lenient(folder: Path) -> Scan:
+    """Opens and decodes every image of a folder once.
 
     Raises:
-        BadInput: no folder, or no good picture in it.
+        BadInput: no folder, or no good image in it.
     """
     files = image_files(folder)
     if not files:
-        raise BadInput(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}): give the folder with the photos")
-    photos, bad = [], []
+        raise BadInput(
+            f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}): give the folder with the photos", path=folder
+        )
+    found = Scan([], [])
     for file in files:
         try:
-            photos.append(read_photo(file))
+            found.photos.append(read_photo(file))
         except BadImage as fault:
-            bad.append(f"{shown(file.name)} ({fault.reason})")
-    sentence = f"{len(bad)} of {len(files)} files can't be used: {', '.join(bad)}" if bad else ""
-    if not photos:
-        raise BadInput(f"{folder} holds no pictures that can be used: {', '.join(bad)}; mend them")
-    return photos, sentence
+            found.bad.append(fault)
+    if not found.photos:
+        raise BadInput(f"{folder} holds no pictures that can be used: {found.names}; mend them", path=folder)
+    return found
 
 
 def shown(name: Path | str) -> str:
@@ -104,7 +123,7 @@ def read_photo(file: Path) -> Photo:
     """One file, read and decoded once.
 
     Raises:
-        BadPicture: it can't be used as a photo.
+        BadImage: it can't be used as a photo.
     """
     if shown(file) != str(file):
         raise BadImage(file, "its name is not UTF-8: rename it")
@@ -118,12 +137,12 @@ def read_photo(file: Path) -> Photo:
 
 
 def open_image(file: Path, ground: str = "white") -> Image.Image:
-    """A file as an upright RGB picture: EXIF rotation applied, transparency on `ground`, 16-bit and float scaled.
+    """A file as an upright RGB image: EXIF rotation applied, transparency on `ground`, 16-bit and float scaled.
 
     Of an animation the first frame.
 
     Raises:
-        BadPicture: it can't be read or decoded.
+        BadImage: it can't be read or decoded.
     """
     upright = _decode(file, _content(file))
     if upright.mode.startswith(("I", "F")):
@@ -138,7 +157,7 @@ def alpha_channel(file: Path) -> Image.Image | None:
     """A file's opacity, upright, 8 bits; None where it has none.
 
     Raises:
-        BadPicture: it can't be read or decoded.
+        BadImage: it can't be read or decoded.
     """
     upright = _decode(file, _content(file))
     return upright.convert("RGBA").getchannel("A") if _has_alpha(upright) else None
@@ -148,7 +167,7 @@ def open_values(file: Path) -> np.ndarray:
     """A file's grey values [height, width] as float32, upright, of as many levels as the file has.
 
     Raises:
-        BadPicture: it can't be read or decoded.
+        BadImage: it can't be read or decoded.
     """
     upright = _decode(file, _content(file))
     grey = upright if upright.mode.startswith(("I", "F")) else open_image(file).convert("L")
@@ -173,7 +192,7 @@ def _content(file: Path) -> bytes:
 
 
 def _decode(file: Path, content: bytes) -> Image.Image:
-    """The whole picture, decoded and turned upright, in the mode of the file."""
+    """The whole image, decoded and turned upright, in the mode of the file."""
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
@@ -184,8 +203,13 @@ def _decode(file: Path, content: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadImage(file, f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: make it smaller") from error
     except (OSError, SyntaxError, ValueError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise BadImage(file, "truncated" if "truncated" in said.lower() else f"damaged: {said}") from error
+        raise BadImage(file, _damage(error)) from error
+
+
+def _damage(error: Exception) -> str:
+    """What Pillow says of a damaged file. It has no error of its own for one that ends early: only its text tells."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return "truncated" if "truncated" in said.lower() else f"damaged: {said}"
 
 
 def _scale_deep(image: Image.Image) -> Image.Image:

@@ -80,7 +80,16 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
     if isinstance(recipe.prior, FrozenBase | Distance):
         held += method.reference_bytes(family)
     activations = _activations(family, method.part_names(family), _samples(recipe), _side(recipe, family))
-    return Estimate(counts, count, modules, vectors, clean, held, count * each, activations)
+    return Estimate(
+        parameters=counts,
+        trained_parameters=count,
+        modules=modules,
+        vectors=vectors,
+        clean=clean,
+        held=held,
+        trained=count * each,
+        activations=activations,
+    )
 
 
 def report(recipe: Recipe) -> dict[str, str]:

@@ -18,7 +18,7 @@ from finetune.data.photos import Photo
 from finetune.export.registry import CHECKPOINT, check_formats
 from finetune.families.base import Family
 from finetune.families.source import base_hash as base_hash_of
-from finetune.jobs.class_images import check_set
+from finetune.jobs.class_images import ClassSet, check_set
 from finetune.jobs.subjects import Subject, caption_subjects, scan_subjects
 from finetune.objectives.registry import build_objective
 from finetune.training.accelerate import resolve_precision
@@ -38,7 +38,7 @@ class Prepared:
     subjects: list[Subject]
     resolution: int
     masks: dict[Path, Mask] = field(default_factory=dict)  # of those photos that have one
-    inputs: Inputs | None = None  # what the base reads beside its latents
+    inputs: Inputs | None = None  # what the base reads besides its latents
 
     @cached_property
     def photos(self) -> list[Photo]:
@@ -143,10 +143,11 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Prepared:
     build_objective(recipe.objective, family.schedule, family.shift(resolution))
     subjects = caption_subjects(recipe, family, scanned)
     masks = {path: mask for subject in subjects for path, mask in subject.masks.items()}
-    job = Prepared(recipe, family, base_hash_of(family.folder), subjects, resolution, masks, inputs)
+    base_hash = base_hash_of(family.folder)
+    job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs)
     if isinstance(recipe.prior, ClassImages):
         for noun in job.class_nouns.values():
-            check_set(recipe.prior, noun or "", resolution, job.base_hash)
+            check_set(ClassSet(recipe.prior, noun or "", resolution, job.base_hash))
     return job
 
 
@@ -179,7 +180,7 @@ def _refuse_inputs(recipe: Recipe, family: Family) -> None:
         raise BadInput(
             f"export.formats has {CHECKPOINT!r}, which can't hold a base with {family.inputs} inputs: use folder"
         )
-    if isinstance(recipe.prior, ClassImages) and not INPUTS[family.inputs].any_picture:
+    if isinstance(recipe.prior, ClassImages) and not INPUTS[family.inputs].any_image:
         raise BadInput(
             f"prior.kind is class_images but the base reads {family.inputs} inputs, which class images have not: set "
             "prior.kind=none"

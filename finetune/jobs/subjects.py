@@ -13,8 +13,7 @@ from finetune.data import tokens
 from finetune.data.captions import Captioned, caption_photos, summarise
 from finetune.data.masks import Mask, find_masks
 from finetune.data.photos import Photo, scan_lenient
-from finetune.data.settings import Data
-from finetune.data.settings import Subject as Settings
+from finetune.data.settings import Data, SubjectSettings
 from finetune.families.base import Family
 
 
@@ -22,7 +21,7 @@ from finetune.families.base import Family
 class Scanned:
     """A subject's photos and masks; `left_out` is a sentence about bad files, or empty."""
 
-    settings: Settings
+    settings: SubjectSettings
     photos: list[Photo]
     masks: dict[Path, Mask]
     left_out: str
@@ -56,33 +55,38 @@ def scan_subjects(data: Data) -> list[Scanned]:
     return [_scan(data, subject) for subject in data.all_subjects]
 
 
-def _scan(data: Data, subject: Settings) -> Scanned:
+def _scan(data: Data, subject: SubjectSettings) -> Scanned:
     with _in_folder(data, subject):
         photos, left_out = _photos(subject.photos, data.skip_bad)
         return Scanned(subject, photos, find_masks(subject.photos, photos, data.masks), left_out)
 
 
 @contextmanager
-def _in_folder(data: Data, subject: Settings) -> Iterator[None]:
-    """Of several subjects, says whose photos are told of."""
+def _in_folder(data: Data, subject: SubjectSettings) -> Iterator[None]:
+    """Puts the subject's folder before an error that does not name it, where there are several subjects."""
     try:
         yield
     except BadInput as error:
-        if not data.subjects or str(subject.photos) in str(error):
+        named = error.path is not None and error.path.is_relative_to(subject.photos)
+        if named or not data.subjects:
             raise
         raise BadInput(f"in {subject.photos}: {error}") from error
 
 
 def _photos(folder: Path, skip_bad: bool) -> tuple[list[Photo], str]:
     """The photos, and a sentence about those that were left out."""
-    photos, bad = scan_lenient(folder)
-    if bad and not skip_bad:
-        raise BadInput(f"in {folder} {bad}; mend or remove them, or leave them out with --skip-bad")
+    found = scan_lenient(folder)
+    if found.bad and not skip_bad:
+        raise BadInput(
+            f"in {folder} {found.sentence}; mend or remove them, or leave them out with --skip-bad", path=folder
+        )
+    photos = found.photos
     if len(photos) > 1 and len({photo.digest for photo in photos}) == 1:
         raise BadInput(
-            f"all {len(photos)} photos in {folder} are the same picture: give different photos of the subject"
+            f"all {len(photos)} photos in {folder} are the same picture: give different photos of the subject",
+            path=folder,
         )
-    return photos, f"{bad}; they are left out" if bad else ""
+    return photos, f"{found.sentence}; they are left out" if found.bad else ""
 
 
 def caption_subjects(recipe: Recipe, family: Family, scanned: Sequence[Scanned]) -> list[Subject]:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from finetune.core.errors import BadInput
 from finetune.core.files import write_json
 from finetune.core.records import Values, migrated
-from finetune.runs.plan import Plan, Record, Rows, public_name, shared_rows
+from finetune.runs.plan import Plan, PlanRows, Record, public_name, shared_rows
 
 SCHEMA = 1
 
@@ -34,7 +34,7 @@ class RunRecord(Record):
     base: str = ""
     base_hash: str = ""
     resolution: int | None = None
-    plan: Rows = {}
+    plan: PlanRows = {}
     planned: Plan | None = None
     captions: list[list[str]] = []
     captions_from_files: int = 0
@@ -61,7 +61,7 @@ class RunRecord(Record):
         return public_name(self.base)
 
     @property
-    def public_plan(self) -> Rows:
+    def public_plan(self) -> PlanRows:
         """The plan's rows as a page may tell them."""
         return shared_rows(self.planned) if self.planned else self.plan
 

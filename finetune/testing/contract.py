@@ -6,6 +6,7 @@ raises AssertionError where the promise is not kept. `finetune.testing.tiny` wri
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,21 @@ Parameters = dict[str, nn.Parameter]
 PROMPTS = ["a photo of a {} mug", "a mug"]
 
 
+@dataclass(frozen=True)
+class ShortRun:
+    """A run of a few steps on two samples, each step cut into `count` micro-batches; the data of step `bad` are not
+    finite (-1: of none). `optim`: None for AdamW."""
+
+    steps: int = 3
+    count: int = 2
+    bad: int = -1
+    device: str = "cpu"
+    optim: Optimiser | None = None
+
+
+WHOLE = ShortRun()
+
+
 def killed_and_resumed_is_the_unbroken_run(
     base: Path, kind: str, folder: Path, optim: Optimiser | None = None, **settings: Any
 ) -> None:
@@ -42,11 +58,12 @@ def killed_and_resumed_is_the_unbroken_run(
     whole, cut = folder / "whole", folder / "cut"
     whole.mkdir()
     cut.mkdir()
-    wanted = train(base, kind, whole, optim=optim, **settings)
+    unbroken = ShortRun(optim=optim)
+    wanted = train(base, kind, whole, unbroken, **settings)
     try:
-        train(base, kind, cut, bad=2, optim=optim, **settings)
+        train(base, kind, cut, replace(unbroken, bad=2), **settings)
     except CheckFailed:
-        resumed = train(base, kind, cut, optim=optim, **settings)
+        resumed = train(base, kind, cut, unbroken, **settings)
     else:
         raise AssertionError("a step that is not finite did not end the run")
     changed = [name for name, value in wanted.items() if not torch.equal(value, resumed[name])]
@@ -146,43 +163,35 @@ class Fixed:
         mean = self.mean[chosen] * (float("nan") if step == self.bad else 1)
         geometry = [Geometry((40, 48), (0, 4), (32, 32))] * self.size
         prompts = [PROMPTS[k].format(self.word) for k in chosen]
-        latents, draws = Latents(mean, torch.full_like(mean, 0.1)), [SampleKey(0, step, k) for k in chosen]
-        return Batch(latents, prompts, torch.ones(self.size), geometry, draws, [f"{k}.png" for k in chosen])
+        latents, keys = Latents(mean, torch.full_like(mean, 0.1)), [SampleKey(0, step, k) for k in chosen]
+        names = [f"{k}.png" for k in chosen]
+        weight = torch.ones(self.size)
+        return Batch(latents=latents, prompts=prompts, weight=weight, geometry=geometry, keys=keys, names=names)
 
 
-def train(
-    base: Path,
-    kind: str,
-    folder: Path,
-    bad: int = -1,
-    count: int = 2,
-    steps: int = 3,
-    device: str = "cpu",
-    optim: Optimiser | None = None,
-    **settings: Any,
-) -> dict[str, Tensor]:
+def train(base: Path, kind: str, folder: Path, short: ShortRun = WHOLE, **settings: Any) -> dict[str, Tensor]:
     """A run of `Trainer` with a checkpoint after each step, in `folder`; what is trained, at its end.
 
     `settings`: of the method; without any, all parts are trained where the method can be told so.
     """
     family = load_family(str(base))
-    family.parts.to(device)
+    family.parts.to(short.device)
     own = {} if kind == "textual_inversion" else {"parts": ["denoiser", "text_encoders"]}
     method = method_of(kind, **own | settings)
     word = method.add_subject_token(family, "zwx", "mug") or "zwx"
     trained = method.attach(family, 0)
-    run = Run(steps=steps, batch_size=2, accumulate=count, checkpoint_every=1)
+    run = Run(steps=short.steps, batch_size=2, accumulate=short.count, checkpoint_every=1)
     objective = build_objective(ObjectiveSettings(), family.schedule, family.shift(32))
     trainer = Trainer(
         Step(family, parts_of(trained), objective, family.encode_prompts),
         Trainable(trained, method.windows(trained)),
-        optim or AdamW(lr=1e-2),
+        short.optim or AdamW(lr=1e-2),
         run,
         make_accelerator(run, method.is_adapter),
         Checkpoints(folder),
     )
     with sent_to(MetricsFile(folder)):
-        trainer.fit(Fixed(family.codec.channels, word, bad, count))
+        trainer.fit(Fixed(family.codec.channels, word, short.bad, short.count))
     return {name: value.detach().clone() for name, value in trained.items()}
 
 

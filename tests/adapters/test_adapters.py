@@ -218,7 +218,7 @@ def test_conversions_there_and_back_are_exact(
         source, found = open_adapter(tmp_path / path, base)
         assert found.dtypes == (dtype,)
         for end in EXPORTS:
-            (item,) = write(source, base, tmp_path / f"{start}-to", [end], dtype, False, {})
+            (item,) = write(source, tmp_path / f"{start}-to", [end], dtype, False, {})
             assert item.ok, item.checks
             assert item.largest_error <= 1e-6
             again, _ = open_adapter(item.path, base)
@@ -239,7 +239,7 @@ def test_modules_of_several_ranks_and_alphas(tiny_bases: dict[str, Path], tmp_pa
     base = str(tiny_bases["sd1"])
     source, found = open_adapter(tmp_path / "mixed.safetensors", base)
     assert set(found.ranks) == {1, 2, 3}
-    for item in write(source, base, tmp_path / "one", list(EXPORTS), "fp32", False, {}):
+    for item in write(source, tmp_path / "one", list(EXPORTS), "fp32", False, {}):
         assert item.ok, item.checks
         assert largest_difference(source, open_adapter(item.path, base)[0]) <= 1e-6
     alphas = {float(v) for k, v in load_file(tmp_path / "one.safetensors").items() if k.endswith(".alpha")}

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from finetune.config.load import parse_recipe
 from finetune.core.batch import Batch, Latents
 from finetune.core.errors import BadInput
+from finetune.core.processes import Processes
 from finetune.data.batches import Batches
 from finetune.data.buckets import bucket_table, cut_away, nearest_bucket
 from finetune.data.crops import Crop, make_crops
@@ -167,8 +168,8 @@ def some_sizes(rng: random.Random) -> list[tuple[int, int]]:
     return [rng.choice(few) for _ in range(rng.randint(1, 20))]
 
 
-def made(streams: list[list[Sample]], seed: int, batch_size: int, *cut: int) -> Batches:
-    return Batches(streams, ByShape(), seed, batch_size, *cut, order=BucketSampler(streams, seed, batch_size))
+def made(streams: list[list[Sample]], seed: int, batch_size: int, accumulate: int = 1, *place: int) -> Batches:
+    return Batches(BucketSampler(streams, seed, batch_size), ByShape(), accumulate, Processes(*place))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -231,7 +232,7 @@ def rows(batches: list[Batch]) -> list[tuple]:
         (draw, name, prompt, float(weight), place, tuple(mean.shape))
         for b in batches
         for draw, name, prompt, weight, place, mean in zip(
-            b.draws, b.names, b.prompts, b.weight, b.geometry, b.latents.mean, strict=True
+            b.keys, b.names, b.prompts, b.weight, b.geometry, b.latents.mean, strict=True
         )
     ]
 

@@ -33,6 +33,7 @@ from finetune.methods.embeddings import embeddings
 from finetune.methods.textual_inversion import TextualInversion
 from finetune.runs.folder import RunFolder
 from finetune.sampling.draw import draw
+from finetune.sampling.settings import Sampling
 from finetune.testing.kill import killed_at
 
 NAMES = list(FAMILIES)
@@ -96,7 +97,9 @@ def test_from_photos_to_files(name: str, kind: str, tiny_bases: dict[str, Path],
         unit(make_crops(scan(photos)[0], (32, 32), "center", 1, False, 0)[0].pixels())
     )  # the refiner reads it
     for number, image in enumerate(
-        draw(again, ["a photo of <zwx>", "a photo of a mug"], seeds=[0, 0], steps=1, size=32, given=given)
+        draw(
+            again, ["a photo of <zwx>", "a photo of a mug"], Sampling(steps=1, size=32), seeds=[0, 0], condition=given
+        )
     ):
         with Image.open(run / "samples" / "after" / f"{number:02d}-0.png") as shown:
             apart = torch.tensor([a - b for a, b in zip(shown.tobytes(), image.tobytes(), strict=True)])

@@ -16,6 +16,7 @@ from finetune import load_recipe, train
 from finetune.export.card import licence_of
 from finetune.jobs.open import open_result
 from finetune.sampling.draw import draw
+from finetune.sampling.settings import Sampling
 
 SETTINGS = (
     "data.class_noun=mug", "data.token=zwx", "prior.kind=none", "sample.steps=2", "sample.count=1", "run.steps=3",
@@ -83,11 +84,12 @@ def test_the_pictures_after_are_those_of_the_exported_file(
     else:
         family = load_family(str(run / "exports" / exported))
     settings = {
-        "seeds": [0, 0],
         "steps": 2,
         "guidance": load_recipe(recipe, [f"data.photos={photos}", *SETTINGS]).sample.guidance,
     }
-    again = draw(family, ["a photo of zwx mug", "a mug in snow"], size=after.shape[0], **settings)[0]
+    again = draw(
+        family, ["a photo of zwx mug", "a mug in snow"], Sampling(size=after.shape[0], **settings), seeds=[0, 0]
+    )[0]
     assert np.array_equal(np.asarray(again, np.int16), after)
 
 

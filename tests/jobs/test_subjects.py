@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from finetune.data.crops import make_crops
 from finetune.data.photos import scan
 from finetune.data.samplers import Sample, ShuffleSampler
 from finetune.jobs import train as job
-from finetune.jobs.class_images import class_images
+from finetune.jobs.class_images import ClassSet, class_images
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.runs.folder import RunFolder
@@ -198,11 +199,11 @@ def test_one_subject_is_what_it_was(
             0.25,
             f"class image {image.path.name}",
         )
-        for image in class_images(looked.family, prior, "mug", side, looked.base_hash)
+        for image in class_images(looked.family, ClassSet(prior, "mug", side, looked.base_hash))
     ]
     batches = given["batches"]
     assert batches.streams == [subject, classes]
-    assert isinstance(batches.order, ShuffleSampler)
+    assert isinstance(batches.sampler, ShuffleSampler)
     shown = list(plan_rows(plan(looked)))
     assert shown[:4] == ["base", "subject", "training prompts", "token"]
     assert not job._info(looked).subjects
@@ -250,6 +251,23 @@ def test_masks_of_a_further_subject_are_found(
     assert shown[:, width // 2 + 1 :].max() == 0
     with pytest.raises(BadInput, match=r"photos: data\.masks is 'files' but there is no mask for 0\.png"):
         prepare(parse_recipe(two(tiny_bases["sd1"], photos, balls, data={"masks": "files"})))
+
+
+def test_the_folder_is_named_once_and_whatever_the_sentence_quotes(
+    tiny_bases: dict[str, Path], photos: Path, balls: Path
+) -> None:
+    """A caption that quotes a path names no folder; a missing folder names itself."""
+    balls.joinpath("wide.txt").write_text(f"a {{noun}} as in {balls}")
+    recipe = two(tiny_bases["sd1"], photos, balls)
+    recipe["data"]["subjects"][0]["class_noun"] = None
+    recipe["data"] |= {"class_noun": None, "templates": ["a {token}"]}
+    recipe["sample"] |= {"prompts": ["a {token}"]}
+    recipe["prior"] = {"kind": "none"}
+    with pytest.raises(BadInput, match=rf"^in {re.escape(str(balls))}: the caption 'a {{noun}} as in"):
+        prepare(parse_recipe(recipe))
+    recipe["data"]["subjects"][0]["photos"] = str(balls / "none")
+    with pytest.raises(BadInput, match=rf"^there is no folder {re.escape(str(balls / 'none'))}: "):
+        prepare(parse_recipe(recipe))
 
 
 def test_a_base_with_extra_inputs_is_refused(tiny_bases: dict[str, Path], photos: Path, balls: Path) -> None:

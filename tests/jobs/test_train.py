@@ -24,6 +24,7 @@ from finetune.jobs.open import open_result
 from finetune.jobs.prepare import prepare
 from finetune.sampling.draw import draw
 from finetune.sampling.images import save_image
+from finetune.sampling.settings import Sampling
 from finetune.testing.kill import killed_at
 
 SHORT = {"steps": 2, "checkpoint_every": 1}
@@ -96,7 +97,7 @@ def test_a_finished_run_draws_again_what_it_drew(tiny_bases: dict[str, Path], ph
 
     run = job.train(parse_recipe(settings(tiny_bases["sd1"], photos, LORA)), tmp_path / "run")
     family, info = open_result(run)
-    again = draw(family, info.prompts, seeds=[0, 0], steps=1, guidance=info.guidance, size=info.resolution)
+    again = draw(family, info.prompts, Sampling(steps=1, guidance=info.guidance, size=info.resolution), seeds=[0, 0])
     for number, image in enumerate(again):
         with Image.open(run / "samples" / "after" / f"{number:02d}-0.png") as held:
             assert held.tobytes() == image.tobytes()
@@ -199,8 +200,10 @@ def test_a_preview_is_what_its_file_gives(
     (file,) = (run / "previews").glob("*-000001.safetensors")
     clean, _ = open_result(file, str(tiny_bases[family]))
     prompt = json.loads((run / "run.json").read_text())["prompts"][0]
-    (again,) = draw(clean, [prompt], seeds=[0], steps=2, guidance=5.0, size=32)
-    (before,) = draw(load_family(str(tiny_bases[family])), [prompt], seeds=[0], steps=2, guidance=5.0, size=32)
+    (again,) = draw(clean, [prompt], Sampling(steps=2, guidance=5.0, size=32), seeds=[0])
+    (before,) = draw(
+        load_family(str(tiny_bases[family])), [prompt], Sampling(steps=2, guidance=5.0, size=32), seeds=[0]
+    )
     shown = np.asarray(Image.open(run / "samples" / "step-000001" / "00-0.png"), dtype=int)
     assert np.abs(shown - np.asarray(again, dtype=int)).max() <= 1
     assert np.abs(shown - np.asarray(before, dtype=int)).max() > 3

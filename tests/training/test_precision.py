@@ -17,6 +17,7 @@ from finetune.methods.registry import METHODS
 from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.sampling.draw import draw
+from finetune.sampling.settings import Sampling
 from finetune.training.dropout import SampleDropout
 from finetune.training.prior import Distance, FrozenBase
 from finetune.training.regularizers import PriorContext
@@ -105,14 +106,14 @@ def test_sizes_are_told_exactly(name: str, dtype: torch.dtype, tiny_bases: dict[
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_full_training_in_bf16_is_drawn_in_bf16_and_its_vae_in_fp32(name: str, tiny_bases: dict[str, Path]) -> None:
     family = load_family(str(tiny_bases[name]))
-    plain = draw(family, ["a mug"], seeds=[0], steps=2)[0]
+    plain = draw(family, ["a mug"], Sampling(steps=2), seeds=[0])[0]
     seen: dict[str, set[torch.dtype]] = {"denoiser": set(), "vae": set()}
     for part, found in seen.items():
         for module in family.parts[part].modules():
             if isinstance(module, torch.nn.Conv2d):
                 module.register_forward_hook(lambda m, inputs, out, found=found: found.add(out.dtype))
     family.autocast = torch.bfloat16
-    half = draw(family, ["a mug"], seeds=[0], steps=2)[0]
+    half = draw(family, ["a mug"], Sampling(steps=2), seeds=[0])[0]
     assert seen == {"denoiser": {torch.bfloat16}, "vae": {torch.float32}}
     difference = np.abs(np.asarray(plain, dtype=float) - np.asarray(half, dtype=float))
     assert 0 < difference.mean() < 8

@@ -104,7 +104,7 @@ def test_frozen_base_is_the_formula(name: str, kind: str, tiny_bases: dict[str, 
         step.options = StepOptions()
         measured = float(loss - step(batch))
         total, seen = 0.0, set()
-        for k, draw in enumerate(batch.draws):
+        for k, draw in enumerate(batch.keys):
             x0 = batch.latents.mean[k] + batch.latents.std[k] * normal([draw], (4, 16, 16), "vae")[0]
             t = int(float(uniform([draw], "timestep")) * 1000)
             abar = family.drawing.scheduler.alphas_cumprod[t]

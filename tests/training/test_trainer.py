@@ -112,7 +112,7 @@ def test_the_loss_of_a_flow_is_the_papers(name: str, tiny_bases: dict[str, Path]
     batch = Memory(channels=16).micro(2, 0)
     loss = Step(family, [], build_objective(ObjectiveSettings(), family.schedule, 2.0), family.encode_prompts)(batch)
     total = 0.0
-    for k, draw in enumerate(batch.draws):
+    for k, draw in enumerate(batch.keys):
         x0 = batch.latents.mean[k] + batch.latents.std[k] * normal([draw], (16, 16, 16), "vae")[0]
         noise = normal([draw], (16, 16, 16), "noise")[0]
         t = torch.sigmoid(torch.distributions.Normal(0, 1).icdf(uniform([draw], "timestep")))
@@ -131,7 +131,7 @@ def test_the_loss_is_the_papers(name: str, tiny_bases: dict[str, Path]) -> None:
     batch = Memory().micro(2, 0)
     loss = Step(family, [], objective, family.encode_prompts)(batch)
     total = 0.0
-    for k, draw in enumerate(batch.draws):
+    for k, draw in enumerate(batch.keys):
         x0 = batch.latents.mean[k] + batch.latents.std[k] * normal([draw], (4, 16, 16), "vae")[0]
         noise = normal([draw], (4, 16, 16), "noise")[0]
         t = int(float(uniform([draw], "timestep")) * 1000)
