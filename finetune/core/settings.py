@@ -20,8 +20,8 @@ class Settings(BaseModel):
 
 
 def chosen_by_kind(*options: Any) -> Any:
-    """The type of a field that holds settings of one of these classes: `kind` chooses, and its name alone is enough where
-    the defaults will do."""
+    """The type of a field that holds settings of one of these classes: `kind` chooses, and its name alone means the
+    class at its defaults."""
     union: Any = Annotated[reduce(or_, options), Field(discriminator="kind")]
     names: Any = Literal[tuple(option.model_fields["kind"].default for option in options)]
     return Annotated[union, BeforeValidator(_named, json_schema_input_type=names | union)]

@@ -1,4 +1,4 @@
-"""Settings that do nothing with the recipe's base. What the recipe alone tells is found by `finetune.config.effect`."""
+"""Settings that do nothing with the recipe's base. What the recipe alone tells is in `finetune.config.effect`."""
 
 from __future__ import annotations
 
