@@ -99,7 +99,7 @@ def test_an_error_is_bounded_only_where_a_lora_is_made(kind: str) -> None:
 
 def test_what_the_base_decides_is_not_guessed() -> None:
     """An inpainting base reads masks without `base.inputs`, and a flow draws logit_normal where density is auto; see
-    tests/jobs/test_effect.py."""
+    tests/jobs/test_base_effect.py."""
     load_recipe("demo", [*NEEDED, "data.mask_count=3", "data.edit_dropout=0.1", "objective.logit_mean=1"])
 
 

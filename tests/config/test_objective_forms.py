@@ -1,4 +1,4 @@
-"""`objective:` in its older form, where each setting was a key of its own, and in the form of today: the same recipe."""
+"""`objective:` in its older form, where each setting was a key of its own, and in today's: the same recipe."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_an_older_run_is_read_and_its_recipe_can_be_trained_again(first_line: st
 
 
 def test_an_older_run_may_hold_a_key_that_had_no_effect(tmp_path: Path) -> None:
-    """It was accepted by `parse_recipe` once. The run opens as what it was; a new one of the same recipe is refused."""
+    """`parse_recipe` once accepted it. The run opens as what it was; a new one of the same recipe is refused."""
     folder = run_of(tmp_path, "# schema: 1\n", huber_c=0.5, mode_scale=0.3, logit_mean=1.0)
     assert folder.recipe == parse_recipe(
         MINIMAL | {"objective": {"weighting": "min_snr", "density": {"kind": "auto", "mean": 1}}}

@@ -32,8 +32,8 @@ class Weighting(Settings):
         """SNRs [B], float32, from `LOWEST` to `HIGHEST` -> weights [B] of the x0 loss, finite and above 0."""
 
     def weight(self, snr: Tensor, prediction: Prediction) -> Tensor:
-        """The weight of |prediction - target|^2 at these SNRs [B]; at 0 and infinity, where a formula may be 0/0, that of
-        the nearest SNR in the range."""
+        """The weight of |prediction - target|^2 at these SNRs [B]; at 0 and infinity, where a formula may be 0/0, that
+        of the nearest SNR in the range."""
         snr = snr.clamp(min=LOWEST, max=HIGHEST)
         in_x0 = self.in_x0(snr)
         if prediction == "sample":
