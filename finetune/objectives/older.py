@@ -55,15 +55,15 @@ def new_form(values: Values) -> Values:
     found = dict(values)
     for moved, value in _asked(values):
         part = _part(found, moved)
-        if not moved.kinds.get(part.get("kind", ""), True):
-            raise ValueError(
-                f"objective.{moved.key} is {value} but objective.{moved.part} is {part['kind']}, so it has no effect: "
-                f"leave it out, or set objective.{moved.part}={moved.advised}"
-            )
         if moved.name in part:
             raise ValueError(
                 f"objective.{moved.key} is the older form of objective.{moved.part}.{moved.name}, and both are given: "
                 f"leave objective.{moved.key} out"
+            )
+        if not moved.kinds.get(part.get("kind", ""), True):
+            raise ValueError(
+                f"objective.{moved.key} is {value} but objective.{moved.part} is {part['kind']}, so it has no effect: "
+                f"leave it out, or set objective.{moved.part}={moved.advised}"
             )
         found[moved.part] = part | {moved.name: value}
     return {key: value for key, value in found.items() if key not in {moved.key for moved in MOVED}}
@@ -92,10 +92,10 @@ def kind_of(option: type[Settings]) -> str:
 
 
 def _asked(values: Values) -> Iterator[tuple[Moved, Any]]:
-    """The older keys that ask for something, and their values."""
+    """The older keys that ask for something, and their values. One at its default does only beside today's form."""
     for moved in MOVED:
-        value = values.get(moved.key, moved.default)
-        if value != moved.default and _part(values, moved):
+        value, part = values.get(moved.key, moved.default), _part(values, moved)
+        if part and (value != moved.default or (moved.key in values and moved.name in part)):
             yield moved, value
 
 

@@ -111,6 +111,11 @@ def test_overrides_leave_the_callers_dictionary_as_it_was() -> None:
         ({"weighting": {"gamma": 3}}, [], "objective.weighting.kind is missing: give one of none, "),
         ({}, ["objective.weighting.gamma=3"], "objective.weighting.kind is missing"),
         ({"weighting": {"kind": "p2", "gamma": 1}, "gamma": 2}, [], "is the older form of objective.weighting.gamma"),
+        (
+            {"density": {"kind": "mode", "scale": 1}, "mode_scale": 1.29},
+            [],
+            "both are given: leave objective.mode_scale",
+        ),
         ({"weighting": {"kind": ["p2"]}, "gamma": 2}, [], "objective"),
         ({"weighting": 3, "gamma": 2}, [], "objective"),
         ({"gamma": 3}, [], "the recipe: objective.gamma is 3 but objective.weighting is none, so it has no effect"),
