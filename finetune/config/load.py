@@ -201,9 +201,8 @@ def _wrong_kind(location: list[str], tag: str | None) -> str:
     if tag is None:
         return f"{key}.kind is missing: give one of {', '.join(kinds)}"
     nearest = difflib.get_close_matches(tag, kinds, n=1, cutoff=0.5)
-    return f"there is no {key}.kind {tag!r}; " + (
-        f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(kinds)}"
-    )
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"there is no {key}.kind {tag!r}; {hint}known are {', '.join(kinds)}"
 
 
 def _kinds_at(location: list[str]) -> list[str]:
