@@ -143,7 +143,7 @@ def export(
 ) -> None:
     """Write what the run trained for other programs into RUN/exports, and check every file."""
     _loud()
-    from finetune.config.load import parse_recipe
+    from finetune.config.load import changed_recipe
     from finetune.core.devices import machine
     from finetune.export.registry import check_formats
     from finetune.jobs.companions import write_companions
@@ -155,7 +155,7 @@ def export(
     folder = RunFolder(run)
     given = {"export.rank": rank, "export.max_error": max_error, "export.verify": verify}
     options = [f"{key}={value}" for key, value in given.items() if value is not None]
-    recipe = parse_recipe(folder.recipe.model_dump(mode="json"), options, where="the options")
+    recipe = changed_recipe(folder.recipe, options)
     check_formats(to or [], recipe.method.artifacts)
     family, _ = open_run(folder, machine()[0])
     exported = export_run(folder, family, to or [], recipe.export)

@@ -19,6 +19,7 @@ from finetune.export.registry import CHECKPOINT, check_formats
 from finetune.families.base import Family
 from finetune.families.source import base_hash as base_hash_of
 from finetune.jobs.class_images import ClassSet, check_set
+from finetune.jobs.effect import without_effect_on
 from finetune.jobs.subjects import Subject, caption_subjects, scan_subjects
 from finetune.objectives.registry import build_objective
 from finetune.training.accelerate import resolve_precision
@@ -115,11 +116,14 @@ class Prepared:
         return [nearest_bucket(photo.size, table) for photo in self.photos]
 
 
-def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Prepared:
+def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = False) -> Prepared:
     """Scans the photos, loads the base to compute on `device`, settles the token and the captions; writes nothing.
 
+    `begun`: a run of this recipe was begun, and goes on with whatever settings it was given.
+
     Raises:
-        BadInput: whatever is wrong with the photos, the captions, the base or the token.
+        BadInput: whatever is wrong with the photos, the captions, the base or the token; or a setting that has no
+            effect with this base.
     """
     scanned = scan_subjects(recipe.data)
     check_formats(recipe.export.formats, recipe.method.artifacts)
@@ -141,6 +145,8 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Prepared:
     family.parts.device, family.autocast = torch.device(device), recipe.method.autocast_dtype(precision)
     family.parts.keep_released = recipe.run.released == "cpu"
     build_objective(recipe.objective, family.schedule, family.shift(resolution))
+    if not begun:
+        _refuse_useless(recipe, family)
     subjects = caption_subjects(recipe, family, scanned)
     masks = {path: mask for subject in subjects for path, mask in subject.masks.items()}
     base_hash = base_hash_of(family.folder)
@@ -149,6 +155,11 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Prepared:
         for noun in job.class_nouns.values():
             check_set(ClassSet(recipe.prior, noun or "", resolution, job.base_hash))
     return job
+
+
+def _refuse_useless(recipe: Recipe, family: Family) -> None:
+    for useless in without_effect_on(family, recipe):
+        raise BadInput(useless)
 
 
 def _check_resolution(recipe: Recipe, resolution: int, family: Family) -> None:

@@ -98,7 +98,7 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     main = accelerator.is_main_process
     with sent_to(*([hooks.events] if main else [])):
-        job = prepare(recipe, accelerator.device)
+        job = prepare(recipe, accelerator.device, _begun(run_dir or recipe.run.dir))
         chosen = [run_dir or recipe.run.dir or next_folder(recipe.run.name)]
         path = Path(
             broadcast_object_list(chosen)[0]
@@ -108,6 +108,11 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
         held = folder.held(recipe) if main else nullcontext()
         with Signals(hooks.stop), held, _followed(folder, accelerator, recipe):
             return _stages(job, folder, accelerator, hooks)
+
+
+def _begun(run_dir: Path | str | None) -> bool:
+    """Whether there is a run in this folder, to go on with."""
+    return run_dir is not None and (Path(run_dir) / "recipe.yaml").is_file()
 
 
 @contextmanager

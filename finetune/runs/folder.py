@@ -19,16 +19,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from finetune.config.load import dump_recipe, read_recipe
+from finetune.config.load import SCHEMA, SCHEMA_LINE, dump_recipe, read_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
 from finetune.core.files import load_tensors, save_tensors, write_text
-from finetune.core.records import check_schema
 from finetune.runs.record import RunRecord, read_record, write_record
 from finetune.training.checkpoint import Checkpoints
 
-SCHEMA = 1  # of recipe.yaml; 0 had the same keys and no number
-SCHEMA_LINE = "# schema: "  # a comment: older versions, which refuse unknown keys, still read the recipe
 HOLDER = "run.lock.txt"  # who holds run.lock, which nobody else can read on Windows
 
 
@@ -50,7 +47,6 @@ class RunFolder:
         file = self.path / "recipe.yaml"
         if not file.is_file():
             raise BadInput(f"{self.path} is no run folder (it has no recipe.yaml): give the folder of a run")
-        _check_recipe_schema(file)
         return read_recipe(file)
 
     @property
@@ -146,15 +142,6 @@ class RunFolder:
         if not file.is_file():
             raise BadInput(f"{self.path} has not finished training: run `finetune resume {self.path}` first")
         return load_tensors(file)
-
-
-def _check_recipe_schema(file: Path) -> None:
-    """By the first line alone: the rest of a later version's recipe may not be readable."""
-    with file.open(encoding="utf-8", errors="replace") as opened:
-        first = opened.readline().strip()
-    if first.startswith(SCHEMA_LINE):
-        number = first.removeprefix(SCHEMA_LINE)
-        check_schema(int(number) if number.isdecimal() else number, file, SCHEMA)
 
 
 def next_folder(name: str, parent: Path = Path("runs")) -> Path:

@@ -1,4 +1,4 @@
-"""What every family, method and optimiser promises, as plain functions over a base folder and settings.
+"""What every family, method, optimiser and loss weight promises, as plain functions over a base folder and settings.
 
 tests/contract runs them over the registries, and a package that adds to those can run them over what it adds. Each
 raises AssertionError where the promise is not kept. `finetune.testing.tiny` writes small bases of our families.
@@ -22,7 +22,9 @@ from finetune.families.source import load_family
 from finetune.methods.base import Method
 from finetune.methods.registry import METHODS
 from finetune.objectives.registry import build_objective
+from finetune.objectives.schedule import DIFFUSION, Schedule
 from finetune.objectives.settings import ObjectiveSettings
+from finetune.objectives.weightings.base import Weighting
 from finetune.optim.adamw import AdamW
 from finetune.optim.base import Optimiser
 from finetune.runs.metrics import MetricsFile
@@ -148,6 +150,36 @@ def switched_off_is_the_base(base: Path, kind: str) -> None:
     with method.disabled(family):
         assert torch.equal(predict(family), before), "switched off it is not the base"
     assert not torch.equal(predict(family), before), "it was not switched on again"
+
+
+def a_weight_is_finite_and_above_0(weighting: Weighting) -> None:
+    """One number for each sample, float32, at any SNR from 0 to infinity, for each prediction."""
+    snr = torch.tensor([0.0, 1e-8, 1e-3, 1.0, 5.0, 1e3, 1e7, float("inf")])
+    for prediction in DIFFUSION:
+        weight = weighting.weight(snr, prediction)
+        assert weight.shape == snr.shape, f"{tuple(weight.shape)} for {tuple(snr.shape)} SNRs ({prediction})"
+        assert weight.dtype == torch.float32, f"{weight.dtype}, not float32 ({prediction})"
+        odd = [f"{float(w)} at SNR {float(s):g}" for s, w in zip(snr, weight, strict=True) if not 0 < w < float("inf")]
+        assert not odd, f"not finite and above 0: {odd[0]} ({prediction})"
+        alone = torch.cat([weighting.weight(each[None], prediction) for each in snr])
+        assert torch.equal(alone, weight), f"a sample's weight depends on the others of its batch ({prediction})"
+
+
+def a_weight_is_the_same_for_every_prediction(weighting: Weighting) -> None:
+    """The same error of the clean image costs the same, whatever the model predicts: checked by `Objective.clean`."""
+    made = torch.Generator().manual_seed(0)
+    x0, noise, wrong = (torch.randn(4, 8, generator=made) for _ in range(3))
+    t, settings = torch.tensor([30, 200, 500, 900]), ObjectiveSettings().model_copy(update={"weighting": weighting})
+    losses = []
+    for prediction in DIFFUSION:
+        schedule = Schedule.from_config({"num_train_timesteps": 1000, "prediction_type": prediction})
+        objective = build_objective(settings, schedule)
+        noisy, target = objective.add_noise(x0, noise, t), objective.target(x0, noise, t)
+        slope = (objective.clean(noisy, target + 1, t) - objective.clean(noisy, target, t))[:, :1]
+        output = target + wrong / slope  # the output whose x0 is off by `wrong`
+        losses.append((output - target).square().mean(1) * objective.weight(t))
+    for prediction, loss in zip(DIFFUSION, losses, strict=True):
+        assert torch.allclose(loss, losses[0], rtol=1e-3), f"another loss for {prediction} than for {DIFFUSION[0]}"
 
 
 class Fixed:

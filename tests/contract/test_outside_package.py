@@ -22,10 +22,13 @@ base, folder = Path({base!r}), Path({folder!r})
 recipe = parse_recipe({{
     "data": {{"photos": "x", "class_noun": "mug"}},
     "method": {{"kind": "lora_fa", "rank": 4}},
+    "objective": {{"weighting": {{"kind": "soft_min_snr", "gamma": 3}}}},
     "optim": {{"kind": "sgd", "lr": 0.5, "momentum": 0.8}},
 }})
 assert type(recipe.optim).__module__ == "finetune_outside.sgd"
 assert type(recipe.method).__module__ == "finetune_outside.lora_fa"
+weighting = recipe.objective.weighting
+assert type(weighting).__module__ == "finetune_outside.soft_min_snr" and weighting.gamma == 3
 """
 CHECKS = """
 contract.killed_and_resumed_is_the_unbroken_run(base, "lora_fa", folder, recipe.optim)
@@ -38,6 +41,10 @@ for check in (
 ):
     check(base, "lora_fa", ["denoiser", "text_encoders"])
 contract.switched_off_is_the_base(base, "lora_fa")
+contract.a_weight_is_finite_and_above_0(weighting)
+contract.a_weight_is_the_same_for_every_prediction(weighting)
+snr = __import__("torch").tensor([0.5, 100.0])
+assert __import__("torch").allclose(weighting.weight(snr, "epsilon"), 3 / (snr + 3))  # 1 / (1 + SNR / gamma)
 """
 FAMILY = """
 from finetune.families.registry import FAMILIES
@@ -72,6 +79,25 @@ except AssertionError as error:
 else:
     raise SystemExit("an optimiser that forgets passed the contract")
 """
+BROKEN_WEIGHTS = """
+def refused(check, said):
+    try:
+        check(weighting)
+    except AssertionError as error:
+        assert said in str(error), error
+    else:
+        raise SystemExit(f"a wrong weight passed {check.__name__}")
+of = type(weighting)
+of.in_x0 = lambda self, snr: (snr - 1).clamp(min=0)
+refused(contract.a_weight_is_finite_and_above_0, "0.0 at SNR 0 (epsilon)")
+of.in_x0 = lambda self, snr: snr.double()
+refused(contract.a_weight_is_finite_and_above_0, "float64")
+of.in_x0 = lambda self, snr: snr / snr.max()
+refused(contract.a_weight_is_finite_and_above_0, "depends on the others")
+of.weight = lambda self, snr, prediction: 1 / (snr + 1)
+refused(contract.a_weight_is_finite_and_above_0, "0.0 at SNR inf")
+refused(contract.a_weight_is_the_same_for_every_prediction, "another loss for")
+"""
 
 
 @pytest.fixture
@@ -97,7 +123,11 @@ def run(site: Path, program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("checks", [CHECKS, FAMILY, BROKEN], ids=["kept", "family", "broken"])
+@pytest.mark.parametrize(
+    "checks",
+    [CHECKS, FAMILY, BROKEN, BROKEN_WEIGHTS],
+    ids=["kept", "family", "broken", "broken-weights"],
+)
 def test_what_it_adds_keeps_the_contract_and_what_breaks_it_is_seen(
     checks: str, installed: Path, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
