@@ -1,7 +1,7 @@
 """Settings that another setting makes useless. Who gives one expects something of it, so it is refused by name.
 
 Only what the recipe alone tells: what depends on the base (an inpainting base needs no `base.inputs`) passes here and
-is found by `finetune.jobs.effect`. What belongs to a kind, such as min-SNR's gamma, is a setting of that kind alone.
+is found by `finetune.jobs.base_effect`. What belongs to a kind, such as min-SNR's gamma, is a setting of that kind alone.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def without_effect(recipe: Recipe) -> list[str]:
 def at_default(recipe: Recipe, key: str) -> bool:
     """Whether `section.key` asks for nothing."""
     section, name = _place(recipe, key)
-    return getattr(section, name) == type(section).model_fields[name].get_default()
+    return bool(getattr(section, name) == type(section).model_fields[name].get_default())
 
 
 def _place(recipe: Recipe, key: str) -> tuple[Any, str]:

@@ -58,7 +58,8 @@ class Objective(ABC):
 
     def error(self, prediction: Tensor, target: Tensor) -> Tensor:
         """What `objective.loss` makes of prediction - target, by element."""
-        return self.settings.loss.of(prediction - target)
+        error: Tensor = self.settings.loss.of(prediction - target)
+        return error
 
     @abstractmethod
     def timesteps(self, uniform: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class Diffusion(Objective):
         return signal * noisy - sigma * output
 
     def weight(self, t: Tensor) -> Tensor:
-        return self.settings.weighting.weight(self.snr(t), self.prediction)
+        weight: Tensor = self.settings.weighting.weight(self.snr(t), self.prediction)
+        return weight
 
     def snr(self, t: Tensor) -> Tensor:
         abar = self.alphas_cumprod[t]

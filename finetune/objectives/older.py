@@ -15,7 +15,7 @@ from finetune.objectives.densities import DENSITIES
 from finetune.objectives.loss import LOSSES
 from finetune.objectives.weightings.registry import LOSS_WEIGHTS
 
-Values = dict[str, Any]
+OldKeys = dict[str, Any]
 
 # where a setting may have moved to -> what it may be; the first is meant where nothing is said
 PARTS: dict[str, tuple[Any, ...]] = {"weighting": LOSS_WEIGHTS, "density": DENSITIES, "loss": LOSSES}
@@ -46,7 +46,7 @@ MOVED = (
 )
 
 
-def new_form(values: Values) -> Values:
+def new_form(values: OldKeys) -> OldKeys:
     """An `objective:` section with each older key in its part; one at its default asks for nothing and is left out.
 
     Raises:
@@ -69,7 +69,7 @@ def new_form(values: Values) -> Values:
     return {key: value for key, value in found.items() if key not in {moved.key for moved in MOVED}}
 
 
-def without_useless(values: Values) -> Values:
+def without_useless(values: OldKeys) -> OldKeys:
     """An `objective:` section of the older form without the keys that had no effect: they were not refused once."""
     useless = {
         moved.key for moved, _ in _asked(values) if not moved.kinds.get(_part(values, moved).get("kind", ""), True)
@@ -77,7 +77,7 @@ def without_useless(values: Values) -> Values:
     return {key: value for key, value in values.items() if key not in useless}
 
 
-def forget_other_form(values: Values, name: str) -> None:
+def forget_other_form(values: OldKeys, name: str) -> None:
     """Takes from an `objective:` section what an override of `objective.NAME` says anew, in the other form."""
     for moved in MOVED:
         part = values.get(moved.part)
@@ -88,10 +88,10 @@ def forget_other_form(values: Values, name: str) -> None:
 
 
 def kind_of(option: type[Settings]) -> str:
-    return option.model_fields["kind"].default
+    return str(option.model_fields["kind"].default)
 
 
-def _asked(values: Values) -> Iterator[tuple[Moved, Any]]:
+def _asked(values: OldKeys) -> Iterator[tuple[Moved, Any]]:
     """The older keys that ask for something, and their values. One at its default does only beside today's form."""
     for moved in MOVED:
         value, part = values.get(moved.key, moved.default), _part(values, moved)
@@ -99,7 +99,7 @@ def _asked(values: Values) -> Iterator[tuple[Moved, Any]]:
             yield moved, value
 
 
-def _part(values: Values, moved: Moved) -> Values:
+def _part(values: OldKeys, moved: Moved) -> OldKeys:
     """The part that it moved to, as a dictionary; empty for what can't be one: pydantic says what is wrong with it."""
     part = values.get(moved.part, kind_of(PARTS[moved.part][0]))
     if isinstance(part, Settings):

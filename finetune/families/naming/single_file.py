@@ -22,7 +22,7 @@ from finetune.core.files import cache_dir, save_tensors, sha256
 from finetune.families.naming.base import SingleFile
 from finetune.families.naming.clip import strip_text_model
 from finetune.families.naming.ldm import open_clip_name, unet_name, vae_name
-from finetune.families.parts import Sources, skeletons
+from finetune.families.parts import PartSources, skeletons
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
@@ -101,7 +101,7 @@ def detect(keys: list[str], shapes: dict[str, torch.Size], layouts: Mapping[str,
     raise BadInput("it has no text encoder that is known: give a whole checkpoint of SD 1.x, SD 2.x or SDXL")
 
 
-def unpack(file: Path, like: Path, sources: Sources, layout: SingleFile) -> Path:
+def unpack(file: Path, like: Path, sources: PartSources, layout: SingleFile) -> Path:
     """The checkpoint as a diffusers folder in the cache, in the file's own precision; made once, by its hash.
 
     Raises:
