@@ -23,7 +23,6 @@ from finetune.families.base import Family
 from finetune.families.registry import family_of
 from finetune.families.source import resolve_base
 from finetune.training.accelerate import resolve_precision
-from finetune.training.prior import ClassImages, Distance, FrozenBase
 
 GIB = 2**30
 
@@ -77,7 +76,7 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
         each += 2
         for part in family.parts.values():
             part.to(dtype)
-    if isinstance(recipe.prior, FrozenBase | Distance):
+    if recipe.prior.holds_reference:
         held += method.reference_bytes(family)
     activations = _activations(family, method.part_names(family), _samples(recipe), _side(recipe, family))
     return Estimate(counts, count, modules, vectors, clean, held, count * each, activations)
@@ -143,8 +142,7 @@ def _side(recipe: Recipe, family: Any) -> int:
 
 def _samples(recipe: Recipe) -> int:
     """Predictions with a gradient in a micro-batch: class images, or class prompts, lie beside the photos."""
-    streams = 2 if isinstance(recipe.prior, ClassImages | FrozenBase) else 1
-    return recipe.run.batch_size // recipe.run.accumulate * streams
+    return recipe.run.batch_size // recipe.run.accumulate * recipe.prior.predictions
 
 
 def _trained_things(own: Estimate) -> str:

@@ -22,7 +22,6 @@ from finetune.jobs.class_images import check_set
 from finetune.jobs.subjects import Subject, caption_subjects, scan_subjects
 from finetune.objectives.registry import build_objective
 from finetune.training.accelerate import resolve_precision
-from finetune.training.prior import ClassImages
 
 
 @dataclass
@@ -134,8 +133,9 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Prepared:
         )
     _refuse_inputs(recipe, family)
     family.check_sampler(recipe.sample.sampler)
-    if isinstance(recipe.prior, ClassImages):
-        family.check_sampler(recipe.prior.sampler)
+    images = recipe.prior.class_images
+    if images is not None:
+        family.check_sampler(images.sampler)
     choices = Choices(recipe.run.seed, recipe.data.mask_count, recipe.data.edit_dropout, recipe.sample.image_guidance)
     inputs = make_inputs(family, [photo for found in scanned for photo in found.photos], choices)
     family.device, family.autocast = torch.device(device), recipe.method.autocast_dtype(precision)
@@ -143,9 +143,9 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Prepared:
     subjects = caption_subjects(recipe, family, scanned)
     masks = {path: mask for subject in subjects for path, mask in subject.masks.items()}
     job = Prepared(recipe, family, base_hash_of(family.folder), subjects, resolution, masks, inputs)
-    if isinstance(recipe.prior, ClassImages):
+    if images is not None:
         for noun in job.class_nouns.values():
-            check_set(recipe.prior, noun or "", resolution, job.base_hash)
+            check_set(images, noun or "", resolution, job.base_hash)
     return job
 
 
@@ -178,8 +178,8 @@ def _refuse_inputs(recipe: Recipe, family: Family) -> None:
         raise BadInput(
             f"export.formats has {CHECKPOINT!r}, which can't hold a base with {family.inputs} inputs: use folder"
         )
-    if isinstance(recipe.prior, ClassImages) and not INPUTS[family.inputs].any_picture:
+    if recipe.prior.class_images is not None and not INPUTS[family.inputs].any_picture:
         raise BadInput(
-            f"prior.kind is class_images but the base reads {family.inputs} inputs, which class images have not: set "
-            "prior.kind=none"
+            f"prior.kind is {recipe.prior.kind} but the base reads {family.inputs} inputs, which class images have not: "
+            "set prior.kind=none"
         )
