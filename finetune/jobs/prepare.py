@@ -15,7 +15,7 @@ from finetune.data.buckets import Size, bucket_table, nearest_bucket
 from finetune.data.conditioning.base import INPUTS, Choices, Inputs, make_inputs
 from finetune.data.masks import Mask
 from finetune.data.photos import Photo
-from finetune.export.registry import CHECKPOINT, check_formats
+from finetune.export.registry import check_formats, model_exports
 from finetune.families.base import Family
 from finetune.families.source import base_hash as base_hash_of
 from finetune.jobs.class_images import check_set
@@ -132,6 +132,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Prepared:
             "data.caption_dropout"
         )
     _refuse_inputs(recipe, family)
+    _refuse_formats(recipe, family)
     family.check_sampler(recipe.sample.sampler)
     images = recipe.prior.class_images
     if images is not None:
@@ -174,12 +175,16 @@ def _refuse_inputs(recipe: Recipe, family: Family) -> None:
             f"data.subjects has further subjects but the base reads {family.inputs} inputs, and its pictures are "
             "drawn from one subject's photo: train each subject in a run of its own"
         )
-    if CHECKPOINT in recipe.export.formats:
-        raise BadInput(
-            f"export.formats has {CHECKPOINT!r}, which can't hold a base with {family.inputs} inputs: use folder"
-        )
     if recipe.prior.class_images is not None and not INPUTS[family.inputs].any_picture:
         raise BadInput(
-            f"prior.kind is {recipe.prior.kind} but the base reads {family.inputs} inputs, which class images have not: "
-            "set prior.kind=none"
+            f"prior.kind is {recipe.prior.kind} but the base reads {family.inputs} inputs, which class images have "
+            "not: set prior.kind=none"
         )
+
+
+def _refuse_formats(recipe: Recipe, family: Family) -> None:
+    """Formats of whole models that can't hold this base: told before it is trained."""
+    for export in model_exports(recipe.export.formats):
+        obstacle = export.obstacle(family)
+        if obstacle:
+            raise BadInput(f"export.formats has {export.name!r}, which can't hold {obstacle}: use folder")

@@ -11,7 +11,7 @@ from finetune.core.devices import DTYPES
 from finetune.export.adapter import adapter_from
 from finetune.export.base import Adapter
 from finetune.export.metadata import adapter_metadata
-from finetune.export.registry import EXPORTS
+from finetune.export.registry import adapter_exports
 from finetune.families.base import Family
 from finetune.families.registry import is_transformer
 from finetune.runs.about import about_run
@@ -38,7 +38,7 @@ def from_file(folder: RunFolder, family: Family, step: int) -> Iterator[None]:
 def _written(folder: RunFolder, family: Family, adapter: Adapter, step: int) -> Adapter:
     """The adapter of this step as a file that UIs read, and what is in it."""
     recipe = folder.recipe
-    export = EXPORTS["diffusers" if is_transformer(family.name) else "kohya"]()
+    export = adapter_exports(["diffusers" if is_transformer(family.name) else "kohya"])[0]
     path = folder.path / "previews" / f"{recipe.run.name}-{step:06d}.safetensors"
     about = about_run(folder) | {"title": path.stem, "steps": str(step)}
     v_prediction = family.schedule.prediction == "v_prediction"

@@ -18,7 +18,7 @@ from finetune.config.load import parse_recipe
 from finetune.core.errors import BadInput, CheckFailed
 from finetune.export import verify as checks
 from finetune.export.adapter import adapter_from, export_adapter
-from finetune.export.base import Bench
+from finetune.export.base import Bench, Request
 from finetune.export.model import folder as whole_models
 from finetune.export.registry import EXPORTS
 from finetune.export.settings import ExportTo
@@ -87,7 +87,7 @@ def test_a_broken_bound_is_told_by_off_too(tiny_bases: dict[str, Path], photos: 
 def test_a_spoilt_adapter(setting: str, found: bool, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     method, family = trained(tiny_bases["sd1"])
     adapter, bench = adapter_from(method, family), replace(bench_of(tiny_bases["sd1"]), verify=setting)
-    (item,) = export_adapter(adapter, tmp_path, "x", ["kohya"], "fp32", ABOUT, bench)
+    (item,) = export_adapter(adapter, Request(tmp_path, "x", "fp32", ABOUT), ["kohya"], bench)
     assert item.ok
     tensors = load_file(item.path)
     name = next(name for name in tensors if name.endswith("lora_up.weight"))

@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from finetune.core.devices import DTYPES
+from finetune.core.devices import DTYPES, gib
 from finetune.core.files import load_tensors, save_tensors, write_json
 from finetune.core.records import Check
-from finetune.export.base import Exported, unchecked
+from finetune.export.base import Exported, ModelExport, Request, unchecked
 from finetune.export.settings import Verify
 from finetune.families.base import Family
 from finetune.families.naming.clip import strip_text_model
+from finetune.families.settings import Base
 from finetune.families.source import load_family
+
+
+class Folder(ModelExport):
+    name = "folder"
+
+    def path(self, folder: Path, name: str, family: str) -> Path:
+        return folder / f"{name}-model"
+
+    def export(self, family: Family, path: Path, request: Request, verify: Verify) -> Exported:
+        return export_folder(family, path, request.dtype, verify)
+
+    def open(self, path: Path, base: Base, dtype: torch.dtype) -> Family:
+        return load_family(str(path), dtype=dtype)
+
+    def checking(self, parts: Mapping[str, float], verify: Verify) -> str:
+        if verify == "deltas":
+            return ""
+        return f"a second model of {gib(sum(parts.values()))} in main memory, beside the trained one"
 
 
 def export_folder(family: Family, path: Path, dtype: str, verify: Verify = "full") -> Exported:
@@ -38,10 +58,10 @@ def export_folder(family: Family, path: Path, dtype: str, verify: Verify = "full
     temporary.rename(path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if verify == "off":
-        return unchecked("folder", path, sum(1 for part in family.parts.values() for _ in part.parameters()))
+        return unchecked(Folder.name, path, sum(1 for part in family.parts.values() for _ in part.parameters()))
     count, check = _compare(family, path, DTYPES[dtype], verify)
     error, readers = (0.0, ["diffusers"]) if check.passed else (float("inf"), [])
-    return Exported("folder", path, size, count, error, readers, [check])
+    return Exported(Folder.name, path, size, count, error, readers, [check])
 
 
 def _keep_estimator(base: Path, folder: Path) -> None:
