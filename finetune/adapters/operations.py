@@ -13,10 +13,11 @@ from finetune.core.devices import DTYPES, machine
 from finetune.core.errors import BadInput
 from finetune.export.adapter import export_adapter
 from finetune.export.base import Adapter, Bench, Exported, Request
-from finetune.export.decompose import Kept
+from finetune.export.decompose import Kept, unloaded
 from finetune.export.registry import EXPORTS, check_formats, model_exports
 from finetune.export.verify import BOUNDS, apply_adapter, read_by_diffusers
 from finetune.families.configs import read_config
+from finetune.families.registry import family_of
 from finetune.families.source import load_family, resolve_base
 
 # what diffusers raises on files that it does not understand
@@ -113,4 +114,7 @@ def merged_model(
 
 
 def extracted(model: str, base: str, rank: int) -> tuple[Adapter, Kept]:
-    return extract(load_family(base), load_family(model), rank)
+    """A tuned model's difference from its base as a LoRA; of each, one part at a time is in memory."""
+    old, new = (resolve_base(source) for source in (base, model))
+    unread, tuned = (unloaded(family_of(folder), folder, torch.float32) for folder in (old, new))
+    return extract(unread, tuned, rank)

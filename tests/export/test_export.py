@@ -220,13 +220,13 @@ def test_a_folder_that_is_not_what_was_trained_fails(tiny_bases: dict[str, Path]
 
     family = load_family(str(tiny_bases["sd1"]))
     parameters = Full().attach(family, 0)
-    real = folder.load_family
+    real = folder.unloaded
 
-    def other(path: str, **settings: object) -> Family:
-        shutil.copy(tiny_bases["sd1"] / "unet" / "diffusion_pytorch_model.safetensors", Path(path) / "unet")
-        return real(path, **settings)
+    def other(kind: type[Family], path: Path, dtype: torch.dtype) -> Family:
+        shutil.copy(tiny_bases["sd1"] / "unet" / "diffusion_pytorch_model.safetensors", path / "unet")
+        return real(kind, path, dtype)
 
-    monkeypatch.setattr(folder, "load_family", other)
+    monkeypatch.setattr(folder, "unloaded", other)
     with torch.no_grad():
         next(iter(parameters.values())).add_(0.5)
     assert not export_folder(family, tmp_path / "model", "fp32").ok
