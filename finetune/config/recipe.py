@@ -53,6 +53,11 @@ class Recipe(Settings):
                 f"run.ema is {self.run.ema} but optim.kind {self.optim.kind} averages the weights itself: leave "
                 "run.ema out"
             )
+        if self.method.rests and not self.optim.windows:
+            raise ValueError(
+                f"optim.kind {self.optim.kind} moves weights that should rest, as method.kind {self.method.kind} "
+                "wants it of some: use optim.kind=adamw"
+            )
         if self.export.rank is not None and self.leaves_as_trained:
             raise ValueError(
                 f"export.rank is {self.export.rank} but a {self.method.kind} leaves as it was trained: leave it out, "
