@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from finetune.core.determinism import threads_at_most
 from finetune.core.devices import doubled, exact_device
 from finetune.core.errors import BadInput
 from finetune.families.base import Family
@@ -177,13 +178,8 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The reduced SVD. A small one takes one thread: on a busy machine several wait for each other (100 times slower
     beside eight busy threads)."""
     matrix = matrix.to(exact_device(matrix.device))
-    threads = torch.get_num_threads()
-    if min(matrix.shape) <= 512:
-        torch.set_num_threads(1)
-    try:
+    with threads_at_most(1) if min(matrix.shape) <= 512 else nullcontext():
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    finally:
-        torch.set_num_threads(threads)
     return u, s, v
 
 
