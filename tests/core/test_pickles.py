@@ -16,16 +16,21 @@ from finetune.families.source import load_family
 
 def test_it_is_given_back_after_an_error_too() -> None:
     before, seen = dict(os.environ), []
-    with pytest.raises(ZeroDivisionError), pickles_allowed():
-        assert may_read_pickles()
-        with pickles_allowed(False):
-            assert not may_read_pickles()
-        other = threading.Thread(target=lambda: seen.append(may_read_pickles()))
-        other.start()
-        other.join()
-        assert dict(os.environ) == before
-        raise ZeroDivisionError
-    assert seen == [False]
+
+    def work() -> None:
+        with pickles_allowed():
+            seen.append(may_read_pickles())
+            with pickles_allowed(False):
+                seen.append(may_read_pickles())
+            other = threading.Thread(target=lambda: seen.append(may_read_pickles()))
+            other.start()
+            other.join()
+            seen.append(dict(os.environ) == before)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert seen == [True, False, False, True]
     assert not may_read_pickles()
 
 
