@@ -6,8 +6,6 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +15,7 @@ from finetune.cli.adapters import BaseOption, register, say_exported
 from finetune.cli.output import PROGRESS_BARS, progress_bars
 from finetune.core.errors import BadInput, CheckFailed, Stopped
 from finetune.core.logging import printable, quiet
+from finetune.core.pickles import pickles_allowed
 
 if TYPE_CHECKING:
     from finetune.config.recipe import Recipe
@@ -326,18 +325,6 @@ def _loud() -> None:
         bars.enable()
 
 
-@contextmanager
-def _pickle_allowed(allowed: bool) -> Iterator[None]:
-    """For this command and the processes that it starts; see finetune.families.weights."""
-    if allowed:
-        os.environ["FINETUNE_ALLOW_PICKLE"] = "1"
-    try:
-        yield
-    finally:
-        if allowed:
-            del os.environ["FINETUNE_ALLOW_PICKLE"]
-
-
 class _Launch(Exception):
     """The command is to run in `processes` processes, of which this is none."""
 
@@ -356,7 +343,7 @@ def run(arguments: list[str]) -> tuple[int, str]:
     quiet()
     printable()
     try:
-        with _pickle_allowed("--allow-pickle" in arguments), progress_bars():
+        with pickles_allowed("--allow-pickle" in arguments), progress_bars():
             app([argument for argument in arguments if argument not in ("--debug", "--allow-pickle")])
     except SystemExit as end:
         return int(end.code or 0), ""

@@ -1,7 +1,7 @@
 """Settings that another setting makes useless. Who gives one expects something of it, so it is refused by name.
 
 Only what the recipe alone tells: what depends on the base (an inpainting base needs no `base.inputs`) passes here and
-is found by `finetune.jobs.base_effect`. What belongs to a kind, such as min-SNR's gamma, is a setting of that kind alone.
+is found by `finetune.jobs.base_effect`. What belongs to a kind, such as min-SNR's gamma, is a setting of that kind.
 """
 
 from __future__ import annotations

@@ -78,3 +78,14 @@ def _operation(error: RuntimeError) -> str | None:
 def is_repeatable(device: torch.device | str, deterministic: bool) -> bool:
     """Whether the same steps on `device` give the same bits."""
     return deterministic or torch.device(device).type == "cpu"
+
+
+@contextmanager
+def threads_at_most(most: int) -> Iterator[None]:
+    """At most so many of torch's threads inside the block; the number is the whole process's, and is given back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(most, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -12,10 +12,10 @@ import torch
 
 from finetune.core.errors import BadInput
 from finetune.core.files import cache_dir, sha256, write_json
+from finetune.core.pickles import may_read_pickles
 from finetune.families.base import Family
 from finetune.families.naming.single_file import detect, unpack
 from finetune.families.registry import FAMILIES, family_of
-from finetune.families.weights import pickle_allowed
 
 
 def load_family(
@@ -89,7 +89,7 @@ def _download(source: str, revision: str | None, weights: bool = True) -> Path:
 
     patterns = ["README.md", "*.json", "*/*.json", "*/*.txt", "*/*.model"]
     if weights:
-        patterns += ["*/*.safetensors", *(["*/*.bin"] if pickle_allowed() else [])]
+        patterns += ["*/*.safetensors", *(["*/*.bin"] if may_read_pickles() else [])]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from finetune.core.errors import BadInput
-
-ALLOW_PICKLE = "FINETUNE_ALLOW_PICKLE"  # an environment variable, so that started processes inherit it
-
-
-def pickle_allowed() -> bool:
-    """`--allow-pickle`: then tensors are read from pickles with torch's weights_only, which runs no code."""
-    return os.environ.get(ALLOW_PICKLE) == "1"
+from finetune.core.pickles import may_read_pickles
 
 
 def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
@@ -30,7 +23,7 @@ def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
             fill what is missing with random numbers and go on.
     """
     pickled = not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
-    if pickled and not pickle_allowed():
+    if pickled and not may_read_pickles():
         raise BadInput(
             f"{folder} holds its weights as a pickle (.bin), which can run code: convert it to safetensors, or pass "
             "--allow-pickle to read the tensors alone"

@@ -7,7 +7,6 @@ from finetune.config.recipe import Recipe
 from finetune.families.base import Family
 from finetune.objectives.densities import Auto
 from finetune.objectives.registry import objective_for
-from finetune.training.prior import ClassImages
 
 # a setting -> what the base must read beside its latents for it to do something
 OF_INPUTS = {
@@ -57,8 +56,8 @@ def _of_negatives(family: Family, recipe: Recipe) -> list[str]:
     if "negative_prompt" in family.drawing.arguments(1.0, [""]):
         return []
     given = {"sample.negative": recipe.sample.negative}
-    if isinstance(recipe.prior, ClassImages):
-        given["prior.negative"] = recipe.prior.negative
+    if recipe.prior.class_images is not None:
+        given["prior.negative"] = recipe.prior.class_images.negative
     return [
         f"{key} is {value!r} but {family.name} reads no negative prompt, so it has no effect: leave it out"
         for key, value in given.items()

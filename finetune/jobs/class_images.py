@@ -27,7 +27,7 @@ from finetune.data.photos import Photo, image_files, scan
 from finetune.families.base import Family
 from finetune.sampling.draw import draw
 from finetune.sampling.settings import Sampling
-from finetune.training.prior import ClassImages
+from finetune.training.priors.class_images import ClassImages
 
 MANIFEST = "manifest.json"
 

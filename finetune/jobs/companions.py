@@ -9,8 +9,7 @@ from pathlib import Path
 from finetune.core.files import write_json, write_text
 from finetune.core.records import checks_of
 from finetune.export.card import Card, licence_of, model_card, sidecar
-from finetune.export.embedding import NAME, usage
-from finetune.export.registry import CHECKPOINT, FOLDER
+from finetune.export.registry import artifact_of, embedding_exports
 from finetune.export.settings import UNCHECKED
 from finetune.families.source import resolve_base
 from finetune.runs.about import short_name
@@ -44,13 +43,15 @@ def _card(folder: RunFolder) -> Card:
         "seed": str(recipe.run.seed),
         "base hash": info.base_hash[:16],
     }
-    whole = any(item["format"] in (FOLDER, CHECKPOINT) for item in listed)
-    words = next((Path(item["path"]).name for item in listed if item["format"] == NAME), None)
+    whole = any(artifact_of(item["format"]) == "weights" for item in listed)
+    words = next((item for item in listed if artifact_of(item["format"]) == "embedding"), None)
+    word = Path(words["path"]).name if words else ""
+    loading = embedding_exports([words["format"]])[0].usage(info.family, word, info.token) if words else []
     return Card(
         title=recipe.run.name if whole or recipe.method.is_adapter else f"{recipe.run.name}-lora",
         trigger=info.trigger,
-        activation=(info.model_copy(update={"token": Path(words).stem}) if words else info).trigger,
-        loading=usage(info.family, words, info.token) if words else [],
+        activation=(info.model_copy(update={"token": Path(word).stem}) if words else info).trigger,
+        loading=loading,
         family=info.family,
         base=short_name(recipe.base.source),
         licence=licence_of(base),

@@ -18,7 +18,7 @@ from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
 from finetune.families.base import Family
 from finetune.jobs.class_images import ClassSet, class_images
 from finetune.jobs.prepare import Prepared
-from finetune.training.prior import ClassImages
+from finetune.training.priors.class_images import ClassImages
 from finetune.training.step import PromptEncoder
 
 
@@ -42,9 +42,9 @@ def load_masks(job: Prepared, streams: Sequence[Sequence[Sample]]) -> Masks | No
 
 
 def make_streams(job: Prepared, accelerator: Accelerator) -> list[list[Sample]]:
-    """Stream 0: the photos of all subjects. Stream 1, with a prior: class images of every noun, their loss weighted by
-    lambda."""
-    data, prior, seed = job.recipe.data, job.recipe.prior, job.recipe.run.seed
+    """Stream 0: the photos of all subjects. Stream 1, where the prior has them: class images of every noun, their loss
+    weighted by lambda."""
+    data, images, seed = job.recipe.data, job.recipe.prior.class_images, job.recipe.run.seed
     subject = [
         Sample(
             make_crops(photo, size, data.crop, data.crops, data.flip, seed),
@@ -55,10 +55,10 @@ def make_streams(job: Prepared, accelerator: Accelerator) -> list[list[Sample]]:
         )
         for photo, size, texts, name in zip(job.photos, job.sizes, job.captions, job.names, strict=True)
     ]
-    if not isinstance(prior, ClassImages):
+    if images is None:
         return [subject]
     nouns = job.class_nouns.items()
-    return [subject, [sample for each in nouns for sample in _classes(job, prior, *each, accelerator)]]
+    return [subject, [sample for each in nouns for sample in _classes(job, images, *each, accelerator)]]
 
 
 def _classes(

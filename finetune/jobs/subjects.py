@@ -14,14 +14,16 @@ from finetune.data.captions import Captioned, caption_photos, summarise
 from finetune.data.masks import Mask, find_masks
 from finetune.data.photos import Photo, scan_lenient
 from finetune.data.settings import Data, SubjectSettings
+from finetune.data.sources.registry import open_source
 from finetune.families.base import Family
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """A subject's photos and masks; `left_out` is a sentence about bad files, or empty."""
+    """A subject's photos and masks, which lie in `folder`; `left_out` is a sentence about bad files, or empty."""
 
     settings: SubjectSettings
+    folder: Path
     photos: list[Photo]
     masks: dict[Path, Mask]
     left_out: str
@@ -56,17 +58,22 @@ def scan_subjects(data: Data) -> list[Scanned]:
 
 
 def _scan(data: Data, subject: SubjectSettings) -> Scanned:
-    with _in_folder(data, subject):
-        photos, left_out = _photos(subject.photos, data.skip_bad)
-        return Scanned(subject, photos, find_masks(subject.photos, photos, data.masks), left_out)
+    opened = open_source(subject.photos)
+    with _in_folder(data, subject, opened.folder):
+        photos, bad = _photos(opened.folder, data.skip_bad)
+        left_out = "; ".join(text for text in (bad, opened.unused) if text)
+        return Scanned(subject, opened.folder, photos, find_masks(opened.folder, photos, data.masks), left_out)
 
 
 @contextmanager
-def _in_folder(data: Data, subject: SubjectSettings) -> Iterator[None]:
-    """Puts the subject's folder before an error that does not name it, where there are several subjects."""
+def _in_folder(data: Data, subject: SubjectSettings, folder: Path) -> Iterator[None]:
+    """Puts what the user named before an error: where `folder` is in the cache, and where there are several subjects
+    and the error does not name it."""
     try:
         yield
     except BadInput as error:
+        if folder != subject.photos:
+            raise BadInput(f"in {subject.photos}: {str(error).replace(str(folder), subject.photos.name)}") from error
         named = error.path is not None and error.path.is_relative_to(subject.photos)
         if named or not data.subjects:
             raise
@@ -101,7 +108,7 @@ def caption_subjects(recipe: Recipe, family: Family, scanned: Sequence[Scanned])
 
 def _caption(recipe: Recipe, family: Family, found: Scanned, token: str) -> Subject:
     data, noun = recipe.data, found.settings.class_noun
-    with _in_folder(data, found.settings):
+    with _in_folder(data, found.settings, found.folder):
         captioned = caption_photos(
             found.photos, captions=data.captions, templates=data.templates, token=token, noun=noun
         )

@@ -196,6 +196,7 @@ def _info(job: Prepared) -> RunRecord:
 def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, stop: Stop) -> None:
     """The pictures of before, the training, and the trained weights in RUN/adapter."""
     recipe = job.recipe
+    recipe.optim.try_on(accelerator.device)  # before pictures are drawn for minutes
     if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
         draw_samples(job, folder.path / "samples" / "before", "Before")
     if recipe.run.trackers:

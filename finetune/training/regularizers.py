@@ -1,4 +1,4 @@
-"""What is added to the loss so that training keeps the prior without class images: a new kind is one new class here.
+"""What priors add to the loss, and what they are given for it (`finetune.training.priors`).
 
 A penalty is a function of what a step has at hand, called inside `Step.forward`, so that its gradient is synchronised,
 accumulated and clipped as the rest is. Its mean over micro-batches and processes is its value for the whole batch.
@@ -19,7 +19,7 @@ from finetune.families.base import Family
 from finetune.methods.base import Method
 from finetune.methods.start import ReferenceModel
 from finetune.training.dropout import CurrentSamples
-from finetune.training.prior import FrozenBase
+from finetune.training.priors.frozen_base import FrozenBase
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 COMMANDS = (
@@ -79,6 +80,31 @@ def test_doctor_tells_what_works() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for word in ("torch", "bitsandbytes", "bf16", "fp16", "adamw8bit", "free space", "hub"):
         assert word in done.stdout
+
+
+def test_doctor_tries_every_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can't work here is told with its reason and is no fault of the machine; a wrong step is one."""
+    from finetune.cli.doctor import _optimisers
+    from finetune.optim.adamw import AdamW
+    from finetune.optim.registry import OPTIMISERS
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = {item.name: item for item in _optimisers()}
+    assert list(found) == [f"optim.kind {kind}" for kind in OPTIMISERS]
+    paged = found.pop("optim.kind paged_adamw8bit")
+    assert (paged.ok, paged.value) == (None, "needs an NVIDIA GPU, but this run is on cpu")
+    assert paged.advice == "use optim.kind=adamw8bit"
+    assert all(item.ok for item in found.values()), found
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    missing = next(item for item in _optimisers() if item.name == "optim.kind prodigy")
+    assert (missing.ok, missing.value, missing.advice) == (
+        None,
+        "needs the package prodigyopt",
+        "pip install prodigyopt",
+    )
+    monkeypatch.setattr(AdamW, "build", lambda self, trained: torch.optim.SGD(trained.values(), maximize=True))
+    wrong = next(item for item in _optimisers() if item.name == "optim.kind adamw")
+    assert wrong.ok is False
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from finetune.cli.main import run
 from finetune.core.devices import DTYPES, exact_device
 from finetune.core.records import Check
 from finetune.export.adapter import adapter_from, export_adapter
-from finetune.export.base import Adapter, delta, full_fp32
-from finetune.export.registry import EXPORTS
+from finetune.export.base import Adapter, Request, delta, full_fp32
+from finetune.export.registry import EXPORTS, formats_for
 from finetune.export.verify import apply_adapter, moved_check, read_by_diffusers
 from finetune.families.settings import Base
 from finetune.families.source import load_family
@@ -40,7 +40,9 @@ def test_every_format_is_read_in_low_precision(
     method, family = trained(tiny_bases[name], targets="conv", parts=["denoiser", "text_encoders"], alpha=7)
     adapter, bench = adapter_from(method, family), bench_of(tiny_bases[name], dtype)
     for stored in DTYPES:
-        for item in export_adapter(adapter, tmp_path / stored, "x", list(EXPORTS), stored, ABOUT, bench):
+        for item in export_adapter(
+            adapter, Request(tmp_path / stored, "x", stored, ABOUT), formats_for(("adapter",)), bench
+        ):
             assert item.ok, item.checks
             if "diffusers" in item.read_by:
                 assert f"{adapter.count} modules, largest" in item.checks[-1].message
@@ -87,7 +89,7 @@ def test_diffusers_layers_show_planted_faults(
     """One module of many, and nothing but what diffusers made of the file to tell it by."""
     adapter = adapter_from(*trained(tiny_bases["sd1"], alpha=7))
     bench = bench_of(tiny_bases["sd1"], dtype)
-    (item,) = export_adapter(adapter, tmp_path, "x", ["kohya"], "fp32", ABOUT, bench)
+    (item,) = export_adapter(adapter, Request(tmp_path, "x", "fp32", ABOUT), ["kohya"], bench)
     tensors = load_file(item.path)
     FAULTS[fault](tensors)
     save_file(tensors, item.path)
@@ -116,7 +118,7 @@ def test_an_adapter_fainter_than_fp16_is_not_called_broken(tiny_bases: dict[str,
     layers = {part: {m: (a, b * 1e-6) for m, (a, b) in held.items()} for part, held in adapter.layers.items()}
     faint = Adapter("sd1", adapter.base_folder, layers, adapter.scale)
     bench = bench_of(tiny_bases["sd1"], torch.float16)
-    (item,) = export_adapter(faint, tmp_path, "x", ["kohya"], "fp32", ABOUT, bench)
+    (item,) = export_adapter(faint, Request(tmp_path, "x", "fp32", ABOUT), ["kohya"], bench)
     assert item.ok, item.checks
     assert "too faint to move a prediction" in item.checks[-1].message
     tensors = load_file(item.path)

@@ -21,6 +21,7 @@ from finetune.data.conditioning.base import unit
 from finetune.data.crops import make_crops
 from finetune.data.photos import scan
 from finetune.export import embedding
+from finetune.export.base import NewWords, Request
 from finetune.export.embedding import export_embedding, read_by_diffusers, read_embedding
 from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
@@ -189,10 +190,10 @@ def test_planted_faults_are_found(name: str, dtype: torch.dtype, tiny_bases: dic
         return family, method
 
     family, method = named()
-    path = tmp_path / "x.safetensors"
+    path, request = tmp_path / "x.safetensors", Request(tmp_path, "x", "fp16", ABOUT)
 
-    bench, rows = bench_of(tiny_bases[name], dtype), embeddings(family)
-    item = export_embedding(method, rows, family, path, "fp16", ABOUT, "mug", bench)
+    bench, words = bench_of(tiny_bases[name], dtype), NewWords(method, embeddings(family), "mug")
+    item = export_embedding(words, family, request, bench)
     assert item.ok, item.checks
     assert item.modules == 2 * len(KEYS[name])
     values = read_embedding(path, name)
@@ -205,7 +206,7 @@ def test_planted_faults_are_found(name: str, dtype: torch.dtype, tiny_bases: dic
         embedding.save_tensors = lambda file, tensors, about: write(  # type: ignore[assignment]
             file, {key: value.flip(0) for key, value in tensors.items()}, about
         )
-        assert not export_embedding(method, rows, family, path, "fp16", ABOUT, "mug", bench).ok
+        assert not export_embedding(words, family, request, bench).ok
     finally:
         embedding.save_tensors = write  # type: ignore[assignment]
 

@@ -21,7 +21,7 @@ from finetune.config.load import parse_recipe
 from finetune.core.errors import BadInput, CheckFailed
 from finetune.core.records import Check
 from finetune.export.adapter import export_adapter
-from finetune.export.base import delta
+from finetune.export.base import Request, delta
 from finetune.export.decompose import decompose
 from finetune.export.svd import export_native_form, native_formats, reduced
 from finetune.export.verify import apply_adapter
@@ -102,7 +102,7 @@ def test_a_file_on_a_clean_base_predicts_what_was_trained(
     whole = reduced(method, family, bench_of(tiny_bases[name]), 1000, 1e-3)
     assert torch.allclose(whole.prediction, wanted, atol=1e-4)
     for item in export_adapter(
-        whole.adapter, tmp_path, "x", ["kohya", "diffusers"], "fp32", ABOUT, bench_of(tiny_bases[name])
+        whole.adapter, Request(tmp_path, "x", "fp32", ABOUT), ["kohya", "diffusers"], bench_of(tiny_bases[name])
     ):
         assert item.ok, item.checks
         clean = load_family(str(tiny_bases[name]))

@@ -30,7 +30,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.plan import plan_rows
 from finetune.testing.kill import killed_at
 from finetune.training.accelerate import make_accelerator
-from finetune.training.prior import ClassImages
+from finetune.training.priors.class_images import ClassImages
 from finetune.training.trainer import Trainer
 
 PROMPTS = ["a photo of {token} {noun}", "a tree", "a photo of a {noun}"]

@@ -267,3 +267,13 @@ def test_what_computes_was_put_on_the_device(
     assert {"text_encoder_2"} in cached  # alone, when prompts are cached
     after_latents = asked[max(n for n, (part, _) in enumerate(asked) if part == "vae") :]
     assert sum(part == "denoiser" and there == {"denoiser"} for part, there in after_latents) == SHORT["steps"]
+
+
+def test_an_optimiser_that_can_not_work_here_is_refused_before_the_work(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = parse_recipe(settings(tiny_bases["sd1"], photos, LORA, optim={"kind": "paged_adamw8bit"}))
+    with pytest.raises(BadInput, match="needs an NVIDIA GPU"):
+        job.train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "samples").exists()

@@ -227,6 +227,14 @@ def recipe(base: Path, photos: Path, method: dict, **sections: dict) -> dict:
         ({"method": {"kind": "textual_inversion", "vectors": 0}}, "method.vectors is 0"),
         ({"method": {"kind": "textual_inversion", "norm": "fix"}}, "method.norm is 'fix'"),
         ({"method": {"kind": "pivotal", "pivot": 1.0}}, "method.pivot is 1.0"),
+        (
+            {"method": {"kind": "pivotal"}, "optim": {"kind": "prodigy"}},
+            "optim.kind prodigy moves weights that should",
+        ),
+        (
+            {"method": {"kind": "pivotal"}, "optim": {"kind": "schedule_free"}},
+            "as method.kind pivotal wants it of some",
+        ),
     ],
 )
 def test_recipes_that_cannot_be(change: dict, said: str, photos: Path) -> None:

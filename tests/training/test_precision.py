@@ -19,7 +19,8 @@ from finetune.objectives.settings import ObjectiveSettings
 from finetune.sampling.draw import draw
 from finetune.sampling.settings import Sampling
 from finetune.training.dropout import SampleDropout
-from finetune.training.prior import Distance, FrozenBase
+from finetune.training.priors.distance import Distance
+from finetune.training.priors.frozen_base import FrozenBase
 from finetune.training.regularizers import PriorContext
 from finetune.training.step import Step, StepOptions
 

@@ -27,7 +27,9 @@ from finetune.methods.start import low_rank_distance
 from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.optim.adamw import AdamW
-from finetune.training.prior import Distance, FrozenBase, PriorSettings
+from finetune.training.priors.base import PriorSettings
+from finetune.training.priors.distance import Distance
+from finetune.training.priors.frozen_base import FrozenBase
 from finetune.training.regularizers import PriorContext
 from finetune.training.step import Step, StepOptions
 

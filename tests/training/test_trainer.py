@@ -32,7 +32,8 @@ from finetune.optim.registry import Optim
 from finetune.runs.metrics import MetricsFile
 from finetune.training.accelerate import make_accelerator
 from finetune.training.checkpoint import Checkpoints
-from finetune.training.prior import NoPrior, PriorSettings
+from finetune.training.priors.base import PriorSettings
+from finetune.training.priors.none import NoPrior
 from finetune.training.regularizers import PriorContext
 from finetune.training.settings import Run
 from finetune.training.step import Step, StepOptions, parts_of

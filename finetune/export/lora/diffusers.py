@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors
-from finetune.export.base import Adapter, Export
+from finetune.export.base import Adapter, AdapterExport
 from finetune.families.naming.clip import add_text_model, strip_text_model
 from finetune.families.registry import FAMILIES
 
@@ -24,8 +24,9 @@ HEADER = "lora_adapter_metadata"
 FILE = "pytorch_lora_weights.safetensors"
 
 
-class Diffusers(Export):
+class Diffusers(AdapterExport):
     name = "diffusers"
+    recognised = True
     read_by = ("diffusers",)
 
     def path(self, folder: Path, name: str, family: str) -> Path:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors, write_json
-from finetune.export.base import Adapter, Export
+from finetune.export.base import Adapter, AdapterExport
 from finetune.families.naming.clip import strip_text_model
 from finetune.families.registry import own_paths
 
@@ -23,8 +23,9 @@ def kind_of(config: dict[str, Any]) -> str:
     return "DORA" if config.get("use_dora") else str(config.get("peft_type", "LORA"))
 
 
-class Peft(Export):
+class Peft(AdapterExport):
     name = "peft"
+    recognised = True
     read_by = ("peft",)
 
     def path(self, folder: Path, name: str, family: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.core.registry import Registry
 from finetune.core.settings import chosen_by_kind
@@ -15,4 +15,7 @@ WEIGHTINGS: Registry[Weighting] = Registry(
 
 # what a recipe's `objective.weighting` may be: `kind` chooses the class
 LOSS_WEIGHTS: tuple[Any, ...] = (Unweighted, *WEIGHTINGS.values())
-LossWeight: Any = chosen_by_kind(*LOSS_WEIGHTS)
+if TYPE_CHECKING:
+    LossWeight = Unweighted | Weighting
+else:
+    LossWeight = chosen_by_kind(*LOSS_WEIGHTS)
