@@ -5,7 +5,6 @@ The rules of the UIs are facts read from their loaders (docs/exports.md); diffus
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from finetune.core.errors import BadInput
 from finetune.export.base import Adapter
-from finetune.export.lora.diffusers import HEADER, prefixes
+from finetune.export.lora.diffusers import prefixes, read_header
 from finetune.export.lora.kohya import ALPHA, Place, key_of, keys_of, places, split
 from finetune.export.lora.peft import Peft
 from finetune.families.configs import read_config
@@ -190,7 +189,7 @@ def _inspect(
     )
     weights = weight_shapes(folder)
     layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-    header_alpha = _header_alpha(metadata)
+    header_alpha = _header_alpha(found.path, metadata)
     for name in sorted(known):
         place = known[name]
         first = weights[place.part][place.modules[0]]
@@ -256,10 +255,12 @@ def _module(
     return a.reshape(len(a), *weight[1:]), (b * (alpha / len(a))).reshape(*b.shape[:2], *([1] * (len(weight) - 2)))
 
 
-def _header_alpha(metadata: dict[str, str]) -> float | None:
+def _header_alpha(path: Path, metadata: dict[str, str]) -> float | None:
     """diffusers' files say their alpha in the header, once per part; ours and diffusers' own have one for all."""
-    about = json.loads(metadata.get(HEADER, "{}"))
-    alphas = {float(value) for key, value in about.items() if key.endswith(".lora_alpha")}
+    about = read_header(path, metadata)
+    alphas = {
+        float(value) for key, value in about.items() if key.endswith(".lora_alpha") and type(value) in (int, float)
+    }
     return alphas.pop() if len(alphas) == 1 else None
 
 

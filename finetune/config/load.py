@@ -14,7 +14,10 @@ from finetune.config.effect import without_effect
 from finetune.config.recipe import Recipe
 from finetune.config.recipes import find
 from finetune.core.errors import BadInput
+from finetune.core.reading import parse_yaml, read_text
 from finetune.core.settings import Settings
+
+MAX_RECIPE = 1_000_000  # bytes
 
 
 def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -38,11 +41,7 @@ def read_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Reci
     Raises:
         BadInput: as `load_recipe`, but for settings without effect.
     """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise BadInput(f"{path} is not valid YAML ({where}): mend that line") from error
+    raw = parse_yaml(read_text(path, MAX_RECIPE), str(path), _Loader)
     return parse_recipe(raw if raw is not None else {}, overrides, where=str(path))
 
 
@@ -80,10 +79,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     section, _, name = key.partition(".")
     if not equals or not section:
         raise BadInput(f"{override!r} is no setting: write section.key=value, such as run.steps=400")
-    try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise BadInput(f"the value of {override!r} is not valid YAML: put it in quotes") from error
+    value = parse_yaml(text, f"the value of {reprlib.repr(override)}") if text else ""
     if not name:
         values[section] = value
         return

@@ -14,8 +14,8 @@ class Subject(Settings):
     """A further subject of the same run, beside `data.photos`: its photos, what it is, and its token."""
 
     photos: AnyPath
-    class_noun: str | None = None
-    token: str = Field("auto", min_length=1)
+    class_noun: str | None = Field(None, max_length=200)
+    token: str = Field("auto", min_length=1, max_length=100)
 
     @field_validator("photos")
     @classmethod

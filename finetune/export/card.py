@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+from finetune.core.errors import BadInput
+from finetune.core.files import leads_out
+from finetune.core.reading import parse_yaml, read_bytes
 from finetune.families.registry import FAMILIES
 
 TAGS = {"adapter": ["lora", "template:sd-lora"], "weights": [], "embedding": ["textual_inversion"]}  # the hub's
@@ -93,12 +96,14 @@ def licence_of(folder: Path) -> str | None:
     file = folder / "README.md"
     if not file.is_file():
         return None
-    text = file.read_text(encoding="utf-8", errors="replace")
+    if leads_out(file, folder):  # its words would leave with the card
+        return None
+    text = read_bytes(file).decode("utf-8", "replace")
     if not text.startswith("---"):
         return None
     try:
-        front = yaml.safe_load(text[3:].split("\n---", 1)[0])
-    except yaml.YAMLError:
+        front = parse_yaml(text[3:].split("\n---", 1)[0], str(file))
+    except BadInput:
         return None
     stated = front.get("license") if isinstance(front, dict) else None
-    return str(stated) if stated else None
+    return " ".join(str(stated).split())[:100] if stated else None

@@ -16,11 +16,13 @@ from finetune.core.batch import Latents
 from finetune.core.devices import empty_cache
 from finetune.core.errors import BadInput
 from finetune.families.base import Family
-from finetune.families.schedulers import make_scheduler
+from finetune.families.configs import check_config, check_configs
+from finetune.families.schedulers import make_scheduler, read_scheduler
 from finetune.families.weights import load_weights
 from finetune.objectives.schedule import read_schedule
 
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+LONGEST = 10_000  # characters of a prompt: the longest encoder reads 512 tokens, and a tokenizer's time is quadratic
 
 
 class DiffusersFamily(Family):
@@ -28,6 +30,7 @@ class DiffusersFamily(Family):
     t5_length: ClassVar[int] = 256
 
     def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = (), on_meta: bool = False) -> None:
+        check_configs(folder, ["scheduler", *(subfolder for subfolder, _ in self.sources.values())])
         self.folder, self.dtype = folder, dtype
         present = self._present(without)
         if on_meta:
@@ -37,7 +40,7 @@ class DiffusersFamily(Family):
         for part in self.parts.values():
             part.requires_grad_(False).eval()
         self.tokenizers = [] if on_meta else self._tokenizers()
-        self.scheduler = _scheduler(folder)
+        self.scheduler = read_scheduler(folder)
         self.schedule = read_schedule(dict(self.scheduler.config))
         self._check_widths()
         self.unused_parameters = self._find_unused_parameters()
@@ -154,6 +157,10 @@ class DiffusersFamily(Family):
             return torch.zeros(len(prompts), length, dtype=torch.long, device="meta")
         tokenizer = self.tokenizers[index]
         for prompt in prompts:
+            if len(prompt) > LONGEST:
+                raise BadInput(
+                    f"a prompt has {len(prompt):,} characters, {prompt[:40]!r}...: shorten it below {LONGEST:,}"
+                )
             whole = tokenizer(prompt, truncation=False)["input_ids"]
             if len(whole) > length:
                 cut = tokenizer.decode(whole[length - 1 : -1])
@@ -224,6 +231,7 @@ class DiffusersFamily(Family):
 
 
 def _from_config(kind: Any, folder: Path) -> nn.Module:
+    check_config(folder / "config.json")
     if issubclass(kind, diffusers.ModelMixin):
         return kind.from_config(kind.load_config(folder))
     return kind(kind.config_class.from_pretrained(folder))
@@ -242,15 +250,3 @@ def _tokenizer(folder: Path, encoder: Any) -> Any:
             "vocab.json, merges.txt or tokenizer_config.json is missing"
         )
     return tokenizer
-
-
-def _scheduler(folder: Path) -> Any:
-    file = folder / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        raise BadInput(f"{folder} has no scheduler/scheduler_config.json: it tells what the base predicts")
-    config = diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler")
-    kind = getattr(diffusers, config.get("_class_name", "DDIMScheduler"), None)
-    if kind is None:
-        raise BadInput(f"{file} names {config['_class_name']!r}, which is no scheduler of diffusers: mend it")
-    read_schedule(dict(config))  # refuses what is not supported, where diffusers would raise
-    return kind.from_pretrained(folder, subfolder="scheduler")

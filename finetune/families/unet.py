@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -14,6 +13,7 @@ from torch.nn.functional import pad
 from finetune.core.errors import BadInput
 from finetune.families.base import ImageCondition
 from finetune.families.conditioning import channels, kind_of, pipeline_inputs, widen
+from finetune.families.configs import read_config
 from finetune.families.loading import DiffusersFamily
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -86,8 +86,5 @@ class UNetFamily(DiffusersFamily):
 
     @classmethod
     def resolution_of(cls, folder: Path) -> int:
-        def read(part: str) -> dict:
-            return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-
-        levels = len(read("vae").get("block_out_channels", (0,)))
-        return int(read("unet").get("sample_size", 64)) * 2 ** (levels - 1)
+        levels = len(read_config(folder, "vae/config.json").get("block_out_channels", (0,)))
+        return int(read_config(folder, "unet/config.json").get("sample_size", 64)) * 2 ** (levels - 1)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from finetune.core.errors import BadInput
+from finetune.families.configs import check_index
 
 ALLOW_PICKLE = "FINETUNE_ALLOW_PICKLE"  # an environment variable, so that started processes inherit it
 
@@ -35,6 +36,8 @@ def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
             f"{folder} holds its weights as a pickle (.bin), which can run code: convert it to safetensors, or pass "
             "--allow-pickle to read the tensors alone"
         )
+    for index in sorted(folder.glob("*.index.json")):
+        check_index(index)
     keywords: dict[str, Any] = {"use_safetensors": not pickled, "output_loading_info": True}
     keywords["torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"] = dtype
     try:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.core.events import ImagesDrawn, emit, phase
+from finetune.core.files import replacing_folder
 from finetune.data.conditioning.base import unit
 from finetune.data.crops import make_crops
 from finetune.families.base import ImageCondition
@@ -37,12 +37,10 @@ def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = No
             given=image_condition(job),
             advance=lambda amount: advance(amount, ""),
         )
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for (p, s), image in zip(pairs, images, strict=True):
-        about = (sample.negative, s, sample.sampler, sample.steps, sample.guidance, job.resolution)
-        save_image(image, temporary / f"{p:02d}-{s}.png", parameters(prompts[p], *about, job.recipe.base.source))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with replacing_folder(folder) as temporary:
+        for (p, s), image in zip(pairs, images, strict=True):
+            about = (sample.negative, s, sample.sampler, sample.steps, sample.guidance, job.resolution)
+            save_image(image, temporary / f"{p:02d}-{s}.png", parameters(prompts[p], *about, job.recipe.base.source))
     emit(ImagesDrawn(folder))
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from finetune.core.errors import BadInput
-from finetune.core.files import write_json
+from finetune.core.files import public_name, write_json
+from finetune.core.reading import read_json
 from finetune.core.records import Values, migrated
-from finetune.runs.plan import Plan, Record, Rows, public_name, shared_rows
+from finetune.runs.plan import Plan, Record, Rows, shared_rows
 
 SCHEMA = 1
 
@@ -70,14 +70,14 @@ def read_record(file: Path) -> RunRecord:
     """Raises:
     BadInput: it is damaged, or a later version wrote it.
     """
+    values = read_json(file, dict, "give the run's own file back, or train again")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
         return RunRecord.model_validate(migrated(values, file, SCHEMA, [_from_0]))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise _damaged(file, f"{where}: {first['msg']}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise _damaged(file, str(error)) from error
 
 

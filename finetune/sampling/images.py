@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, PngImagePlugin
 
+from finetune.core.files import public_name, replacing
+
 A1111_SAMPLERS = {"dpm++": "DPM++ 2M", "ddim": "DDIM", "euler": "Euler", "unipc": "UniPC"}
 
 
@@ -32,7 +34,7 @@ def parameters(
     label = A1111_SAMPLERS.get(sampler, sampler)
     settings = f"Steps: {steps}, Sampler: {label}, CFG scale: {guidance}, Seed: {seed}, Size: {size}x{size}"
     middle = f"\nNegative prompt: {negative}" if negative else ""
-    model = Path(model).name if Path(model).is_absolute() else model  # pictures are passed on
+    model = public_name(model)  # pictures are passed on
     name = json.dumps(model, ensure_ascii=False) if "," in model or ":" in model else model
     return f"{prompt}{middle}\n{settings}, Model: {name}"
 
@@ -41,5 +43,5 @@ def save_image(image: Image.Image, path: Path, text: str) -> None:
     """A PNG that carries how it was made, in the `parameters` text chunk."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pnginfo=info)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 
 from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors, write_json
+from finetune.core.reading import read_json
 from finetune.export.base import Adapter, Export
 from finetune.families.naming.clip import strip_text_model
 from finetune.families.registry import own_paths
@@ -54,7 +54,7 @@ class Peft(Export):
         layers: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
         rules = set()
         for config_file in sorted(path.glob("*/adapter_config.json")):
-            config = json.loads(config_file.read_text(encoding="utf-8"))
+            config = read_json(config_file, dict)
             if kind_of(config) != "LORA" or config.get("rank_pattern") or config.get("alpha_pattern"):
                 raise BadInput(
                     f"{path} holds a {kind_of(config)} of PEFT and no plain LoRA of one rank and alpha: take the "
