@@ -126,6 +126,9 @@ def inspect_adapter(path: Path, base: str) -> Inspection:
     keys = keys_of(path)
     if not any(key.endswith((*ENDINGS, *OTHERS)) for key in keys):
         raise BadInput(f"{path} is no LoRA: none of its {len(keys)} keys is one (such as {', '.join(keys[:1])})")
+    odd = next((key for key in keys if not key.isprintable()), None)
+    if odd is not None:  # a terminal would obey it
+        raise BadInput(f"{path} has the key {odd[:80]!r}, which no trainer writes: give another file")
     with safe_open(path, "pt") as opened:
         metadata = dict(opened.metadata() or {})
         tensors = {key: opened.get_tensor(key).clone() for key in keys}  # not mapped: the file may be replaced
@@ -237,6 +240,9 @@ def _module(
         found.fault("one-matrix", name, of="down" if missing == ["a"] else "up")
         return None
     a, b = held["a"].float(), held["b"].float()
+    if a.ndim < 2 or b.ndim < 2 or not len(a) or held.get("alpha", a[0, :1].flatten()[:1]).numel() != 1:
+        found.fault("another-shape", name)
+        return None
     if len(a) != b.shape[1] or len(b) != weight[0] or a[0].numel() != weight[1:].numel():
         found.fault("another-shape", name)
         return None

@@ -16,7 +16,7 @@ import typer
 from finetune.cli.adapters import register, say_exported
 from finetune.cli.output import PROGRESS_BARS, progress_bars
 from finetune.core.errors import BadInput, CheckFailed, Stopped
-from finetune.core.logging import printable, quiet
+from finetune.core.logging import plain, printable, quiet
 
 if TYPE_CHECKING:
     from finetune.config.recipe import Recipe
@@ -394,7 +394,7 @@ def main() -> None:
     """The `finetune` command; `--debug` anywhere shows the traceback of what is told in one sentence."""
     code, message = run(sys.argv[1:])
     if message:
-        typer.echo(message, err=True)
+        typer.echo(plain(message), err=True)
     sys.exit(code)
 
 

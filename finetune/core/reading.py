@@ -127,7 +127,7 @@ def _inside(value: Any) -> list[Any]:
 def _depth(value: Any) -> int:
     """How deep lists and objects lie in each other, counted up to one more than is allowed."""
     level, depth = [value], 0
-    while level and depth <= MAX_DEPTH:
+    while level and depth <= MAX_DEPTH + 1:
         level, depth = [item for held in level for item in _inside(held)], depth + 1
     return depth - 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def model_card(card: Card) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {card.title}",
         "<Gallery />" if card.images else "",
-        f"Write `{card.trigger}` in a prompt. Trained on {card.base}.",
+        f"Write `{' '.join(card.trigger.replace('`', '').split())}` in a prompt. Trained on {card.base}.",
         "## Files\n\n" + "\n".join(f"- {line}" for line in card.files),
         _use(card),
         "## Settings\n\n| | |\n|---|---|\n"
@@ -82,13 +83,18 @@ def _use(card: Card) -> str:
     lines = [
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipeline = DiffusionPipeline.from_pretrained("{source}")',
+        f"pipeline = DiffusionPipeline.from_pretrained({_quoted(source)})",
         *([lora] if "adapter" in card.holds else []),
         *card.loading,
-        f'pipeline("{prompt}").images[0]',
+        f"pipeline({_quoted(prompt)}).images[0]",
     ]
     code = "\n".join(lines)
     return f"## Use\n\n```python\n{code}\n```"
+
+
+def _quoted(text: str) -> str:
+    """As a string of Python: somebody will paste it, and a prompt may come from somebody else."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def licence_of(folder: Path) -> str | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
 
 from finetune.core.errors import BadInput
 from finetune.core.files import leads_out
@@ -22,6 +25,8 @@ LIMITS = {
     "max_position_embeddings": 100_000,
     "extra_ids": 1_000,
 }
+# what the libraries raise where a config has a value of another kind
+UNFIT = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 # what makes transformers and diffusers fetch and run other code than their own
 CODE = ("attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config")
 
@@ -30,7 +35,22 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
     if not file.is_file():
         raise BadInput(f"{folder} has no {name}: the base must be a diffusers folder")
-    return read_json(file, dict, AGAIN)
+    config = read_json(file, dict, AGAIN)
+    if file.name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
+        _check_values(file, config)
+    return config
+
+
+@contextmanager
+def well_formed(folder: Path) -> Iterator[None]:
+    """What a library raises inside, where a config has a value of another kind than it should, is the base's fault."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except (*UNFIT, StrictDataclassError, ImportError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BadInput(f"{folder} is no base that can be read, as its configs are ({reason}): {AGAIN}") from error
 
 
 def check_configs(folder: Path, parts: Sequence[str]) -> None:
@@ -46,7 +66,7 @@ def check_configs(folder: Path, parts: Sequence[str]) -> None:
         if file.name.endswith(".index.json"):
             check_index(file)
         else:
-            check_config(file)
+            read_config(file.parent, file.name)
     refuse_links(folder)
 
 
@@ -72,11 +92,8 @@ def check_index(file: Path) -> None:
             )
 
 
-def check_config(file: Path) -> None:
+def _check_values(file: Path, config: dict[str, Any]) -> None:
     """Raises: BadInput: as `check_configs`, of one file."""
-    config = read_json(file, dict, AGAIN)
-    if file.name not in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
-        return
     chosen = next((key for key in CODE if config.get(key) is not None), None)
     if chosen is not None:
         raise BadInput(

@@ -16,7 +16,7 @@ from finetune.core.batch import Latents
 from finetune.core.devices import empty_cache
 from finetune.core.errors import BadInput
 from finetune.families.base import Family
-from finetune.families.configs import check_config, check_configs
+from finetune.families.configs import check_configs, read_config, well_formed
 from finetune.families.schedulers import make_scheduler, read_scheduler
 from finetune.families.weights import load_weights
 from finetune.objectives.schedule import read_schedule
@@ -43,6 +43,7 @@ class DiffusersFamily(Family):
         self.scheduler = read_scheduler(folder)
         self.schedule = read_schedule(dict(self.scheduler.config))
         self._check_widths()
+        self._check_tokens()
         self.unused_parameters = self._find_unused_parameters()
         vae = cast(Any, self.parts["vae"]).config
         self.latent_factor = 2 ** (len(vae.block_out_channels) - 1)
@@ -86,13 +87,26 @@ class DiffusersFamily(Family):
                 "ones together"
             )
 
+    def _check_tokens(self) -> None:
+        """Each token has a row in its encoder's table, and each tokenizer a length and something to fill it with."""
+        for part, tokenizer in zip(self.text_encoders, self.tokenizers, strict=False):
+            rows, last = int(cast(Any, self.parts[part]).config.vocab_size), max(tokenizer.get_vocab().values())
+            length = tokenizer.model_max_length
+            if last >= rows or type(length) is not int or length < 1 or tokenizer.pad_token_id is None:
+                raise BadInput(
+                    f"the tokenizer of {part} in {self.folder} does not fit it (its last token is {last} of {rows}, "
+                    f"its length {length}, its padding {tokenizer.pad_token!r}): fetch the base again"
+                )
+
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
-        return cls(folder, dtype, without)
+        with well_formed(folder):
+            return cls(folder, dtype, without)
 
     @classmethod
     def on_meta(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
-        return cls(folder, dtype, without, on_meta=True)
+        with well_formed(folder):
+            return cls(folder, dtype, without, on_meta=True)
 
     @classmethod
     def skeletons(
@@ -231,10 +245,11 @@ class DiffusersFamily(Family):
 
 
 def _from_config(kind: Any, folder: Path) -> nn.Module:
-    check_config(folder / "config.json")
-    if issubclass(kind, diffusers.ModelMixin):
-        return kind.from_config(kind.load_config(folder))
-    return kind(kind.config_class.from_pretrained(folder))
+    read_config(folder, "config.json")  # its limits, before a library goes by it
+    with well_formed(folder):
+        if issubclass(kind, diffusers.ModelMixin):
+            return kind.from_config(kind.load_config(folder))
+        return kind(kind.config_class.from_pretrained(folder))
 
 
 def _tokenizer(folder: Path, encoder: Any) -> Any:

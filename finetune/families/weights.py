@@ -9,11 +9,12 @@ from typing import Any
 
 import diffusers
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
 from finetune.core.errors import BadInput
-from finetune.families.configs import check_index
+from finetune.families.configs import UNFIT, check_index
 
 ALLOW_PICKLE = "FINETUNE_ALLOW_PICKLE"  # an environment variable, so that started processes inherit it
 
@@ -45,7 +46,7 @@ def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
     except (OSError, SafetensorError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{folder} has no weights that can be read ({reason}): fetch the base again") from error
-    except (ValueError, RuntimeError) as error:
+    except (*UNFIT, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(
             f"the weights in {folder} do not fit its config.json ({reason}): fetch the base again"

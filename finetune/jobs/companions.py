@@ -20,8 +20,7 @@ def write_companions(folder: RunFolder) -> None:
     folder.refuse_links()
     target, card = folder.path / "exports", _card(folder)
     for number, (_, url) in enumerate(card.images):
-        picture = folder.path / "samples" / "after" / _first_picture(folder, number)
-        copy_plain(picture, target / url, folder.path)
+        copy_plain(_pictures(folder, number)[0], target / url, folder.path)
     write_text(target / "README.md", model_card(card))
     if (target / f"{card.title}.safetensors").is_file():
         write_json(target / f"{card.title}.json", sidecar(card))
@@ -33,7 +32,7 @@ def _card(folder: RunFolder) -> Card:
     recipe, info = folder.recipe, folder.info
     listed = read_exports(folder.path)
     base = resolve_base(recipe.base.source, recipe.base.revision, recipe.base.like)
-    prompts = info.prompts if (folder.path / "samples" / "after").is_dir() else []
+    prompts = [prompt for number, prompt in enumerate(info.prompts) if _pictures(folder, number)]
     settings = {
         "method": recipe.method.kind,
         "steps": f"{recipe.run.steps} of {recipe.run.batch_size}",
@@ -64,5 +63,5 @@ def _card(folder: RunFolder) -> Card:
     )
 
 
-def _first_picture(folder: RunFolder, prompt: int) -> str:
-    return min(file.name for file in (folder.path / "samples" / "after").glob(f"{prompt:02d}-*.png"))
+def _pictures(folder: RunFolder, prompt: int) -> list[Path]:
+    return sorted((folder.path / "samples" / "after").glob(f"{prompt:02d}-*.png"))

@@ -129,7 +129,7 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float], smoothed:
     """An inline SVG line plot with its axes' ends labelled."""
     width, height, left, top = 960, 190, 70, 24
     low, high = min(values), max(values)
-    low, high = (min(0.0, low), high * 1.05 or 1.0)
+    low, high = (min(0.0, low), max(0.0, high * 1.05) or 1.0)
 
     def points(line: Sequence[float]) -> str:
         span = max(1e-9, steps[-1] - steps[0])

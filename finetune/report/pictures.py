@@ -60,10 +60,13 @@ def tag(file: Path, run: Path, alt: str) -> str:
 
 
 def small(image: Image.Image) -> Image.Image:
-    """With a shorter side of SIDE pixels; small ones are enlarged smoothly."""
+    """With a shorter side of SIDE pixels; small ones are enlarged smoothly. Nothing but pixels: Pillow would write a
+    photo's comment and colour profile into what it saves."""
     scale = SIDE / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
-    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    shrunk = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    shrunk.info = {}
+    return shrunk
 
 
 def image_tag(image: Image.Image, alt: str) -> str:

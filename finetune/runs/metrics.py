@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from finetune.core.files import append_line, write_text
 from finetune.core.reading import parse_json, read_bytes
 
 DRAWN = {"step", "loss", "lr", "seconds"}
+LARGEST = 1e30  # of what can be drawn; NaN is not below it
 MOST = 1_000_000_000  # bytes: ten million steps
 
 
@@ -42,7 +42,7 @@ class MetricsFile:
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
     """The lines that can be drawn: finite numbers. The others are a kill's or somebody else's."""
-    return [row for _, row in _rows(file) if row.keys() >= DRAWN and all(math.isfinite(row[key]) for key in DRAWN)]
+    return [row for _, row in _rows(file) if row.keys() >= DRAWN and all(abs(row[key]) < LARGEST for key in DRAWN)]
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, float]]]:
