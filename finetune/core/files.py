@@ -76,9 +76,12 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def sweep(folder: Path) -> None:
-    """Removes temporary files and folders that a killed process left in a folder that is ours alone."""
+def sweep(folder: Path, age: float = 0) -> None:
+    """Removes temporary files and folders that a killed process left in a folder that is ours alone, or that nobody
+    has touched for `age` seconds."""
     for left in sorted(folder.rglob(".*.tmp"), reverse=True):
+        if left.lstat().st_mtime > time.time() - age and age:
+            continue
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
         else:

@@ -17,6 +17,7 @@ from finetune.runs.record import RunRecord
 
 SIDE = 160  # pixels of a picture on the page
 SHOWN = 12  # photos of each subject
+NO_COPIES = "The run's folder has no copies of its photos: <code>finetune resume RUN</code> makes them."
 FORMATS = ("PNG", "JPEG", "WEBP")  # what a run writes, and what browsers are used to
 
 
@@ -41,8 +42,10 @@ def keep_photos(run: Path, info: RunRecord) -> None:
 
 
 def photo_tags(run: Path, info: RunRecord) -> str:
-    """The photos by their names; those without a copy, as in runs of 0.1, are left out."""
+    """The photos by their names; a run of an older version has no copies of them."""
     files = {number: copy_of(run, number) for number in shown_photos(info)}
+    if files and not any(file.is_file() for file in files.values()):
+        return f"<p class=soft>{NO_COPIES}</p>"
     return "".join(tag(file, run, Path(info.photos[number]).name) for number, file in files.items() if file.is_file())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import base64
 import io
 import json
 import os
@@ -16,15 +18,24 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
+from data_tools.unpack import unpack
 from finetune import load_recipe, train
+from finetune.adapters.inspection import inspect_adapter
+from finetune.adapters.operations import verify_file
 from finetune.core.errors import BadInput
 from finetune.core.files import public_name, replacing, save_tensors, sha256, write_json
+from finetune.data.captions import caption_files
 from finetune.data.photos import BadImage, alpha_channel, open_image, open_values, read_photo, scan
+from finetune.export.card import Card, model_card
+from finetune.export.lora.diffusers import read_header
 from finetune.export.model.folder import export_folder
 from finetune.families.settings import Base
 from finetune.families.source import load_family
+from finetune.jobs.class_images import _manifest
 from finetune.report.html import write_report
+from finetune.report.pictures import copy_of, image_tag, keep_photos
 from finetune.runs.folder import RunFolder
+from finetune.runs.record import RunRecord
 from finetune.sampling.images import parameters
 from finetune.training.checkpoint import Checkpoints, State, find_fault
 
@@ -644,3 +655,161 @@ def test_a_prompt_has_a_length(tiny_bases: dict[str, Path]) -> None:
         load_recipe("demo", [f"data.class_noun={'a' * 1_000_000}"])
     with pytest.raises(BadInput, match=r"token"):
         load_recipe("demo", [f"data.token={'a' * 1_000_000}"])
+
+
+# what was tried beyond the list
+
+
+def lora_for(base: Path, rank: int = 2, **changed: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A LoRA of one module in kohya's names; `changed`: down, up or alpha."""
+    part = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    width = json.loads((base / "unet" / "config.json").read_text())["block_out_channels"][-1]
+    held = {
+        "down": torch.ones(rank, width),
+        "up": torch.ones(width, rank) * 1e-3,
+        "alpha": torch.tensor(2.0),
+    } | changed
+    return {f"{part}.{'alpha' if k == 'alpha' else f'lora_{k}.weight'}": v for k, v in held.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"down": torch.ones(0, 8), "up": torch.ones(8, 0)}, {"down": torch.tensor(1.0)}, {"up": torch.tensor(1.0)},
+     {"alpha": torch.ones(3)}, {"alpha": torch.ones(0)}, {"down": torch.ones(2, 0)}, {"up": torch.ones(2)}],
+)  # fmt: skip
+def test_an_adapter_of_odd_shapes_is_named(change: dict[str, torch.Tensor], base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "odd.safetensors"
+    save_file(lora_for(base, **change), file)
+    assert [problem.name for problem in inspect_adapter(file, str(base)).problems][0] == "another-shape"
+
+
+HEADERS = {
+    "a pattern that takes for ever": {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": "(((a|_|.)+)+)+$"},
+    "one in a list": {"unet.r": 2, "unet.target_modules": ["((\\w+)+)+$"]},
+    "one in a rank": {"unet.r": 2, "unet.rank_pattern": {"((\\w+)+)+$": 4}},
+    "another start": {"unet.r": 2, "unet.init_lora_weights": "pissa"},
+    "a module to import": {"unet.r": 2, "unet.megatron_core": "evil", "unet.megatron_config": {"x": 1}},
+    "deep": {"unet.r": json.loads("[" * 200 + "]" * 200)},
+}
+
+
+@pytest.mark.parametrize("fault", HEADERS)
+def test_a_header_gives_peft_no_patterns_and_no_code(fault: str, base: Path, tmp_path: Path) -> None:
+    """diffusers hands `lora_adapter_metadata` to peft.LoraConfig as it is."""
+    file = tmp_path / "sent.safetensors"
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    down, up, _ = lora_for(base).values()
+    tensors = {f"unet.{path}.lora_A.weight": down, f"unet.{path}.lora_B.weight": up}
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(HEADERS[fault])})
+    with pytest.raises(BadInput, match=r"sent\.safetensors"):
+        verify_file(file, str(base))
+
+
+def test_a_header_as_diffusers_writes_it_is_read(base: Path, tmp_path: Path) -> None:
+    import peft
+
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"], init_lora_weights="gaussian").to_dict()
+    config = {f"unet.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    header = {"lora_adapter_metadata": json.dumps(config, default=str)}
+    assert read_header(tmp_path, header)["unet.lora_alpha"] == 4
+
+
+def test_a_terminal_is_told_no_commands(base: Path, tmp_path: Path) -> None:
+    save_file({f"{key}\x1b[2J": value for key, value in lora_for(base).items()}, tmp_path / "a.safetensors")
+    save_file({"\x1b]0;mine\x07.lora_down.weight": torch.ones(2, 2)}, tmp_path / "b.safetensors")
+    save_file(lora_for(base), tmp_path / "c.safetensors", {"modelspec.title": "\x1b[2Jfine\nok: all is well"})
+    (base / "README.md").write_text('---\nlicense: "mit\\e[2J"\n---\n')
+    (base / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "\\u001b[2J"}')
+    for arguments in (["verify", "a"], ["verify", "b"], ["verify", "c"], ["inspect", None]):
+        files = [str(tmp_path / f"{arguments[1]}.safetensors"), "--base", "tiny"] if arguments[1] else [str(base)]
+        command = [sys.executable, "-m", "finetune", arguments[0], *files]
+        done = subprocess.run(command, capture_output=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert b"\x1b" not in done.stdout + done.stderr
+        assert b"Traceback" not in done.stderr
+        assert b"\nok: all" not in done.stdout
+
+
+def test_a_photos_own_words_do_not_leave_with_its_small_copy(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "jane-doe"
+    photo = tmp_path / "photo.jpg"
+    Image.effect_noise((48, 48), 90).convert("RGB").save(
+        photo, comment=b"jane-doe at home", exif=exif, icc_profile=b"jane-doe"
+    )
+    keep_photos(tmp_path / "run", RunRecord(photos=[str(photo)]))
+    copy = copy_of(tmp_path / "run", 0)
+    assert b"jane-doe" in photo.read_bytes()
+    assert b"jane-doe" not in copy.read_bytes()
+    tag = image_tag(open_image(photo), "x")
+    assert b"jane-doe" not in base64.b64decode(tag.split("base64,")[1].split('"')[0])
+
+
+def test_a_prompt_on_the_model_card_is_no_code() -> None:
+    evil = '"); import os; os.system("true") #\n```\n'
+    card = Card("x", evil, "sd1", evil, None, ["adapter"], {}, [(evil, "images/00.png")], [])
+    code = model_card(card).split("```python\n")[1].split("\n```")[0]
+    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if "os" in call.split(".")]
+
+
+def test_a_data_set_takes_no_picture_from_this_disk(tmp_path: Path) -> None:
+    import datasets
+
+    private = tmp_path / "private.png"
+    Image.new("RGB", (48, 48)).save(private)
+    rows = datasets.Dataset.from_list([{"image": {"bytes": None, "path": str(private)}}])
+    rows.to_parquet(str(tmp_path / "sent.parquet"))
+    with pytest.raises(BadInput, match="no file of its own"):
+        unpack(str(tmp_path / "sent.parquet"), tmp_path / "out", "train", "image", "text", None)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("metadata.jsonl", "[" * 200_000), ("metadata.jsonl", '{"file_name": "0.png", "text": "a", "text": "b"}'),
+     ("captions.csv", f"0.png,{'a' * 200_000}"), ("0.txt", "\x00" * 2 + "a" * 70_000_000)],
+)  # fmt: skip
+def test_odd_captions_are_named(name: str, text: str, photos: Path) -> None:
+    (photos / name).write_text(text)
+    with pytest.raises(BadInput, match=re.escape(name)):
+        caption_files(photos, scan(photos))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"loss": 1e308},
+        {"loss": -1.05},
+        {"loss": "1"},
+        {"step": True},
+        {"lr": None},
+        {"seconds": [1]},
+        {"loss": 10**30},
+    ],
+)
+def test_odd_metrics_draw_no_curve_and_stop_no_page(row: dict, received: Path) -> None:
+    first = {"step": 1, "loss": -1.0, "lr": 0, "seconds": 0.1}
+    lines = [
+        json.dumps(first),
+        json.dumps(first | {"step": 2} | row),
+        "NaN",
+        "[" * 100_000,
+        '{"step": 3, "loss": NaN}',
+    ]
+    (received / "metrics.jsonl").write_text("\n".join(lines))
+    page = write_report(received).read_text(encoding="utf-8")
+    assert "nan" not in re.findall(r'points="([^"]*)"', page)
+    assert "inf" not in "".join(re.findall(r'points="([^"]*)"', page))
+
+
+def test_class_images_of_others_name_their_own_files(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"pictures": {"../../x.png": {"sha256": "0"}}}))
+    with pytest.raises(BadInput, match=r"manifest\.json"):
+        _manifest(tmp_path, {})
+
+
+def test_a_tokenizer_of_another_base_is_named(base: Path) -> None:
+    vocabulary = json.loads((base / "tokenizer" / "vocab.json").read_text())
+    (base / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary | {"zz</w>": 10**6}))
+    with pytest.raises(BadInput, match="tokenizer"):
+        load_family(str(base))

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from finetune.core.errors import BadInput
-from finetune.core.files import cache_dir, copy_plain, replacing_folder, save_tensors, sha256
+from finetune.core.files import cache_dir, copy_plain, replacing_folder, save_tensors, sha256, sweep
 from finetune.families.configs import read_config, refuse_links
 from finetune.families.naming.clip import strip_text_model
 from finetune.families.naming.ldm import open_clip_name, unet_name, vae_name
@@ -123,6 +123,7 @@ def unpack(file: Path, like: Path, family: Any) -> Path:
     if folder.is_dir():
         return folder
     refuse_links(like)
+    sweep(folder.parent, 86_400)  # another process may be at work there
     sources = {*like.glob("*.json"), *like.glob("*/*.json"), *like.glob("tokenizer*/*")}
     with replacing_folder(folder) as temporary, safe_open(file, "pt") as opened:
         _check_prediction(opened.keys(), like)
