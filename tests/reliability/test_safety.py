@@ -680,7 +680,7 @@ def lora_for(base: Path, rank: int = 2, **changed: torch.Tensor) -> dict[str, to
 def test_an_adapter_of_odd_shapes_is_named(change: dict[str, torch.Tensor], base: Path, tmp_path: Path) -> None:
     file = tmp_path / "odd.safetensors"
     save_file(lora_for(base, **change), file)
-    assert [problem.name for problem in inspect_adapter(file, str(base)).problems][0] == "another-shape"
+    assert "another-shape" in inspect_adapter(file, str(base)).faults
 
 
 HEADERS = {
@@ -809,6 +809,7 @@ def test_class_images_of_others_name_their_own_files(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_another_base_is_named(base: Path) -> None:
+    (base / "tokenizer" / "tokenizer.json").unlink()  # which has a list of its own
     vocabulary = json.loads((base / "tokenizer" / "vocab.json").read_text())
     (base / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary | {"zz</w>": 10**6}))
     with pytest.raises(BadInput, match="tokenizer"):
