@@ -5,6 +5,7 @@ The rules of the UIs are facts read from their loaders (docs/exports.md); diffus
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,6 +251,9 @@ def _module(
         found.fault("not-finite", name)
         return None
     alpha = float(held["alpha"]) if "alpha" in held else header_alpha
+    if alpha is not None and not math.isfinite(alpha):
+        found.fault("not-finite", name)
+        return None
     if alpha is None and is_transformer(found.family):
         alpha = float(len(a))  # such files carry their scale in the matrices
     if alpha is None:
@@ -338,7 +342,11 @@ def _peft_folder(path: Path, family: str, folder: Path) -> Inspection:
     found.unknown_keys = [
         f"{part}.{module}" for part, module, _, _ in adapter.modules() if (part, module) not in table
     ]
+    shapes = weight_shapes(folder)
     for part, module, a, b in adapter.modules():
+        weight = shapes.get(part, {}).get(module)
+        if weight is not None and (len(b) != weight[0] or a[0].numel() != weight[1:].numel()):
+            found.fault("another-shape", f"{part}.{module}")
         if not bool(a.isfinite().all() and b.isfinite().all()):
             found.fault("not-finite", f"{part}.{module}")
     refused = ("refused", "it reads single files: convert it to kohya")

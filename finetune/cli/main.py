@@ -300,9 +300,9 @@ def _train(recipe: Recipe, dry_run: bool, processes: int | None, run: Path | Non
 
     if dry_run:
         for name, value in plan_rows(plan(prepare(recipe))).items():
-            typer.echo(f"{name:>16}  {value}")
+            _say(f"{name:>16}  {value}")
         return
-    say = typer.echo if _is_main_process() else _silent
+    say = _say if _is_main_process() else _silent
     path = job.train(recipe, run, say)
     say(f"done: look at {path}/report.html")
 
@@ -326,6 +326,11 @@ def _launch_or_check(processes: int, dry_run: bool) -> None:
 def _is_main_process() -> bool:
     """Under torchrun, one process talks for all."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _say(line: str) -> None:
+    """Names of files and captions may be anybody's."""
+    typer.echo(plain(line))
 
 
 def _silent(line: str) -> None:

@@ -163,7 +163,7 @@ class RunFolder:
 def _check_recipe_schema(file: Path) -> None:
     """By the first line alone: the rest of a later version's recipe may not be readable."""
     with file.open(encoding="utf-8", errors="replace") as opened:
-        first = opened.readline().strip()
+        first = opened.readline(1_000).strip()
     if first.startswith(SCHEMA_LINE):
         number = first.removeprefix(SCHEMA_LINE)
         check_schema(int(number) if number.isdecimal() else number, file, SCHEMA)

@@ -814,3 +814,51 @@ def test_a_tokenizer_of_another_base_is_named(base: Path) -> None:
     (base / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary | {"zz</w>": 10**6}))
     with pytest.raises(BadInput, match="tokenizer"):
         load_family(str(base))
+
+
+READERS = {
+    "json.load": (), "json.loads": ("core/reading.py", "core/files.py", "testing/random_base.py"),
+    "Image.open": ("data/photos.py",), "yaml.load": ("core/reading.py",), "yaml.safe_load": (),
+    "torch.load": (), "pickle.load": (), "pickle.loads": (), "shutil.copy": (), "shutil.copytree": (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_there_is_one_reader_of_each_kind_of_file(name: str) -> None:
+    """`core/files.py` sorts the header that safetensors has just written; `testing` reads what it wrote."""
+    calls = {
+        (file, ast.unparse(node.func))
+        for package in (ROOT / "finetune", ROOT / "data_tools")
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    }
+    assert {file for file, called in calls if called == name} == {ROOT / "finetune" / file for file in READERS[name]}
+
+
+PEFT = {
+    "no rank": ({"r": None}, {}), "rank 0": ({"r": 0}, {}), "another rank": ({"r": 3}, {}),
+    "no alpha": ({"lora_alpha": None}, {}), "no B": ({}, {"B": None}), "a number": ({}, {"A": torch.tensor(1.0)}),
+    "nothing": ({}, {"A": None, "B": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PEFT)
+def test_a_broken_folder_of_peft_is_named(fault: str, base: Path, tmp_path: Path) -> None:
+    config, change = PEFT[fault]
+    down, up, _ = lora_for(base).values()
+    folder = tmp_path / "sent" / "denoiser"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2} | config))
+    path = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    held = {"A": down, "B": up, "C": torch.ones(1)} | change
+    tensors = {f"{path}.lora_{name}.weight": value for name, value in held.items() if value is not None}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(BadInput, match="no whole LoRA of PEFT"):
+        inspect_adapter(tmp_path / "sent", str(base))
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_is_named(alpha: float, base: Path, tmp_path: Path) -> None:
+    save_file(lora_for(base, alpha=torch.tensor(alpha)), tmp_path / "odd.safetensors")
+    assert "not-finite" in inspect_adapter(tmp_path / "odd.safetensors", str(base)).faults
