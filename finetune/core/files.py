@@ -65,7 +65,9 @@ def find_link_out(folder: Path) -> Path | None:
     """The first link in a folder, or in one inside it, that leads out of it."""
     for place, folders, files in os.walk(folder):
         paths = [Path(place) / name for name in sorted([*folders, *files])]
-        link = next((path for path in paths if path.is_symlink() and leads_out(path, folder)), None)
+        # a junction of Windows is a folder that is no symbolic link
+        odd = [path for path in paths if path.is_symlink() or path.is_dir()]
+        link = next((path for path in odd if leads_out(path, folder)), None)
         if link is not None:
             return link
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -198,14 +199,19 @@ def _a_format(path: Path) -> str:
     return "kohya" if "kohya" in listed or not listed else listed[0]
 
 
+def _typed(text: str) -> str:
+    """As a word of a shell, which somebody will paste: a token of others may hold its commands."""
+    return shlex.quote(text) if set(text) & set('"$`\\!\n') else f'"{text}"'
+
+
 def _next_steps(path: Path, info: RunRecord) -> str:
     thing = info.names[0]
     # a page may be passed on: no folders of this machine in it
-    run = path.as_posix() if path.parent == Path("runs") else path.absolute().name
+    run = shlex.quote(path.as_posix() if path.parent == Path("runs") else path.absolute().name)
     commands = "\n".join(
         (
             "# more pictures",
-            f'finetune sample {run} -p "a photo of {thing} in the city" --count 8',
+            f"finetune sample {run} -p {_typed(f'a photo of {thing} in the city')} --count 8",
             "# the files again, or others",
             f"finetune export {run} --to {_a_format(path)}",
             "# go on, or train longer",

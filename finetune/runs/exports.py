@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from finetune.core.errors import BadInput
 from finetune.core.files import leads_out
@@ -25,7 +25,7 @@ class Checked(Record):
 class Listed(Record):
     """`path`: inside the run folder. `results`: the checks; an older file has lines alone, in `checks`."""
 
-    format: str
+    format: str = Field(pattern=r"^[a-z]+$")
     path: str
     size: int
     read_by: list[str]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import base64
+import html
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -862,3 +864,24 @@ def test_a_broken_folder_of_peft_is_named(fault: str, base: Path, tmp_path: Path
 def test_a_scale_that_is_no_number_is_named(alpha: float, base: Path, tmp_path: Path) -> None:
     save_file(lora_for(base, alpha=torch.tensor(alpha)), tmp_path / "odd.safetensors")
     assert "not-finite" in inspect_adapter(tmp_path / "odd.safetensors", str(base)).faults
+
+
+def test_a_command_on_the_page_is_words_for_a_shell(received: Path) -> None:
+    """They are there to be pasted."""
+    evil = "x\"; touch mine; $(touch mine) `touch mine` '; touch mine #"
+    spoil(received / "run.json", token=evil)
+    run = received.rename(received.with_name("a; touch mine; #"))
+    commands = html.unescape(write_report(run).read_text().split("<pre>")[1].split("</pre>")[0]).splitlines()
+    words = [shlex.split(line, comments=True) for line in commands]
+    assert [line[:2] for line in words if line] == [["finetune", name] for name in ("sample", "export", "train")]
+    assert words[1][4] == f"a photo of {evil} mug in the city"
+    assert words[1][2] == words[3][2] == run.name
+    done = subprocess.run(
+        ["sh", "-c", f"finetune() {{ :; }}\n{commands[1]}\n{commands[3]}"], cwd=run.parent, check=True
+    )
+    assert done.returncode == 0
+    assert not (run.parent / "mine").exists()
+    item = json.loads((run / "exports.json").read_text())[0] | {"format": "kohya; touch mine"}
+    (run / "exports.json").write_text(json.dumps([item]))
+    with pytest.raises(BadInput, match="format"):
+        write_report(run)
