@@ -62,15 +62,15 @@ def _stored(image: dict[str, Any], source: str) -> bytes:
     """A picture's bytes, from the data set or from a file of it.
 
     Raises:
-        BadInput: the file lies elsewhere: a data set may name any of this disk.
+        BadInput: the file lies elsewhere than in the data set's folder: it may name any of this disk.
     """
     import datasets
 
     if image["bytes"] is not None:
         return image["bytes"]
     file, folder = Path(image["path"]).resolve(), Path(source).expanduser()
-    homes = [folder.resolve()] if folder.is_dir() else [] if folder.exists() else [datasets.config.HF_CACHE_HOME]
-    if not any(file.is_relative_to(Path(home).resolve()) for home in homes):
+    home = folder if folder.is_dir() else folder.parent if folder.exists() else Path(datasets.config.HF_CACHE_HOME)
+    if not file.is_relative_to(home.resolve()):
         raise BadInput(
             f"{source!r} names {image['path']}, which is no file of its own: use a data set that holds its pictures"
         )

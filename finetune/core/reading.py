@@ -24,6 +24,14 @@ MAX_VALUES = 100_000  # of a recipe, with what its aliases repeat
 T = TypeVar("T", dict[str, Any], list[Any])
 
 
+class BadText(BadInput):
+    """`reason`: what is wrong, without the file and what to do."""
+
+    def __init__(self, where: str, reason: str, advice: str) -> None:
+        super().__init__(f"{where} {reason}: {advice}")
+        self.reason = reason
+
+
 def read_bytes(file: Path, limit: int = MAX_BYTES) -> bytes:
     """A plain file's content.
 
@@ -32,11 +40,11 @@ def read_bytes(file: Path, limit: int = MAX_BYTES) -> bytes:
         OSError: it can't be read.
     """
     if file.exists() and not file.is_file():  # a pipe or a device would be read for ever
-        raise BadInput(f"{file} is no plain file: put the file itself there")
+        raise BadText(str(file), "is no plain file", "put the file itself there")
     with file.open("rb") as opened:
         content = opened.read(limit + 1)
     if len(content) > limit:
-        raise BadInput(f"{file} is larger than {limit / 1e6:g} MB, which no such file is: give the right file")
+        raise BadText(str(file), f"is larger than {limit / 1e6:g} MB, which no such file is", "give the right file")
     return content
 
 
@@ -45,7 +53,7 @@ def read_text(file: Path, limit: int = MAX_BYTES) -> str:
     try:
         return read_bytes(file, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{file} is not UTF-8 text (byte {error.start} is wrong): save it as UTF-8") from error
+        raise BadText(str(file), f"is not UTF-8 text (byte {error.start} is wrong)", "save it as UTF-8") from error
 
 
 def read_json(file: Path, kind: type[T], advice: str = "give the right file") -> T:
@@ -64,15 +72,15 @@ def parse_json(text: str, where: str, kind: type[T], advice: str = "give the rig
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_whole_number, **numbers)
     except RecursionError as error:
-        raise BadInput(f"{where} is nested too deeply to be read: {advice}") from error
+        raise BadText(where, "is nested too deeply to be read", advice) from error
     except ValueError as error:
-        raise BadInput(f"{where} is no JSON ({error}): {advice}") from error
+        raise BadText(where, f"is no JSON ({error})", advice) from error
     if not isinstance(value, kind):
         names = {"dict": "an object", "list": "a list", "str": "a text", "NoneType": "null"}
         found, wanted = (names.get(name, "a number") for name in (type(value).__name__, kind.__name__))
-        raise BadInput(f"{where} holds {found} where {wanted} belongs: {advice}")
+        raise BadText(where, f"holds {found} where {wanted} belongs", advice)
     if _depth(value) > MAX_DEPTH:
-        raise BadInput(f"{where} is nested more than {MAX_DEPTH} deep: {advice}")
+        raise BadText(where, f"is nested more than {MAX_DEPTH} deep", advice)
     return value
 
 

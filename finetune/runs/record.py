@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from finetune.core.errors import BadInput
 from finetune.core.files import public_name, write_json
-from finetune.core.reading import read_json
+from finetune.core.reading import BadText, read_json
 from finetune.core.records import Values, migrated
 from finetune.runs.plan import Plan, Record, Rows, shared_rows
 
@@ -70,13 +70,15 @@ def read_record(file: Path) -> RunRecord:
     """Raises:
     BadInput: it is damaged, or a later version wrote it.
     """
-    values = read_json(file, dict, "give the run's own file back, or train again")
     try:
+        values = read_json(file, dict)
         return RunRecord.model_validate(migrated(values, file, SCHEMA, [_from_0]))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise _damaged(file, f"{where}: {first['msg']}") from error
+    except BadText as fault:
+        raise _damaged(file, fault.reason) from fault
     except (AttributeError, TypeError) as error:
         raise _damaged(file, str(error)) from error
 

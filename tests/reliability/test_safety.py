@@ -760,9 +760,10 @@ def test_a_data_set_takes_no_picture_from_this_disk(tmp_path: Path) -> None:
     private = tmp_path / "private.png"
     Image.new("RGB", (48, 48)).save(private)
     rows = datasets.Dataset.from_list([{"image": {"bytes": None, "path": str(private)}}])
-    rows.to_parquet(str(tmp_path / "sent.parquet"))
+    (tmp_path / "sent").mkdir()
+    rows.to_parquet(str(tmp_path / "sent" / "set.parquet"))
     with pytest.raises(BadInput, match="no file of its own"):
-        unpack(str(tmp_path / "sent.parquet"), tmp_path / "out", "train", "image", "text", None)
+        unpack(str(tmp_path / "sent" / "set.parquet"), tmp_path / "out", "train", "image", "text", None)
     assert not (tmp_path / "out").exists()
 
 
