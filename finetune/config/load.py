@@ -14,7 +14,7 @@ from finetune.config.effect import without_effect
 from finetune.config.recipe import Recipe
 from finetune.config.recipes import find
 from finetune.core.errors import BadInput
-from finetune.core.reading import parse_yaml, read_text
+from finetune.core.reading import parse_yaml, read_utf8
 from finetune.core.settings import Settings
 
 MAX_RECIPE = 1_000_000  # bytes
@@ -41,7 +41,7 @@ def read_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Reci
     Raises:
         BadInput: as `load_recipe`, but for settings without effect.
     """
-    raw = parse_yaml(read_text(path, MAX_RECIPE), str(path), _Loader)
+    raw = parse_yaml(read_utf8(path, MAX_RECIPE), str(path), _Loader)
     return parse_recipe(raw if raw is not None else {}, overrides, where=str(path))
 
 

@@ -48,7 +48,7 @@ def read_bytes(file: Path, limit: int = MAX_BYTES) -> bytes:
     return content
 
 
-def read_text(file: Path, limit: int = MAX_BYTES) -> str:
+def read_utf8(file: Path, limit: int = MAX_BYTES) -> str:
     """Raises: BadInput: as `read_bytes`, or it is not UTF-8."""
     try:
         return read_bytes(file, limit).decode("utf-8-sig")
@@ -62,7 +62,7 @@ def read_json(file: Path, kind: type[T], advice: str = "give the right file") ->
     Raises:
         BadInput: it is damaged, too large, or holds something else; `advice` says what to do.
     """
-    return parse_json(read_text(file), str(file), kind, advice)
+    return parse_json(read_utf8(file), str(file), kind, advice)
 
 
 def parse_json(text: str, where: str, kind: type[T], advice: str = "give the right file", finite: bool = True) -> T:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.core.errors import BadInput
-from finetune.core.reading import parse_json, read_text
+from finetune.core.reading import parse_json, read_utf8
 from finetune.data.photos import Photo
 
 
@@ -96,7 +96,7 @@ def caption_files(folder: Path, photos: Sequence[Photo]) -> dict[str, str]:
     for photo in photos:
         beside = photo.path.with_suffix(".txt")
         if beside.is_file():
-            found[photo.path.name] = " ".join(read_text(beside).split())
+            found[photo.path.name] = " ".join(read_utf8(beside).split())
     return {name: text for name, text in found.items() if text}
 
 
@@ -110,7 +110,7 @@ def _jsonl(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     found = {}
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in enumerate(read_utf8(file).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -126,7 +126,7 @@ def _csv(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     try:
-        rows = [row for row in csv.reader(io.StringIO(read_text(file))) if row]
+        rows = [row for row in csv.reader(io.StringIO(read_utf8(file))) if row]
     except csv.Error as error:  # a field of more than 131,072 characters
         raise BadInput(f"{file} can't be read ({error}): mend it") from error
     if any(len(row) != 2 for row in rows):
