@@ -14,7 +14,7 @@ import typer
 from finetune.cli.adapters import BaseOption, register, say_exported
 from finetune.cli.output import PROGRESS_BARS, progress_bars
 from finetune.core.errors import BadInput, CheckFailed, Stopped
-from finetune.core.logging import printable, quiet
+from finetune.core.logging import plain, printable, quiet
 from finetune.core.pickles import pickles_allowed
 
 if TYPE_CHECKING:
@@ -283,9 +283,9 @@ def _train(recipe: Recipe, dry_run: bool, processes: int | None, run: Path | Non
 
     if dry_run:
         for name, value in plan_rows(plan(prepare(recipe))).items():
-            typer.echo(f"{name:>16}  {value}")
+            _say(f"{name:>16}  {value}")
         return
-    say = typer.echo if _is_main_process() else _silent
+    say = _say if _is_main_process() else _silent
     path = job.train(recipe, run, say)
     say(f"done: look at {path}/report.html")
 
@@ -309,6 +309,11 @@ def _launch_or_check(processes: int, dry_run: bool) -> None:
 def _is_main_process() -> bool:
     """Under torchrun, one process talks for all."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _say(line: str) -> None:
+    """Names of files and captions may be anybody's."""
+    typer.echo(plain(line))
 
 
 def _silent(line: str) -> None:
@@ -369,7 +374,7 @@ def main() -> None:
     """The `finetune` command; `--debug` anywhere shows the traceback of what is told in one sentence."""
     code, message = run(sys.argv[1:])
     if message:
-        typer.echo(message, err=True)
+        typer.echo(plain(message), err=True)
     sys.exit(code)
 
 

@@ -15,12 +15,15 @@ from finetune.config.effect import without_effect
 from finetune.config.recipe import Recipe
 from finetune.config.recipes import find
 from finetune.core.errors import BadInput
+from finetune.core.reading import parse_yaml, read_utf8
 from finetune.core.records import Values, check_schema, migrated
 from finetune.core.settings import Settings
 from finetune.objectives import older
 
 SCHEMA = 2  # of recipes; 1 had the older form of `objective:`, and 0 its keys without a number
 SCHEMA_LINE = "# schema: "  # the first line, a comment: it can be read where the rest is of a form that is not known
+
+MAX_RECIPE = 1_000_000  # bytes
 
 
 def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -56,18 +59,14 @@ def _read(path: Path) -> Any:
     schema = _schema_of(path)  # first: the rest of a later version's recipe may not be readable
     if schema is not None:
         check_schema(schema, path, SCHEMA)
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise BadInput(f"{path} is not valid YAML ({where}): mend that line") from error
+    raw = parse_yaml(read_utf8(path, MAX_RECIPE), str(path), _Loader)
     return raw if raw is not None else {}
 
 
 def _schema_of(path: Path) -> int | str | None:
     """The number in a recipe's first line, or what stands in its place; None for a recipe that says nothing of it."""
     with path.open(encoding="utf-8", errors="replace") as opened:
-        first = opened.readline().strip()
+        first = opened.readline(1_000).strip()
     if not first.startswith(SCHEMA_LINE):
         return None
     number = first.removeprefix(SCHEMA_LINE)
@@ -145,10 +144,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     section, _, name = key.partition(".")
     if not equals or not section:
         raise BadInput(f"{override!r} is no setting: write section.key=value, such as run.steps=400")
-    try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise BadInput(f"the value of {override!r} is not valid YAML: put it in quotes") from error
+    value = parse_yaml(text, f"the value of {reprlib.repr(override)}") if text else ""
     if not name:
         values[section] = value
         return

@@ -42,10 +42,10 @@ class Mask:
         return channel
 
 
-Source = Literal["none", "auto", "alpha", "files"]
+MaskSource = Literal["none", "auto", "alpha", "files"]
 
 
-def find_masks(folder: Path, photos: Sequence[Photo], source: Source) -> dict[Path, Mask]:
+def find_masks(folder: Path, photos: Sequence[Photo], source: MaskSource) -> dict[Path, Mask]:
     """Photo file -> its mask, for those that have one; each is opened once and looked at.
 
     Raises:
@@ -74,7 +74,7 @@ def find_masks(folder: Path, photos: Sequence[Photo], source: Source) -> dict[Pa
     return found
 
 
-def _mask_of(photo: Path, files: dict[str, Path], source: Source) -> Mask | None:
+def _mask_of(photo: Path, files: dict[str, Path], source: MaskSource) -> Mask | None:
     if photo.stem in files:
         return Mask(files[photo.stem])
     return Mask(photo, alpha=True) if source != "files" and alpha_channel(photo) is not None else None

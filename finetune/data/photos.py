@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +16,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from finetune.core.errors import BadInput
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# Pillow's readers of those, by content whatever the name says: it has more, such as EPS, which it gives to Ghostscript
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
 APPLE = {".heic", ".heif"}
 MASK = ".mask.png"  # NAME.mask.png says which part of the photo NAME is the subject
 COMPANIONS = ("depth", "before")  # NAME.depth.png lies beside the photo NAME and is no photo itself
 MIN_SIDE = 16  # pixels: less holds nothing to learn from
 MAX_ASPECT = 20  # resized to a shorter side of 512, a longer strip would not fit into memory
+
+MAX_FILE = 500_000_000  # bytes
+MAX_DECODED = (
+    450_000_000  # bytes in memory at PIXEL each: 112 million pixels, a little more than a 108-megapixel phone's
+)
+PIXEL = 4  # bytes of a pixel in RGB, as Pillow holds it; one bit in a file becomes that too
+SMALLER = "make it smaller"
 
 
 class BadImage(BadInput):
@@ -136,15 +147,15 @@ def read_photo(file: Path) -> Photo:
     return Photo(file, (width, height), hashlib.sha256(content).hexdigest())
 
 
-def open_image(file: Path, ground: str = "white") -> Image.Image:
+def open_image(file: Path, ground: str = "white", formats: Sequence[str] = FORMATS) -> Image.Image:
     """A file as an upright RGB image: EXIF rotation applied, transparency on `ground`, 16-bit and float scaled.
 
-    Of an animation the first frame.
+    Of an animation the first frame. `formats`: what it may be, by its content.
 
     Raises:
         BadImage: it can't be read or decoded.
     """
-    upright = _decode(file, _content(file))
+    upright = _decode(file, _content(file), formats)
     if upright.mode.startswith(("I", "F")):
         return _scale_deep(upright)
     if _has_alpha(upright):
@@ -183,6 +194,11 @@ def _content(file: Path) -> bytes:
     if file.suffix.lower() in APPLE:
         raise BadImage(file, "HEIC: convert it to JPEG")
     try:
+        size = file.stat().st_size
+        if not file.is_file():  # a pipe or a device would be read for ever
+            raise BadImage(file, "no plain file")
+        if size > MAX_FILE:
+            raise BadImage(file, f"{size / 1e6:,.0f} MB, more than {MAX_FILE / 1e6:,.0f}: make it smaller")
         content = file.read_bytes()
     except OSError as error:
         raise BadImage(file, error.strerror or type(error).__name__) from error
@@ -191,17 +207,32 @@ def _content(file: Path) -> bytes:
     return content
 
 
-def _decode(file: Path, content: bytes) -> Image.Image:
-    """The whole image, decoded and turned upright, in the mode of the file."""
+@contextmanager
+def opened(file: Path, content: bytes, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
+    """Pillow's picture of a file's bytes, before it is decoded: the one place that opens what others made.
+
+    Raises:
+        BadImage: it is of none of the `formats` by its content, would take too much memory, or is damaged.
+    """
+    Image.init()
+    known = [name for name in formats if name in Image.OPEN]
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
-            image.load()
-            return ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():
+            # Pillow counts pixels, and refuses later than we do
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=known) as image:
+                decoded = image.width * image.height * PIXEL
+                if decoded > MAX_DECODED:
+                    raise BadImage(
+                        file, f"{decoded / 1e6:,.0f} MB in memory, more than {MAX_DECODED / 1e6:,.0f}: {SMALLER}"
+                    )
+                yield image
     except UnidentifiedImageError as error:
         raise BadImage(file, "not a picture, or its beginning is damaged") from error
     except Image.DecompressionBombError as error:
-        raise BadImage(file, f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: make it smaller") from error
+        raise BadImage(file, f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: {SMALLER}") from error
+    except BadImage:
+        raise
     except (OSError, SyntaxError, ValueError) as error:
         raise BadImage(file, _damage(error)) from error
 
@@ -210,6 +241,13 @@ def _damage(error: Exception) -> str:
     """What Pillow says of a damaged file. It has no error of its own for one that ends early: only its text tells."""
     said = " ".join(str(error).split()) or type(error).__name__
     return "truncated" if "truncated" in said.lower() else f"damaged: {said}"
+
+
+def _decode(file: Path, content: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """The whole picture, decoded and turned upright, in the mode of the file."""
+    with opened(file, content, formats) as image:
+        image.load()
+        return ImageOps.exif_transpose(image)
 
 
 def _scale_deep(image: Image.Image) -> Image.Image:

@@ -14,8 +14,8 @@ class SubjectSettings(Settings):
     """A further subject of the same run, besides that of `data.photos`: its photos, what it is, and its token."""
 
     photos: AnyPath
-    class_noun: str | None = None
-    token: str = Field(default="auto", min_length=1)
+    class_noun: str | None = Field(default=None, max_length=200)
+    token: str = Field(default="auto", min_length=1, max_length=100)
 
     @field_validator("photos")
     @classmethod

@@ -6,6 +6,7 @@ UIs take the file's name for the word that stands in prompts: `mug.safetensors` 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,9 @@ def usage(family: str, file: str, token: str) -> list[str]:
     if "diffusers" not in readers(family):
         return []
     if list(keys(family)) == ["text_encoder"]:
-        return [f'pipeline.load_textual_inversion(".", weight_name="{file}", token="{token}")']
+        return [f'pipeline.load_textual_inversion(".", weight_name="{file}", token={json.dumps(token)})']
     each = [
-        f'pipeline.load_textual_inversion(rows["{key}"], token="{token}", text_encoder=pipeline.{part}, '
+        f'pipeline.load_textual_inversion(rows["{key}"], token={json.dumps(token)}, text_encoder=pipeline.{part}, '
         f"tokenizer=pipeline.{part.replace('text_encoder', 'tokenizer')})"
         for part, key in keys(family).items()
     ]

@@ -13,6 +13,7 @@ from torch import nn
 
 from finetune.core.devices import empty_cache
 from finetune.core.errors import BadInput
+from finetune.families.configs import read_config, well_formed
 from finetune.families.weights import load_weights
 
 
@@ -39,6 +40,11 @@ class PartSource:
     def skeleton(self, base: Path) -> nn.Module:
         """The model from its config alone, on torch's default device: random weights, or none on meta."""
         folder = base / self.folder
+        read_config(folder, "config.json")  # its limits, before a library goes by it
+        with well_formed(folder):
+            return self._from_config(folder)
+
+    def _from_config(self, folder: Path) -> nn.Module:
         if issubclass(self.kind, diffusers.ModelMixin):
             module: nn.Module = self.kind.from_config(self.kind.load_config(folder))
         else:

@@ -8,11 +8,13 @@ from typing import Any
 
 import diffusers
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
 from finetune.core.errors import BadInput
 from finetune.core.pickles import may_read_pickles
+from finetune.families.configs import UNFIT, check_index
 
 
 def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
@@ -28,6 +30,8 @@ def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
             f"{folder} holds its weights as a pickle (.bin), which can run code: convert it to safetensors, or pass "
             "--allow-pickle to read the tensors alone"
         )
+    for index in sorted(folder.glob("*.index.json")):
+        check_index(index)
     keywords: dict[str, Any] = {"use_safetensors": not pickled, "output_loading_info": True}
     keywords["torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"] = dtype
     model: nn.Module
@@ -36,7 +40,7 @@ def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
     except (OSError, SafetensorError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{folder} has no weights that can be read ({reason}): fetch the base again") from error
-    except (ValueError, RuntimeError) as error:
+    except (*UNFIT, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(
             f"the weights in {folder} do not fit its config.json ({reason}): fetch the base again"

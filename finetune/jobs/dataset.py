@@ -16,7 +16,7 @@ from finetune.data.crops import make_crops
 from finetune.data.masks import Masks
 from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
 from finetune.families.base import Family
-from finetune.jobs.class_images import ClassSet, class_images
+from finetune.jobs.class_sets import ClassSet, class_images
 from finetune.jobs.prepare import Prepared
 from finetune.training.priors.class_images import ClassImages
 from finetune.training.step import PromptEncoder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from finetune.methods.embeddings import embeddings
 from finetune.methods.peft_adapter import PeftAdapter
 from finetune.methods.textual_inversion import Inversion
 from finetune.runs.about import about_run
+from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
 
 
@@ -131,8 +131,7 @@ def _embedding(call: _Call, rows: dict[str, Tensor], export: EmbeddingExport) ->
 def _merged(run: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:
     """What exports.json lists, with paths inside the run folder: the new files, and older ones of other formats that
     are still there."""
-    file = run / "exports.json"
-    old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    old = read_exports(run)
     new = [_listed(item, run) for item in exported]
     formats = {item["format"] for item in new}
     return [item for item in old if item["format"] not in formats and (run / item["path"]).exists()] + new

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from finetune.core.events import ImagesDrawn, emit, phase
+from finetune.core.files import replacing_folder
 from finetune.data.conditioning.base import unit
 from finetune.data.crops import make_crops
 from finetune.families.base import Family
@@ -64,10 +64,8 @@ def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = No
         job.recipe.base.source,
         image_condition(job),
     )
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    draw_files(job.family, request, temporary, title)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with replacing_folder(folder) as temporary:
+        draw_files(job.family, request, temporary, title)
     emit(ImagesDrawn(folder))
 
 

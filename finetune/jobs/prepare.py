@@ -19,7 +19,7 @@ from finetune.export.registry import check_formats, model_exports
 from finetune.families.base import Family
 from finetune.families.source import base_hash as base_hash_of
 from finetune.jobs.base_effect import without_effect_on
-from finetune.jobs.class_images import ClassSet, check_set
+from finetune.jobs.class_sets import ClassSet, check_set
 from finetune.jobs.subjects import Subject, caption_subjects, scan_subjects
 from finetune.objectives.registry import build_objective
 from finetune.training.accelerate import resolve_precision

@@ -35,6 +35,7 @@ from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.objectives.registry import build_objective
 from finetune.report.html import write_report
+from finetune.report.pictures import keep_photos
 from finetune.runs.folder import RunFolder, next_folder
 from finetune.runs.metrics import MetricsFile
 from finetune.runs.plan import plan_rows
@@ -144,7 +145,9 @@ def _track(accelerator: Accelerator, event: Event) -> None:
 def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks) -> Path:
     recipe = job.recipe
     if accelerator.is_main_process:
-        folder.write_info(_info(job))
+        info = _info(job)
+        folder.write_info(info)
+        keep_photos(folder.path, info)
     accelerator.wait_for_everyone()
     hooks.say(f"{'run folder':>16}  {folder.path}")
     for name, value in plan_rows(plan(job)).items():

@@ -22,7 +22,7 @@ from torch import Tensor
 from finetune.config.load import SCHEMA, SCHEMA_LINE, dump_recipe, read_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
-from finetune.core.files import load_tensors, save_tensors, write_text
+from finetune.core.files import find_link_out, load_tensors, save_tensors, sweep, write_text
 from finetune.runs.record import RunRecord, read_record, write_record
 from finetune.training.checkpoint import Checkpoints
 
@@ -90,7 +90,8 @@ class RunFolder:
             ) from error
         with self._lock():
             name = f"process {os.getpid()} on {platform.node()}\n"
-            (self.path / HOLDER).write_text(name, encoding="utf-8", newline="\n")
+            write_text(self.path / HOLDER, name)
+            sweep(self.path)
             write_text(self.path / "recipe.yaml", f"{SCHEMA_LINE}{SCHEMA}\n{dump_recipe(recipe)}")
             yield
 
@@ -121,6 +122,7 @@ class RunFolder:
                 of a later version.
         """
         file = self.path / "recipe.yaml"
+        self.refuse_links()
         if file.is_file():
             self.info  # noqa: B018 - a later version's is refused before anything is written over
             changed = _changed_keys(self.recipe, recipe)
@@ -131,6 +133,16 @@ class RunFolder:
                 )
         elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is no run folder: choose another with run.dir=PATH")
+
+    def refuse_links(self) -> None:
+        """A folder that somebody sent may hold links: what is read, shown or written would then be another file.
+
+        Raises:
+            BadInput: there is a link that leads out of the folder.
+        """
+        link = find_link_out(self.path)
+        if link is not None:
+            raise BadInput(f"{link} is a link that leads out of {self.path}: put what it leads to there, or remove it")
 
     # what leaves the run
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+
+from finetune.core.files import public_name
 
 PlanRows = dict[str, Any]  # label -> a text, a number or a list of texts
 
@@ -96,11 +97,6 @@ def plan_rows(plan: Plan) -> PlanRows:
 def shared_rows(plan: Plan) -> PlanRows:
     """For a page that may be passed on: without the captions, and a base's folder by its last name."""
     return _rows(plan, public_name(plan.base), {})
-
-
-def public_name(base: str) -> str:
-    """A base without the folders of this machine."""
-    return Path(base).name if Path(base).is_absolute() else base
 
 
 def _rows(plan: Plan, base: str, prompts: PlanRows) -> PlanRows:

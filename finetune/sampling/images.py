@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, PngImagePlugin
 
+from finetune.core.files import public_name, replacing
 from finetune.sampling.settings import Sampling
 
 A1111_SAMPLERS = {"dpm++": "DPM++ 2M", "ddim": "DDIM", "euler": "Euler", "unipc": "UniPC"}
@@ -39,7 +40,7 @@ def parameters(prompt: str, seed: int, sampling: Sampling, model: str) -> str:
     }
     settings = ", ".join(f"{key}: {value}" for key, value in given.items() if value is not None)
     middle = f"\nNegative prompt: {sampling.negative}" if sampling.negative else ""
-    model = Path(model).name if Path(model).is_absolute() else model  # images are passed on
+    model = public_name(model)  # images are passed on
     name = json.dumps(model, ensure_ascii=False) if "," in model or ":" in model else model
     return f"{prompt}{middle}\n{settings}, Model: {name}"
 
@@ -48,5 +49,5 @@ def save_image(image: Image.Image, path: Path, text: str) -> None:
     """A PNG that carries how it was made, in the `parameters` text chunk."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pnginfo=info)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)

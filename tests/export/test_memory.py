@@ -17,7 +17,7 @@ from finetune.export.base import Adapter
 from finetune.export.decompose import Difference, unloaded_base
 from finetune.export.model.folder import export_folder
 from finetune.export.svd import reduced
-from finetune.families import loading
+from finetune.families import parts as family_parts
 from finetune.families.base import Family
 from finetune.families.source import load_family
 from finetune.methods.full import Full
@@ -46,8 +46,8 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Loads]:
     """Counting begins when it is called: of every family, whatever reads a part."""
 
     def begin() -> Loads:
-        seen, real = Loads(), loading.load_weights
-        monkeypatch.setattr(loading, "load_weights", lambda path, *how: seen.read(path.name, real(path, *how)))
+        seen, real = Loads(), family_parts.load_weights
+        monkeypatch.setattr(family_parts, "load_weights", lambda path, *how: seen.read(path.name, real(path, *how)))
         return seen
 
     return begin

@@ -15,7 +15,7 @@ from finetune.core.errors import BadInput
 from finetune.core.files import sha256
 from finetune.core.processes import ALONE, Processes
 from finetune.families.source import load_family
-from finetune.jobs.class_images import ClassSet, class_images, seed_of
+from finetune.jobs.class_sets import ClassSet, class_images, seed_of
 from finetune.training.priors.class_images import ClassImages
 
 SMALL = ClassImages(count=5, batch_size=2, steps=2, guidance=2.0)

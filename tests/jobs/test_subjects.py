@@ -23,7 +23,7 @@ from finetune.data.crops import make_crops
 from finetune.data.photos import scan
 from finetune.data.samplers import Sample, ShuffleSampler
 from finetune.jobs import train as job
-from finetune.jobs.class_images import ClassSet, class_images
+from finetune.jobs.class_sets import ClassSet, class_images
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.runs.folder import RunFolder

@@ -69,10 +69,10 @@ def test_every_sampler_has_the_name_that_other_programs_know() -> None:
 
 
 def test_a_model_name_with_a_comma_is_quoted_as_a1111_does() -> None:
-    text = parameters("p", 1, Sampling("", "euler", 5, 1.0, 64), "models/a, b")
+    text = parameters("p", 1, Sampling("", "euler", 5, 1.0, 64), "a, b")
     assert text.splitlines() == [
         "p",
-        'Steps: 5, Sampler: Euler, CFG scale: 1.0, Seed: 1, Size: 64x64, Model: "models/a, b"',
+        'Steps: 5, Sampler: Euler, CFG scale: 1.0, Seed: 1, Size: 64x64, Model: "a, b"',
     ]
 
 

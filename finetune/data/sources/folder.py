@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.data.sources.base import Opened, Source
 
 
-class Folder(Source):
+class PhotoFolder(Source):
     name = "folder"
 
     @classmethod

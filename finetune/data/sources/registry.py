@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.core.registry import Registry
 from finetune.data.sources.base import Opened, Source
-from finetune.data.sources.folder import Folder
+from finetune.data.sources.folder import PhotoFolder
 
 SOURCES: Registry[Source] = Registry(Source, "finetune.data.sources", lambda item: item.name)
 
@@ -17,6 +17,6 @@ def open_source(path: Path) -> Opened:
     Raises:
         BadInput: as `Source.open`.
     """
-    others = [kind for kind in SOURCES.values() if kind is not Folder]
-    kind = next((kind for kind in others if kind.matches(path)), Folder)
+    others = [kind for kind in SOURCES.values() if kind is not PhotoFolder]
+    kind = next((kind for kind in others if kind.matches(path)), PhotoFolder)
     return kind().open(path)

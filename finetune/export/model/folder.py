@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,12 +10,14 @@ import torch
 from torch import Tensor
 
 from finetune.core.devices import DTYPES, gib
-from finetune.core.files import load_tensors, save_tensors, write_json
+from finetune.core.files import copy_plain, load_tensors, replacing_folder, save_tensors, write_json
+from finetune.core.reading import read_json
 from finetune.core.records import Check
 from finetune.export.base import Exported, ModelExport, Request, unchecked
 from finetune.export.decompose import loaded, unloaded
 from finetune.export.settings import Verify
 from finetune.families.base import Family
+from finetune.families.configs import read_config
 from finetune.families.naming.clip import strip_text_model
 from finetune.families.registry import family_of
 from finetune.families.settings import Base
@@ -44,21 +44,18 @@ class Folder(ModelExport):
 
 def export_folder(family: Family, path: Path, dtype: str, verify: Verify = "full") -> Exported:
     """Writes `path` (replacing an older export), in `dtype`, and compares every weight of the re-loaded folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    family.drawing.pipeline().save_pretrained(temporary, safe_serialization=True)
-    for file in temporary.rglob("*.safetensors"):
-        tensors = {
-            name: value.to(DTYPES[dtype]) if value.is_floating_point() else value
-            for name, value in load_tensors(file).items()
-        }
-        save_tensors(file, tensors, {"format": "pt"})
-    for file in family.folder.glob("tokenizer*/*"):
-        shutil.copy(file, temporary / file.parent.name / file.name)
-    _keep_estimator(family.folder, temporary)
-    _forget_origin(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
+    with replacing_folder(path) as temporary:
+        family.drawing.pipeline().save_pretrained(temporary, safe_serialization=True)
+        for file in temporary.rglob("*.safetensors"):
+            tensors = {
+                name: value.to(DTYPES[dtype]) if value.is_floating_point() else value
+                for name, value in load_tensors(file).items()
+            }
+            save_tensors(file, tensors, {"format": "pt"})
+        for file in family.folder.glob("tokenizer*/*"):
+            copy_plain(file, temporary / file.parent.name / file.name, family.folder)
+        _keep_estimator(family.folder, temporary)
+        _forget_origin(temporary)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if verify == "off":
         return unchecked(Folder.name, path, sum(1 for part in family.parts.values() for _ in part.parameters()))
@@ -69,20 +66,20 @@ def export_folder(family: Family, path: Path, dtype: str, verify: Verify = "full
 
 def _keep_estimator(base: Path, folder: Path) -> None:
     """A depth base comes with a model that makes depth maps, which is not ours to load."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    listed = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    index, listed = read_config(folder, "model_index.json"), read_config(base, "model_index.json")
     names = [name for name in ("depth_estimator", "feature_extractor") if "depth_estimator" in index]
     there = [name for name in names if (base / name).is_dir() and name in listed]
     for name in there:
-        shutil.copytree(base / name, folder / name)
+        for file in sorted(file for file in (base / name).rglob("*") if file.is_file()):
+            copy_plain(file, folder / file.relative_to(base), base)
     write_json(folder / "model_index.json", index | {name: listed[name] for name in there})
 
 
 def _forget_origin(folder: Path) -> None:
     """diffusers notes in each config where a part came from: a path of this machine, in a folder to be shared."""
     for file in folder.rglob("*.json"):
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+        values = read_json(file, dict)
+        if values.pop("_name_or_path", None) is not None:
             write_json(file, values)
 
 

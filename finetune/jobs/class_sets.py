@@ -22,6 +22,7 @@ from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.core.files import cache_dir, replacing, sha256, write_json
 from finetune.core.processes import ALONE, Processes
+from finetune.core.reading import read_json
 from finetune.core.rng import generator
 from finetune.data.photos import Photo, image_files, scan
 from finetune.families.base import Family
@@ -141,12 +142,17 @@ def _manifest(wanted: ClassSet) -> dict[str, Any]:
     if not file.is_file():
         return settings | {"toolkit": __version__, "pictures": {}}
     try:
-        made: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        made = read_json(file, dict)
         images = made["pictures"]
-    except (ValueError, KeyError, TypeError) as error:
+        sound = all(isinstance(image["sha256"], str) and Path(name).name == name for name, image in images.items())
+    except (BadInput, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
             f"{file} is no manifest of class images: remove {folder} to have the set drawn again"
         ) from error
+    if not sound:
+        raise BadInput(
+            f"{file} names pictures that are not in its folder: remove {folder} to have the set drawn again"
+        )
     changed = [
         f"{key} ({made.get(key)!r} there, {value!r} now)" for key, value in settings.items() if made.get(key) != value
     ]
