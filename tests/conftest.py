@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -20,6 +21,12 @@ from finetune.families.registry import FAMILIES
 from finetune.testing.tiny import write_tiny
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
+
+
+def pytest_collection_finish() -> None:
+    """Ours collect garbage when they let go of a model: it takes 0.2 seconds to look through all imported modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
