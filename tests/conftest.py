@@ -47,8 +47,11 @@ def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder with three different 48x40 photos."""
-    folder = tmp_path / "photos"
+    return write_photos(tmp_path / "photos")
+
+
+def write_photos(folder: Path) -> Path:
+    """A new folder with three different 48x40 photos."""
     folder.mkdir()
     for index, colour in enumerate(((200, 30, 30), (30, 200, 30), (30, 30, 200))):
         image = Image.new("RGB", (48, 40), colour)

@@ -18,7 +18,7 @@ RECIPE = """
 from pathlib import Path
 from finetune.config.load import parse_recipe
 from finetune.testing import contract
-base, folder = Path({base!r}), Path({folder!r})
+base, folder, other = Path({base!r}), Path({folder!r}), Path({other!r})
 recipe = parse_recipe({{
     "data": {{"photos": "x", "class_noun": "mug"}},
     "method": {{"kind": "lora_fa", "rank": 4}},
@@ -42,10 +42,10 @@ contract.switched_off_is_the_base(base, "lora_fa")
 BROKEN = """
 import finetune_outside.sgd
 finetune_outside.sgd.SGD.build = lambda self, *args: __import__("torch").optim.SGD(
-    self.groups(*args), lr=self.lr, momentum=self.momentum * len(list(folder.rglob("step-*"))) / 9
+    self.groups(*args), lr=self.lr, momentum=self.momentum * len(list(other.rglob("step-*"))) / 9
 )
 try:
-    contract.killed_and_resumed_is_the_unbroken_run(base, "lora_fa", folder, recipe.optim)
+    contract.killed_and_resumed_is_the_unbroken_run(base, "lora_fa", other, recipe.optim)
 except AssertionError as error:
     assert "differ after a resume" in str(error), error
 else:
@@ -76,13 +76,13 @@ def run(site: Path, program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("checks", [CHECKS, BROKEN], ids=["kept", "broken"])
 def test_what_it_adds_keeps_the_contract_and_what_breaks_it_is_seen(
-    checks: str, installed: Path, tiny_bases: dict[str, Path], tmp_path: Path
+    installed: Path, tiny_bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    done = run(installed, RECIPE.format(base=str(tiny_bases["sd1"]), folder=str(folder)) + checks)
+    for name in ("kept", "broken"):
+        (tmp_path / name).mkdir()
+    names = {"base": str(tiny_bases["sd1"]), "folder": str(tmp_path / "kept"), "other": str(tmp_path / "broken")}
+    done = run(installed, RECIPE.format(**names) + CHECKS + BROKEN)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

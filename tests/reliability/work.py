@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -91,6 +92,17 @@ def priors(arguments: list[str]) -> tuple[int, str]:
             own = [f"base={base}", f"data.photos={photos}", *kept, f"prior.kind={prior}", *METHODS[name], *PARTS]
             recipe = load_recipe("dreambooth-lora" if name == "lora" else "dreambooth-full", own)
             train(recipe, out / "runs" / f"{name}-{prior}")
+    return 0, ""
+
+
+def commands(arguments: list[str]) -> tuple[int, str]:
+    """arguments: the words of a `finetune` command each, as JSON. The first that fails ends it."""
+    from finetune.cli.main import run
+
+    for words in arguments:
+        code, message = run(json.loads(words))
+        if code:
+            return code, message
     return 0, ""
 
 
