@@ -108,7 +108,8 @@ def commands(arguments: list[str]) -> tuple[int, str]:
 
 def one_bad_rank(arguments: list[str]) -> tuple[int, str]:
     """arguments: a folder, a base. The second process meets a NaN in step 3."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+    tests = Path(__file__).parents[1]
+    sys.path[:0] = [str(tests), str(tests / "training")]
     from test_trainer import Memory, run_fit
 
     from finetune.core.errors import CheckFailed
