@@ -255,7 +255,7 @@ def test_only_adapters_that_are_no_lora_have_an_own_form() -> None:
 
 
 def recipe_of(base: Path, photos: Path, kind: str, *overrides: str) -> Any:
-    plain = {"prior.kind=none", "run.steps=4", "run.checkpoint_every=2", "run.name=mine"}
+    plain = {"data.token=zwx", "prior.kind=none", "run.steps=4", "run.checkpoint_every=2", "run.name=mine"}
     return parse_recipe(settings(base, photos, {"kind": kind, "parts": PARTS}), [*sorted(plain), *overrides])
 
 

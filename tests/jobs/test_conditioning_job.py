@@ -58,7 +58,8 @@ def base_of(name: str, kind: str, wide: bool, tiny_bases: dict[str, Path], folde
 def settings(base: dict, photos: Path, method: dict, **sections: dict) -> dict:
     return {
         "base": base,
-        "data": {"photos": str(photos), "class_noun": "mug", "mask_count": 3, "crop": "random", "crops": 2},
+        "data": {"photos": str(photos), "class_noun": "mug", "token": "zwx"}
+        | {"mask_count": 3, "crop": "random", "crops": 2},
         "method": method,
         "optim": {"kind": "adamw", "lr": 1e-3},
         "run": {"steps": 4, "checkpoint_every": 2, "batch_size": 2},
