@@ -38,7 +38,7 @@ sys.exit(code)
 def processes(count: int, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     program = PROGRAM.format(count=count, name=name, module=name.split(".")[0])
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=1200, check=False)
 
 
 def one_and_two(work: ModuleType, name: str, out: Path, *arguments: object) -> None:
