@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ends import resumed_is
 from PIL import Image
-from safetensors.torch import load_file
 
 from finetune.config.load import parse_recipe
 from finetune.core.batch import Batch, Latents
@@ -31,7 +31,6 @@ from finetune.jobs import train as job
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import prepare
 from finetune.runs.plan import plan_rows
-from finetune.testing.kill import killed_at
 
 # the table
 
@@ -340,11 +339,6 @@ def test_a_resolution_that_buckets_cannot_have_is_refused(tiny_bases: dict[str, 
         prepare(recipe(tiny_bases["sd1"], shapes, "data.resolution=34"))
 
 
-def metrics(run: Path) -> list[dict]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
-
-
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_stopped_job_with_buckets_goes_on_to_the_same_weights(
     family: str, tiny_bases: dict[str, Path], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -362,12 +356,6 @@ def test_a_stopped_job_with_buckets_goes_on_to_the_same_weights(
     wanted = recipe(tiny_bases[family], shapes)
     whole = job.train(wanted, tmp_path / "whole")
     assert met[4] == {((h // 2, w // 2), (h, w)) for w, h in [(24, 40), (32, 32), (40, 28), (64, 16)]}
-    with killed_at(4):
-        job.train(wanted, tmp_path / "stopped")
     monkeypatch.undo()
-    job.resume(tmp_path / "stopped")
-    first, second = (load_file(run / "adapter" / "trained.safetensors") for run in (whole, tmp_path / "stopped"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert metrics(whole) == metrics(tmp_path / "stopped")
+    resumed_is(whole, wanted, tmp_path / "stopped", 4)
     assert "24x40: 1 photo" in json.loads((whole / "run.json").read_text())["plan"]["buckets"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from conftest import write_photos
 from safetensors.torch import load_file, save_file
 from test_export import ABOUT, NAMES, bench_of, trained
 from test_svd import recipe_of
@@ -187,12 +190,18 @@ def bf16_run(kind: str, base: Path, photos: Path, path: Path) -> Path:
     return job.train(recipe, path)
 
 
+@pytest.fixture(scope="module")
+def bf16_runs(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a kind, trained when a test first asks for it. Tests export it again, to the same files."""
+    folder = tmp_path_factory.mktemp("bf16")
+    photos = write_photos(folder / "photos")
+    return cache(lambda kind: bf16_run(kind, tiny_bases["sd1"], photos, folder / kind))
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "pivotal"])
-def test_the_command_writes_what_the_run_wrote(
-    kind: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
-) -> None:
+def test_the_command_writes_what_the_run_wrote(kind: str, bf16_runs: Callable[[str], Path]) -> None:
     """Byte for byte, in a run in bf16; and what is opened again is in bf16."""
-    path = bf16_run(kind, tiny_bases["sd1"], photos, tmp_path / "run")
+    path = bf16_runs(kind)
     files = [file for file in sorted((path / "exports").rglob("*")) if file.is_file()]
     held = {file: file.read_bytes() for file in files}
     notes = (path / "exports.json").read_bytes()
@@ -215,9 +224,9 @@ def alive() -> int:
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "pivotal"])
 def test_one_model_is_in_memory_at_a_time(
-    kind: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, bf16_runs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder(bf16_run(kind, tiny_bases["sd1"], photos, tmp_path / "run"))
+    folder = RunFolder(bf16_runs(kind))
     before = alive()
     family, _ = open_run(folder)
     assert alive() == before + 1

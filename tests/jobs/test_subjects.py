@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
+from ends import resumed_is_the_unbroken_run
 from PIL import Image
-from safetensors.torch import load_file
-from test_train import LORA, load_metadata, metrics, settings
+from test_train import LORA, load_metadata, settings
 from transformers import AutoTokenizer
 
 from finetune.config.load import parse_recipe
@@ -28,7 +27,6 @@ from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.runs.folder import RunFolder
 from finetune.runs.plan import plan_rows
-from finetune.testing.kill import killed_at
 from finetune.training.accelerate import make_accelerator
 from finetune.training.priors.class_images import ClassImages
 from finetune.training.trainer import Trainer
@@ -143,18 +141,11 @@ def test_every_photo_once_an_epoch_beside_class_images_of_both_nouns(
 
 
 def test_a_run_of_two_resumes_bit_for_bit(
-    tiny_bases: dict[str, Path], photos: Path, balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bases: dict[str, Path], photos: Path, balls: Path, tmp_path: Path
 ) -> None:
-    recipe = parse_recipe(two(tiny_bases["sd1"], photos, balls, run={"steps": 4, "checkpoint_every": 2}))
-    whole = job.train(recipe, tmp_path / "whole")
-    with killed_at(3):
-        job.train(recipe, tmp_path / "stopped")
-    monkeypatch.undo()
-    job.resume(tmp_path / "stopped")
-    first, second = (load_file(run / "adapter" / "trained.safetensors") for run in (whole, tmp_path / "stopped"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert metrics(whole) == metrics(tmp_path / "stopped")
+    run, unchecked = {"steps": 4, "checkpoint_every": 2}, {"verify": "off"}
+    recipe = parse_recipe(two(tiny_bases["sd1"], photos, balls, run=run, export=unchecked))
+    resumed_is_the_unbroken_run(recipe, tmp_path)
 
 
 def test_frozen_base_holds_each_sample_to_its_own_class(

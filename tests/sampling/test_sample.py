@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import diffusers
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
 from finetune.families.registry import FAMILIES
 from finetune.families.schedulers import SAMPLERS
@@ -141,26 +144,41 @@ DTYPES = (torch.bfloat16, torch.float16)
 INPUTS = [(name, kind) for name, family in FAMILIES.items() for kind in getattr(family, "pipelines", {"": ""})]
 
 
+def drawn_in(dtype: torch.dtype, base: Path, inputs: str, force_upcast: bool) -> tuple[np.ndarray, Family]:
+    """Two pictures as grey levels, and the family that drew them."""
+    family = load_family(str(base), dtype=dtype)
+    if inputs:
+        family.widen(inputs)
+    family.parts["vae"].register_to_config(force_upcast=force_upcast)
+    images = draw(family, ["a mug", "a dog"], Sampling(steps=2, guidance=2.0), seeds=[1, 2])
+    return np.stack([np.asarray(image, dtype=int) for image in images]), family
+
+
+@pytest.fixture(scope="module")
+def in_fp32(tiny_bases: dict[str, Path]) -> Callable[[str, str, bool], np.ndarray]:
+    """The pictures that those in half precision are held to; drawn once."""
+    return cache(lambda name, inputs, upcast: drawn_in(torch.float32, tiny_bases[name], inputs, upcast)[0])
+
+
 @pytest.mark.parametrize("force_upcast", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "inputs"), INPUTS)
 def test_half_precision_draws_the_same_picture(
-    name: str, inputs: str, dtype: torch.dtype, force_upcast: bool, tiny_bases: dict[str, Path]
+    name: str,
+    inputs: str,
+    dtype: torch.dtype,
+    force_upcast: bool,
+    tiny_bases: dict[str, Path],
+    in_fp32: Callable[[str, str, bool], np.ndarray],
 ) -> None:
     """Grey levels apart by no more than the dtype rounds to: 8 steps of eps over 255 levels. SDXL's VAE stays in fp32
     under fp16, whatever its config's `force_upcast` says, and drawing leaves it so."""
-    drawn = []
-    for precision in (torch.float32, dtype):
-        family = load_family(str(tiny_bases[name]), dtype=precision)
-        if inputs:
-            family.widen(inputs)
-        family.parts["vae"].register_to_config(force_upcast=force_upcast)
-        images = draw(family, ["a mug", "a dog"], Sampling(steps=2, guidance=2.0), seeds=[1, 2])
-        drawn.append(np.stack([np.asarray(image, dtype=int) for image in images]))
+    wanted = in_fp32(name, inputs, force_upcast)
+    found, family = drawn_in(dtype, tiny_bases[name], inputs, force_upcast)
     wide = name.startswith("sdxl") and dtype == torch.float16
     assert family.parts["vae"].dtype == (torch.float32 if wide else dtype)
-    assert drawn[0].std() > 1
-    assert np.abs(drawn[0] - drawn[1]).max() <= max(1, round(8 * torch.finfo(dtype).eps * 255))
+    assert wanted.std() > 1
+    assert np.abs(wanted - found).max() <= max(1, round(8 * torch.finfo(dtype).eps * 255))
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
