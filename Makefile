@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(ENV) $(VENV)/bin/finetune demo
 
 test: $(VENV)/installed
-	$(ENV) $(VENV)/bin/python -m pytest -n 2
+	$(ENV) $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -21,7 +21,7 @@ check: $(VENV)/installed
 	$(VENV)/bin/mypy
 
 coverage: $(VENV)/installed
-	$(ENV) $(VENV)/bin/python -m pytest -n 2 -m "not slow" --cov=finetune --cov=data_tools
+	$(ENV) $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" --cov=finetune --cov=data_tools
 
 $(VENV)/docs: $(VENV)/installed
 	$(VENV)/bin/pip install -q -c constraints.txt -e ".[docs]"

@@ -90,6 +90,7 @@ def measure(family: Any, subject: str, thing: str, seed: int, folder: Path | Non
 
     from finetune.sampling.draw import draw
     from finetune.sampling.images import grid
+    from finetune.sampling.settings import Sampling
 
     prompts = {
         "subject": f"a photo of {thing}",
@@ -98,7 +99,7 @@ def measure(family: Any, subject: str, thing: str, seed: int, folder: Path | Non
     }
     seeds = [1000 * seed + number for number in range(COUNT)]
     drawn = {
-        name: draw(family, [text] * COUNT, seeds=seeds, steps=STEPS, guidance=GUIDANCE, size=64)
+        name: draw(family, [text] * COUNT, Sampling(steps=STEPS, guidance=GUIDANCE, size=64), seeds=seeds)
         for name, text in prompts.items()
     }
     if folder is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from PIL import Image
 
 from finetune.core.errors import BadInput
 from finetune.data.captions import caption_files, caption_rows
-from finetune.data.photos import MASK, BadImage, Photo, image_files, is_companion, open_image, read_photo
+from finetune.data.photos import MASK, BadImage, Photo, image_files, is_companion, open_image, opened, read_photo
 
 ORIENTATIONS = {
     2: "mirrored",
@@ -24,6 +23,7 @@ ORIENTATIONS = {
 }
 CROPPED_AWAY = 2.0  # longer side / shorter side: a square crop then loses half of the photo or more
 NEAR = 6  # bits of 64
+MOST_FRAMES = 1_000  # that are counted
 CAPTION_LISTS = {"metadata.jsonl", "captions.csv"}
 
 
@@ -110,11 +110,11 @@ def _look(path: Path, resolution: int) -> File:
 
 def _header(file: File, content: bytes) -> None:
     """What the file says of itself, before it is turned upright and made RGB."""
-    with Image.open(io.BytesIO(content)) as image:
+    with opened(file.path, content) as image:
         file.orientation = ORIENTATIONS.get(image.getexif().get(0x0112, 1), "")
         mode = image.mode
         alpha = mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-        frames = getattr(image, "n_frames", 1)
+        frames = _frames(image)
     if alpha:
         file.notes.append("transparency: put on white")
     if mode.startswith(("I", "F")):
@@ -122,7 +122,18 @@ def _header(file: File, content: bytes) -> None:
     if mode == "CMYK":
         file.notes.append("CMYK: converted")
     if frames > 1:
-        file.notes.append(f"the first of {frames} frames is used")
+        many = f"more than {MOST_FRAMES}" if frames > MOST_FRAMES else frames
+        file.notes.append(f"the first of {many} frames is used")
+
+
+def _frames(image: Image.Image) -> int:
+    """How many there are, counted up to one more than MOST_FRAMES: a file may say millions."""
+    for number in range(1, MOST_FRAMES + 1):
+        try:
+            image.seek(number)
+        except EOFError:
+            return number
+    return MOST_FRAMES + 1
 
 
 def _compare(files: list[File]) -> None:

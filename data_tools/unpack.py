@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from finetune.core.errors import BadInput
-from finetune.core.files import write_text
+from finetune.core.files import replacing_folder, write_text
+from finetune.data.photos import opened
 
 
 def unpack(source: str, out: Path, split: str, image: str, caption: str, limit: int | None) -> int:
@@ -23,17 +22,14 @@ def unpack(source: str, out: Path, split: str, image: str, caption: str, limit: 
     if out.exists():
         raise BadInput(f"{out} is already there: give another folder, or remove it")
     rows = _rows(source, split, image, caption)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     lines = []
-    for number, row in enumerate(rows if limit is None else rows.select(range(min(limit, len(rows))))):
-        name = _write(row[image], temporary, number)
-        if row.get(caption):
-            lines.append(json.dumps({"file_name": name, "text": row[caption]}, ensure_ascii=False) + "\n")
-    if lines:
-        write_text(temporary / "metadata.jsonl", "".join(lines))
-    temporary.rename(out)
+    with replacing_folder(out) as temporary:
+        for number, row in enumerate(rows if limit is None else rows.select(range(min(limit, len(rows))))):
+            name = _write(_stored(row[image], source), temporary, number)
+            if row.get(caption):
+                lines.append(json.dumps({"file_name": name, "text": row[caption]}, ensure_ascii=False) + "\n")
+        if lines:
+            write_text(temporary / "metadata.jsonl", "".join(lines))
     return number + 1
 
 
@@ -62,12 +58,29 @@ def _rows(source: str, split: str, image: str, caption: str) -> Any:
     return rows.cast_column(image, datasets.Image(decode=False))
 
 
-def _write(stored: dict[str, Any], folder: Path, number: int) -> str:
-    """The stored bytes under a name with their true format's ending."""
-    from PIL import Image
+def _stored(image: dict[str, Any], source: str) -> bytes:
+    """A picture's bytes, from the data set or from a file of it.
 
-    data = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
+    Raises:
+        BadInput: the file lies elsewhere than in the data set's folder: it may name any of this disk.
+    """
+    import datasets
+
+    if image["bytes"] is not None:
+        content: bytes = image["bytes"]
+        return content
+    file, folder = Path(image["path"]).resolve(), Path(source).expanduser()
+    home = folder if folder.is_dir() else folder.parent if folder.exists() else Path(datasets.config.HF_CACHE_HOME)
+    if not file.is_relative_to(home.resolve()):
+        raise BadInput(
+            f"{source!r} names {image['path']}, which is no file of its own: use a data set that holds its pictures"
+        )
+    return file.read_bytes()
+
+
+def _write(data: bytes, folder: Path, number: int) -> str:
+    """The stored bytes under a name with their true format's ending."""
+    with opened(folder / f"{number:05d}", data) as image:
         ending = (image.format or "png").lower().replace("jpeg", "jpg")
     name = f"{number:05d}.{ending}"
     (folder / name).write_bytes(data)

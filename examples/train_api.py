@@ -10,6 +10,7 @@ from finetune import load_recipe, train
 from finetune.jobs.open import open_result
 from finetune.sampling.draw import draw
 from finetune.sampling.images import grid
+from finetune.sampling.settings import Sampling
 
 photos = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "subject_mug"
 recipe = load_recipe("demo", [f"data.photos={photos}", "data.class_noun=mug", "run.name=api", *sys.argv[2:]])
@@ -17,5 +18,5 @@ run = train(recipe, say=print)
 
 family, info = open_result(run)
 prompt = f"a photo of {info.trigger} on the beach"
-grid(draw(family, [prompt] * 4, seeds=range(4), guidance=3.0), 4, [prompt]).save(run / "beach.png")
+grid(draw(family, [prompt] * 4, Sampling(guidance=3.0), seeds=range(4)), 4, [prompt]).save(run / "beach.png")
 print(f"look at {run}/report.html and {run}/beach.png")

@@ -10,9 +10,9 @@ from torch import Tensor
 from finetune.core.errors import BadInput
 from finetune.export.base import Adapter
 from finetune.export.decompose import (
+    Difference,
     Kept,
     decompose,
-    differences,
     factors_at_rank,
     kept_energy,
     rank_for_energy,
@@ -59,7 +59,7 @@ def extract(base: Family, tuned: Family, rank: int) -> tuple[Adapter, Kept]:
     Raises:
         BadInput: they are of different families or shapes, or do not differ.
     """
-    found = decompose(differences(base, tuned), rank)
+    found = decompose(Difference(base, tuned).layers(), rank)
     if not found.spectra:
         raise BadInput("the model and the base have the same weights: there is nothing to extract")
     return Adapter(base.name, base.folder, found.layers(rank), 1.0), found.kept(rank)

@@ -5,7 +5,7 @@ The rules of the UIs are facts read from their loaders (docs/exports.md); diffus
 
 from __future__ import annotations
 
-import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune.core.errors import BadInput
 from finetune.export.base import Adapter
-from finetune.export.lora.diffusers import HEADER, prefixes
+from finetune.export.lora.diffusers import prefixes, read_header
 from finetune.export.lora.kohya import ALPHA, Place, key_of, keys_of, places, split
 from finetune.export.lora.peft import Peft
 from finetune.families.naming.clip import strip_text_model
@@ -126,6 +126,9 @@ def inspect_adapter(path: Path, base: str) -> Inspection:
     keys = keys_of(path)
     if not any(key.endswith((*ENDINGS, *OTHERS)) for key in keys):
         raise BadInput(f"{path} is no LoRA: none of its {len(keys)} keys is one (such as {', '.join(keys[:1])})")
+    odd = next((key for key in keys if not key.isprintable()), None)
+    if odd is not None:  # a terminal would obey it
+        raise BadInput(f"{path} has the key {odd[:80]!r}, which no trainer writes: give another file")
     with safe_open(path, "pt") as opened:
         metadata = dict(opened.metadata() or {})
         tensors = {key: opened.get_tensor(key).clone() for key in keys}  # not mapped: the file may be replaced
@@ -181,7 +184,7 @@ def _inspect(
     )
     weights = weight_shapes(folder)
     layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-    header_alpha = _header_alpha(metadata)
+    header_alpha = _header_alpha(found.path, metadata)
     for name in sorted(known):
         place = known[name]
         first = weights[place.part][place.modules[0]]
@@ -229,6 +232,9 @@ def _module(
         found.fault("one-matrix", name, of="down" if missing == ["a"] else "up")
         return None
     a, b = held["a"].float(), held["b"].float()
+    if a.ndim < 2 or b.ndim < 2 or not len(a) or held.get("alpha", a[0, :1].flatten()[:1]).numel() != 1:
+        found.fault("another-shape", name)
+        return None
     if len(a) != b.shape[1] or len(b) != weight[0] or a[0].numel() != weight[1:].numel():
         found.fault("another-shape", name)
         return None
@@ -236,6 +242,9 @@ def _module(
         found.fault("not-finite", name)
         return None
     alpha = float(held["alpha"]) if "alpha" in held else header_alpha
+    if alpha is not None and not math.isfinite(alpha):
+        found.fault("not-finite", name)
+        return None
     if alpha is None and FAMILIES[found.family].naming.scale_in_matrices:
         alpha = float(len(a))  # such files carry their scale in the matrices
     if alpha is None:
@@ -247,10 +256,12 @@ def _module(
     return a.reshape(len(a), *weight[1:]), (b * (alpha / len(a))).reshape(*b.shape[:2], *([1] * (len(weight) - 2)))
 
 
-def _header_alpha(metadata: dict[str, str]) -> float | None:
+def _header_alpha(path: Path, metadata: dict[str, str]) -> float | None:
     """diffusers' files say their alpha in the header, once per part; ours and diffusers' own have one for all."""
-    about = json.loads(metadata.get(HEADER, "{}"))
-    alphas = {float(value) for key, value in about.items() if key.endswith(".lora_alpha")}
+    about = read_header(path, metadata)
+    alphas = {
+        float(value) for key, value in about.items() if key.endswith(".lora_alpha") and type(value) in (int, float)
+    }
     return alphas.pop() if len(alphas) == 1 else None
 
 
@@ -320,14 +331,25 @@ def _peft_folder(path: Path, family: str, folder: Path) -> Inspection:
         dtype = _dtype(opened.get_tensor(next(iter(opened.keys()))))
     ranks = Counter(len(a) for _, _, a, _ in adapter.modules())
     found = Inspection(
-        path, "peft", family, (dtype,), sum(file.stat().st_size for file in files), adapter, ranks,
-        Counter({round(adapter.scale, 6): adapter.count}), {},
-    )  # fmt: skip
+        path=path,
+        kind="peft",
+        family=family,
+        dtypes=(dtype,),
+        size=sum(file.stat().st_size for file in files),
+        adapter=adapter,
+        ranks=ranks,
+        scales=Counter({round(adapter.scale, 6): adapter.count}),
+        metadata={},
+    )
     table = {(place.part, module) for place in places(folder).values() for module in place.modules}
     found.unknown_keys = [
         f"{part}.{module}" for part, module, _, _ in adapter.modules() if (part, module) not in table
     ]
+    shapes = weight_shapes(folder)
     for part, module, a, b in adapter.modules():
+        weight = shapes.get(part, {}).get(module)
+        if weight is not None and (len(b) != weight[0] or a[0].numel() != weight[1:].numel()):
+            found.fault("another-shape", f"{part}.{module}")
         if not bool(a.isfinite().all() and b.isfinite().all()):
             found.fault("not-finite", f"{part}.{module}")
     refused = ("refused", "it reads single files: convert it to kohya")

@@ -12,13 +12,12 @@ from finetune.adapters.inspection import Inspection, inspect_adapter, open_adapt
 from finetune.core.devices import DTYPES, machine
 from finetune.core.errors import BadInput
 from finetune.export.adapter import export_adapter
-from finetune.export.base import Adapter, Bench, Exported
-from finetune.export.decompose import Kept
-from finetune.export.model.checkpoint import export_checkpoint
-from finetune.export.model.folder import export_folder
-from finetune.export.registry import EXPORTS, FOLDER, check_formats
+from finetune.export.base import Adapter, Bench, Exported, Request
+from finetune.export.decompose import Kept, unloaded
+from finetune.export.registry import EXPORTS, check_formats, model_exports
 from finetune.export.verify import BOUNDS, apply_adapter, read_by_diffusers
 from finetune.families.configs import read_config
+from finetune.families.registry import family_of
 from finetune.families.source import load_family, resolve_base
 
 # what diffusers raises on files that it does not understand
@@ -57,10 +56,10 @@ def _coarsest(found: Sequence[str]) -> torch.dtype:
 
 
 def write(
-    adapter: Adapter, base: str, out: Path, formats: Sequence[str], dtype: str, force: bool, about: dict[str, str]
+    adapter: Adapter, out: Path, formats: Sequence[str], dtype: str, force: bool, about: dict[str, str]
 ) -> list[Exported]:
     """`out` has no ending: NAME.safetensors, NAME-diffusers/ and NAME-peft/ are written beside each other."""
-    scheduler = read_config(resolve_base(base), "scheduler/scheduler_config.json")
+    scheduler = read_config(adapter.base_folder, "scheduler/scheduler_config.json")
     folder = out.parent
     for wanted in formats:
         check_formats([wanted])
@@ -69,9 +68,8 @@ def write(
             raise BadInput(f"{path} is already there: give another --out, or pass --force")
     own = {"title": out.name, "trigger_phrase": "", "resolution": ""} | about
     v_prediction = scheduler.get("prediction_type") == "v_prediction"
-    return export_adapter(
-        adapter, folder, out.name, list(formats), dtype, own, _bench(adapter), v_prediction, force=True
-    )
+    request = Request(folder, out.name, dtype, own, v_prediction, force=True)
+    return export_adapter(adapter, request, list(formats), _bench(adapter))
 
 
 def about_of(found: Inspection) -> dict[str, str]:
@@ -101,7 +99,7 @@ def merged(files: Sequence[tuple[Path, float]], base: str, rank: int | None) -> 
 
 
 def merged_model(
-    files: Sequence[tuple[Path, float]], base: str, out: Path, dtype: str, wanted: str = FOLDER
+    files: Sequence[tuple[Path, float]], base: str, out: Path, dtype: str, wanted: str = "folder"
 ) -> Exported:
     """The base with adapters added into its weights, as a diffusers folder or a single file."""
     if out.exists():
@@ -110,11 +108,13 @@ def merged_model(
     family = load_family(base)
     for adapter, weight in adapters:
         apply_adapter(family, adapter, weight)
-    if wanted == FOLDER:
-        return export_folder(family, out, dtype)
     about = {"title": out.stem, "trigger_phrase": "", "resolution": f"{family.resolution}x{family.resolution}"}
-    return export_checkpoint(family, out, dtype, about)
+    request = Request(out.parent, out.stem, dtype, about)
+    return model_exports([wanted])[0].export(family, out, request, "full")
 
 
 def extracted(model: str, base: str, rank: int) -> tuple[Adapter, Kept]:
-    return extract(load_family(base), load_family(model), rank)
+    """A tuned model's difference from its base as a LoRA; of each, one part at a time is in memory."""
+    old, new = (resolve_base(source) for source in (base, model))
+    unread, tuned = (unloaded(family_of(folder), folder, torch.float32) for folder in (old, new))
+    return extract(unread, tuned, rank)

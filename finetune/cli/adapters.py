@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.core.errors import BadInput, CheckFailed
+from finetune.core.logging import plain
 from finetune.export.settings import UNCHECKED
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def inspect(
 
     folder = resolve_base(source, like=like)
     for name, value in (facts(folder) | {"licence": licence_of(folder) or "not stated in its folder"}).items():
-        typer.echo(f"{name:>16}  {value}")
+        typer.echo(f"{name:>16}  {plain(str(value))}")
 
 
 def plan(
@@ -57,7 +58,7 @@ def plan(
     from finetune.jobs.estimate import report
 
     for name, value in report(checked).items():
-        typer.echo(f"{name:>16}  {value}")
+        typer.echo(f"{name:>16}  {plain(str(value))}")
 
 
 def verify(file: File, base: BaseOption = "tiny") -> None:
@@ -78,7 +79,7 @@ def verify(file: File, base: BaseOption = "tiny") -> None:
         typer.echo(f"  {len(found.zero)} modules are zero, such as {found.zero[0]}")
     for key in ("modelspec.title", "modelspec.trigger_phrase", "ss_base_model_version", "modelspec.architecture"):
         if found.metadata.get(key):
-            typer.echo(f"  {key}: {found.metadata[key]}")
+            typer.echo(f"  {key}: {plain(' '.join(found.metadata[key].split()))}")
     for reader, (state, why) in found.verdicts.items():
         typer.echo(f"  {reader:<12} {state}{f': {why}' if why else ''}")
     for problem in found.problems:
@@ -97,7 +98,7 @@ def convert(
 
     adapter, found = open_adapter(file, base)
     own = found.dtypes[0] if found.dtypes in (("fp32",), ("fp16",), ("bf16",)) else "fp32"
-    say_exported(write(adapter, base, out, to or ["kohya"], _dtype(dtype or own), force, about_of(found)))
+    say_exported(write(adapter, out, to or ["kohya"], _dtype(dtype or own), force, about_of(found)))
 
 
 def resize(
@@ -115,7 +116,7 @@ def resize(
     adapter, found = open_adapter(file, base)
     small, kept = smaller(adapter, rank, energy)
     _say_kept(kept)
-    say_exported(write(small, base, out, to or ["kohya"], _dtype(dtype), force, about_of(found)))
+    say_exported(write(small, out, to or ["kohya"], _dtype(dtype), force, about_of(found)))
 
 
 def merge(
@@ -134,7 +135,7 @@ def merge(
     adapter, kept = merged(pairs, base, rank)
     if kept:
         _say_kept(kept)
-    say_exported(write(adapter, base, out, to or ["kohya"], _dtype(dtype), force, {}))
+    say_exported(write(adapter, out, to or ["kohya"], _dtype(dtype), force, {}))
 
 
 def extract(
@@ -147,7 +148,7 @@ def extract(
 
     adapter, kept = extracted(model, base, rank)
     _say_kept(kept)
-    say_exported(write(adapter, base, out, to or ["kohya"], _dtype(dtype), force, {}))
+    say_exported(write(adapter, out, to or ["kohya"], _dtype(dtype), force, {}))
 
 
 def _dtype(name: str) -> str:

@@ -12,10 +12,13 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.core.errors import BadInput
 from finetune.core.files import cache_dir
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
+
+    from finetune.optim.base import Optimiser
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors")
 NEEDED_GB = 10
@@ -111,31 +114,38 @@ def _precisions() -> list[Finding]:
 
 
 def _optimisers() -> list[Finding]:
-    import torch
+    """Every registered one, those of other packages too."""
+    from finetune.optim.registry import OPTIMISERS
 
+    return [_optimiser(f"optim.kind {kind}", entry(kind=kind)) for kind, entry in OPTIMISERS.items()]
+
+
+def _optimiser(name: str, optimiser: Optimiser) -> Finding:
+    """A step of it; one that needs what is not here is told, and no fault of the machine."""
     from finetune.core.devices import best_device
-    from finetune.optim.adamw import AdamW
-    from finetune.optim.adamw8bit import AdamW8bit
 
-    def step(kind: type[AdamW] | type[AdamW8bit]) -> None:
-        parameter = torch.nn.Parameter(torch.ones(8192, device=best_device()))
-        optimizer = kind(lr=0.1, weight_decay=0.0).build({"denoiser.x": parameter})
-        parameter.sum().backward()
-        optimizer.step()
-        assert abs(float(parameter.detach()[0]) - 0.9) < 0.02
-
-    return [
-        _try("optim.kind adamw", lambda: step(AdamW), "install torch again"),
-        _try("optim.kind adamw8bit", lambda: step(AdamW8bit), "use optim.kind=adamw, or install bitsandbytes again"),
-    ]
+    try:
+        moved = optimiser.try_on(best_device())
+    except BadInput as error:
+        reason, _, advice = str(error).rpartition(": ")
+        return Finding(name, reason.partition(", which ")[2] or reason, None, advice)
+    except (RuntimeError, ImportError, OSError, AttributeError) as error:
+        return Finding(name, _first_line(error), False, "use optim.kind=adamw, or install its package again")
+    if not moved > 0:  # nor where it is not a number
+        return Finding(name, "a step that goes the wrong way", False, "use optim.kind=adamw")
+    return Finding(name, "works", True)
 
 
 def _try(name: str, check: Callable[[], None], advice: str) -> Finding:
     try:
         check()
     except (RuntimeError, AssertionError, ImportError, OSError, AttributeError) as error:
-        return Finding(name, str(error).splitlines()[0] if str(error) else "a wrong result", False, advice)
+        return Finding(name, _first_line(error), False, advice)
     return Finding(name, "works", True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else "a wrong result"
 
 
 def _hub() -> Finding:

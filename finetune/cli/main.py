@@ -6,17 +6,16 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune.cli.adapters import register, say_exported
+from finetune.cli.adapters import BaseOption, register, say_exported
 from finetune.cli.output import PROGRESS_BARS, progress_bars
 from finetune.core.errors import BadInput, CheckFailed, Stopped
-from finetune.core.logging import printable, quiet
+from finetune.core.logging import plain, printable, quiet
+from finetune.core.pickles import pickles_allowed
 
 if TYPE_CHECKING:
     from finetune.config.recipe import Recipe
@@ -39,11 +38,10 @@ register(app)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_ERRORS = (*NO_SPACE, errno.EACCES, errno.EROFS, errno.EPERM)
 
-Processes = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
+ProcessCount = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave out photos that can't be used")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
-BaseOption = Annotated[str, typer.Option("--base", help="tiny, a diffusers folder or a hub id")]
 
 
 @app.command()
@@ -52,7 +50,7 @@ def train(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     skip_bad: SkipBad = False,
-    processes: Processes = None,
+    processes: ProcessCount = None,
 ) -> None:
     """Train a recipe from end to end; an interrupted run of the same recipe goes on where it stopped."""
     from finetune.config.load import load_recipe
@@ -61,7 +59,7 @@ def train(
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="a run folder")], processes: Processes = None) -> None:
+def resume(run: Annotated[Path, typer.Argument(help="a run folder")], processes: ProcessCount = None) -> None:
     """Go on with an interrupted run; what comes out is what the unbroken run would have given."""
     from finetune.runs.folder import RunFolder
 
@@ -76,7 +74,7 @@ def dreambooth(
     base: BaseOption = "tiny",
     dry_run: DryRun = False,
     skip_bad: SkipBad = False,
-    processes: Processes = None,
+    processes: ProcessCount = None,
 ) -> None:
     """The short way: a DreamBooth LoRA with class images from a folder of photos."""
     from finetune.config.load import load_recipe
@@ -117,32 +115,17 @@ def sample(
     """Draw pictures: PNGs and a grid."""
     _loud()
     from finetune.core.devices import machine
-    from finetune.core.events import phase
+    from finetune.jobs.images import ImageRequest, draw_files
     from finetune.jobs.open import open_result
-    from finetune.sampling.draw import draw
-    from finetune.sampling.images import grid, parameters, save_image
+    from finetune.sampling.images import grid
+    from finetune.sampling.settings import Sampling
 
     family, info = open_result(source, base, *machine())
     size = info.resolution or family.resolution
     guidance = guidance if guidance is not None else info.guidance
-    seeds = [seed + number for number in range(count)]
-    pairs = [(text, one) for text in prompt for one in seeds]
-    with phase("Drawing", len(pairs)) as advance:
-        images = draw(
-            family,
-            [text for text, _ in pairs],
-            seeds=[one for _, one in pairs],
-            negative=negative,
-            sampler=sampler,
-            steps=steps,
-            guidance=guidance,
-            size=size,
-            batch_size=batch_size,
-            advance=lambda amount: advance(amount, ""),
-        )
-    for number, ((text, one), image) in enumerate(zip(pairs, images, strict=True)):
-        about = parameters(text, negative, one, sampler, steps, guidance, size, info.base or base)
-        save_image(image, out / f"{number // count:02d}-{one}.png", about)
+    sampling = Sampling(negative, sampler, steps, guidance, size, batch_size)
+    request = ImageRequest(prompt, range(seed, seed + count), sampling, info.base or base)
+    images = draw_files(family, request, out)
     grid(images, count, prompt).save(out / "grid.png")
     typer.echo(f"{len(images)} pictures and grid.png in {out}")
 
@@ -159,7 +142,7 @@ def export(
 ) -> None:
     """Write what the run trained for other programs into RUN/exports, and check every file."""
     _loud()
-    from finetune.config.load import parse_recipe
+    from finetune.config.load import changed_recipe
     from finetune.core.devices import machine
     from finetune.export.registry import check_formats
     from finetune.jobs.companions import write_companions
@@ -171,7 +154,7 @@ def export(
     folder = RunFolder(run)
     given = {"export.rank": rank, "export.max_error": max_error, "export.verify": verify}
     options = [f"{key}={value}" for key, value in given.items() if value is not None]
-    recipe = parse_recipe(folder.recipe.model_dump(mode="json"), options, where="the options")
+    recipe = changed_recipe(folder.recipe, options)
     check_formats(to or [], recipe.method.artifacts)
     family, _ = open_run(folder, machine()[0])
     exported = export_run(folder, family, to or [], recipe.export)
@@ -300,9 +283,9 @@ def _train(recipe: Recipe, dry_run: bool, processes: int | None, run: Path | Non
 
     if dry_run:
         for name, value in plan_rows(plan(prepare(recipe))).items():
-            typer.echo(f"{name:>16}  {value}")
+            _say(f"{name:>16}  {value}")
         return
-    say = typer.echo if _is_main_process() else _silent
+    say = _say if _is_main_process() else _silent
     path = job.train(recipe, run, say)
     say(f"done: look at {path}/report.html")
 
@@ -328,6 +311,11 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _say(line: str) -> None:
+    """Names of files and captions may be anybody's."""
+    typer.echo(plain(line))
+
+
 def _silent(line: str) -> None:
     """What the other processes say."""
 
@@ -342,20 +330,12 @@ def _loud() -> None:
         bars.enable()
 
 
-@contextmanager
-def _pickle_allowed(allowed: bool) -> Iterator[None]:
-    """For this command and the processes that it starts; see finetune.families.weights."""
-    if allowed:
-        os.environ["FINETUNE_ALLOW_PICKLE"] = "1"
-    try:
-        yield
-    finally:
-        if allowed:
-            del os.environ["FINETUNE_ALLOW_PICKLE"]
-
-
 class _Launch(Exception):
-    """The command is to run in several processes, of which this is none."""
+    """The command is to run in `processes` processes, of which this is none."""
+
+    def __init__(self, processes: int) -> None:
+        super().__init__()
+        self.processes = processes
 
 
 def run(arguments: list[str]) -> tuple[int, str]:
@@ -368,14 +348,14 @@ def run(arguments: list[str]) -> tuple[int, str]:
     quiet()
     printable()
     try:
-        with _pickle_allowed("--allow-pickle" in arguments), progress_bars():
+        with pickles_allowed("--allow-pickle" in arguments), progress_bars():
             app([argument for argument in arguments if argument not in ("--debug", "--allow-pickle")])
     except SystemExit as end:
         return int(end.code or 0), ""
     except _Launch as wish:
         from finetune.cli.launch import launch
 
-        return launch(int(wish.args[0]), run, arguments)
+        return launch(wish.processes, run, arguments)
     except (BadInput, CheckFailed) as error:
         if debug:
             raise
@@ -394,7 +374,7 @@ def main() -> None:
     """The `finetune` command; `--debug` anywhere shows the traceback of what is told in one sentence."""
     code, message = run(sys.argv[1:])
     if message:
-        typer.echo(message, err=True)
+        typer.echo(plain(message), err=True)
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import reprlib
 from pathlib import Path
@@ -14,7 +15,15 @@ from finetune.config.effect import without_effect
 from finetune.config.recipe import Recipe
 from finetune.config.recipes import find
 from finetune.core.errors import BadInput
+from finetune.core.reading import parse_yaml, read_utf8
+from finetune.core.records import Values, check_schema, migrated
 from finetune.core.settings import Settings
+from finetune.objectives import older
+
+SCHEMA = 2  # of recipes; 1 had the older form of `objective:`, and 0 its keys without a number
+SCHEMA_LINE = "# schema: "  # the first line, a comment: it can be read where the rest is of a form that is not known
+
+MAX_RECIPE = 1_000_000  # bytes
 
 
 def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -25,25 +34,55 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
             that has no effect beside the others.
     """
     path = find(str(source))
-    recipe = read_recipe(path, overrides)
-    useless = without_effect(recipe)
-    if useless is not None:
-        raise BadInput(f"{path}: {useless}")
-    return recipe
+    return parse_recipe(_read(path), overrides, where=str(path))
 
 
-def read_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A recipe file as a checked `Recipe`: a run's own too, where a setting without effect may stand.
+def read_recipe(path: Path) -> Recipe:
+    """A run's own recipe file as a checked `Recipe`: a setting without effect may stand there, if it once was allowed.
 
     Raises:
         BadInput: as `load_recipe`, but for settings without effect.
     """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise BadInput(f"{path} is not valid YAML ({where}): mend that line") from error
-    return parse_recipe(raw if raw is not None else {}, overrides, where=str(path))
+    raw = _read(path)
+    if isinstance(raw, dict):
+        raw = migrated(raw | {"schema": _schema_of(path) or 0}, path, SCHEMA, [_from_0, _from_1])
+        del raw["schema"]
+    return _parse(raw, (), str(path))
+
+
+def _read(path: Path) -> Any:
+    """What a recipe file holds, as plain data.
+
+    Raises:
+        BadInput: it is not YAML, or of a later version.
+    """
+    schema = _schema_of(path)  # first: the rest of a later version's recipe may not be readable
+    if schema is not None:
+        check_schema(schema, path, SCHEMA)
+    raw = parse_yaml(read_utf8(path, MAX_RECIPE), str(path), _Loader)
+    return raw if raw is not None else {}
+
+
+def _schema_of(path: Path) -> int | str | None:
+    """The number in a recipe's first line, or what stands in its place; None for a recipe that says nothing of it."""
+    with path.open(encoding="utf-8", errors="replace") as opened:
+        first = opened.readline(1_000).strip()
+    if not first.startswith(SCHEMA_LINE):
+        return None
+    number = first.removeprefix(SCHEMA_LINE)
+    return int(number) if number.isdecimal() else number
+
+
+def _from_0(values: Values) -> Values:
+    return values  # the same keys
+
+
+def _from_1(values: Values) -> Values:
+    """Each setting of `objective:` was a key of its own, which was not refused where it had no effect."""
+    objective = values.get("objective")
+    if not isinstance(objective, dict):
+        return values
+    return values | {"objective": older.without_useless(objective)}
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,10 +97,35 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_recipe(raw: Any, overrides: list[str] | tuple[str, ...] = (), where: str = "the recipe") -> Recipe:
-    """A recipe from plain data (nested dictionaries), as YAML or JSON gives it."""
+    """A recipe from plain data (nested dictionaries), as YAML or JSON gives it.
+
+    Raises:
+        BadInput: as `load_recipe`.
+    """
+    recipe = _parse(raw, overrides, where)
+    for useless in without_effect(recipe):
+        raise BadInput(f"{where}: {useless}")
+    return recipe
+
+
+def changed_recipe(recipe: Recipe, overrides: list[str] | tuple[str, ...], where: str = "the options") -> Recipe:
+    """A run's recipe with other settings. What had no effect before may stay; an override must have one.
+
+    Raises:
+        BadInput: an override is not valid, or has no effect.
+    """
+    changed = _parse(recipe.model_dump(mode="json"), overrides, where)
+    before = without_effect(recipe)
+    for useless in without_effect(changed):
+        if useless not in before:
+            raise BadInput(f"{where}: {useless}")
+    return changed
+
+
+def _parse(raw: Any, overrides: list[str] | tuple[str, ...], where: str) -> Recipe:
     if not isinstance(raw, dict):
         raise BadInput(f"{where} holds a {type(raw).__name__} where sections such as 'data:' should be: mend it")
-    values = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
+    values = copy.deepcopy(raw)
     for override in overrides:
         _override(values, override)
     try:
@@ -80,19 +144,27 @@ def _override(values: dict[str, Any], override: str) -> None:
     section, _, name = key.partition(".")
     if not equals or not section:
         raise BadInput(f"{override!r} is no setting: write section.key=value, such as run.steps=400")
-    try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise BadInput(f"the value of {override!r} is not valid YAML: put it in quotes") from error
+    value = parse_yaml(text, f"the value of {reprlib.repr(override)}") if text else ""
     if not name:
         values[section] = value
         return
-    inside = values.setdefault(section, {})
-    if not isinstance(inside, dict):
-        inside = values[section] = {"source": inside} if section == "base" else {"kind": inside}
+    inside = _opened(values, section, "source" if section == "base" else "kind")
+    if section == "objective":
+        older.forget_other_form(inside, name)
+    part, _, rest = name.partition(".")
+    if rest and any(_options(option, part) for option in _options(Recipe, section)):
+        inside, name = _opened(inside, part, "kind"), rest
     if name == "kind" and inside.get("kind") != value:
         inside.clear()  # another kind has other keys: those of the recipe's kind do not carry over
     inside[name] = value
+
+
+def _opened(values: dict[str, Any], name: str, shorthand: str) -> dict[str, Any]:
+    """The dictionary at `name`, made where there is none, or a value that stands for the one key `shorthand`."""
+    inside = values.setdefault(name, {})
+    if not isinstance(inside, dict):
+        inside = values[name] = {shorthand: inside}
+    return inside
 
 
 def _sentence(error: ValidationError, where: str) -> str:
@@ -110,10 +182,31 @@ def _sentence(error: ValidationError, where: str) -> str:
     if first["type"] == "missing":
         how = "give it in the recipe" + ("" if any(part.isdigit() for part in location) else f" or as {key}=VALUE")
         return f"{where}: {key!r} is missing: {how}"
+    if first["type"].startswith("union_tag"):
+        return f"{where}: {_wrong_kind(location, first.get('ctx', {}).get('tag'))}"
     message = first["msg"].removeprefix("Value error, ")
     value = "" if isinstance(first["input"], dict) else f" is {reprlib.repr(first['input'])[:80]}"
-    subject = f"{key}{value}: " if key else ""  # none where sections contradict each other
+    said = not key or message.startswith(f"{key}.")  # sections contradict each other, or settings of one
+    subject = "" if said else f"{key}{value}: "
     return f"{where}: {subject}{message[0].lower()}{message[1:]}"
+
+
+def _wrong_kind(location: list[str], tag: str | None) -> str:
+    """What is wrong with the `kind` of the section at a pydantic location; `tag`: what stands there, or None."""
+    key, kinds = ".".join(location), _kinds_at(location)
+    if tag is None:
+        return f"{key}.kind is missing: give one of {', '.join(kinds)}"
+    nearest = difflib.get_close_matches(tag, kinds, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"there is no {key}.kind {tag!r}; {hint}known are {', '.join(kinds)}"
+
+
+def _kinds_at(location: list[str]) -> list[str]:
+    """The kinds that a section at a pydantic location may have."""
+    options: list[type[Settings]] = [Recipe]
+    for part in location:
+        options = [found for option in options for found in _options(option, part)]
+    return [option.model_fields["kind"].default for option in options]
 
 
 def _keys_at(location: list[str]) -> tuple[list[str], list[str]]:

@@ -13,8 +13,9 @@ from finetune.families.settings import Base
 from finetune.methods.registry import MethodSettings
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.optim.registry import Optim
-from finetune.sampling.settings import Sample
-from finetune.training.prior import ClassImages, Distance, NoPrior, Prior
+from finetune.sampling.settings import SampleSettings
+from finetune.training.priors.none import NoPrior
+from finetune.training.priors.registry import Prior
 from finetune.training.settings import Run
 
 
@@ -28,7 +29,7 @@ class Recipe(Settings):
     objective: ObjectiveSettings = ObjectiveSettings()
     optim: Optim
     run: Run = Run()
-    sample: Sample = Sample()
+    sample: SampleSettings = SampleSettings()
     export: ExportTo = ExportTo()
 
     @property
@@ -52,6 +53,11 @@ class Recipe(Settings):
                 f"run.ema is {self.run.ema} but optim.kind {self.optim.kind} averages the weights itself: leave "
                 "run.ema out"
             )
+        if self.method.rests and not self.optim.windows:
+            raise ValueError(
+                f"optim.kind {self.optim.kind} moves weights that should rest, as method.kind {self.method.kind} "
+                "wants it of some: use optim.kind=adamw"
+            )
         if self.export.rank is not None and self.leaves_as_trained:
             raise ValueError(
                 f"export.rank is {self.export.rank} but a {self.method.kind} leaves as it was trained: leave it out, "
@@ -59,9 +65,9 @@ class Recipe(Settings):
             )
         if any("{token}" in prompt for prompt in self.prior.prompts):
             raise ValueError("prior.prompt has {token}, but it names the class without the subject: use {noun} alone")
-        if isinstance(self.prior, Distance) and not self.method.measures_distance:
+        if self.prior.needs_distance and not self.method.measures_distance:
             raise ValueError(
-                f"prior.kind is distance, which method.kind {self.method.kind} does not measure: use "
+                f"prior.kind is {self.prior.kind}, which method.kind {self.method.kind} does not measure: use "
                 "prior.kind=frozen_base, or method.kind=lora"
             )
         texts = [*self.data.templates, *self.prior.prompts]
@@ -97,9 +103,10 @@ def _check_subjects(recipe: Recipe, noun_needed: bool) -> None:
     again = next((folder for folder in folders if folders.count(folder) > 1), None)
     if again is not None:
         raise ValueError(f"{again} holds the photos of two subjects: give each a folder of its own")
-    if isinstance(recipe.prior, ClassImages) and recipe.prior.folder and len({s.class_noun for s in subjects}) > 1:
+    images = recipe.prior.class_images
+    if images and images.folder and len({s.class_noun for s in subjects}) > 1:
         raise ValueError(
-            f"prior.folder is {str(recipe.prior.folder)!r} but there are several class nouns: leave it out, so that "
+            f"prior.folder is {str(images.folder)!r} but there are several class nouns: leave it out, so that "
             "each has its own class images"
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ class Latents:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a photo became a training picture, in pixels (SDXL's time ids, arXiv:2307.01952 section 2.2).
+    """How a photo became a training image, in pixels (SDXL's time ids, arXiv:2307.01952 section 2.2).
 
     `original` is (height, width) after the EXIF rotation, `crop` the (top, left) corner of the crop in the
-    resized photo, `target` the (height, width) of the training picture.
+    resized photo, `target` the (height, width) of the training image.
     """
 
     original: tuple[int, int]
@@ -44,7 +44,7 @@ class Geometry:
 class Batch:
     """B samples of one micro-batch.
 
-    `weight` [B] multiplies each sample's loss; `draws` says where each sample stands in the run, and `names`
+    `weight` [B] multiplies each sample's loss; `keys` says where each sample stands in the run, and `names`
     which files they come from, for the message of a step that is stopped. `mask` [B, 1, h, w] in [0, 1] says how much
     each latent counts in its sample's loss; None where all count the same. `extra` [B, E, h, w] is what the denoiser
     reads behind the noisy latents, where it reads more (`data/conditioning/`). `conditions` [B, ...] are made of the
@@ -55,7 +55,7 @@ class Batch:
     prompts: list[str]
     weight: Tensor
     geometry: list[Geometry]
-    draws: list[SampleKey]
+    keys: list[SampleKey]
     names: list[str]
     mask: Tensor | None = None
     extra: Tensor | None = None
@@ -65,24 +65,21 @@ class Batch:
         return len(self.prompts)
 
     def sample_latents(self) -> Tensor:
-        """x0 [B, C, h, w] float32: a fresh sample of the latent distribution, the same one for the same draw."""
+        """x0 [B, C, h, w] float32: a fresh sample of the latent distribution, the same one for the same key."""
         shape = self.latents.mean.shape[1:]
-        noise = normal(self.draws, shape, "vae").to(self.latents.mean.device)
+        noise = normal(self.keys, shape, "vae").to(self.latents.mean.device)
         return self.latents.sample(noise).float()
 
-    def beside(self, noisy: Tensor) -> Tensor:
+    def concat_conditioning(self, noisy: Tensor) -> Tensor:
         """What the denoiser reads: the noisy latents, and behind them the extra inputs."""
         return noisy if self.extra is None else torch.cat([noisy, self.extra], dim=1)
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(
-            self.latents.to(device),
-            self.prompts,
-            self.weight.to(device),
-            self.geometry,
-            self.draws,
-            self.names,
-            None if self.mask is None else self.mask.to(device),
-            None if self.extra is None else self.extra.to(device),
-            {name: value.to(device) for name, value in self.conditions.items()},
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            weight=self.weight.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
+            extra=None if self.extra is None else self.extra.to(device),
+            conditions={name: value.to(device) for name, value in self.conditions.items()},
         )

@@ -8,6 +8,7 @@ deterministic backward pass (https://docs.pytorch.org/docs/stable/notes/randomne
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,10 +41,11 @@ def deterministic(wanted: bool) -> Iterator[None]:
         with sdpa_kernel(ATTENTION):
             yield
     except RuntimeError as error:
-        if "deterministic" not in str(error):
+        operation = _operation(error)
+        if operation is None:
             raise
         raise BadInput(
-            f"run.deterministic is true but {_operation(error)} has no deterministic form on this device: set "
+            f"run.deterministic is true but {operation} has no deterministic form on this device: set "
             "run.deterministic=false (a resumed run may then differ in its last bits)"
         ) from error
     finally:
@@ -63,11 +65,27 @@ def _set_workspace() -> None:
     os.environ[WORKSPACE] = SIZES[0]
 
 
-def _operation(error: RuntimeError) -> str:
-    """The name in torch's "upsample_backward does not have a deterministic implementation, but you set ..."."""
-    return str(error).split(" does not have ")[0].split()[-1]
+def _operation(error: RuntimeError) -> str | None:
+    """The operation that has no deterministic form; None for any other error.
+
+    torch has no error of its own for it (`Context::alertNotDeterministic` raises a RuntimeError): only its text,
+    "upsample_backward does not have a deterministic implementation, but you set ...", tells.
+    """
+    found = re.search(r"(\S+) does not have a deterministic implementation", str(error))
+    return found[1] if found else None
 
 
 def is_repeatable(device: torch.device | str, deterministic: bool) -> bool:
     """Whether the same steps on `device` give the same bits."""
     return deterministic or torch.device(device).type == "cpu"
+
+
+@contextmanager
+def threads_at_most(most: int) -> Iterator[None]:
+    """At most so many of torch's threads inside the block; the number is the whole process's, and is given back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(most, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

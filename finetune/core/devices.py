@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 NO_FLOAT64 = ("mps",)  # Metal has none
+GIB = 2**30
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -53,3 +54,8 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def gib(size: float) -> str:
+    """Bytes as text."""
+    return f"{size / GIB:.2f} GiB"

@@ -6,7 +6,14 @@ from pathlib import Path
 
 
 class BadInput(ValueError):
-    """The user's fault, with what, which value and what to do; the command line exits with 2."""
+    """The user's fault, with what, which value and what to do; the command line exits with 2.
+
+    `path` is the file or folder that the sentence names; None where it names none.
+    """
+
+    def __init__(self, message: str = "", *, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class CheckFailed(RuntimeError):

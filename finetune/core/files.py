@@ -7,14 +7,20 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
+
+from finetune.core.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
+
+NO_FOLLOW, BINARY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_BINARY", 0)  # the one is POSIX', the other Windows'
 
 
 def cache_dir() -> Path:
@@ -22,17 +28,110 @@ def cache_dir() -> Path:
     return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune")
 
 
+def public_name(source: str) -> str:
+    """A base as it may be told to others: a hub id as it is, of a path the last name alone."""
+    is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)
+    if is_id and not os.path.exists(source):
+        return source
+    return PureWindowsPath(source).name.lstrip(".") or Path(source).expanduser().resolve().name  # Windows' reads both
+
+
+def leads_out(file: Path, folder: Path) -> bool:
+    """Whether a file that `folder` lists lies elsewhere, by a link of its own or of a folder on the way.
+
+    A snapshot of the hub's cache is made of links to the blobs beside it: those count as inside.
+    """
+    real, root = file.resolve(), folder.resolve()
+    if real.is_relative_to(root):
+        return False
+    model = root.parent.parent  # models--OWNER--NAME/snapshots/REVISION
+    hub = root.parent.name == "snapshots" and model.name.startswith("models--")
+    return not (hub and real.parent == model / "blobs")
+
+
+def copy_plain(source: Path, target: Path, folder: Path) -> None:
+    """Copies one of `folder`'s files with the rights of a new file.
+
+    Raises:
+        BadInput: it is a link that leads out of the folder: its content is not the folder's to pass on.
+    """
+    if leads_out(source, folder):
+        raise BadInput(f"{source} is a link that leads out of {folder}: put the file itself there")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def find_link_out(folder: Path) -> Path | None:
+    """The first link in a folder, or in one inside it, that leads out of it."""
+    for place, folders, files in os.walk(folder):
+        paths = [Path(place) / name for name in sorted([*folders, *files])]
+        # a junction of Windows is a folder that is no symbolic link
+        odd = [path for path in paths if path.is_symlink() or path.is_dir()]
+        link = next((path for path in odd if leads_out(path, folder)), None)
+        if link is not None:
+            return link
+    return None
+
+
+def _beside(path: Path) -> Path:
+    """A temporary path that nobody can guess. Its ending is what `sweep` goes by."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def sweep(folder: Path, age: float = 0) -> None:
+    """Removes temporary files and folders that a killed process left in a folder that is ours alone, or that nobody
+    has touched for `age` seconds."""
+    for left in sorted(folder.rglob(".*.tmp"), reverse=True):
+        if left.lstat().st_mtime > time.time() - age and age:
+            continue
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; on success it is flushed to the disk and renamed over `path`."""
+    """A temporary path beside `path`; on success it is flushed to the disk and renamed over `path`.
+
+    The file is made here, where nothing was, with the rights that the umask leaves: safetensors would make it the
+    owner's alone.
+
+    Raises:
+        FileExistsError: somebody laid something in its place.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666)
+    mode = os.fstat(descriptor).st_mode & 0o777
+    os.close(descriptor)
     try:
         yield temporary
-        flush(temporary)
+        flush(temporary, mode)
         _rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`; on success it takes the place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a text file, which is no link."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW | BINARY, 0o666)
+    with os.fdopen(descriptor, "ab") as file:
+        file.write(f"{line}\n".encode())
 
 
 def _rename(temporary: Path, path: Path) -> None:
@@ -46,15 +145,18 @@ def _rename(temporary: Path, path: Path) -> None:
     temporary.replace(path)
 
 
-def flush(path: Path) -> None:
-    """Has the kernel write a file, or a folder's list of names, to the disk."""
+def flush(path: Path, mode: int | None = None) -> None:
+    """Has the kernel write a file, or a folder's list of names, to the disk; a file gets the rights `mode`."""
     if path.is_dir():
         if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders, and keeps a renaming in its journal
             return
         descriptor = os.open(path, os.O_RDONLY)
     else:
-        descriptor = os.open(path, os.O_RDWR)  # Windows flushes no file that was opened for reading alone
+        # Windows flushes no file that was opened for reading alone
+        descriptor = os.open(path, os.O_RDWR | (NO_FOLLOW if mode is not None else 0))
     try:
+        if mode is not None and hasattr(os, "fchmod"):  # not on Windows
+            os.fchmod(descriptor, mode)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

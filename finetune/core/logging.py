@@ -28,6 +28,11 @@ def printable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def plain(text: str) -> str:
+    """Text without what a terminal would obey: a file's names may hold its commands (\\x1b)."""
+    return "".join(sign if sign == "\n" or sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
 def quiet_bars() -> None:
     """Switches off transformers' weight-loading bars."""
     from transformers.utils import logging as transformers_logging

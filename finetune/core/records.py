@@ -50,6 +50,10 @@ def checks_of(item: Mapping[str, Any]) -> list[Check]:
     return [Check.of_older(line) for line in item["checks"]]
 
 
+class LaterVersion(BadInput):
+    """A file of a form that this version does not know."""
+
+
 Values = dict[str, Any]
 
 
@@ -72,7 +76,7 @@ def check_schema(found: Any, file: Path, schema: int) -> None:
     """Refuses a form that this version does not know, rather than to read it wrongly."""
     if isinstance(found, int) and 0 <= found <= schema:
         return
-    raise BadInput(
-        f"{file} has schema {found}, and finetune {__version__} reads schemas up to {schema}: install the version "
-        "that wrote it, or a later one"
+    raise LaterVersion(
+        f"{file} has schema {str(found)[:20]}, and finetune {__version__} reads schemas up to {schema}: install the "
+        "version that wrote it, or a later one"
     )

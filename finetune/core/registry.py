@@ -21,10 +21,10 @@ T = TypeVar("T")
 class Registry(Mapping[str, type[T]], Generic[T]):
     """Name -> class, sorted by name. Modules are imported when it is first asked."""
 
-    def __init__(self, base: Any, package: str, name_of: Callable[[Any], str]) -> None:
+    def __init__(self, base: Any, package: str, name_of: Callable[[Any], str], nested: bool = False) -> None:
         """`base`: the abstract class that entries derive from. `package`: where ours are; also the group of entry
-        points. `name_of`: a class -> the name that recipes use."""
-        self.base, self.package, self.name_of = base, package, name_of
+        points. `name_of`: a class -> the name that recipes use. `nested`: also in packages inside `package`."""
+        self.base, self.package, self.name_of, self.nested = base, package, name_of, nested
         self._found: dict[str, type[T]] = {}
         self._loaded = self._loading = False
 
@@ -86,7 +86,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     def _modules(self) -> Iterator[Any]:
         package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__, f"{self.package}."):
+        found = pkgutil.walk_packages if self.nested else pkgutil.iter_modules
+        for module in found(package.__path__, f"{self.package}."):
             yield importlib.import_module(module.name)
 
     def _is_ours(self, item: Any, module: str) -> bool:

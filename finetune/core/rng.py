@@ -34,11 +34,11 @@ def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def normal(draws: Sequence[SampleKey], shape: Sequence[int], purpose: str) -> Tensor:
-    """Standard normal noise [len(draws), *shape], float32, one generator per sample."""
-    return torch.stack([torch.randn(tuple(shape), generator=draw.generator(purpose)) for draw in draws])
+def normal(keys: Sequence[SampleKey], shape: Sequence[int], purpose: str) -> Tensor:
+    """Standard normal noise [len(keys), *shape], float32, one generator per sample."""
+    return torch.stack([torch.randn(tuple(shape), generator=key.generator(purpose)) for key in keys])
 
 
-def uniform(draws: Sequence[SampleKey], purpose: str) -> Tensor:
-    """Uniform numbers in [0, 1): shape [len(draws)], float32."""
-    return torch.stack([torch.rand((), generator=draw.generator(purpose)) for draw in draws])
+def uniform(keys: Sequence[SampleKey], purpose: str) -> Tensor:
+    """Uniform numbers in [0, 1): shape [len(keys)], float32."""
+    return torch.stack([torch.rand((), generator=key.generator(purpose)) for key in keys])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 # stands in files with "/" on every system
 AnyPath = Annotated[Path, PlainSerializer(lambda path: path.as_posix(), return_type=str, when_used="json-unless-none")]
@@ -15,3 +17,15 @@ class Settings(BaseModel):
     """A section of a recipe: typed, frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+def chosen_by_kind(*options: Any) -> Any:
+    """The type of a field that holds settings of one of these classes: `kind` chooses, and its name alone means the
+    class at its defaults."""
+    union: Any = Annotated[reduce(or_, options), Field(discriminator="kind")]
+    names: Any = Literal[tuple(option.model_fields["kind"].default for option in options)]
+    return Annotated[union, BeforeValidator(_named, json_schema_input_type=names | union)]
+
+
+def _named(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from finetune.core.batch import Batch, Latents
 from finetune.core.errors import BadInput
+from finetune.core.processes import ALONE, Processes
 from finetune.core.rng import SampleKey
 from finetune.data.cache import Cache
 from finetune.data.conditioning.base import Inputs
 from finetune.data.crops import Crop
 from finetune.data.masks import Masks
-from finetune.data.samplers import ItemSampler, Sample, ShuffleSampler, Streams
+from finetune.data.samplers import ItemSampler, Sample, Streams
 
 __all__ = ["Batches", "Cache", "Sample", "check_split"]
 
@@ -26,9 +27,9 @@ __all__ = ["Batches", "Cache", "Sample", "check_split"]
 class Drawn:
     """One sample of a batch."""
 
-    draw: SampleKey
+    key: SampleKey
     name: str
-    view: Crop
+    crop: Crop
     caption: str
     weight: float
 
@@ -46,70 +47,82 @@ class Batches:
 
     def __init__(
         self,
-        streams: Streams,
+        sampler: ItemSampler,
         cache: Cache,
-        seed: int,
-        batch_size: int,
         accumulate: int = 1,
-        rank: int = 0,
-        world: int = 1,
-        order: ItemSampler | None = None,
+        processes: Processes = ALONE,
+        *,
         masks: Masks | None = None,
         inputs: Inputs | None = None,
     ) -> None:
-        """`order`: None for pictures of one size (`Permutations`); `masks`: None where all of a picture counts."""
-        check_split(batch_size, accumulate, world)
-        self.streams, self.cache, self.seed = streams, cache, seed
-        self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
-        self.order, self.masks = order or ShuffleSampler(streams, seed, batch_size), masks
-        self.inputs = inputs  # None where the base reads latents alone
+        """
+        Args:
+            sampler: which sample stands where: `ShuffleSampler` for images of one size, `BucketSampler` for several.
+            cache: the latents of every crop.
+            accumulate: the number of micro-batches in a step.
+            processes: which part of a micro-batch is this process's.
+            masks: the part of each image that counts; None where all of it does.
+            inputs: what the base reads beside the latents; None for nothing.
+
+        Raises:
+            BadInput: a step's samples can't be split evenly.
+        """
+        check_split(sampler.batch_size, accumulate, processes.world)
+        self.sampler, self.cache = sampler, cache
+        self.accumulate, self.processes = accumulate, processes
+        self.masks, self.inputs = masks, inputs
+
+    @property
+    def streams(self) -> Streams:
+        return self.sampler.streams
 
     @property
     def samples_per_step(self) -> int:
-        return self.batch_size * len(self.streams)
+        return self.sampler.batch_size * len(self.streams)
 
     def micro(self, step: int, index: int) -> Batch:
         """This process's part of micro-batch `index` of `step`."""
-        size = self.samples_per_step // (self.accumulate * self.world)
-        start = (index * self.world + self.rank) * size
+        processes = self.processes
+        size = self.samples_per_step // (self.accumulate * processes.world)
+        start = (index * processes.world + processes.rank) * size
         return self._batch([self._draw(step, slot) for slot in range(start, start + size)])
 
     def _draw(self, step: int, slot: int) -> Drawn:
-        draw = SampleKey(self.seed, step, slot)
+        key = SampleKey(self.sampler.seed, step, slot)
         pair, stream = divmod(slot, len(self.streams))
-        sample, crops, counts = self.order.place(stream, step, pair)
-        picks = torch.rand(3, generator=draw.generator("sample")).tolist()
-        view = crops[int(picks[0] * len(crops))]
+        sample, crops, weight = self.sampler.place(stream, step, pair)
+        picks = torch.rand(3, generator=key.generator("sample")).tolist()
+        crop = crops[int(picks[0] * len(crops))]
         caption = sample.captions[int(picks[1] * len(sample.captions))]
         text = "" if picks[2] < sample.caption_dropout else caption
-        return Drawn(draw, sample.name, view, text, sample.weight * len(self.streams) * counts)
+        return Drawn(key, sample.name, crop, text, sample.weight * len(self.streams) * weight)
 
     def _batch(self, drawn: list[Drawn]) -> Batch:
-        latents = [self.cache.latents(item.view) for item in drawn]
+        latents = [self.cache.latents(item.crop) for item in drawn]
         return Batch(
-            Latents(torch.stack([item.mean for item in latents]), torch.stack([item.std for item in latents])),
-            [self._prompt(item) for item in drawn],
-            torch.tensor([item.weight for item in drawn], dtype=torch.float32),
-            [item.view.geometry for item in drawn],
-            [item.draw for item in drawn],
-            [item.name for item in drawn],
-            None if self.masks is None else torch.stack([self.masks.mask(item.view) for item in drawn]),
-            self._extra(drawn),
-            self._conditions(drawn),
+            latents=Latents(torch.stack([item.mean for item in latents]), torch.stack([item.std for item in latents])),
+            prompts=[self._prompt(item) for item in drawn],
+            weight=torch.tensor([item.weight for item in drawn], dtype=torch.float32),
+            geometry=[item.crop.geometry for item in drawn],
+            keys=[item.key for item in drawn],
+            names=[item.name for item in drawn],
+            mask=None if self.masks is None else torch.stack([self.masks.mask(item.crop) for item in drawn]),
+            extra=self._extra(drawn),
+            conditions=self._conditions(drawn),
         )
 
     def _prompt(self, item: Drawn) -> str:
-        return item.caption if self.inputs is None else self.inputs.prompt(item.caption, item.draw)
+        return item.caption if self.inputs is None else self.inputs.prompt(item.caption, item.key)
 
     def _conditions(self, drawn: list[Drawn]) -> dict[str, Tensor]:
         """What is made of the images themselves, by the families that are conditioned on it."""
-        made = [self.cache.conditions(item.view) for item in drawn]
+        made = [self.cache.conditions(item.crop) for item in drawn]
         return {name: torch.stack([item[name] for item in made]) for name in made[0]}
 
     def _extra(self, drawn: list[Drawn]) -> Tensor | None:
         if self.inputs is None:
             return None
-        return torch.stack([self.inputs.extra(item.view, item.draw, self.cache) for item in drawn])
+        return torch.stack([self.inputs.extra(item.crop, item.key, self.cache) for item in drawn])
 
 
 def check_split(batch_size: int, accumulate: int, world: int) -> None:

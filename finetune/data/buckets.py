@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: pure arithmetic from a resolution to picture sizes, and from a photo's size to one of them.
+"""Aspect-ratio buckets: pure arithmetic from a resolution to image sizes, and from a photo's size to one of them.
 
 Photos of one bucket make batches of one shape, at about the same area as the square: less of a photo is cut away
 (NovelAI's scheme, https://github.com/NovelAI/novelai-aspect-ratio-bucketing, with every size near that area).
@@ -40,5 +40,5 @@ def nearest_bucket(size: Size, table: Sequence[Size]) -> Size:
 
 
 def cut_away(size: Size, bucket: Size) -> float:
-    """The share of a picture that does not fit into a bucket which it covers, in [0, 1)."""
+    """The share of an image that does not fit into a bucket which it covers, in [0, 1)."""
     return float(1 - 1 / mismatch(size, bucket))

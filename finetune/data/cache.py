@@ -19,7 +19,7 @@ CONDITION = "condition."
 
 
 class Encodable(Protocol):
-    """What the VAE encodes: a view, or something made of one."""
+    """What the VAE encodes: a crop, or something made of one."""
 
     @property
     def key(self) -> str:
@@ -30,63 +30,63 @@ class Encodable(Protocol):
 
 
 class Cache(Protocol):
-    def latents(self, view: Encodable) -> Latents: ...
+    def latents(self, image: Encodable) -> Latents: ...
 
-    def conditions(self, view: Encodable) -> dict[str, Tensor]: ...
+    def conditions(self, image: Encodable) -> dict[str, Tensor]: ...
 
 
 class LatentCache:
-    """The latent distribution of each view, and the conditions that are made of it; `fill` once, then from memory."""
+    """The latent distribution of each image, and the conditions that are made of it; `fill` once, then from memory."""
 
     def __init__(self, folder: Path, base_hash: str, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.base_hash, self.dtype = folder / "latents", base_hash, dtype
-        self.held: dict[str, Latents] = {}
+        self.entries: dict[str, Latents] = {}
         self.made: dict[str, dict[str, Tensor]] = {}
 
     def fill(
         self,
         family: Family,
-        crops: Sequence[Encodable],
+        images: Sequence[Encodable],
         advance: Callable[[int], None] = lambda amount: None,
     ) -> None:
         """Encodes what is not on disk yet. A file that can't be read is made again.
 
-        One picture at a time: its latents then do not depend, in the last bits, on which others were missing. On a
+        One image at a time: its latents then do not depend, in the last bits, on which others were missing. On a
         CPU that is no slower than batches of 8 (.0068 against .0070 s at 64 pixels, .23 against .40 s at 256).
         """
-        for view in crops:
-            if not self._read(view):
-                self._make(family, view)
+        for image in images:
+            if not self._read(image):
+                self._make(family, image)
             advance(1)
 
-    def latents(self, view: Encodable) -> Latents:
+    def latents(self, image: Encodable) -> Latents:
         """mean and std [C, h, w], float32."""
-        return self.held[view.key]
+        return self.entries[image.key]
 
-    def conditions(self, view: Encodable) -> dict[str, Tensor]:
+    def conditions(self, image: Encodable) -> dict[str, Tensor]:
         """`Family.encode_image_conditions` of one image, without the batch's dimension."""
-        return self.made[view.key]
+        return self.made[image.key]
 
-    def _make(self, family: Family, view: Encodable) -> None:
+    def _make(self, family: Family, image: Encodable) -> None:
         family.parts.place([*family.codec.parts, *family.image_encoders])
-        pixels = view.pixels()[None].to(family.device)
+        pixels = image.pixels()[None].to(family.device)
         encoded = family.codec.encode(pixels).to("cpu")
         made = {name: value[0].to("cpu") for name, value in family.encode_image_conditions(pixels).items()}
-        self.held[view.key], self.made[view.key] = Latents(encoded.mean[0], encoded.std[0]), made
+        self.entries[image.key], self.made[image.key] = Latents(encoded.mean[0], encoded.std[0]), made
         tensors = {"mean": encoded.mean[0], "std": encoded.std[0]}
-        save_tensors(self._file(view), tensors | {f"{CONDITION}{name}": value for name, value in made.items()})
+        save_tensors(self._file(image), tensors | {f"{CONDITION}{name}": value for name, value in made.items()})
 
-    def _file(self, view: Encodable) -> Path:
-        text = f"{view.key}:{self.base_hash}:{self.dtype}"
+    def _file(self, image: Encodable) -> Path:
+        text = f"{image.key}:{self.base_hash}:{self.dtype}"
         name = hashlib.sha256(text.encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def _read(self, view: Encodable) -> bool:
-        tensors = _load(self._file(view))
+    def _read(self, image: Encodable) -> bool:
+        tensors = _load(self._file(image))
         if tensors is None or not tensors.keys() >= {"mean", "std"}:
             return False
-        self.held[view.key] = Latents(tensors.pop("mean"), tensors.pop("std"))
-        self.made[view.key] = {name.removeprefix(CONDITION): value for name, value in tensors.items()}
+        self.entries[image.key] = Latents(tensors.pop("mean"), tensors.pop("std"))
+        self.made[image.key] = {name.removeprefix(CONDITION): value for name, value in tensors.items()}
         return True
 
 
@@ -95,24 +95,24 @@ class PromptCache:
 
     def __init__(self, family: Family, base_hash: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.family, self.base_hash, self.folder, self.dtype = family, base_hash, folder / "prompts", dtype
-        self.held: dict[str, list[dict[str, Tensor]]] = {}
+        self.entries: dict[str, list[dict[str, Tensor]]] = {}
 
     @torch.no_grad()
     def fill(self, prompts: Sequence[str]) -> None:
         """One encoder after the other is on the device; what they give stays there."""
-        self.held |= {prompt: [] for prompt in prompts}
+        self.entries |= {prompt: [] for prompt in prompts}
         for index, part in enumerate(self.family.text_encoders):
             for prompt in prompts:
                 encoded = self._one(index, part, prompt)
-                self.held[prompt].append({name: value.to(self.family.device) for name, value in encoded.items()})
+                self.entries[prompt].append({name: value.to(self.family.device) for name, value in encoded.items()})
 
-    def __call__(self, prompts: Sequence[str], kept: Tensor | None = None) -> dict[str, Tensor]:
-        rows = [self.held[prompt] for prompt in prompts]
+    def __call__(self, prompts: Sequence[str], keep_mask: Tensor | None = None) -> dict[str, Tensor]:
+        rows = [self.entries[prompt] for prompt in prompts]
         encoded = [
             {name: torch.stack([row[index][name] for row in rows]) for name in rows[0][index]}
             for index in range(len(rows[0]))
         ]
-        return self.family.join_texts(encoded, kept)
+        return self.family.join_texts(encoded, keep_mask)
 
     def _one(self, index: int, part: str, prompt: str) -> dict[str, Tensor]:
         """One encoder's output for one prompt, without the batch's dimension."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.core.errors import BadInput
+from finetune.core.reading import parse_json, read_utf8
 from finetune.data.photos import Photo
 
 
@@ -55,7 +55,8 @@ def _refuse_orphans(folder: Path, found: dict[str, str]) -> None:
     if orphans:
         raise BadInput(
             f"metadata.jsonl or captions.csv in {folder} names {', '.join(orphans)}, which is not there: remove the "
-            "line, or add the photo"
+            "line, or add the photo",
+            path=folder,
         )
 
 
@@ -94,9 +95,9 @@ def caption_files(folder: Path, photos: Sequence[Photo]) -> dict[str, str]:
     """
     found = caption_rows(folder)
     for photo in photos:
-        beside = photo.path.with_suffix(".txt")
-        if beside.is_file():
-            found[photo.path.name] = " ".join(_text(beside).split())
+        file = photo.path.with_suffix(".txt")
+        if file.is_file():
+            found[photo.path.name] = " ".join(read_utf8(file).split())
     return {name: text for name, text in found.items() if text}
 
 
@@ -105,26 +106,21 @@ def caption_rows(folder: Path) -> dict[str, str]:
     return {**_jsonl(folder / "metadata.jsonl"), **_csv(folder / "captions.csv")}
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{file} is not UTF-8 text (byte {error.start} is wrong): save it as UTF-8") from error
-
-
 def _jsonl(file: Path) -> dict[str, str]:
     """The hub's imagefolder layout: one {"file_name": ..., "text": ...} a line."""
     if not file.is_file():
         return {}
     found = {}
-    for number, line in enumerate(_text(file).splitlines(), 1):
+    for number, line in enumerate(read_utf8(file).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line, f"{file} line {number}", dict)
             found[str(row["file_name"])] = str(row["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f'{file} line {number} is not {{"file_name": ..., "text": ...}}: mend it') from error
+        except (BadInput, KeyError) as error:
+            raise BadInput(
+                f'{file} line {number} is not {{"file_name": ..., "text": ...}}: correct it', path=file
+            ) from error
     return found
 
 
@@ -132,7 +128,12 @@ def _csv(file: Path) -> dict[str, str]:
     """Two columns: file name, caption; a header line file_name,text may stand first."""
     if not file.is_file():
         return {}
-    rows = [row for row in csv.reader(io.StringIO(_text(file))) if row]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(read_utf8(file))) if row]
+    except csv.Error as error:  # a field of more than 131,072 characters
+        raise BadInput(f"{file} can't be read ({error}): mend it") from error
     if any(len(row) != 2 for row in rows):
-        raise BadInput(f"{file} must have two columns, file name and caption: put captions with commas in quotes")
+        raise BadInput(
+            f"{file} must have two columns, file name and caption: put captions with commas in quotes", path=file
+        )
     return {name.strip(): text.strip() for name, text in rows if name != "file_name"}

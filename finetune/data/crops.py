@@ -1,4 +1,4 @@
-"""Crops and flips: pure arithmetic from a photo's size to training pictures."""
+"""Crops and flips: pure arithmetic from a photo's size to training images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune.data.photos import Photo, open_image
 
 @dataclass(frozen=True)
 class Crop:
-    """One way to look at a photo: resized to `resized`, cropped to `size` at `crop` (left, top), perhaps mirrored.
+    """One way to look at a photo: resized to `resized`, cropped to `size` at `corner` (left, top), perhaps mirrored.
 
     Sizes are (width, height), in pixels.
     """
@@ -29,7 +29,7 @@ class Crop:
     photo: Photo
     size: Size
     resized: Size
-    crop: tuple[int, int]
+    corner: tuple[int, int]
     flip: bool
 
     @cached_property
@@ -37,13 +37,13 @@ class Crop:
         """A hash of the photo's content and of everything done to it."""
         width, height = self.size
         shape = str(width) if width == height else f"{width}x{height}"  # squares are cached under their first name
-        text = f"{self.photo.digest}:{shape}:{self.resized}:{self.crop}:{self.flip}:lanczos"
+        text = f"{self.photo.digest}:{shape}:{self.resized}:{self.corner}:{self.flip}:lanczos"
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def geometry(self) -> Geometry:
         width, height = self.photo.size
-        left, top = self.crop
+        left, top = self.corner
         if self.flip:
             left = self.resized[0] - self.size[0] - left
         return Geometry((height, width), (top, left), (self.size[1], self.size[0]))
@@ -52,8 +52,8 @@ class Crop:
         return self.cut(_resized(self.photo, self.resized))
 
     def cut(self, resized: Image.Image) -> Image.Image:
-        """The part of the resized photo, or of a mask as large as that, which the view shows."""
-        left, top = self.crop
+        """The part of the resized photo, or of a mask as large as that, which the crop shows."""
+        left, top = self.corner
         image = resized.crop((left, top, left + self.size[0], top + self.size[1]))
         return ImageOps.mirror(image) if self.flip else image
 
@@ -65,12 +65,12 @@ class Crop:
 
 @lru_cache(maxsize=1)
 def _resized(photo: Photo, size: tuple[int, int]) -> Image.Image:
-    """Kept from one view to the next: the crops and flips of a photo follow each other, and decoding is what costs."""
+    """Kept from one crop to the next: the crops and flips of a photo follow each other, and decoding is what costs."""
     return open_image(photo.path).resize(size, Image.Resampling.LANCZOS)
 
 
 def scale_to_cover(size: Size, target: Size) -> float:
-    """By how much a picture must be scaled so that it just covers `target`."""
+    """By how much an image must be scaled so that it just covers `target`."""
     return max(target[0] / size[0], target[1] / size[1])
 
 
@@ -92,7 +92,7 @@ def enlarged(photos: Sequence[Photo], sizes: int | Sequence[Size]) -> str | None
 def make_crops(
     photo: Photo, size: int | Size, crop: Literal["center", "random"], crops: int, flip: bool, seed: int
 ) -> list[Crop]:
-    """The views of a photo that are cached and drawn from: resized to cover `size` (w, h), and cropped to it.
+    """The crops of a photo that are cached and drawn from: resized to cover `size` (w, h), and cropped to it.
 
     A number is the side of a square. `crop: random` gives `crops` positions that are a function of the seed and the
     photo's content.

@@ -28,7 +28,7 @@ SHAPE = 0.02  # a mask's aspect ratio may be so far off its photo's: rounding, w
 
 @dataclass(frozen=True)
 class Mask:
-    """Where a photo's mask is: a picture file, or the alpha channel of the photo itself."""
+    """Where a photo's mask is: an image file, or the alpha channel of the photo itself."""
 
     file: Path
     alpha: bool = False
@@ -42,18 +42,18 @@ class Mask:
         return channel
 
 
-Source = Literal["none", "auto", "alpha", "files"]
+MaskSource = Literal["none", "auto", "alpha", "files"]
 
 
-def find_masks(folder: Path, photos: Sequence[Photo], source: Source) -> dict[Path, Mask]:
+def find_masks(folder: Path, photos: Sequence[Photo], source: MaskSource) -> dict[Path, Mask]:
     """Photo file -> its mask, for those that have one; each is opened once and looked at.
 
     Raises:
         BadInput: photos without a mask where all must have one, masks of no photo, masks that can't be used.
     """
-    beside, inside = _beside(folder), _inside(folder)
-    files = {} if source in ("none", "alpha") else inside | beside
-    _refuse_orphans(folder, beside | files)
+    next_to, inside = _masks_next_to(folder), _masks_inside(folder)
+    files = {} if source in ("none", "alpha") else inside | next_to
+    _refuse_orphans(folder, next_to | files)
     if source == "none":
         return {}
     found = {photo.path: mask for photo in photos if (mask := _mask_of(photo.path, files, source)) is not None}
@@ -74,19 +74,19 @@ def find_masks(folder: Path, photos: Sequence[Photo], source: Source) -> dict[Pa
     return found
 
 
-def _mask_of(photo: Path, files: dict[str, Path], source: Source) -> Mask | None:
+def _mask_of(photo: Path, files: dict[str, Path], source: MaskSource) -> Mask | None:
     if photo.stem in files:
         return Mask(files[photo.stem])
     return Mask(photo, alpha=True) if source != "files" and alpha_channel(photo) is not None else None
 
 
-def _beside(folder: Path) -> dict[str, Path]:
+def _masks_next_to(folder: Path) -> dict[str, Path]:
     """NAME -> NAME.mask.png."""
     files = [file for file in folder.iterdir() if not file.name.startswith(".")]
     return {file.name[: -len(MASK)]: file for file in files if file.name.lower().endswith(MASK)}
 
 
-def _inside(folder: Path) -> dict[str, Path]:
+def _masks_inside(folder: Path) -> dict[str, Path]:
     """NAME -> masks/NAME.png."""
     files = (folder / "masks").iterdir() if (folder / "masks").is_dir() else ()
     return {file.stem: file for file in files if file.suffix.lower() == ".png" and not file.name.startswith(".")}
@@ -98,7 +98,8 @@ def _refuse_orphans(folder: Path, files: dict[str, Path]) -> None:
     orphans = sorted(shown(file.relative_to(folder)) for stem, file in files.items() if stem not in stems)
     if orphans:
         raise BadInput(
-            f"{', '.join(orphans)} in {folder} would be masks of photos that are not there: rename or remove them"
+            f"{', '.join(orphans)} in {folder} would be masks of photos that are not there: rename or remove them",
+            path=folder,
         )
 
 
@@ -119,27 +120,27 @@ def _check(photo: Photo, mask: Mask) -> None:
 
 
 class Masks:
-    """The mask of each view at the size of its latents; of a photo without one, ones. `fill` once, then `mask`."""
+    """The mask of each crop at the size of its latents; of a photo without one, ones. `fill` once, then `mask`."""
 
     def __init__(self, masks: dict[Path, Mask], latent_factor: int, floor: float) -> None:
         self.masks, self.factor, self.floor = masks, latent_factor, floor
-        self.held: dict[Crop, Tensor] = {}
+        self.entries: dict[Crop, Tensor] = {}
 
     def fill(self, crops: Sequence[Crop]) -> Masks:
-        """Makes those of `views` that are not all ones; a file that changes later changes nothing."""
-        for view in crops:
-            if view.photo.path in self.masks:
-                self.held[view] = self._make(view, self.masks[view.photo.path])
+        """Makes those of `crops` that are not all ones; a file that changes later changes nothing."""
+        for crop in crops:
+            if crop.photo.path in self.masks:
+                self.entries[crop] = self._make(crop, self.masks[crop.photo.path])
         return self
 
-    def mask(self, view: Crop) -> Tensor:
+    def mask(self, crop: Crop) -> Tensor:
         """[1, h, w] float32 in [floor, 1]: the share of each latent's pixels that are the subject."""
-        if view in self.held:
-            return self.held[view]
-        return torch.ones(1, view.size[1] // self.factor, view.size[0] // self.factor)
+        if crop in self.entries:
+            return self.entries[crop]
+        return torch.ones(1, crop.size[1] // self.factor, crop.size[0] // self.factor)
 
-    def _make(self, view: Crop, mask: Mask) -> Tensor:
-        values = np.asarray(view.cut(_resized(mask, view.resized)), dtype=np.float32) / 255
+    def _make(self, crop: Crop, mask: Mask) -> Tensor:
+        values = np.asarray(crop.cut(_resized(mask, crop.resized)), dtype=np.float32) / 255
         share = avg_pool2d(torch.from_numpy(values)[None], self.factor)
         return self.floor + (1 - self.floor) * share
 

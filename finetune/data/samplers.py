@@ -16,7 +16,7 @@ from finetune.data.crops import Crop
 
 @dataclass(frozen=True)
 class Sample:
-    """What is drawn from: a photo's views and captions. `weight` multiplies its loss (lambda for class images)."""
+    """What is drawn from: a photo's crops and captions. `weight` multiplies its loss (lambda for class images)."""
 
     crops: list[Crop]
     captions: list[str]
@@ -24,38 +24,44 @@ class Sample:
     caption_dropout: float
     name: str
 
-    def views_of(self, size: Size) -> list[Crop]:
-        return [view for view in self.crops if view.size == size]
+    def crops_of(self, size: Size) -> list[Crop]:
+        return [crop for crop in self.crops if crop.size == size]
 
 
 Streams = Sequence[Sequence[Sample]]
 
 
-class Place(NamedTuple):
-    """A sample, those of its views that fit into the step, and what its weight counts there: 0 for padding."""
+class Slot(NamedTuple):
+    """A sample, those of its crops that fit into the step, and what its weight is multiplied by: 0 for padding."""
 
     sample: Sample
     crops: list[Crop]
-    counts: float = 1.0
+    weight: float = 1.0
 
 
 class ItemSampler(Protocol):
-    def place(self, stream: int, step: int, pair: int) -> Place:
+    """The order of a run: `batch_size` samples of each stream in a step."""
+
+    streams: Streams
+    seed: int
+    batch_size: int
+
+    def place(self, stream: int, step: int, pair: int) -> Slot:
         """The `pair`-th sample that `stream` gives to `step`."""
         ...
 
 
 class ShuffleSampler:
-    """Every picture has the same size: each stream goes through its samples again and again, in a new order."""
+    """Every image has the same size: each stream goes through its samples again and again, in a new order."""
 
     def __init__(self, streams: Streams, seed: int, batch_size: int) -> None:
         self.streams, self.seed, self.batch_size = streams, seed, batch_size
 
-    def place(self, stream: int, step: int, pair: int) -> Place:
+    def place(self, stream: int, step: int, pair: int) -> Slot:
         samples = self.streams[stream]
         epoch, position = divmod(step * self.batch_size + pair, len(samples))
         sample = samples[permutation(self.seed, "order", stream, epoch, len(samples))[position]]
-        return Place(sample, sample.crops)
+        return Slot(sample, sample.crops)
 
 
 class BucketSampler:
@@ -64,24 +70,24 @@ class BucketSampler:
     An epoch of the subject goes bucket by bucket: the bucket's photos in a new order, cut into groups of
     `batch_size`; the groups of all buckets in a new order. A group that is not full is filled with repeats that count
     nothing, nor does the class image beside one, so that each photo counts once an epoch. Class images have their own
-    order, as in `Permutations`.
+    order, as in `ShuffleSampler`.
     """
 
     def __init__(self, streams: Streams, seed: int, batch_size: int) -> None:
-        self.seed, self.batch_size = seed, batch_size
+        self.streams, self.seed, self.batch_size = streams, seed, batch_size
         self.subject, self.others = streams[0], ShuffleSampler(streams, seed, batch_size)
         sizes = [sample.crops[0].size for sample in self.subject]
         self.members = [[k for k, own in enumerate(sizes) if own == size] for size in sorted(set(sizes))]
         self.groups = group_count([len(members) for members in self.members], batch_size)
 
-    def place(self, stream: int, step: int, pair: int) -> Place:
+    def place(self, stream: int, step: int, pair: int) -> Slot:
         group = self._group(step)
-        counts = float(pair < len(group))  # of a class image too: lambda stays what it is beside each photo
+        weight = float(pair < len(group))  # of a class image too: lambda stays what it is beside each photo
         if stream == 0:
             sample = self.subject[group[pair % len(group)]]
-            return Place(sample, sample.crops, counts)
+            return Slot(sample, sample.crops, weight)
         sample = self.others.place(stream, step, pair).sample
-        return Place(sample, sample.views_of(self.subject[group[0]].crops[0].size), counts)
+        return Slot(sample, sample.crops_of(self.subject[group[0]].crops[0].size), weight)
 
     def _group(self, step: int) -> list[int]:
         """The subject photos of a step, by number: from one to `batch_size` of one bucket."""

@@ -10,12 +10,12 @@ from pydantic import Field, field_validator
 from finetune.core.settings import AnyPath, Settings
 
 
-class Subject(Settings):
-    """A further subject of the same run, beside `data.photos`: its photos, what it is, and its token."""
+class SubjectSettings(Settings):
+    """A further subject of the same run, besides that of `data.photos`: its photos, what it is, and its token."""
 
     photos: AnyPath
-    class_noun: str | None = None
-    token: str = Field(default="auto", min_length=1)
+    class_noun: str | None = Field(default=None, max_length=200)
+    token: str = Field(default="auto", min_length=1, max_length=100)
 
     @field_validator("photos")
     @classmethod
@@ -23,7 +23,7 @@ class Subject(Settings):
         return value.expanduser().absolute()
 
 
-class Data(Subject):
+class Data(SubjectSettings):
     """The subject's photos and how they are captioned, cropped and augmented.
 
     `captions: auto` uses a .txt file beside a photo (or metadata.jsonl / captions.csv in the folder) where one
@@ -36,7 +36,7 @@ class Data(Subject):
     for the further `subjects` too.
     """
 
-    subjects: list[Subject] = []
+    subjects: list[SubjectSettings] = []
     skip_bad: bool = False  # leave out files that can't be used
     token_pieces: int = Field(default=1, ge=1)
     captions: Literal["auto", "files", "templates"] = "auto"
@@ -52,9 +52,9 @@ class Data(Subject):
     encoder_dropout: float = Field(default=0.0, ge=0, le=1)  # each of several text encoders on its own
     masks: Literal["none", "auto", "alpha", "files"] = "none"
     mask_floor: float = Field(default=0.0, ge=0, le=1)
-    mask_count: int = Field(default=8, ge=1)  # drawn for each view, for inpainting
-    edit_dropout: float = Field(default=0.05, ge=0, le=1 / 3)  # of picture, instruction and both
+    mask_count: int = Field(default=8, ge=1)  # drawn for each crop, for inpainting
+    edit_dropout: float = Field(default=0.05, ge=0, le=1 / 3)  # of image, instruction and both
 
     @property
-    def all_subjects(self) -> list[Subject]:
+    def all_subjects(self) -> list[SubjectSettings]:
         return [self, *self.subjects]

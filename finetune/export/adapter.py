@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
-from finetune.export.base import Adapter, Bench, Exported
+from finetune.export.base import Adapter, Bench, Exported, Request
 from finetune.export.metadata import adapter_metadata
-from finetune.export.registry import EXPORTS, check_formats
+from finetune.export.registry import adapter_exports, check_formats
 from finetune.export.verify import verify
 from finetune.families.base import Family
 from finetune.methods.base import Method
@@ -33,32 +32,23 @@ def adapter_from(method: Method, family: Family) -> Adapter:
     return Adapter(family.name, family.folder, layers, method.alpha_value / divisor)
 
 
-def export_adapter(
-    adapter: Adapter,
-    folder: Path,
-    name: str,
-    formats: Sequence[str],
-    dtype: str,
-    about: dict[str, str],
-    bench: Bench,
-    v_prediction: bool = False,
-    force: bool = False,
-) -> list[Exported]:
+def export_adapter(adapter: Adapter, request: Request, formats: Sequence[str], bench: Bench) -> list[Exported]:
     """Writes each format, and checks it on `bench`.
 
     Raises:
-        BadInput: an unknown format, or a file that is already there without `force`.
+        BadInput: an unknown format, or a file that is already there without `request.force`.
     """
     check_formats(formats)
     exported = []
-    written = adapter.balanced() if dtype == "fp16" else adapter
+    written = adapter.balanced() if request.dtype == "fp16" else adapter
+    dtype, metadata = DTYPES[request.dtype], adapter_metadata(adapter, request.about, request.v_prediction)
     for wanted in formats:
-        export = EXPORTS[wanted]()
-        path = export.path(folder, name, adapter.family)
-        if path.exists() and not force:
+        export = adapter_exports([wanted])[0]
+        path = export.path(request.folder, request.name, adapter.family)
+        if path.exists() and not request.force:
             raise BadInput(f"{path} is already there: remove it, or pass --force")
         if path.is_dir():
             shutil.rmtree(path)
-        export.write(written, path, DTYPES[dtype], adapter_metadata(adapter, about, v_prediction))
-        exported.append(verify(adapter, export, path, DTYPES[dtype], bench))
+        export.write(written, path, dtype, metadata)
+        exported.append(verify(adapter, export, path, dtype, bench))
     return exported

@@ -1,11 +1,11 @@
-"""The export seam: what was trained -> a file that another program reads. A new format is one new file here."""
+"""The export seam: what was trained -> files that other programs read. A new format is one new file here."""
 
 from __future__ import annotations
 
 import gc
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,9 @@ from finetune.core.devices import DTYPES
 from finetune.core.records import Check
 from finetune.export.settings import Verify
 from finetune.families.base import Family
+from finetune.families.settings import Base
+from finetune.methods.base import Artifact
+from finetune.methods.textual_inversion import Inversion
 
 SMALL = 2.0**-6  # of the largest value of B: most of its values then are far enough above fp16's smallest
 Load = Callable[[torch.dtype], Family]  # a clean base in a precision, on the CPU
@@ -179,15 +182,51 @@ def unchecked(form: str, path: Path, modules: int) -> Exported:
     return Exported(form, path, sum(file.stat().st_size for file in files), modules, None, [])
 
 
+@dataclass(frozen=True)
+class Request:
+    """Where an export is written and how: NAME in `folder`, its numbers in `dtype`.
+
+    `about`: title, resolution ("512x512"), trigger_phrase, and whatever else the run says of itself. `v_prediction`:
+    what the base predicts. `force`: an older file is written over.
+    """
+
+    folder: Path
+    name: str
+    dtype: str  # "fp32", "fp16" or "bf16"
+    about: dict[str, str]
+    v_prediction: bool = False
+    force: bool = False
+
+
 class Export(ABC):
-    """One format."""
+    """One format of one kind of artifact: derive from the class of that kind, below.
+
+    Class attributes:
+        name: what recipes and `--to` call it.
+        artifact: what it holds of what a method leaves (`Method.artifacts`).
+        usual: written where no format is asked for.
+    """
 
     name: ClassVar[str]
-    read_by: ClassVar[tuple[str, ...]]
+    artifact: ClassVar[Artifact]
+    usual: ClassVar[bool] = True
 
     @abstractmethod
     def path(self, folder: Path, name: str, family: str) -> Path:
-        """Where this format of an adapter called `name` is written: NAME.safetensors is what most UIs read."""
+        """Where this format of something called `name` is written: NAME.safetensors is what most UIs read."""
+
+
+class AdapterExport(Export):
+    """A format of LoRA files.
+
+    Class attributes:
+        read_by: the programs that read it.
+        recognised: `finetune.adapters` knows its files by their keys, whoever wrote them.
+    """
+
+    artifact = "adapter"
+    read_by: ClassVar[tuple[str, ...]]
+    recognised: ClassVar[bool] = False
 
     def readers(self, adapter: Adapter) -> tuple[str, ...]:
         """The programs that are known to read this adapter whole."""
@@ -203,6 +242,68 @@ class Export(ABC):
         Raises:
             BadInput: it is not of this format, or a key, an alpha or a shape is wrong; the key is named.
         """
+
+
+class ModelExport(Export):
+    """A format of whole models."""
+
+    artifact = "weights"
+
+    def obstacle(self, family: Family) -> str:
+        """What it can't hold, such as "a base with depth inputs"; empty where it can hold the family."""
+        return ""
+
+    @abstractmethod
+    def export(self, family: Family, path: Path, request: Request, verify: Verify) -> Exported:
+        """Writes `path` (replacing an older export), and compares what is read back.
+
+        Raises:
+            BadInput: it can't hold this family.
+        """
+
+    @abstractmethod
+    def open(self, path: Path, base: Base, dtype: torch.dtype) -> Family:
+        """A written model; `base` is that of the run."""
+
+    @abstractmethod
+    def checking(self, parts: Mapping[str, float], verify: Verify) -> str:
+        """What a check holds in memory beside the trained model, for the plan; empty for nothing. `parts`: the bytes
+        of each as it is stored."""
+
+
+class EmbeddingExport(Export):
+    """A format of new words' embeddings."""
+
+    artifact = "embedding"
+
+    def readers(self, family: str) -> tuple[str, ...]:
+        """The programs that are known to read it for a family."""
+        return ()
+
+    @abstractmethod
+    def export(self, words: NewWords, family: Family, request: Request, bench: Bench) -> Exported:
+        """Writes it, and compares what is read back. The family's parts need not be in memory any more."""
+
+    @abstractmethod
+    def read(self, path: Path, family: str) -> dict[str, Tensor]:
+        """Text encoder -> [n, width], fp32, from a written file alone.
+
+        Raises:
+            BadInput: it is not whole, or of another kind of base.
+        """
+
+    def usage(self, family: str, file: str, token: str) -> list[str]:
+        """The lines of Python with which diffusers loads a file; none where it has no reader."""
+        return []
+
+
+@dataclass(frozen=True)
+class NewWords:
+    """`rows`: text encoder -> [n, width], on the CPU. `initial`: the initialiser's words, which T5 reads."""
+
+    method: Inversion
+    rows: dict[str, Tensor]
+    initial: str
 
 
 def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:

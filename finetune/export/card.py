@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 import yaml
 
+from finetune.core.errors import BadInput
+from finetune.core.files import leads_out
+from finetune.core.reading import parse_yaml, read_bytes
 from finetune.families.registry import FAMILIES
 
 TAGS = {"adapter": ["lora", "template:sd-lora"], "weights": [], "embedding": ["textual_inversion"]}  # the hub's
@@ -62,7 +66,7 @@ def model_card(card: Card) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {card.title}",
         "<Gallery />" if card.images else "",
-        f"Write `{card.trigger}` in a prompt. Trained on {card.base}.",
+        f"Write `{' '.join(card.trigger.replace('`', '').split())}` in a prompt. Trained on {card.base}.",
         "## Files\n\n" + "\n".join(f"- {line}" for line in card.files),
         _use(card),
         "## Settings\n\n| | |\n|---|---|\n"
@@ -79,13 +83,18 @@ def _use(card: Card) -> str:
     lines = [
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipeline = DiffusionPipeline.from_pretrained("{source}")',
+        f"pipeline = DiffusionPipeline.from_pretrained({_quoted(source)})",
         *([lora] if "adapter" in card.holds else []),
         *card.loading,
-        f'pipeline("{prompt}").images[0]',
+        f"pipeline({_quoted(prompt)}).images[0]",
     ]
     code = "\n".join(lines)
     return f"## Use\n\n```python\n{code}\n```"
+
+
+def _quoted(text: str) -> str:
+    """As a string of Python: somebody will paste it, and a prompt may come from somebody else."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def licence_of(folder: Path) -> str | None:
@@ -93,12 +102,14 @@ def licence_of(folder: Path) -> str | None:
     file = folder / "README.md"
     if not file.is_file():
         return None
-    text = file.read_text(encoding="utf-8", errors="replace")
+    if leads_out(file, folder):  # its words would leave with the card
+        return None
+    text = read_bytes(file).decode("utf-8", "replace")
     if not text.startswith("---"):
         return None
     try:
-        front = yaml.safe_load(text[3:].split("\n---", 1)[0])
-    except yaml.YAMLError:
+        front = parse_yaml(text[3:].split("\n---", 1)[0], str(file))
+    except BadInput:
         return None
     stated = front.get("license") if isinstance(front, dict) else None
-    return str(stated) if stated else None
+    return " ".join(str(stated).split())[:100] if stated else None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from finetune.core.determinism import threads_at_most
 from finetune.core.devices import doubled, exact_device
 from finetune.core.errors import BadInput
 from finetune.families.base import Family
 from finetune.families.naming.clip import strip_text_model
+from finetune.families.parts import Released
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv2d)  # what a LoRA file can hold
 
@@ -72,41 +76,94 @@ def decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int) -> Decompose
     return found
 
 
-@torch.no_grad()
-def differences(base: Family, tuned: Family) -> Iterator[tuple[str, str, Tensor]]:
-    """(part, module, tuned weight - base weight) of every linear layer and convolution that moved.
+class Difference:
+    """How a tuned model differs from its base. A part that is not in memory is read for as long as it is compared, so
+    that of two `unloaded` families one part of each is held at a time.
 
     Raises:
-        BadInput: as `extract`.
+        BadInput: they are of different families.
     """
-    if base.name != tuned.name:
-        raise BadInput(f"the model is a {tuned.name} and the base a {base.name}: give the base it was tuned from")
-    for part in base.trainable_parts():
-        others = {strip_text_model(path): child for path, child in tuned.parts[part].named_modules()}
-        for path, child in base.parts[part].named_modules():
-            if not isinstance(child, LAYERS):
-                continue
-            module = strip_text_model(path)
-            change = _difference(part, module, child.weight, others.get(module))
-            if bool(change.any()):
-                yield part, module, change
+
+    def __init__(self, base: Family, tuned: Family) -> None:
+        if base.name != tuned.name:
+            raise BadInput(f"the model is a {tuned.name} and the base a {base.name}: give the base it was tuned from")
+        self.base, self.tuned = base, tuned
+        self.beyond: dict[str, list[float]] = {}  # part -> squared changes of what no LoRA holds
+
+    @torch.no_grad()
+    def layers(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(part, module, tuned weight - base weight) of every linear layer and convolution that moved.
+
+        Raises:
+            BadInput: they are of different shapes.
+        """
+        adapted = self.base.trainable_parts()
+        for part in [*adapted, *(name for name in self.base.parts if name not in adapted)]:
+            yield from self._layers_of(part, part in adapted)
+
+    def _layers_of(self, part: str, adapted: bool) -> Iterator[tuple[str, str, Tensor]]:
+        """Its own frame, which ends: a part that is still named would stay in memory beside the next."""
+        with loaded(self.base, part) as old, loaded(self.tuned, part) as new:
+            if adapted:
+                yield from _moved_layers(part, old, new)
+            self.beyond[part] = _moved_otherwise(old, new, adapted)
+
+    @property
+    def beyond_lora(self) -> tuple[int, float]:
+        """How many tensors moved that no LoRA holds (biases, norms, embeddings), and |change|; after `layers`."""
+        energies = [value for part in self.base.parts for value in self.beyond[part]]
+        return len(energies), sum(energies) ** 0.5
 
 
-@torch.no_grad()
-def beyond_lora(base: Family, tuned: Family) -> tuple[int, float]:
-    """How many tensors moved that no LoRA holds (biases, norms, embeddings), and |their change|."""
-    count, energy = 0, 0.0
-    for part, module in base.parts.items():
-        held = {f"{path}.weight" for path, child in module.named_modules() if isinstance(child, LAYERS)}
-        if part not in base.trainable_parts():
-            held = set()
-        theirs = {strip_text_model(name): value for name, value in tuned.parts[part].named_parameters()}
-        for name, value in module.named_parameters():
-            other = theirs[strip_text_model(name)]
-            if name not in held and not torch.equal(other.float(), value.float().to(other.device)):
-                count += 1
-                energy += float(doubled(other.float() - value.float().to(other.device)).square().sum())
-    return count, energy**0.5
+def unloaded(kind: type[Family], folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
+    """A base whose parts are not in memory yet: `restore` and `loaded` read them."""
+    family = kind.on_meta(folder, dtype, without)
+    family.parts.release(list(family.parts))
+    return family
+
+
+def unloaded_base(family: Family, dtype: torch.dtype) -> Family:
+    """The base that a family in memory was made of."""
+    without = [part for part in family.sources if part not in family.parts]
+    base = unloaded(type(family), family.folder, dtype, without)
+    base.inputs, base.widened = family.inputs, family.widened
+    return base
+
+
+@contextmanager
+def loaded(family: Family, part: str) -> Iterator[nn.Module]:
+    """A part; one that is not in memory is there inside the block only."""
+    absent = isinstance(family.parts[part], Released)
+    family.parts.restore([part])
+    try:
+        yield family.parts[part]
+    finally:
+        if absent:
+            family.parts.release([part])
+
+
+def _moved_layers(part: str, old: nn.Module, new: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    others = {strip_text_model(path): child for path, child in new.named_modules()}
+    for path, child in old.named_modules():
+        if not isinstance(child, LAYERS):
+            continue
+        module = strip_text_model(path)
+        change = _difference(part, module, child.weight, others.get(module))
+        if bool(change.any()):
+            yield part, module, change
+
+
+def _moved_otherwise(old: nn.Module, new: nn.Module, adapted: bool) -> list[float]:
+    """The squared change of each tensor that moved and that no LoRA holds."""
+    layers = [path for path, child in old.named_modules() if isinstance(child, LAYERS)] if adapted else []
+    held, energies = {f"{path}.weight" for path in layers}, []
+    theirs = {strip_text_model(name): value for name, value in new.named_parameters()}
+    for name, value in old.named_parameters():
+        other = theirs[strip_text_model(name)]
+        if name not in held and not torch.equal(other.float(), value.float().to(other.device)):
+            change = doubled(other.float() - value.float().to(other.device))
+            energies.append(float(change.square().sum()))
+    return energies
 
 
 def _difference(part: str, module: str, weight: Tensor, other: object) -> Tensor:
@@ -122,13 +179,8 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The reduced SVD. A small one takes one thread: on a busy machine several wait for each other (100 times slower
     beside eight busy threads)."""
     matrix = matrix.to(exact_device(matrix.device))
-    threads = torch.get_num_threads()
-    if min(matrix.shape) <= 512:
-        torch.set_num_threads(1)
-    try:
+    with threads_at_most(1) if min(matrix.shape) <= 512 else nullcontext():
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    finally:
-        torch.set_num_threads(threads)
     return u, s, v
 
 

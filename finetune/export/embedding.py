@@ -6,6 +6,7 @@ UIs take the file's name for the word that stands in prompts: `mug.safetensors` 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors
 from finetune.core.records import Check
-from finetune.export.base import Bench, Exported, unchecked
+from finetune.export.base import Bench, EmbeddingExport, Exported, NewWords, Request, unchecked
 from finetune.export.metadata import checkpoint_metadata
 from finetune.export.verify import BOUNDS, predicted, same_prediction
 from finetune.families.base import Family
@@ -26,7 +27,6 @@ from finetune.families.registry import FAMILIES
 from finetune.methods.embeddings import fix_eos_token_id, set_embeddings
 from finetune.methods.textual_inversion import Inversion
 
-NAME = "embedding"
 # the encoder's prefix in kohya's files -> its key here
 KEYS = {"lora_te": "emb_params", "lora_te1": "clip_l", "lora_te2": "clip_g"}
 PROMPT = "a photo of {} on the beach"
@@ -39,41 +39,46 @@ def keys(family: str) -> dict[str, str]:
     return {part: KEYS[prefix] for part, prefix in prefixes.items() if prefix in KEYS}
 
 
-def export_embedding(
-    method: Inversion,
-    trained: dict[str, Tensor],
-    family: Family,
-    path: Path,
-    dtype: str,
-    about: dict[str, str],
-    words: str,
-    bench: Bench,
-) -> Exported:
-    """Writes new embeddings and compares what is read back, by us and by diffusers.
+class Embedding(EmbeddingExport):
+    name = "embedding"
 
-    Args:
-        trained: text encoder -> [n, width], as `embeddings` gives them, on the CPU.
-        family: the trained one, whose parts need not be in memory any more.
-        words: the initialiser's, which T5 reads.
-    """
-    names = keys(family.name)
-    v_prediction = family.schedule.prediction == "v_prediction"
-    metadata = checkpoint_metadata(family.name, about, v_prediction, kind="/textual-inversion")
-    save_tensors(path, {names[part]: value.to(DTYPES[dtype]) for part, value in trained.items()}, metadata)
+    def path(self, folder: Path, name: str, family: str) -> Path:
+        return folder / f"{name}.safetensors"
+
+    def readers(self, family: str) -> tuple[str, ...]:
+        return readers(family)
+
+    def export(self, words: NewWords, family: Family, request: Request, bench: Bench) -> Exported:
+        return export_embedding(words, family, request, bench)
+
+    def read(self, path: Path, family: str) -> dict[str, Tensor]:
+        return read_embedding(path, family)
+
+    def usage(self, family: str, file: str, token: str) -> list[str]:
+        return usage(family, file, token)
+
+
+def export_embedding(words: NewWords, family: Family, request: Request, bench: Bench) -> Exported:
+    """Writes new embeddings and compares what is read back, by us and by diffusers. The family is the trained one,
+    whose parts need not be in memory any more."""
+    names, trained, dtype = keys(family.name), words.rows, DTYPES[request.dtype]
+    path = request.folder / f"{request.name}.safetensors"
+    metadata = checkpoint_metadata(family.name, request.about, request.v_prediction, kind="/textual-inversion")
+    save_tensors(path, {names[part]: value.to(dtype) for part, value in trained.items()}, metadata)
     if bench.verify == "off":
-        return unchecked(NAME, path, sum(len(value) for value in trained.values()))
+        return unchecked(Embedding.name, path, sum(len(value) for value in trained.values()))
     rows, size = sum(len(value) for value in trained.values()), path.stat().st_size
     try:
         again = read_embedding(path, family.name)
     except BadInput as fault:
-        return Exported(NAME, path, size, 0, float("inf"), [], [Check("file", False, str(fault))])
-    error, check = _compare(trained, again, BOUNDS[DTYPES[dtype]])
+        return Exported(Embedding.name, path, size, 0, float("inf"), [], [Check("file", False, str(fault))])
+    error, check = _compare(trained, again, BOUNDS[dtype])
     checks = [check]
     theirs = bench.verify == "full" and "diffusers" in readers(family.name)
     if theirs and check.passed:
-        checks.append(read_by_diffusers(method, again, path, words, bench))
+        checks.append(read_by_diffusers(words.method, again, path, words.initial, bench))
     ok = all(check.passed for check in checks)
-    return Exported(NAME, path, size, rows, error, list(readers(family.name)) if ok else [], checks)
+    return Exported(Embedding.name, path, size, rows, error, list(readers(family.name)) if ok else [], checks)
 
 
 def readers(family: str) -> tuple[str, ...]:
@@ -175,9 +180,9 @@ def usage(family: str, file: str, token: str) -> list[str]:
     if "diffusers" not in readers(family):
         return []
     if list(keys(family)) == ["text_encoder"]:
-        return [f'pipeline.load_textual_inversion(".", weight_name="{file}", token="{token}")']
+        return [f'pipeline.load_textual_inversion(".", weight_name="{file}", token={json.dumps(token)})']
     each = [
-        f'pipeline.load_textual_inversion(rows["{key}"], token="{token}", text_encoder=pipeline.{part}, '
+        f'pipeline.load_textual_inversion(rows["{key}"], token={json.dumps(token)}, text_encoder=pipeline.{part}, '
         f"tokenizer=pipeline.{part.replace('text_encoder', 'tokenizer')})"
         for part, key in keys(family).items()
     ]

@@ -21,7 +21,7 @@ from finetune.core.files import save_tensors, write_json
 from finetune.core.records import Check
 from finetune.core.rng import generator
 from finetune.export.base import Adapter, Bench, Exported, discard, full_fp32, unchecked
-from finetune.export.decompose import LAYERS, Decomposed, beyond_lora, decompose, differences
+from finetune.export.decompose import LAYERS, Decomposed, Difference, decompose, unloaded_base
 from finetune.export.lora.peft import Peft
 from finetune.export.verify import BOUNDS, apply_adapter, moved_check, probe, relative, same_prediction
 from finetune.families.base import Family
@@ -53,12 +53,10 @@ def reduced(method: Method, family: Family, bench: Bench, rank: int | None, max_
     if isinstance(method, PeftAdapter):
         found = _decompose(_deltas(method, family), rank or MOST, sum(1 for _ in method.layers(family)))
     else:
-        base = bench.load(bench.dtype)  # on the CPU: the device holds the trained one
-        layers = [child for part in base.trainable_parts() for child in base.parts[part].modules()]
-        count = sum(isinstance(child, LAYERS) for child in layers)
-        found = _decompose(differences(base, family), rank or MOST, count)
-        lost = _not_held(*beyond_lora(base, family), found)
-        discard(base)
+        moved = Difference(unloaded_base(family, bench.dtype), family)
+        layers = [child for part in family.trainable_parts() for child in family.parts[part].modules()]
+        found = _decompose(moved.layers(), rank or MOST, sum(isinstance(child, LAYERS) for child in layers))
+        lost = _not_held(*moved.beyond_lora, found)
     if not found.spectra:
         raise BadInput("no linear layer and no convolution moved in this run: there is no LoRA to write")
     chosen = rank or min(found.rank_for(max_error), MOST)

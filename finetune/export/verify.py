@@ -14,7 +14,7 @@ from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
 from finetune.core.records import Check
 from finetune.core.rng import generator
-from finetune.export.base import Adapter, Bench, Export, Exported, delta, unchecked
+from finetune.export.base import Adapter, AdapterExport, Bench, Exported, delta, unchecked
 from finetune.families.base import Family
 from finetune.families.naming.clip import add_text_model
 from finetune.methods.peft_adapter import active_lora
@@ -33,7 +33,7 @@ class Injected:
     fault: str
 
 
-def verify(adapter: Adapter, export: Export, path: Path, dtype: torch.dtype, bench: Bench) -> Exported:
+def verify(adapter: Adapter, export: AdapterExport, path: Path, dtype: torch.dtype, bench: Bench) -> Exported:
     """Re-opens a written file and compares it: with the trained deltas, and through an independent reader."""
     if bench.verify == "off":
         return unchecked(export.name, path, adapter.count)

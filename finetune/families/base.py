@@ -20,7 +20,7 @@ from finetune.core.errors import BadInput
 from finetune.families.codec import ImageCodec
 from finetune.families.drawing import Drawing
 from finetune.families.naming.base import Naming
-from finetune.families.parts import Parts, Sources, skeletons
+from finetune.families.parts import Parts, PartSources, skeletons
 from finetune.objectives.schedule import AnySchedule, FlowSchedule
 
 
@@ -45,7 +45,7 @@ class Family(ABC):
 
     name: ClassVar[str]  # "sd1", "sdxl", "flux": also what recipes, exports and reports call it
     pipeline_class: ClassVar[str]  # the `_class_name` in model_index.json
-    sources: ClassVar[Sources]  # part -> where it lies in a folder, and its class
+    sources: ClassVar[PartSources]  # part -> where it lies in a folder, and its class
     naming: ClassVar[Naming]
     # the share of the noise levels, from the lowest, that the base was trained on and is trained on
     timestep_fraction: ClassVar[float] = 1.0

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from finetune.families.configs import read_config
+from finetune.families.configs import read_config, well_formed
 from finetune.families.parts import skeletons
 from finetune.families.registry import family_of
 from finetune.objectives.schedule import FlowSchedule, read_schedule
@@ -19,6 +19,11 @@ def facts(folder: Path) -> dict[str, str]:
     Raises:
         BadInput: it is no diffusers folder, or of no supported family.
     """
+    with well_formed(folder):
+        return _facts(folder)
+
+
+def _facts(folder: Path) -> dict[str, str]:
     family = family_of(folder)
     parts = skeletons(family.sources, folder, list(family.sources))
     scheduler = read_config(folder, "scheduler/scheduler_config.json")

@@ -16,7 +16,7 @@ from finetune.core.errors import BadInput
 from finetune.families.drawing import DiffusersDrawing
 from finetune.families.naming.base import Labels, Readers
 from finetune.families.naming.mmdit import DENOISER_UIS, FLUX_NAMES, JoinedNaming
-from finetune.families.parts import Source
+from finetune.families.parts import PartSource
 from finetune.families.transformer import TransformerFamily
 
 # [dev] is distilled to read its guidance scale; trained on photos, which no guidance has sharpened, it is 1
@@ -34,10 +34,10 @@ class Flux(TransformerFamily):
     pipeline_class = "FluxPipeline"
     drawing_class = FluxDrawing
     sources: ClassVar = {
-        "denoiser": Source("transformer", diffusers.FluxTransformer2DModel),
-        "vae": Source("vae", diffusers.AutoencoderKL),
-        "text_encoder": Source("text_encoder", transformers.CLIPTextModel),
-        "text_encoder_2": Source("text_encoder_2", transformers.T5EncoderModel),
+        "denoiser": PartSource("transformer", diffusers.FluxTransformer2DModel),
+        "vae": PartSource("vae", diffusers.AutoencoderKL),
+        "text_encoder": PartSource("text_encoder", transformers.CLIPTextModel),
+        "text_encoder_2": PartSource("text_encoder_2", transformers.T5EncoderModel),
     }
     naming = JoinedNaming(
         Labels("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux", "Flux", prediction=""),

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import diffusers
 import torch
 import transformers
 from torch import Tensor, nn
@@ -15,11 +14,14 @@ from torch import Tensor, nn
 from finetune.core.errors import BadInput
 from finetune.families.base import Family
 from finetune.families.codec import ImageCodec, VaeCodec
+from finetune.families.configs import check_configs, well_formed
 from finetune.families.drawing import DiffusersDrawing
 from finetune.families.parts import Parts, present, skeletons
+from finetune.families.schedulers import read_scheduler
 from finetune.objectives.schedule import read_schedule
 
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+LONGEST = 10_000  # characters of a prompt: the longest encoder reads 512 tokens, and a tokenizer's time is quadratic
 
 
 class DiffusersFamily(Family):
@@ -28,6 +30,7 @@ class DiffusersFamily(Family):
     drawing_class: ClassVar[type[DiffusersDrawing]] = DiffusersDrawing
 
     def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = (), on_meta: bool = False) -> None:
+        check_configs(folder, ["scheduler", *(source.folder for source in self.sources.values())])
         self.folder, self.dtype = folder, dtype
         names = present(self.sources, folder, without)
         if on_meta:
@@ -38,9 +41,10 @@ class DiffusersFamily(Family):
         for part in self.parts.values():
             part.requires_grad_(False).eval()
         self.tokenizers = [] if on_meta else self._tokenizers()
-        scheduler = _scheduler(folder)
+        scheduler = read_scheduler(folder)
         self.schedule = read_schedule(dict(scheduler.config))
         self._check_widths()
+        self._check_tokens()
         self.unused_parameters = self._find_unused_parameters()
         self.codec = self._codec()
         self.drawing = self.drawing_class(self, scheduler)
@@ -48,11 +52,13 @@ class DiffusersFamily(Family):
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
-        return cls(folder, dtype, without)
+        with well_formed(folder):
+            return cls(folder, dtype, without)
 
     @classmethod
     def on_meta(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
-        return cls(folder, dtype, without, on_meta=True)
+        with well_formed(folder):
+            return cls(folder, dtype, without, on_meta=True)
 
     def _load_part(self, name: str) -> nn.Module:
         return self.sources[name].load(self.folder, self.dtype)
@@ -84,6 +90,17 @@ class DiffusersFamily(Family):
                 "right ones together"
             )
 
+    def _check_tokens(self) -> None:
+        """Each token has a row in its encoder's table, and each tokenizer a length and something to fill it with."""
+        for part, tokenizer in zip(self.text_encoders, self.tokenizers, strict=False):
+            rows, last = int(cast(Any, self.parts[part]).config.vocab_size), max(tokenizer.get_vocab().values())
+            length = tokenizer.model_max_length
+            if last >= rows or type(length) is not int or length < 1 or tokenizer.pad_token_id is None:
+                raise BadInput(
+                    f"the tokenizer of {part} in {self.folder} does not fit it (its last token is {last} of {rows}, "
+                    f"its length {length}, its padding {tokenizer.pad_token!r}): fetch the base again"
+                )
+
     def _is_t5(self, index: int) -> bool:
         return issubclass(self.sources[self.text_encoders[index]].kind, transformers.T5EncoderModel)
 
@@ -112,6 +129,10 @@ class DiffusersFamily(Family):
             return torch.zeros(len(prompts), length, dtype=torch.long, device="meta")
         tokenizer = self.tokenizers[index]
         for prompt in prompts:
+            if len(prompt) > LONGEST:
+                raise BadInput(
+                    f"a prompt has {len(prompt):,} characters, {prompt[:40]!r}...: shorten it below {LONGEST:,}"
+                )
             whole = tokenizer(prompt, truncation=False)["input_ids"]
             if len(whole) > length:
                 cut = tokenizer.decode(whole[length - 1 : -1])
@@ -145,15 +166,3 @@ def _tokenizer(folder: Path, encoder: Any) -> Any:
             "vocab.json, merges.txt or tokenizer_config.json is missing"
         )
     return tokenizer
-
-
-def _scheduler(folder: Path) -> Any:
-    file = folder / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        raise BadInput(f"{folder} has no scheduler/scheduler_config.json: it says what the base predicts")
-    config = diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler")
-    kind = getattr(diffusers, config.get("_class_name", "DDIMScheduler"), None)
-    if kind is None:
-        raise BadInput(f"{file} names {config['_class_name']!r}, which is not a scheduler of diffusers: correct it")
-    read_schedule(dict(config))  # refuses what is not supported, where diffusers would raise
-    return kind.from_pretrained(folder, subfolder="scheduler")

@@ -13,11 +13,12 @@ from torch import nn
 
 from finetune.core.devices import empty_cache
 from finetune.core.errors import BadInput
+from finetune.families.configs import read_config, well_formed
 from finetune.families.weights import load_weights
 
 
 @dataclass(frozen=True)
-class Source:
+class PartSource:
     """One part of a base: its folder in a diffusers folder, and the diffusers or transformers class of its model.
 
     `optional`: a base may lack it, and a recipe may leave it out. `fp32_for_fp16`: it overflows in fp16, and stays in
@@ -39,6 +40,11 @@ class Source:
     def skeleton(self, base: Path) -> nn.Module:
         """The model from its config alone, on torch's default device: random weights, or none on meta."""
         folder = base / self.folder
+        read_config(folder, "config.json")  # its limits, before a library goes by it
+        with well_formed(folder):
+            return self._from_config(folder)
+
+    def _from_config(self, folder: Path) -> nn.Module:
         if issubclass(self.kind, diffusers.ModelMixin):
             module: nn.Module = self.kind.from_config(self.kind.load_config(folder))
         else:
@@ -60,10 +66,10 @@ class Source:
         return frozen
 
 
-Sources = Mapping[str, Source]
+PartSources = Mapping[str, PartSource]
 
 
-def present(sources: Sources, folder: Path, without: Sequence[str] = ()) -> list[str]:
+def present(sources: PartSources, folder: Path, without: Sequence[str] = ()) -> list[str]:
     """The names of the parts to load: all but those left out, and optional ones that the folder lacks.
 
     Raises:
@@ -79,7 +85,7 @@ def present(sources: Sources, folder: Path, without: Sequence[str] = ()) -> list
 
 
 def skeletons(
-    sources: Sources, folder: Path, parts: Sequence[str], device: torch.device | str = "meta"
+    sources: PartSources, folder: Path, parts: Sequence[str], device: torch.device | str = "meta"
 ) -> dict[str, nn.Module]:
     """Those of `parts` that the folder has, built from the configs: no weights are read. On another device than meta
     they are random."""

@@ -10,7 +10,7 @@ import torch
 from finetune.core.errors import BadInput
 from finetune.core.registry import Registry
 from finetune.families.base import Family
-from finetune.families.configs import read_config
+from finetune.families.configs import read_config, well_formed
 from finetune.families.naming.clip import strip_text_model
 
 FAMILIES: Registry[Family] = Registry(Family, "finetune.families", lambda item: item.name)
@@ -29,9 +29,10 @@ def family_of(folder: Path) -> type[Family]:
         wanted = " or ".join(f"{name}/config.json" for name in denoiser_folders())
         raise BadInput(f"{folder} has no {wanted}: the base must be a whole diffusers folder")
     denoiser = read_config(folder, f"{part}/config.json")
-    for family in FAMILIES.values():
-        if family.matches(index, denoiser):
-            return family
+    with well_formed(folder):
+        family = next((family for family in FAMILIES.values() if family.matches(index, denoiser)), None)
+    if family is not None:
+        return family
     raise BadInput(
         f"{folder} is a {index.get('_class_name')!r} with {denoiser.get('in_channels')} input channels; "
         f"supported are {', '.join(FAMILIES)}: choose a text-to-image base of those"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 import diffusers
 
 from finetune.core.errors import BadInput
+from finetune.families.configs import read_config
+from finetune.objectives.schedule import read_schedule
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "timestep_spacing": "trailing"}),
@@ -16,7 +19,36 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}),
 }
 
+# what a base's scheduler_config.json may name: a config is somebody's file, and diffusers has more than schedulers
+KNOWN = {
+    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler",
+    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler",
+    "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "LCMScheduler", "TCDScheduler", "DDIMInverseScheduler",
+    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler",
+}  # fmt: skip
+
 _SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+
+
+def read_scheduler(folder: Path) -> Any:
+    """A base's own scheduler.
+
+    Raises:
+        BadInput: there is none, its class is not one of `KNOWN`, or its schedule is not supported.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        raise BadInput(f"{folder} has no scheduler/scheduler_config.json: it tells what the base predicts")
+    config = read_config(folder, "scheduler/scheduler_config.json")
+    name = config.get("_class_name", "DDIMScheduler")
+    if not isinstance(name, str) or name not in KNOWN:
+        raise BadInput(
+            f"{file} names {str(name)[:80]!r}, which is no scheduler of this list: {', '.join(sorted(KNOWN))}; mend it"
+        )
+    read_schedule(config)  # refuses what is not supported, where diffusers would raise
+    return getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
 
 
 def make_scheduler(base: Any, sampler: str | None) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from finetune.core.batch import Geometry
 from finetune.families.naming.base import Labels, SingleFile
 from finetune.families.naming.ldm import SD_READERS, UNetNaming
-from finetune.families.parts import Source
+from finetune.families.parts import PartSource
 from finetune.families.unet import UNetDrawing, UNetFamily
 
 
@@ -34,9 +34,9 @@ class StableDiffusion1(UNetFamily):
     }
     drawing_class = SDDrawing
     sources: ClassVar = {
-        "denoiser": Source("unet", diffusers.UNet2DConditionModel),
-        "vae": Source("vae", diffusers.AutoencoderKL),
-        "text_encoder": Source("text_encoder", transformers.CLIPTextModel),
+        "denoiser": PartSource("unet", diffusers.UNet2DConditionModel),
+        "vae": PartSource("vae", diffusers.AutoencoderKL),
+        "text_encoder": PartSource("text_encoder", transformers.CLIPTextModel),
     }
     naming = UNetNaming(
         Labels("sd_v1", "stable-diffusion-v1", "diffusers", "SD1"),

@@ -19,7 +19,7 @@ from finetune.core.errors import BadInput
 from finetune.families.drawing import DiffusersDrawing
 from finetune.families.naming.base import Labels, Readers
 from finetune.families.naming.mmdit import DENOISER_UIS, SD3_NAMES, JoinedNaming
-from finetune.families.parts import Source
+from finetune.families.parts import PartSource
 from finetune.families.transformer import TransformerFamily
 
 T5 = "text_encoder_3"
@@ -37,11 +37,11 @@ class StableDiffusion3(TransformerFamily):
     pipeline_class = "StableDiffusion3Pipeline"
     drawing_class = SD3Drawing
     sources: ClassVar = {
-        "denoiser": Source("transformer", diffusers.SD3Transformer2DModel),
-        "vae": Source("vae", diffusers.AutoencoderKL),
-        "text_encoder": Source("text_encoder", transformers.CLIPTextModelWithProjection),
-        "text_encoder_2": Source("text_encoder_2", transformers.CLIPTextModelWithProjection),
-        T5: Source(T5, transformers.T5EncoderModel, optional=True),
+        "denoiser": PartSource("transformer", diffusers.SD3Transformer2DModel),
+        "vae": PartSource("vae", diffusers.AutoencoderKL),
+        "text_encoder": PartSource("text_encoder", transformers.CLIPTextModelWithProjection),
+        "text_encoder_2": PartSource("text_encoder_2", transformers.CLIPTextModelWithProjection),
+        T5: PartSource(T5, transformers.T5EncoderModel, optional=True),
     }
     naming = JoinedNaming(
         Labels("sd3", "stable-diffusion-3", "https://github.com/Stability-AI/sd3-ref", "SD3", prediction=""),

@@ -14,7 +14,7 @@ from torch import Tensor
 from finetune.core.batch import Geometry
 from finetune.families.naming.base import Labels, SingleFile
 from finetune.families.naming.ldm import SD_READERS, UNetNaming
-from finetune.families.parts import Source
+from finetune.families.parts import PartSource
 from finetune.families.unet import UNetDrawing, UNetFamily
 
 
@@ -33,10 +33,10 @@ class StableDiffusionXL(UNetFamily):
     }
     drawing_class = SDXLDrawing
     sources: ClassVar = {
-        "denoiser": Source("unet", diffusers.UNet2DConditionModel),
-        "vae": Source("vae", diffusers.AutoencoderKL, fp32_for_fp16=True),  # it overflows: black images
-        "text_encoder": Source("text_encoder", transformers.CLIPTextModel),
-        "text_encoder_2": Source("text_encoder_2", transformers.CLIPTextModelWithProjection),
+        "denoiser": PartSource("unet", diffusers.UNet2DConditionModel),
+        "vae": PartSource("vae", diffusers.AutoencoderKL, fp32_for_fp16=True),  # it overflows: black images
+        "text_encoder": PartSource("text_encoder", transformers.CLIPTextModel),
+        "text_encoder_2": PartSource("text_encoder_2", transformers.CLIPTextModelWithProjection),
     }
     naming = UNetNaming(
         Labels(

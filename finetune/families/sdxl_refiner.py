@@ -18,7 +18,7 @@ from finetune.core.batch import Geometry
 from finetune.families.drawing import ImageCondition
 from finetune.families.naming.base import Labels
 from finetune.families.naming.ldm import UNetNaming
-from finetune.families.parts import Source
+from finetune.families.parts import PartSource
 from finetune.families.sdxl import SDXLDrawing, StableDiffusionXL
 
 SCORE = 6.0  # diffusers' default for what is wanted; 2.5 goes with the negative prompt
@@ -46,9 +46,9 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
     timestep_fraction = 0.2
     drawing_class = RefinerDrawing
     sources: ClassVar = {
-        "denoiser": Source("unet", diffusers.UNet2DConditionModel),
-        "vae": Source("vae", diffusers.AutoencoderKL, fp32_for_fp16=True),
-        "text_encoder_2": Source("text_encoder_2", transformers.CLIPTextModelWithProjection),
+        "denoiser": PartSource("unet", diffusers.UNet2DConditionModel),
+        "vae": PartSource("vae", diffusers.AutoencoderKL, fp32_for_fp16=True),
+        "text_encoder_2": PartSource("text_encoder_2", transformers.CLIPTextModelWithProjection),
     }
     naming = UNetNaming(
         Labels(

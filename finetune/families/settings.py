@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from finetune.core.settings import Settings
 
@@ -42,6 +43,13 @@ class Base(Settings):
         if self.inputs is not None:
             family.widen(self.inputs)
         return family
+
+    @field_validator("source", "like")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        """As photos are: a run is looked at from other folders too."""
+        path = os.path.expanduser(value or "")
+        return os.path.abspath(path) if value != "tiny" and os.path.exists(path) else value
 
     @model_validator(mode="before")
     @classmethod

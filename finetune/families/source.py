@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +12,11 @@ import torch
 
 from finetune.core.errors import BadInput
 from finetune.core.files import cache_dir, sha256, write_json
+from finetune.core.pickles import may_read_pickles
+from finetune.core.reading import read_json
 from finetune.families.base import Family
 from finetune.families.naming.single_file import detect, unpack
 from finetune.families.registry import FAMILIES, family_of
-from finetune.families.weights import pickle_allowed
 
 
 def load_family(
@@ -89,7 +90,7 @@ def _download(source: str, revision: str | None, weights: bool = True) -> Path:
 
     patterns = ["README.md", "*.json", "*/*.json", "*/*.txt", "*/*.model"]
     if weights:
-        patterns += ["*/*.safetensors", *(["*/*.bin"] if pickle_allowed() else [])]
+        patterns += ["*/*.safetensors", *(["*/*.bin"] if may_read_pickles() else [])]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -100,10 +101,19 @@ def _download(source: str, revision: str | None, weights: bool = True) -> Path:
         ) from error
 
 
+def _known_hashes(file: Path) -> dict[str, str]:
+    """What has been hashed before; nothing where the file is damaged, since it can be made again."""
+    try:
+        found = read_json(file, dict) if file.is_file() else {}
+    except BadInput:
+        return {}
+    return {key: value for key, value in found.items() if re.fullmatch(r"[0-9a-f]{64}", str(value))}
+
+
 def base_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of a base's configs and weights (hashes are kept by path, size and time)."""
     known_file = cache_dir() / "file-hashes.json"
-    known: dict[str, str] = json.loads(known_file.read_text(encoding="utf-8")) if known_file.is_file() else {}
+    known = _known_hashes(known_file)
     before = len(known)
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*"), key=lambda file: file.parts):  # Windows' own order knows no case

@@ -93,9 +93,6 @@ class UNetFamily(DiffusersFamily):
 
     @classmethod
     def resolution_of(cls, folder: Path) -> int:
-        def read(part: str) -> dict[str, Any]:
-            return read_config(folder, f"{part}/config.json")
-
-        levels = len(read("vae").get("block_out_channels", (0,)))
-        pixels: int = int(read("unet").get("sample_size", 64)) * 2 ** (levels - 1)
+        levels = len(read_config(folder, "vae/config.json").get("block_out_channels", (0,)))
+        pixels: int = int(read_config(folder, "unet/config.json").get("sample_size", 64)) * 2 ** (levels - 1)
         return pixels

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
 from finetune.core.errors import BadInput
-
-ALLOW_PICKLE = "FINETUNE_ALLOW_PICKLE"  # an environment variable, so that started processes inherit it
-
-
-def pickle_allowed() -> bool:
-    """`--allow-pickle`: then tensors are read from pickles with torch's weights_only, which runs no code."""
-    return os.environ.get(ALLOW_PICKLE) == "1"
+from finetune.core.pickles import may_read_pickles
+from finetune.families.configs import UNFIT, check_index
 
 
 def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
@@ -30,11 +25,13 @@ def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
             fill what is missing with random numbers and go on.
     """
     pickled = not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
-    if pickled and not pickle_allowed():
+    if pickled and not may_read_pickles():
         raise BadInput(
             f"{folder} holds its weights as a pickle (.bin), which can run code: convert it to safetensors, or pass "
             "--allow-pickle to read the tensors alone"
         )
+    for index in sorted(folder.glob("*.index.json")):
+        check_index(index)
     keywords: dict[str, Any] = {"use_safetensors": not pickled, "output_loading_info": True}
     keywords["torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"] = dtype
     model: nn.Module
@@ -43,7 +40,7 @@ def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
     except (OSError, SafetensorError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{folder} has no weights that can be read ({reason}): fetch the base again") from error
-    except (ValueError, RuntimeError) as error:
+    except (*UNFIT, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(
             f"the weights in {folder} do not fit its config.json ({reason}): fetch the base again"

@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
-from finetune.core.files import write_json, write_text
+from finetune.core.files import copy_plain, public_name, write_json, write_text
 from finetune.core.records import checks_of
 from finetune.export.card import Card, licence_of, model_card, sidecar
-from finetune.export.embedding import NAME, usage
-from finetune.export.registry import CHECKPOINT, FOLDER
+from finetune.export.registry import artifact_of, embedding_exports
 from finetune.export.settings import UNCHECKED
 from finetune.families.source import resolve_base
-from finetune.runs.about import short_name
+from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
 
 
 def write_companions(folder: RunFolder) -> None:
     """Beside the exports: README.md with pictures, and for a file that UIs list, NAME.json and NAME.png."""
+    folder.refuse_links()
     target, card = folder.path / "exports", _card(folder)
     for number, (_, url) in enumerate(card.images):
-        (target / url).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder.path / "samples" / "after" / _first_picture(folder, number), target / url)
+        copy_plain(_pictures(folder, number)[0], target / url, folder.path)
     write_text(target / "README.md", model_card(card))
     if (target / f"{card.title}.safetensors").is_file():
         write_json(target / f"{card.title}.json", sidecar(card))
         if card.images:
-            shutil.copy(target / card.images[0][1], target / f"{card.title}.png")
+            copy_plain(target / card.images[0][1], target / f"{card.title}.png", folder.path)
 
 
 def _card(folder: RunFolder) -> Card:
     recipe, info = folder.recipe, folder.info
-    listed = json.loads((folder.path / "exports.json").read_text(encoding="utf-8"))
+    listed = read_exports(folder.path)
     base = resolve_base(recipe.base.source, recipe.base.revision, recipe.base.like)
-    prompts = info.prompts if (folder.path / "samples" / "after").is_dir() else []
+    prompts = [prompt for number, prompt in enumerate(info.prompts) if _pictures(folder, number)]
     settings = {
         "method": recipe.method.kind,
         "steps": f"{recipe.run.steps} of {recipe.run.batch_size}",
@@ -44,15 +41,17 @@ def _card(folder: RunFolder) -> Card:
         "seed": str(recipe.run.seed),
         "base hash": info.base_hash[:16],
     }
-    whole = any(item["format"] in (FOLDER, CHECKPOINT) for item in listed)
-    words = next((Path(item["path"]).name for item in listed if item["format"] == NAME), None)
+    whole = any(artifact_of(item["format"]) == "weights" for item in listed)
+    words = next((item for item in listed if artifact_of(item["format"]) == "embedding"), None)
+    word = Path(words["path"]).name if words else ""
+    loading = embedding_exports([words["format"]])[0].usage(info.family, word, info.token) if words else []
     return Card(
         title=recipe.run.name if whole or recipe.method.is_adapter else f"{recipe.run.name}-lora",
         trigger=info.trigger,
-        activation=(info.model_copy(update={"token": Path(words).stem}) if words else info).trigger,
-        loading=usage(info.family, words, info.token) if words else [],
+        activation=(info.model_copy(update={"token": Path(word).stem}) if words else info).trigger,
+        loading=loading,
         family=info.family,
-        base=short_name(recipe.base.source),
+        base=public_name(recipe.base.source),
         licence=licence_of(base),
         holds=recipe.method.artifacts if whole or recipe.method.is_adapter else ("adapter",),
         settings=settings,
@@ -65,5 +64,5 @@ def _card(folder: RunFolder) -> Card:
     )
 
 
-def _first_picture(folder: RunFolder, prompt: int) -> str:
-    return min(file.name for file in (folder.path / "samples" / "after").glob(f"{prompt:02d}-*.png"))
+def _pictures(folder: RunFolder, prompt: int) -> list[Path]:
+    return sorted((folder.path / "samples" / "after").glob(f"{prompt:02d}-*.png"))

@@ -9,24 +9,25 @@ from accelerate import Accelerator
 
 from finetune.core.events import phase
 from finetune.core.files import cache_dir
+from finetune.core.processes import Processes
 from finetune.data.batches import Batches
 from finetune.data.cache import Encodable, LatentCache, PromptCache
 from finetune.data.crops import make_crops
 from finetune.data.masks import Masks
 from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
 from finetune.families.base import Family
-from finetune.jobs.class_images import class_images
+from finetune.jobs.class_sets import ClassSet, class_images
 from finetune.jobs.prepare import Prepared
-from finetune.training.prior import ClassImages
+from finetune.training.priors.class_images import ClassImages
 from finetune.training.step import PromptEncoder
 
 
 def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> LatentCache:
     cache = LatentCache(cache_dir(), job.base_hash, _encoding_dtype(job.family))
-    seen = [view for stream in streams for sample in stream for view in sample.crops]
+    seen = [crop for stream in streams for sample in stream for crop in sample.crops]
     images: list[Encodable] = list(seen)
     if job.inputs is not None:
-        images += [image for view in seen for image in job.inputs.images(view)]
+        images += [image for crop in seen for image in job.inputs.images(crop)]
     with phase("Latents", len(images)) as advance, accelerator.main_process_first():
         cache.fill(job.family, images, lambda amount: advance(amount, ""))
     return cache
@@ -37,13 +38,13 @@ def load_masks(job: Prepared, streams: Sequence[Sequence[Sample]]) -> Masks | No
     if not job.masks:
         return None
     masks = Masks(job.masks, job.family.codec.factor, job.recipe.data.mask_floor)
-    return masks.fill([view for sample in streams[0] for view in sample.crops])
+    return masks.fill([crop for sample in streams[0] for crop in sample.crops])
 
 
 def make_streams(job: Prepared, accelerator: Accelerator) -> list[list[Sample]]:
-    """Stream 0: the photos of all subjects. Stream 1, with a prior: class images of every noun, their loss weighted by
-    lambda."""
-    data, prior, seed = job.recipe.data, job.recipe.prior, job.recipe.run.seed
+    """Stream 0: the photos of all subjects. Stream 1, where the prior has them: class images of every noun, their loss
+    weighted by lambda."""
+    data, images, seed = job.recipe.data, job.recipe.prior.class_images, job.recipe.run.seed
     subject = [
         Sample(
             make_crops(photo, size, data.crop, data.crops, data.flip, seed),
@@ -54,31 +55,23 @@ def make_streams(job: Prepared, accelerator: Accelerator) -> list[list[Sample]]:
         )
         for photo, size, texts, name in zip(job.photos, job.sizes, job.captions, job.names, strict=True)
     ]
-    if not isinstance(prior, ClassImages):
+    if images is None:
         return [subject]
     nouns = job.class_nouns.items()
-    return [subject, [sample for each in nouns for sample in _classes(job, prior, *each, accelerator)]]
+    return [subject, [sample for each in nouns for sample in _classes(job, images, *each, accelerator)]]
 
 
 def _classes(
     job: Prepared, prior: ClassImages, prompt: str, noun: str | None, accelerator: Accelerator
 ) -> list[Sample]:
     """The class images of one noun, captioned with its class prompt."""
-    images = class_images(
-        job.family,
-        prior,
-        noun or "",
-        job.resolution,
-        job.base_hash,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.wait_for_everyone,
-    )
+    wanted = ClassSet(prior, noun or "", job.resolution, job.base_hash)
+    images = class_images(job.family, wanted, _processes(accelerator))
     sizes = sorted(set(job.sizes))  # a class image stands beside photos of any bucket
     of = f" of {noun}" if len(job.class_nouns) > 1 else ""
     return [
         Sample(
-            [view for size in sizes for view in make_crops(image, size, "center", 1, prior.flip, job.recipe.run.seed)],
+            [crop for size in sizes for crop in make_crops(image, size, "center", 1, prior.flip, job.recipe.run.seed)],
             [prompt],
             prior.weight,
             prior.caption_dropout,
@@ -92,18 +85,13 @@ def make_batches(job: Prepared, streams: list[list[Sample]], cache: LatentCache,
     """This process's batches."""
     run = job.recipe.run
     kind = BucketSampler if job.recipe.data.shape == "buckets" else ShuffleSampler
-    return Batches(
-        streams,
-        cache,
-        run.seed,
-        run.batch_size,
-        run.accumulate,
-        accelerator.process_index,
-        accelerator.num_processes,
-        kind(streams, run.seed, run.batch_size),
-        load_masks(job, streams),
-        job.inputs,
-    )
+    sampler = kind(streams, run.seed, run.batch_size)
+    masks = load_masks(job, streams)
+    return Batches(sampler, cache, run.accumulate, _processes(accelerator), masks=masks, inputs=job.inputs)
+
+
+def _processes(accelerator: Accelerator) -> Processes:
+    return Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
 
 
 def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> PromptEncoder:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from finetune.config.load import load_recipe
+from finetune.core.determinism import threads_at_most
 from finetune.jobs.train import train
 from finetune.runs.folder import RunFolder
 
@@ -29,20 +27,9 @@ def demo_images() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[2] / "examples" / "subject_mug"
 
 
-@contextmanager
-def _threads(most: int) -> Iterator[None]:
-    """At most so many of torch's threads inside the block; the number is the whole process's."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(most, before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def run_demo(out: Path | None, say: Callable[[str], None]) -> Path:
     recipe = load_recipe("demo", [f"data.photos={demo_images()}"])
-    with _threads(2):  # 64-pixel tensors: more threads only wait for each other
+    with threads_at_most(2):  # 64-pixel tensors: more threads only wait for each other
         run = train(recipe, out, say)
     info = RunFolder(run).info
     say(LOOK.format(run=run, thing=info.trigger))

@@ -14,18 +14,14 @@ from torch.overrides import TorchFunctionMode
 
 from finetune.config.recipe import Recipe
 from finetune.core.batch import Geometry
-from finetune.core.devices import DTYPES
+from finetune.core.devices import DTYPES, gib
 from finetune.core.errors import BadInput
-from finetune.export.embedding import NAME, readers
-from finetune.export.registry import CHECKPOINT, EXPORTS, FOLDER, formats_for
+from finetune.export.registry import adapter_exports, embedding_exports, formats_for, model_exports
 from finetune.export.settings import UNCHECKED
 from finetune.families.base import Family
 from finetune.families.registry import family_of
 from finetune.families.source import resolve_base
 from finetune.training.accelerate import resolve_precision
-from finetune.training.prior import ClassImages, Distance, FrozenBase
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -77,10 +73,19 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
         each += 2
         for part in family.parts.values():
             part.to(dtype)
-    if isinstance(recipe.prior, FrozenBase | Distance):
+    if recipe.prior.holds_reference:
         held += method.reference_bytes(family)
     activations = _activations(family, method.part_names(family), _samples(recipe), _side(recipe, family))
-    return Estimate(counts, count, modules, vectors, clean, held, count * each, activations)
+    return Estimate(
+        parameters=counts,
+        trained_parameters=count,
+        modules=modules,
+        vectors=vectors,
+        clean=clean,
+        held=held,
+        trained=count * each,
+        activations=activations,
+    )
 
 
 def report(recipe: Recipe) -> dict[str, str]:
@@ -102,9 +107,9 @@ def report(recipe: Recipe) -> dict[str, str]:
         "trained": f"{own.trained_parameters:,} parameters ({share:.2%} of all)",
         "export": f"{_size(written * size)} in {recipe.export.dtype}",
         "checkpoint": f"{_size(own.trained_parameters * kept)}, of which {recipe.run.keep} are kept",
-        "memory": f"{_gib(own.total)}: frozen weights {_gib(own.held)}, what is trained with gradients and moments "
-        f"{_gib(own.trained)}, activations of {_samples(recipe)} sample(s) {_gib(own.activations)}",
-        "checkpointing": f"{_gib(plain.total)} without run.gradient_checkpointing, {_gib(light.total)} with it",
+        "memory": f"{gib(own.total)}: frozen weights {gib(own.held)}, what is trained with gradients and moments "
+        f"{gib(own.trained)}, activations of {_samples(recipe)} sample(s) {gib(own.activations)}",
+        "checkpointing": f"{gib(plain.total)} without run.gradient_checkpointing, {gib(light.total)} with it",
         "checks": _checks(recipe, own, family),
         "not counted": "drawing pictures, the CUDA context (about 0.5 GiB) and fragmentation",
     }
@@ -115,14 +120,12 @@ def _checks(recipe: Recipe, own: Estimate, family: type[Family]) -> str:
     if recipe.export.verify == "off":
         return f"{UNCHECKED} (export.verify is off)"
     formats = recipe.export.formats or formats_for(recipe.method.artifacts, usual=True)
-    loaded, size = [], sum(own.parameters.values()) * DTYPES[recipe.export.dtype].itemsize
-    if CHECKPOINT in formats:
-        loaded.append(f"a file of {_gib(size)} in main memory, beside the trained one")
-    if recipe.export.verify == "full":
-        if FOLDER in formats:
-            loaded.append(f"a second model of {_gib(size)} in main memory, beside the trained one")
-        if set(formats) & EXPORTS.keys() or (NAME in formats and "diffusers" in readers(family.name)):
-            loaded.append(f"a clean base of {_gib(own.clean)}, beside nothing")
+    stored = {part: count * DTYPES[recipe.export.dtype].itemsize for part, count in own.parameters.items()}
+    lines = [item.checking(stored, recipe.export.verify) for item in model_exports(formats)]
+    loaded = [line for line in lines if line]
+    words = [item for item in embedding_exports(formats) if "diffusers" in item.readers(family.name)]
+    if recipe.export.verify == "full" and (words or adapter_exports(formats)):
+        loaded.append(f"a clean base of {gib(own.clean)}, beside nothing")
     return "; ".join(loaded) or "files are read again; a second model is not loaded"
 
 
@@ -143,8 +146,7 @@ def _side(recipe: Recipe, family: Family | type[Family]) -> int:
 
 def _samples(recipe: Recipe) -> int:
     """Predictions with a gradient in a micro-batch: class images, or class prompts, lie beside the photos."""
-    streams = 2 if isinstance(recipe.prior, ClassImages | FrozenBase) else 1
-    return recipe.run.batch_size // recipe.run.accumulate * streams
+    return recipe.run.batch_size // recipe.run.accumulate * recipe.prior.predictions
 
 
 def _trained_things(own: Estimate) -> str:
@@ -227,10 +229,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:.1f}M" if count < 1e7 else f"{count / 1e6:,.0f}M"
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
 
 
 def _size(size: float) -> str:

@@ -2,47 +2,70 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from finetune.core.events import ImagesDrawn, emit, phase
+from finetune.core.files import replacing_folder
 from finetune.data.conditioning.base import unit
 from finetune.data.crops import make_crops
+from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
 from finetune.jobs.prepare import Prepared
 from finetune.jobs.previews import from_file
 from finetune.runs.folder import RunFolder
 from finetune.sampling.draw import draw
 from finetune.sampling.images import parameters, save_image
+from finetune.sampling.settings import Sampling
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """Each prompt at each seed. `model` is the name of the base that stands in the files."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    sampling: Sampling
+    model: str
+    condition: ImageCondition | None = None
+
+
+def draw_files(family: Family, request: ImageRequest, folder: Path, title: str = "Drawing") -> list[Image.Image]:
+    """Draws all images, then writes each to `folder` as <prompt number>-<seed>.png: prompt by prompt, seed by seed.
+
+    `title` names the phase in the events.
+    """
+    pairs = [(number, seed) for number in range(len(request.prompts)) for seed in request.seeds]
+    with phase(title, len(pairs)) as advance:
+        images = draw(
+            family,
+            [request.prompts[number] for number, _ in pairs],
+            request.sampling,
+            seeds=[seed for _, seed in pairs],
+            condition=request.condition,
+            advance=lambda amount: advance(amount, ""),
+        )
+    for (number, seed), image in zip(pairs, images, strict=True):
+        about = parameters(request.prompts[number], seed, request.sampling, request.model)
+        save_image(image, folder / f"{number:02d}-{seed}.png", about)
+    return images
 
 
 def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = None) -> None:
-    """PNGs <prompt number>-<seed>.png of every sample prompt, at the same seeds each time; all or no folder."""
+    """The files of every sample prompt (`draw_files`), at the same seeds each time; all or no folder."""
     sample = job.recipe.sample
-    seeds = [sample.seed + n for n in range(count or sample.count)]
-    prompts = job.sample_prompts()
-    pairs = [(p, s) for p in range(len(prompts)) for s in seeds]
-    with phase(title, len(pairs)) as advance:
-        images = draw(
-            job.family,
-            [prompts[p] for p, _ in pairs],
-            negative=sample.negative,
-            seeds=[s for _, s in pairs],
-            sampler=sample.sampler,
-            steps=sample.steps,
-            guidance=sample.guidance,
-            size=job.resolution,
-            batch_size=sample.batch_size,
-            given=image_condition(job),
-            advance=lambda amount: advance(amount, ""),
-        )
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for (p, s), image in zip(pairs, images, strict=True):
-        about = (sample.negative, s, sample.sampler, sample.steps, sample.guidance, job.resolution)
-        save_image(image, temporary / f"{p:02d}-{s}.png", parameters(prompts[p], *about, job.recipe.base.source))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    request = ImageRequest(
+        job.sample_prompts(),
+        range(sample.seed, sample.seed + (count or sample.count)),
+        sample.sampling(job.resolution),
+        job.recipe.base.source,
+        image_condition(job),
+    )
+    with replacing_folder(folder) as temporary:
+        draw_files(job.family, request, temporary, title)
     emit(ImagesDrawn(folder))
 
 
@@ -55,6 +78,6 @@ def draw_preview(job: Prepared, run: RunFolder, step: int, idle: Sequence[str]) 
 
 
 def image_condition(job: Prepared) -> ImageCondition:
-    """What pictures are drawn from, by bases that draw from pictures: the first photo and what lies beside it."""
-    view = make_crops(job.photos[0], (job.resolution, job.resolution), "center", 1, False, job.recipe.run.seed)[0]
-    return ImageCondition(unit(view.pixels())) if job.inputs is None else job.inputs.given(view)
+    """What bases that draw from images start from: the first photo and what lies beside it."""
+    crop = make_crops(job.photos[0], (job.resolution, job.resolution), "center", 1, False, job.recipe.run.seed)[0]
+    return ImageCondition(unit(crop.pixels())) if job.inputs is None else job.inputs.condition(crop)

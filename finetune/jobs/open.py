@@ -10,12 +10,12 @@ import torch
 from finetune.adapters.inspection import open_adapter
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
-from finetune.export.base import Exported
-from finetune.export.embedding import NAME, read_embedding
-from finetune.export.registry import CHECKPOINT, FOLDER
+from finetune.export.base import Adapter, AdapterExport, Exported, ModelExport
+from finetune.export.lora.peft import Peft
+from finetune.export.registry import EXPORTS, artifact_of, embedding_exports
 from finetune.export.verify import apply_adapter
 from finetune.families.base import Family
-from finetune.families.source import base_hash, load_family, resolve_base
+from finetune.families.source import base_hash, load_family
 from finetune.methods.embeddings import set_embeddings
 from finetune.methods.peft_adapter import read_native_form
 from finetune.runs.folder import RunFolder
@@ -69,21 +69,29 @@ def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.
     item = next((item for item in exported if item.ok), None)
     if item is None:
         return None
-    base = folder.recipe.base
-    if item.format == FOLDER:
-        return load_family(str(item.path), dtype=dtype)
-    if item.format == CHECKPOINT:
-        like = resolve_base(base.source, base.revision, base.like)
-        return load_family(str(item.path), dtype=dtype, like=str(like))
+    base, export = folder.recipe.base, EXPORTS[item.format]()
+    if isinstance(export, ModelExport):
+        return export.open(item.path, base, dtype)
     family, method, data = base.load(dtype), folder.recipe.method, folder.recipe.data
-    words = next((item for item in exported if item.ok and item.format == NAME), None)
     method.add_subject_token(family, data.token, data.class_noun)
-    if words is not None:
-        set_embeddings(family, read_embedding(words.path, family.name))
-    if item is words:
+    _read_words(family, exported)
+    if not isinstance(export, AdapterExport):
         return family
-    if item.format == "peft" and method.is_adapter and not method.adapter.low_rank:
+    if item.format == Peft.name and method.is_adapter and not method.adapter.low_rank:
         read_native_form(family, item.path)
         return family
-    apply_adapter(family, open_adapter(item.path, str(family.folder))[0])
+    apply_adapter(family, _read_adapter(export, item.path, family))
     return family
+
+
+def _read_adapter(export: AdapterExport, file: Path, family: Family) -> Adapter:
+    if export.recognised:
+        return open_adapter(file, str(family.folder))[0]
+    return export.read(file, family.name, family.folder)
+
+
+def _read_words(family: Family, exported: Sequence[Exported]) -> None:
+    """The first good file of new embeddings, if there is one."""
+    item = next((item for item in exported if item.ok and artifact_of(item.format) == "embedding"), None)
+    if item is not None:
+        set_embeddings(family, embedding_exports([item.format])[0].read(item.path, family.name))

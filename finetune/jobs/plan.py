@@ -13,7 +13,6 @@ from finetune.jobs.prepare import Prepared
 from finetune.objectives.registry import build_objective
 from finetune.runs.plan import Cut, Plan, PlannedBucket, PlannedClassImages, PlannedSubject
 from finetune.training.accelerate import resolve_precision
-from finetune.training.prior import ClassImages
 
 CROPPED = 0.1  # a square crop that cuts away more of a photo is told
 
@@ -58,11 +57,11 @@ def _seen(job: Prepared) -> int:
 
 
 def _class_images(job: Prepared) -> PlannedClassImages | None:
-    prior = job.recipe.prior
-    if not isinstance(prior, ClassImages):
+    images = job.recipe.prior.class_images
+    if images is None:
         return None
-    times = _seen(job) / prior.count / len(job.class_nouns)
-    return PlannedClassImages(prompts=list(job.class_nouns), count=prior.count, times=times)
+    times = _seen(job) / images.count / len(job.class_nouns)
+    return PlannedClassImages(prompts=list(job.class_nouns), count=images.count, times=times)
 
 
 def _groups(job: Prepared) -> int:

@@ -15,14 +15,14 @@ from finetune.data.buckets import Size, bucket_table, nearest_bucket
 from finetune.data.conditioning.base import INPUTS, Choices, Inputs, make_inputs
 from finetune.data.masks import Mask
 from finetune.data.photos import Photo
-from finetune.export.registry import CHECKPOINT, check_formats
+from finetune.export.registry import check_formats, model_exports
 from finetune.families.base import Family
 from finetune.families.source import base_hash as base_hash_of
-from finetune.jobs.class_images import check_set
+from finetune.jobs.base_effect import without_effect_on
+from finetune.jobs.class_sets import ClassSet, check_set
 from finetune.jobs.subjects import Subject, caption_subjects, scan_subjects
 from finetune.objectives.registry import build_objective
 from finetune.training.accelerate import resolve_precision
-from finetune.training.prior import ClassImages
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Prepared:
     subjects: list[Subject]
     resolution: int
     masks: dict[Path, Mask] = field(default_factory=dict)  # of those photos that have one
-    inputs: Inputs | None = None  # what the base reads beside its latents
+    inputs: Inputs | None = None  # what the base reads besides its latents
 
     @cached_property
     def photos(self) -> list[Photo]:
@@ -115,11 +115,14 @@ class Prepared:
         return [nearest_bucket(photo.size, table) for photo in self.photos]
 
 
-def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Prepared:
+def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = False) -> Prepared:
     """Scans the photos, loads the base to compute on `device`, settles the token and the captions; writes nothing.
 
+    `begun`: a run of this recipe was begun, and goes on with whatever settings it was given.
+
     Raises:
-        BadInput: whatever is wrong with the photos, the captions, the base or the token.
+        BadInput: whatever is wrong with the photos, the captions, the base or the token; or a setting that has no
+            effect with this base.
     """
     scanned = scan_subjects(recipe.data)
     check_formats(recipe.export.formats, recipe.method.artifacts)
@@ -133,21 +136,31 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu") -> Prepared:
             "data.caption_dropout"
         )
     _refuse_inputs(recipe, family)
+    _refuse_formats(recipe, family)
     family.drawing.check_sampler(recipe.sample.sampler)
-    if isinstance(recipe.prior, ClassImages):
-        family.drawing.check_sampler(recipe.prior.sampler)
+    images = recipe.prior.class_images
+    if images is not None:
+        family.drawing.check_sampler(images.sampler)
     choices = Choices(recipe.run.seed, recipe.data.mask_count, recipe.data.edit_dropout, recipe.sample.image_guidance)
     inputs = make_inputs(family, [photo for found in scanned for photo in found.photos], choices)
     family.parts.device, family.autocast = torch.device(device), recipe.method.autocast_dtype(precision)
     family.parts.keep_released = recipe.run.released == "cpu"
     build_objective(recipe.objective, family.schedule, family.shift(resolution))
+    if not begun:
+        _refuse_useless(recipe, family)
     subjects = caption_subjects(recipe, family, scanned)
     masks = {path: mask for subject in subjects for path, mask in subject.masks.items()}
-    job = Prepared(recipe, family, base_hash_of(family.folder), subjects, resolution, masks, inputs)
-    if isinstance(recipe.prior, ClassImages):
+    base_hash = base_hash_of(family.folder)
+    job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs)
+    if images is not None:
         for noun in job.class_nouns.values():
-            check_set(recipe.prior, noun or "", resolution, job.base_hash)
+            check_set(ClassSet(images, noun or "", resolution, job.base_hash))
     return job
+
+
+def _refuse_useless(recipe: Recipe, family: Family) -> None:
+    for useless in without_effect_on(family, recipe):
+        raise BadInput(useless)
 
 
 def _check_resolution(recipe: Recipe, resolution: int, family: Family) -> None:
@@ -175,12 +188,16 @@ def _refuse_inputs(recipe: Recipe, family: Family) -> None:
             f"data.subjects has further subjects but the base reads {family.inputs} inputs, and its pictures are "
             "drawn from one subject's photo: train each subject in a run of its own"
         )
-    if CHECKPOINT in recipe.export.formats:
+    if recipe.prior.class_images is not None and not INPUTS[family.inputs].any_image:
         raise BadInput(
-            f"export.formats has {CHECKPOINT!r}, which can't hold a base with {family.inputs} inputs: use folder"
+            f"prior.kind is {recipe.prior.kind} but the base reads {family.inputs} inputs, which class images have "
+            "not: set prior.kind=none"
         )
-    if isinstance(recipe.prior, ClassImages) and not INPUTS[family.inputs].any_picture:
-        raise BadInput(
-            f"prior.kind is class_images but the base reads {family.inputs} inputs, which class images have not: set "
-            "prior.kind=none"
-        )
+
+
+def _refuse_formats(recipe: Recipe, family: Family) -> None:
+    """Formats of whole models that can't hold this base: told before it is trained."""
+    for export in model_exports(recipe.export.formats):
+        obstacle = export.obstacle(family)
+        if obstacle:
+            raise BadInput(f"export.formats has {export.name!r}, which can't hold {obstacle}: use folder")

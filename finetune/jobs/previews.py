@@ -11,7 +11,7 @@ from finetune.core.devices import DTYPES
 from finetune.export.adapter import adapter_from
 from finetune.export.base import Adapter
 from finetune.export.metadata import adapter_metadata
-from finetune.export.registry import EXPORTS
+from finetune.export.registry import adapter_exports
 from finetune.families.base import Family
 from finetune.runs.about import about_run
 from finetune.runs.folder import RunFolder
@@ -37,7 +37,7 @@ def from_file(folder: RunFolder, family: Family, step: int) -> Iterator[None]:
 def _written(folder: RunFolder, family: Family, adapter: Adapter, step: int) -> Adapter:
     """The adapter of this step as a file that UIs read, and what is in it."""
     recipe = folder.recipe
-    export = EXPORTS[family.naming.ui_format]()
+    export = adapter_exports([family.naming.ui_format])[0]
     path = folder.path / "previews" / f"{recipe.run.name}-{step:06d}.safetensors"
     about = about_run(folder) | {"title": path.stem, "steps": str(step)}
     v_prediction = family.schedule.prediction == "v_prediction"

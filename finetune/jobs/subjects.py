@@ -13,16 +13,17 @@ from finetune.data import tokens
 from finetune.data.captions import Captioned, caption_photos, summarise
 from finetune.data.masks import Mask, find_masks
 from finetune.data.photos import Photo, scan_lenient
-from finetune.data.settings import Data
-from finetune.data.settings import Subject as Settings
+from finetune.data.settings import Data, SubjectSettings
+from finetune.data.sources.registry import open_source
 from finetune.families.base import Family
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """A subject's photos and masks; `left_out` is a sentence about bad files, or empty."""
+    """A subject's photos and masks, which lie in `folder`; `left_out` is a sentence about bad files, or empty."""
 
-    settings: Settings
+    settings: SubjectSettings
+    folder: Path
     photos: list[Photo]
     masks: dict[Path, Mask]
     left_out: str
@@ -56,33 +57,43 @@ def scan_subjects(data: Data) -> list[Scanned]:
     return [_scan(data, subject) for subject in data.all_subjects]
 
 
-def _scan(data: Data, subject: Settings) -> Scanned:
-    with _in_folder(data, subject):
-        photos, left_out = _photos(subject.photos, data.skip_bad)
-        return Scanned(subject, photos, find_masks(subject.photos, photos, data.masks), left_out)
+def _scan(data: Data, subject: SubjectSettings) -> Scanned:
+    opened = open_source(subject.photos)
+    with _in_folder(data, subject, opened.folder):
+        photos, bad = _photos(opened.folder, data.skip_bad)
+        left_out = "; ".join(text for text in (bad, opened.unused) if text)
+        return Scanned(subject, opened.folder, photos, find_masks(opened.folder, photos, data.masks), left_out)
 
 
 @contextmanager
-def _in_folder(data: Data, subject: Settings) -> Iterator[None]:
-    """Of several subjects, says whose photos are told of."""
+def _in_folder(data: Data, subject: SubjectSettings, folder: Path) -> Iterator[None]:
+    """Puts what the user named before an error: where `folder` is in the cache, and where there are several subjects
+    and the error does not name it."""
     try:
         yield
     except BadInput as error:
-        if not data.subjects or str(subject.photos) in str(error):
+        if folder != subject.photos:
+            raise BadInput(f"in {subject.photos}: {str(error).replace(str(folder), subject.photos.name)}") from error
+        named = error.path is not None and error.path.is_relative_to(subject.photos)
+        if named or not data.subjects:
             raise
         raise BadInput(f"in {subject.photos}: {error}") from error
 
 
 def _photos(folder: Path, skip_bad: bool) -> tuple[list[Photo], str]:
     """The photos, and a sentence about those that were left out."""
-    photos, bad = scan_lenient(folder)
-    if bad and not skip_bad:
-        raise BadInput(f"in {folder} {bad}; mend or remove them, or leave them out with --skip-bad")
+    found = scan_lenient(folder)
+    if found.bad and not skip_bad:
+        raise BadInput(
+            f"in {folder} {found.sentence}; mend or remove them, or leave them out with --skip-bad", path=folder
+        )
+    photos = found.photos
     if len(photos) > 1 and len({photo.digest for photo in photos}) == 1:
         raise BadInput(
-            f"all {len(photos)} photos in {folder} are the same picture: give different photos of the subject"
+            f"all {len(photos)} photos in {folder} are the same picture: give different photos of the subject",
+            path=folder,
         )
-    return photos, f"{bad}; they are left out" if bad else ""
+    return photos, f"{found.sentence}; they are left out" if found.bad else ""
 
 
 def caption_subjects(recipe: Recipe, family: Family, scanned: Sequence[Scanned]) -> list[Subject]:
@@ -97,7 +108,7 @@ def caption_subjects(recipe: Recipe, family: Family, scanned: Sequence[Scanned])
 
 def _caption(recipe: Recipe, family: Family, found: Scanned, token: str) -> Subject:
     data, noun = recipe.data, found.settings.class_noun
-    with _in_folder(data, found.settings):
+    with _in_folder(data, found.settings, found.folder):
         captioned = caption_photos(
             found.photos, captions=data.captions, templates=data.templates, token=token, noun=noun
         )

@@ -35,6 +35,7 @@ from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.objectives.registry import build_objective
 from finetune.report.html import write_report
+from finetune.report.pictures import keep_photos
 from finetune.runs.folder import RunFolder, next_folder
 from finetune.runs.metrics import MetricsFile
 from finetune.runs.plan import plan_rows
@@ -98,7 +99,7 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     main = accelerator.is_main_process
     with sent_to(*([hooks.events] if main else [])):
-        job = prepare(recipe, accelerator.device)
+        job = prepare(recipe, accelerator.device, _begun(run_dir or recipe.run.dir))
         chosen = [run_dir or recipe.run.dir or next_folder(recipe.run.name)]
         path = Path(
             broadcast_object_list(chosen)[0]
@@ -108,6 +109,11 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
         held = folder.held(recipe) if main else nullcontext()
         with Signals(hooks.stop), held, _followed(folder, accelerator, recipe):
             return _stages(job, folder, accelerator, hooks)
+
+
+def _begun(run_dir: Path | str | None) -> bool:
+    """Whether there is a run in this folder, to go on with."""
+    return run_dir is not None and (Path(run_dir) / "recipe.yaml").is_file()
 
 
 @contextmanager
@@ -139,7 +145,9 @@ def _track(accelerator: Accelerator, event: Event) -> None:
 def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks) -> Path:
     recipe = job.recipe
     if accelerator.is_main_process:
-        folder.write_info(_info(job))
+        info = _info(job)
+        folder.write_info(info)
+        keep_photos(folder.path, info)
     accelerator.wait_for_everyone()
     hooks.say(f"{'run folder':>16}  {folder.path}")
     for name, value in plan_rows(plan(job)).items():
@@ -191,6 +199,7 @@ def _info(job: Prepared) -> RunRecord:
 def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, stop: Stop) -> None:
     """The pictures of before, the training, and the trained weights in RUN/adapter."""
     recipe = job.recipe
+    recipe.optim.try_on(accelerator.device)  # before pictures are drawn for minutes
     if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
         draw_samples(job, folder.path / "samples" / "before", "Before")
     if recipe.run.trackers:

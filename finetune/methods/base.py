@@ -33,6 +33,7 @@ class Method(Settings, ABC):
     artifacts: ClassVar[tuple[Artifact, ...]] = (
         "adapter",
     )  # what leaves the run: `finetune.export` has formats for each
+    rests: ClassVar[bool] = False  # whether `windows` lets some weights rest, which not every optimiser can
     kind: str
     parts: list[Part] = Field(default=["denoiser"], min_length=1)
 

@@ -27,6 +27,7 @@ class Pivotal(Inversion):
     """`parts`, `rank`, `alpha`, `dropout`, `targets` and `rank_stabilised` are the LoRA's."""
 
     artifacts: ClassVar = ("adapter", "embedding")
+    rests: ClassVar[bool] = True
     kind: Literal["pivotal"] = "pivotal"
     pivot: float = Field(default=0.5, gt=0, lt=1)
     keep_training_token: bool = False

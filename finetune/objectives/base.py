@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.core.rng import SampleKey, normal
-from finetune.objectives.densities import Density, position
+from finetune.objectives.densities import Auto, Density, shifted
 from finetune.objectives.schedule import AnySchedule, Prediction
 from finetune.objectives.settings import ObjectiveSettings
 
@@ -22,7 +22,7 @@ class Objective(ABC):
     """
 
     predictions: ClassVar[tuple[str, ...]]
-    default_density: ClassVar[Density]
+    default_density: ClassVar[type[Density]]
 
     def __init__(self, schedule: AnySchedule, settings: ObjectiveSettings | None = None, shift: float = 1.0) -> None:
         self.schedule, self.settings, self.shift = schedule, settings or ObjectiveSettings(), shift
@@ -33,16 +33,18 @@ class Objective(ABC):
 
     @property
     def density(self) -> Density:
-        return self.default_density if self.settings.density == "auto" else self.settings.density
+        wanted = self.settings.density
+        return wanted.of(self.default_density) if isinstance(wanted, Auto) else wanted
 
     def describe(self) -> str:
         """Which timesteps are drawn, for the plan."""
-        return f"{self.density}{', stratified' * (self.settings.timesteps == 'stratified')}, shift {self.shift:.3g}"
+        return (
+            f"{self.density.kind}{', stratified' * (self.settings.timesteps == 'stratified')}, shift {self.shift:.3g}"
+        )
 
     def positions(self, uniform: Tensor) -> Tensor:
         """Uniform numbers [B] in [0, 1) -> where on the way to pure noise (1) each sample lies, by the density."""
-        own = self.settings
-        return position(uniform, self.density, own.logit_mean, own.logit_std, own.mode_scale, self.shift)
+        return shifted(self.density.position(uniform), self.shift).clamp(0, 1)
 
     def noises(self, draws: Sequence[SampleKey], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The noise [B, C, h, w] that the target knows, and the noise that is added: the same unless perturbed."""
@@ -55,12 +57,9 @@ class Objective(ABC):
         return noise, noise + own.input_perturbation * normal(draws, shape, "input perturbation")
 
     def error(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """|prediction - target|^2, or pseudo-Huber 2 c (sqrt(e^2 + c^2) - c) (arXiv:2403.16728), by element."""
-        difference = prediction - target
-        if self.settings.loss == "l2":
-            return difference.square()
-        c = self.settings.huber_c
-        return 2 * c * ((difference.square() + c**2).sqrt() - c)
+        """What `objective.loss` makes of prediction - target, by element."""
+        error: Tensor = self.settings.loss.of(prediction - target)
+        return error
 
     @abstractmethod
     def timesteps(self, uniform: Tensor) -> Tensor:

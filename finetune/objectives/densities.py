@@ -6,46 +6,91 @@ Because each is applied to a uniform number, stratified numbers stay stratified 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from finetune.core.settings import Settings, chosen_by_kind
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Density = Literal["uniform", "logit_normal", "mode", "cosmap"]
+
+class Density(Settings):
+    """Settings of a density, and its inverse distribution function."""
+
+    kind: str
+
+    @abstractmethod
+    def position(self, u: Tensor) -> Tensor:
+        """Uniform numbers [B] in [0, 1) -> positions [B] in [0, 1], before the shift."""
 
 
-def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
+class Uniform(Density):
+    kind: Literal["uniform"] = "uniform"
+
+    def position(self, u: Tensor) -> Tensor:
+        return u
+
+
+class LogitNormal(Density):
     """t = sigmoid(m + s n) with n standard normal (arXiv:2403.03206 eq. 19): m > 0 is towards noise."""
-    import torch
 
-    return torch.sigmoid(mean + std * torch.special.ndtri(u))
+    kind: Literal["logit_normal"] = "logit_normal"
+    mean: float = 0.0
+    std: float = Field(default=1.0, gt=0)
+
+    def position(self, u: Tensor) -> Tensor:
+        import torch
+
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
 
-def mode(u: Tensor, scale: float) -> Tensor:
+class Mode(Density):
     """f(u) = 1 - u - s (cos^2(pi u / 2) - 1 + u) (arXiv:2403.03206 eq. 20); monotonic for -1 <= s <= 1.7519."""
-    import torch
 
-    return 1 - u - scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
+    kind: Literal["mode"] = "mode"
+    scale: float = Field(default=1.29, ge=-1, le=1.7519)
+
+    def position(self, u: Tensor) -> Tensor:
+        import torch
+
+        return 1 - u - self.scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
 
 
-def cosmap(u: Tensor) -> Tensor:
+class CosMap(Density):
     """t = 1 - 1 / (tan(pi u / 2) + 1) (arXiv:2403.03206 eq. 21)."""
-    import torch
 
-    return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
+    kind: Literal["cosmap"] = "cosmap"
+
+    def position(self, u: Tensor) -> Tensor:
+        import torch
+
+        return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
+
+
+class Auto(Settings):
+    """The base's own density: uniform for diffusion, logit_normal for flows, of this `mean` and `std` (None: 0, 1)."""
+
+    kind: Literal["auto"] = "auto"
+    mean: float | None = None
+    std: float | None = Field(default=None, gt=0)
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The settings that it carries for a density that has them."""
+        return {name: value for name in ("mean", "std") if (value := getattr(self, name)) is not None}
+
+    def of(self, default: type[Density]) -> Density:
+        """The base's own density, with those of the settings that it has."""
+        return default(**{name: value for name, value in self.given.items() if name in default.model_fields})
+
+
+DENSITIES = (Auto, Uniform, LogitNormal, Mode, CosMap)
+AnyDensity: Any = chosen_by_kind(*DENSITIES)
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
     """t' = s t / (1 + (s - 1) t) (arXiv:2403.03206 eq. 23)."""
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
-
-
-def position(u: Tensor, density: Density, mean: float, std: float, scale: float, shift: float) -> Tensor:
-    """Uniform numbers [B] in [0, 1) -> positions [B] in [0, 1], float32."""
-    if density == "uniform":
-        t = u
-    elif density == "logit_normal":
-        t = logit_normal(u, mean, std)
-    else:
-        t = mode(u, scale) if density == "mode" else cosmap(u)
-    return shifted(t, shift).clamp(0, 1)

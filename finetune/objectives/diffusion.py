@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from finetune.objectives.base import Objective
-from finetune.objectives.densities import Density
+from finetune.objectives.densities import Density, Uniform
 from finetune.objectives.schedule import DIFFUSION, AnySchedule, Schedule
 from finetune.objectives.settings import ObjectiveSettings
-from finetune.objectives.weights import weight
 
 
 class Diffusion(Objective):
     """Timesteps are int64 in 0 .. T-1."""
 
     predictions = DIFFUSION
-    default_density: ClassVar[Density] = "uniform"
+    default_density: ClassVar[type[Density]] = Uniform
 
     def __init__(self, schedule: AnySchedule, settings: ObjectiveSettings | None = None, shift: float = 1.0) -> None:
         super().__init__(schedule, settings, shift)
@@ -57,9 +56,8 @@ class Diffusion(Objective):
         return signal * noisy - sigma * output
 
     def weight(self, t: Tensor) -> Tensor:
-        if self.settings.weighting == "none":
-            return torch.ones_like(t, dtype=torch.float32)
-        return weight(self.settings.weighting, self.settings.gamma, self.snr(t), self.prediction)
+        weight: Tensor = self.settings.weighting.weight(self.snr(t), self.prediction)
+        return weight
 
     def snr(self, t: Tensor) -> Tensor:
         abar = self.alphas_cumprod[t]

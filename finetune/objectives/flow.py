@@ -9,23 +9,24 @@ from torch import Tensor
 
 from finetune.core.errors import BadInput
 from finetune.objectives.base import Objective
-from finetune.objectives.densities import Density
+from finetune.objectives.densities import Density, LogitNormal
 from finetune.objectives.schedule import AnySchedule
 from finetune.objectives.settings import ObjectiveSettings
+from finetune.objectives.weightings.base import Unweighted
 
 
 class RectifiedFlow(Objective):
     """Timesteps are float32, t * T: 0 is the picture and T pure noise."""
 
     predictions = ("flow_prediction",)
-    default_density: ClassVar[Density] = "logit_normal"
+    default_density: ClassVar[type[Density]] = LogitNormal
 
     def __init__(self, schedule: AnySchedule, settings: ObjectiveSettings | None = None, shift: float = 1.0) -> None:
         super().__init__(schedule, settings, shift)
-        if self.settings.weighting != "none":
+        if not isinstance(self.settings.weighting, Unweighted):
             raise BadInput(
-                f"objective.weighting is {self.settings.weighting!r}, but this base is a flow, which has none: leave "
-                "it out and choose objective.density"
+                f"objective.weighting is {self.settings.weighting.kind!r}, but this base is a flow, which has none: "
+                "leave it out and choose objective.density"
             )
 
     def timesteps(self, uniform: Tensor) -> Tensor:

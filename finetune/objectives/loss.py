@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from finetune.core.settings import Settings, chosen_by_kind
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NO_MASK = 1e-8  # less than the faintest mask sums to: one pixel of 255 grey levels in one of 4096 latents
+
+
+class L2(Settings):
+    """e^2, by element."""
+
+    kind: Literal["l2"] = "l2"
+
+    def of(self, difference: Tensor) -> Tensor:
+        return difference.square()
+
+
+class Huber(Settings):
+    """Pseudo-Huber 2 c (sqrt(e^2 + c^2) - c) (arXiv:2403.16728), by element: linear above `c`."""
+
+    kind: Literal["huber"] = "huber"
+    c: float = Field(default=0.1, gt=0)
+
+    def of(self, difference: Tensor) -> Tensor:
+        return 2 * self.c * ((difference.square() + self.c**2).sqrt() - self.c)
+
+
+LOSSES = (L2, Huber)
+Loss: Any = chosen_by_kind(*LOSSES)
 
 
 def per_sample(error: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from finetune.core.errors import BadInput
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
-DIFFUSION = ("epsilon", "v_prediction", "sample")
+DIFFUSION: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)

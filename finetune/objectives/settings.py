@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from finetune.core.settings import Settings
-from finetune.objectives.densities import Density
-from finetune.objectives.weights import Weighting
+from finetune.objectives.densities import AnyDensity, Auto
+from finetune.objectives.loss import L2, Loss
+from finetune.objectives.older import new_form
+from finetune.objectives.weightings.base import Unweighted
+from finetune.objectives.weightings.registry import LossWeight
 
 
 class ObjectiveSettings(Settings):
-    """The `objective:` section of a recipe. What is `auto` or null is the base's own, or the paper's.
+    """The `objective:` section of a recipe. What is `auto` is the base's own.
 
     `prediction`: what the base was trained to predict; anything else is refused. `timesteps: stratified` spreads one
     global batch evenly over the timesteps, which lowers the variance of the loss and leaves its mean as it is.
-    `density`: uniform for diffusion, logit_normal for flows. `shift` moves timesteps towards noise for large pictures.
-    `weighting`: by timestep, `gamma` being min-SNR's cap or P2's exponent. `loss: huber` grows linearly above
-    `huber_c`. `noise_offset` adds a constant per channel to the noise, `input_perturbation` (arXiv:2301.11706) noise
-    that the target knows nothing of.
+    `density`, `weighting` (by timestep) and `loss` are a kind with its own settings (`{kind: min_snr, gamma: 5}`), or
+    a kind's name alone. `shift` moves timesteps towards noise for large pictures. `noise_offset` adds a constant per
+    channel to the noise, `input_perturbation` (arXiv:2301.11706) noise that the target knows nothing of.
+
+    The form that these settings had before is read too (`finetune.objectives.older`).
     """
 
     prediction: Literal["auto", "epsilon", "v_prediction", "sample", "flow_prediction"] = "auto"
     timesteps: Literal["uniform", "stratified"] = "uniform"
-    density: Literal["auto"] | Density = "auto"
-    logit_mean: float = 0.0
-    logit_std: float = Field(default=1.0, gt=0)
-    mode_scale: float = Field(default=1.29, ge=-1, le=1.7519)
+    density: AnyDensity = Auto()
     shift: Literal["auto"] | float = "auto"
-    weighting: Weighting = "none"
-    gamma: float | None = Field(default=None, gt=0)
-    loss: Literal["l2", "huber"] = "l2"
-    huber_c: float = Field(default=0.1, gt=0)
+    weighting: LossWeight = Unweighted()
+    loss: Loss = L2()
     noise_offset: float = Field(default=0.0, ge=0, le=1)
     input_perturbation: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_form(cls, value: Any) -> Any:
+        return new_form(value) if isinstance(value, dict) else value

@@ -17,6 +17,7 @@ from finetune.core.errors import BadInput
 from finetune.core.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from torch.optim import Optimizer
 
@@ -50,6 +51,21 @@ class Optimiser(Settings):
     @abstractmethod
     def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
         """The optimiser of the trained parameters, over `groups`."""
+
+    def try_on(self, device: torch.device | str) -> float:
+        """Builds it over zeros on a device, makes one step along a gradient of ones, and returns the least that a
+        weight was moved by.
+
+        Raises:
+            BadInput: it needs another device, or a package that is not here.
+        """
+        import torch
+
+        parameter = torch.nn.Parameter(torch.zeros(8192, device=device))  # 8-bit states begin at 4096 values
+        optimizer = self.build({"denoiser.x": parameter})
+        parameter.sum().backward()
+        optimizer.step()
+        return float(-parameter.detach().max())
 
     def to_result(self, optimizer: Any) -> None:
         """Puts the weights that leave the run into the parameters, where the optimiser has others to train with."""

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
+import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from PIL import Image
-
 from finetune.core.files import write_text
 from finetune.core.records import checks_of
-from finetune.data.photos import open_image
 from finetune.export.settings import UNCHECKED
+from finetune.report.pictures import photo_tags, row
+from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
+from finetune.runs.metrics import read_metrics
 from finetune.runs.record import RunRecord
 
-SIDE = 160  # pixels of a picture on the page
+# whatever a value of a run's files did to the page: it runs nothing and fetches nothing
+POLICY = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+)
 
 STYLE = """
 :root{--ink:#1d1d1f;--soft:#6b6b70;--line:#e3e3e6;--page:#fbfbfc;--card:#fff;--mark:#2f6fde;--good:#1f8a4c;--bad:#c23b2e}
@@ -45,11 +47,13 @@ def write_report(path: Path, with_captions: bool = False) -> Path:
     It may be passed on: it names no folders of this machine, and the captions of the photos' files only
     `with_captions`.
     """
-    info = RunFolder(path).info
-    metrics = _metrics(path / "metrics.jsonl")
+    folder = RunFolder(path)
+    folder.refuse_links()
+    info = folder.info
+    metrics = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
     sections = [
         _head(info),
-        _subject(info, with_captions),
+        _subject(path, info, with_captions),
         _plan(info),
         _curves(metrics),
         _before_after(path, info),
@@ -57,30 +61,14 @@ def write_report(path: Path, with_captions: bool = False) -> Path:
         _next_steps(path, info),
     ]
     body = "\n".join(section for section in sections if section)
-    title = escape(info.trigger or path.name)
+    title = escape(info.trigger or path.absolute().name)
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{POLICY}<title>{title}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><main>{body}</main></body></html>\n"
     )
     write_text(path / "report.html", page)
     return path / "report.html"
-
-
-def _metrics(file: Path) -> list[dict[str, float]]:
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def image_tag(image: Image.Image, alt: str) -> str:
-    """An <img> with the picture inside; small ones are enlarged smoothly."""
-    scale = SIDE / min(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    held = io.BytesIO()
-    image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(held, "JPEG", quality=88)
-    data = base64.b64encode(held.getvalue()).decode()
-    return f'<img alt="{escape(alt)}" title="{escape(alt)}" width="{size[0]}" height="{size[1]}" src="data:image/jpeg;base64,{data}">'
 
 
 def _head(info: RunRecord) -> str:
@@ -93,25 +81,21 @@ def _head(info: RunRecord) -> str:
     )
 
 
-def _subject(info: RunRecord, with_captions: bool) -> str:
-    photos = [Path(photo) for photo in info.photos]
-    counts = [subject.photos for subject in info.subjects] or [len(photos)]
-    starts = [sum(counts[:number]) for number in range(len(counts))]
-    first = [
-        photo for start, count in zip(starts, counts, strict=True) for photo in photos[start : start + min(12, count)]
-    ]
-    shown = [image_tag(open_image(photo), photo.name) for photo in first if photo.is_file()]
+def _subject(path: Path, info: RunRecord, with_captions: bool) -> str:
     captions = list(dict.fromkeys(text for texts in info.captions for text in texts))[:5]
     listed = "".join(f"<li><code>{escape(text)}</code></li>" for text in captions)
     prompts = f"the first training prompts:</p><ul>{listed}</ul>"
     if info.captions_from_files and not with_captions:
         prompts = "their own captions are not shown here (<code>finetune report RUN --captions</code>).</p>"
-    return f"<h2>What it learned from</h2><div class=card>{''.join(shown)}<p class=soft>{len(photos)} photos; {prompts}</div>"
+    small = photo_tags(path, info)
+    return (
+        f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} photos; {prompts}</div>"
+    )
 
 
 def _plan(info: RunRecord) -> str:
     rows = "".join(
-        f"<tr><th>{escape(str(name))}</th><td>{escape(', '.join(value) if isinstance(value, list) else str(value))}</td></tr>"
+        f"<tr><th>{escape(str(name))}</th><td>{escape(', '.join(map(str, value)) if isinstance(value, list) else str(value))}</td></tr>"
         for name, value in info.public_plan.items()
     )
     return f"<h2>The plan</h2><div class=card><table>{rows}</table></div>" if rows else ""
@@ -146,7 +130,7 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float], smoothed:
     """An inline SVG line plot with its axes' ends labelled."""
     width, height, left, top = 960, 190, 70, 24
     low, high = min(values), max(values)
-    low, high = (min(0.0, low), high * 1.05 or 1.0)
+    low, high = (min(0.0, low), max(0.0, high * 1.05) or 1.0)
 
     def points(line: Sequence[float]) -> str:
         span = max(1e-9, steps[-1] - steps[0])
@@ -178,7 +162,7 @@ def _before_after(path: Path, info: RunRecord) -> str:
         return ""
     rows = []
     for number, prompt in enumerate(info.prompts):
-        sides = [_row(folder, number) for folder in (before, after)]
+        sides = [row(folder, number, path) for folder in (before, after)]
         rows.append(
             f"<p class=prompt>{escape(prompt)}</p><div class=pair><div><h3>before</h3><div class=row>{sides[0]}</div></div>"
             f"<div><h3>after</h3><div class=row>{sides[1]}</div></div></div>"
@@ -190,56 +174,44 @@ def _before_after(path: Path, info: RunRecord) -> str:
     )
 
 
-def _row(folder: Path, number: int) -> str:
-    files = sorted(folder.glob(f"{number:02d}-*.png"))[:4]
-    tags = []
-    for file in files:
-        with Image.open(file) as image:
-            tags.append(image_tag(image, f"seed {file.stem.split('-')[1]}"))
-    return "".join(tags)
-
-
 def _exports(path: Path) -> str:
-    file = path / "exports.json"
-    if not file.is_file():
+    listed = read_exports(path)
+    if not listed:
         return ""
     rows = []
-    for item in json.loads(file.read_text(encoding="utf-8")):
+    for item in listed:
         checks = "<br>".join(
             f'<span class="{"good" if check.passed else "bad"}">{escape(check.line)}</span>'
             for check in checks_of(item)
         )
         size = item["size"] / 1e6
         rows.append(
-            f"<tr><td>{escape(item['format'])}</td><td><code>{escape(_inside(item['path'], path))}</code></td><td>{size:.2f} MB</td>"
+            f"<tr><td>{escape(item['format'])}</td><td><code>{escape(item['path'])}</code></td><td>{size:.2f} MB</td>"
             f"<td>{escape(', '.join(item['read_by']))}</td><td>{checks or UNCHECKED}</td></tr>"
         )
     head = "<tr><th>format</th><th>file</th><th>size</th><th>for</th><th>checks</th></tr>"
     return f"<h2>Files for other programs</h2><div class=card><table>{head}{''.join(rows)}</table></div>"
 
 
-def _inside(item: str, path: Path) -> str:
-    place = Path(item)
-    if place.is_relative_to(path):
-        return place.relative_to(path).as_posix()
-    return place.name if place.is_absolute() else item
-
-
 def _a_format(path: Path) -> str:
     """What may be exported again: kohya, or the first of what was written."""
-    file = path / "exports.json"
-    listed = [item["format"] for item in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
+    listed = [item["format"] for item in read_exports(path)]
     return "kohya" if "kohya" in listed or not listed else listed[0]
+
+
+def _typed(text: str) -> str:
+    """As a word of a shell, which somebody will paste: a token of others may hold its commands."""
+    return shlex.quote(text) if set(text) & set('"$`\\!\n') else f'"{text}"'
 
 
 def _next_steps(path: Path, info: RunRecord) -> str:
     thing = info.names[0]
     # a page may be passed on: no folders of this machine in it
-    run = path.name if path.is_absolute() else path.as_posix()
+    run = shlex.quote(path.as_posix() if path.parent == Path("runs") else path.absolute().name)
     commands = "\n".join(
         (
             "# more pictures",
-            f'finetune sample {run} -p "a photo of {thing} in the city" --count 8',
+            f"finetune sample {run} -p {_typed(f'a photo of {thing} in the city')} --count 8",
             "# the files again, or others",
             f"finetune export {run} --to {_a_format(path)}",
             "# go on, or train longer",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from pathlib import Path
 
 from finetune import __version__
 from finetune.config.load import dump_recipe
@@ -42,8 +41,3 @@ def _date(folder: RunFolder) -> dict[str, str]:
     if not file.is_file():
         return {}
     return {"date": written_date(datetime.fromtimestamp(file.stat().st_mtime, UTC))}
-
-
-def short_name(source: str) -> str:
-    """A base as it may be told to others: a folder's last name."""
-    return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source

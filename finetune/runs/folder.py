@@ -19,16 +19,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from finetune.config.load import dump_recipe, read_recipe
+from finetune.config.load import SCHEMA, SCHEMA_LINE, dump_recipe, read_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
-from finetune.core.files import load_tensors, save_tensors, write_text
-from finetune.core.records import check_schema
+from finetune.core.files import find_link_out, load_tensors, save_tensors, sweep, write_text
 from finetune.runs.record import RunRecord, read_record, write_record
 from finetune.training.checkpoint import Checkpoints
 
-SCHEMA = 1  # of recipe.yaml; 0 had the same keys and no number
-SCHEMA_LINE = "# schema: "  # a comment: older versions, which refuse unknown keys, still read the recipe
 HOLDER = "run.lock.txt"  # who holds run.lock, which nobody else can read on Windows
 
 
@@ -50,7 +47,6 @@ class RunFolder:
         file = self.path / "recipe.yaml"
         if not file.is_file():
             raise BadInput(f"{self.path} is no run folder (it has no recipe.yaml): give the folder of a run")
-        _check_recipe_schema(file)
         return read_recipe(file)
 
     @property
@@ -94,7 +90,8 @@ class RunFolder:
             ) from error
         with self._lock():
             name = f"process {os.getpid()} on {platform.node()}\n"
-            (self.path / HOLDER).write_text(name, encoding="utf-8", newline="\n")
+            write_text(self.path / HOLDER, name)
+            sweep(self.path)
             write_text(self.path / "recipe.yaml", f"{SCHEMA_LINE}{SCHEMA}\n{dump_recipe(recipe)}")
             yield
 
@@ -125,6 +122,7 @@ class RunFolder:
                 of a later version.
         """
         file = self.path / "recipe.yaml"
+        self.refuse_links()
         if file.is_file():
             self.info  # noqa: B018 - a later version's is refused before anything is written over
             changed = _changed_keys(self.recipe, recipe)
@@ -136,6 +134,16 @@ class RunFolder:
         elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is no run folder: choose another with run.dir=PATH")
 
+    def refuse_links(self) -> None:
+        """A folder that somebody sent may hold links: what is read, shown or written would then be another file.
+
+        Raises:
+            BadInput: there is a link that leads out of the folder.
+        """
+        link = find_link_out(self.path)
+        if link is not None:
+            raise BadInput(f"{link} is a link that leads out of {self.path}: put what it leads to there, or remove it")
+
     # what leaves the run
 
     def save_result(self, trained: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -146,15 +154,6 @@ class RunFolder:
         if not file.is_file():
             raise BadInput(f"{self.path} has not finished training: run `finetune resume {self.path}` first")
         return load_tensors(file)
-
-
-def _check_recipe_schema(file: Path) -> None:
-    """By the first line alone: the rest of a later version's recipe may not be readable."""
-    with file.open(encoding="utf-8", errors="replace") as opened:
-        first = opened.readline().strip()
-    if first.startswith(SCHEMA_LINE):
-        number = first.removeprefix(SCHEMA_LINE)
-        check_schema(int(number) if number.isdecimal() else number, file, SCHEMA)
 
 
 def next_folder(name: str, parent: Path = Path("runs")) -> Path:

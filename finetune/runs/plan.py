@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-Rows = dict[str, Any]  # label -> a text, a number or a list of texts
+from finetune.core.files import public_name
+
+PlanRows = dict[str, Any]  # label -> a text, a number or a list of texts
 
 
 class Record(BaseModel):
@@ -88,23 +89,18 @@ class Plan(Record):
         return sum(subject.photos for subject in self.subjects)
 
 
-def plan_rows(plan: Plan) -> Rows:
+def plan_rows(plan: Plan) -> PlanRows:
     """For the person whose run it is."""
     return _rows(plan, plan.base, {"training prompts": plan.prompts})
 
 
-def shared_rows(plan: Plan) -> Rows:
+def shared_rows(plan: Plan) -> PlanRows:
     """For a page that may be passed on: without the captions, and a base's folder by its last name."""
     return _rows(plan, public_name(plan.base), {})
 
 
-def public_name(base: str) -> str:
-    """A base without the folders of this machine."""
-    return Path(base).name if Path(base).is_absolute() else base
-
-
-def _rows(plan: Plan, base: str, prompts: Rows) -> Rows:
-    found: Rows = {"base": f"{base} ({plan.family}, {plan.prediction})", **_subject_rows(plan), **prompts}
+def _rows(plan: Plan, base: str, prompts: PlanRows) -> PlanRows:
+    found: PlanRows = {"base": f"{base} ({plan.family}, {plan.prediction})", **_subject_rows(plan), **prompts}
     if len(plan.subjects) == 1:
         subject = plan.subjects[0]
         found["token"] = f"{subject.token} (class noun: {subject.noun or 'none'})"
@@ -115,7 +111,7 @@ def _rows(plan: Plan, base: str, prompts: Rows) -> Rows:
     return found | _data_rows(plan) | _training_rows(plan)
 
 
-def _subject_rows(plan: Plan) -> Rows:
+def _subject_rows(plan: Plan) -> PlanRows:
     """What each subject is called, and where its captions come from."""
     if len(plan.subjects) == 1:
         return {"subject": plan.subjects[0].captions}
@@ -126,7 +122,7 @@ def _subject_rows(plan: Plan) -> Rows:
     }
 
 
-def _square_rows(plan: Plan) -> Rows:
+def _square_rows(plan: Plan) -> PlanRows:
     if plan.cut is None:
         return {}
     cut = plan.cut
@@ -134,7 +130,7 @@ def _square_rows(plan: Plan) -> Rows:
     return {"cropped": f"up to {cut.share:.0%} of a photo ({cut.photo}) is cut away by the square crop{hint}"}
 
 
-def _bucket_rows(plan: Plan) -> Rows:
+def _bucket_rows(plan: Plan) -> PlanRows:
     parts = [f"{bucket.width}x{bucket.height}: {_photos_of(bucket.photos)}" for bucket in plan.buckets]
     cut = plan.cut
     parts.append(f"at most {cut.share:.0%} of a photo ({cut.photo}) is cut away" if cut else "nothing is cut away")
@@ -144,8 +140,8 @@ def _bucket_rows(plan: Plan) -> Rows:
     return found
 
 
-def _data_rows(plan: Plan) -> Rows:
-    found: Rows = {}
+def _data_rows(plan: Plan) -> PlanRows:
+    found: PlanRows = {}
     if plan.masked is not None:
         found["masks"] = f"of {plan.masked} of {plan.photos} photos; background counts {plan.mask_floor:g}"
     if plan.inputs is not None:
@@ -159,8 +155,8 @@ def _data_rows(plan: Plan) -> Rows:
     return found
 
 
-def _training_rows(plan: Plan) -> Rows:
-    found: Rows = {"prior": plan.prior} if plan.prior else {}
+def _training_rows(plan: Plan) -> PlanRows:
+    found: PlanRows = {"prior": plan.prior} if plan.prior else {}
     found["timesteps"] = plan.timesteps
     found["method"] = f"{plan.method} on {', '.join(plan.parts)}"
     found["precision"] = plan.precision

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from finetune.core.errors import BadInput
-from finetune.core.files import write_json
+from finetune.core.files import public_name, write_json
+from finetune.core.reading import BadText, read_json
 from finetune.core.records import Values, migrated
-from finetune.runs.plan import Plan, Record, Rows, public_name, shared_rows
+from finetune.runs.plan import Plan, PlanRows, Record, shared_rows
 
 SCHEMA = 1
 
@@ -34,7 +34,7 @@ class RunRecord(Record):
     base: str = ""
     base_hash: str = ""
     resolution: int | None = None
-    plan: Rows = {}
+    plan: PlanRows = {}
     planned: Plan | None = None
     captions: list[list[str]] = []
     captions_from_files: int = 0
@@ -61,7 +61,7 @@ class RunRecord(Record):
         return public_name(self.base)
 
     @property
-    def public_plan(self) -> Rows:
+    def public_plan(self) -> PlanRows:
         """The plan's rows as a page may tell them."""
         return shared_rows(self.planned) if self.planned else self.plan
 
@@ -71,13 +71,15 @@ def read_record(file: Path) -> RunRecord:
     BadInput: it is damaged, or a later version wrote it.
     """
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file, dict)
         return RunRecord.model_validate(migrated(values, file, SCHEMA, [_from_0]))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise _damaged(file, f"{where}: {first['msg']}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
+    except BadText as fault:
+        raise _damaged(file, fault.reason) from fault
+    except (AttributeError, TypeError) as error:
         raise _damaged(file, str(error)) from error
 
 

@@ -12,45 +12,44 @@ from PIL import Image
 from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
 from finetune.families.vae import fitting
+from finetune.sampling.settings import Sampling
+
+DEFAULTS = Sampling()
 
 
 @torch.no_grad()
 def draw(
     family: Family,
     prompts: Sequence[str],
+    sampling: Sampling = DEFAULTS,
     *,
     seeds: Sequence[int],
-    negative: str = "",
-    sampler: str | None = "dpm++",
-    steps: int = 25,
-    guidance: float = 5.0,
-    size: int | None = None,
-    batch_size: int = 8,
-    given: ImageCondition | None = None,
+    condition: ImageCondition | None = None,
     advance: Callable[[int], None] = lambda amount: None,
 ) -> list[Image.Image]:
-    """One picture for each (prompt, seed) pair, drawn in batches with the family's own modules; from what is `given`,
-    by bases that draw from pictures.
+    """One image for each (prompt, seed) pair, drawn in batches with the family's own modules; bases that draw from
+    images start from `condition`. `advance` is called after each batch with its number of images.
 
-    The starting noise depends on the picture's seed alone and is drawn on the CPU. A picture's neighbours and its
+    The starting noise depends on the image's seed alone and is drawn on the CPU. An image's neighbours and its
     place in the batch change nothing; the size of the batch changes the last bits of the denoiser's arithmetic
     (64-pixel base, 20 steps, batches of 1, 3 and 8: one grey level in at most 6 of 100,000 values). The VAE decodes
-    one picture at a time: memory for it does not grow with the batch, and nor do its last bits change.
+    one image at a time: memory for it does not grow with the batch, and nor do its last bits change.
     """
-    side = size or family.resolution
-    pipeline = family.drawing.pipeline(sampler)  # brings released parts back
+    side = sampling.size or family.resolution
+    pipeline = family.drawing.pipeline(sampling.sampler)  # brings released parts back
     if family.codec.parts:
         pipeline.vae = fitting(pipeline.vae, family.dtype, family.autocast is not None)
     images: list[Image.Image] = []
     with _in_eval(family), _as_trained(family), _hooks_removed(pipeline):
-        for start in range(0, len(prompts), batch_size):
-            texts = list(prompts[start : start + batch_size])
+        for start in range(0, len(prompts), sampling.batch_size):
+            chosen = slice(start, start + sampling.batch_size)
+            texts = list(prompts[chosen])
             out = pipeline(
                 prompt=texts,
-                num_inference_steps=steps,
-                **family.drawing.arguments(guidance, [negative] * len(texts)),
-                **family.drawing.inputs(side, len(texts), steps, given),
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
+                num_inference_steps=sampling.steps,
+                **family.drawing.arguments(sampling.guidance, [sampling.negative] * len(texts)),
+                **family.drawing.inputs(side, len(texts), sampling.steps, condition),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[chosen]],
             )
             images += out.images
             advance(len(texts))

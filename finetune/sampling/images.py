@@ -8,11 +8,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, PngImagePlugin
 
+from finetune.core.files import public_name, replacing
+from finetune.sampling.settings import Sampling
+
 A1111_SAMPLERS = {"dpm++": "DPM++ 2M", "ddim": "DDIM", "euler": "Euler", "unipc": "UniPC"}
 
 
 def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None) -> Image.Image:
-    """Pictures in rows of `columns`; each row's caption, where given, stands above it."""
+    """Images in rows of `columns`; each row's caption, where given, stands above it."""
     width, height = images[0].size
     rows = -(-len(images) // columns)
     head = 16 if captions else 0
@@ -25,14 +28,19 @@ def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] | 
     return page
 
 
-def parameters(
-    prompt: str, negative: str, seed: int, sampler: str, steps: int, guidance: float, size: int, model: str
-) -> str:
+def parameters(prompt: str, seed: int, sampling: Sampling, model: str) -> str:
     """The `parameters` text that A1111, Forge and ComfyUI's readers show, in A1111's layout and sampler names."""
-    label = A1111_SAMPLERS.get(sampler, sampler)
-    settings = f"Steps: {steps}, Sampler: {label}, CFG scale: {guidance}, Seed: {seed}, Size: {size}x{size}"
-    middle = f"\nNegative prompt: {negative}" if negative else ""
-    model = Path(model).name if Path(model).is_absolute() else model  # pictures are passed on
+    size = f"{sampling.size}x{sampling.size}" if sampling.size else None
+    given = {
+        "Steps": sampling.steps,
+        "Sampler": A1111_SAMPLERS.get(sampling.sampler or "", sampling.sampler),
+        "CFG scale": sampling.guidance,
+        "Seed": seed,
+        "Size": size,
+    }
+    settings = ", ".join(f"{key}: {value}" for key, value in given.items() if value is not None)
+    middle = f"\nNegative prompt: {sampling.negative}" if sampling.negative else ""
+    model = public_name(model)  # images are passed on
     name = json.dumps(model, ensure_ascii=False) if "," in model or ":" in model else model
     return f"{prompt}{middle}\n{settings}, Model: {name}"
 
@@ -41,5 +49,5 @@ def save_image(image: Image.Image, path: Path, text: str) -> None:
     """A PNG that carries how it was made, in the `parameters` text chunk."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pnginfo=info)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)

@@ -1,7 +1,8 @@
-"""The `sample:` section of a recipe."""
+"""How images are drawn, and the `sample:` section of a recipe."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -11,8 +12,26 @@ from finetune.core.settings import Settings
 Sampler = Literal["dpm++", "ddim", "euler", "unipc"]  # finetune.families.samplers makes them
 
 
-class Sample(Settings):
-    """Pictures: previews during the run (`every` steps, 0 for none) and the before/after grid of the page."""
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn from prompts.
+
+    sampler: one of `Sampler`; None: the base's own.
+    guidance: the scale of classifier-free guidance; 1 switches it off.
+    size: the side of the square images, in pixels; None: the base's own resolution.
+    batch_size: how many images are drawn at once. More need more memory.
+    """
+
+    negative: str = ""
+    sampler: str | None = "dpm++"
+    steps: int = 25
+    guidance: float = 5.0
+    size: int | None = None
+    batch_size: int = 8
+
+
+class SampleSettings(Settings):
+    """Images: previews during the run (`every` steps, 0 for none) and the before/after grid of the page."""
 
     prompts: list[str] = [
         "a photo of {token} {noun}",
@@ -26,6 +45,10 @@ class Sample(Settings):
     seed: int = 0
     sampler: Sampler = "dpm++"
     steps: int = Field(default=25, ge=1)
-    batch_size: int = Field(default=8, ge=1)  # pictures at once
+    batch_size: int = Field(default=8, ge=1)  # images at once
     guidance: float = 5.0
-    image_guidance: float = Field(default=1.5, ge=1)  # how closely an edit keeps to its picture
+    image_guidance: float = Field(default=1.5, ge=1)  # how closely an edit keeps to its image
+
+    def sampling(self, size: int) -> Sampling:
+        """How these images are drawn, as squares of `size` pixels a side."""
+        return Sampling(self.negative, self.sampler, self.steps, self.guidance, size, self.batch_size)

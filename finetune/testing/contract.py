@@ -1,4 +1,4 @@
-"""What every family, method and optimiser promises, as plain functions over a base folder and settings.
+"""What every family, method, optimiser and loss weight promises, as plain functions over a base folder and settings.
 
 tests/contract runs them over the registries, and a package that adds to those can run them over what it adds. Each
 raises AssertionError where the promise is not kept. `finetune.testing.tiny` writes small bases of our families.
@@ -6,6 +6,7 @@ raises AssertionError where the promise is not kept. `finetune.testing.tiny` wri
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from finetune.families.source import load_family
 from finetune.methods.base import Method
 from finetune.methods.registry import METHODS
 from finetune.objectives.registry import build_objective
+from finetune.objectives.schedule import DIFFUSION, Schedule
 from finetune.objectives.settings import ObjectiveSettings
+from finetune.objectives.weightings.base import Weighting
 from finetune.optim.adamw import AdamW
 from finetune.optim.base import Optimiser
 from finetune.runs.metrics import MetricsFile
@@ -35,6 +38,21 @@ Parameters = dict[str, nn.Parameter]
 PROMPTS = ["a photo of a {} mug", "a mug"]
 
 
+@dataclass(frozen=True)
+class ShortRun:
+    """A run of a few steps on two samples, each step cut into `count` micro-batches; the data of step `bad` are not
+    finite (-1: of none). `optim`: None for AdamW."""
+
+    steps: int = 3
+    count: int = 2
+    bad: int = -1
+    device: str = "cpu"
+    optim: Optimiser | None = None
+
+
+WHOLE = ShortRun()
+
+
 def killed_and_resumed_is_the_unbroken_run(
     base: Path, kind: str, folder: Path, optim: Optimiser | None = None, **settings: Any
 ) -> None:
@@ -42,11 +60,12 @@ def killed_and_resumed_is_the_unbroken_run(
     whole, cut = folder / "whole", folder / "cut"
     whole.mkdir()
     cut.mkdir()
-    wanted = train(base, kind, whole, optim=optim, **settings)
+    unbroken = ShortRun(optim=optim)
+    wanted = train(base, kind, whole, unbroken, **settings)
     try:
-        train(base, kind, cut, bad=2, optim=optim, **settings)
+        train(base, kind, cut, replace(unbroken, bad=2), **settings)
     except CheckFailed:
-        resumed = train(base, kind, cut, optim=optim, **settings)
+        resumed = train(base, kind, cut, unbroken, **settings)
     else:
         raise AssertionError("a step that is not finite did not end the run")
     changed = [name for name, value in wanted.items() if not torch.equal(value, resumed[name])]
@@ -133,6 +152,36 @@ def switched_off_is_the_base(base: Path, kind: str) -> None:
     assert not torch.equal(predict(family), before), "it was not switched on again"
 
 
+def a_weight_is_finite_and_above_0(weighting: Weighting) -> None:
+    """One number for each sample, float32, at any SNR from 0 to infinity, for each prediction."""
+    snr = torch.tensor([0.0, 1e-8, 1e-3, 1.0, 5.0, 1e3, 1e7, float("inf")])
+    for prediction in DIFFUSION:
+        weight = weighting.weight(snr, prediction)
+        assert weight.shape == snr.shape, f"{tuple(weight.shape)} for {tuple(snr.shape)} SNRs ({prediction})"
+        assert weight.dtype == torch.float32, f"{weight.dtype}, not float32 ({prediction})"
+        odd = [f"{float(w)} at SNR {float(s):g}" for s, w in zip(snr, weight, strict=True) if not 0 < w < float("inf")]
+        assert not odd, f"not finite and above 0: {odd[0]} ({prediction})"
+        alone = torch.cat([weighting.weight(each[None], prediction) for each in snr])
+        assert torch.equal(alone, weight), f"a sample's weight depends on the others of its batch ({prediction})"
+
+
+def a_weight_is_the_same_for_every_prediction(weighting: Weighting) -> None:
+    """The same error of the clean image costs the same, whatever the model predicts: checked by `Objective.clean`."""
+    made = torch.Generator().manual_seed(0)
+    x0, noise, wrong = (torch.randn(4, 8, generator=made) for _ in range(3))
+    t, settings = torch.tensor([30, 200, 500, 900]), ObjectiveSettings().model_copy(update={"weighting": weighting})
+    losses = []
+    for prediction in DIFFUSION:
+        schedule = Schedule.from_config({"num_train_timesteps": 1000, "prediction_type": prediction})
+        objective = build_objective(settings, schedule)
+        noisy, target = objective.add_noise(x0, noise, t), objective.target(x0, noise, t)
+        slope = (objective.clean(noisy, target + 1, t) - objective.clean(noisy, target, t))[:, :1]
+        output = target + wrong / slope  # the output whose x0 is off by `wrong`
+        losses.append((output - target).square().mean(1) * objective.weight(t))
+    for prediction, loss in zip(DIFFUSION, losses, strict=True):
+        assert torch.allclose(loss, losses[0], rtol=1e-3), f"another loss for {prediction} than for {DIFFUSION[0]}"
+
+
 class Fixed:
     """Two samples in `count` micro-batches; the step `bad` is not finite, as a fault in the middle of a run."""
 
@@ -146,43 +195,35 @@ class Fixed:
         mean = self.mean[chosen] * (float("nan") if step == self.bad else 1)
         geometry = [Geometry((40, 48), (0, 4), (32, 32))] * self.size
         prompts = [PROMPTS[k].format(self.word) for k in chosen]
-        latents, draws = Latents(mean, torch.full_like(mean, 0.1)), [SampleKey(0, step, k) for k in chosen]
-        return Batch(latents, prompts, torch.ones(self.size), geometry, draws, [f"{k}.png" for k in chosen])
+        latents, keys = Latents(mean, torch.full_like(mean, 0.1)), [SampleKey(0, step, k) for k in chosen]
+        names = [f"{k}.png" for k in chosen]
+        weight = torch.ones(self.size)
+        return Batch(latents=latents, prompts=prompts, weight=weight, geometry=geometry, keys=keys, names=names)
 
 
-def train(
-    base: Path,
-    kind: str,
-    folder: Path,
-    bad: int = -1,
-    count: int = 2,
-    steps: int = 3,
-    device: str = "cpu",
-    optim: Optimiser | None = None,
-    **settings: Any,
-) -> dict[str, Tensor]:
+def train(base: Path, kind: str, folder: Path, short: ShortRun = WHOLE, **settings: Any) -> dict[str, Tensor]:
     """A run of `Trainer` with a checkpoint after each step, in `folder`; what is trained, at its end.
 
     `settings`: of the method; without any, all parts are trained where the method can be told so.
     """
     family = load_family(str(base))
-    family.parts.to(device)
+    family.parts.to(short.device)
     own = {} if kind == "textual_inversion" else {"parts": ["denoiser", "text_encoders"]}
     method = method_of(kind, **own | settings)
     word = method.add_subject_token(family, "zwx", "mug") or "zwx"
     trained = method.attach(family, 0)
-    run = Run(steps=steps, batch_size=2, accumulate=count, checkpoint_every=1)
+    run = Run(steps=short.steps, batch_size=2, accumulate=short.count, checkpoint_every=1)
     objective = build_objective(ObjectiveSettings(), family.schedule, family.shift(32))
     trainer = Trainer(
         Step(family, parts_of(trained), objective, family.encode_prompts),
         Trainable(trained, method.windows(trained)),
-        optim or AdamW(lr=1e-2),
+        short.optim or AdamW(lr=1e-2),
         run,
         make_accelerator(run, method.is_adapter),
         Checkpoints(folder),
     )
     with sent_to(MetricsFile(folder)):
-        trainer.fit(Fixed(family.codec.channels, word, bad, count))
+        trainer.fit(Fixed(family.codec.channels, word, short.bad, short.count))
     return {name: value.detach().clone() for name, value in trained.items()}
 
 

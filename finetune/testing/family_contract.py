@@ -16,6 +16,7 @@ from finetune.families.base import Family
 from finetune.families.registry import family_of
 from finetune.families.source import load_family
 from finetune.sampling.draw import draw
+from finetune.sampling.settings import Sampling
 from finetune.testing.contract import predict, weights
 
 PROMPTS = ["a photo of a dog", "a red mug on the beach", ""]
@@ -137,7 +138,7 @@ def _questions(family: Family) -> tuple[object, ...]:
 
 
 def _drawn(family: Family, seed: int) -> bytes:
-    image = draw(family, PROMPTS[:1], seeds=[seed], steps=2)[0]
+    image = draw(family, PROMPTS[:1], Sampling(steps=2), seeds=[seed])[0]
     assert image.size == (family.resolution, family.resolution)
     return image.tobytes()
 

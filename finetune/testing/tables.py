@@ -10,8 +10,9 @@ import tempfile
 from pathlib import Path
 
 from finetune.config.load import parse_recipe
+from finetune.core.devices import GIB
 from finetune.core.errors import BadInput
-from finetune.jobs.estimate import GIB, Estimate, estimate
+from finetune.jobs.estimate import Estimate, estimate
 from finetune.testing.published import PUBLISHED, write
 
 BEGIN, END = "<!-- by python -m finetune.testing.tables docs/families.md -->", "<!-- end -->"

@@ -5,7 +5,6 @@ RUN/checkpoints/step-000250/{trained,optimizer,ema}.safetensors + state.json
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -16,9 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from finetune.core.errors import BadInput
-from finetune.core.files import flush, load_tensors, save_tensors, sha256, write_json
-from finetune.core.records import check_schema
+from finetune.core.files import flush, load_tensors, replacing_folder, save_tensors, sha256, write_json
+from finetune.core.reading import read_json
+from finetune.core.records import LaterVersion, check_schema
 
+FILES = {"trained.safetensors", "optimizer.safetensors", "ema.safetensors"}
 SCHEMA = 1  # of state.json; 0 had the same keys and no number
 
 
@@ -51,17 +52,13 @@ class Checkpoints:
     def save(self, state: State, keep: int) -> Path:
         """Writes a checkpoint to a temporary folder, renames it, then drops the oldest beyond `keep`."""
         folder = self.path / f"step-{state.step:06d}"
-        temporary = folder.with_name(f".{folder.name}.tmp")
         for left_over in folder.parent.glob(".step-*.tmp"):  # of a killed process
             shutil.rmtree(left_over, ignore_errors=True)
         try:
-            temporary.mkdir(parents=True)
-            write_state(temporary, state)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            with replacing_folder(folder) as temporary:
+                write_state(temporary, state)
             flush(folder.parent)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise BadInput(
                 f"the checkpoint of step {state.step} could not be written to {folder.parent} "
                 f"({error.strerror or error}); the one before is untouched: free some space, then "
@@ -101,28 +98,47 @@ def write_state(folder: Path, state: State) -> None:
 
 
 def read_state(folder: Path) -> State:
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = _stated(folder)
     parts = {name.removesuffix(".safetensors"): load_tensors(folder / name) for name in state["files"]}
     return State(state["step"], parts["trained"], parts.get("optimizer", {}), parts.get("ema", {}), state["values"])
+
+
+def _stated(folder: Path) -> dict[str, Any]:
+    """What state.json holds.
+
+    Raises:
+        BadInput: not what `write_state` writes, or a later version wrote it.
+    """
+    file = folder / "state.json"
+    state = read_json(file, dict)
+    check_schema(state.get("schema", 0), file, SCHEMA)
+    files, step = state.get("files"), state.get("step")
+    named = isinstance(files, dict) and "trained.safetensors" in files and files.keys() <= FILES
+    if not isinstance(files, dict) or not named or not all(isinstance(item, dict) for item in files.values()):
+        raise BadInput(f"{file}: 'files' are not those of a checkpoint")
+    if not isinstance(step, int) or step < 0 or not isinstance(state.get("values"), dict):
+        raise BadInput(f"{file}: 'step' or 'values' is not what a run writes")
+    return state
 
 
 def find_fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None.
 
     Raises:
-        BadInput: a later version wrote it: that is no damage, and an older checkpoint is not to be taken in its place.
+        LaterVersion: a later version wrote it: that is no damage, and an older checkpoint is not to be taken in its
+            place.
     """
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        files, schema = state["files"], state.get("schema", 0)
-    except (OSError, ValueError, KeyError) as error:
+        files = _stated(folder)["files"]
+    except LaterVersion:
+        raise
+    except (OSError, BadInput) as error:
         return f"state.json: {error}"
-    check_schema(schema, folder / "state.json", SCHEMA)
     for name, stated in files.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != stated["size"] or sha256(file) != stated["sha256"]:
+        if file.stat().st_size != stated.get("size") or sha256(file) != stated.get("sha256"):
             return f"{name} is not what was written"
     return None
 

@@ -20,11 +20,11 @@ class CurrentSamples:
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
-        kept, self.keys = self.keys, None
+        before, self.keys = self.keys, None
         try:
             yield
         finally:
-            self.keys = kept
+            self.keys = before
 
 
 class SampleDropout(nn.Module):
@@ -45,8 +45,8 @@ class SampleDropout(nn.Module):
             return x
         if len(keys) != len(x):
             raise ValueError(f"{self.name} got {len(x)} samples where the step has {len(keys)}")
-        kept = [self._mask(key, x[index]) for index, key in enumerate(keys)]
-        return x * torch.stack(kept) / (1 - self.p)
+        masks = [self._mask(key, x[index]) for index, key in enumerate(keys)]
+        return x * torch.stack(masks) / (1 - self.p)
 
     def _mask(self, key: SampleKey, like: Tensor) -> Tensor:
         seed = key.generator(f"dropout {self.name}").initial_seed()

@@ -16,7 +16,7 @@ from finetune.core.files import save_tensors, write_json
 Samples = list[tuple[dict[str, Any], dict[str, Tensor]]]
 
 
-def describe(batches: Sequence[Batch], timesteps: Sequence[Tensor]) -> Samples:
+def describe_samples(batches: Sequence[Batch], timesteps: Sequence[Tensor]) -> Samples:
     """One entry a sample: what is said of it, and its latents (mean and std, [C, h, w])."""
     found: Samples = []
     for batch, t in zip(batches, timesteps, strict=True):
@@ -24,7 +24,7 @@ def describe(batches: Sequence[Batch], timesteps: Sequence[Tensor]) -> Samples:
             about = {
                 "name": name,
                 "timestep": float(t[index]),
-                "sample": batch.draws[index].sample,
+                "sample": batch.keys[index].sample,
                 "prompt": batch.prompts[index],
                 "weight": float(batch.weight[index]),
             }

@@ -1,4 +1,4 @@
-"""What is added to the loss so that training keeps the prior without class images: a new kind is one new class here.
+"""What priors add to the loss, and what they are given for it (`finetune.training.priors`).
 
 A penalty is a function of what a step has at hand, called inside `Step.forward`, so that its gradient is synchronised,
 accumulated and clipped as the rest is. Its mean over micro-batches and processes is its value for the whole batch.
@@ -19,7 +19,7 @@ from finetune.families.base import Family
 from finetune.methods.base import Method
 from finetune.methods.start import ReferenceModel
 from finetune.training.dropout import CurrentSamples
-from finetune.training.prior import FrozenBase
+from finetune.training.priors.frozen_base import FrozenBase
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class NoisedBatch:
     """One micro-batch on its way through a step.
 
     `latents` are what the denoiser reads, z_t [B, C, h, w] at timesteps `t` [B]; `weight` [B] is the objective's at t
-    times the sample's; `kept` [encoders, B] as `Family.encode_prompts` takes it.
+    times the sample's; `keep_mask` [encoders, B] as `Family.encode_prompts` takes it.
     """
 
     batch: Batch
     latents: Tensor
     t: Tensor
     weight: Tensor
-    kept: Tensor | None
+    keep_mask: Tensor | None
     current: CurrentSamples = field(default_factory=CurrentSamples)
 
 
@@ -70,7 +70,7 @@ class KeepPrediction:
 
     def __call__(self, at: NoisedBatch) -> Tensor:
         prompts = self.prompts(at.batch)
-        cond = self.encode(prompts, at.kept) | at.batch.conditions
+        cond = self.encode(prompts, at.keep_mask) | at.batch.conditions
         wanted = self.wanted(at, prompts, cond)
         prediction = self.family.predict(at.latents, at.t, cond, at.batch.geometry).float()
         error = (prediction - wanted).square().flatten(1).mean(1)
@@ -78,7 +78,7 @@ class KeepPrediction:
 
     def prompts(self, batch: Batch) -> list[str]:
         """Each sample's class prompt, which is its own subject's; or the empty one."""
-        empty = uniform(batch.draws, "class prompt") < self.settings.caption_dropout
+        empty = uniform(batch.keys, "class prompt") < self.settings.caption_dropout
         own = [self.own_prompts.get(name, self.prompt) for name in batch.names]
         return ["" if nothing else prompt for nothing, prompt in zip(empty.tolist(), own, strict=True)]
 
@@ -86,5 +86,5 @@ class KeepPrediction:
     def wanted(self, at: NoisedBatch, prompts: list[str], cond: dict[str, Tensor]) -> Tensor:
         """The base's own prediction, float32, without dropout; its encoders read the prompt where ours are trained."""
         with at.current.without_dropout(), self.base() as base:
-            own = base.encode_prompts(prompts, at.kept) | at.batch.conditions if self.texts_train else cond
+            own = base.encode_prompts(prompts, at.keep_mask) | at.batch.conditions if self.texts_train else cond
             return base.predict(at.latents, at.t, own, at.batch.geometry).float()

@@ -67,36 +67,36 @@ class Step(nn.Module):
         self.objective = self.objective.to(device)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean over the batch of weight * error(prediction, target), and the penalties: a float32 scalar."""
-        self.current.keys = batch.draws
+        """The mean over the batch of weight * error(prediction, target), plus the regularizers: a float32 scalar."""
+        self.current.keys = batch.keys
         x0 = batch.sample_latents()
-        noise, added = (value.to(x0.device) for value in self.objective.noises(batch.draws, x0.shape[1:]))
-        t = self.objective.timesteps(self.positions(batch.draws)).to(x0.device)
-        kept = self.kept(batch.draws)
-        cond = self.encode_prompts(batch.prompts, kept) | batch.conditions
-        noisy = batch.beside(self.objective.add_noise(x0, added, t))
+        noise, added = (value.to(x0.device) for value in self.objective.noises(batch.keys, x0.shape[1:]))
+        t = self.objective.timesteps(self.positions(batch.keys)).to(x0.device)
+        keep_mask = self.keep_mask(batch.keys)
+        cond = self.encode_prompts(batch.prompts, keep_mask) | batch.conditions
+        noisy = batch.concat_conditioning(self.objective.add_noise(x0, added, t))
         prediction = self.family.predict(noisy, t, cond, batch.geometry)
         error = per_sample(self.objective.error(prediction.float(), self.objective.target(x0, noise, t)), batch.mask)
         weight = self.objective.weight(t)
-        at = NoisedBatch(batch, noisy, t, weight * batch.weight, kept, self.current)
+        at = NoisedBatch(batch, noisy, t, weight * batch.weight, keep_mask, self.current)
         extra = (regularizer(at) for regularizer in self.options.regularizers)
         return sum(extra, start=(error * weight * batch.weight).mean())
 
-    def kept(self, draws: list[SampleKey]) -> Tensor | None:
+    def keep_mask(self, keys: list[SampleKey]) -> Tensor | None:
         """[encoders, B]: 0 where a text encoder's output is dropped, on its own (arXiv:2403.03206, 5.2)."""
         if not self.options.encoder_dropout:
             return None
-        each = [uniform(draws, f"text encoder {n}") for n in range(len(self.family.text_encoders))]
+        each = [uniform(keys, f"text encoder {n}") for n in range(len(self.family.text_encoders))]
         return (torch.stack(each) >= self.options.encoder_dropout).float()
 
-    def positions(self, draws: list[SampleKey]) -> Tensor:
+    def positions(self, keys: list[SampleKey]) -> Tensor:
         """Where in [0, 1) each sample's timestep lies [B]: uniform over the noise levels of the base, or one in each
         of `stratify` equal parts of them."""
-        u, share = uniform(draws, "timestep"), self.family.timestep_fraction
+        u, share = uniform(keys, "timestep"), self.family.timestep_fraction
         if self.options.stratify is None:
             return u * share
-        order = torch.randperm(self.options.stratify, generator=generator(draws[0].seed, "strata", draws[0].step))
-        return (order[[draw.sample for draw in draws]] + u) / self.options.stratify * share
+        order = torch.randperm(self.options.stratify, generator=generator(keys[0].seed, "strata", keys[0].step))
+        return (order[[key.sample for key in keys]] + u) / self.options.stratify * share
 
 
 def parts_of(trained: Iterable[str]) -> list[str]:

@@ -166,8 +166,8 @@ class Trainer:
         bad = not math.isfinite(value) or (length is not None and not math.isfinite(length))
         if not self._all_reduce_max(int(bad)):
             return
-        timesteps = [self.step.objective.timesteps(self.step.positions(batch.draws)) for batch in seen]
-        everyone = gather_object([(value, nonfinite.describe(seen, timesteps))])
+        timesteps = [self.step.objective.timesteps(self.step.positions(batch.keys)) for batch in seen]
+        everyone = gather_object([(value, nonfinite.describe_samples(seen, timesteps))])
         worst = next((loss for loss, _ in everyone if not math.isfinite(loss)), value)
         samples = [sample for _, part in everyone for sample in part]
         bundle = nonfinite.bundle_folder(self.checkpoints.run, n + 1)

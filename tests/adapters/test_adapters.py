@@ -16,8 +16,8 @@ from finetune.adapters.operations import extracted, merged, merged_model, verify
 from finetune.cli.main import run
 from finetune.core.errors import BadInput
 from finetune.export.adapter import adapter_from, export_adapter
-from finetune.export.base import Adapter, delta
-from finetune.export.registry import EXPORTS
+from finetune.export.base import Adapter, Request, delta
+from finetune.export.registry import EXPORTS, formats_for
 from finetune.export.verify import apply_adapter
 from finetune.families.configs import read_config
 from finetune.families.naming.ldm import unet_name
@@ -33,7 +33,12 @@ def written(
     """Writes x in the formats and returns the adapter."""
     method, family = trained(base, **{"parts": PARTS, "targets": "conv", "alpha": 7} | settings)
     adapter = adapter_from(method, family)
-    export_adapter(adapter, folder, "x", formats or list(EXPORTS), dtype, ABOUT, bench_of(adapter.base_folder))
+    export_adapter(
+        adapter,
+        Request(folder, "x", dtype, ABOUT),
+        formats or formats_for(("adapter",)),
+        bench_of(adapter.base_folder),
+    )
     return adapter
 
 
@@ -51,7 +56,9 @@ def largest_difference(one: Adapter, other: Adapter) -> float:
 
 
 def paths(name: str, title: str = "x") -> dict[str, Path]:
-    return {kind: export().path(Path(), title, name) for kind, export in EXPORTS.items()}
+    return {
+        kind: export().path(Path(), title, name) for kind, export in EXPORTS.items() if export.artifact == "adapter"
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -217,8 +224,8 @@ def test_conversions_there_and_back_are_exact(
     for start, path in paths(name).items():
         source, found = open_adapter(tmp_path / path, base)
         assert found.dtypes == (dtype,)
-        for end in EXPORTS:
-            (item,) = write(source, base, tmp_path / f"{start}-to", [end], dtype, False, {})
+        for end in formats_for(("adapter",)):
+            (item,) = write(source, tmp_path / f"{start}-to", [end], dtype, False, {})
             assert item.ok, item.checks
             assert item.largest_error <= 1e-6
             again, _ = open_adapter(item.path, base)
@@ -239,7 +246,7 @@ def test_modules_of_several_ranks_and_alphas(tiny_bases: dict[str, Path], tmp_pa
     base = str(tiny_bases["sd1"])
     source, found = open_adapter(tmp_path / "mixed.safetensors", base)
     assert set(found.ranks) == {1, 2, 3}
-    for item in write(source, base, tmp_path / "one", list(EXPORTS), "fp32", False, {}):
+    for item in write(source, tmp_path / "one", formats_for(("adapter",)), "fp32", False, {}):
         assert item.ok, item.checks
         assert largest_difference(source, open_adapter(item.path, base)[0]) <= 1e-6
     alphas = {float(v) for k, v in load_file(tmp_path / "one.safetensors").items() if k.endswith(".alpha")}

@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from finetune.cli.main import main
 
 COMMANDS = (
     [], ["train"], ["resume"], ["dreambooth"], ["demo"], ["sample"], ["export"], ["report"], ["doctor"],
@@ -18,10 +22,30 @@ COMMANDS = (
 )  # fmt: skip
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL")
 
+Done = subprocess.CompletedProcess[str]
+Command = Callable[..., Done]
 
-def finetune(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "finetune", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"}
+
+@pytest.fixture
+def finetune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """The command in this process, in tmp_path: one of its own takes five seconds to import torch and diffusers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["finetune", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capfd.readouterr()
+        return Done(sys.argv, int(ended.value.code or 0), said.out, said.err)
+
+    return call
+
+
+def shell(*arguments: object, cwd: Path, program: list[str] | None = None) -> Done:
+    command = [sys.executable, "-m", *(program or ["finetune"]), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
 
 
@@ -38,7 +62,7 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     assert "Usage" in done.stdout
 
 
-def assert_one_sentence(done: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
+def assert_one_sentence(done: Done, *words: str, code: int = 2) -> None:
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -56,33 +80,58 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *words: str, cod
 )
 def test_bad_input_is_one_sentence_and_exit_2(arguments: list[str], words: tuple[str, ...], tmp_path: Path) -> None:
     """As the shell sees it; all the other cases are in reliability/test_bad_input.py."""
-    assert_one_sentence(finetune(*arguments, cwd=tmp_path), *words)
+    assert_one_sentence(shell(*arguments, cwd=tmp_path), *words)
     assert not list(tmp_path.iterdir())
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    assert "Traceback" in finetune("train", "nothing", "--debug", cwd=tmp_path).stderr
+    assert "Traceback" in shell("train", "nothing", "--debug", cwd=tmp_path).stderr
 
 
-def test_recipes_are_listed_shown_copied_and_described(tmp_path: Path) -> None:
+def test_recipes_are_listed_shown_copied_and_described(finetune: Command, tmp_path: Path) -> None:
     assert "demo" in finetune("recipes", "list").stdout
     shown = finetune("recipes", "show", "demo").stdout
-    assert finetune("recipes", "copy", "demo", cwd=tmp_path).returncode == 0
+    assert finetune("recipes", "copy", "demo").returncode == 0
     assert (tmp_path / "demo.yaml").read_text() == shown
-    assert_one_sentence(finetune("recipes", "copy", "demo", cwd=tmp_path), "demo.yaml")
-    assert finetune("recipes", "schema", cwd=tmp_path).returncode == 0
+    assert_one_sentence(finetune("recipes", "copy", "demo"), "demo.yaml")
+    assert finetune("recipes", "schema").returncode == 0
     assert "properties" in json.loads((tmp_path / "recipe.schema.json").read_text())
 
 
-def test_doctor_tells_what_works() -> None:
+def test_doctor_tells_what_works(finetune: Command) -> None:
     done = finetune("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     for word in ("torch", "bitsandbytes", "bf16", "fp16", "adamw8bit", "free space", "hub"):
         assert word in done.stdout
 
 
+def test_doctor_tries_every_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can't work here is told with its reason and is no fault of the machine; a wrong step is one."""
+    from finetune.cli.doctor import _optimisers
+    from finetune.optim.adamw import AdamW
+    from finetune.optim.registry import OPTIMISERS
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = {item.name: item for item in _optimisers()}
+    assert list(found) == [f"optim.kind {kind}" for kind in OPTIMISERS]
+    paged = found.pop("optim.kind paged_adamw8bit")
+    assert (paged.ok, paged.value) == (None, "needs an NVIDIA GPU, but this run is on cpu")
+    assert paged.advice == "use optim.kind=adamw8bit"
+    assert all(item.ok for item in found.values()), found
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    missing = next(item for item in _optimisers() if item.name == "optim.kind prodigy")
+    assert (missing.ok, missing.value, missing.advice) == (
+        None,
+        "needs the package prodigyopt",
+        "pip install prodigyopt",
+    )
+    monkeypatch.setattr(AdamW, "build", lambda self, trained: torch.optim.SGD(trained.values(), maximize=True))
+    wrong = next(item for item in _optimisers() if item.name == "optim.kind adamw")
+    assert wrong.ok is False
+
+
 @pytest.mark.slow
-def test_tokens_are_suggested_and_checked() -> None:
+def test_tokens_are_suggested_and_checked(finetune: Command) -> None:
     found = finetune("tokens", "suggest", "-n", "2")
     assert found.returncode == 0, found.stderr
     assert len(found.stdout.splitlines()) == 2
@@ -100,14 +149,16 @@ SHORT = (
 
 
 @pytest.mark.slow
-def test_from_photos_to_pictures(photos: Path, tmp_path: Path) -> None:
-    """dreambooth, dry and real; sample from the run and from the file; export; a changed recipe; going on."""
-    dry = finetune("dreambooth", photos, "--class-noun", "mug", "--dry-run", *SHORT, cwd=tmp_path)
+def test_from_photos_to_pictures(finetune: Command, photos: Path, tmp_path: Path) -> None:
+    """dreambooth, dry and real; sample from the run and from the file; export; a changed recipe; going on.
+
+    The run that trains is one of the shell."""
+    dry = finetune("dreambooth", photos, "--class-noun", "mug", "--dry-run", *SHORT)
     assert dry.returncode == 0, dry.stderr
     assert "token" in dry.stdout
     assert not (tmp_path / "runs").exists()
 
-    done = finetune("dreambooth", photos, "--class-noun", "mug", *SHORT, cwd=tmp_path)
+    done = shell("dreambooth", photos, "--class-noun", "mug", *SHORT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "mug"
     assert (run / "recipe.yaml").is_file()
@@ -134,20 +185,23 @@ def test_from_photos_to_pictures(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_make_one_run(photos: Path, tmp_path: Path) -> None:
+def test_two_processes_make_one_run(
+    finetune: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torchrun: one folder, said once; the losses are those of one (test_processes.py compares weights)."""
-    settings = [f"data.photos={photos}", "data.class_noun=mug", *SHORT, "run.batch_size=2"]
-    losses = {}
+    arguments = ["train", "demo", f"data.photos={photos}", "data.class_noun=mug", *SHORT, "run.batch_size=2"]
     port = str(29900 + os.getpid() % 90)
-    for name, launch in (
-        ("one", ["-m", "finetune"]),
-        ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m", "finetune"]),
-    ):  # fmt: skip
+    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m", "finetune"]
+
+    def alone() -> Done:
+        monkeypatch.chdir(tmp_path / "one")
+        return finetune(*arguments)
+
+    ways = {"one": alone, "two": lambda: shell(*arguments, cwd=tmp_path / "two", program=torchrun)}
+    losses = {}
+    for name, run in ways.items():
         (tmp_path / name).mkdir()
-        done = subprocess.run(
-            [sys.executable, *launch, "train", "demo", *settings], capture_output=True, text=True, cwd=tmp_path / name,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}, check=False,
-        )  # fmt: skip
+        done = run()
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("run folder") == 1
         assert [path.name for path in (tmp_path / name / "runs").iterdir()] == ["demo"]

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from finetune.config.effect import NEEDS
-from finetune.config.load import dump_recipe, load_recipe, parse_recipe
+from finetune.config.load import changed_recipe, dump_recipe, load_recipe, parse_recipe
+from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
+from finetune.objectives.older import MOVED
 from finetune.runs.folder import RunFolder
 
 NEEDED = ["data.photos=x", "data.class_noun=dog"]
@@ -59,7 +61,33 @@ def test_another_setting_may_take_the_effect_away(setting: str, beside: str, rem
 
 def test_every_rule_is_tried_here() -> None:
     tried = {row[0].split("=")[0] for row in [*USELESS, *USELESS_BESIDE]}
-    assert {needs.key for needs in NEEDS} == tried
+    assert {needs.key for needs in NEEDS} | {f"objective.{moved.key}" for moved in MOVED} == tried
+
+
+def test_a_warm_up_fits_into_the_run() -> None:
+    said = refusal("run.steps=20", "optim.warmup=21")
+    assert said.endswith(
+        "optim.warmup is 21 but run.steps is 20, so the learning rate never reaches optim.lr: set optim.warmup to at "
+        "most 20, or 0"
+    )
+    fits = load_recipe("demo", [*NEEDED, "run.steps=20", "optim.warmup=20"]).optim
+    assert fits.factor(19, 20) == 1.0  # in the last step; a warm-up of 21 would end at 20 / 21
+
+
+def test_plain_data_is_checked_as_a_file_is() -> None:
+    plain = load_recipe("demo", NEEDED).model_dump(mode="json")
+    plain["data"]["crops"] = 8
+    with pytest.raises(BadInput, match=r"^the recipe: data\.crops is 8 but data\.crop is center"):
+        parse_recipe(plain)
+
+
+def test_what_had_no_effect_before_does_not_stand_in_the_way_of_a_change() -> None:
+    plain = load_recipe("demo", NEEDED).model_dump(mode="json")
+    plain["data"]["crops"] = 8
+    recipe = changed_recipe(Recipe.model_validate(plain), ["export.dtype=fp32"])
+    assert (recipe.data.crops, recipe.export.dtype) == (8, "fp32")
+    with pytest.raises(BadInput, match=r"^the options: export\.max_error is 0\.1 but a lora leaves"):
+        changed_recipe(recipe, ["export.max_error=0.1"])
 
 
 @pytest.mark.parametrize("kind", ["lora", "textual_inversion"])
@@ -70,7 +98,8 @@ def test_an_error_is_bounded_only_where_a_lora_is_made(kind: str) -> None:
 
 
 def test_what_the_base_decides_is_not_guessed() -> None:
-    """An inpainting base reads masks without `base.inputs`, and a flow draws logit_normal where density is auto."""
+    """An inpainting base reads masks without `base.inputs`, and a flow draws logit_normal where density is auto; see
+    tests/jobs/test_base_effect.py."""
     load_recipe("demo", [*NEEDED, "data.mask_count=3", "data.edit_dropout=0.1", "objective.logit_mean=1"])
 
 
@@ -78,14 +107,14 @@ def test_a_resolved_recipe_can_be_trained_again(tmp_path: Path) -> None:
     recipe = load_recipe("demo", NEEDED)
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe), encoding="utf-8")
-    assert "huber_c: 0.1" in file.read_text(encoding="utf-8")
+    assert "mask_count: 8" in file.read_text(encoding="utf-8")
     assert load_recipe(file) == recipe
 
 
 def test_an_older_run_is_read_with_whatever_it_was_given(tmp_path: Path) -> None:
     plain = load_recipe("demo", NEEDED).model_dump(mode="json")
     plain["data"]["crops"] = 8
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(parse_recipe(plain)), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(Recipe.model_validate(plain)), encoding="utf-8")
     assert RunFolder(tmp_path).recipe.data.crops == 8
     with pytest.raises(BadInput, match=r"recipe\.yaml: data\.crops is 8 but data\.crop is center"):
         load_recipe(tmp_path / "recipe.yaml")

@@ -23,8 +23,9 @@ from finetune.optim.paged_adamw8bit import PagedAdamW8bit
 from finetune.optim.registry import OPTIMISERS
 from finetune.optim.state import load_state_tensors, state_tensors
 from finetune.sampling.draw import draw
+from finetune.sampling.settings import Sampling
 from finetune.testing import contract
-from finetune.testing.contract import train
+from finetune.testing.contract import ShortRun, train
 from finetune.training.accelerate import resolve_precision
 from finetune.training.checkpoint import to_cpu
 from finetune.training.settings import Run
@@ -47,10 +48,10 @@ def test_killed_and_resumed_is_the_unbroken_run(
     whole.mkdir()
     cut.mkdir()
     with deterministic(True):
-        wanted = train(tiny_bases[family], kind, whole, device="cuda")
+        wanted = train(tiny_bases[family], kind, whole, ShortRun(device="cuda"))
         with pytest.raises(CheckFailed):
-            train(tiny_bases[family], kind, cut, bad=2, device="cuda")
-        resumed = train(tiny_bases[family], kind, cut, device="cuda")
+            train(tiny_bases[family], kind, cut, ShortRun(bad=2, device="cuda"))
+        resumed = train(tiny_bases[family], kind, cut, ShortRun(device="cuda"))
     assert all(value.device.type == "cuda" for value in wanted.values())
     assert all(torch.equal(wanted[name], resumed[name]) for name in wanted)
 
@@ -102,7 +103,9 @@ def test_prompts_and_images_are_the_cpus(name: str, tiny_bases: dict[str, Path],
     for key, value in cache(["a photo of zwx mug"]).items():
         assert value.device.type == "cuda"
         assert torch.allclose(value.cpu(), wanted[key], atol=1e-4)
-    images = [draw(family, ["a mug"], seeds=[0], sampler=None, steps=2, size=32)[0] for family in (here, there)]
+    images = [
+        draw(family, ["a mug"], Sampling(sampler=None, steps=2, size=32), seeds=[0])[0] for family in (here, there)
+    ]
     difference = np.abs(np.asarray(images[0], dtype=float) - np.asarray(images[1], dtype=float))
     assert difference.mean() < 1
 

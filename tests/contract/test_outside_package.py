@@ -18,14 +18,17 @@ RECIPE = """
 from pathlib import Path
 from finetune.config.load import parse_recipe
 from finetune.testing import contract
-base, folder = Path({base!r}), Path({folder!r})
+base, folder, other = Path({base!r}), Path({folder!r}), Path({other!r})
 recipe = parse_recipe({{
     "data": {{"photos": "x", "class_noun": "mug"}},
     "method": {{"kind": "lora_fa", "rank": 4}},
+    "objective": {{"weighting": {{"kind": "soft_min_snr", "gamma": 3}}}},
     "optim": {{"kind": "sgd", "lr": 0.5, "momentum": 0.8}},
 }})
 assert type(recipe.optim).__module__ == "finetune_outside.sgd"
 assert type(recipe.method).__module__ == "finetune_outside.lora_fa"
+weighting = recipe.objective.weighting
+assert type(weighting).__module__ == "finetune_outside.soft_min_snr" and weighting.gamma == 3
 """
 CHECKS = """
 contract.killed_and_resumed_is_the_unbroken_run(base, "lora_fa", folder, recipe.optim)
@@ -38,6 +41,10 @@ for check in (
 ):
     check(base, "lora_fa", ["denoiser", "text_encoders"])
 contract.switched_off_is_the_base(base, "lora_fa")
+contract.a_weight_is_finite_and_above_0(weighting)
+contract.a_weight_is_the_same_for_every_prediction(weighting)
+snr = __import__("torch").tensor([0.5, 100.0])
+assert __import__("torch").allclose(weighting.weight(snr, "epsilon"), 3 / (snr + 3))  # 1 / (1 + SNR / gamma)
 """
 FAMILY = """
 from finetune.families.registry import FAMILIES
@@ -63,14 +70,33 @@ assert (folder / "run" / "report.html").is_file()
 BROKEN = """
 import finetune_outside.sgd
 finetune_outside.sgd.SGD.build = lambda self, *args: __import__("torch").optim.SGD(
-    self.groups(*args), lr=self.lr, momentum=self.momentum * len(list(folder.rglob("step-*"))) / 9
+    self.groups(*args), lr=self.lr, momentum=self.momentum * len(list(other.rglob("step-*"))) / 9
 )
 try:
-    contract.killed_and_resumed_is_the_unbroken_run(base, "lora_fa", folder, recipe.optim)
+    contract.killed_and_resumed_is_the_unbroken_run(base, "lora_fa", other, recipe.optim)
 except AssertionError as error:
     assert "differ after a resume" in str(error), error
 else:
     raise SystemExit("an optimiser that forgets passed the contract")
+"""
+BROKEN_WEIGHTS = """
+def refused(check, said):
+    try:
+        check(weighting)
+    except AssertionError as error:
+        assert said in str(error), error
+    else:
+        raise SystemExit(f"a wrong weight passed {check.__name__}")
+of = type(weighting)
+of.in_x0 = lambda self, snr: (snr - 1).clamp(min=0)
+refused(contract.a_weight_is_finite_and_above_0, "0.0 at SNR 0 (epsilon)")
+of.in_x0 = lambda self, snr: snr.double()
+refused(contract.a_weight_is_finite_and_above_0, "float64")
+of.in_x0 = lambda self, snr: snr / snr.max()
+refused(contract.a_weight_is_finite_and_above_0, "depends on the others")
+of.weight = lambda self, snr, prediction: 1 / (snr + 1)
+refused(contract.a_weight_is_finite_and_above_0, "0.0 at SNR inf")
+refused(contract.a_weight_is_the_same_for_every_prediction, "another loss for")
 """
 
 
@@ -97,15 +123,23 @@ def run(site: Path, program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("checks", [CHECKS, FAMILY, BROKEN], ids=["kept", "family", "broken"])
+def places(tiny_bases: dict[str, Path], folder: Path) -> dict[str, str]:
+    for name in ("kept", "broken"):
+        (folder / name).mkdir()
+    return {"base": str(tiny_bases["sd1"]), "folder": str(folder / "kept"), "other": str(folder / "broken")}
+
+
 def test_what_it_adds_keeps_the_contract_and_what_breaks_it_is_seen(
-    checks: str, installed: Path, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+    installed: Path, tiny_bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    done = run(
-        installed, (RECIPE + checks).format(base=str(tiny_bases["sd1"]), folder=str(folder), photos=str(photos))
-    )
+    done = run(installed, RECIPE.format(**places(tiny_bases, tmp_path)) + CHECKS + BROKEN + BROKEN_WEIGHTS)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_its_family_keeps_the_contract_and_trains(
+    installed: Path, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    done = run(installed, RECIPE.format(**places(tiny_bases, tmp_path)) + FAMILY.format(photos=str(photos)))
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -13,7 +13,7 @@ from finetune.families.registry import FAMILIES
 from finetune.methods.registry import METHODS
 from finetune.optim.registry import OPTIMISERS
 from finetune.testing import contract
-from finetune.testing.contract import train
+from finetune.testing.contract import ShortRun, train
 from finetune.training.checkpoint import Checkpoints
 
 USUAL = ("lora", "full")
@@ -47,7 +47,7 @@ def test_with_every_optimiser_too(kind: str, optim: str, tiny_bases: dict[str, P
 
 def test_what_leaves_a_schedule_free_run_is_its_average(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     """The mean of z, which has the squared rates as weights, here all the same; z from the checkpoints."""
-    result = train(tiny_bases["sd1"], "lora", tmp_path, optim=OPTIMISERS["schedule_free"](lr=1e-2))
+    result = train(tiny_bases["sd1"], "lora", tmp_path, ShortRun(optim=OPTIMISERS["schedule_free"](lr=1e-2)))
     last = Checkpoints(tmp_path).latest()
     assert last is not None
     for number, (name, value) in enumerate(result.items()):
@@ -66,7 +66,7 @@ def test_micro_batches_have_the_whole_batchs_gradient(
     for count in (1, 2):
         folder = tmp_path / str(count)
         folder.mkdir()
-        train(tiny_bases[family], kind, folder, count=count, steps=1)
+        train(tiny_bases[family], kind, folder, ShortRun(count=count, steps=1))
         rows.append(json.loads((folder / "metrics.jsonl").read_text()))
     assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
     assert rows[1]["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-4) != 0

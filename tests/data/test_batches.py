@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from finetune.core.batch import Latents
+from finetune.core.processes import Processes
 from finetune.data.batches import Batches
 from finetune.data.crops import Crop, make_crops
 from finetune.data.photos import Photo
-from finetune.data.samplers import Sample
+from finetune.data.samplers import Sample, ShuffleSampler
 
 
 class InMemory:
@@ -36,7 +37,7 @@ def stream(count: int, first: int, weight: float = 1.0) -> list[Sample]:
 
 @pytest.mark.parametrize(("count", "batch_size"), [(5, 3), (4, 4), (3, 8), (7, 2)])
 def test_each_stream_counts_its_own_epochs(count: int, batch_size: int) -> None:
-    batches = Batches([stream(count, 0), stream(11, 20)], InMemory(), 1, batch_size)
+    batches = Batches(ShuffleSampler([stream(count, 0), stream(11, 20)], 1, batch_size), InMemory())
     names = [name for step in range(22) for name in batches.micro(step, 0).names]
     for length, names_of_stream in ((count, names[0::2]), (11, names[1::2])):
         for start in range(0, len(names_of_stream) - length + 1, length):
@@ -46,7 +47,7 @@ def test_each_stream_counts_its_own_epochs(count: int, batch_size: int) -> None:
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     def order(seed: int, epoch: int) -> list[str]:
-        batches = Batches([stream(12, 0)], InMemory(), seed, 12)
+        batches = Batches(ShuffleSampler([stream(12, 0)], seed, 12), InMemory())
         return batches.micro(epoch, 0).names
 
     assert order(0, 0) == order(0, 0)
@@ -55,23 +56,21 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 def test_latents_captions_and_geometry_belong_together() -> None:
     cache = InMemory()
-    batch = Batches([stream(9, 0), stream(5, 20)], cache, 4, 6).micro(2, 0)
+    batch = Batches(ShuffleSampler([stream(9, 0), stream(5, 20)], 4, 6), cache).micro(2, 0)
     assert len(batch) == 12
     for row, prompt in enumerate(batch.prompts):
         assert torch.equal(batch.latents.mean[row], cache.values[int(prompt)])
         assert batch.names[row] == f"{prompt}.png"
         assert batch.geometry[row].target == (8, 8)
-    assert [draw.sample for draw in batch.draws] == list(range(12))
-    assert {draw.step for draw in batch.draws} == {2}
+    assert [draw.sample for draw in batch.keys] == list(range(12))
+    assert {draw.step for draw in batch.keys} == {2}
 
 
 @pytest.mark.parametrize(("weight", "accumulate", "world"), [(1.0, 1, 1), (0.3, 2, 1), (2.0, 1, 2), (0.3, 2, 2)])
 def test_the_mean_over_all_parts_is_equation_2(weight: float, accumulate: int, world: int) -> None:
     """arXiv:2208.12242 eq. 2 over a step: mean subject error + lambda * mean class error, however it is cut."""
-    made = [
-        Batches([stream(9, 0), stream(5, 20, weight)], InMemory(), 4, 4, accumulate, rank, world)
-        for rank in range(world)
-    ]
+    sampler = ShuffleSampler([stream(9, 0), stream(5, 20, weight)], 4, 4)
+    made = [Batches(sampler, InMemory(), accumulate, Processes(rank, world)) for rank in range(world)]
     parts = [batches.micro(3, index) for batches in made for index in range(accumulate)]
     errors = {str(number): torch.rand((), generator=torch.Generator().manual_seed(number)) for number in range(40)}
     part_means = [(torch.stack([errors[p] for p in part.prompts]) * part.weight).mean() for part in parts]

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ends import resumed_is
 from PIL import Image
-from safetensors.torch import load_file
 
 from finetune.config.load import parse_recipe
 from finetune.core.batch import Batch, Latents
 from finetune.core.errors import BadInput
+from finetune.core.processes import Processes
 from finetune.data.batches import Batches
 from finetune.data.buckets import bucket_table, cut_away, nearest_bucket
 from finetune.data.crops import Crop, make_crops
@@ -30,7 +31,6 @@ from finetune.jobs import train as job
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import prepare
 from finetune.runs.plan import plan_rows
-from finetune.testing.kill import killed_at
 
 # the table
 
@@ -167,8 +167,8 @@ def some_sizes(rng: random.Random) -> list[tuple[int, int]]:
     return [rng.choice(few) for _ in range(rng.randint(1, 20))]
 
 
-def made(streams: list[list[Sample]], seed: int, batch_size: int, *cut: int) -> Batches:
-    return Batches(streams, ByShape(), seed, batch_size, *cut, order=BucketSampler(streams, seed, batch_size))
+def made(streams: list[list[Sample]], seed: int, batch_size: int, accumulate: int = 1, *place: int) -> Batches:
+    return Batches(BucketSampler(streams, seed, batch_size), ByShape(), accumulate, Processes(*place))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -231,7 +231,7 @@ def rows(batches: list[Batch]) -> list[tuple]:
         (draw, name, prompt, float(weight), place, tuple(mean.shape))
         for b in batches
         for draw, name, prompt, weight, place, mean in zip(
-            b.draws, b.names, b.prompts, b.weight, b.geometry, b.latents.mean, strict=True
+            b.keys, b.names, b.prompts, b.weight, b.geometry, b.latents.mean, strict=True
         )
     ]
 
@@ -339,11 +339,6 @@ def test_a_resolution_that_buckets_cannot_have_is_refused(tiny_bases: dict[str, 
         prepare(recipe(tiny_bases["sd1"], shapes, "data.resolution=34"))
 
 
-def metrics(run: Path) -> list[dict]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
-
-
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_stopped_job_with_buckets_goes_on_to_the_same_weights(
     family: str, tiny_bases: dict[str, Path], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -361,12 +356,6 @@ def test_a_stopped_job_with_buckets_goes_on_to_the_same_weights(
     wanted = recipe(tiny_bases[family], shapes)
     whole = job.train(wanted, tmp_path / "whole")
     assert met[4] == {((h // 2, w // 2), (h, w)) for w, h in [(24, 40), (32, 32), (40, 28), (64, 16)]}
-    with killed_at(4):
-        job.train(wanted, tmp_path / "stopped")
     monkeypatch.undo()
-    job.resume(tmp_path / "stopped")
-    first, second = (load_file(run / "adapter" / "trained.safetensors") for run in (whole, tmp_path / "stopped"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert metrics(whole) == metrics(tmp_path / "stopped")
+    resumed_is(whole, wanted, tmp_path / "stopped", 4)
     assert "24x40: 1 photo" in json.loads((whole / "run.json").read_text())["plan"]["buckets"]

@@ -33,7 +33,7 @@ def test_a_view_fits_its_photo(size: tuple[int, int], resolution: int) -> None:
 
 
 def test_random_crops_cover_the_photo_and_differ_between_photos() -> None:
-    lefts = [view.crop[0] for view in make_crops(photo(3000, 1000), 100, "random", 200, False, 0)]
+    lefts = [view.corner[0] for view in make_crops(photo(3000, 1000), 100, "random", 200, False, 0)]
     assert min(lefts) < 10
     assert max(lefts) > 190
     assert make_crops(photo(300, 100), 10, "random", 4, False, 0) != make_crops(

@@ -11,11 +11,12 @@ from PIL import Image
 
 from finetune.core.batch import Latents
 from finetune.core.errors import BadInput
+from finetune.core.processes import Processes
 from finetune.data.batches import Batches
 from finetune.data.captions import caption_photos
 from finetune.data.crops import Crop, make_crops
 from finetune.data.photos import open_image, read_photo, scan
-from finetune.data.samplers import Sample
+from finetune.data.samplers import Sample, ShuffleSampler
 
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_random_crops_are_a_function_of_seed_and_content(photos: Path) -> None:
     photo = scan(photos)[0]
     first, again, other = (make_crops(photo, 16, "random", 6, False, seed) for seed in (0, 0, 1))
     assert first == again != other
-    assert all(0 <= left <= view.resized[0] - 16 for view in first for left in [view.crop[0]])
+    assert all(0 <= left <= view.resized[0] - 16 for view in first for left in [view.corner[0]])
 
 
 class Held:
@@ -131,22 +132,25 @@ def flat(batches: list) -> list[tuple]:
         (draw, name, prompt, float(weight), float(mean[0, 0, 0]))
         for batch in batches
         for draw, name, prompt, weight, mean in zip(
-            batch.draws, batch.names, batch.prompts, batch.weight, batch.latents.mean, strict=True
+            batch.keys, batch.names, batch.prompts, batch.weight, batch.latents.mean, strict=True
         )
     ]
 
 
 @pytest.mark.parametrize(("accumulate", "world"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
 def test_any_cut_of_a_step_is_the_same_samples(photos: Path, accumulate: int, world: int) -> None:
-    whole = Batches(streams(photos), Held(), 3, 4)
-    ranks = [Batches(streams(photos), Held(), 3, 4, accumulate, rank, world) for rank in range(world)]
+    whole = Batches(ShuffleSampler(streams(photos), 3, 4), Held())
+    ranks = [
+        Batches(ShuffleSampler(streams(photos), 3, 4), Held(), accumulate, Processes(rank, world))
+        for rank in range(world)
+    ]
     for step in (0, 7):
         cut = flat([ranks[rank].micro(step, index) for index in range(accumulate) for rank in range(world)])
         assert cut == flat([whole.micro(step, 0)])
 
 
 def test_every_photo_once_an_epoch(photos: Path) -> None:
-    batches = Batches(streams(photos), Held(), 0, 1)
+    batches = Batches(ShuffleSampler(streams(photos), 0, 1), Held())
     names = [batches.micro(step, 0).names for step in range(15)]
     for start in range(0, 15, 3):
         assert sorted(row[0] for row in names[start : start + 3]) == ["0.png", "1.png", "2.png"]
@@ -156,15 +160,15 @@ def test_every_photo_once_an_epoch(photos: Path) -> None:
 
 def test_weights_give_the_papers_sum(photos: Path) -> None:
     """arXiv:2208.12242 eq. 2: the subject's error + lambda * the class's; here for one pair, lambda 0.5."""
-    batch = Batches(streams(photos), Held(), 0, 1).micro(0, 0)
+    batch = Batches(ShuffleSampler(streams(photos), 0, 1), Held()).micro(0, 0)
     errors = torch.tensor([0.8, 0.6])
     assert float((errors * batch.weight).mean()) == pytest.approx(0.8 + 0.5 * 0.6)
-    alone = Batches(streams(photos)[:1], Held(), 0, 1).micro(0, 0)
+    alone = Batches(ShuffleSampler(streams(photos)[:1], 0, 1), Held()).micro(0, 0)
     assert alone.weight.tolist() == [1.0]
 
 
 def test_caption_dropout_has_its_rate_and_its_stream(photos: Path) -> None:
-    batches = Batches(streams(photos), Held(), 0, 50)
+    batches = Batches(ShuffleSampler(streams(photos), 0, 50), Held())
     prompts = [batch.prompts for batch in (batches.micro(step, 0) for step in range(10))]
     subject = [text for row in prompts for text in row[0::2]]
     assert 0.24 < subject.count("") / len(subject) < 0.36
@@ -173,4 +177,4 @@ def test_caption_dropout_has_its_rate_and_its_stream(photos: Path) -> None:
 
 def test_a_batch_that_cannot_be_split_is_refused(photos: Path) -> None:
     with pytest.raises(BadInput, match="multiple of 4"):
-        Batches(streams(photos), Held(), 0, 2, accumulate=2, world=2)
+        Batches(ShuffleSampler(streams(photos), 0, 2), Held(), 2, Processes(world=2))

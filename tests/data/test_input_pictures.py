@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from finetune.core.errors import BadInput
+from finetune.core.processes import Processes
 from finetune.core.rng import SampleKey
 from finetune.data.batches import Batches
 from finetune.data.cache import LatentCache
@@ -21,7 +22,7 @@ from finetune.data.conditioning.edit import dropped
 from finetune.data.conditioning.inpaint import Inpaint, MaskedCrop
 from finetune.data.crops import Crop, make_crops
 from finetune.data.photos import image_files, open_values, scan
-from finetune.data.samplers import Sample
+from finetune.data.samplers import Sample, ShuffleSampler
 from finetune.families.base import Family
 from finetune.families.source import load_family
 
@@ -114,7 +115,7 @@ def test_each_step_draws_its_mask(photos: Path, tiny_bases: dict[str, Path], tmp
     assert all(torch.equal(a, inputs.extra(seen[0], draw, cache)) for a, draw in zip(drawn, DRAWS, strict=True))
     assert len({tuple(extra.flatten().tolist()) for extra in drawn}) == 6
     assert isinstance(inputs, Inpaint)
-    assert inputs.any_picture
+    assert inputs.any_image
 
 
 def test_depth_is_the_pipelines(companions: Path, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_depth_is_the_pipelines(companions: Path, tiny_bases: dict[str, Path], t
         for view, cut in ((whole, values[:, 4:44]), (replace(whole, flip=True), values[:, 4:44].flip(1))):
             theirs = pipeline.prepare_depth_map([view.image()], cut[None], 1, False, torch.float32, "cpu")
             assert torch.allclose(inputs.extra(view, DRAWS[0], LatentCache(tmp_path, "")), theirs[0], atol=1e-5)
-            given = inputs.given(view)
+            given = inputs.condition(view)
             assert given.beside is not None
             again = pipeline.prepare_depth_map([view.image()], given.beside, 1, False, torch.float32, "cpu")
             assert torch.allclose(again, theirs, atol=1e-4)
@@ -219,15 +220,18 @@ def test_batches_carry_extra_inputs_and_lose_both_together(
     cache = filled(family, inputs, seen, tmp_path)
     cache.fill(family, seen)
     streams = [[Sample([view], ["make it red"], 1.0, 0.0, view.photo.path.name) for view in seen]]
-    whole = Batches(streams, cache, 3, 12, inputs=inputs).micro(0, 0)
+    sampler = ShuffleSampler(streams, 3, 12)
+    whole = Batches(sampler, cache, inputs=inputs).micro(0, 0)
     parts = [
-        Batches(streams, cache, 3, 12, 3, rank, 2, inputs=inputs).micro(0, n) for n in range(3) for rank in range(2)
+        Batches(sampler, cache, 3, Processes(rank, 2), inputs=inputs).micro(0, n)
+        for n in range(3)
+        for rank in range(2)
     ]
     assert whole.extra is not None
     assert torch.equal(whole.extra, torch.cat([part.extra for part in parts if part.extra is not None]))
     assert whole.prompts == [prompt for part in parts for prompt in part.prompts]
-    for draw, prompt, extra in zip(whole.draws, whole.prompts, whole.extra, strict=True):
+    for draw, prompt, extra in zip(whole.keys, whole.prompts, whole.extra, strict=True):
         assert (not extra.any(), prompt == "") == dropped(draw, 0.3)
     noisy = torch.randn(12, 4, 16, 16)
-    assert torch.equal(whole.beside(noisy), torch.cat([noisy, whole.extra], 1))
-    assert Batches(streams, cache, 3, 12).micro(0, 0).extra is None
+    assert torch.equal(whole.concat_conditioning(noisy), torch.cat([noisy, whole.extra], 1))
+    assert Batches(sampler, cache).micro(0, 0).extra is None

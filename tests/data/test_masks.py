@@ -19,7 +19,7 @@ from finetune.data.batches import Batches
 from finetune.data.crops import Crop, make_crops
 from finetune.data.masks import Masks, find_masks
 from finetune.data.photos import Photo, scan
-from finetune.data.samplers import Sample
+from finetune.data.samplers import Sample, ShuffleSampler
 from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
 from finetune.jobs import train as job
@@ -214,14 +214,14 @@ def test_batches_hold_the_masks_of_their_views(masked: Path) -> None:
     other = [Sample(make_crops(drawn, 32, "center", 1, False, 0), ["b"], 1.0, 0.0, "class")]
     masks = Masks(find_masks(masked, found, "auto"), 2, 0.0)
     masks.fill([view for sample in subject for view in sample.crops])
-    batch = Batches([subject, other], Zeros(), 0, 3, masks=masks).micro(0, 0)
+    batch = Batches(ShuffleSampler([subject, other], 0, 3), Zeros(), masks=masks).micro(0, 0)
     assert batch.mask is not None
     assert batch.mask.shape == (6, 1, 16, 16)
     for row in range(0, 6, 2):  # the photo's upper half, however it is cropped from side to side
         assert batch.mask[row, :, :7].eq(1).all()
         assert batch.mask[row, :, 9:].eq(0).all()
     assert batch.mask[1::2].eq(1).all()
-    assert Batches([subject, other], Zeros(), 0, 3).micro(0, 0).mask is None
+    assert Batches(ShuffleSampler([subject, other], 0, 3), Zeros()).micro(0, 0).mask is None
 
 
 # the whole job

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from conftest import write_photos
 from safetensors.torch import load_file, save_file
 from test_export import ABOUT, NAMES, bench_of, trained
 from test_svd import recipe_of
@@ -17,8 +20,8 @@ from finetune.cli.main import run
 from finetune.core.devices import DTYPES, exact_device
 from finetune.core.records import Check
 from finetune.export.adapter import adapter_from, export_adapter
-from finetune.export.base import Adapter, delta, full_fp32
-from finetune.export.registry import EXPORTS
+from finetune.export.base import Adapter, Request, delta, full_fp32
+from finetune.export.registry import EXPORTS, formats_for
 from finetune.export.verify import apply_adapter, moved_check, read_by_diffusers
 from finetune.families.settings import Base
 from finetune.families.source import load_family
@@ -40,7 +43,9 @@ def test_every_format_is_read_in_low_precision(
     method, family = trained(tiny_bases[name], targets="conv", parts=["denoiser", "text_encoders"], alpha=7)
     adapter, bench = adapter_from(method, family), bench_of(tiny_bases[name], dtype)
     for stored in DTYPES:
-        for item in export_adapter(adapter, tmp_path / stored, "x", list(EXPORTS), stored, ABOUT, bench):
+        for item in export_adapter(
+            adapter, Request(tmp_path / stored, "x", stored, ABOUT), formats_for(("adapter",)), bench
+        ):
             assert item.ok, item.checks
             if "diffusers" in item.read_by:
                 assert f"{adapter.count} modules, largest" in item.checks[-1].message
@@ -87,7 +92,7 @@ def test_diffusers_layers_show_planted_faults(
     """One module of many, and nothing but what diffusers made of the file to tell it by."""
     adapter = adapter_from(*trained(tiny_bases["sd1"], alpha=7))
     bench = bench_of(tiny_bases["sd1"], dtype)
-    (item,) = export_adapter(adapter, tmp_path, "x", ["kohya"], "fp32", ABOUT, bench)
+    (item,) = export_adapter(adapter, Request(tmp_path, "x", "fp32", ABOUT), ["kohya"], bench)
     tensors = load_file(item.path)
     FAULTS[fault](tensors)
     save_file(tensors, item.path)
@@ -116,7 +121,7 @@ def test_an_adapter_fainter_than_fp16_is_not_called_broken(tiny_bases: dict[str,
     layers = {part: {m: (a, b * 1e-6) for m, (a, b) in held.items()} for part, held in adapter.layers.items()}
     faint = Adapter("sd1", adapter.base_folder, layers, adapter.scale)
     bench = bench_of(tiny_bases["sd1"], torch.float16)
-    (item,) = export_adapter(faint, tmp_path, "x", ["kohya"], "fp32", ABOUT, bench)
+    (item,) = export_adapter(faint, Request(tmp_path, "x", "fp32", ABOUT), ["kohya"], bench)
     assert item.ok, item.checks
     assert "too faint to move a prediction" in item.checks[-1].message
     tensors = load_file(item.path)
@@ -185,12 +190,18 @@ def bf16_run(kind: str, base: Path, photos: Path, path: Path) -> Path:
     return job.train(recipe, path)
 
 
+@pytest.fixture(scope="module")
+def bf16_runs(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a kind, trained when a test first asks for it. Tests export it again, to the same files."""
+    folder = tmp_path_factory.mktemp("bf16")
+    photos = write_photos(folder / "photos")
+    return cache(lambda kind: bf16_run(kind, tiny_bases["sd1"], photos, folder / kind))
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "pivotal"])
-def test_the_command_writes_what_the_run_wrote(
-    kind: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
-) -> None:
+def test_the_command_writes_what_the_run_wrote(kind: str, bf16_runs: Callable[[str], Path]) -> None:
     """Byte for byte, in a run in bf16; and what is opened again is in bf16."""
-    path = bf16_run(kind, tiny_bases["sd1"], photos, tmp_path / "run")
+    path = bf16_runs(kind)
     files = [file for file in sorted((path / "exports").rglob("*")) if file.is_file()]
     held = {file: file.read_bytes() for file in files}
     notes = (path / "exports.json").read_bytes()
@@ -213,9 +224,9 @@ def alive() -> int:
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "pivotal"])
 def test_one_model_is_in_memory_at_a_time(
-    kind: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, bf16_runs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder(bf16_run(kind, tiny_bases["sd1"], photos, tmp_path / "run"))
+    folder = RunFolder(bf16_runs(kind))
     before = alive()
     family, _ = open_run(folder)
     assert alive() == before + 1

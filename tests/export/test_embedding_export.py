@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from conftest import write_photos
+from ends import resumed_is_the_unbroken_run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,6 +25,7 @@ from finetune.data.conditioning.base import unit
 from finetune.data.crops import make_crops
 from finetune.data.photos import scan
 from finetune.export import embedding
+from finetune.export.base import NewWords, Request
 from finetune.export.embedding import export_embedding, read_by_diffusers, read_embedding
 from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
@@ -33,7 +38,7 @@ from finetune.methods.embeddings import embeddings
 from finetune.methods.textual_inversion import TextualInversion
 from finetune.runs.folder import RunFolder
 from finetune.sampling.draw import draw
-from finetune.testing.kill import killed_at
+from finetune.sampling.settings import Sampling
 
 NAMES = list(FAMILIES)
 KINDS = {
@@ -65,15 +70,36 @@ def recipe(base: Path, photos: Path, kind: str, **sections: dict):
     return parse_recipe(values | sections)
 
 
+Runs = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photos of `runs`."""
+    return write_photos(tmp_path_factory.mktemp("shown") / "photos")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_bases: dict[str, Path], shown: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The finished run of a family and a kind, to be looked at alone: trained when a test first asks for it."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @cache
+    def run(name: str, kind: str) -> Path:
+        return job.train(recipe(tiny_bases[name], shown, kind), folder / f"{name}-{kind}")
+
+    return run
+
+
 def every_weight(family: Family) -> dict[str, torch.Tensor]:
     return {f"{part}.{n}": p.detach().clone() for part, m in family.parts.items() for n, p in m.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_from_photos_to_files(name: str, kind: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+def test_from_photos_to_files(name: str, kind: str, runs: Runs, shown: Path) -> None:
     """The page, the exports and their keys; pictures "after" are drawn from the files and are those of the run."""
-    run = job.train(recipe(tiny_bases[name], photos, kind), tmp_path / "run")
+    run = runs(name, kind)
     info = json.loads((run / "run.json").read_text())
     assert (info["token"], info["captions"][0]) == ("<zwx>", ["a photo of <zwx> mug"])
     exported = {item["format"]: item for item in json.loads((run / "exports.json").read_text())}
@@ -93,13 +119,15 @@ def test_from_photos_to_files(name: str, kind: str, tiny_bases: dict[str, Path],
     assert by_diffusers == (name in READ_BY_DIFFUSERS)
     again, _ = open_result(run)
     given = ImageCondition(
-        unit(make_crops(scan(photos)[0], (32, 32), "center", 1, False, 0)[0].pixels())
+        unit(make_crops(scan(shown)[0], (32, 32), "center", 1, False, 0)[0].pixels())
     )  # the refiner reads it
     for number, image in enumerate(
-        draw(again, ["a photo of <zwx>", "a photo of a mug"], seeds=[0, 0], steps=1, size=32, given=given)
+        draw(
+            again, ["a photo of <zwx>", "a photo of a mug"], Sampling(steps=1, size=32), seeds=[0, 0], condition=given
+        )
     ):
-        with Image.open(run / "samples" / "after" / f"{number:02d}-0.png") as shown:
-            apart = torch.tensor([a - b for a, b in zip(shown.tobytes(), image.tobytes(), strict=True)])
+        with Image.open(run / "samples" / "after" / f"{number:02d}-0.png") as held:
+            apart = torch.tensor([a - b for a, b in zip(held.tobytes(), image.tobytes(), strict=True)])
             assert int(apart.abs().max()) <= 1  # the LoRA is merged in the file's reading
     assert "&lt;zwx&gt;" in (run / "report.html").read_text()
     sidecar = json.loads((run / "exports" / "mine.json").read_text())
@@ -108,10 +136,10 @@ def test_from_photos_to_files(name: str, kind: str, tiny_bases: dict[str, Path],
 
 @pytest.mark.parametrize("name", READ_BY_DIFFUSERS)
 def test_diffusers_gives_the_trained_models_conditions_and_pictures(
-    name: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+    name: str, runs: Runs, tiny_bases: dict[str, Path]
 ) -> None:
     """diffusers' own pipeline, tokenizers, loader and prompt encoding; ours is asked for nothing but its files."""
-    run = job.train(recipe(tiny_bases[name], photos, "pivotal"), tmp_path / "run")
+    run = runs(name, "pivotal")
     trained, _ = open_result(run)
     kind = getattr(diffusers, FAMILIES[name].pipeline_class)
     extra = {"safety_checker": None} if name in ("sd1", "sd2") else {}
@@ -143,22 +171,16 @@ def test_diffusers_gives_the_trained_models_conditions_and_pictures(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_run_goes_on_bit_for_bit(
-    kind: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
     """Killed while the third step of four is logged, which is beyond the pivot."""
-    made = recipe(tiny_bases["sdxl"], photos, kind, run={"steps": 4, "checkpoint_every": 1, "ema": 0.9})
-    whole = job.train(made, tmp_path / "whole")
-    with killed_at(3):
-        job.train(made, tmp_path / "stopped")
-    job.resume(tmp_path / "stopped")
-    ends = [load_file(run / "adapter" / "trained.safetensors") for run in (whole, tmp_path / "stopped")]
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    steps, unchecked = {"steps": 4, "checkpoint_every": 1, "ema": 0.9}, {"dtype": "fp32", "verify": "off"}
+    made = recipe(tiny_bases["sdxl"], photos, kind, run=steps, export=unchecked)
+    resumed_is_the_unbroken_run(made, tmp_path)
 
 
-def test_the_base_is_bit_identical_after_a_run(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
-    run = job.train(recipe(tiny_bases["sdxl"], photos, "textual_inversion"), tmp_path / "run")
-    after = every_weight(open_run(RunFolder(run))[0])
+def test_the_base_is_bit_identical_after_a_run(runs: Runs, tiny_bases: dict[str, Path]) -> None:
+    after = every_weight(open_run(RunFolder(runs("sdxl", "textual_inversion")))[0])
     before = every_weight(load_family(str(tiny_bases["sdxl"])))
     new = {name for name in after if name.endswith(".new.rows")}
     renamed = {name.replace(".base_layer.", "."): value for name, value in after.items() if name not in new}
@@ -167,8 +189,8 @@ def test_the_base_is_bit_identical_after_a_run(tiny_bases: dict[str, Path], phot
     assert all(torch.equal(value, renamed[name]) for name, value in before.items())
 
 
-def test_checkpoints_hold_the_rows_only(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
-    run = job.train(recipe(tiny_bases["sd1"], photos, "textual_inversion"), tmp_path / "run")
+def test_checkpoints_hold_the_rows_only(runs: Runs) -> None:
+    run = runs("sd1", "textual_inversion")
     (held,) = load_file(run / "checkpoints" / "step-000002" / "trained.safetensors").values()
     assert (tuple(held.shape), held.dtype) == ((2, 16), torch.float32)
 
@@ -186,10 +208,10 @@ def test_planted_faults_are_found(name: str, dtype: torch.dtype, tiny_bases: dic
         return family, method
 
     family, method = named()
-    path = tmp_path / "x.safetensors"
+    path, request = tmp_path / "x.safetensors", Request(tmp_path, "x", "fp16", ABOUT)
 
-    bench, rows = bench_of(tiny_bases[name], dtype), embeddings(family)
-    item = export_embedding(method, rows, family, path, "fp16", ABOUT, "mug", bench)
+    bench, words = bench_of(tiny_bases[name], dtype), NewWords(method, embeddings(family), "mug")
+    item = export_embedding(words, family, request, bench)
     assert item.ok, item.checks
     assert item.modules == 2 * len(KEYS[name])
     values = read_embedding(path, name)
@@ -202,7 +224,7 @@ def test_planted_faults_are_found(name: str, dtype: torch.dtype, tiny_bases: dic
         embedding.save_tensors = lambda file, tensors, about: write(  # type: ignore[assignment]
             file, {key: value.flip(0) for key, value in tensors.items()}, about
         )
-        assert not export_embedding(method, rows, family, path, "fp16", ABOUT, "mug", bench).ok
+        assert not export_embedding(words, family, request, bench).ok
     finally:
         embedding.save_tensors = write  # type: ignore[assignment]
 

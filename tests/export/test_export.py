@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from finetune.adapters.inspection import accepted_names, open_adapter
 from finetune.core.errors import BadInput
 from finetune.export.adapter import adapter_from, export_adapter
-from finetune.export.base import Adapter, Bench, delta
+from finetune.export.base import Adapter, Bench, Request, delta
 from finetune.export.lora.kohya import Place, join, key_of, key_table, split
 from finetune.export.model.folder import export_folder
-from finetune.export.registry import EXPORTS
+from finetune.export.registry import EXPORTS, formats_for
 from finetune.export.verify import apply_adapter, probe, verify
 from finetune.families.base import Family
 from finetune.families.registry import FAMILIES, family_of, weight_shapes
@@ -61,7 +61,9 @@ def test_every_format_holds_what_was_trained(
     method, family = trained(tiny_bases[name], targets=targets, parts=parts, alpha=7)
     wanted = probe_trained(family)
     adapter = adapter_from(method, family)
-    for item in export_adapter(adapter, tmp_path, "x", list(EXPORTS), "fp32", ABOUT, bench_of(adapter.base_folder)):
+    for item in export_adapter(
+        adapter, Request(tmp_path, "x", "fp32", ABOUT), formats_for(("adapter",)), bench_of(adapter.base_folder)
+    ):
         assert item.ok, item.checks
         assert item.largest_error <= 1e-6
         assert item.modules == adapter.count
@@ -84,7 +86,9 @@ def test_alpha_and_rounding(stabilised: bool, dtype: str, tiny_bases: dict[str, 
     assert adapter.scale == pytest.approx(2 / (3**0.5 if stabilised else 3))
     assert all(
         item.ok
-        for item in export_adapter(adapter, tmp_path, "x", list(EXPORTS), dtype, ABOUT, bench_of(adapter.base_folder))
+        for item in export_adapter(
+            adapter, Request(tmp_path, "x", dtype, ABOUT), formats_for(("adapter",)), bench_of(adapter.base_folder)
+        )
     )
 
 
@@ -117,7 +121,7 @@ def test_a_kohya_file_holds_three_tensors_a_module_one_alpha_and_its_metadata(
 ) -> None:
     method, family = trained(tiny_bases["sdxl"], targets="conv", alpha=2)
     adapter = adapter_from(method, family)
-    export_adapter(adapter, tmp_path, "x", ["kohya"], "fp16", ABOUT, bench_of(adapter.base_folder))
+    export_adapter(adapter, Request(tmp_path, "x", "fp16", ABOUT), ["kohya"], bench_of(adapter.base_folder))
     tensors = load_file(tmp_path / "x.safetensors")
     assert len(tensors) == 3 * adapter.count
     alphas = [value for key, value in tensors.items() if key.endswith(".alpha")]
@@ -137,7 +141,7 @@ def test_peft_itself_reads_the_peft_folder(name: str, tiny_bases: dict[str, Path
     method, family = trained(tiny_bases[name], alpha=5, parts=["denoiser", "text_encoders"])
     wanted = probe_trained(family)
     (item,) = export_adapter(
-        adapter_from(method, family), tmp_path, "x", ["peft"], "fp32", ABOUT, bench_of(family.folder)
+        adapter_from(method, family), Request(tmp_path, "x", "fp32", ABOUT), ["peft"], bench_of(family.folder)
     )
     clean = load_family(str(tiny_bases[name]))
     for part in method.part_names(clean):
@@ -164,7 +168,7 @@ FAULTS = {
 def test_planted_faults_are_found(fault: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     method, family = trained(tiny_bases["sd1"], alpha=7)
     adapter = adapter_from(method, family)
-    export_adapter(adapter, tmp_path, "x", ["kohya"], "fp32", ABOUT, bench_of(adapter.base_folder))
+    export_adapter(adapter, Request(tmp_path, "x", "fp32", ABOUT), ["kohya"], bench_of(adapter.base_folder))
     path = tmp_path / "x.safetensors"
     tensors = load_file(path)
     FAULTS[fault](tensors)
@@ -185,11 +189,11 @@ def test_a_truncated_file_and_a_strange_one_get_one_sentence(tiny_bases: dict[st
 def test_existing_files_and_unknown_formats(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = adapter_from(*trained(tiny_bases["sd1"]))
     with pytest.raises(BadInput, match="did you mean 'kohya'"):
-        export_adapter(adapter, tmp_path, "x", ["kohja"], "fp16", ABOUT, bench_of(adapter.base_folder))
+        export_adapter(adapter, Request(tmp_path, "x", "fp16", ABOUT), ["kohja"], bench_of(adapter.base_folder))
     assert list(tmp_path.iterdir()) == []
-    export_adapter(adapter, tmp_path, "x", ["kohya"], "fp16", ABOUT, bench_of(adapter.base_folder))
+    export_adapter(adapter, Request(tmp_path, "x", "fp16", ABOUT), ["kohya"], bench_of(adapter.base_folder))
     with pytest.raises(BadInput, match="already there"):
-        export_adapter(adapter, tmp_path, "x", ["kohya"], "fp16", ABOUT, bench_of(adapter.base_folder))
+        export_adapter(adapter, Request(tmp_path, "x", "fp16", ABOUT), ["kohya"], bench_of(adapter.base_folder))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -216,13 +220,13 @@ def test_a_folder_that_is_not_what_was_trained_fails(tiny_bases: dict[str, Path]
 
     family = load_family(str(tiny_bases["sd1"]))
     parameters = Full().attach(family, 0)
-    real = folder.load_family
+    real = folder.unloaded
 
-    def other(path: str, **settings: object) -> Family:
-        shutil.copy(tiny_bases["sd1"] / "unet" / "diffusion_pytorch_model.safetensors", Path(path) / "unet")
-        return real(path, **settings)
+    def other(kind: type[Family], path: Path, dtype: torch.dtype) -> Family:
+        shutil.copy(tiny_bases["sd1"] / "unet" / "diffusion_pytorch_model.safetensors", path / "unet")
+        return real(kind, path, dtype)
 
-    monkeypatch.setattr(folder, "load_family", other)
+    monkeypatch.setattr(folder, "unloaded", other)
     with torch.no_grad():
         next(iter(parameters.values())).add_(0.5)
     assert not export_folder(family, tmp_path / "model", "fp32").ok
@@ -287,7 +291,7 @@ def test_diffusers_reads_joined_flux_matrices_at_full_size(tmp_path: Path) -> No
         for path in chosen
     }
     adapter = Adapter("flux", folder, {"denoiser": layers}, 0.5)
-    (item,) = export_adapter(adapter, tmp_path, "x", ["kohya"], "fp32", ABOUT, bench_of(adapter.base_folder))
+    (item,) = export_adapter(adapter, Request(tmp_path, "x", "fp32", ABOUT), ["kohya"], bench_of(adapter.base_folder))
     assert item.ok, item.checks
     tensors = load_file(item.path)
     assert tensors["lora_unet_single_blocks_5_linear1.lora_up.weight"].shape == (3 * 3072 + 12288, 16)
@@ -334,10 +338,13 @@ def test_an_adapter_too_faint_for_fp16_is_told_to_leave_as_fp32(tiny_bases: dict
     faint = Adapter("sd1", tiny_bases["sd1"], {"denoiser": {next(iter(layer)): pair}}, 1.0)
     dtypes = ("fp16", "fp32")
     half, single = (
-        export_adapter(faint, tmp_path / d, "x", ["kohya"], d, ABOUT, bench_of(faint.base_folder))[0] for d in dtypes
+        export_adapter(faint, Request(tmp_path / d, "x", d, ABOUT), ["kohya"], bench_of(faint.base_folder))[0]
+        for d in dtypes
     )
     assert any("export fp32" in check.message for check in half.checks)
     assert single.ok
     small = Adapter("sd1", tiny_bases["sd1"], {"denoiser": {next(iter(layer)): (pair[0], pair[1] * 1e6)}}, 1.0)
-    (item,) = export_adapter(small, tmp_path / "small", "x", ["kohya"], "fp16", ABOUT, bench_of(small.base_folder))
+    (item,) = export_adapter(
+        small, Request(tmp_path / "small", "x", "fp16", ABOUT), ["kohya"], bench_of(small.base_folder)
+    )
     assert item.ok, item.checks  # 1e-6 beside .1: shared between the two matrices, fp16 holds both

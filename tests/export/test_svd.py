@@ -9,11 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from conftest import write_photos
+from ends import resumed_is_the_unbroken_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_export import ABOUT, NAMES, bench_of, probe_trained
 from test_peft_kinds import FORMULAS, KINDS, attached, own_parameters
-from test_train import metrics, settings
+from test_train import settings
 
 from finetune.adapters.inspection import open_adapter
 from finetune.cli.main import run
@@ -21,7 +23,7 @@ from finetune.config.load import parse_recipe
 from finetune.core.errors import BadInput, CheckFailed
 from finetune.core.records import Check
 from finetune.export.adapter import export_adapter
-from finetune.export.base import delta
+from finetune.export.base import Request, delta
 from finetune.export.decompose import decompose
 from finetune.export.svd import export_native_form, native_formats, reduced
 from finetune.export.verify import apply_adapter
@@ -33,7 +35,6 @@ from finetune.jobs.open import open_exported, open_result
 from finetune.methods.full import Full
 from finetune.methods.peft_adapter import read_native_form
 from finetune.runs.folder import RunFolder
-from finetune.testing.kill import killed_at
 
 PARTS = ["denoiser", "text_encoders"]
 
@@ -102,7 +103,7 @@ def test_a_file_on_a_clean_base_predicts_what_was_trained(
     whole = reduced(method, family, bench_of(tiny_bases[name]), 1000, 1e-3)
     assert torch.allclose(whole.prediction, wanted, atol=1e-4)
     for item in export_adapter(
-        whole.adapter, tmp_path, "x", ["kohya", "diffusers"], "fp32", ABOUT, bench_of(tiny_bases[name])
+        whole.adapter, Request(tmp_path, "x", "fp32", ABOUT), ["kohya", "diffusers"], bench_of(tiny_bases[name])
     ):
         assert item.ok, item.checks
         clean = load_family(str(tiny_bases[name]))
@@ -254,23 +255,15 @@ def test_only_adapters_that_are_no_lora_have_an_own_form() -> None:
 
 
 def recipe_of(base: Path, photos: Path, kind: str, *overrides: str) -> Any:
-    plain = {"prior.kind=none", "run.steps=4", "run.checkpoint_every=2", "run.name=mine"}
+    plain = {"data.token=zwx", "prior.kind=none", "run.steps=4", "run.checkpoint_every=2", "run.name=mine"}
     return parse_recipe(settings(base, photos, {"kind": kind, "parts": PARTS}), [*sorted(plain), *overrides])
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_a_whole_run_is_resumed_bit_for_bit_and_exported(
-    kind: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
-    recipe = recipe_of(tiny_bases["sd1"], photos, kind)
-    whole = job.train(recipe, tmp_path / "whole")
-    with killed_at(3):
-        job.train(recipe, tmp_path / "stopped")
-    monkeypatch.undo()
-    job.resume(tmp_path / "stopped")
-    first, second = (load_file(path / "adapter" / "trained.safetensors") for path in (whole, tmp_path / "stopped"))
-    assert all(torch.equal(first[name], second[name]) for name in first | second)
-    assert metrics(whole) == metrics(tmp_path / "stopped")
+    whole = resumed_is_the_unbroken_run(recipe_of(tiny_bases["sd1"], photos, kind), tmp_path)
     listed = json.loads((whole / "exports.json").read_text())
     assert [item["format"] for item in listed] == ["diffusers", "kohya", "peft"]
     assert all(check.startswith("ok: ") for item in listed for check in item["checks"])
@@ -353,6 +346,14 @@ def test_a_run_in_which_nothing_moved_has_no_lora(tiny_bases: dict[str, Path]) -
         reduced(method, family, bench_of(tiny_bases["sd1"]), None, 0.1)
 
 
+@pytest.fixture(scope="module")
+def lora_run(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    photos = write_photos(folder / "photos")
+    recipe = recipe_of(tiny_bases["sd1"], photos, "lora", "run.steps=1", "export.formats=[kohya]")
+    return job.train(recipe, folder / "run")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -362,12 +363,8 @@ def test_a_run_in_which_nothing_moved_has_no_lora(tiny_bases: dict[str, Path]) -
         (["--to", "folder"], ("a folder file can't hold an adapter", "kohya")),
     ],
 )
-def test_bad_options(
-    options: list[str], words: tuple[str, ...], tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
-) -> None:
-    recipe = recipe_of(tiny_bases["sd1"], photos, "lora", "run.steps=1", "export.formats=[kohya]")
-    path = job.train(recipe, tmp_path / "run")
-    code, message = run(["export", str(path), *options])
+def test_bad_options(options: list[str], words: tuple[str, ...], lora_run: Path) -> None:
+    code, message = run(["export", str(lora_run), *options])
     assert code == 2
     assert all(word in message for word in words), message
     assert "\n" not in message

@@ -22,6 +22,7 @@ from finetune.families.source import load_family
 from finetune.methods.full import Full
 from finetune.methods.lora import LoRA
 from finetune.sampling.draw import draw
+from finetune.sampling.settings import Sampling
 
 CASES = [(name, kind) for name, family in FAMILIES.items() for kind in getattr(family, "pipelines", {}) if kind]
 every_case = pytest.mark.parametrize(("name", "kind"), CASES, ids=lambda value: value)
@@ -100,11 +101,11 @@ def test_published_channel_counts() -> None:
 def test_a_base_of_8_latent_channels_is_widened_by_its_own_number(kind: str, tmp_path: Path) -> None:
     """The tiny base has 8: no published base tells that these counts follow from the latents."""
     family = load_family("tiny")
-    before = draw(family, ["a mug"], seeds=[1], steps=2, size=32, guidance=1.0)[0]
+    before = draw(family, ["a mug"], Sampling(steps=2, size=32, guidance=1.0), seeds=[1])[0]
     family.widen(kind)
     assert family.parts["denoiser"].conv_in.in_channels == {"depth": 9, "edit": 16}[kind]
     given = ImageCondition(torch.rand(3, 32, 32), torch.rand(1, 32, 32))
-    image = draw(family, ["a mug"], seeds=[1], steps=2, size=32, guidance=1.0, given=given)[0]
+    image = draw(family, ["a mug"], Sampling(steps=2, size=32, guidance=1.0), seeds=[1], condition=given)[0]
     if kind == "edit":  # the depth pipeline starts from grey latents under noise
         assert np.array_equal(np.asarray(image), np.asarray(before))
     family.drawing.pipeline().save_pretrained(tmp_path)
@@ -182,10 +183,10 @@ def test_our_prediction_draws_the_pipelines_picture(
 @every_case
 def test_pictures_are_drawn_from_what_is_given(name: str, kind: str, wide_bases: dict) -> None:
     family = load_family(str(wide_bases[name, kind]))
-    settings = {"steps": 2, "guidance": 3.0}
-    together = draw(family, ["a mug", "a dog"], seeds=[1, 2], given=given_of(kind), **settings)
-    alone = draw(family, ["a dog"], seeds=[2], given=given_of(kind), **settings)
-    without = draw(family, ["a dog"], seeds=[2], **settings)
+    settings = Sampling(steps=2, guidance=3.0)
+    together = draw(family, ["a mug", "a dog"], settings, seeds=[1, 2], condition=given_of(kind))
+    alone = draw(family, ["a dog"], settings, seeds=[2], condition=given_of(kind))
+    without = draw(family, ["a dog"], settings, seeds=[2])
     first, second = np.asarray(together[1], dtype=int), np.asarray(alone[0], dtype=int)
     assert first.shape == (32, 32, 3)
     assert np.abs(first - second).max() <= 1

@@ -13,16 +13,18 @@ from PIL import Image
 
 from finetune.core.errors import BadInput
 from finetune.core.files import sha256
+from finetune.core.processes import ALONE, Processes
 from finetune.families.source import load_family
-from finetune.jobs.class_images import class_images, seed_of
-from finetune.training.prior import ClassImages
+from finetune.jobs.class_sets import ClassSet, class_images, seed_of
+from finetune.training.priors.class_images import ClassImages
 
 SMALL = ClassImages(count=5, batch_size=2, steps=2, guidance=2.0)
 
 
-def make(base: Path, folder: Path, prior: ClassImages = SMALL, **extra: int) -> list[str]:
+def make(base: Path, folder: Path, prior: ClassImages = SMALL, processes: Processes = ALONE) -> list[str]:
     family = load_family(str(base))
-    photos = class_images(family, prior.model_copy(update={"folder": folder}), "mug", 32, "basehash", **extra)
+    wanted = ClassSet(prior.model_copy(update={"folder": folder}), "mug", 32, "basehash")
+    photos = class_images(family, wanted, processes)
     return [sha256(photo.path) for photo in photos]
 
 
@@ -56,7 +58,8 @@ def test_two_ranks_at_once_draw_the_same_files(tiny_bases: dict[str, Path], tmp_
     def rank(number: int) -> list[str]:
         if number == late:
             time.sleep(0.2)
-        photos = class_images(bases[number], prior, "mug", 32, "basehash", number, 2, lambda: barrier.wait() and None)
+        processes = Processes(number, 2, lambda: barrier.wait() and None)
+        photos = class_images(bases[number], ClassSet(prior, "mug", 32, "basehash"), processes)
         return [photo.digest for photo in photos]
 
     with ThreadPoolExecutor(2) as pool:
@@ -69,7 +72,7 @@ def test_a_rank_draws_its_own_chunks_whatever_is_there(tiny_bases: dict[str, Pat
     for name in ("00002.png", "00004.png"):  # chunks 1 and 2 of (0 1) (2 3) (4)
         (tmp_path / "set" / name).unlink()
     with pytest.raises(FileNotFoundError):
-        make(tiny_bases["sd1"], tmp_path / "set", rank=1, world=2)
+        make(tiny_bases["sd1"], tmp_path / "set", processes=Processes(rank=1, world=2))
     assert (tmp_path / "set" / "00002.png").is_file()
     assert not (tmp_path / "set" / "00004.png").exists()
 
@@ -103,7 +106,7 @@ def test_the_default_folder_is_in_the_cache_and_safe(
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
     family = load_family(str(tiny_bases["sd1"]))
     one = SMALL.model_copy(update={"count": 1})
-    folders = {class_images(family, one, noun, 32, "h")[0].path.parent for noun in ("toy car", "../up", "")}
+    folders = {class_images(family, ClassSet(one, noun, 32, "h"))[0].path.parent for noun in ("toy car", "../up", "")}
     assert {folder.parent for folder in folders} == {tmp_path / "class-images"}
     assert {folder.name[:-13] for folder in folders} == {"toy-car", "up", "class"}
 
@@ -114,13 +117,13 @@ def test_a_stale_set_is_refused_and_says_why(tiny_bases: dict[str, Path], tmp_pa
         make(tiny_bases["sd1"], tmp_path / "set", SMALL.model_copy(update={"steps": 3}))
     family = load_family(str(tiny_bases["sd1"]))
     with pytest.raises(BadInput, match="another base"):
-        class_images(family, SMALL.model_copy(update={"folder": tmp_path / "set"}), "mug", 32, "other")
+        class_images(family, ClassSet(SMALL.model_copy(update={"folder": tmp_path / "set"}), "mug", 32, "other"))
 
 
 def test_the_users_own_pictures_are_used_as_they_are(tiny_bases: dict[str, Path], photos: Path) -> None:
     before = sorted(file.name for file in photos.iterdir())
     family = load_family(str(tiny_bases["sd1"]))
-    found = class_images(family, SMALL.model_copy(update={"folder": photos}), "mug", 32, "basehash")
+    found = class_images(family, ClassSet(SMALL.model_copy(update={"folder": photos}), "mug", 32, "basehash"))
     assert [photo.path.name for photo in found] == before == sorted(file.name for file in photos.iterdir())
 
 

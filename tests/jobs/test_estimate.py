@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from finetune.config.recipe import Recipe
 from finetune.core.batch import Geometry
 from finetune.families.registry import FAMILIES, family_of
 from finetune.families.source import load_family
-from finetune.jobs.estimate import _activations, _counting, estimate, report
+from finetune.jobs.estimate import Estimate, _activations, _counting, estimate, report
 from finetune.methods.registry import METHODS
 from finetune.testing.published import PUBLISHED
 from finetune.testing.published import write as write_published
@@ -34,19 +36,38 @@ def recipe(base: Path, **sections: dict) -> Recipe:
     return parse_recipe({**plain, "method": {"kind": "lora"}, **sections})
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a published model's configs."""
+    return cache(lambda name: write_published(name, tmp_path_factory.mktemp("published")))
+
+
+@pytest.fixture(scope="module")
+def counted_as(published: Callable[[str], Path]) -> Callable[..., Estimate]:
+    """The estimate of a LoRA, or of `sections`, for a published model; a model is counted in seconds, so once."""
+    known: dict[str, Estimate] = {}
+
+    def count(name: str, **sections: dict) -> Estimate:
+        key = f"{name} {sections}"
+        known[key] = known.get(key) or estimate(recipe(published(name), **sections))
+        return known[key]
+
+    return count
+
+
 @pytest.mark.parametrize("name", list(PUBLISHED))
-def test_published_models_are_counted_without_weights(name: str, tmp_path: Path) -> None:
-    counted = estimate(recipe(write_published(name, tmp_path)))
+def test_published_models_are_counted_without_weights(name: str, counted_as: Callable[..., Estimate]) -> None:
+    counted = counted_as(name)
     assert round(counted.parameters["denoiser"] / 1e6) == DENOISERS[name]
     for part, millions in OTHERS.get(name, {}).items():
         assert round(counted.parameters[part] / 1e6) == millions
     assert 0 < counted.trained_parameters < 0.02 * counted.parameters["denoiser"]
 
 
-def test_sd15s_lora_has_the_known_size(tmp_path: Path) -> None:
+def test_sd15s_lora_has_the_known_size(published: Callable[[str], Path]) -> None:
     """Rank 4 on the attention projections is diffusers' example: 797,184 parameters, a file of 3.2 MB in fp32."""
     method = {"kind": "lora", "rank": 4, "targets": "attention"}
-    folder = write_published("SD 1.5", tmp_path)
+    folder = published("SD 1.5")
     counted = estimate(recipe(folder, method=method))
     assert counted.trained_parameters == 797_184
     assert report(recipe(folder, method=method, export={"dtype": "fp32"}))["export"] == "3.2 MB in fp32"
@@ -120,9 +141,11 @@ def test_modules_are_those_that_are_adapted(name: str, kind: str, tiny_bases: di
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED))
-def test_modules_of_published_models(name: str, tmp_path: Path) -> None:
+def test_modules_of_published_models(
+    name: str, published: Callable[[str], Path], counted_as: Callable[..., Estimate]
+) -> None:
     """Against the layers by name and class; SD3's last block has one whose output nothing reads."""
-    folder = write_published(name, tmp_path)
+    folder = published(name)
     denoiser = family_of(folder).on_meta(folder, torch.float32).parts["denoiser"]
     layers = {path: layer for path, layer in denoiser.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
     blocks = [
@@ -130,7 +153,7 @@ def test_modules_of_published_models(name: str, tmp_path: Path) -> None:
     ]
     dead = [path for path in blocks if name.startswith("SD3") and path.endswith("add_q_proj")][-1:]
     assert len(blocks) - len(dead) == MODULES[name]
-    assert estimate(recipe(folder)).modules == MODULES[name]
+    assert counted_as(name).modules == MODULES[name]
 
 
 def test_what_the_page_says_is_what_the_command_gives() -> None:
@@ -164,7 +187,7 @@ def test_attention_is_replaced_in_the_block_and_nowhere_else() -> None:
     ("setting", "method", "formats", "words"),
     [
         ("full", "lora", [], "a clean base of 3.97 GiB, beside nothing"),
-        ("full", "full", [], "a second model of 1.99 GiB in main memory, beside the trained one"),
+        ("full", "full", [], "a part of it at a time (1.60 GiB at most) in main memory, beside the trained one"),
         ("full", "full", ["checkpoint"], "a file of 1.99 GiB in main memory, beside the trained one"),
         ("full", "textual_inversion", [], "a clean base of 3.97 GiB, beside nothing"),
         ("deltas", "lora", [], "files are read again; a second model is not loaded"),
@@ -182,26 +205,25 @@ def test_the_plan_tells_what_checks_need(
     assert report(asked)["checks"] == words
 
 
-def test_checkpointing_and_8_bits_need_less(tmp_path: Path) -> None:
-    folder = write_published("SD 1.5", tmp_path)
-    plain = estimate(recipe(folder, method={"kind": "full"}))
-    light = estimate(recipe(folder, method={"kind": "full"}, run={"gradient_checkpointing": True}))
-    small = estimate(recipe(folder, method={"kind": "full"}, optim={"kind": "adamw8bit"}))
+def test_checkpointing_and_8_bits_need_less(counted_as: Callable[..., Estimate]) -> None:
+    full = {"kind": "full"}
+    plain = counted_as("SD 1.5", method=full)
+    light = counted_as("SD 1.5", method=full, run={"gradient_checkpointing": True})
+    small = counted_as("SD 1.5", method=full, optim={"kind": "adamw8bit"})
     assert light.activations < 0.5 * plain.activations
     assert light.trained == plain.trained
     assert small.trained < 0.7 * plain.trained
-    twice = estimate(recipe(folder, method={"kind": "full"}, run={"batch_size": 2}))
+    twice = counted_as("SD 1.5", method=full, run={"batch_size": 2})
     assert twice.activations == pytest.approx(2 * plain.activations, rel=0.05)
 
 
-def test_a_prior_is_counted(tmp_path: Path) -> None:
-    folder = write_published("SD 1.5", tmp_path)
+def test_a_prior_is_counted(counted_as: Callable[..., Estimate]) -> None:
     full = {"kind": "full"}
-    plain, teacher = (estimate(recipe(folder, method=full, prior={"kind": kind})) for kind in ("none", "frozen_base"))
+    plain, teacher = (counted_as("SD 1.5", method=full, prior={"kind": kind}) for kind in ("none", "frozen_base"))
     assert teacher.activations == pytest.approx(2 * plain.activations, rel=0.05)
     assert teacher.held - plain.held == pytest.approx(4 * plain.trained_parameters)  # the frozen twin, fp32
-    free = estimate(recipe(folder, prior={"kind": "frozen_base"}))
-    assert free.held == estimate(recipe(folder)).held  # an adapter is switched off instead
+    free = counted_as("SD 1.5", prior={"kind": "frozen_base"})
+    assert free.held == counted_as("SD 1.5").held  # an adapter is switched off instead
 
 
 def test_the_command(tiny_bases: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
+from ends import resumed_is_the_unbroken_run
 from PIL import Image
-from safetensors.torch import load_file
-from test_train import LORA, load_metadata, metrics, settings
+from test_train import LORA, load_metadata, settings
 from transformers import AutoTokenizer
 
 from finetune.config.load import parse_recipe
@@ -22,14 +22,13 @@ from finetune.data.crops import make_crops
 from finetune.data.photos import scan
 from finetune.data.samplers import Sample, ShuffleSampler
 from finetune.jobs import train as job
-from finetune.jobs.class_images import class_images
+from finetune.jobs.class_sets import ClassSet, class_images
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.runs.folder import RunFolder
 from finetune.runs.plan import plan_rows
-from finetune.testing.kill import killed_at
 from finetune.training.accelerate import make_accelerator
-from finetune.training.prior import ClassImages
+from finetune.training.priors.class_images import ClassImages
 from finetune.training.trainer import Trainer
 
 PROMPTS = ["a photo of {token} {noun}", "a tree", "a photo of a {noun}"]
@@ -142,18 +141,11 @@ def test_every_photo_once_an_epoch_beside_class_images_of_both_nouns(
 
 
 def test_a_run_of_two_resumes_bit_for_bit(
-    tiny_bases: dict[str, Path], photos: Path, balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bases: dict[str, Path], photos: Path, balls: Path, tmp_path: Path
 ) -> None:
-    recipe = parse_recipe(two(tiny_bases["sd1"], photos, balls, run={"steps": 4, "checkpoint_every": 2}))
-    whole = job.train(recipe, tmp_path / "whole")
-    with killed_at(3):
-        job.train(recipe, tmp_path / "stopped")
-    monkeypatch.undo()
-    job.resume(tmp_path / "stopped")
-    first, second = (load_file(run / "adapter" / "trained.safetensors") for run in (whole, tmp_path / "stopped"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert metrics(whole) == metrics(tmp_path / "stopped")
+    run, unchecked = {"steps": 4, "checkpoint_every": 2}, {"verify": "off"}
+    recipe = parse_recipe(two(tiny_bases["sd1"], photos, balls, run=run, export=unchecked))
+    resumed_is_the_unbroken_run(recipe, tmp_path)
 
 
 def test_frozen_base_holds_each_sample_to_its_own_class(
@@ -198,11 +190,11 @@ def test_one_subject_is_what_it_was(
             0.25,
             f"class image {image.path.name}",
         )
-        for image in class_images(looked.family, prior, "mug", side, looked.base_hash)
+        for image in class_images(looked.family, ClassSet(prior, "mug", side, looked.base_hash))
     ]
     batches = given["batches"]
     assert batches.streams == [subject, classes]
-    assert isinstance(batches.order, ShuffleSampler)
+    assert isinstance(batches.sampler, ShuffleSampler)
     shown = list(plan_rows(plan(looked)))
     assert shown[:4] == ["base", "subject", "training prompts", "token"]
     assert not job._info(looked).subjects
@@ -250,6 +242,23 @@ def test_masks_of_a_further_subject_are_found(
     assert shown[:, width // 2 + 1 :].max() == 0
     with pytest.raises(BadInput, match=r"photos: data\.masks is 'files' but there is no mask for 0\.png"):
         prepare(parse_recipe(two(tiny_bases["sd1"], photos, balls, data={"masks": "files"})))
+
+
+def test_the_folder_is_named_once_and_whatever_the_sentence_quotes(
+    tiny_bases: dict[str, Path], photos: Path, balls: Path
+) -> None:
+    """A caption that quotes a path names no folder; a missing folder names itself."""
+    balls.joinpath("wide.txt").write_text(f"a {{noun}} as in {balls}")
+    recipe = two(tiny_bases["sd1"], photos, balls)
+    recipe["data"]["subjects"][0]["class_noun"] = None
+    recipe["data"] |= {"class_noun": None, "templates": ["a {token}"]}
+    recipe["sample"] |= {"prompts": ["a {token}"]}
+    recipe["prior"] = {"kind": "none"}
+    with pytest.raises(BadInput, match=rf"^in {re.escape(str(balls))}: the caption 'a {{noun}} as in"):
+        prepare(parse_recipe(recipe))
+    recipe["data"]["subjects"][0]["photos"] = str(balls / "none")
+    with pytest.raises(BadInput, match=rf"^there is no folder {re.escape(str(balls / 'none'))}: "):
+        prepare(parse_recipe(recipe))
 
 
 def test_a_base_with_extra_inputs_is_refused(tiny_bases: dict[str, Path], photos: Path, balls: Path) -> None:

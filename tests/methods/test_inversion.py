@@ -23,6 +23,7 @@ from finetune.methods.pivotal import Pivotal
 from finetune.methods.textual_inversion import TextualInversion
 from finetune.optim.adamw import AdamW
 from finetune.sampling.draw import draw
+from finetune.sampling.settings import Sampling
 
 NAMES = list(FAMILIES)
 WITH_POOLED = [name for name in NAMES if name in ("sdxl", "sd3", "flux")]
@@ -163,8 +164,8 @@ def test_a_bf16_base_stays_bf16_and_draws(tiny_bases: dict[str, Path]) -> None:
         family.encode_prompts([f"a {placeholder}"])["hidden"].float().square().mean().backward()
         assert all(rows.grad.dtype == torch.float32 for rows in trained.values())
         plain = load_family(str(tiny_bases[name]), dtype=torch.bfloat16)
-        drawn = draw(family, [f"a photo of {placeholder}"], seeds=[0], steps=2)
-        assert drawn[0].tobytes() == draw(plain, ["a photo of mug"], seeds=[0], steps=2)[0].tobytes()
+        drawn = draw(family, [f"a photo of {placeholder}"], Sampling(steps=2), seeds=[0])
+        assert drawn[0].tobytes() == draw(plain, ["a photo of mug"], Sampling(steps=2), seeds=[0])[0].tobytes()
 
 
 @pytest.mark.parametrize(
@@ -226,6 +227,14 @@ def recipe(base: Path, photos: Path, method: dict, **sections: dict) -> dict:
         ({"method": {"kind": "textual_inversion", "vectors": 0}}, "method.vectors is 0"),
         ({"method": {"kind": "textual_inversion", "norm": "fix"}}, "method.norm is 'fix'"),
         ({"method": {"kind": "pivotal", "pivot": 1.0}}, "method.pivot is 1.0"),
+        (
+            {"method": {"kind": "pivotal"}, "optim": {"kind": "prodigy"}},
+            "optim.kind prodigy moves weights that should",
+        ),
+        (
+            {"method": {"kind": "pivotal"}, "optim": {"kind": "schedule_free"}},
+            "as method.kind pivotal wants it of some",
+        ),
     ],
 )
 def test_recipes_that_cannot_be(change: dict, said: str, photos: Path) -> None:

@@ -16,6 +16,8 @@ from finetune.objectives.flow import RectifiedFlow
 from finetune.objectives.registry import build_objective
 from finetune.objectives.schedule import FlowSchedule, Schedule, read_schedule
 from finetune.objectives.settings import ObjectiveSettings
+from finetune.objectives.weightings.registry import WEIGHTINGS
+from finetune.testing import contract
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
@@ -61,7 +63,7 @@ def test_noise_and_target_equal_diffusers(prediction: str) -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_min_snr_equals_the_papers_formula_and_diffusers(prediction: str) -> None:
     schedule = make(prediction).schedule
-    objective = build_objective(ObjectiveSettings(weighting="min_snr", gamma=5), schedule)
+    objective = build_objective(ObjectiveSettings(weighting={"kind": "min_snr", "gamma": 5}), schedule)
     t = torch.tensor([0, 100, 146, 147, 500, 999])
     snr = diffusers.training_utils.compute_snr(diffusers.DDPMScheduler(**SD), t)
     capped = torch.minimum(snr, torch.tensor(5.0))
@@ -82,6 +84,19 @@ def any_objective(prediction: str, **settings: object) -> Objective:
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler"} if prediction == "flow_prediction" else SD
     schedule = read_schedule({**config, "prediction_type": prediction})
     return build_objective(ObjectiveSettings(**settings), schedule)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_every_weight_keeps_the_contract(weighting: str) -> None:
+    contract.a_weight_is_finite_and_above_0(WEIGHTINGS[weighting]())
+    contract.a_weight_is_the_same_for_every_prediction(WEIGHTINGS[weighting]())
+
+
+def test_without_a_weight_every_timestep_counts_the_same() -> None:
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        weight = any_objective(prediction).weight(torch.tensor([0, 500, 999]))
+        assert torch.equal(weight, torch.ones(3))
+        assert weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", "debiased", "p2"])
@@ -107,7 +122,8 @@ def test_debiased_and_p2_are_the_papers_for_epsilon() -> None:
     debiased = any_objective("epsilon", weighting="debiased").weight(t)
     assert torch.allclose(debiased, 1 / snr.clamp(max=1000).sqrt(), rtol=1e-3)
     assert torch.allclose(any_objective("epsilon", weighting="p2").weight(t), 1 / (1 + snr), rtol=1e-3)
-    assert torch.allclose(any_objective("epsilon", weighting="p2", gamma=0.5).weight(t), (1 + snr).rsqrt(), rtol=1e-3)
+    rooted = any_objective("epsilon", weighting={"kind": "p2", "gamma": 0.5}).weight(t)
+    assert torch.allclose(rooted, (1 + snr).rsqrt(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", "debiased", "p2"])
@@ -138,7 +154,8 @@ def cdf(density: str, t: float) -> float:
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_densities_have_the_closed_form_distribution(density: str, shift: float) -> None:
     """Kolmogorov-Smirnov: sup |F_n - F| < 1.63 / sqrt(n) at the 1 % level, on 20,000 draws."""
-    settings = ObjectiveSettings(density=density, logit_mean=0.5, logit_std=1.5)
+    own = {"mean": 0.5, "std": 1.5} if density == "logit_normal" else {}
+    settings = ObjectiveSettings(density={"kind": density, **own})
     objective = RectifiedFlow(FlowSchedule(), settings, shift)
     n = 20_000
     drawn = objective.timesteps(torch.rand(n, generator=torch.Generator().manual_seed(0))) / 1000
@@ -188,7 +205,7 @@ def test_shifts_are_sd3s_and_diffusers_for_flux() -> None:
 
 
 def test_huber_is_quadratic_near_and_linear_far() -> None:
-    objective = any_objective("epsilon", loss="huber", huber_c=0.1)
+    objective = any_objective("epsilon", loss={"kind": "huber", "c": 0.1})
     zero = torch.zeros(1)
     near, far, further = (float(objective.error(torch.tensor([x]), zero)) for x in (1e-3, 10.0, 11.0))
     assert near == pytest.approx(1e-6, rel=1e-2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import errno
 import fcntl
+import gc
 import importlib
 import os
 import pkgutil
@@ -192,6 +193,7 @@ def main() -> None:
     hide_modules()
     hide_names()
     import_all()
+    gc.freeze()  # as in conftest.py
     stubborn_files(Path(work))
     if what == "rules":
         rules(Path(work))

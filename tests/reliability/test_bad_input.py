@@ -350,7 +350,7 @@ def recipe_broken_yaml(place: Place) -> list[str]:
     return place.recipe("data: {photos: [\n")
 
 
-@case("not valid YAML")
+@case("not UTF-8", "save it as UTF-8")
 def recipe_not_utf8(place: Place) -> list[str]:
     return place.recipe(b"data: {photos: caf\xe9}\n")
 
@@ -361,12 +361,12 @@ def recipe_with_a_python_tag(place: Place) -> list[str]:
     return place.recipe(f"data: !!python/object/apply:os.system ['touch {mark}']\n")
 
 
-@case("there is no setting 'a'")
+@case("recipe.yaml", "more values")
 def recipe_is_a_bomb(place: Place) -> list[str]:
     return place.recipe(bomb() + "data: {photos: x}\n")
 
 
-@case("data.templates.0", "string")
+@case("recipe.yaml", "more values")
 def recipe_is_a_bomb_in_a_known_key(place: Place) -> list[str]:
     rows = [line.split(": ", 1)[1] for line in bomb().splitlines()]
     return place.recipe(f"data: {{photos: x, templates: [{', '.join(rows)}]}}\nmethod: {{kind: lora}}\n")

@@ -7,11 +7,11 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path, PureWindowsPath
-from typing import Any
 
 import pytest
 import torch
@@ -144,10 +144,30 @@ def test_without_posix_the_demo_trains_goes_on_and_exports(tmp_path: Path) -> No
     assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
 
 
-def finetune(*arguments: object, **more: Any) -> subprocess.CompletedProcess[bytes]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, env=environment, check=False, **more)
+ON_SUCH_A_CONSOLE = """
+import json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="cp1252", errors="strict")
+    sys.argv = words
+    try:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        print(f"[ended with {end.code or 0}]", flush=True)
+"""
+
+
+def ended(calls: list[tuple[object, ...]]) -> list[tuple[bytes, int]]:
+    """What the calls print on a console of cp1252, and their exit codes. One process: each imports for seconds."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = json.dumps([list(map(str, call)) for call in calls])
+    command = [sys.executable, "-c", ON_SUCH_A_CONSOLE, words]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr.decode("cp1252")
+    assert b"Traceback" not in done.stderr
+    parts = re.findall(rb"(.*?)\[ended with (\d+)\]\r?\n", done.stdout, re.DOTALL)
+    assert len(parts) == len(calls), done.stdout
+    return [(said, int(code)) for said, code in parts]
 
 
 def test_a_console_that_lacks_characters_ends_no_command(photos: Path, tmp_path: Path) -> None:
@@ -161,17 +181,16 @@ def test_a_console_that_lacks_characters_ends_no_command(photos: Path, tmp_path:
         (("finetune", "train", "demo", *given, "--dry-run"), rb"\u676f"),
         (("data_tools", "check", place), rb"\u676f"),
     )
-    for arguments, expected in calls:
-        done = finetune(*arguments)
-        assert done.returncode in (0, 1), done.stderr.decode("cp1252")  # 1: photos with problems
-        assert expected in done.stdout, arguments
-        assert b"Traceback" not in done.stderr
+    for (arguments, expected), (said, code) in zip(calls, ended([words for words, _ in calls]), strict=True):
+        assert code in (0, 1), arguments  # 1: photos with problems
+        assert expected in said, arguments
 
 
 def test_json_for_other_programs_is_whole_on_such_a_console(photos: Path, tmp_path: Path) -> None:
     place = photos.rename(tmp_path / "杯")
     (place / "0.txt").write_text("une tasse — 杯", encoding="utf-8")
-    told = json.loads(finetune("data_tools", "check", place, "--json").stdout)
+    ((said, _),) = ended([("data_tools", "check", place, "--json")])
+    told = json.loads(said)
     assert told["folder"] == place.as_posix()
     assert told["files"][0]["caption"] == "une tasse — 杯"
 

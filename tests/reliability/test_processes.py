@@ -10,30 +10,45 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
 import torch
+import work
 from PIL import Image
 from safetensors.torch import load_file
 from work import methods_of, wait_for_steps
+
+from finetune.cli.main import run as finetune
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]), "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 PROGRAM = """
-import sys, work
+import sys, {module}
 from finetune.cli.launch import launch
-code, message = launch({count}, work.{name}, sys.argv[1:])
+code, message = launch({count}, {name}, sys.argv[1:])
 print(message, file=sys.stderr)
 sys.exit(code)
 """
 
 
 def processes(count: int, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PROGRAM.format(count=count, name=name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400, check=False)
+    program = PROGRAM.format(count=count, name=name, module=name.split(".")[0])
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=1200, check=False)
+
+
+def one_and_two(work: ModuleType, name: str, out: Path, *arguments: object) -> None:
+    """`work.name` in this process, with results in out/1, then in two of their own, with results in out/2."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_CACHE", "")  # the work sets it
+        code, message = getattr(work, name)([str(out / "1"), *map(str, arguments)])
+    assert code == 0, message
+    done = processes(2, f"{work.__name__}.{name}", out / "2", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -59,9 +74,7 @@ def test_one_and_two_processes_end_equal(tiny_bases: dict[str, Path], photos: Pa
     """LoRA and full on every kind of family, DoRA (dropout in it, too) and LoKr on SD1; text encoders trained too: 20
     steps of four."""
     names = ("sd1", "sdxl", "sd3", "flux")
-    for count in (1, 2):
-        done = processes(count, "work", tmp_path / str(count), photos, *(tiny_bases[name] for name in names))
-        assert done.returncode == 0, done.stderr[-3000:]
+    one_and_two(work, "work", tmp_path, photos, *(tiny_bases[name] for name in names))
     runs = sorted(path.name for path in (tmp_path / "1" / "runs").iterdir())
     assert runs == sorted(f"{base}-{method}" for base in names for method in methods_of(base))
     for name in runs:
@@ -85,9 +98,7 @@ def test_priors_without_class_images_do_not_depend_on_the_processes(
     tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
     """What is added to the loss is averaged over the processes as the loss is; LoRA (with dropout) and full."""
-    for count in (1, 2):
-        done = processes(count, "priors", tmp_path / str(count), photos, tiny_bases["sd1"])
-        assert done.returncode == 0, done.stderr[-3000:]
+    one_and_two(work, "priors", tmp_path, photos, tiny_bases["sd1"])
     runs = sorted(path.name for path in (tmp_path / "1" / "runs").iterdir())
     assert runs == ["full-distance", "full-frozen_base", "lora-distance", "lora-frozen_base"]
     for name in runs:
@@ -98,14 +109,13 @@ def test_priors_without_class_images_do_not_depend_on_the_processes(
 
 def command(base: Path, photos: Path, run: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "finetune", "train", "dreambooth-lora", f"base={base}", f"data.photos={photos}",
-        "data.class_noun=mug", "prior.count=2", "prior.steps=1", f"run.dir={run}", "sample.steps=1", "sample.count=1",
-        "run.batch_size=2", *more,
+        "train", "dreambooth-lora", f"base={base}", f"data.photos={photos}", "data.class_noun=mug", "prior.count=2",
+        "prior.steps=1", f"run.dir={run}", "sample.steps=1", "sample.count=1", "run.batch_size=2", *more,
     ]  # fmt: skip
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    words = list(map(str, arguments))
+    words = [sys.executable, "-m", "finetune", *map(str, arguments)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
@@ -119,11 +129,11 @@ def test_buckets_and_masks_are_the_same_on_two_processes(
     for name, size in (("tall", (40, 60)), ("0", (48, 40))):
         Image.linear_gradient("L").resize(size).save(photos / f"{name}.mask.png")
     more = ("data.shape=buckets", "data.masks=auto", "data.flip=true", "run.batch_size=4", "run.steps=10")
-    ways = {"one": (), "two": ("--processes", "2"), "cut": ("run.accumulate=2", "--processes", "2")}
-    for name, way in ways.items():
-        with start(*command(tiny_bases["sdxl"], photos, tmp_path / name, *more, *way)) as process:
-            _, error = process.communicate(timeout=200)
-        assert process.returncode == 0, error
+    ways = {"one": (), "two": (), "cut": ("run.accumulate=2",)}
+    commands = {n: command(tiny_bases["sdxl"], photos, tmp_path / n, *more, *way) for n, way in ways.items()}
+    assert finetune(commands["one"]) == (0, "")
+    done = processes(2, "work.commands", *(json.dumps(commands[name]) for name in ("two", "cut")))
+    assert done.returncode == 0, done.stderr[-3000:]
     weights = {name: load_file(tmp_path / name / "adapter" / "trained.safetensors") for name in ways}
     for name in ("two", "cut"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
@@ -156,8 +166,7 @@ def test_a_process_that_dies_ends_the_run_and_the_run_goes_on_with_one(
     assert reached >= 4
     text = (run / "recipe.yaml").read_text().replace("steps: 100000", f"steps: {reached + 2}")
     (run / "recipe.yaml").write_text(text)
-    done = subprocess.run([sys.executable, "-m", "finetune", "resume", str(run)], env=ENVIRONMENT, check=False)
-    assert done.returncode == 0
+    assert finetune(["resume", str(run)]) == (0, "")
     assert len(losses(run)) == reached + 2
 
 
@@ -179,21 +188,33 @@ def test_a_signal_stops_all_of_them_after_the_same_step(
 
 
 @pytest.mark.slow
+def test_a_launch_that_does_not_fit_the_batch_is_refused_once(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with start(*command(tiny_bases["sd1"], photos, run, "--processes", "3")) as process:
+        _, error = process.communicate(timeout=120)
+    assert_refused(process.returncode, error, run, ("run.batch_size 2", "3 processes", "multiple of 3"))
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (["run.processes=2"], ("run.processes is 2 but 1 process", "--processes 2")),
-        (["--processes", "3"], ("run.batch_size 2", "3 processes", "multiple of 3")),
         (["--processes", "0"], ("--processes", "greater than or equal to 1")),
     ],
 )
 def test_a_launch_that_is_not_what_was_asked_for_is_refused(
-    more: list[str], words: tuple[str, ...], tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
-) -> None:
+    more: list[str], words: tuple[str, ...], photos: Path, tmp_path: Path, tiny_bases: dict[str, Path],
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     run = tmp_path / "run"
-    with start(*command(tiny_bases["sd1"], photos, run, *more)) as process:
-        _, error = process.communicate(timeout=120)
-    assert process.returncode == 2, error
+    code, message = finetune(command(tiny_bases["sd1"], photos, run, *more))
+    assert_refused(code, capfd.readouterr().err + message, run, words)
+
+
+def assert_refused(code: int, error: str, run: Path, words: tuple[str, ...]) -> None:
+    assert code == 2, error
     assert "Traceback" not in error
     assert all(word in error for word in words), error
     assert error.lower().count("error") == 1, error
@@ -202,7 +223,7 @@ def test_a_launch_that_is_not_what_was_asked_for_is_refused(
 
 @pytest.mark.slow
 def test_a_bad_step_of_one_process_stops_all_and_names_everything(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    done = processes(2, "one_bad_rank", tmp_path, tiny_bases["sd1"])
+    done = processes(2, "work.one_bad_rank", tmp_path, tiny_bases["sd1"])
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("step 3 is not finite (loss nan)") == 1
     facts = json.loads((tmp_path / "bad-step-000003" / "step.json").read_text())

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_photos
 from safetensors.torch import load_file
 from work import wait_for_steps
 
+from finetune.cli.main import run as finetune
 from finetune.core.signals import Interrupted, Signals, Stop
 
 ROOT = Path(__file__).parents[2]
@@ -65,26 +67,42 @@ def test_handlers_are_given_back() -> None:
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def start(base: Path, photos: Path, run: Path, steps: int) -> subprocess.Popen[str]:
-    command = [
-        sys.executable, "-m", "finetune", "train", "dreambooth-lora", f"base={base}", f"data.photos={photos}",
-        "data.class_noun=mug", "prior.count=2", "prior.steps=1", f"run.steps={steps}", f"run.dir={run}",
-        "run.checkpoint_every=100000", "sample.steps=1", "sample.count=1", "optim.lr=1e-3",
-    ]  # fmt: skip
+STEPS = 60
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "finetune", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def words(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command of a run; `run.dir` is to come."""
+    photos = write_photos(tmp_path_factory.mktemp("signals") / "photos")
+    return [
+        "train", "dreambooth-lora", f"base={tiny_bases['sd1']}", f"data.photos={photos}", "data.class_noun=mug",
+        "prior.count=2", "prior.steps=1", f"run.steps={STEPS}", "run.checkpoint_every=100000", "sample.steps=1",
+        "sample.count=1", "optim.lr=1e-3",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody stops."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert finetune([*words, f"run.dir={run}"]) == (0, "")
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_says_how_to_go_on_and_ends_the_same(
-    number: signal.Signals, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+    number: signal.Signals, words: list[str], whole: Path, tmp_path: Path
 ) -> None:
-    steps = 60
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    _, error = start(tiny_bases["sd1"], photos, whole, steps).communicate()
-    assert (whole / "report.html").is_file(), error
-    process = start(tiny_bases["sd1"], photos, stopped, steps)
+    stopped = tmp_path / "stopped"
+    command = [*words, f"run.dir={stopped}"]
+    process = start(command)
     wait_for_steps(stopped, 3)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
@@ -93,7 +111,7 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_ends_the_same(
     assert "Traceback" not in error
     (saved,) = (stopped / "checkpoints").iterdir()
     done = json.loads((saved / "state.json").read_text())["step"]
-    assert 3 <= done < steps
-    _, error = start(tiny_bases["sd1"], photos, stopped, steps).communicate()
+    assert 3 <= done < STEPS
+    assert finetune(command) == (0, "")
     ends = [load_file(run / "adapter" / "trained.safetensors") for run in (whole, stopped)]
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items()), error
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import work_words
 from safetensors.torch import load_file
-from test_processes import ENVIRONMENT, distance, losses
-
-PROGRAM = """
-import sys, work_words
-from finetune.cli.launch import launch
-code, message = launch({count}, work_words.work, sys.argv[1:])
-print(message, file=sys.stderr)
-sys.exit(code)
-"""
+from test_processes import distance, losses, one_and_two
 
 
 @pytest.mark.slow
 def test_one_and_two_processes_end_equal(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
-    for count in (1, 2):
-        command = [sys.executable, "-c", PROGRAM.format(count=count), str(tmp_path / str(count)), str(photos)]
-        command.append(str(tiny_bases["sdxl"]))
-        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+    one_and_two(work_words, "work", tmp_path, photos, tiny_bases["sdxl"])
     for name in ("textual_inversion", "pivotal"):
         one, two = (tmp_path / count / "runs" / name for count in ("1", "2"))
         assert len(losses(one)) == 12

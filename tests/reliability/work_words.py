@@ -12,7 +12,7 @@ METHODS = {
 SETTINGS = (
     "data.class_noun=mug", "data.caption_dropout=0.4", "prior.kind=none", "run.steps=12", "run.batch_size=4",
     "sample.steps=1", "sample.count=1", "sample.prompts=['a {token}']", "optim.kind=adamw", "optim.lr=1e-3",
-    "optim.text_lr=1e-2",
+    "optim.text_lr=1e-2", "export.verify=off",
 )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def test_nothing_is_fetched_and_nothing_is_let_through(run: Path) -> None:
     assert "&lt;b&gt;mug&lt;/b&gt;" in page
     assert "a &amp; b" in page
     assert "<script" not in page
-    assert "http" not in page
+    assert "http" not in page.replace("http-equiv", "")
 
 
 def test_a_run_that_has_only_begun_has_a_page_too(tmp_path: Path) -> None:

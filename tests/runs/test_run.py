@@ -97,12 +97,12 @@ def test_a_checkpoint_without_a_schema_is_read_and_a_later_ones_is_not_passed_ov
 def test_a_recipe_without_a_schema_is_read_and_a_later_ones_is_refused(folder: RunFolder, photos: Path) -> None:
     file = folder.path / "recipe.yaml"
     first, _, rest = file.read_text(encoding="utf-8").partition("\n")
-    assert first == "# schema: 1"
+    assert first == "# schema: 2"
     file.write_text(rest, encoding="utf-8")
     assert folder.recipe == recipe(photos)
-    for number in ("2", "1.5", "one"):
+    for number in ("3", "1.5", "one"):
         file.write_text(f"# schema: {number}\nanother: form", encoding="utf-8")
-        with pytest.raises(BadInput, match=rf"recipe\.yaml has schema {number}.*up to 1"):
+        with pytest.raises(BadInput, match=rf"recipe\.yaml has schema {number}.*up to 2"):
             take(folder, recipe(photos))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import diffusers
@@ -10,20 +13,22 @@ import pytest
 import torch
 from PIL import Image
 
+from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
 from finetune.families.registry import FAMILIES
 from finetune.families.schedulers import SAMPLERS
 from finetune.families.source import load_family
 from finetune.sampling.draw import draw
 from finetune.sampling.images import A1111_SAMPLERS, grid, parameters, save_image
+from finetune.sampling.settings import Sampling
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_a_picture_is_a_function_of_prompt_and_seed(name: str, tiny_bases: dict[str, Path]) -> None:
     family = load_family(str(tiny_bases[name]))
-    settings = {"steps": 2, "guidance": 3.0}
-    together = draw(family, ["a mug", "a dog", "a mug"], seeds=[1, 1, 2], **settings)
-    alone = draw(family, ["a dog"], seeds=[1], **settings)
+    settings = Sampling(steps=2, guidance=3.0)
+    together = draw(family, ["a mug", "a dog", "a mug"], settings, seeds=[1, 1, 2])
+    alone = draw(family, ["a dog"], settings, seeds=[1])
     first, second, third = (np.asarray(image, dtype=int) for image in together)
     assert first.shape == (32, 32, 3)
     assert np.abs(second - np.asarray(alone[0], dtype=int)).max() <= 1
@@ -33,7 +38,7 @@ def test_a_picture_is_a_function_of_prompt_and_seed(name: str, tiny_bases: dict[
 def test_guidance_1_is_no_guidance(tiny_bases: dict[str, Path]) -> None:
     family = load_family(str(tiny_bases["sd1"]))
     plain, negative = (
-        draw(family, ["a mug"], seeds=[1], steps=2, guidance=1.0, negative=text)[0] for text in ("", "a dog")
+        draw(family, ["a mug"], Sampling(steps=2, guidance=1.0, negative=text), seeds=[1])[0] for text in ("", "a dog")
     )
     assert np.array_equal(np.asarray(plain), np.asarray(negative))
 
@@ -41,7 +46,7 @@ def test_guidance_1_is_no_guidance(tiny_bases: dict[str, Path]) -> None:
 def test_drawing_leaves_the_modes_as_they_were(tiny_bases: dict[str, Path]) -> None:
     family = load_family(str(tiny_bases["sd1"]))
     family.parts["denoiser"].train()
-    draw(family, ["a mug"], seeds=[1], steps=1)
+    draw(family, ["a mug"], Sampling(steps=1), seeds=[1])
     assert family.parts["denoiser"].training
     assert not family.parts["vae"].training
 
@@ -51,7 +56,7 @@ def test_the_grid_and_the_parameters(tmp_path: Path) -> None:
     page = grid(images, 2)
     assert page.size == (16, 18)
     assert page.getpixel((12, 8)) == (3, 0, 0)
-    text = parameters("a mug", "blurry", 7, "dpm++", 20, 5.0, 64, "tiny")
+    text = parameters("a mug", 7, Sampling("blurry", "dpm++", 20, 5.0, 64), "tiny")
     save_image(images[0], tmp_path / "a" / "b.png", text)
     with Image.open(tmp_path / "a" / "b.png") as image:
         assert image.text["parameters"] == text
@@ -67,10 +72,10 @@ def test_every_sampler_has_the_name_that_other_programs_know() -> None:
 
 
 def test_a_model_name_with_a_comma_is_quoted_as_a1111_does() -> None:
-    text = parameters("p", "", 1, "euler", 5, 1.0, 64, "models/a, b")
+    text = parameters("p", 1, Sampling("", "euler", 5, 1.0, 64), "a, b")
     assert text.splitlines() == [
         "p",
-        'Steps: 5, Sampler: Euler, CFG scale: 1.0, Seed: 1, Size: 64x64, Model: "models/a, b"',
+        'Steps: 5, Sampler: Euler, CFG scale: 1.0, Seed: 1, Size: 64x64, Model: "a, b"',
     ]
 
 
@@ -85,9 +90,9 @@ def test_captions_stand_above_their_rows() -> None:
 
 def test_released_parts_come_back_in_eval_mode(tiny_bases: dict[str, Path]) -> None:
     family = load_family(str(tiny_bases["sd1"]))
-    whole = draw(family, ["a mug"], seeds=[1], steps=1)
+    whole = draw(family, ["a mug"], Sampling(steps=1), seeds=[1])
     family.parts.release(["vae", "text_encoder"])
-    again = draw(family, ["a mug"], seeds=[1], steps=1)
+    again = draw(family, ["a mug"], Sampling(steps=1), seeds=[1])
     assert not any(part.training for part in family.parts.values())
     assert np.array_equal(np.asarray(whole[0]), np.asarray(again[0]))
 
@@ -114,8 +119,8 @@ def test_a_picture_is_what_diffusers_own_call_gives(name: str, tiny_bases: dict[
         generator=torch.Generator().manual_seed(5),
     ).images[0]
     family = load_family(str(tiny_bases[name]))
-    settings = {"sampler": "euler" if flow else "ddim", "steps": 3, "guidance": 4.0, "size": 32}
-    got = draw(family, ["a dog", "a mug"], seeds=[9, 5], negative="blurry", **settings)[1]
+    settings = Sampling("blurry", sampler="euler" if flow else "ddim", steps=3, guidance=4.0, size=32)
+    got = draw(family, ["a dog", "a mug"], settings, seeds=[9, 5])[1]
     assert np.abs(np.asarray(got, dtype=int) - np.asarray(wanted, dtype=int)).max() <= 1
 
 
@@ -129,36 +134,51 @@ def test_a_refiner_refines_what_it_is_given(tiny_bases: dict[str, Path]) -> None
     seed = torch.Generator().manual_seed(5)
     wanted = pipeline("a mug", image=image[None], num_inference_steps=10, guidance_scale=1.0, generator=seed)
     family = load_family(str(tiny_bases["sdxl-refiner"]))
-    settings = {"sampler": "ddim", "guidance": 1.0, "given": ImageCondition(image)}
-    got = draw(family, ["a mug"], seeds=[5], steps=10, **settings)[0]
+    settings, given = Sampling(sampler="ddim", guidance=1.0, steps=10), ImageCondition(image)
+    got = draw(family, ["a mug"], settings, seeds=[5], condition=given)[0]
     assert np.abs(np.asarray(got, dtype=int) - np.asarray(wanted.images[0], dtype=int)).max() <= 1
-    assert draw(family, ["a mug"], seeds=[5], steps=1, **settings)[0].size == (32, 32)
+    assert draw(family, ["a mug"], replace(settings, steps=1), seeds=[5], condition=given)[0].size == (32, 32)
 
 
 DTYPES = (torch.bfloat16, torch.float16)
 INPUTS = [(name, kind) for name, family in FAMILIES.items() for kind in getattr(family, "pipelines", {"": ""})]
 
 
+def drawn_in(dtype: torch.dtype, base: Path, inputs: str, force_upcast: bool) -> tuple[np.ndarray, Family]:
+    """Two pictures as grey levels, and the family that drew them."""
+    family = load_family(str(base), dtype=dtype)
+    if inputs:
+        family.widen(inputs)
+    family.parts["vae"].register_to_config(force_upcast=force_upcast)
+    images = draw(family, ["a mug", "a dog"], Sampling(steps=2, guidance=2.0), seeds=[1, 2])
+    return np.stack([np.asarray(image, dtype=int) for image in images]), family
+
+
+@pytest.fixture(scope="module")
+def in_fp32(tiny_bases: dict[str, Path]) -> Callable[[str, str, bool], np.ndarray]:
+    """The pictures that those in half precision are held to; drawn once."""
+    return cache(lambda name, inputs, upcast: drawn_in(torch.float32, tiny_bases[name], inputs, upcast)[0])
+
+
 @pytest.mark.parametrize("force_upcast", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "inputs"), INPUTS)
 def test_half_precision_draws_the_same_picture(
-    name: str, inputs: str, dtype: torch.dtype, force_upcast: bool, tiny_bases: dict[str, Path]
+    name: str,
+    inputs: str,
+    dtype: torch.dtype,
+    force_upcast: bool,
+    tiny_bases: dict[str, Path],
+    in_fp32: Callable[[str, str, bool], np.ndarray],
 ) -> None:
     """Grey levels apart by no more than the dtype rounds to: 8 steps of eps over 255 levels. SDXL's VAE stays in fp32
     under fp16, whatever its config's `force_upcast` says, and drawing leaves it so."""
-    drawn = []
-    for precision in (torch.float32, dtype):
-        family = load_family(str(tiny_bases[name]), dtype=precision)
-        if inputs:
-            family.widen(inputs)
-        family.parts["vae"].register_to_config(force_upcast=force_upcast)
-        images = draw(family, ["a mug", "a dog"], seeds=[1, 2], steps=2, guidance=2.0)
-        drawn.append(np.stack([np.asarray(image, dtype=int) for image in images]))
+    wanted = in_fp32(name, inputs, force_upcast)
+    found, family = drawn_in(dtype, tiny_bases[name], inputs, force_upcast)
     wide = name.startswith("sdxl") and dtype == torch.float16
     assert family.parts["vae"].dtype == (torch.float32 if wide else dtype)
-    assert drawn[0].std() > 1
-    assert np.abs(drawn[0] - drawn[1]).max() <= max(1, round(8 * torch.finfo(dtype).eps * 255))
+    assert wanted.std() > 1
+    assert np.abs(wanted - found).max() <= max(1, round(8 * torch.finfo(dtype).eps * 255))
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -173,7 +193,7 @@ def test_the_vae_decodes_one_picture_at_a_time(name: str, tiny_bases: dict[str, 
     assert torch.equal(together, alone)
     encoded = family.codec.encode(together.clamp(-1, 1))
     assert torch.equal(encoded.mean[1], family.codec.encode(together[1:2].clamp(-1, 1)).mean[0])
-    draw(family, ["a mug", "a dog"], seeds=[1, 2], steps=1)
+    draw(family, ["a mug", "a dog"], Sampling(steps=1), seeds=[1, 2])
     family.parts.release(["vae"])
     family.parts.restore(["vae"])
     family.parts["vae"].decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
@@ -193,6 +213,6 @@ def test_an_error_while_drawing_leaves_the_modes_as_they_were(tiny_bases: dict[s
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        draw(family, ["a mug"], seeds=[1], steps=1, advance=stop)
+        draw(family, ["a mug"], Sampling(steps=1), seeds=[1], advance=stop)
     assert {name: module.training for name, module in denoiser.named_modules()} == before
     assert not family.parts["vae"].training

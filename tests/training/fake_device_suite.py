@@ -34,7 +34,8 @@ from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.optim.adamw import AdamW
 from finetune.training.checkpoint import Checkpoints
-from finetune.training.prior import Distance, FrozenBase
+from finetune.training.priors.distance import Distance
+from finetune.training.priors.frozen_base import FrozenBase
 from finetune.training.regularizers import PriorContext, Regularizer
 from finetune.training.settings import Run
 from finetune.training.step import Step, StepOptions, parts_of

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +20,10 @@ from finetune.methods.registry import METHODS
 from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.sampling.draw import draw
+from finetune.sampling.settings import Sampling
 from finetune.training.dropout import SampleDropout
-from finetune.training.prior import Distance, FrozenBase
+from finetune.training.priors.distance import Distance
+from finetune.training.priors.frozen_base import FrozenBase
 from finetune.training.regularizers import PriorContext
 from finetune.training.step import Step, StepOptions
 
@@ -62,10 +67,16 @@ def one_step(
     return loss.detach(), torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None]) / scale
 
 
+@pytest.fixture(scope="module")
+def in_fp32(tiny_bases: dict[str, Path]) -> Callable[[str, str], tuple[torch.Tensor, torch.Tensor]]:
+    """The step that those in half precision are held to; computed once."""
+    return cache(lambda name, kind: one_step(tiny_bases[name], kind, torch.float32, None))
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_a_step_in_half_precision_is_the_step(
-    name: str, kind: str, dtype: torch.dtype, tiny_bases: dict[str, Path]
+    name: str, kind: str, dtype: torch.dtype, tiny_bases: dict[str, Path], in_fp32: Callable[..., Any]
 ) -> None:
     """As the loop has it: an adapter on a base that is cast once (fp16 also under autocast), full training in fp32
     weights under autocast, fp16 with the loss scaled by GradScaler's first 65536.
@@ -76,7 +87,7 @@ def test_a_step_in_half_precision_is_the_step(
     thousand values, where they cancel (measured: .06).
     """
     base, adapter = tiny_bases[name], METHODS[kind]().is_adapter
-    loss, gradient = one_step(base, kind, torch.float32, None)
+    loss, gradient = in_fp32(name, kind)
     cast = dtype if dtype == FP16 or not adapter else None
     held = dtype if adapter else torch.float32
     rounded, found = one_step(base, kind, held, cast, 65536.0 if dtype == FP16 else 1.0)
@@ -105,14 +116,14 @@ def test_sizes_are_told_exactly(name: str, dtype: torch.dtype, tiny_bases: dict[
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_full_training_in_bf16_is_drawn_in_bf16_and_its_vae_in_fp32(name: str, tiny_bases: dict[str, Path]) -> None:
     family = load_family(str(tiny_bases[name]))
-    plain = draw(family, ["a mug"], seeds=[0], steps=2)[0]
+    plain = draw(family, ["a mug"], Sampling(steps=2), seeds=[0])[0]
     seen: dict[str, set[torch.dtype]] = {"denoiser": set(), "vae": set()}
     for part, found in seen.items():
         for module in family.parts[part].modules():
             if isinstance(module, torch.nn.Conv2d):
                 module.register_forward_hook(lambda m, inputs, out, found=found: found.add(out.dtype))
     family.autocast = torch.bfloat16
-    half = draw(family, ["a mug"], seeds=[0], steps=2)[0]
+    half = draw(family, ["a mug"], Sampling(steps=2), seeds=[0])[0]
     assert seen == {"denoiser": {torch.bfloat16}, "vae": {torch.float32}}
     difference = np.abs(np.asarray(plain, dtype=float) - np.asarray(half, dtype=float))
     assert 0 < difference.mean() < 8

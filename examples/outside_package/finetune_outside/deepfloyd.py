@@ -19,7 +19,7 @@ from finetune.core.errors import BadInput
 from finetune.families.codec import ImageCodec, PixelCodec
 from finetune.families.configs import read_config
 from finetune.families.naming.base import Labels, Naming, Readers
-from finetune.families.parts import Source
+from finetune.families.parts import PartSource
 from finetune.families.unet import UNetDrawing, UNetFamily
 
 LENGTH = 77  # tokens: with so many IF was trained
@@ -40,8 +40,8 @@ class DeepFloydIF(UNetFamily):
     pipelines: ClassVar = {"": pipeline_class}
     drawing_class = DeepFloydDrawing
     sources: ClassVar = {
-        "denoiser": Source("unet", diffusers.UNet2DConditionModel),
-        "text_encoder": Source("text_encoder", transformers.T5EncoderModel),
+        "denoiser": PartSource("unet", diffusers.UNet2DConditionModel),
+        "text_encoder": PartSource("text_encoder", transformers.T5EncoderModel),
     }
     naming = Naming(
         Labels("deepfloyd_if_i", "deepfloyd-if-stage-i", "https://github.com/deep-floyd/IF", "Unknown"),

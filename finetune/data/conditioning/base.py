@@ -1,4 +1,4 @@
-"""What a base reads beside its noisy latents, for every view of every photo. A new kind is one new file here."""
+"""What a base reads besides its noisy latents, for every crop of every photo. A new kind is one new file here."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ class Choices:
 
 
 class Inputs(ABC):
-    """One kind of extra input. Made once from the photos; `cache` holds the latents of all `pictures`."""
+    """One kind of extra input. Made once from the photos; `cache` holds the latents of all `images`."""
 
     kind: ClassVar[str]
-    # whether they can be made for any picture, so for class images too
-    any_picture: ClassVar[bool] = False
+    # whether they can be made for any image, so for class images too
+    any_image: ClassVar[bool] = False
 
     def __init__(self, family: Family, photos: Sequence[Photo], choices: Choices) -> None:
         """Raises BadInput where a photo lacks what belongs beside it."""
         self.factor, self.choices = family.codec.factor, choices
 
-    def images(self, view: Crop) -> list[Encodable]:
-        """What the VAE encodes, once, for a view."""
+    def images(self, crop: Crop) -> list[Encodable]:
+        """What the VAE encodes, once, for a crop."""
         return []
 
     @abstractmethod
-    def extra(self, view: Crop, draw: SampleKey, cache: Cache) -> Tensor:
+    def extra(self, crop: Crop, key: SampleKey, cache: Cache) -> Tensor:
         """[E, h, w] float32: the channels behind the noisy latents."""
 
-    def prompt(self, prompt: str, draw: SampleKey) -> str:
+    def prompt(self, prompt: str, key: SampleKey) -> str:
         """The prompt that is trained, where extra inputs and prompt are dropped together."""
         return prompt
 
-    def given(self, view: Crop) -> ImageCondition:
-        """What a picture after this view is drawn from."""
-        return ImageCondition(unit(view.pixels()))
+    def condition(self, crop: Crop) -> ImageCondition:
+        """What an image like this crop is drawn from."""
+        return ImageCondition(unit(crop.pixels()))
 
 
 def unit(pixels: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def unit(pixels: Tensor) -> Tensor:
 
 
 def make_inputs(family: Family, photos: Sequence[Photo], choices: Choices) -> Inputs | None:
-    """What the family reads beside its latents; None for nothing.
+    """What the family reads besides its latents; None for nothing.
 
     Raises:
         BadInput: files beside the photos are missing (all are named), or can't be used.
@@ -77,11 +77,11 @@ def make_inputs(family: Family, photos: Sequence[Photo], choices: Choices) -> In
 INPUTS: Registry[Inputs] = Registry(Inputs, "finetune.data.conditioning", lambda item: item.kind)
 
 
-def beside(photos: Sequence[Photo], kind: str, name: str) -> dict[Path, Photo]:
-    """Photo file -> the picture NAME.`name`.png (or another suffix) beside it.
+def companions(photos: Sequence[Photo], kind: str, name: str) -> dict[Path, Photo]:
+    """Photo file -> the image NAME.`name`.png (or another suffix) beside it.
 
     Raises:
-        BadInput: photos without one, or pictures of another shape than their photos.
+        BadInput: photos without one, or images of another shape than their photos.
     """
     files = {photo.path: companion(photo.path, name) for photo in photos}
     missing = [path.name for path, file in files.items() if file is None]
@@ -109,6 +109,6 @@ def _check_shape(photo: Photo, other: Photo) -> None:
         )
 
 
-def same_crop(view: Crop, photo: Photo) -> Crop:
-    """Another picture cropped and mirrored as `view` is."""
-    return replace(view, photo=photo)
+def same_crop(crop: Crop, photo: Photo) -> Crop:
+    """Another image cropped and mirrored as `crop` is."""
+    return replace(crop, photo=photo)

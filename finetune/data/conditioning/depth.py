@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from finetune.core.errors import BadInput
 from finetune.core.rng import SampleKey
 from finetune.data.cache import Cache
-from finetune.data.conditioning.base import Choices, Inputs, beside, unit
+from finetune.data.conditioning.base import Choices, Inputs, companions, unit
 from finetune.data.crops import Crop
 from finetune.data.photos import Photo, open_values
 from finetune.families.base import Family
@@ -29,31 +29,31 @@ class Depth(Inputs):
 
     def __init__(self, family: Family, photos: Sequence[Photo], choices: Choices) -> None:
         super().__init__(family, photos, choices)
-        self.maps = beside(photos, self.kind, "depth")
+        self.maps = companions(photos, self.kind, "depth")
         for found in self.maps.values():
             values = open_values(found.path)
             if float(values.max()) == float(values.min()):
                 raise BadInput(
                     f"the depth picture {found.path.name} is {values.max():g} everywhere: it shows no depth"
                 )
-        self.held: dict[str, Tensor] = {}
+        self.entries: dict[str, Tensor] = {}
 
-    def extra(self, view: Crop, draw: SampleKey, cache: Cache) -> Tensor:
+    def extra(self, crop: Crop, key: SampleKey, cache: Cache) -> Tensor:
         """[1, h, w] in [-1, 1]."""
-        if view.key not in self.held:
-            self.held[view.key] = scaled(self._cut(view), self.factor)
-        return self.held[view.key]
+        if crop.key not in self.entries:
+            self.entries[crop.key] = scaled(self._cut(crop), self.factor)
+        return self.entries[crop.key]
 
-    def given(self, view: Crop) -> ImageCondition:
-        depth = self._cut(view)
+    def condition(self, crop: Crop) -> ImageCondition:
+        depth = self._cut(crop)
         low, high = depth.min(), depth.max()
-        return ImageCondition(unit(view.pixels()), (depth - low) / (high - low).clamp(min=1e-8))
+        return ImageCondition(unit(crop.pixels()), (depth - low) / (high - low).clamp(min=1e-8))
 
-    def _cut(self, view: Crop) -> Tensor:
-        """[1, H, W]: the depth of a view's pixels, in the file's own values."""
-        (left, top), (height, width) = view.crop, view.geometry.target
-        image = _resized(self.maps[view.photo.path], view.resized).crop((left, top, left + width, top + height))
-        return torch.from_numpy(np.array(ImageOps.mirror(image) if view.flip else image, dtype=np.float32))[None]
+    def _cut(self, crop: Crop) -> Tensor:
+        """[1, H, W]: the depth of a crop's pixels, in the file's own values."""
+        (left, top), (height, width) = crop.corner, crop.geometry.target
+        image = _resized(self.maps[crop.photo.path], crop.resized).crop((left, top, left + width, top + height))
+        return torch.from_numpy(np.array(ImageOps.mirror(image) if crop.flip else image, dtype=np.float32))[None]
 
 
 def scaled(depth: Tensor, factor: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finetune.core.rng import SampleKey, uniform
 from finetune.data.cache import Cache, Encodable
-from finetune.data.conditioning.base import Choices, Inputs, beside, same_crop, unit
+from finetune.data.conditioning.base import Choices, Inputs, companions, same_crop, unit
 from finetune.data.crops import Crop
 from finetune.data.photos import Photo
 from finetune.families.base import Family
@@ -21,29 +21,29 @@ class Edit(Inputs):
 
     def __init__(self, family: Family, photos: Sequence[Photo], choices: Choices) -> None:
         super().__init__(family, photos, choices)
-        self.before = beside(photos, self.kind, "before")
+        self.before = companions(photos, self.kind, "before")
         self.scaling = family.codec.scaling
 
-    def images(self, view: Crop) -> list[Encodable]:
-        return [self._before(view)]
+    def images(self, crop: Crop) -> list[Encodable]:
+        return [self._before(crop)]
 
-    def extra(self, view: Crop, draw: SampleKey, cache: Cache) -> Tensor:
+    def extra(self, crop: Crop, key: SampleKey, cache: Cache) -> Tensor:
         """[4, h, w]: the mean of the latents before the edit, not scaled; zeros where they are dropped."""
-        latents = cache.latents(self._before(view)).mean / self.scaling
-        return torch.zeros_like(latents) if dropped(draw, self.choices.edit_dropout)[0] else latents
+        latents = cache.latents(self._before(crop)).mean / self.scaling
+        return torch.zeros_like(latents) if dropped(key, self.choices.edit_dropout)[0] else latents
 
-    def prompt(self, prompt: str, draw: SampleKey) -> str:
-        return "" if dropped(draw, self.choices.edit_dropout)[1] else prompt
+    def prompt(self, prompt: str, key: SampleKey) -> str:
+        return "" if dropped(key, self.choices.edit_dropout)[1] else prompt
 
-    def given(self, view: Crop) -> ImageCondition:
-        return ImageCondition(unit(self._before(view).pixels()), guidance=self.choices.image_guidance)
+    def condition(self, crop: Crop) -> ImageCondition:
+        return ImageCondition(unit(self._before(crop).pixels()), guidance=self.choices.image_guidance)
 
-    def _before(self, view: Crop) -> Crop:
-        return same_crop(view, self.before[view.photo.path])
+    def _before(self, crop: Crop) -> Crop:
+        return same_crop(crop, self.before[crop.photo.path])
 
 
-def dropped(draw: SampleKey, share: float) -> tuple[bool, bool]:
-    """Whether a sample's picture and its instruction are dropped: `share` of all samples lose only the first, as many
+def dropped(key: SampleKey, share: float) -> tuple[bool, bool]:
+    """Whether a sample's image and its instruction are dropped: `share` of all samples lose only the first, as many
     only the second, and as many both (arXiv:2211.09800 section 3.2.1)."""
-    u = float(uniform([draw], "edit"))
+    u = float(uniform([key], "edit"))
     return u < 2 * share, share <= u < 3 * share

@@ -1,6 +1,6 @@
-"""Inpainting's extra inputs: drawn masks, and the latents of the picture without what is painted.
+"""Inpainting's extra inputs: drawn masks, and the latents of the image without what is painted.
 
-A fixed number of masks for each view is drawn once, so that their pictures can be encoded once; which of them a sample
+A fixed number of masks for each crop is drawn once, so that their images can be encoded once; which of them a sample
 gets is drawn in each step.
 """
 
@@ -32,64 +32,64 @@ STROKES, POINTS = 4, 6  # at most, and of each stroke
 
 @dataclass(frozen=True)
 class MaskedCrop:
-    """A view without what its `number`-th mask covers: grey there, which is 0 in [-1, 1]."""
+    """A crop without what its `number`-th mask covers: grey there, which is 0 in [-1, 1]."""
 
-    view: Crop
+    crop: Crop
     seed: int
     number: int
 
     @cached_property
     def key(self) -> str:
-        return hashlib.sha256(f"{self.view.key}:{self.seed}:{self.number}:masked".encode()).hexdigest()
+        return hashlib.sha256(f"{self.crop.key}:{self.seed}:{self.number}:masked".encode()).hexdigest()
 
     def mask(self) -> Tensor:
         """[1, H, W]: 1 where it is painted, else 0."""
-        height, width = self.view.geometry.target
-        drawn = draw_mask(width, height, generator(self.seed, f"mask:{self.view.key}", self.number))
+        height, width = self.crop.geometry.target
+        drawn = draw_mask(width, height, generator(self.seed, f"mask:{self.crop.key}", self.number))
         return torch.from_numpy(np.array(drawn, dtype=np.float32))[None] / 255
 
     def pixels(self) -> Tensor:
-        return self.view.pixels() * (1 - self.mask())
+        return self.crop.pixels() * (1 - self.mask())
 
 
 class Inpaint(Inputs):
     kind = "inpaint"
-    any_picture = True
+    any_image = True
 
     def __init__(self, family: Family, photos: Sequence[Photo], choices: Choices) -> None:
         super().__init__(family, photos, choices)
         self.small: dict[str, Tensor] = {}
 
-    def masked(self, view: Crop) -> list[MaskedCrop]:
-        return [MaskedCrop(view, self.choices.seed, number) for number in range(self.choices.mask_count)]
+    def masked(self, crop: Crop) -> list[MaskedCrop]:
+        return [MaskedCrop(crop, self.choices.seed, number) for number in range(self.choices.mask_count)]
 
-    def images(self, view: Crop) -> list[Encodable]:
-        return list(self.masked(view))
+    def images(self, crop: Crop) -> list[Encodable]:
+        return list(self.masked(crop))
 
-    def extra(self, view: Crop, draw: SampleKey, cache: Cache) -> Tensor:
+    def extra(self, crop: Crop, key: SampleKey, cache: Cache) -> Tensor:
         """[5, h, w]: the mask, taken at every `factor`-th pixel as diffusers' pipeline does, and the masked latents'
         mean."""
-        masked = self.masked(view)
-        chosen = masked[int(uniform([draw], "mask") * len(masked))]
+        masked = self.masked(crop)
+        chosen = masked[int(uniform([key], "mask") * len(masked))]
         if chosen.key not in self.small:
-            height, width = view.geometry.target
+            height, width = crop.geometry.target
             size = (height // self.factor, width // self.factor)
             self.small[chosen.key] = interpolate(chosen.mask()[None], size)[0]
         return torch.cat([self.small[chosen.key], cache.latents(chosen).mean])
 
-    def given(self, view: Crop) -> ImageCondition:
-        return ImageCondition(unit(view.pixels()), self.masked(view)[0].mask())
+    def condition(self, crop: Crop) -> ImageCondition:
+        return ImageCondition(unit(crop.pixels()), self.masked(crop)[0].mask())
 
 
-def draw_mask(width: int, height: int, draw: torch.Generator) -> Image.Image:
+def draw_mask(width: int, height: int, source: torch.Generator) -> Image.Image:
     """Black, with all of it, a rectangle, an ellipse (diffusers' DreamBooth inpainting script) or strokes in white."""
     mask = Image.new("L", (width, height), 0)
     pen = ImageDraw.Draw(mask)
-    whole, shape, *u = torch.rand(6, generator=draw).tolist()
+    whole, shape, *u = torch.rand(6, generator=source).tolist()
     if whole < WHOLE:
         return Image.new("L", (width, height), 255)
     if shape < 1 / 3:
-        _strokes(pen, width, height, draw)
+        _strokes(pen, width, height, source)
         return mask
     w, h = (side * (LEAST + (1 - LEAST) * share) for side, share in zip((width, height), u[:2], strict=True))
     left, top = (width - w) * u[2], (height - h) * u[3]
@@ -97,10 +97,10 @@ def draw_mask(width: int, height: int, draw: torch.Generator) -> Image.Image:
     return mask
 
 
-def _strokes(pen: ImageDraw.ImageDraw, width: int, height: int, draw: torch.Generator) -> None:
+def _strokes(pen: ImageDraw.ImageDraw, width: int, height: int, source: torch.Generator) -> None:
     """Free-form lines, an eighth to a quarter of the shorter side thick."""
-    count = 1 + int(torch.rand((), generator=draw) * STROKES)
+    count = 1 + int(torch.rand((), generator=source) * STROKES)
     for _ in range(count):
-        points = (torch.rand(POINTS, 2, generator=draw) * torch.tensor([width, height])).tolist()
-        thick = round(min(width, height) * LEAST * (1 + float(torch.rand((), generator=draw))))
+        points = (torch.rand(POINTS, 2, generator=source) * torch.tensor([width, height])).tolist()
+        thick = round(min(width, height) * LEAST * (1 + float(torch.rand((), generator=source))))
         pen.line([(x, y) for x, y in points], fill=255, width=max(1, thick), joint="curve")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors
-from finetune.export.base import Adapter, Export
+from finetune.export.base import Adapter, AdapterExport
 from finetune.families.naming.clip import add_text_model
 from finetune.families.registry import FAMILIES, denoiser_config, family_of, weight_shapes
 
@@ -36,8 +36,9 @@ class Place:
     rows: tuple[int, ...]
 
 
-class Kohya(Export):
+class Kohya(AdapterExport):
     name = "kohya"
+    recognised = True
     read_by = ("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers")
 
     def path(self, folder: Path, name: str, family: str) -> Path:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors, write_json
-from finetune.export.base import Adapter, Export
+from finetune.core.reading import read_json
+from finetune.export.base import Adapter, AdapterExport
 from finetune.families.naming.clip import strip_text_model
 from finetune.families.registry import own_paths
 
@@ -23,8 +24,9 @@ def kind_of(config: dict[str, Any]) -> str:
     return "DORA" if config.get("use_dora") else str(config.get("peft_type", "LORA"))
 
 
-class Peft(Export):
+class Peft(AdapterExport):
     name = "peft"
+    recognised = True
     read_by = ("peft",)
 
     def path(self, folder: Path, name: str, family: str) -> Path:
@@ -54,24 +56,34 @@ class Peft(Export):
         layers: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
         rules = set()
         for config_file in sorted(path.glob("*/adapter_config.json")):
-            config = json.loads(config_file.read_text(encoding="utf-8"))
+            config = read_json(config_file, dict)
             if kind_of(config) != "LORA" or config.get("rank_pattern") or config.get("alpha_pattern"):
                 raise BadInput(
                     f"{path} holds a {kind_of(config)} of PEFT and no plain LoRA of one rank and alpha: take the "
                     "kohya or diffusers file, or load it with PEFT"
                 )
-            rank, alpha = int(config["r"]), float(config["lora_alpha"])
+            try:
+                rank, alpha = int(config["r"]), float(config["lora_alpha"])
+                layers[config_file.parent.name] = _pairs(config_file.with_name("adapter_model.safetensors"), rank)
+            except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+                raise BadInput(
+                    f"{config_file.parent} is no whole LoRA of PEFT ({type(error).__name__}: {error}): give another"
+                ) from error
             rules.add((rank, alpha * rank**0.5 if config.get("use_rslora") else alpha))
-            tensors = load_file(config_file.with_name("adapter_model.safetensors"))
-            layers[config_file.parent.name] = {
-                strip_text_model(key.removeprefix(PREFIX).removesuffix(".lora_A.weight")): (
-                    value.float(),
-                    tensors[key.replace(".lora_A.", ".lora_B.")].float(),
-                )
-                for key, value in tensors.items()
-                if key.endswith(".lora_A.weight")
-            }
         if len(rules) != 1:
             raise BadInput(f"{path} has parts of several ranks or alphas: {sorted(rules)}")
         rank, alpha = rules.pop()
         return Adapter(family, base_folder, layers, alpha / rank)
+
+
+def _pairs(file: Path, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Module -> (A, B), fp32. Raises: ValueError, KeyError: they are not of this rank, or there is none."""
+    tensors, pairs = load_file(file), {}
+    for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
+        a, b = tensors[key].float(), tensors[key.replace(".lora_A.", ".lora_B.")].float()
+        if not key.isprintable() or a.ndim < 2 or b.ndim < 2 or not rank == len(a) == b.shape[1] >= 1:
+            raise ValueError(f"{key[:100]!r} is no matrix of rank {rank}")
+        pairs[strip_text_model(key.removeprefix(PREFIX).removesuffix(".lora_A.weight"))] = (a, b)
+    if not pairs:
+        raise ValueError("it has no matrices")
+    return pairs

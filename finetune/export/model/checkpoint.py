@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from finetune.core.devices import DTYPES
+from finetune.core.devices import DTYPES, gib
 from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors
 from finetune.core.records import Check
-from finetune.export.base import Exported, unchecked
+from finetune.export.base import Exported, ModelExport, Request, unchecked
 from finetune.export.metadata import checkpoint_metadata
 from finetune.export.settings import Verify
 from finetune.families.base import Family
 from finetune.families.naming.base import SingleFile
 from finetune.families.naming.single_file import pack, unpacked
+from finetune.families.settings import Base
+from finetune.families.source import load_family, resolve_base
 
 READ_BY = ["ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers"]
+
+
+class Checkpoint(ModelExport):
+    name = "checkpoint"
+    usual = False
+
+    def path(self, folder: Path, name: str, family: str) -> Path:
+        return folder / f"{name}.safetensors"
+
+    def obstacle(self, family: Family) -> str:
+        if family.inputs is not None:
+            return f"a base with {family.inputs} inputs"
+        return (
+            ""
+            if family.naming.single_file is not None
+            else f"a {family.name}: there is no single-file layout for it here"
+        )
+
+    def export(self, family: Family, path: Path, request: Request, verify: Verify) -> Exported:
+        return export_checkpoint(family, path, request.dtype, request.about, verify)
+
+    def open(self, path: Path, base: Base, dtype: torch.dtype) -> Family:
+        like = resolve_base(base.source, base.revision, base.like)
+        return load_family(str(path), dtype=dtype, like=str(like))
+
+    def checking(self, parts: Mapping[str, float], verify: Verify) -> str:
+        return f"a file of {gib(sum(parts.values()))} in main memory, beside the trained one"
 
 
 def export_checkpoint(
@@ -40,10 +70,10 @@ def export_checkpoint(
     written = len(tensors)
     del tensors
     if verify == "off":
-        return unchecked("checkpoint", path, written)
+        return unchecked(Checkpoint.name, path, written)
     count, check = _compare(family, layout, path, DTYPES[dtype])
     size, error, readers = path.stat().st_size, 0.0 if check.passed else float("inf"), READ_BY if check.passed else []
-    return Exported("checkpoint", path, size, count, error, readers, [check])
+    return Exported(Checkpoint.name, path, size, count, error, readers, [check])
 
 
 def _compare(family: Family, layout: SingleFile, path: Path, dtype: torch.dtype) -> tuple[int, Check]:

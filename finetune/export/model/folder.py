@@ -2,84 +2,115 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from finetune.core.devices import DTYPES
-from finetune.core.files import load_tensors, save_tensors, write_json
+from finetune.core.devices import DTYPES, gib
+from finetune.core.files import copy_plain, load_tensors, replacing_folder, save_tensors, write_json
+from finetune.core.reading import read_json
 from finetune.core.records import Check
-from finetune.export.base import Exported, unchecked
+from finetune.export.base import Exported, ModelExport, Request, unchecked
+from finetune.export.decompose import loaded, unloaded
 from finetune.export.settings import Verify
 from finetune.families.base import Family
+from finetune.families.configs import read_config
 from finetune.families.naming.clip import strip_text_model
+from finetune.families.registry import family_of
+from finetune.families.settings import Base
 from finetune.families.source import load_family
+
+
+class Folder(ModelExport):
+    name = "folder"
+
+    def path(self, folder: Path, name: str, family: str) -> Path:
+        return folder / f"{name}-model"
+
+    def export(self, family: Family, path: Path, request: Request, verify: Verify) -> Exported:
+        return export_folder(family, path, request.dtype, verify)
+
+    def open(self, path: Path, base: Base, dtype: torch.dtype) -> Family:
+        return load_family(str(path), dtype=dtype)
+
+    def checking(self, parts: Mapping[str, float], verify: Verify) -> str:
+        if verify == "deltas":
+            return ""
+        return f"a part of it at a time ({gib(max(parts.values()))} at most) in main memory, beside the trained one"
 
 
 def export_folder(family: Family, path: Path, dtype: str, verify: Verify = "full") -> Exported:
     """Writes `path` (replacing an older export), in `dtype`, and compares every weight of the re-loaded folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    family.drawing.pipeline().save_pretrained(temporary, safe_serialization=True)
-    for file in temporary.rglob("*.safetensors"):
-        tensors = {
-            name: value.to(DTYPES[dtype]) if value.is_floating_point() else value
-            for name, value in load_tensors(file).items()
-        }
-        save_tensors(file, tensors, {"format": "pt"})
-    for file in family.folder.glob("tokenizer*/*"):
-        shutil.copy(file, temporary / file.parent.name / file.name)
-    _keep_estimator(family.folder, temporary)
-    _forget_origin(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
+    with replacing_folder(path) as temporary:
+        family.drawing.pipeline().save_pretrained(temporary, safe_serialization=True)
+        for file in temporary.rglob("*.safetensors"):
+            tensors = {
+                name: value.to(DTYPES[dtype]) if value.is_floating_point() else value
+                for name, value in load_tensors(file).items()
+            }
+            save_tensors(file, tensors, {"format": "pt"})
+        for file in family.folder.glob("tokenizer*/*"):
+            copy_plain(file, temporary / file.parent.name / file.name, family.folder)
+        _keep_estimator(family.folder, temporary)
+        _forget_origin(temporary)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if verify == "off":
-        return unchecked("folder", path, sum(1 for part in family.parts.values() for _ in part.parameters()))
+        return unchecked(Folder.name, path, sum(1 for part in family.parts.values() for _ in part.parameters()))
     count, check = _compare(family, path, DTYPES[dtype], verify)
     error, readers = (0.0, ["diffusers"]) if check.passed else (float("inf"), [])
-    return Exported("folder", path, size, count, error, readers, [check])
+    return Exported(Folder.name, path, size, count, error, readers, [check])
 
 
 def _keep_estimator(base: Path, folder: Path) -> None:
     """A depth base comes with a model that makes depth maps, which is not ours to load."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    listed = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    index, listed = read_config(folder, "model_index.json"), read_config(base, "model_index.json")
     names = [name for name in ("depth_estimator", "feature_extractor") if "depth_estimator" in index]
     there = [name for name in names if (base / name).is_dir() and name in listed]
     for name in there:
-        shutil.copytree(base / name, folder / name)
+        for file in sorted(file for file in (base / name).rglob("*") if file.is_file()):
+            copy_plain(file, folder / file.relative_to(base), base)
     write_json(folder / "model_index.json", index | {name: listed[name] for name in there})
 
 
 def _forget_origin(folder: Path) -> None:
     """diffusers notes in each config where a part came from: a path of this machine, in a folder to be shared."""
     for file in folder.rglob("*.json"):
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+        values = read_json(file, dict)
+        if values.pop("_name_or_path", None) is not None:
             write_json(file, values)
 
 
 def _compare(family: Family, path: Path, dtype: torch.dtype, verify: Verify) -> tuple[int, Check]:
-    """Every weight of the folder, loaded as any base is or (`deltas`) read from its files, against the trained one
-    rounded to the stored dtype."""
-    again = load_family(str(path), dtype=dtype) if verify == "full" else None
+    """Every weight of the folder against the trained one rounded to the stored dtype, and the tokenizers' files. One
+    part of the folder at a time is in memory: loaded as any base's is, or (`deltas`) read from its files."""
+    again = unloaded(family_of(path), path, dtype) if verify == "full" else None
     count = 0
-    for part, module in family.parts.items():
-        wanted = {strip_text_model(name): value.to(dtype).cpu() for name, value in module.named_parameters()}
-        held = again.parts[part].named_parameters() if again else _stored(path, family, part).items()
+    for part in family.parts:
+        fault = _other_weights(family, again, path, part, dtype)
+        if fault:
+            return count, Check("weights", False, fault)
+        count += sum(1 for _ in family.parts[part].parameters())
+    for file in family.folder.glob("tokenizer*/*"):
+        if file.read_bytes() != (path / file.parent.name / file.name).read_bytes():
+            return count, Check("file", False, f"{file.parent.name}/{file.name} is not the base's")
+    return count, Check("weights", True, f"{count} weights re-loaded, bit for bit in the stored precision", 0.0)
+
+
+def _other_weights(family: Family, again: Family | None, path: Path, part: str, dtype: torch.dtype) -> str:
+    """What is wrong with one part of the folder; "" for nothing."""
+    wanted = {strip_text_model(name): value for name, value in family.parts[part].named_parameters()}
+    with loaded(again, part) if again else nullcontext() as module:
+        held = module.named_parameters() if module is not None else _stored(path, family, part).items()
         found = {strip_text_model(name): value for name, value in held}
         if wanted.keys() != found.keys():
-            odd = sorted(wanted.keys() ^ found.keys())
-            return count, Check("weights", False, f"{part} has other weights, such as {odd[0]}")
+            return f"{part} has other weights, such as {sorted(wanted.keys() ^ found.keys())[0]}"
         for name, value in wanted.items():
-            if not torch.equal(value, found[name].to(dtype)):
-                return count, Check("weights", False, f"{part}.{name} is not what was trained")
-        count += len(wanted)
-    return count, Check("weights", True, f"{count} weights re-loaded, bit for bit in the stored precision", 0.0)
+            if not torch.equal(value.to(dtype).cpu(), found[name].to(dtype)):
+                return f"{part}.{name} is not what was trained"
+    return ""
 
 
 def _stored(path: Path, family: Family, part: str) -> dict[str, Tensor]:

@@ -6,8 +6,6 @@ The file holds weights alone. Configs, tokenizers and the scheduler come from a 
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +16,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from finetune.core.errors import BadInput
-from finetune.core.files import cache_dir, save_tensors, sha256
+from finetune.core.files import cache_dir, copy_plain, replacing_folder, save_tensors, sha256, sweep
+from finetune.families.configs import read_config, refuse_links
 from finetune.families.naming.base import SingleFile
 from finetune.families.naming.clip import strip_text_model
 from finetune.families.naming.ldm import open_clip_name, unet_name, vae_name
-from finetune.families.parts import Sources, skeletons
+from finetune.families.parts import PartSources, skeletons
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
@@ -101,7 +100,7 @@ def detect(keys: list[str], shapes: dict[str, torch.Size], layouts: Mapping[str,
     raise BadInput("it has no text encoder that is known: give a whole checkpoint of SD 1.x, SD 2.x or SDXL")
 
 
-def unpack(file: Path, like: Path, sources: Sources, layout: SingleFile) -> Path:
+def unpack(file: Path, like: Path, sources: PartSources, layout: SingleFile) -> Path:
     """The checkpoint as a diffusers folder in the cache, in the file's own precision; made once, by its hash.
 
     Raises:
@@ -111,25 +110,18 @@ def unpack(file: Path, like: Path, sources: Sources, layout: SingleFile) -> Path
     folder = cache_dir() / "checkpoints" / name
     if folder.is_dir():
         return folder
-    temporary = folder.with_name(f".{name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for source in [*like.glob("*.json"), *like.glob("*/*.json"), *like.glob("tokenizer*/*")]:
-        if not source.name.endswith(".index.json"):
-            target = temporary / source.relative_to(like)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
-    try:
-        with safe_open(file, "pt") as opened:
-            _check_prediction(opened.keys(), like)
-            for part, skeleton in skeletons(sources, like, list(sources)).items():
-                tensors = dict(unpacked(_Lazy(opened), layout, part, skeleton, file))
-                subfolder = sources[part].folder
-                title = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-                save_tensors(temporary / subfolder / f"{title}.safetensors", tensors, {"format": "pt"})
-    except BadInput:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    temporary.rename(folder)
+    refuse_links(like)
+    sweep(folder.parent, 86_400)  # another process may be at work there
+    copied = {*like.glob("*.json"), *like.glob("*/*.json"), *like.glob("tokenizer*/*")}
+    with replacing_folder(folder) as temporary, safe_open(file, "pt") as opened:
+        _check_prediction(opened.keys(), like)
+        for source in sorted(copied):
+            if not source.name.endswith(".index.json"):
+                copy_plain(source, temporary / source.relative_to(like), like)
+        for part, skeleton in skeletons(sources, like, list(sources)).items():
+            tensors = dict(unpacked(_Lazy(opened), layout, part, skeleton, file))
+            title = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+            save_tensors(temporary / sources[part].folder / f"{title}.safetensors", tensors, {"format": "pt"})
     return folder
 
 
@@ -180,7 +172,7 @@ def unpacked(
 
 def _check_prediction(keys: Any, like: Path) -> None:
     """Some SDXL files say that they predict v by an empty tensor of that name."""
-    config = json.loads((like / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    config = read_config(like, "scheduler/scheduler_config.json")
     if "v_pred" in keys and config.get("prediction_type") != "v_prediction":
         raise BadInput(
             f"the checkpoint says that it predicts v, but {like} says {config.get('prediction_type', 'epsilon')}: "

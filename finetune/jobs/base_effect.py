@@ -1,0 +1,65 @@
+"""Settings that do nothing with the recipe's base. What the recipe alone tells is in `finetune.config.effect`."""
+
+from __future__ import annotations
+
+from finetune.config.effect import at_default
+from finetune.config.recipe import Recipe
+from finetune.families.base import Family
+from finetune.objectives.densities import Auto
+from finetune.objectives.registry import objective_for
+
+# a setting -> what the base must read beside its latents for it to do something
+OF_INPUTS = {
+    "data.mask_count": "inpaint",
+    "data.edit_dropout": "edit",
+    "sample.image_guidance": "edit",
+}
+
+
+def without_effect_on(family: Family, recipe: Recipe) -> list[str]:
+    """The settings that do nothing with this base, each in a sentence; one at its default asks for nothing."""
+    found = []
+    if recipe.base.inputs is not None and not family.widened:
+        found.append(
+            f"base.inputs is {recipe.base.inputs} but the base reads {family.inputs} inputs without it, so it has no "
+            "effect: leave it out"
+        )
+    for key, inputs in OF_INPUTS.items():
+        if family.inputs != inputs and not at_default(recipe, key):
+            section, name = key.split(".")
+            found.append(
+                f"{key} is {getattr(getattr(recipe, section), name)} but the base reads no {inputs} inputs, so it has "
+                f"no effect: leave it out, or use a base that reads them (or base.inputs={inputs})"
+            )
+    found += _of_density(family, recipe)
+    found += _of_negatives(family, recipe)
+    return found
+
+
+def _of_density(family: Family, recipe: Recipe) -> list[str]:
+    """What `auto` carries for a density that the base's own is not."""
+    density = recipe.objective.density
+    own = objective_for(family.schedule.prediction).default_density
+    if not isinstance(density, Auto):
+        return []
+    return [
+        f"objective.density.{name} is {value} but objective.density is auto, which is "
+        f"{own.model_fields['kind'].default} for this base, so it has no effect: leave it out, or set "
+        "objective.density.kind=logit_normal"
+        for name, value in density.given.items()
+        if name not in own.model_fields
+    ]
+
+
+def _of_negatives(family: Family, recipe: Recipe) -> list[str]:
+    """Negative prompts for a base that reads none (Flux)."""
+    if "negative_prompt" in family.drawing.arguments(1.0, [""]):
+        return []
+    given = {"sample.negative": recipe.sample.negative}
+    if recipe.prior.class_images is not None:
+        given["prior.negative"] = recipe.prior.class_images.negative
+    return [
+        f"{key} is {value!r} but {family.name} reads no negative prompt, so it has no effect: leave it out"
+        for key, value in given.items()
+        if value
+    ]

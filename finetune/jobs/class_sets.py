@@ -1,0 +1,184 @@
+"""Class images for prior preservation (arXiv:2208.12242 section 3.2): drawn once by the frozen base, and kept.
+
+A set is a folder of PNGs and a manifest of what they were made of. Images are drawn in fixed chunks, each image
+with a seed of its own, so that the set is the same files for any number of processes and after any interruption. What
+has been drawn is never drawn over: a set that grows keeps its images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import __version__
+from finetune.core.errors import BadInput
+from finetune.core.events import phase
+from finetune.core.files import cache_dir, replacing, sha256, write_json
+from finetune.core.processes import ALONE, Processes
+from finetune.core.reading import read_json
+from finetune.core.rng import generator
+from finetune.data.photos import Photo, image_files, scan
+from finetune.families.base import Family
+from finetune.sampling.draw import draw
+from finetune.sampling.settings import Sampling
+from finetune.training.priors.class_images import ClassImages
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """The class images of one noun, as the base with this hash draws them at `resolution` pixels."""
+
+    prior: ClassImages
+    noun: str
+    resolution: int
+    base_hash: str
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """How the set's images are drawn; a chunk of them at once."""
+        prior = self.prior
+        return Sampling(prior.negative, prior.sampler, prior.steps, prior.guidance, self.resolution, prior.batch_size)
+
+    @cached_property
+    def prompt(self) -> str:
+        return self.prior.prompt.replace("{noun}", self.noun)
+
+    @cached_property
+    def made_of(self) -> dict[str, Any]:
+        """What the manifest says. `chunk` counts, since the batch that an image is drawn in sets its last bits."""
+        return {
+            "base": self.base_hash,
+            "prompt": self.prompt,
+            "negative": self.prior.negative,
+            "sampler": self.prior.sampler,
+            "steps": self.prior.steps,
+            "guidance": self.prior.guidance,
+            "resolution": self.resolution,
+            "chunk": self.prior.batch_size,
+            "seeds": "finetune.prior.seed_of(number)",
+        }
+
+    @cached_property
+    def folder(self) -> Path:
+        """The user's, or one in the cache that is named by what the set is made of."""
+        key = hashlib.sha256(json.dumps(self.made_of, sort_keys=True).encode()).hexdigest()[:12]
+        return self.prior.folder or cache_dir() / "class-images" / f"{_slug(self.noun)}-{key}"
+
+    def is_users_own(self) -> bool:
+        """Whether the folder holds the user's own images, without a manifest."""
+        if self.prior.folder is None or not self.folder.is_dir():
+            return False
+        return not (self.folder / MANIFEST).is_file() and bool(image_files(self.folder))
+
+
+def class_images(family: Family, wanted: ClassSet, processes: Processes = ALONE) -> list[Photo]:
+    """The set's first `prior.count` images; those that are missing are drawn (by rank r: chunks r, r + world, ...).
+
+    A folder of the user's own images (without a manifest) is used as it is, all of it. All processes look at the
+    folder before one of them changes it, and all have drawn before one goes on.
+
+    Raises:
+        BadInput: the set in the folder was made with other settings or another base (it says which), or images
+            of it have been changed since.
+    """
+    if wanted.is_users_own():
+        return scan(wanted.folder)
+    folder, count, size = wanted.folder, wanted.prior.count, wanted.prior.batch_size
+    manifest = _manifest(wanted)
+    _refuse_changed(folder, manifest["pictures"])
+    files = [folder / f"{index:05d}.png" for index in range(count)]
+    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    mine = chunks[processes.rank :: processes.world]
+    mine = [chunk for chunk in mine if not all(files[index].is_file() for index in chunk)]
+    processes.wait()
+    if processes.rank == 0:
+        write_json(folder / MANIFEST, manifest)
+    with phase("Class images", sum(len(chunk) for chunk in mine)) as advance:
+        for chunk in mine:
+            _draw_chunk(family, wanted, [files[index] for index in chunk], chunk)
+            advance(len(chunk), "")
+    processes.wait()
+    photos = [Photo(file, (wanted.resolution, wanted.resolution), sha256(file)) for file in files]
+    if processes.rank == 0:
+        made = {photo.path.name: {"sha256": photo.digest, "seed": seed_of(n)} for n, photo in enumerate(photos)}
+        write_json(folder / MANIFEST, manifest | {"pictures": manifest["pictures"] | made})
+    return photos
+
+
+def check_set(wanted: ClassSet) -> None:
+    """Looks at the set that `class_images` would use; changes nothing.
+
+    Raises:
+        BadInput: as `class_images`.
+    """
+    if wanted.is_users_own():
+        scan(wanted.folder)
+    else:
+        _refuse_changed(wanted.folder, _manifest(wanted)["pictures"])
+
+
+def seed_of(index: int) -> int:
+    """A class image's seed: a function of its number alone, so that a set can grow."""
+    return int(torch.randint(2**31, (), generator=generator(0, "class image", index)))
+
+
+def _slug(noun: str) -> str:
+    return re.sub(r"[^\w-]+", "-", noun).strip("-") or "class"
+
+
+def _manifest(wanted: ClassSet) -> dict[str, Any]:
+    """The folder's manifest, or a new one; refused if it was made with other settings."""
+    folder, settings = wanted.folder, wanted.made_of
+    file = folder / MANIFEST
+    if not file.is_file():
+        return settings | {"toolkit": __version__, "pictures": {}}
+    try:
+        made = read_json(file, dict)
+        images = made["pictures"]
+        sound = all(isinstance(image["sha256"], str) and Path(name).name == name for name, image in images.items())
+    except (BadInput, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"{file} is no manifest of class images: remove {folder} to have the set drawn again"
+        ) from error
+    if not sound:
+        raise BadInput(
+            f"{file} names pictures that are not in its folder: remove {folder} to have the set drawn again"
+        )
+    changed = [
+        f"{key} ({made.get(key)!r} there, {value!r} now)" for key, value in settings.items() if made.get(key) != value
+    ]
+    if changed:
+        raise BadInput(
+            f"the class images in {folder} were made with another {', '.join(changed)}: remove the folder, or choose "
+            "another with prior.folder=PATH"
+        )
+    return made | {"pictures": images}
+
+
+def _refuse_changed(folder: Path, recorded: dict[str, Any]) -> None:
+    there = [name for name in sorted(recorded) if (folder / name).is_file()]
+    names = [name for name in there if sha256(folder / name) != recorded[name]["sha256"]]
+    if names:
+        raise BadInput(
+            f"class images in {folder} are not as they were drawn ({', '.join(names)}): remove those files and they "
+            "are drawn again"
+        )
+
+
+def _draw_chunk(family: Family, wanted: ClassSet, files: list[Path], chunk: range) -> None:
+    seeds = [seed_of(index) for index in chunk]
+    images = draw(family, [wanted.prompt] * len(chunk), wanted.sampling, seeds=seeds)
+    for file, image in zip(files, images, strict=True):
+        if file.is_file():
+            continue
+        with replacing(file) as temporary:
+            image.save(temporary, format="PNG")

@@ -1,0 +1,1 @@
+"""Loss weights by timestep: each is one file here, found by `WEIGHTINGS`."""

@@ -1,0 +1,56 @@
+"""RUN/exports.json: the files that left a run, and what was found out about each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from finetune.core.errors import BadInput
+from finetune.core.files import leads_out
+from finetune.core.reading import read_json
+from finetune.runs.plan import Record
+
+NAME = "exports.json"
+
+
+class Checked(Record):
+    name: str
+    passed: bool
+    message: str
+    error: float | None = None
+
+
+class Listed(Record):
+    """`path`: inside the run folder. `results`: the checks; an older file has lines alone, in `checks`."""
+
+    format: str = Field(pattern=r"^[a-z]+$")
+    path: str
+    size: int
+    read_by: list[str]
+    checks: list[str] = []
+    results: list[Checked] | None = None
+
+
+def read_exports(run: Path) -> list[dict[str, Any]]:
+    """What a run's exports.json lists, as it stands there; nothing where there is none.
+
+    Raises:
+        BadInput: it is damaged, or names a file outside of RUN/exports.
+    """
+    file = run / NAME
+    if not file.is_file():
+        return []
+    advice = f"remove it, then `finetune export {run}` writes it again"
+    listed = read_json(file, list, advice)
+    for item in listed:
+        try:
+            path = Listed.model_validate(item).path
+        except ValidationError as error:
+            where = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])
+            raise BadInput(f"{file} is not what a run writes ({where or item!r:.80}): {advice}") from error
+        parts = Path(path).parts
+        if len(parts) < 2 or parts[0] != "exports" or ".." in parts or leads_out(run / path, run):
+            raise BadInput(f"{file} names {path[:80]!r}, which is not in {run / 'exports'}: {advice}")
+    return listed
