@@ -23,6 +23,7 @@ from finetune.config.load import SCHEMA, SCHEMA_LINE, dump_recipe, read_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
 from finetune.core.files import find_link_out, load_tensors, save_tensors, sweep, write_text
+from finetune.runs.inputs import FILE as INPUTS
 from finetune.runs.record import RunRecord, read_record, write_record
 from finetune.training.checkpoint import Checkpoints
 
@@ -125,7 +126,9 @@ class RunFolder:
         self.refuse_links()
         if file.is_file():
             self.info  # noqa: B018 - a later version's is refused before anything is written over
-            changed = _changed_keys(self.recipe, recipe)
+            pinned = (self.path / INPUTS).is_file()  # by content, so that their places may change
+            both = [_placeless(one) if pinned else one for one in (self.recipe, recipe)]
+            changed = _changed_keys(*both)
             if changed:
                 raise BadInput(
                     f"{self.path} holds a run with another recipe (changed: {', '.join(changed)}): "
@@ -172,6 +175,16 @@ def _changed_keys(old: Recipe, new: Recipe) -> list[str]:
         free.add("run.steps")
     names = sorted(before.keys() | after.keys())
     return [name for name in names if name not in free and before.get(name) != after.get(name)]
+
+
+def _placeless(recipe: Recipe) -> Recipe:
+    """Without the folders of photos and class images, and without the base's: a run that records what is in them is
+    compared by that."""
+    nowhere = Path("pinned")
+    subjects = [subject.model_copy(update={"photos": nowhere}) for subject in recipe.data.subjects]
+    data = recipe.data.model_copy(update={"photos": nowhere, "subjects": subjects})
+    base = recipe.base.model_copy(update={"source": "pinned", "like": None, "revision": None})
+    return recipe.model_copy(update={"data": data, "base": base})
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
