@@ -17,9 +17,9 @@ from finetune.jobs.prepare import Prepared
 from finetune.jobs.subjects import Subject
 from finetune.runs.inputs import (
     Accepted,
-    Inputs,
     InputsRecord,
     PinnedPhoto,
+    RunInputs,
     changes,
     in_recorded_order,
     read_inputs,
@@ -69,7 +69,7 @@ class Pins:
         if now != recorded.inputs:
             self._compare(recorded, now, step)
 
-    def _compare(self, recorded: InputsRecord, now: Inputs, step: int) -> None:
+    def _compare(self, recorded: InputsRecord, now: RunInputs, step: int) -> None:
         changed = changes(recorded.inputs, now)
         if changed and not self.accept:
             raise BadInput(refusal(self.run, changed))
@@ -77,10 +77,10 @@ class Pins:
         write_inputs(self.run, InputsRecord(inputs=now, accepted=accepted))
 
 
-def inputs_of(job: Prepared) -> Inputs:
+def inputs_of(job: Prepared) -> RunInputs:
     """Everything that the run's result depends on, besides its recipe; the class images are added once drawn."""
     packages = (*PACKAGES, *job.recipe.optim.packages)
-    return Inputs(
+    return RunInputs(
         photos=[_pinned(job, subject, number) for subject in job.subjects for number in range(len(subject.photos))],
         base=base_files(job.family.folder),
         packages={name: version(name) for name in packages} | {"python": platform.python_version()},
@@ -96,7 +96,7 @@ def in_order(job: Prepared, run: Path) -> Prepared:
     return replace(job, subjects=[_ordered(subject, recorded.inputs) for subject in job.subjects])
 
 
-def _ordered(subject: Subject, recorded: Inputs) -> Subject:
+def _ordered(subject: Subject, recorded: RunInputs) -> Subject:
     order = in_recorded_order([photo.digest for photo in subject.photos], recorded)
     return replace(subject, captioned=[subject.captioned[number] for number in order])
 

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from finetune.config.recipe import Recipe
 from finetune.core.determinism import deterministic
 from finetune.core.errors import BadInput, CheckFailed, Stopped
-from finetune.core.events import Consumer, Event, RunEnded, RunStarted, StepDone, emit, sent_to
+from finetune.core.events import Consumer, Event, Restored, RunEnded, RunStarted, StepDone, emit, sent_to
 from finetune.core.signals import Interrupted, Signals, Stop
 from finetune.data.cache import PromptCache
 from finetune.export.settings import UNCHECKED
@@ -114,7 +114,7 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
         folder = RunFolder(path)
         job = in_order(job, path)
         held = folder.held(recipe) if main else nullcontext()
-        with Signals(hooks.stop), held, _followed(folder, accelerator, recipe):
+        with Signals(hooks.stop), held, _followed(folder, accelerator, recipe, hooks.say):
             return _stages(job, folder, accelerator, hooks)
 
 
@@ -124,11 +124,13 @@ def _begun(run_dir: Path | str | None) -> bool:
 
 
 @contextmanager
-def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe) -> Iterator[None]:
+def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe, say: Say) -> Iterator[None]:
     """Metrics, status and trackers follow the events inside the block; at its end the outcome is told."""
     consumers: list[Consumer] = []
     if accelerator.is_main_process:
+        logged = (folder.path / "metrics.jsonl").is_file()
         consumers = [MetricsFile(folder.path), StatusFile(folder.path, recipe.run.steps)]
+        consumers += [partial(_say_restored, say, logged)]
         consumers += [partial(_track, accelerator)] if recipe.run.trackers else []
     outcome = "failed"
     with sent_to(*consumers):
@@ -141,6 +143,14 @@ def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe) -> It
             raise Stopped(folder.path, stop.number) from stop
         finally:
             emit(RunEnded(folder.path, outcome))
+
+
+def _say_restored(say: Say, logged: bool, event: Event) -> None:
+    """From where a run goes on; `logged`: it had begun before."""
+    if isinstance(event, Restored) and event.step:
+        say(f"{'resumes':>16}  after step {event.step}")
+    elif isinstance(event, Restored) and logged:
+        say(f"{'resumes':>16}  from the start: none of its checkpoints can be used")
 
 
 def _track(accelerator: Accelerator, event: Event) -> None:

@@ -32,7 +32,7 @@ class PinnedPhoto(Record):
     beside: dict[str, str] = {}
 
 
-class Inputs(Record):
+class RunInputs(Record):
     """
     photos: in the order of the run.
     class_images: class prompt -> SHA-256 of each image, in their order; empty before they are drawn.
@@ -56,7 +56,7 @@ class Accepted(Record):
 
 
 class InputsRecord(Record):
-    inputs: Inputs
+    inputs: RunInputs
     accepted: list[Accepted] = []
 
 
@@ -83,7 +83,7 @@ def write_inputs(run: Path, record: InputsRecord) -> None:
     write_json(run / FILE, {"schema": SCHEMA, **record.model_dump(mode="json")})
 
 
-def in_recorded_order(digests: Sequence[str], recorded: Inputs) -> list[int]:
+def in_recorded_order(digests: Sequence[str], recorded: RunInputs) -> list[int]:
     """Where each recorded photo is now: an order in which photos that moved or were renamed are trained as before.
 
     Photos that are not in the record come last, in the order that they have.
@@ -98,7 +98,7 @@ def in_recorded_order(digests: Sequence[str], recorded: Inputs) -> list[int]:
     return order + [index for index, _ in left]
 
 
-def changes(recorded: Inputs, now: Inputs) -> list[str]:
+def changes(recorded: RunInputs, now: RunInputs) -> list[str]:
     """What is not as it was, each with its name; empty where all is the same."""
     return [
         *_changed_photos(recorded.photos, now.photos),

@@ -12,7 +12,7 @@ from ends import weights
 from PIL import Image
 from test_train import LORA, settings
 
-from finetune.cli.main import main
+from finetune.cli.main import run as command
 from finetune.config.load import parse_recipe
 from finetune.core.errors import BadInput
 from finetune.families.digests import base_files
@@ -127,9 +127,11 @@ def test_what_moved_or_was_renamed_is_found_by_its_content(place: Path, capsys: 
     (place / "photos").rename(place / "moved")
     for old, new in (("0.png", "z.png"), ("0.txt", "z.txt"), ("2.png", "a.png")):
         (place / "moved" / old).rename(place / "moved" / new)
-    assert main(["resume", str(place / "stopped")]) == 2
-    assert f"finetune resume {place / 'stopped'} --photos FOLDER" in capsys.readouterr().err.replace("\n", " ")
-    assert main(["resume", str(place / "stopped"), "--photos", str(place / "moved")]) == 0
+    code, said = command(["resume", str(place / "stopped")])
+    assert code == 2
+    assert said is not None
+    assert f"finetune resume {place / 'stopped'} --photos FOLDER" in said
+    assert command(["resume", str(place / "stopped"), "--photos", str(place / "moved")])[0] == 0
     wanted, found = weights(place / "whole"), weights(place / "stopped")
     assert all(torch.equal(value, found[key]) for key, value in wanted.items())
 
@@ -171,3 +173,32 @@ def test_an_older_run_without_the_record_goes_on_and_has_it_then(place: Path) ->
     (place / "stopped" / inputs.FILE).unlink()
     job.resume(place / "stopped")
     assert read_inputs(place / "stopped") is not None
+
+
+def test_a_damaged_result_is_named_and_made_again_from_the_checkpoint(place: Path) -> None:
+    file = place / "whole" / "adapter" / "trained.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    recipe = place / "whole" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(file.parents[2]), str(place)), encoding="utf-8")
+    wanted = {name: value.clone() for name, value in weights(place / "whole").items()}  # not mapped to the file
+    for damage in (bytes(content), file.read_bytes()[:100], b""):
+        file.write_bytes(damage)
+        code, said = command(["export", str(place / "whole"), "--to", "kohya"])
+        assert code == 2
+        assert said is not None
+        assert f"finetune resume {place / 'whole'}" in said
+    job.resume(place / "whole")
+    found = weights(place / "whole")
+    assert all(torch.equal(value, found[key]) for key, value in wanted.items())
+
+
+def test_a_run_says_where_it_goes_on_and_why_it_starts_over(place: Path) -> None:
+    lines: list[str] = []
+    job.resume(place / "stopped", lines.append)
+    assert any("resumes" in line and "after step 2" in line for line in lines)
+    shutil.rmtree(place / "stopped" / "checkpoints")
+    (place / "stopped" / "adapter" / "trained.safetensors").unlink()
+    lines.clear()
+    job.resume(place / "stopped", lines.append)
+    assert any("resumes" in line and "none of its checkpoints" in line for line in lines)

@@ -10,9 +10,9 @@ from finetune.core.errors import BadInput
 from finetune.runs.inputs import (
     FILE,
     Accepted,
-    Inputs,
     InputsRecord,
     PinnedPhoto,
+    RunInputs,
     changes,
     in_recorded_order,
     read_inputs,
@@ -25,7 +25,7 @@ def photo(name: str, digest: str = "", caption: str = "a dog", **beside: str) ->
     return PinnedPhoto(name=name, sha256=digest or name, captions=[caption], beside=beside)
 
 
-WHOLE = Inputs(
+WHOLE = RunInputs(
     photos=[photo("a.png"), photo("b.png", mask="1"), photo("c.png")],
     class_images={"a dog": ["1", "2", "3"]},
     base={"unet/config.json": "1", "vae/config.json": "2"},
@@ -60,14 +60,14 @@ def test_every_change_is_named(update: dict[str, object], named: list[str]) -> N
 
 
 def test_two_equal_photos_are_two() -> None:
-    twice = Inputs(photos=[photo("a.png", "same"), photo("b.png", "same")])
-    assert changes(twice, Inputs(photos=[photo("a.png", "same")])) == ["the photo a.png is gone"]
+    twice = RunInputs(photos=[photo("a.png", "same"), photo("b.png", "same")])
+    assert changes(twice, RunInputs(photos=[photo("a.png", "same")])) == ["the photo a.png is gone"]
 
 
 def test_photos_that_moved_are_put_into_the_recorded_order() -> None:
     digests = ["c.png", "new", "b.png", "a.png"]
     assert in_recorded_order(digests, WHOLE) == [3, 2, 0, 1]
-    assert in_recorded_order(["x", "x"], Inputs(photos=[photo("p", "x"), photo("q", "x")])) == [0, 1]
+    assert in_recorded_order(["x", "x"], RunInputs(photos=[photo("p", "x"), photo("q", "x")])) == [0, 1]
 
 
 def test_the_record_comes_back_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
