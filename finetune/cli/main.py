@@ -93,10 +93,10 @@ def dreambooth(
 
     name = "demo" if base == "tiny" else "dreambooth-lora"
     own = [
-        f"data.photos={photos}",
-        f"data.class_noun={class_noun}",
-        f"base={base}",
-        f"run.name={_file_name(class_noun)}",
+        ("data.photos", photos),
+        ("data.class_noun", class_noun),
+        ("base", base),
+        ("run.name", _file_name(class_noun)),
     ]
     _train(load_recipe(name, [*own, *(overrides or []), *_skipping(skip_bad)]), dry_run, processes)
 
