@@ -41,6 +41,9 @@ DISK_ERRORS = (*NO_SPACE, errno.EACCES, errno.EROFS, errno.EPERM)
 ProcessCount = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave out photos that can't be used")]
+AcceptChanges = Annotated[
+    bool, typer.Option("--accept-changes", help="go on although photos, base or packages changed; it is recorded")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 
 
@@ -50,20 +53,29 @@ def train(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     skip_bad: SkipBad = False,
+    accept_changes: AcceptChanges = False,
     processes: ProcessCount = None,
 ) -> None:
     """Train a recipe from end to end; an interrupted run of the same recipe goes on where it stopped."""
     from finetune.config.load import load_recipe
 
-    _train(load_recipe(recipe, [*(overrides or []), *_skipping(skip_bad)]), dry_run, processes)
+    asked = load_recipe(recipe, [*(overrides or []), *_skipping(skip_bad)])
+    _train(asked, dry_run, processes, accept_changes=accept_changes)
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="a run folder")], processes: ProcessCount = None) -> None:
+def resume(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    photos: Annotated[Path | None, typer.Option(help="where the run's photos are now, if they moved")] = None,
+    accept_changes: AcceptChanges = False,
+    processes: ProcessCount = None,
+) -> None:
     """Go on with an interrupted run; what comes out is what the unbroken run would have given."""
+    from finetune.jobs.pins import with_photos
     from finetune.runs.folder import RunFolder
 
-    _train(RunFolder(run).recipe, False, processes, run)
+    recipe = with_photos(RunFolder(run).recipe, run, photos)
+    _train(recipe, False, processes, run, accept_changes)
 
 
 @app.command()
@@ -81,10 +93,10 @@ def dreambooth(
 
     name = "demo" if base == "tiny" else "dreambooth-lora"
     own = [
-        f"data.photos={photos}",
-        f"data.class_noun={class_noun}",
-        f"base={base}",
-        f"run.name={_file_name(class_noun)}",
+        ("data.photos", photos),
+        ("data.class_noun", class_noun),
+        ("base", base),
+        ("run.name", _file_name(class_noun)),
     ]
     _train(load_recipe(name, [*own, *(overrides or []), *_skipping(skip_bad)]), dry_run, processes)
 
@@ -271,7 +283,9 @@ def tokens_check(
         )
 
 
-def _train(recipe: Recipe, dry_run: bool, processes: int | None, run: Path | None = None) -> None:
+def _train(
+    recipe: Recipe, dry_run: bool, processes: int | None, run: Path | None = None, accept_changes: bool = False
+) -> None:
     if processes:
         _launch_or_check(processes, dry_run)
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"processes": None})})
@@ -286,7 +300,7 @@ def _train(recipe: Recipe, dry_run: bool, processes: int | None, run: Path | Non
             _say(f"{name:>16}  {value}")
         return
     say = _say if _is_main_process() else _silent
-    path = job.train(recipe, run, say)
+    path = job.train(recipe, run, say, accept_changes=accept_changes)
     say(f"done: look at {path}/report.html")
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import difflib
 import reprlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -25,9 +27,15 @@ SCHEMA_LINE = "# schema: "  # the first line, a comment: it can be read where th
 
 MAX_RECIPE = 1_000_000  # bytes
 
+# "section.key=value" as a person types it; or a key and a value, which is taken as it is
+Overrides = Sequence[str | tuple[str, Any]] | Mapping[str, Any]
 
-def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A shipped recipe's name or a YAML file, with `section.key=value` overrides, as a checked `Recipe`.
+
+def load_recipe(source: str | Path, overrides: Overrides = ()) -> Recipe:
+    """A shipped recipe's name or a YAML file, with overrides, as a checked `Recipe`.
+
+    Args:
+        overrides: `["run.steps=400"]`, as on the command line, or `{"run.steps": 400}`.
 
     Raises:
         BadInput: no such recipe, not YAML, an unknown key (the nearest known one is named), a bad value, or a setting
@@ -96,7 +104,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_recipe(raw: Any, overrides: list[str] | tuple[str, ...] = (), where: str = "the recipe") -> Recipe:
+def parse_recipe(raw: Any, overrides: Overrides = (), where: str = "the recipe") -> Recipe:
     """A recipe from plain data (nested dictionaries), as YAML or JSON gives it.
 
     Raises:
@@ -108,7 +116,7 @@ def parse_recipe(raw: Any, overrides: list[str] | tuple[str, ...] = (), where: s
     return recipe
 
 
-def changed_recipe(recipe: Recipe, overrides: list[str] | tuple[str, ...], where: str = "the options") -> Recipe:
+def changed_recipe(recipe: Recipe, overrides: Overrides, where: str = "the options") -> Recipe:
     """A run's recipe with other settings. What had no effect before may stay; an override must have one.
 
     Raises:
@@ -122,12 +130,13 @@ def changed_recipe(recipe: Recipe, overrides: list[str] | tuple[str, ...], where
     return changed
 
 
-def _parse(raw: Any, overrides: list[str] | tuple[str, ...], where: str) -> Recipe:
+def _parse(raw: Any, overrides: Overrides, where: str) -> Recipe:
     if not isinstance(raw, dict):
         raise BadInput(f"{where} holds a {type(raw).__name__} where sections such as 'data:' should be: mend it")
     values = copy.deepcopy(raw)
-    for override in overrides:
-        _override(values, override)
+    for override in overrides.items() if isinstance(overrides, Mapping) else overrides:
+        key, value = override if isinstance(override, tuple) else _typed(override)
+        _override(values, key, value)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -139,12 +148,38 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _typed(override: str) -> tuple[str, Any]:
+    """A `section.key=value` as a person types it: texts and paths are taken as they are, all else is YAML."""
     key, equals, text = override.partition("=")
+    if not equals or not key.partition(".")[0]:
+        raise BadInput(f"{override!r} is not a setting: write section.key=value, such as run.steps=400")
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if text in ("", "null", "~") or quoted or not _is_text(key, text):
+        return key, parse_yaml(text, f"the value of {reprlib.repr(override)}") if text else ""
+    return key, text
+
+
+def _is_text(key: str, text: str) -> bool:
+    """Whether `key` holds a text or a path and nothing else: a folder may be called "dog #2", or "2024"."""
     section, _, name = key.partition(".")
-    if not equals or not section:
-        raise BadInput(f"{override!r} is no setting: write section.key=value, such as run.steps=400")
-    value = parse_yaml(text, f"the value of {reprlib.repr(override)}") if text else ""
+    if section == "base" and not name:
+        return not (text.startswith("{") and ":" in text)  # base={source: ..., revision: ...}
+    fields = [option.model_fields[name] for option in _options(Recipe, section) if name in option.model_fields]
+    return bool(fields) and all(_is_text_type(field.annotation) for field in fields)
+
+
+def _is_text_type(annotation: Any) -> bool:
+    """str, Path, or either or None; without what an `Annotated` adds."""
+    either = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    options = {getattr(option, "__origin__", option) for option in either} - {type(None)}
+    return bool(options) and options <= {str, Path}
+
+
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    """Sets one key of a recipe's plain data."""
+    section, _, name = key.partition(".")
+    if isinstance(value, Path):
+        value = str(value)
     if not name:
         values[section] = value
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.core.batch import Latents
@@ -16,6 +16,7 @@ from finetune.core.files import load_tensors, save_tensors
 from finetune.families.base import Family
 
 CONDITION = "condition."
+SOURCE, CONTENT = "made_from", "sha256"  # in the header of an entry
 
 
 class Encodable(Protocol):
@@ -74,16 +75,16 @@ class LatentCache:
         made = {name: value[0].to("cpu") for name, value in family.encode_image_conditions(pixels).items()}
         self.entries[image.key], self.made[image.key] = Latents(encoded.mean[0], encoded.std[0]), made
         tensors = {"mean": encoded.mean[0], "std": encoded.std[0]}
-        save_tensors(self._file(image), tensors | {f"{CONDITION}{name}": value for name, value in made.items()})
+        _save(
+            self.folder, self._source(image), tensors | {f"{CONDITION}{name}": value for name, value in made.items()}
+        )
 
-    def _file(self, image: Encodable) -> Path:
-        text = f"{image.key}:{self.base_hash}:{self.dtype}"
-        name = hashlib.sha256(text.encode()).hexdigest()
-        return self.folder / name[:2] / f"{name}.safetensors"
+    def _source(self, image: Encodable) -> str:
+        return f"{image.key}:{self.base_hash}:{self.dtype}"
 
     def _read(self, image: Encodable) -> bool:
-        tensors = _load(self._file(image))
-        if tensors is None or not tensors.keys() >= {"mean", "std"}:
+        tensors = _load(self.folder, self._source(image))
+        if tensors is None:
             return False
         self.entries[image.key] = Latents(tensors.pop("mean"), tensors.pop("std"))
         self.made[image.key] = {name.removeprefix(CONDITION): value for name, value in tensors.items()}
@@ -116,25 +117,48 @@ class PromptCache:
 
     def _one(self, index: int, part: str, prompt: str) -> dict[str, Tensor]:
         """One encoder's output for one prompt, without the batch's dimension."""
-        file = self._file(prompt, index)
-        tensors = _load(file)
+        source = f"{prompt}\n{self.base_hash}\n{self.dtype}\n{part}"
+        tensors = _load(self.folder, source)
         if tensors is None:
             self.family.parts.place([part])
             tensors = {name: value[0] for name, value in self.family.encode_text(index, [prompt]).items()}
-            save_tensors(file, tensors)
+            _save(self.folder, source, tensors)
         return tensors
 
-    def _file(self, prompt: str, index: int) -> Path:
-        text = f"{prompt}\n{self.base_hash}\n{self.dtype}\n{self.family.text_encoders[index]}"
-        name = hashlib.sha256(text.encode()).hexdigest()
-        return self.folder / name[:2] / f"{name}.safetensors"
+
+def _file(folder: Path, source: str) -> Path:
+    name = hashlib.sha256(source.encode()).hexdigest()
+    return folder / name[:2] / f"{name}.safetensors"
 
 
-def _load(file: Path) -> dict[str, Tensor] | None:
-    """A cache file's tensors; None where there is none or it is damaged."""
+def _save(folder: Path, source: str, tensors: dict[str, Tensor]) -> None:
+    """Writes an entry that says what it was made from, and a hash of its tensors."""
+    told = {SOURCE: hashlib.sha256(source.encode()).hexdigest(), CONTENT: _content(tensors)}
+    save_tensors(_file(folder, source), tensors, told)
+
+
+def _load(folder: Path, source: str) -> dict[str, Tensor] | None:
+    """An entry's tensors. None, so that it is made again, where there is none; where it is damaged, down to one bit;
+    and where it was made from something else, as a file under another's name is."""
+    file = _file(folder, source)
     if not file.is_file():
         return None
     try:
-        return load_tensors(file)
+        with safe_open(file, "pt") as opened:
+            told = opened.metadata() or {}
+        tensors = load_tensors(file)
     except (SafetensorError, OSError):
         return None
+    if told.get(SOURCE) != file.stem or told.get(CONTENT) != _content(tensors):
+        return None
+    return tensors
+
+
+def _content(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}:".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

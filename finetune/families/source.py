@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from finetune.core.errors import BadInput
-from finetune.core.files import cache_dir, sha256, write_json
 from finetune.core.pickles import may_read_pickles
-from finetune.core.reading import read_json
 from finetune.families.base import Family
 from finetune.families.naming.single_file import detect, unpack
 from finetune.families.registry import FAMILIES, family_of
@@ -99,32 +95,3 @@ def _download(source: str, revision: str | None, weights: bool = True) -> Path:
             f"the base {source!r} is neither a folder here nor could it be fetched from the hub ({reason}): check the "
             "name, your connection, or `hf auth login` for a gated model"
         ) from error
-
-
-def _known_hashes(file: Path) -> dict[str, str]:
-    """What has been hashed before; nothing where the file is damaged, since it can be made again."""
-    try:
-        found = read_json(file, dict) if file.is_file() else {}
-    except BadInput:
-        return {}
-    return {key: value for key, value in found.items() if re.fullmatch(r"[0-9a-f]{64}", str(value))}
-
-
-def base_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of a base's configs and weights (hashes are kept by path, size and time)."""
-    known_file = cache_dir() / "file-hashes.json"
-    known = _known_hashes(known_file)
-    before = len(known)
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*"), key=lambda file: file.parts):  # Windows' own order knows no case
-        if file.suffix not in (".json", ".txt", ".safetensors", ".bin") or not file.is_file():
-            continue
-        if file.suffix == ".bin" and any(file.parent.glob("*.safetensors")):
-            continue  # never read
-        stat = file.stat()
-        key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        known[key] = known.get(key) or sha256(file)
-        digest.update(f"{file.relative_to(folder).as_posix()}={known[key]}\n".encode())
-    if len(known) != before:
-        write_json(known_file, known)
-    return digest.hexdigest()

@@ -15,7 +15,8 @@ from finetune.export.lora.peft import Peft
 from finetune.export.registry import EXPORTS, artifact_of, embedding_exports
 from finetune.export.verify import apply_adapter
 from finetune.families.base import Family
-from finetune.families.source import base_hash, load_family
+from finetune.families.digests import is_base_of
+from finetune.families.source import load_family
 from finetune.methods.embeddings import set_embeddings
 from finetune.methods.peft_adapter import read_native_form
 from finetune.runs.folder import RunFolder
@@ -52,7 +53,7 @@ def open_run(folder: RunFolder, device: str | torch.device = "cpu") -> tuple[Fam
     precision = DTYPES[resolve_precision(recipe.run)]
     family = recipe.base.load(recipe.method.weight_dtype(precision))
     family.autocast = recipe.method.autocast_dtype(precision)
-    if base_hash(family.folder) != info.base_hash:
+    if not is_base_of(family.folder, info.base_hash):
         raise BadInput(
             f"the base {recipe.base.source!r} is not the one that {folder.path} was trained on (its content changed): "
             "give the old one back, or train again"

@@ -17,7 +17,7 @@ from finetune.data.masks import Mask
 from finetune.data.photos import Photo
 from finetune.export.registry import check_formats, model_exports
 from finetune.families.base import Family
-from finetune.families.source import base_hash as base_hash_of
+from finetune.families.digests import base_hash as base_hash_of
 from finetune.jobs.base_effect import without_effect_on
 from finetune.jobs.class_sets import ClassSet, check_set
 from finetune.jobs.subjects import Subject, caption_subjects, scan_subjects
@@ -101,6 +101,12 @@ class Prepared:
             for template in self.recipe.sample.prompts
             for prompt in dict.fromkeys(subject.fill(template) for subject in self.subjects)
         ]
+
+    def files_beside(self, photo: Photo) -> dict[str, Path]:
+        """What is read beside a photo: its mask's file, a depth map, ..."""
+        mask = self.masks.get(photo.path)
+        own = {} if mask is None or mask.alpha else {"mask": mask.file}
+        return own | (self.inputs.files(photo) if self.inputs else {})
 
     @cached_property
     def sizes(self) -> list[Size]:

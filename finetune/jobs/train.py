@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from finetune.config.recipe import Recipe
 from finetune.core.determinism import deterministic
 from finetune.core.errors import BadInput, CheckFailed, Stopped
-from finetune.core.events import Consumer, Event, RunEnded, RunStarted, StepDone, emit, sent_to
+from finetune.core.events import Consumer, Event, Restored, RunEnded, RunStarted, StepDone, emit, sent_to
 from finetune.core.signals import Interrupted, Signals, Stop
 from finetune.data.cache import PromptCache
 from finetune.export.settings import UNCHECKED
@@ -31,6 +31,7 @@ from finetune.jobs.dataset import cache_latents, make_batches, make_prompt_encod
 from finetune.jobs.export import export_run
 from finetune.jobs.images import draw_preview, draw_samples
 from finetune.jobs.open import open_exported
+from finetune.jobs.pins import Pins, in_order
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.objectives.registry import build_objective
@@ -58,6 +59,7 @@ class Hooks:
     say: Say = lambda line: None
     events: Consumer = lambda event: None
     stop: Stop = field(default_factory=Stop)
+    accept_changes: bool = False
 
 
 def train(
@@ -67,6 +69,7 @@ def train(
     *,
     events: Consumer = lambda event: None,
     stop: Stop | None = None,
+    accept_changes: bool = False,
 ) -> Path:
     """Runs a recipe from end to end, or goes on where an interrupted run of it stopped; returns the run folder.
 
@@ -74,14 +77,17 @@ def train(
         say: gets lines for a person: the plan, the exported files.
         events: gets the typed events of `finetune.core.events`, on the main process.
         stop: `stop.request()`, from any thread, ends the run after its step.
+        accept_changes: goes on with photos, captions, a base or packages that are not those that the run began with,
+            and writes that into its record (`RUN/inputs.json`).
 
     Raises:
-        BadInput: something in the recipe, the photos or the folder; nothing was half-written.
+        BadInput: something in the recipe, the photos or the folder, or what the run began with changed; nothing was
+            half-written.
         CheckFailed: a step was not finite, or an export is not what was trained.
         Stopped: SIGINT, SIGTERM or `stop`; `resume` goes on.
     """
     with _alone_in_this_process(), deterministic(recipe.run.deterministic):
-        return _train_here(recipe, run_dir, Hooks(say, events, stop or Stop()))
+        return _train_here(recipe, run_dir, Hooks(say, events, stop or Stop(), accept_changes))
 
 
 @contextmanager
@@ -106,8 +112,9 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
         )  # processes that start at different moments see different folders
         accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(path)
         folder = RunFolder(path)
+        job = in_order(job, path)
         held = folder.held(recipe) if main else nullcontext()
-        with Signals(hooks.stop), held, _followed(folder, accelerator, recipe):
+        with Signals(hooks.stop), held, _followed(folder, accelerator, recipe, hooks.say):
             return _stages(job, folder, accelerator, hooks)
 
 
@@ -117,11 +124,13 @@ def _begun(run_dir: Path | str | None) -> bool:
 
 
 @contextmanager
-def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe) -> Iterator[None]:
+def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe, say: Say) -> Iterator[None]:
     """Metrics, status and trackers follow the events inside the block; at its end the outcome is told."""
     consumers: list[Consumer] = []
     if accelerator.is_main_process:
+        logged = (folder.path / "metrics.jsonl").is_file()
         consumers = [MetricsFile(folder.path), StatusFile(folder.path, recipe.run.steps)]
+        consumers += [partial(_say_restored, say, logged)]
         consumers += [partial(_track, accelerator)] if recipe.run.trackers else []
     outcome = "failed"
     with sent_to(*consumers):
@@ -136,6 +145,14 @@ def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe) -> It
             emit(RunEnded(folder.path, outcome))
 
 
+def _say_restored(say: Say, logged: bool, event: Event) -> None:
+    """From where a run goes on; `logged`: it had begun before."""
+    if isinstance(event, Restored) and event.step:
+        say(f"{'resumes':>16}  after step {event.step}")
+    elif isinstance(event, Restored) and logged:
+        say(f"{'resumes':>16}  from the start: none of its checkpoints can be used")
+
+
 def _track(accelerator: Accelerator, event: Event) -> None:
     """wandb, trackio and TensorBoard, through Accelerate."""
     if isinstance(event, StepDone):
@@ -144,7 +161,9 @@ def _track(accelerator: Accelerator, event: Event) -> None:
 
 def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks) -> Path:
     recipe = job.recipe
+    pins = Pins(folder.path, hooks.accept_changes)
     if accelerator.is_main_process:
+        pins.check(job, folder.checkpoints.newest_step())
         info = _info(job)
         folder.write_info(info)
         keep_photos(folder.path, info)
@@ -155,7 +174,7 @@ def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: H
     if folder.finished(recipe.run.steps):
         _load_result(job, folder)
     else:
-        _train(job, folder, accelerator, hooks.stop)
+        _train(job, folder, accelerator, hooks, pins)
     if accelerator.is_main_process:
         _finish(job, folder, accelerator.device, hooks.say)
     accelerator.wait_for_everyone()
@@ -168,9 +187,11 @@ def resume(
     *,
     events: Consumer = lambda event: None,
     stop: Stop | None = None,
+    accept_changes: bool = False,
 ) -> Path:
     """Goes on with an interrupted run: what comes out is what the unbroken run would have given. As `train`."""
-    return train(RunFolder(Path(run_dir)).recipe, run_dir, say, events=events, stop=stop)
+    recipe = RunFolder(Path(run_dir)).recipe
+    return train(recipe, run_dir, say, events=events, stop=stop, accept_changes=accept_changes)
 
 
 def _info(job: Prepared) -> RunRecord:
@@ -196,7 +217,7 @@ def _info(job: Prepared) -> RunRecord:
     )
 
 
-def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, stop: Stop) -> None:
+def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks, pins: Pins) -> None:
     """The pictures of before, the training, and the trained weights in RUN/adapter."""
     recipe = job.recipe
     recipe.optim.try_on(accelerator.device)  # before pictures are drawn for minutes
@@ -204,7 +225,7 @@ def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, stop: Sto
         draw_samples(job, folder.path / "samples" / "before", "Before")
     if recipe.run.trackers:
         accelerator.init_trackers("finetune", config={"recipe": recipe.model_dump_json()})
-    fit_job(job, folder, accelerator, stop=stop)
+    fit_job(job, folder, accelerator, stop=hooks.stop, pins=pins)
     if recipe.run.trackers:
         accelerator.end_training()
     if accelerator.is_main_process:
@@ -219,10 +240,13 @@ def fit_job(
     accelerator: Accelerator,
     on_step: Callable[[int], None] = lambda step: None,
     stop: Stop | None = None,
+    pins: Pins | None = None,
 ) -> None:
     """Class images, caches, the method attached, and the loop: what is trained ends in `job.family`."""
     recipe, family = job.recipe, job.family
     streams = make_streams(job, accelerator)
+    if pins is not None and accelerator.is_main_process:
+        pins.check_class_images(streams, folder.checkpoints.newest_step())
     cache = cache_latents(job, streams, accelerator)
     encode_prompts = make_prompt_encoder(job, streams, accelerator)
     idle = _idle_parts(job, encode_prompts)

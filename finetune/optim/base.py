@@ -34,11 +34,13 @@ class Optimiser(Settings):
         state_bytes: bytes of its state for each trained parameter.
         averages: the weights that leave the run are an average of its own, and not those that it trains with.
         windows: a rate of 0 leaves weights as they are, bit for bit, so that a part of them can rest.
+        packages: distributions that compute its steps besides torch: a run records their versions.
     """
 
     state_bytes: ClassVar[float]
     averages: ClassVar[bool] = False
     windows: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ()
     if TYPE_CHECKING:
         kind: str  # a field of each subclass; as a field here it would come first in recipe.yaml
 

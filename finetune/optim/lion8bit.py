@@ -16,6 +16,7 @@ class Lion8bit(Optimiser):
     """Lion (arXiv:2302.06675): the sign of the momentum. Its rate is a third to a tenth of AdamW's."""
 
     state_bytes: ClassVar[float] = 1.02
+    packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     min_8bit_size: ClassVar[int] = 4096
     kind: Literal["lion8bit"] = "lion8bit"
     betas: tuple[float, float] = (0.9, 0.99)

@@ -17,6 +17,7 @@ class PagedAdamW8bit(Adam):
     """`adamw8bit` with its moments in CUDA's managed memory: they move to the computer's where the GPU's is full."""
 
     state_bytes: ClassVar[float] = 2.03
+    packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     kind: Literal["paged_adamw8bit"] = "paged_adamw8bit"
 
     def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:

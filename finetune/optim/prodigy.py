@@ -20,6 +20,7 @@ class Prodigy(Adam):
     """Prodigy (arXiv:2306.06101): `lr` multiplies the rate d that it estimates, one for everything that is trained."""
 
     state_bytes: ClassVar[float] = 16.0  # two moments, the start and s of its estimate
+    packages: ClassVar[tuple[str, ...]] = ("prodigyopt",)
     windows: ClassVar[bool] = False  # its one rate also moves the groups that are set to 0
     kind: Literal["prodigy"] = "prodigy"
     lr: float = Field(default=1.0, gt=0)

@@ -18,6 +18,7 @@ class ScheduleFree(Adam):
     """Schedule-free AdamW (arXiv:2405.15682): trains between the weights and their average, which leaves."""
 
     state_bytes: ClassVar[float] = 8.0
+    packages: ClassVar[tuple[str, ...]] = ("schedulefree",)
     averages: ClassVar[bool] = True
     windows: ClassVar[bool] = False  # the average goes on where the rate is 0
     kind: Literal["schedule_free"] = "schedule_free"

@@ -22,7 +22,9 @@ from torch import Tensor
 from finetune.config.load import SCHEMA, SCHEMA_LINE, dump_recipe, read_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
-from finetune.core.files import find_link_out, load_tensors, save_tensors, sweep, write_text
+from finetune.core.files import find_link_out, load_tensors, save_tensors, sha256, sweep, write_json, write_text
+from finetune.core.reading import read_json
+from finetune.runs.inputs import FILE as INPUTS
 from finetune.runs.record import RunRecord, read_record, write_record
 from finetune.training.checkpoint import Checkpoints
 
@@ -66,10 +68,9 @@ class RunFolder:
         """Whether the trained weights are there, and of that many steps: a longer run of the recipe goes on."""
         from safetensors import safe_open
 
-        file = self.path / "adapter" / "trained.safetensors"
-        if not file.is_file():
+        if self._result_fault() is not None:
             return False
-        with safe_open(file, "pt") as held:
+        with safe_open(self._trained, "pt") as held:
             return (held.metadata() or {}).get("steps") == str(steps)
 
     @contextmanager
@@ -125,7 +126,9 @@ class RunFolder:
         self.refuse_links()
         if file.is_file():
             self.info  # noqa: B018 - a later version's is refused before anything is written over
-            changed = _changed_keys(self.recipe, recipe)
+            pinned = (self.path / INPUTS).is_file()  # by content, so that their places may change
+            both = [_placeless(one) if pinned else one for one in (self.recipe, recipe)]
+            changed = _changed_keys(*both)
             if changed:
                 raise BadInput(
                     f"{self.path} holds a run with another recipe (changed: {', '.join(changed)}): "
@@ -147,13 +150,58 @@ class RunFolder:
     # what leaves the run
 
     def save_result(self, trained: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        save_tensors(self.path / "adapter" / "trained.safetensors", trained, metadata)
+        """Writes RUN/adapter/trained.safetensors, and a manifest with its hash."""
+        self._manifest.unlink(missing_ok=True)  # a kill in between leaves a result without one, which is made again
+        save_tensors(self._trained, trained, metadata)
+        write_json(self._manifest, {self._trained.name: sha256(self._trained)})
 
     def result(self) -> dict[str, Tensor]:
-        file = self.path / "adapter" / "trained.safetensors"
-        if not file.is_file():
+        """What was trained.
+
+        Raises:
+            BadInput: the run has not finished, or the file is damaged.
+        """
+        if not self._trained.is_file():
             raise BadInput(f"{self.path} has not finished training: run `finetune resume {self.path}` first")
-        return load_tensors(file)
+        fault = self._result_fault()
+        if fault is not None:
+            raise BadInput(
+                f"{self._trained} {fault}: run `finetune resume {self.path}`, which makes it again from the last "
+                "checkpoint"
+            )
+        return load_tensors(self._trained)
+
+    @property
+    def _trained(self) -> Path:
+        return self.path / "adapter" / "trained.safetensors"
+
+    @property
+    def _manifest(self) -> Path:
+        return self.path / "adapter" / "manifest.json"
+
+    def _result_fault(self) -> str | None:
+        """What is wrong with the trained weights; None for nothing. Runs without inputs.json are of a version that
+        wrote no manifest: of theirs only the format is checked."""
+        from safetensors import SafetensorError, safe_open
+
+        if not self._trained.is_file():
+            return "is not there"
+        if self._manifest.is_file() or (self.path / INPUTS).is_file():
+            return self._hash_fault()
+        try:
+            with safe_open(self._trained, "pt"):
+                return None
+        except (SafetensorError, OSError) as error:
+            return f"is damaged ({error})"
+
+    def _hash_fault(self) -> str | None:
+        try:
+            wanted = read_json(self._manifest, dict).get(self._trained.name) if self._manifest.is_file() else None
+        except BadInput:
+            wanted = None
+        if wanted is None:
+            return "has no hash beside it (manifest.json)"
+        return None if wanted == sha256(self._trained) else "is not what was written (its hash is another)"
 
 
 def next_folder(name: str, parent: Path = Path("runs")) -> Path:
@@ -172,6 +220,16 @@ def _changed_keys(old: Recipe, new: Recipe) -> list[str]:
         free.add("run.steps")
     names = sorted(before.keys() | after.keys())
     return [name for name in names if name not in free and before.get(name) != after.get(name)]
+
+
+def _placeless(recipe: Recipe) -> Recipe:
+    """Without the folders of photos and class images, and without the base's: a run that records what is in them is
+    compared by that."""
+    nowhere = Path("pinned")
+    subjects = [subject.model_copy(update={"photos": nowhere}) for subject in recipe.data.subjects]
+    data = recipe.data.model_copy(update={"photos": nowhere, "subjects": subjects})
+    base = recipe.base.model_copy(update={"source": "pinned", "like": None, "revision": None})
+    return recipe.model_copy(update={"data": data, "base": base})
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -64,9 +64,23 @@ class Checkpoints:
                 f"({error.strerror or error}); the one before is untouched: free some space, then "
                 f"`finetune resume {self.run}`"
             ) from error
-        for old in self._checkpoints()[:-keep]:
-            shutil.rmtree(old)
+        self._drop_others(folder, keep)
         return folder
+
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint by name, whole or not; 0 for none."""
+        folders = self._checkpoints()
+        return int(folders[-1].name.removeprefix("step-")) if folders else 0
+
+    def _drop_others(self, written: Path, keep: int) -> None:
+        """Leaves the one just written and the `keep` - 1 newest sound ones before it. Later ones, which a run that
+        goes on from here passed over, are of no use any more, and damaged ones count for nothing."""
+        left = keep - 1
+        for other in reversed([folder for folder in self._checkpoints() if folder != written]):
+            if left > 0 and other < written and find_fault(other) is None:
+                left -= 1
+            else:
+                shutil.rmtree(other)
 
     def latest(self) -> State | None:
         """The newest checkpoint whose files match their sizes and hashes; a damaged one is named and skipped.
@@ -82,7 +96,7 @@ class Checkpoints:
         return None
 
     def _checkpoints(self) -> list[Path]:
-        return sorted(self.path.glob("step-*"))
+        return sorted(folder for folder in self.path.glob("step-*") if folder.name.removeprefix("step-").isdecimal())
 
 
 def write_state(folder: Path, state: State) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from finetune.data.cache import LatentCache, PromptCache
 from finetune.data.crops import Crop, make_crops
@@ -78,3 +80,46 @@ def test_prompts_are_the_encoders_own_and_come_back_from_the_disk(family: Family
     again.fill(prompts)
     for name in own:
         assert torch.equal(again(prompts)[name], cache(prompts)[name])
+
+
+DAMAGES = {
+    "a flipped bit": lambda file, other: flip(file, -1),
+    "another entry's file": lambda file, other: file.write_bytes(other.read_bytes()),
+    "zeros": lambda file, other: save_file({k: v * 0 for k, v in load_file(file).items()}, file, told(file)),
+    "other names": lambda file, other: save_file({"x": torch.ones(2)}, file, told(file)),
+    "another shape": lambda file, other: save_file(
+        {k: v[..., :1].contiguous() for k, v in load_file(file).items()}, file, told(file)
+    ),
+    "no header": lambda file, other: save_file(load_file(file), file),
+}
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def told(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_wrong_entry_is_made_again(damage: str, family: Family, photos: Path, tmp_path: Path) -> None:
+    """Latents and prompts: whatever lies in the file's place, what is read is what the frozen parts give."""
+    wanted, prompts = all_views(photos)[:2], ["a dog", "a red mug"]
+    latents, texts = LatentCache(tmp_path, "base"), PromptCache(family, "base", tmp_path)
+    latents.fill(family, wanted)
+    texts.fill(prompts)
+    for folder in ("latents", "prompts"):
+        files = sorted((tmp_path / folder).rglob("*.safetensors"))
+        DAMAGES[damage](files[0], files[-1])
+    again, texts_again = LatentCache(tmp_path, "base"), PromptCache(family, "base", tmp_path)
+    again.fill(family, wanted)
+    texts_again.fill(prompts)
+    for crop in wanted:
+        assert torch.equal(again.latents(crop).mean, latents.latents(crop).mean)
+        assert torch.equal(again.latents(crop).std, latents.latents(crop).std)
+    for name, value in texts(prompts).items():
+        assert torch.equal(texts_again(prompts)[name], value)

@@ -12,10 +12,11 @@ import torch
 
 from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
+from finetune.families.digests import base_hash
 from finetune.families.flux import image_ids, pack, unpack
 from finetune.families.registry import FAMILIES
 from finetune.families.schedulers import SAMPLERS, make_scheduler
-from finetune.families.source import base_hash, load_family
+from finetune.families.source import load_family
 
 NAMES = list(FAMILIES)
 PROMPTS = ["a photo of a zwx mug", ""]

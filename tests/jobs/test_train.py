@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from finetune.config import recipes
 from finetune.config.load import load_recipe, parse_recipe
 from finetune.core.errors import BadInput
+from finetune.families.codec import VaeCodec
+from finetune.families.parts import Parts
 from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
 from finetune.jobs import images as image_files
@@ -224,26 +226,26 @@ def test_what_computes_was_put_on_the_device(
     def record(part: str) -> None:
         asked.append((part, placed[-1]))
 
-    def watched(name: str, part_of: Callable[..., str]) -> None:
-        real = getattr(family_type, name)
+    def watched(kind: type, name: str, part_of: Callable[..., str]) -> None:
+        real = getattr(kind, name)
 
         def call(self: Any, *arguments: Any, **settings: Any) -> Any:
             record(part_of(self, *arguments))
             return real(self, *arguments, **settings)
 
-        monkeypatch.setattr(family_type, name, call)
+        monkeypatch.setattr(kind, name, call)
 
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    real_place = family_type.place
+    real_place = Parts.place
 
     def place(self: Any, parts: list[str]) -> None:
         placed.append(set(parts))
         real_place(self, parts)
 
-    monkeypatch.setattr(family_type, "place", place)
-    watched("encode_text", lambda self, index, prompts: self.text_encoders[index])
-    watched("encode_images", lambda self, pixels: "vae")
-    watched("predict", lambda self, *arguments: "denoiser")
+    monkeypatch.setattr(Parts, "place", place)
+    watched(family_type, "encode_text", lambda self, index, prompts: self.text_encoders[index])
+    watched(VaeCodec, "encode", lambda self, pixels: "vae")
+    watched(family_type, "predict", lambda self, *arguments: "denoiser")
     recipe = settings(tiny_bases["sdxl"], photos, LORA, sample=LOOK | {"every": 1})
     job.train(parse_recipe(recipe), tmp_path / "run")
     assert {part for part, _ in asked} == {"denoiser", "vae", "text_encoder", "text_encoder_2"}

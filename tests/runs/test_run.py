@@ -61,6 +61,22 @@ def test_only_the_newest_are_kept(folder: RunFolder) -> None:
     assert [path.name for path in sorted((folder.path / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_only_sound_ones_are_counted_and_the_one_just_written_stays(folder: RunFolder, keep: int) -> None:
+    """A damaged newer one was passed over; the run went on from step 2 and saves step 3 below it."""
+    for step in (1, 2, 5):
+        folder.checkpoints.save(state(step), keep=3)
+    (folder.path / "checkpoints" / "step-000005" / "trained.safetensors").write_bytes(b"damaged")
+    (folder.path / "checkpoints" / "step-000001" / "trained.safetensors").write_bytes(b"damaged")
+    saved = folder.checkpoints.save(state(3), keep=keep)
+    left = sorted(path.name for path in (folder.path / "checkpoints").iterdir())
+    assert left == ["step-000002", "step-000003"][-keep:]
+    assert saved.name == "step-000003"
+    found = folder.checkpoints.latest()
+    assert found is not None
+    assert found.step == 3
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "state"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(folder: RunFolder, damage: str) -> None:
     folder.checkpoints.save(state(1), keep=3)

@@ -55,6 +55,10 @@ class Inputs(ABC):
         """The prompt that is trained, where extra inputs and prompt are dropped together."""
         return prompt
 
+    def files(self, photo: Photo) -> dict[str, Path]:
+        """What is read beside a photo: what it is -> its file. A run records them."""
+        return {}
+
     def condition(self, crop: Crop) -> ImageCondition:
         """What an image like this crop is drawn from."""
         return ImageCondition(unit(crop.pixels()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,6 +44,9 @@ class Depth(Inputs):
         if crop.key not in self.entries:
             self.entries[crop.key] = scaled(self._cut(crop), self.factor)
         return self.entries[crop.key]
+
+    def files(self, photo: Photo) -> dict[str, Path]:
+        return {"depth map": self.maps[photo.path].path}
 
     def condition(self, crop: Crop) -> ImageCondition:
         depth = self._cut(crop)

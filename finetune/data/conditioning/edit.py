@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ class Edit(Inputs):
 
     def prompt(self, prompt: str, key: SampleKey) -> str:
         return "" if dropped(key, self.choices.edit_dropout)[1] else prompt
+
+    def files(self, photo: Photo) -> dict[str, Path]:
+        return {"image before": self.before[photo.path].path}
 
     def condition(self, crop: Crop) -> ImageCondition:
         return ImageCondition(unit(self._before(crop).pixels()), guidance=self.choices.image_guidance)

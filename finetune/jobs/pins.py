@@ -1,0 +1,126 @@
+"""What a run is made from, by content: recorded when it begins, compared when it goes on."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from finetune.config.recipe import Recipe
+from finetune.core.errors import BadInput
+from finetune.core.files import sha256
+from finetune.data.samplers import Sample
+from finetune.families.digests import base_files
+from finetune.jobs.prepare import Prepared
+from finetune.jobs.subjects import Subject
+from finetune.runs.inputs import (
+    Accepted,
+    InputsRecord,
+    PinnedPhoto,
+    RunInputs,
+    changes,
+    in_recorded_order,
+    read_inputs,
+    refusal,
+    write_inputs,
+)
+
+PACKAGES = ("finetune-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class Pins:
+    """The inputs of the run in the folder `run`. `accept`: go on with changed ones, and write that down."""
+
+    run: Path
+    accept: bool = False
+
+    def check(self, job: Prepared, step: int) -> None:
+        """Compares the inputs with those that the run began with, or records them; on the main process.
+
+        Args:
+            step: the number of steps that are done, for the record.
+
+        Raises:
+            BadInput: something changed; it is named.
+        """
+        recorded, now = read_inputs(self.run), inputs_of(job)
+        if recorded is None:
+            write_inputs(self.run, InputsRecord(inputs=now))
+            return
+        kept = now.model_copy(update={"class_images": recorded.inputs.class_images})
+        self._compare(recorded, kept, step)
+
+    def check_class_images(self, streams: Sequence[Sequence[Sample]], step: int) -> None:
+        """The same for the class images, which are there only after they were drawn.
+
+        Raises:
+            BadInput: some changed since the run began.
+        """
+        recorded = read_inputs(self.run)
+        if recorded is None or len(streams) < 2:
+            return
+        found: dict[str, list[str]] = {}
+        for sample in streams[1]:
+            found.setdefault(sample.captions[0], []).append(sample.crops[0].photo.digest)
+        now = recorded.inputs.model_copy(update={"class_images": found})
+        if now != recorded.inputs:
+            self._compare(recorded, now, step)
+
+    def _compare(self, recorded: InputsRecord, now: RunInputs, step: int) -> None:
+        changed = changes(recorded.inputs, now)
+        if changed and not self.accept:
+            raise BadInput(refusal(self.run, changed))
+        accepted = [*recorded.accepted, *([Accepted(step=step, changes=changed)] if changed else [])]
+        write_inputs(self.run, InputsRecord(inputs=now, accepted=accepted))
+
+
+def inputs_of(job: Prepared) -> RunInputs:
+    """Everything that the run's result depends on, besides its recipe; the class images are added once drawn."""
+    packages = (*PACKAGES, *job.recipe.optim.packages)
+    return RunInputs(
+        photos=[_pinned(job, subject, number) for subject in job.subjects for number in range(len(subject.photos))],
+        base=base_files(job.family.folder),
+        packages={name: version(name) for name in packages} | {"python": platform.python_version()},
+        tokens=[subject.token for subject in job.subjects],
+    )
+
+
+def in_order(job: Prepared, run: Path) -> Prepared:
+    """The job with its photos in the order in which the run began: renamed ones keep their place."""
+    recorded = read_inputs(run)
+    if recorded is None:
+        return job
+    return replace(job, subjects=[_ordered(subject, recorded.inputs) for subject in job.subjects])
+
+
+def _ordered(subject: Subject, recorded: RunInputs) -> Subject:
+    order = in_recorded_order([photo.digest for photo in subject.photos], recorded)
+    return replace(subject, captioned=[subject.captioned[number] for number in order])
+
+
+def _pinned(job: Prepared, subject: Subject, number: int) -> PinnedPhoto:
+    item = subject.captioned[number]
+    beside = {name: sha256(file) for name, file in job.files_beside(item.photo).items()}
+    return PinnedPhoto(
+        name=item.photo.path.name, sha256=item.photo.digest, captions=list(item.captions), beside=beside
+    )
+
+
+def with_photos(recipe: Recipe, run: Path, photos: Path | None) -> Recipe:
+    """The recipe of a run with the place where its photos are now (None: where they were).
+
+    Raises:
+        BadInput: they are not where they were.
+    """
+    if photos is None and recipe.data.photos.exists():
+        return recipe
+    if photos is None:
+        raise BadInput(
+            f"the photos of {run} are not in {recipe.data.photos} any more: say where they are with "
+            f"`finetune resume {run} --photos FOLDER`"
+        )
+    data = recipe.data.model_copy(update={"photos": photos.expanduser().absolute()})
+    return recipe.model_copy(update={"data": data})

@@ -1,0 +1,173 @@
+"""RUN/inputs.json: what a run was made from, by content. Resume compares, and refuses by naming what changed.
+
+Paths are not compared: photos may move, and are put into the recorded order by their digests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from finetune.core.errors import BadInput
+from finetune.core.files import write_json
+from finetune.core.records import migrated
+from finetune.runs.plan import Record
+
+SCHEMA = 1
+FILE = "inputs.json"
+SHOWN = 5  # changes that a message names; the rest is counted
+
+
+class PinnedPhoto(Record):
+    """`name`: its file's, for messages. `sha256`: of the file. `captions`: as they are trained. `beside`: what lies
+    beside it (its mask, a depth map, ...) -> SHA-256 of that file."""
+
+    name: str
+    sha256: str
+    captions: list[str]
+    beside: dict[str, str] = {}
+
+
+class RunInputs(Record):
+    """
+    photos: in the order of the run.
+    class_images: class prompt -> SHA-256 of each image, in their order; empty before they are drawn.
+    base: file of the base, below its folder -> SHA-256.
+    packages: package -> version.
+    tokens: of each subject.
+    """
+
+    photos: list[PinnedPhoto] = []
+    class_images: dict[str, list[str]] = {}
+    base: dict[str, str] = {}
+    packages: dict[str, str] = {}
+    tokens: list[str] = []
+
+
+class Accepted(Record):
+    """Changes that a person accepted with --accept-changes: the run is not what it was from `step` on."""
+
+    step: int
+    changes: list[str]
+
+
+class InputsRecord(Record):
+    inputs: RunInputs
+    accepted: list[Accepted] = []
+
+
+def read_inputs(run: Path) -> InputsRecord | None:
+    """What the run in this folder was made from; None for a run of a version that did not record it.
+
+    Raises:
+        BadInput: the file is damaged, or a later version wrote it.
+    """
+    file = run / FILE
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return InputsRecord.model_validate(migrated(values, file, SCHEMA, []))
+    except (ValidationError, UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
+        raise BadInput(
+            f"{file} is damaged, so nothing can tell whether the run's photos and base are the same: give the run's "
+            "own file back, or start a new run"
+        ) from error
+
+
+def write_inputs(run: Path, record: InputsRecord) -> None:
+    write_json(run / FILE, {"schema": SCHEMA, **record.model_dump(mode="json")})
+
+
+def in_recorded_order(digests: Sequence[str], recorded: RunInputs) -> list[int]:
+    """Where each recorded photo is now: an order in which photos that moved or were renamed are trained as before.
+
+    Photos that are not in the record come last, in the order that they have.
+    """
+    left = list(enumerate(digests))
+    order = []
+    for photo in recorded.photos:
+        found = next((place for place in left if place[1] == photo.sha256), None)
+        if found is not None:
+            left.remove(found)
+            order.append(found[0])
+    return order + [index for index, _ in left]
+
+
+def changes(recorded: RunInputs, now: RunInputs) -> list[str]:
+    """What is not as it was, each with its name; empty where all is the same."""
+    return [
+        *_changed_photos(recorded.photos, now.photos),
+        *_changed_class_images(recorded.class_images, now.class_images),
+        *_changed_files(recorded.base, now.base),
+        *_changed_versions(recorded.packages, now.packages),
+        *([f"the token {now.tokens} was {recorded.tokens}"] if recorded.tokens != now.tokens else []),
+    ]
+
+
+def refusal(run: Path, changed: Sequence[str]) -> str:
+    """The sentence that refuses to go on with changed inputs."""
+    shown = "; ".join(changed[:SHOWN])
+    more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+    return (
+        f"{run} was begun with other inputs ({shown}{more}): give the old ones back, start a new run, or go on with "
+        "the new ones with --accept-changes, which is written into the run's record"
+    )
+
+
+def _changed_photos(recorded: Sequence[PinnedPhoto], now: Sequence[PinnedPhoto]) -> Iterator[str]:
+    before, after = Counter(p.sha256 for p in recorded), Counter(p.sha256 for p in now)
+    gone = _names(recorded, before - after)
+    new = _names(now, after - before)
+    edited = [name for name in gone if name in new]
+    yield from (f"the photo {name} is not the same image" for name in edited)
+    yield from (f"the photo {name} is gone" for name in gone if name not in edited)
+    yield from (f"the photo {name} is new" for name in new if name not in edited)
+    if before != after:
+        return
+    if [p.sha256 for p in recorded] != [p.sha256 for p in now]:
+        yield "the photos come in another order"
+        return
+    for old, photo in zip(recorded, now, strict=True):
+        if old.captions != photo.captions:
+            yield f"the caption of {photo.name} changed"
+        kinds = sorted(old.beside.keys() | photo.beside.keys())
+        yield from (f"the {k} of {photo.name} changed" for k in kinds if old.beside.get(k) != photo.beside.get(k))
+
+
+def _names(photos: Sequence[PinnedPhoto], digests: Counter[str]) -> list[str]:
+    left, names = Counter(digests), []
+    for photo in photos:
+        if left[photo.sha256] > 0:
+            left[photo.sha256] -= 1
+            names.append(photo.name)
+    return names
+
+
+def _changed_class_images(recorded: Mapping[str, list[str]], now: Mapping[str, list[str]]) -> Iterator[str]:
+    """Sets that both have: before they are drawn there is nothing to compare."""
+    for prompt in recorded.keys() & now.keys():
+        old, images = recorded[prompt], now[prompt]
+        different = sum(a != b for a, b in zip(old, images, strict=False)) + abs(len(old) - len(images))
+        if different:
+            yield f"{different} of the class images of {prompt!r} changed"
+
+
+def _changed_files(recorded: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    for name in sorted(recorded.keys() | now.keys()):
+        if name not in now:
+            yield f"the base's file {name} is gone"
+        elif name not in recorded:
+            yield f"the base's file {name} is new"
+        elif recorded[name] != now[name]:
+            yield f"the base's file {name} changed"
+
+
+def _changed_versions(recorded: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    for name in sorted(recorded.keys() | now.keys()):
+        if recorded.get(name) != now.get(name):
+            yield f"{name} is {now.get(name, 'not installed')} and was {recorded.get(name, 'not installed')}"

@@ -1,0 +1,75 @@
+"""What a person types is data: a folder or a word is taken as it is, whatever YAML would make of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from finetune.cli.main import run as command
+from finetune.config.load import load_recipe
+from finetune.core.errors import BadInput
+
+NAMES = [
+    "dog #2", "My Photos #1", "[2024] dog", "2024", "dog: best", "@dog", "'s dog", "{dog}", "dog ", "no", "null ",
+    "1e3", "!tag", "*star", "&and", "- dash", "a, b", "%20", "`x`", "dog's #1: best", "日本",
+]  # fmt: skip
+WORDS = ["no", "dog #1", "2024", "yes", "null-pointer", "a: b", "[x]", "1.5", "@home", "über"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folders_are_taken_as_they_are_in_every_form(name: str) -> None:
+    place = Path("/photos") / name
+    typed = load_recipe("demo", [f"data.photos={place}", "data.class_noun=mug"])
+    given = load_recipe("demo", [("data.photos", place), ("data.class_noun", "mug")])
+    named = load_recipe("demo", {"data.photos": str(place), "data.class_noun": "mug"})
+    assert typed.data.photos == given.data.photos == named.data.photos == place
+    assert (
+        load_recipe("demo", [f"data.photos={place}", "data.class_noun=mug", f"base={name}x"]).base.source == f"{name}x"
+    )
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words_are_taken_as_they_are(word: str) -> None:
+    typed = load_recipe("demo", ["data.photos=x", f"data.class_noun={word}", f"sample.negative={word}"])
+    given = load_recipe("demo", {"data.photos": "x", "data.class_noun": word, "sample.negative": word})
+    assert typed == given
+    assert typed.data.class_noun == word
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("run.steps=7", ("run", "steps"), 7),
+        ("sample.prompts=['a, b', c]", ("sample", "prompts"), ["a, b", "c"]),
+        ("data.class_noun='mug'", ("data", "class_noun"), "mug"),
+        ("data.resolution=null", ("data", "resolution"), None),
+        ("base.revision=null", ("base", "revision"), None),
+        ("base={source: tiny, revision: main}", ("base", "revision"), "main"),
+        ("run.dir=runs/a #1", ("run", "dir"), Path("runs/a #1")),
+    ],
+)
+def test_everything_else_is_still_yaml(text: str, key: tuple[str, str], value: Any) -> None:
+    recipe = load_recipe("demo", ["data.photos=x", "data.class_noun=mug", text])
+    assert getattr(getattr(recipe, key[0]), key[1]) == value
+
+
+def test_a_dictionary_with_an_unknown_key_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"run\.setps"):
+        load_recipe("demo", {"data.photos": "x", "data.class_noun": "mug", "run.setps": 3})
+
+
+@pytest.mark.parametrize("name", ["dog #2", "[2024] dog", "dog: best", "{dog}", "'s dog", "no"])
+def test_the_short_way_trains_the_folder_that_was_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside it lies the folder that YAML would have made of it, with other photos."""
+    for folder, colours in ((name, ("red", "blue")), ("dog", ("black",))):
+        (tmp_path / folder).mkdir()
+        for colour in colours:
+            Image.new("RGB", (64, 64), colour).save(tmp_path / folder / f"{colour}.png")
+    code, said = command(["dreambooth", str(tmp_path / name), "--class-noun", "mug", "--dry-run", "prior.kind=none"])
+    assert code == 0, said
+    assert "2 photo" in capsys.readouterr().out
