@@ -76,8 +76,8 @@ class Inspection:
     """The result of an inspection.
 
     `dtypes`: precisions of the matrices, such as "fp16". `size`: bytes. `ranks`, `scales`: value -> number of modules.
-    `zero`: modules whose delta is zero. `faults`: kind of problem -> the problem. `verdicts`: UI -> ("fully", "partly",
-    "refused" or "unknown"; the reason).
+    `zero`: modules whose delta is zero. `faults`: kind of problem -> the problem. `verdicts`: UI -> ("fully",
+    "partly", "refused" or "unknown"; the reason).
     """
 
     path: Path

@@ -96,9 +96,7 @@ def weighted(text: str) -> tuple[Path, float]:
     try:
         return Path(name), float(number)
     except ValueError as error:
-        raise BadInput(
-            f"there is no file {text!r}, and {number!r} is not a weight: write FILE or FILE:0.7"
-        ) from error
+        raise BadInput(f"there is no file {text!r}, and {number!r} is not a weight: write FILE or FILE:0.7") from error
 
 
 def merged(files: Sequence[tuple[Path, float]], base: str, rank: int | None) -> tuple[Adapter, Kept | None]:

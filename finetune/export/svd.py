@@ -113,7 +113,9 @@ def _predicted(own: Reduced, bench: Bench) -> Check:
     moved = float((own.prediction - before).norm())
     missed = float((own.prediction - after).norm())
     share = missed / max(moved, 1e-30)
-    line = f"training changed a prediction by {relative(before, own.prediction):.1e}; the LoRA misses {share:.1%} of it"
+    line = (
+        f"training changed a prediction by {relative(before, own.prediction):.1e}; the LoRA misses {share:.1%} of it"
+    )
     if bench.dtype != torch.float32:
         line += f" (in {bench.precision}, including its rounding)"
     return Check("prediction", bool(torch.isfinite(after).all()), line, share)

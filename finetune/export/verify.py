@@ -150,7 +150,9 @@ def _compare_injected(trained: Adapter, faint: Adapter | None, family: Family, b
             error = relative(value, _rounded(stored[place], a.device, torch.float16, faint.scale))
         if not error <= bound:
             wrong.append(f"{' '.join(place)} has error {error:.1e} (bound {bound:.0e})")
-    wrong += [f"{' '.join(place)} is not in the adapter" for place, (a, b, _) in found.items() if bool(delta(a, b, 1).any())]
+    wrong += [
+        f"{' '.join(place)} is not in the adapter" for place, (a, b, _) in found.items() if bool(delta(a, b, 1).any())
+    ]
     fault = f"{len(wrong)} of {len(wanted)} modules differ, such as {wrong[0]}" if wrong else ""
     return Injected(f"{len(wanted)} modules, largest relative error {worst:.1e}", fault)
 
@@ -172,7 +174,9 @@ def moved_check(found: Check, clean: Tensor, theirs: Tensor, bench: Bench, stren
     if moved:
         return replace(found, message=f"{line} (in {bench.precision}; it moves a prediction by {moved:.1e})")
     if strength() > torch.finfo(bench.dtype).eps:
-        return replace(found, passed=False, message=f"{line}, but in {bench.precision} it does not change the prediction")
+        return replace(
+            found, passed=False, message=f"{line}, but in {bench.precision} it does not change the prediction"
+        )
     return replace(found, message=f"{line} (in {bench.precision}, where it is too small to change a prediction)")
 
 
@@ -206,7 +210,8 @@ def predicted(family: Family, cond: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def apply_adapter(family: Family, adapter: Adapter, weight: float = 1.0) -> None:
-    """Adds weight * scale * B A to the family's own weights, in place. The sum is computed in fp32 and rounded once."""
+    """Adds weight * scale * B A to the family's own weights, in place. The sum is computed in fp32 and rounded
+    once."""
     modules = {part: dict(family.parts[part].named_modules()) for part in adapter.layers}
     for part, module, a, b in adapter.modules():
         target = _find(modules[part], module).weight

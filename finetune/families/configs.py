@@ -93,7 +93,8 @@ def check_index(file: Path) -> None:
     for name in dict.fromkeys(map(str, named)):
         if not re.fullmatch(rf"[\w.-]+{kind}", name) or name.startswith("."):
             raise BadInput(
-                f"{file} names {name[:80]!r}, which is not a {kind[2:]} file beside it: convert the base to safetensors, "
+                f"{file} names {name[:80]!r}, which is not a {kind[2:]} file beside it: convert the base to "
+                "safetensors, "
                 "or fetch it again"
             )
 
@@ -116,7 +117,9 @@ def _check_values(file: Path, config: dict[str, Any]) -> None:
     blocks = values.get("len(block_out_channels)", 1)
     blocks *= values.get("layers_per_block", 1) * values.get("transformer_layers_per_block", 1)
     if blocks > BLOCKS:
-        raise BadInput(f"{file}: the number of its blocks is {blocks:,.0f}, more than the limit of {BLOCKS:,}: {AGAIN}")
+        raise BadInput(
+            f"{file}: the number of its blocks is {blocks:,.0f}, more than the limit of {BLOCKS:,}: {AGAIN}"
+        )
 
 
 def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, float]]:

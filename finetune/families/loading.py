@@ -86,7 +86,8 @@ class DiffusersFamily(Family):
         if sum(widths) != self.hidden_width:
             raise BadInput(
                 f"in {self.folder} the {self.sources['denoiser'].folder} reads text of width {self.hidden_width} but "
-                f"the text encoder(s) return {' + '.join(map(str, widths))}: they belong to different bases, use parts "
+                f"the text encoder(s) return {' + '.join(map(str, widths))}: they belong to different bases, use "
+                "parts "
                 "of one base"
             )
 

@@ -21,8 +21,8 @@ from finetune.families.weights import load_weights
 class PartSource:
     """One part of a base: its folder in a diffusers folder, and the diffusers or transformers class of its model.
 
-    `optional`: a base may lack it, and a recipe may leave it out. `fp32_for_fp16`: it overflows in fp16, so it stays in
-    fp32 when the base is loaded in fp16.
+    `optional`: a base may lack it, and a recipe may leave it out. `fp32_for_fp16`: it overflows in fp16, so it stays
+    in fp32 when the base is loaded in fp16.
     """
 
     folder: str
@@ -136,8 +136,8 @@ class Parts(dict[str, nn.Module]):
         self.place(list(self))
 
     def place(self, parts: Sequence[str]) -> None:
-        """Moves `parts` to the device and all others to the CPU's memory, so that T5 and Flux, for example, need not be
-        on the GPU together."""
+        """Moves `parts` to the device and all others to the CPU's memory, so that T5 and Flux, for example, need not
+        be on the GPU together."""
         for name, part in self.items():
             if name not in parts:
                 part.to("cpu")

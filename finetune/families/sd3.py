@@ -67,13 +67,15 @@ class StableDiffusion3(TransformerFamily):
         return pixels
 
     def _check_widths(self) -> None:
-        """Checks that T5's width is the denoiser's, and that CLIP's two widths together, which are padded, fit in it."""
+        """Checks that T5's width is the denoiser's, and that CLIP's two widths together, which are padded, fit in
+        it."""
         clip = [cast(Any, self.parts[name]).config.hidden_size for name in ("text_encoder", "text_encoder_2")]
         t5 = [cast(Any, self.parts[T5]).config.d_model] if T5 in self.parts else []
         if sum(clip) > self.hidden_width or any(width != self.hidden_width for width in t5):
             raise BadInput(
                 f"in {self.folder} the transformer reads text of width {self.hidden_width} but the text encoders "
-                f"return {' + '.join(map(str, clip))} and {t5 or 'nothing'}: they belong to different bases, use parts "
+                f"return {' + '.join(map(str, clip))} and {t5 or 'nothing'}: they belong to different bases, use "
+                "parts "
                 "of one base"
             )
 

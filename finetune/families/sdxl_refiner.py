@@ -1,7 +1,7 @@
 """The SDXL refiner: a UNet with one text encoder that refines SDXL's images (arXiv:2307.01952 section 2.5).
 
-It starts from an image: it was trained on the lowest 200 of 1000 noise levels only. Instead of the target size it reads
-an aesthetic score.
+It starts from an image: it was trained on the lowest 200 of 1000 noise levels only. Instead of the target size it
+reads an aesthetic score.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ class Base(Settings):
     """`source`: "tiny", a diffusers folder, a hub id (`revision` pins one) or a single-file checkpoint (.safetensors).
 
     A file has only weights: configs and tokenizers come from `like`, a folder or hub id of the same kind. `without`
-    leaves out parts that the family does not need (text_encoder_3, the T5 of SD3). `inputs` extends a plain base to read
-    a mask and a masked image, a depth map, or the image before an edit.
+    leaves out parts that the family does not need (text_encoder_3, the T5 of SD3). `inputs` extends a plain base to
+    read a mask and a masked image, a depth map, or the image before an edit.
     """
 
     source: str = "tiny"

@@ -84,7 +84,8 @@ def _from_file(file: Path, like: str | None) -> Path:
     folder = resolve_base(like) if like else _download(layouts[name].like, None, weights=False)
     if family_of(folder).name != name:
         raise BadInput(
-            f"the base {file} is of family {name} but base.like={like} is of family {family_of(folder).name}: choose a "
+            f"the base {file} is of family {name} but base.like={like} is of family {family_of(folder).name}: "
+            "choose a "
             f"folder of family {name}"
         )
     return unpack(file, folder, FAMILIES[name].sources, layouts[name])

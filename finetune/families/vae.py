@@ -20,8 +20,8 @@ class CastVAE(nn.Module):
     """Wraps the VAE `inner` for a pipeline in `dtype`. Inputs are cast to the VAE's own dtype, and latents back. It
     computes in its own dtype even under autocast: SDXL's VAE overflows in fp16.
 
-    diffusers instead casts the VAE itself to fp32 and back (`force_upcast` in its config). That rounds its weights, and
-    does not work with a VAE in fp32, to which SDXL's pipelines pass fp16 latents.
+    diffusers instead casts the VAE itself to fp32 and back (`force_upcast` in its config). That rounds its weights,
+    and does not work with a VAE in fp32, to which SDXL's pipelines pass fp16 latents.
     """
 
     def __init__(self, inner: Any, dtype: torch.dtype) -> None:

@@ -192,7 +192,7 @@ def test_existing_files_and_unknown_formats(tiny_bases: dict[str, Path], tmp_pat
         export_adapter(adapter, Request(tmp_path, "x", "fp16", ABOUT), ["kohja"], bench_of(adapter.base_folder))
     assert list(tmp_path.iterdir()) == []
     export_adapter(adapter, Request(tmp_path, "x", "fp16", ABOUT), ["kohya"], bench_of(adapter.base_folder))
-    with pytest.raises(BadInput, match="already there"):
+    with pytest.raises(BadInput, match="already exists"):
         export_adapter(adapter, Request(tmp_path, "x", "fp16", ABOUT), ["kohya"], bench_of(adapter.base_folder))
 
 

@@ -198,14 +198,14 @@ def test_auto_is_called_subject(tiny_bases: dict[str, Path]) -> None:
 
 
 def test_attaching_before_naming_is_told(tiny_bases: dict[str, Path]) -> None:
-    with pytest.raises(TypeError, match="name_subject comes before attach"):
+    with pytest.raises(TypeError, match="call add_subject_token before attach"):
         TextualInversion().attach(load_family(str(tiny_bases["sd1"])), 0)
 
 
 def test_weights_of_another_shape_are_refused(tiny_bases: dict[str, Path]) -> None:
     one, two = TextualInversion(), TextualInversion(vectors=2)
     (first, _), (second, _) = named(tiny_bases["sd1"], one), named(tiny_bases["sd1"], two)
-    with pytest.raises(BadInput, match="disagree on 1 weights"):
+    with pytest.raises(BadInput, match="do not fit the recipe: 1 weights"):
         two.load_state_dict(second, one.state_dict(first))
 
 

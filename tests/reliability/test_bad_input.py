@@ -673,7 +673,7 @@ def adapter_missing(place: Place) -> list[str]:
     return place.sample(Path("/nowhere.safetensors"))
 
 
-@case("is no LoRA", "encoder.conv_in.weight")
+@case("is not a LoRA", "encoder.conv_in.weight")
 def adapter_is_a_vae(place: Place) -> list[str]:
     return adapter(place, {"encoder.conv_in.weight": torch.ones(4, 4)})
 

@@ -210,7 +210,7 @@ def test_a_base_in_several_files_is_read(base: Path) -> None:
 )
 def test_a_scheduler_is_one_of_a_list(name: object, base: Path) -> None:
     spoil(base / "scheduler" / "scheduler_config.json", _class_name=name)
-    with pytest.raises(BadInput, match="names the scheduler .*: change it to one of"):
+    with pytest.raises(BadInput, match=r"names the scheduler .*: change it to one of"):
         load_family(str(base))
 
 

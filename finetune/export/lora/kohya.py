@@ -168,7 +168,8 @@ def _three(path: Path, tensors: dict[str, Tensor], name: str) -> tuple[Tensor, T
     missing = [ending for ending in (DOWN, UP, ALPHA) if name + ending not in tensors]
     if missing:
         raise BadInput(
-            f"{path}: {name} has no {missing[0].lstrip('.')}, so readers would skip it or use a wrong scale: export it "
+            f"{path}: {name} has no {missing[0].lstrip('.')}, so readers would skip it or use a wrong scale: export "
+            "it "
             "again"
         )
     return tensors[name + DOWN], tensors[name + UP], float(tensors[name + ALPHA])

@@ -72,8 +72,8 @@ class Peft(AdapterExport):
             rules.add((rank, alpha * rank**0.5 if config.get("use_rslora") else alpha))
         if len(rules) != 1:
             raise BadInput(
-            f"{path} has parts with different ranks or alphas ({sorted(rules)}): use the kohya or diffusers file"
-        )
+                f"{path} has parts with different ranks or alphas ({sorted(rules)}): use the kohya or diffusers file"
+            )
         rank, alpha = rules.pop()
         return Adapter(family, base_folder, layers, alpha / rank)
 

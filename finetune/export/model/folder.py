@@ -39,7 +39,9 @@ class Folder(ModelExport):
     def checking(self, parts: Mapping[str, float], verify: Verify) -> str:
         if verify == "deltas":
             return ""
-        return f"one part at a time ({gib(max(parts.values()))} at most) in main memory, in addition to the trained model"
+        return (
+            f"one part at a time ({gib(max(parts.values()))} at most) in main memory, in addition to the trained model"
+        )
 
 
 def export_folder(family: Family, path: Path, dtype: str, verify: Verify = "full") -> Exported:

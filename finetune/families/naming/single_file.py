@@ -159,7 +159,8 @@ def unpacked(
     for entry in entries(layout, part, module):
         if entry.original not in held:
             raise BadInput(
-                f"{file} has no {entry.original}: give a complete file, or choose a folder of the same kind with base.like"
+                f"{file} has no {entry.original}: give a complete file, or choose a folder of the same kind with "
+                "base.like"
             )
         value = held[entry.original]
         if entry.third is not None:
