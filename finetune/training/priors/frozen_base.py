@@ -41,4 +41,4 @@ class FrozenBase(PriorSettings):
 
     def cost(self, method: Method, family: Family, class_prompt: str) -> str:
         extra = held("a frozen copy of the trained parts", method.reference_bytes(family))
-        return f"keeps the base's prediction for {class_prompt!r}: one more training pass and forward pass in each step{extra}"
+        return f"keeps the base's prediction for {class_prompt!r}: one more training and forward pass a step{extra}"
