@@ -25,9 +25,7 @@ from finetune.families.settings import Base
 from finetune.methods.base import Artifact
 from finetune.methods.textual_inversion import Inversion
 
-SMALL = (
-    2.0**-6
-)  # `balanced` changes modules whose largest |B| is below this; above it, few values are subnormal in fp16
+SMALL = 2.0**-6  # `balanced` changes modules whose largest |B| is below this: larger values fit well in fp16
 Load = Callable[[torch.dtype], Family]  # loads a clean base in this precision, on the CPU
 
 

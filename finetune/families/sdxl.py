@@ -34,9 +34,7 @@ class StableDiffusionXL(UNetFamily):
     drawing_class = SDXLDrawing
     sources: ClassVar = {
         "denoiser": PartSource("unet", diffusers.UNet2DConditionModel),
-        "vae": PartSource(
-            "vae", diffusers.AutoencoderKL, fp32_for_fp16=True
-        ),  # in fp16 it overflows and draws black images
+        "vae": PartSource("vae", diffusers.AutoencoderKL, fp32_for_fp16=True),  # fp16 overflows: black images
         "text_encoder": PartSource("text_encoder", transformers.CLIPTextModel),
         "text_encoder_2": PartSource("text_encoder_2", transformers.CLIPTextModelWithProjection),
     }

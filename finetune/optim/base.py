@@ -66,9 +66,7 @@ class Optimiser(Settings):
         """
         import torch
 
-        parameter = torch.nn.Parameter(
-            torch.zeros(8192, device=device)
-        )  # below 4096 values bitsandbytes keeps states in 32 bits
+        parameter = torch.nn.Parameter(torch.zeros(8192, device=device))  # 8-bit states need 4096 values
         optimizer = self.build({"denoiser.x": parameter})
         parameter.sum().backward()
         optimizer.step()

@@ -31,9 +31,7 @@ class State:
     trained: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     ema: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, Any] = field(
-        default_factory=dict
-    )  # values that are not tensors: optimiser counters, loss scaler
+    values: dict[str, Any] = field(default_factory=dict)  # no tensors: optimiser counters, loss scaler
 
 
 class Checkpoints:

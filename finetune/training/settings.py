@@ -22,9 +22,7 @@ class Run(Settings):
     """
 
     dir: AnyPath | None = None  # None: runs/<name>-<n>
-    name: str = Field(
-        default="run", pattern=r"^\w[\w .+-]*$", max_length=100
-    )  # part of file names, so it can't contain folders
+    name: str = Field(default="run", pattern=r"^\w[\w .+-]*$", max_length=100)  # part of file names
     seed: int = 0
     steps: int = Field(default=800, ge=1)
     batch_size: int = Field(default=1, ge=1)

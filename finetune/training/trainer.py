@@ -62,9 +62,7 @@ class Trainer:
     ) -> None:
         self.step, self.trained, self.optim, self.run = step, trained.parameters, optim, run
         self.accelerator, self.checkpoints = accelerator, checkpoints
-        step.move_to(
-            accelerator.device
-        )  # before the optimiser is built, whose state is created on the parameters' device
+        step.move_to(accelerator.device)  # the optimiser creates its state there
         optimizer = optim.build(trained.parameters, trained.windows)
         self.model, self.optimizer = accelerator.prepare(step, optimizer)
         self.ema = Ema(trained.parameters, run.ema)

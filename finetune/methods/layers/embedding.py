@@ -37,11 +37,7 @@ class ExtendedEmbedding(nn.Module):
 
     def __init__(self, base_layer: nn.Embedding, first: int, new: Rows) -> None:
         super().__init__()
-        self.base_layer, self.first, self.new = (
-            base_layer,
-            first,
-            new,
-        )  # the base comes first: encoders take their dtype from it
+        self.base_layer, self.first, self.new = base_layer, first, new  # the base first: it sets the encoder's dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, length] -> [B, length, width]. The new rows get a zero gradient if no prompt uses them."""
