@@ -366,7 +366,7 @@ def test_the_commands(tiny_bases: dict[str, Path], tmp_path: Path, capsys: pytes
         (["merge", "{x}:much", "--out", "y"], "'much'"),
         (["verify", "/nowhere.safetensors"], "/nowhere.safetensors"),
         (["verify", "{base}/vae/diffusion_pytorch_model.safetensors"], "no LoRA"),
-        (["verify", "{base}"], "no PEFT folder"),
+        (["verify", "{base}"], "not a PEFT folder"),
         (["extract", "{base}", "--out", "y"], "nothing to extract"),
         (["extract", "{sdxl}", "--out", "y"], "is a sdxl and the base a sd1"),
     ],

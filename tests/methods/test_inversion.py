@@ -172,7 +172,7 @@ def test_a_bf16_base_stays_bf16_and_draws(tiny_bases: dict[str, Path]) -> None:
     ("method", "token", "noun", "said"),
     [
         ({}, "zwx", None, "method.init is missing"),
-        ({}, "zwx", "unknownword", "'unknownword' is 11 pieces"),
+        ({}, "zwx", "unknownword", "splits the initialiser 'unknownword' into 11 tokens"),
         ({"init": "red mug"}, "zwx", None, r"'red mug' has 2 words but method\.vectors is 1"),
         ({}, "two words", "mug", "'two words' can't name new embeddings"),
         ({}, "<a>b>", "mug", "can't name new embeddings"),

@@ -511,7 +511,7 @@ def class_images_with_a_spoilt_manifest(place: Place) -> list[str]:
 # bases
 
 
-@case("neither a folder here nor", "hub", "check the name")
+@case("is not a local folder", "hub", "check the name")
 def base_not_on_the_hub(place: Place) -> list[str]:
     return place.train("base=nobody/nothing")
 
@@ -532,7 +532,7 @@ def base_index_broken(place: Place) -> list[str]:
     return place.train()
 
 
-@case("unet/config.json", "whole diffusers folder")
+@case("unet/config.json", "complete diffusers folder")
 def base_without_unet(place: Place) -> list[str]:
     shutil.rmtree(place.own_base() / "unet")
     return place.train()
@@ -544,7 +544,7 @@ def base_unet_config_broken(place: Place) -> list[str]:
     return place.train()
 
 
-@case("vae/config.json", "whole diffusers folder")
+@case("vae/config.json", "complete diffusers folder")
 def base_without_vae(place: Place) -> list[str]:
     shutil.rmtree(place.own_base() / "vae")
     return place.train()
@@ -692,7 +692,7 @@ def adapter_empty(place: Place) -> list[str]:
     return place.sample(place.path / "a.safetensors")
 
 
-@case("a.pt", "no .safetensors file")
+@case("a.pt", "not a .safetensors file")
 def adapter_is_a_pickle(place: Place) -> list[str]:
     torch.save(kohya(place), place.path / "a.pt")
     return place.sample(place.path / "a.pt")
