@@ -516,7 +516,7 @@ def base_not_on_the_hub(place: Place) -> list[str]:
     return place.train("base=nobody/nothing")
 
 
-@case("'/nowhere' is no folder", "hub id")
+@case("'/nowhere' is not a folder", "hub id")
 def base_missing(place: Place) -> list[str]:
     return place.train("base=/nowhere")
 
@@ -757,7 +757,7 @@ def recipes_copy_onto_a_file(place: Place) -> list[str]:
     return ["recipes", "copy", "demo", str(place.path / "mine.yaml")]
 
 
-@case("'/nowhere' is no folder")
+@case("'/nowhere' is not a folder")
 def tokens_of_no_base(place: Place) -> list[str]:
     return ["tokens", "suggest", "--base", "/nowhere"]
 
