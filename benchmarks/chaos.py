@@ -1,11 +1,12 @@
-"""Kills a run at random moments, resumes it, and compares what comes out with the run that was never killed.
+"""Kills a run at random moments, resumes it, and compares its result with that of a run that was never killed.
 
     python benchmarks/chaos.py --kills 60
 
-A small LoRA run with class images, caching, accumulation, dropout, EMA and frequent checkpoints is started in a
-process of its own and killed with SIGKILL at a random moment, again and again, until it ends; then the next run
-starts, from empty caches. After one kill in five a byte of the newest checkpoint is flipped too. Ends with 0 if every
-adapter has the SHA-256 of the unbroken run's, and every metrics.jsonl its lines (timing aside).
+It starts a small LoRA run with class images, caching, accumulation, dropout, EMA and frequent checkpoints in a
+separate process, and kills it with SIGKILL at a random moment. This repeats until the run ends; then the next run
+starts with empty caches. After one kill in five it also flips a byte of the newest checkpoint. The exit code is 0 if
+every adapter has the same SHA-256, and every metrics.jsonl the same lines (except for times), as in the uninterrupted
+run.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 METHODS: dict[str, dict[str, Any]] = {"lora": {"kind": "lora", "rank": 4, "dropout": 0.1}, "full": {"kind": "full"}}
-WINDOW = 0.55  # of the unbroken run: a resumed one that only has its pictures and exports left may come to its end
-PHASES = ("before the first file", "class images", "latents and prompts", "training", "saving", "pictures and exports")
+WINDOW = 0.55  # share of the uninterrupted run's time: a resumed run with only images and exports left may then end
+PHASES = ("before the first file", "class images", "latents and prompts", "training", "saving", "images and exports")
 
 
 def recipe(work: Path, method: str, optim: str) -> Any:
@@ -60,7 +61,7 @@ def recipe(work: Path, method: str, optim: str) -> Any:
 
 
 def work_on(work: Path, run: Path, kinds: tuple[str, str]) -> None:
-    """What a child process does: train, or go on."""
+    """The work of a child process: starts or resumes the training."""
     import torch
 
     from finetune.jobs.train import train
@@ -74,12 +75,12 @@ def work_on(work: Path, run: Path, kinds: tuple[str, str]) -> None:
 
 
 def phase_of(work: Path, run: Path) -> str:
-    """Where a killed run stood, from what lies there."""
+    """The phase that a killed run had reached, from its files."""
     cache = work / "caches" / run.name
     if any((run / "checkpoints").glob(".*.tmp")):
         return "saving"
     if (run / "adapter" / "trained.safetensors").is_file():
-        return "pictures and exports"
+        return "images and exports"
     if (run / "metrics.jsonl").is_file():
         return "training"
     if len(list(cache.rglob("class-images/*/*.png"))) == 8:
@@ -111,7 +112,7 @@ def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
 def kill_once(
     context: Any, work: Path, run: Path, kinds: tuple[str, str], longest: float, dice: random.Random
 ) -> bool:
-    """Starts or resumes the run and kills it at a random moment; False if it came to its end first."""
+    """Starts or resumes the run and kills it at a random moment. Returns False if the run ended before that."""
     process = context.Process(target=work_on, args=(work, run, kinds))
     process.start()
     process.join(dice.uniform(0, longest))
@@ -140,7 +141,7 @@ def main() -> None:
     from finetune.families.registry import FAMILIES
     from finetune.methods.registry import METHODS as REGISTERED
 
-    assert list(FAMILIES)  # registries import their modules when they are first asked
+    assert list(FAMILIES)  # registries import their modules on first use
     assert list(REGISTERED)
 
     kinds = (arguments.method, arguments.optim)
@@ -162,10 +163,10 @@ def main() -> None:
             flipped += dice.random() < 0.2 and flip_a_byte(run, dice)
         same += outcome(run) == wanted
     damaged = (work / "damaged.txt").read_text(encoding="utf-8").count("is damaged")
-    print(f"unbroken run: {length:.1f} s, adapter {wanted[0][:16]}")
+    print(f"uninterrupted run: {length:.1f} s, adapter {wanted[0][:16]}")
     print(f"{kills} kills: " + ", ".join(f"{where[name]} in {name}" for name in PHASES if where[name]))
-    print(f"{flipped} checkpoints damaged on purpose, {damaged} times a damaged one was met, named and passed over")
-    print(f"{runs} runs came to their end, {same} with the unbroken run's adapter (SHA-256) and metrics")
+    print(f"{flipped} checkpoints damaged on purpose; runs found, reported and skipped a damaged one {damaged} times")
+    print(f"{runs} runs completed, {same} with the uninterrupted run's adapter (SHA-256) and metrics")
     sys.exit(0 if same == runs else 1)
 
 

@@ -221,7 +221,7 @@ def test_our_reader_refuses_what_it_would_misread(tiny_bases: dict[str, Path], t
     for kind in KINDS:
         method, family = attached(tiny_bases["sd1"], kind)
         export_native_form(method, family, tmp_path / kind, probe_trained(family), bench_of(tiny_bases["sd1"]))
-        with pytest.raises(BadInput, match=rf"a {kind.upper()} of PEFT and no plain LoRA"):
+        with pytest.raises(BadInput, match=rf"a {kind.upper()} adapter of PEFT, not a plain LoRA"):
             open_adapter(tmp_path / kind, str(tiny_bases["sd1"]))
 
 
@@ -317,7 +317,7 @@ def test_a_full_run_leaves_as_a_lora_that_says_what_it_loses(
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     lost = sum(before[name].ndim == 1 or "embedding.weight" in name for name in moved)
     assert lost > 0
-    assert said.count(f"ok: {lost} biases, norms and embeddings moved too") == 2
+    assert said.count(f"ok: {lost} biases, norms and embeddings changed too") == 2
     assert (path / "exports" / "mine.safetensors").is_file()  # the checkpoint
     adapter, _ = open_adapter(path / "exports" / "mine-lora.safetensors", str(tiny_bases["sd1"]))
     assert adapter.count == len(moved) - lost

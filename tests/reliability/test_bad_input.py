@@ -511,12 +511,12 @@ def class_images_with_a_spoilt_manifest(place: Place) -> list[str]:
 # bases
 
 
-@case("neither a folder here nor", "hub", "check the name")
+@case("is not a local folder", "hub", "check the name")
 def base_not_on_the_hub(place: Place) -> list[str]:
     return place.train("base=nobody/nothing")
 
 
-@case("'/nowhere' is no folder", "hub id")
+@case("'/nowhere' is not a folder", "hub id")
 def base_missing(place: Place) -> list[str]:
     return place.train("base=/nowhere")
 
@@ -532,7 +532,7 @@ def base_index_broken(place: Place) -> list[str]:
     return place.train()
 
 
-@case("unet/config.json", "whole diffusers folder")
+@case("unet/config.json", "complete diffusers folder")
 def base_without_unet(place: Place) -> list[str]:
     shutil.rmtree(place.own_base() / "unet")
     return place.train()
@@ -544,7 +544,7 @@ def base_unet_config_broken(place: Place) -> list[str]:
     return place.train()
 
 
-@case("vae/config.json", "whole diffusers folder")
+@case("vae/config.json", "complete diffusers folder")
 def base_without_vae(place: Place) -> list[str]:
     shutil.rmtree(place.own_base() / "vae")
     return place.train()
@@ -673,7 +673,7 @@ def adapter_missing(place: Place) -> list[str]:
     return place.sample(Path("/nowhere.safetensors"))
 
 
-@case("is no LoRA", "encoder.conv_in.weight")
+@case("is not a LoRA", "encoder.conv_in.weight")
 def adapter_is_a_vae(place: Place) -> list[str]:
     return adapter(place, {"encoder.conv_in.weight": torch.ones(4, 4)})
 
@@ -692,7 +692,7 @@ def adapter_empty(place: Place) -> list[str]:
     return place.sample(place.path / "a.safetensors")
 
 
-@case("a.pt", "no .safetensors file")
+@case("a.pt", "not a .safetensors file")
 def adapter_is_a_pickle(place: Place) -> list[str]:
     torch.save(kohya(place), place.path / "a.pt")
     return place.sample(place.path / "a.pt")
@@ -757,7 +757,7 @@ def recipes_copy_onto_a_file(place: Place) -> list[str]:
     return ["recipes", "copy", "demo", str(place.path / "mine.yaml")]
 
 
-@case("'/nowhere' is no folder")
+@case("'/nowhere' is not a folder")
 def tokens_of_no_base(place: Place) -> list[str]:
     return ["tokens", "suggest", "--base", "/nowhere"]
 
