@@ -1,6 +1,6 @@
-"""The job: photos -> plan -> class images -> caches -> training -> pictures -> exports -> page.
+"""A run from start to end: photos -> plan -> class images -> caches -> training -> exports -> images -> report.
 
-Each stage is a function here and can be read on its own; the loop is in `training/trainer.py`.
+Each stage is a function in this module. The training loop is in `training/trainer.py`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,11 @@ _RUNNING = threading.Lock()
 
 @dataclass(frozen=True)
 class Hooks:
-    """How a caller follows a run and ends it: `say` gets lines for a person, `events` the typed events (on the main
-    process), and `stop.request()`, from any thread, ends the run after its step."""
+    """How a caller follows and ends a run.
+
+    `say` gets lines of text for the user, and `events` gets typed events on the main process. `stop.request()`, from
+    any thread, ends the run after its current step.
+    """
 
     say: Say = lambda line: None
     events: Consumer = lambda event: None
@@ -68,17 +71,25 @@ def train(
     events: Consumer = lambda event: None,
     stop: Stop | None = None,
 ) -> Path:
-    """Runs a recipe from end to end, or goes on where an interrupted run of it stopped; returns the run folder.
+    """Runs a recipe from start to end, or continues an interrupted run of it.
 
     Args:
-        say: gets lines for a person: the plan, the exported files.
+        recipe: what to run.
+        run_dir: the run folder; None for `run.dir`, or else a new folder in runs/. If it holds a run of this recipe,
+            that run continues.
+        say: gets lines of text for the user: the plan, the exported files.
         events: gets the typed events of `finetune.core.events`, on the main process.
-        stop: `stop.request()`, from any thread, ends the run after its step.
+        stop: `stop.request()`, from any thread, ends the run after its current step.
+
+    Returns:
+        The run folder.
 
     Raises:
-        BadInput: something in the recipe, the photos or the folder; nothing was half-written.
-        CheckFailed: a step was not finite, or an export is not what was trained.
-        Stopped: SIGINT, SIGTERM or `stop`; `resume` goes on.
+        BadInput: the recipe, the photos, the base or the folder can't be used, or another run is active in this Python
+            process.
+        CheckFailed: the loss or gradient of a step was not finite, or an export did not pass its checks.
+        Stopped: SIGINT, SIGTERM or `stop` ended the run; `resume` continues it.
+        OSError: a file can't be written, for example because the disk is full.
     """
     with _alone_in_this_process(), deterministic(recipe.run.deterministic):
         return _train_here(recipe, run_dir, Hooks(say, events, stop or Stop()))
@@ -86,9 +97,11 @@ def train(
 
 @contextmanager
 def _alone_in_this_process() -> Iterator[None]:
-    """torch's seed for new weights and its deterministic mode are the process's: two runs at once would mix them."""
+    """Refuses a second run in this process: both would share torch's global seed and deterministic mode."""
     if not _RUNNING.acquire(blocking=False):
-        raise BadInput("another run is at work in this Python process: wait for its end, or start this one in another")
+        raise BadInput(
+            "another run is active in this Python process: wait until it ends, or start this one in another process"
+        )
     try:
         yield
     finally:
@@ -101,9 +114,8 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
     with sent_to(*([hooks.events] if main else [])):
         job = prepare(recipe, accelerator.device, _begun(run_dir or recipe.run.dir))
         chosen = [run_dir or recipe.run.dir or next_folder(recipe.run.name)]
-        path = Path(
-            broadcast_object_list(chosen)[0]
-        )  # processes that start at different moments see different folders
+        # processes that start at different moments would choose different folders
+        path = Path(broadcast_object_list(chosen)[0])
         accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(path)
         folder = RunFolder(path)
         held = folder.held(recipe) if main else nullcontext()
@@ -112,13 +124,13 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
 
 
 def _begun(run_dir: Path | str | None) -> bool:
-    """Whether there is a run in this folder, to go on with."""
+    """Whether this folder holds a run that can be continued."""
     return run_dir is not None and (Path(run_dir) / "recipe.yaml").is_file()
 
 
 @contextmanager
 def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe) -> Iterator[None]:
-    """Metrics, status and trackers follow the events inside the block; at its end the outcome is told."""
+    """Sends the events of the block to metrics, status and trackers. At the end, sends the outcome."""
     consumers: list[Consumer] = []
     if accelerator.is_main_process:
         consumers = [MetricsFile(folder.path), StatusFile(folder.path, recipe.run.steps)]
@@ -137,7 +149,7 @@ def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe) -> It
 
 
 def _track(accelerator: Accelerator, event: Event) -> None:
-    """wandb, trackio and TensorBoard, through Accelerate."""
+    """Logs a step to wandb, trackio or TensorBoard through Accelerate."""
     if isinstance(event, StepDone):
         accelerator.log({"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm}, step=event.step)
 
@@ -169,7 +181,15 @@ def resume(
     events: Consumer = lambda event: None,
     stop: Stop | None = None,
 ) -> Path:
-    """Goes on with an interrupted run: what comes out is what the unbroken run would have given. As `train`."""
+    """Continues an interrupted run. The result is the same as without the interruption.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        BadInput: `run_dir` is not a run folder; and as `train`.
+        CheckFailed, Stopped, OSError: as `train`.
+    """
     return train(RunFolder(Path(run_dir)).recipe, run_dir, say, events=events, stop=stop)
 
 
@@ -197,9 +217,9 @@ def _info(job: Prepared) -> RunRecord:
 
 
 def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, stop: Stop) -> None:
-    """The pictures of before, the training, and the trained weights in RUN/adapter."""
+    """Draws the images from before training, trains, and saves the trained weights in RUN/adapter."""
     recipe = job.recipe
-    recipe.optim.try_on(accelerator.device)  # before pictures are drawn for minutes
+    recipe.optim.try_on(accelerator.device)  # fails here rather than after minutes of drawing
     if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
         draw_samples(job, folder.path / "samples" / "before", "Before")
     if recipe.run.trackers:
@@ -208,7 +228,7 @@ def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, stop: Sto
     if recipe.run.trackers:
         accelerator.end_training()
     if accelerator.is_main_process:
-        shutil.rmtree(folder.path / "samples" / "after", ignore_errors=True)  # of a shorter run
+        shutil.rmtree(folder.path / "samples" / "after", ignore_errors=True)  # from a run with fewer steps
         about = {"base_hash": job.base_hash, "steps": str(recipe.run.steps)}
         folder.save_result(recipe.method.state_dict(job.family), about)
 
@@ -220,7 +240,15 @@ def fit_job(
     on_step: Callable[[int], None] = lambda step: None,
     stop: Stop | None = None,
 ) -> None:
-    """Class images, caches, the method attached, and the loop: what is trained ends in `job.family`."""
+    """Draws class images, fills the caches, attaches the method and trains. `job.family` holds the trained weights.
+
+    `on_step` is called after every step, with the number of steps done. `stop` ends the loop after its current step.
+
+    Raises:
+        BadInput: the class images, or a checkpoint in `folder`, can't be used.
+        CheckFailed: the loss or gradient of a step was not finite.
+        Interrupted: `stop` was requested, or a signal arrived.
+    """
     recipe, family = job.recipe, job.family
     streams = make_streams(job, accelerator)
     cache = cache_latents(job, streams, accelerator)
@@ -260,7 +288,7 @@ def fit_job(
 
 
 def _idle_parts(job: Prepared, encode_prompts: PromptEncoder) -> list[str]:
-    """Frozen parts whose work is cached: they leave memory while the loop runs."""
+    """Frozen parts whose outputs are cached. They are removed from memory during the training loop."""
     busy = {"denoiser", *job.recipe.method.part_names(job.family)}
     cached = isinstance(encode_prompts, PromptCache)
     return [part for part in job.family.parts if part not in busy and (part in job.family.codec.parts or cached)]
@@ -276,7 +304,7 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
     exported = export_run(folder, job.family)
     after = folder.path / "samples" / "after"
     shown = None if after.is_dir() else open_exported(folder, exported, dtype)
-    if shown is not None:  # what is shown is what the file gives, not what was in memory
+    if shown is not None:  # the report shows what the exported file draws, not the weights in memory
         shown.parts.device = device
         job.family = shown
         draw_samples(job, after, "After")
@@ -286,4 +314,6 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
         say(f"{item.format:>16}  {item.path}  {'; '.join(check.line for check in item.checks) or UNCHECKED}")
     failed = [item.format for item in exported if not item.ok]
     if failed:
-        raise CheckFailed(f"the export to {', '.join(failed)} is not what was trained: see {folder.path}/report.html")
+        raise CheckFailed(
+            f"the export to {', '.join(failed)} does not match what was trained: see {folder.path}/report.html"
+        )

@@ -1,4 +1,4 @@
-"""A folder of photos, used where it is."""
+"""A folder of photos, used in place."""
 
 from __future__ import annotations
 
