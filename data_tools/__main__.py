@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 no problems, 1 problems found, 2 bad input."""
     options = _parser().parse_args(arguments)
     from finetune.core.errors import BadInput
     from finetune.core.logging import printable

@@ -47,6 +47,7 @@ class File:
 
     @property
     def name(self) -> str:
+        """The file's name, without the folder."""
         return self.path.name
 
 
@@ -61,6 +62,7 @@ class Findings:
 
     @property
     def fine(self) -> bool:
+        """Whether there are no problems."""
         return not self.problems and not any(file.problems for file in self.files)
 
 

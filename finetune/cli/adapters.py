@@ -25,6 +25,7 @@ Rank = Annotated[int | None, typer.Option("--rank", min=1)]
 
 
 def register(app: typer.Typer) -> None:
+    """Adds the commands of this module to `app`."""
     for command in (inspect, plan, verify, convert, resize, merge, extract):
         app.command()(command)
 
@@ -171,7 +172,7 @@ def say_exported(exported: list[Exported]) -> None:
         CheckFailed: a check failed.
     """
     for item in exported:
-        readers = f"read by {', '.join(item.read_by) or 'nobody'}" if item.checks else UNCHECKED
+        readers = f"read by {', '.join(item.read_by) or 'no known program'}" if item.checks else UNCHECKED
         typer.echo(f"{item.format}: {item.path} ({item.size / 1e6:.2f} MB, {item.modules} modules), {readers}")
         for check in item.checks:
             typer.echo(f"  {check.line}")

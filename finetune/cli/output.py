@@ -18,6 +18,7 @@ class ProgressBars:
         self._open: list[tuple[Any, Any]] = []  # (rich's Progress, its task), the innermost phase last
 
     def enable(self) -> None:
+        """Shows progress bars from now on."""
         self.is_enabled = True
 
     def __call__(self, event: Event) -> None:

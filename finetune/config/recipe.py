@@ -60,8 +60,8 @@ class Recipe(Settings):
             )
         if self.export.rank is not None and self.leaves_as_trained:
             raise ValueError(
-                f"export.rank is {self.export.rank} but a {self.method.kind} is exported exactly as it was trained: leave "
-                "it out, or make the file smaller with `finetune resize`"
+                f"export.rank is {self.export.rank} but a {self.method.kind} is exported exactly as it was trained: "
+                "leave it out, or make the file smaller with `finetune resize`"
             )
         if any("{token}" in prompt for prompt in self.prior.prompts):
             raise ValueError(

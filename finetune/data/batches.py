@@ -57,10 +57,12 @@ class Batches:
     ) -> None:
         """
         Args:
-            sampler: chooses the samples of each step: `ShuffleSampler` for one image size, `BucketSampler` for
-            several. cache: the latents of every crop. accumulate: the number of micro-batches in a step. processes:
-            the position of this process, which decides its part of each micro-batch. masks: the loss weight of each
-            latent; None if all count equally. inputs: the extra inputs of the base; None if it has none.
+            sampler: chooses the samples: `ShuffleSampler` for one image size, `BucketSampler` for several.
+            cache: the latents of every crop.
+            accumulate: the number of micro-batches in a step.
+            processes: the position of this process, which decides its part of each micro-batch.
+            masks: the loss weight of each latent; None if all count equally.
+            inputs: the extra inputs of the base; None if it has none.
 
         Raises:
             BadInput: a step's samples can't be split evenly.

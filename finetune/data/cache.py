@@ -32,9 +32,11 @@ class Encodable(Protocol):
 class Cache(Protocol):
     """The latents and conditions of images, see `LatentCache`."""
 
-    def latents(self, image: Encodable) -> Latents: ...
+    def latents(self, image: Encodable) -> Latents:
+        """Returns the mean and std [C, h, w] of one image."""
 
-    def conditions(self, image: Encodable) -> dict[str, Tensor]: ...
+    def conditions(self, image: Encodable) -> dict[str, Tensor]:
+        """Returns the conditions computed from one image, without the batch dimension."""
 
 
 class LatentCache:
@@ -123,6 +125,7 @@ class PromptCache:
                 self.entries[prompt].append({name: value.to(self.family.device) for name, value in encoded.items()})
 
     def __call__(self, prompts: Sequence[str], keep_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Returns the conditions of the prompts, as `Family.encode_prompts` does. Raises KeyError for a new prompt."""
         rows = [self.entries[prompt] for prompt in prompts]
         encoded = [
             {name: torch.stack([row[index][name] for row in rows]) for name in rows[0][index]}

@@ -37,9 +37,8 @@ def caption_photos(
     `captions` says what to use: caption files, templates, or ("auto") files where they exist and templates elsewhere.
 
     Raises:
-        BadInput: `captions` is "files" and photos have none (the message names them all); a template or noun is
-        missing;
-            or a caption names a photo that is not there.
+        BadInput: `captions` is "files" and photos have none (the message names them all), a template or noun is
+            missing, or a caption names a photo that is not there.
     """
     found = {} if captions == "templates" else caption_files(photos[0].path.parent, photos)
     _refuse_orphans(photos[0].path.parent, found)

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from finetune.core.errors import BadInput
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-# Pillow's formats for these files, detected by content. Others stay off: Pillow opens EPS with Ghostscript, for example
+# Pillow's formats for these files, detected by content. Others stay off: for EPS, Pillow starts Ghostscript
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
 APPLE = {".heic", ".heif"}
 MASK = ".mask.png"  # NAME.mask.png says which part of the photo NAME is the subject
@@ -145,7 +145,7 @@ def read_photo(file: Path) -> Photo:
     content = _content(file)
     width, height = _decode(file, content).size
     if min(width, height) < MIN_SIDE:
-        raise BadImage(file, f"{width}x{height} pixels are too few to learn from")
+        raise BadImage(file, f"{width}x{height} pixels is too small to learn from")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImage(file, f"{width}x{height} is more than {MAX_ASPECT} times as long as wide: crop it")
     return Photo(file, (width, height), hashlib.sha256(content).hexdigest())

@@ -16,7 +16,7 @@ from finetune.data.crops import Crop
 
 @dataclass(frozen=True)
 class Sample:
-    """A photo's crops and captions; each use draws one of both. `weight` multiplies its loss (class images: lambda)."""
+    """A photo's crops and captions; one of each is drawn. `weight` multiplies its loss (lambda for class images)."""
 
     crops: list[Crop]
     captions: list[str]
@@ -59,6 +59,7 @@ class ShuffleSampler:
         self.streams, self.seed, self.batch_size = streams, seed, batch_size
 
     def place(self, stream: int, step: int, pair: int) -> Slot:
+        """As `ItemSampler.place`: every sample once in an epoch, with all of its crops."""
         samples = self.streams[stream]
         epoch, position = divmod(step * self.batch_size + pair, len(samples))
         sample = samples[permutation(self.seed, "order", stream, epoch, len(samples))[position]]
@@ -81,6 +82,7 @@ class BucketSampler:
         self.groups = group_count([len(members) for members in self.members], batch_size)
 
     def place(self, stream: int, step: int, pair: int) -> Slot:
+        """As `ItemSampler.place`: only crops of the step's size, with weight 0 for padding."""
         group = self._group(step)
         weight = float(
             pair < len(group)

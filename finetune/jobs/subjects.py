@@ -161,7 +161,7 @@ def _refuse_pieces(family: Family, token: str, most: int) -> None:
     if len(pieces) > most:
         raise BadInput(
             f"the token {token!r} is {len(pieces)} pieces for this base ({' + '.join(pieces)}), each with its "
-            f"own meaning: find another with `finetune tokens suggest`, or allow it with data.token_pieces={len(pieces)}"
+            f"own meaning: find one with `finetune tokens suggest`, or allow it with data.token_pieces={len(pieces)}"
         )
 
 

@@ -335,7 +335,7 @@ def test_an_extreme_photo_is_cropped_into_the_last_bucket(tiny_bases: dict[str, 
 
 def test_a_resolution_that_buckets_cannot_have_is_refused(tiny_bases: dict[str, Path], shapes: Path) -> None:
     prepare(recipe(tiny_bases["sd1"], shapes, "data.resolution=34", "data.shape=square"))
-    with pytest.raises(BadInput, match=r"is 34, .* by 4 \(as data\.shape=buckets needs it\): choose 32"):
+    with pytest.raises(BadInput, match=r"is 34, .* multiple of 4 \(with data\.shape=buckets\): choose 32"):
         prepare(recipe(tiny_bases["sd1"], shapes, "data.resolution=34"))
 
 

@@ -26,6 +26,8 @@ from finetune.families.drawing import ImageCondition
 
 
 class Depth(Inputs):
+    """Depth maps: one further channel."""
+
     kind = "depth"
 
     def __init__(self, family: Family, photos: Sequence[Photo], choices: Choices) -> None:
@@ -46,6 +48,7 @@ class Depth(Inputs):
         return self.entries[crop.key]
 
     def condition(self, crop: Crop) -> ImageCondition:
+        """Returns the crop's pixels and its depth [1, H, W], both in [0, 1]."""
         depth = self._cut(crop)
         low, high = depth.min(), depth.max()
         return ImageCondition(unit(crop.pixels()), (depth - low) / (high - low).clamp(min=1e-8))

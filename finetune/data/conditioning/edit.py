@@ -17,6 +17,8 @@ from finetune.families.drawing import ImageCondition
 
 
 class Edit(Inputs):
+    """Images before an edit: four further channels."""
+
     kind = "edit"
 
     def __init__(self, family: Family, photos: Sequence[Photo], choices: Choices) -> None:
@@ -25,6 +27,7 @@ class Edit(Inputs):
         self.scaling = family.codec.scaling
 
     def images(self, crop: Crop) -> list[Encodable]:
+        """Returns the same crop of the image before the edit."""
         return [self._before(crop)]
 
     def extra(self, crop: Crop, key: SampleKey, cache: Cache) -> Tensor:
@@ -33,9 +36,11 @@ class Edit(Inputs):
         return torch.zeros_like(latents) if dropped(key, self.choices.edit_dropout)[0] else latents
 
     def prompt(self, prompt: str, key: SampleKey) -> str:
+        """Returns the instruction, or an empty text if it is dropped for this sample."""
         return "" if dropped(key, self.choices.edit_dropout)[1] else prompt
 
     def condition(self, crop: Crop) -> ImageCondition:
+        """Returns the image before the edit, [3, H, W] in [0, 1], and the image guidance scale."""
         return ImageCondition(unit(self._before(crop).pixels()), guidance=self.choices.image_guidance)
 
     def _before(self, crop: Crop) -> Crop:

@@ -40,6 +40,7 @@ class MaskedCrop:
 
     @cached_property
     def key(self) -> str:
+        """A hash of the crop and its mask."""
         return hashlib.sha256(f"{self.crop.key}:{self.seed}:{self.number}:masked".encode()).hexdigest()
 
     def mask(self) -> Tensor:
@@ -49,10 +50,13 @@ class MaskedCrop:
         return torch.from_numpy(np.array(drawn, dtype=np.float32))[None] / 255
 
     def pixels(self) -> Tensor:
+        """Returns the masked image as [3, H, W] float32 in [-1, 1]."""
         return self.crop.pixels() * (1 - self.mask())
 
 
 class Inpaint(Inputs):
+    """Random masks and masked images: five further channels."""
+
     kind = "inpaint"
     any_image = True
 
@@ -61,9 +65,11 @@ class Inpaint(Inputs):
         self.small: dict[str, Tensor] = {}
 
     def masked(self, crop: Crop) -> list[MaskedCrop]:
+        """Returns the crop with each of its `mask_count` masks."""
         return [MaskedCrop(crop, self.choices.seed, number) for number in range(self.choices.mask_count)]
 
     def images(self, crop: Crop) -> list[Encodable]:
+        """Returns the masked crops, which the VAE must encode."""
         return list(self.masked(crop))
 
     def extra(self, crop: Crop, key: SampleKey, cache: Cache) -> Tensor:
@@ -80,6 +86,7 @@ class Inpaint(Inputs):
         return torch.cat([self.small[chosen.key], cache.latents(chosen).mean])
 
     def condition(self, crop: Crop) -> ImageCondition:
+        """Returns the crop's pixels [3, H, W] in [0, 1], and its first mask [1, H, W]."""
         return ImageCondition(unit(crop.pixels()), self.masked(crop)[0].mask())
 
 

@@ -59,6 +59,11 @@ class Packed(Source):
         """
 
     def open(self, path: Path) -> Opened:
+        """Unpacks the photos, masks and captions to the cache and returns that folder.
+
+        Raises:
+            BadInput: the file can't be read, holds no images, or holds two files of one name.
+        """
         stem = re.sub(r"[^\w-]+", "-", path.stem)
         folder = cache_dir() / "photos" / f"{stem}-{sha256(path)[:16]}"
         written: set[str] = set()

@@ -20,9 +20,15 @@ class Zip(Packed):
 
     @classmethod
     def matches(cls, path: Path) -> bool:
+        """Returns whether the path is a file whose name ends in .zip."""
         return path.suffix.lower() == ".zip" and path.is_file()
 
     def files(self, path: Path) -> Iterator[tuple[str, bytes]]:
+        """Gives (name, content) of each file; files that are not used have no content.
+
+        Raises:
+            BadInput: the zip file is damaged or encrypted, a file is too large, or photos are in several folders.
+        """
         try:
             with zipfile.ZipFile(path) as held:
                 entries = [entry for entry in held.infolist() if not entry.is_dir() and not _is_hidden(entry.filename)]
