@@ -285,7 +285,7 @@ def test_a_broken_bound_is_a_failure_that_says_which_rank_would_do(
     tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe_of(tiny_bases["sd1"], photos, "oft", "export.rank=2", "export.max_error=0.05")
-    with pytest.raises(CheckFailed, match="diffusers, kohya is not what was trained"):
+    with pytest.raises(CheckFailed, match="diffusers, kohya does not match what was trained"):
         job.train(recipe, tmp_path / "run")
     assert len(list((tmp_path / "run" / "samples" / "after").iterdir())) == 2  # drawn from the PEFT form
     command = ["export", str(tmp_path / "run"), "--to", "kohya"]
@@ -357,7 +357,7 @@ def lora_run(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--rank", "4"], ("export.rank is 4", "a lora leaves as it was trained", "finetune resize")),
+        (["--rank", "4"], ("export.rank is 4", "a lora is exported exactly as it was trained", "finetune resize")),
         (["--rank", "0"], ("export.rank is 0", "greater than or equal to 1")),
         (["--max-error", "-1"], ("export.max_error is -1", "greater than 0")),
         (["--to", "folder"], ("a folder file can't hold an adapter", "kohya")),

@@ -229,11 +229,11 @@ def recipe(base: Path, photos: Path, method: dict, **sections: dict) -> dict:
         ({"method": {"kind": "pivotal", "pivot": 1.0}}, "method.pivot is 1.0"),
         (
             {"method": {"kind": "pivotal"}, "optim": {"kind": "prodigy"}},
-            "optim.kind prodigy moves weights that should",
+            "optim.kind prodigy changes weights that",
         ),
         (
             {"method": {"kind": "pivotal"}, "optim": {"kind": "schedule_free"}},
-            "as method.kind pivotal wants it of some",
+            "method.kind pivotal does not train in every step",
         ),
     ],
 )

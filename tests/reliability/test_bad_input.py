@@ -84,7 +84,7 @@ def photos_folder_is_a_file(place: Place) -> list[str]:
     return place.train(f"data.photos={place.photos / '0.png'}")
 
 
-@case("holds no pictures", ".jpg")
+@case("holds no images", ".jpg")
 def photos_none(place: Place) -> list[str]:
     (place.path / "empty").mkdir()
     return place.train(f"data.photos={place.path / 'empty'}")
@@ -104,7 +104,7 @@ def photo_truncated(place: Place) -> list[str]:
     return place.train()
 
 
-@case("notes.jpg (not a picture")
+@case("notes.jpg (not an image")
 def photo_is_text(place: Place) -> list[str]:
     (place.photos / "notes.jpg").write_text("these are my notes")
     return place.train()
@@ -173,7 +173,7 @@ def photo_name_not_utf8(place: Place) -> list[str]:
     return place.train()
 
 
-@case("all 40 photos", "same picture", "different photos")
+@case("all 40 photos", "same image", "different photos")
 def photos_one_forty_times(place: Place) -> list[str]:
     folder = place.path / "same"
     folder.mkdir()
@@ -182,7 +182,7 @@ def photos_one_forty_times(place: Place) -> list[str]:
     return place.train(f"data.photos={folder}")
 
 
-@case("3 of 6 files", "a.png (empty file)", "b.jpg (not a picture", "c.gif")
+@case("3 of 6 files", "a.png (empty file)", "b.jpg (not an image", "c.gif")
 def photos_bad_ones_are_listed_together(place: Place) -> list[str]:
     (place.photos / "a.png").touch()
     (place.photos / "b.jpg").write_text("b")
@@ -191,7 +191,7 @@ def photos_bad_ones_are_listed_together(place: Place) -> list[str]:
     return place.train()
 
 
-@case("holds no pictures that can be used", "a.png")
+@case("holds no images that can be used", "a.png")
 def photos_all_bad_with_skip_bad(place: Place) -> list[str]:
     folder = place.path / "bad"
     folder.mkdir()
@@ -233,7 +233,7 @@ def captions_of_three_columns(place: Place) -> list[str]:
     return place.train()
 
 
-@case("metadata.jsonl line 2", "mend it")
+@case("metadata.jsonl line 2", "correct it")
 def captions_jsonl_broken(place: Place) -> list[str]:
     (place.photos / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n{"file": 3}\n')
     return place.train()
@@ -289,7 +289,7 @@ def mask_lies_on_its_side(place: Place) -> list[str]:
     return place.train("data.masks=auto")
 
 
-@case("0.mask.png", "not a picture")
+@case("0.mask.png", "not an image")
 def mask_is_text(place: Place) -> list[str]:
     (place.photos / "0.mask.png").write_text("white")
     return place.train("data.masks=auto")
@@ -345,7 +345,7 @@ def recipe_is_a_list(place: Place) -> list[str]:
     return place.recipe("- a\n- b\n")
 
 
-@case("not valid YAML", "mend that line")
+@case("not valid YAML", "correct that line")
 def recipe_broken_yaml(place: Place) -> list[str]:
     return place.recipe("data: {photos: [\n")
 
@@ -381,7 +381,7 @@ def bomb() -> str:
     return "\n".join(lines) + "\n"
 
 
-@case("'steps' stands twice")
+@case("'steps' appears twice")
 def recipe_with_a_key_twice(place: Place) -> list[str]:
     return place.recipe("run: {steps: 3, steps: 300}\n")
 
@@ -444,7 +444,7 @@ setting("class_images_of_nothing", "prior.folder=/nowhere/at/all", "prior.count=
 # run folders
 
 
-@case("exists and is no run folder", "run.dir=PATH")
+@case("exists and is not a run folder", "run.dir=PATH")
 def run_dir_is_something_else(place: Place) -> list[str]:
     (place.path / "run").mkdir()
     (place.path / "run" / "thesis.txt").write_text("mine")
@@ -479,7 +479,7 @@ def run_dir_that_can_not_be(place: Place) -> list[str]:
     return [item if not item.startswith("run.dir") else "run.dir=/proc/finetune" for item in place.train()]
 
 
-@case("no run folder", "recipe.yaml")
+@case("not a run folder", "recipe.yaml")
 def resume_of_no_run(place: Place) -> list[str]:
     return ["resume", str(place.photos)]
 
@@ -490,12 +490,12 @@ def resume_of_a_spoilt_run(place: Place) -> list[str]:
     return ["resume", str(place.photos)]
 
 
-@case("no run folder")
+@case("not a run folder")
 def export_of_no_run(place: Place) -> list[str]:
     return ["export", str(place.photos)]
 
 
-@case("no run folder")
+@case("not a run folder")
 def report_of_no_run(place: Place) -> list[str]:
     return ["report", str(place.photos)]
 
@@ -751,7 +751,7 @@ def recipes_show_unknown(place: Place) -> list[str]:
     return ["recipes", "show", "nothing"]
 
 
-@case("mine.yaml is already there")
+@case("mine.yaml already exists")
 def recipes_copy_onto_a_file(place: Place) -> list[str]:
     (place.path / "mine.yaml").touch()
     return ["recipes", "copy", "demo", str(place.path / "mine.yaml")]
@@ -832,12 +832,12 @@ def class_images_of_two_nouns_in_one_folder(place: Place) -> list[str]:
     return second(place, "class_noun: ball", f"prior.folder={place.path / 'classes'}")
 
 
-@case("method.kind textual_inversion makes a word for one", "method.kind=lora")
+@case("method.kind textual_inversion trains a word for only one", "method.kind=lora")
 def one_word_for_two_subjects(place: Place) -> list[str]:
     return second(place, "class_noun: ball", "method.kind=textual_inversion")
 
 
-@case("method.kind pivotal makes a word for one", "a run of its own")
+@case("method.kind pivotal trains a word for only one", "a run of its own")
 def one_pivot_for_two_subjects(place: Place) -> list[str]:
     return second(place, "class_noun: ball", "method.kind=pivotal")
 
