@@ -29,7 +29,9 @@ Artifact = Literal["adapter", "weights", "embedding"]
 class Method(Settings, ABC):
     """A recipe's `method:` section is the constructor of one of these (pydantic, unknown keys refused)."""
 
-    low_rank: ClassVar[bool] = False  # whether it is B A as it stands: what leaves the run is what was trained
+    # whether it is `scale` B A as it stands: what leaves the run is what was trained, the pairs MODULE.lora_A.weight and
+    # MODULE.lora_B.weight in `state_dict`
+    low_rank: ClassVar[bool] = False
     artifacts: ClassVar[tuple[Artifact, ...]] = (
         "adapter",
     )  # what leaves the run: `finetune.export` has formats for each
@@ -56,6 +58,11 @@ class Method(Settings, ABC):
     def windows(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Window]:
         """Name -> the share of the run in which it is trained, for those that are not trained from start to end."""
         return {}
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by, where the method is `low_rank`."""
+        return 1.0
 
     @property
     def adapter(self) -> Method:

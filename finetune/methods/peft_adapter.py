@@ -170,6 +170,10 @@ class Ranked(PeftAdapter):
         return float(self.rank if self.alpha is None else self.alpha)
 
     @property
+    def scale(self) -> float:
+        return self.alpha_value / self.rank
+
+    @property
     def peft_alpha(self) -> int:
         """The same for PEFT, whose annotations say int; it computes with floats too."""
         return cast(int, self.alpha_value)
