@@ -68,7 +68,8 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
-        """Whether a diffusers folder with these configs is of this family."""
+        """Whether a diffusers folder with these configs is of this family. Where one that it derives from matches
+        too, this one is taken."""
 
     @classmethod
     @abstractmethod
