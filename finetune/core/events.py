@@ -99,7 +99,8 @@ _consumers: ContextVar[tuple[Consumer, ...]] = ContextVar("finetune_event_consum
 
 @contextmanager
 def sent_to(*consumers: Consumer) -> Iterator[None]:
-    """Inside the block events also go to these consumers, in this order; an error of theirs ends the work."""
+    """Inside the block events also go to these consumers, in this order. An error of one ends the work, once the others
+    have had the event: the status of a run is true, whatever a caller's consumer does."""
     token = _consumers.set((*_consumers.get(), *consumers))
     try:
         yield
@@ -108,8 +109,14 @@ def sent_to(*consumers: Consumer) -> Iterator[None]:
 
 
 def emit(event: Event) -> None:
+    errors = []
     for consumer in _consumers.get():
-        consumer(event)
+        try:
+            consumer(event)
+        except BaseException as error:  # a signal's too
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 @contextmanager

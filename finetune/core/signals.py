@@ -26,7 +26,7 @@ class Interrupted(KeyboardInterrupt):
 class Stop:
     """A wish that a run ends after its step: `stop.request()`, from any thread.
 
-    Inside `deferred()` a wish is only noted in `received`, and raised at the end of it.
+    Inside `deferred()` a wish is only noted in `received`, and raised at the end of it. Elsewhere `heed` raises it.
     """
 
     def __init__(self) -> None:
@@ -38,6 +38,11 @@ class Stop:
         if self.received is None:
             self.received = number
 
+    def heed(self) -> None:
+        """Ends the work here, if that was asked for and is not deferred."""
+        if self.received is not None and not self.is_deferring:
+            raise Interrupted(self.received)
+
     @contextmanager
     def deferred(self) -> Iterator[None]:
         self.is_deferring = True
@@ -45,8 +50,7 @@ class Stop:
             yield
         finally:
             self.is_deferring = False
-        if self.received is not None:
-            raise Interrupted(self.received)
+        self.heed()
 
 
 class Signals:

@@ -44,7 +44,9 @@ def family_of(folder: Path) -> type[Family]:
 def _most_special(matching: Sequence[type[Family]]) -> type[Family]:
     """A variation derives from the family that it varies, and narrows `matches`: it goes before that family."""
     return next(
-        family for family in matching if not any(issubclass(other, family) for other in matching if other is not family)
+        family
+        for family in matching
+        if not any(issubclass(other, family) for other in matching if other is not family)
     )
 
 

@@ -22,7 +22,17 @@ from accelerate.utils import broadcast_object_list
 from finetune.config.recipe import Recipe
 from finetune.core.determinism import deterministic
 from finetune.core.errors import BadInput, CheckFailed, Stopped
-from finetune.core.events import Consumer, Event, Restored, RunEnded, RunStarted, StepDone, emit, sent_to
+from finetune.core.events import (
+    Consumer,
+    Event,
+    PhaseAdvanced,
+    Restored,
+    RunEnded,
+    RunStarted,
+    StepDone,
+    emit,
+    sent_to,
+)
 from finetune.core.signals import Interrupted, Signals, Stop
 from finetune.data.cache import PromptCache
 from finetune.export.settings import UNCHECKED
@@ -54,7 +64,8 @@ _RUNNING = threading.Lock()
 @dataclass(frozen=True)
 class Hooks:
     """How a caller follows a run and ends it: `say` gets lines for a person, `events` the typed events (on the main
-    process), and `stop.request()`, from any thread, ends the run after its step."""
+    process), and `stop.request()`, from any thread, ends the run after its step, or before it at its next unit of
+    work."""
 
     say: Say = lambda line: None
     events: Consumer = lambda event: None
@@ -76,7 +87,8 @@ def train(
     Args:
         say: gets lines for a person: the plan, the exported files.
         events: gets the typed events of `finetune.core.events`, on the main process.
-        stop: `stop.request()`, from any thread, ends the run after its step.
+        stop: `stop.request()`, from any thread, ends the run after its step; outside the loop at the next unit of a
+            phase, such as an image (of several processes: after the first step).
         accept_changes: goes on with photos, captions, a base or packages that are not those that the run began with,
             and writes that into its record (`RUN/inputs.json`).
 
@@ -114,7 +126,7 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
         folder = RunFolder(path)
         job = in_order(job, path)
         held = folder.held(recipe) if main else nullcontext()
-        with Signals(hooks.stop), held, _followed(folder, accelerator, recipe, hooks.say):
+        with Signals(hooks.stop), held, _followed(folder, accelerator, recipe, hooks):
             return _stages(job, folder, accelerator, hooks)
 
 
@@ -124,18 +136,21 @@ def _begun(run_dir: Path | str | None) -> bool:
 
 
 @contextmanager
-def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe, say: Say) -> Iterator[None]:
-    """Metrics, status and trackers follow the events inside the block; at its end the outcome is told."""
+def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe, hooks: Hooks) -> Iterator[None]:
+    """Metrics, status and trackers follow the events inside the block, and a stop is heeded; at its end the outcome is
+    told."""
     consumers: list[Consumer] = []
     if accelerator.is_main_process:
         logged = (folder.path / "metrics.jsonl").is_file()
         consumers = [MetricsFile(folder.path), StatusFile(folder.path, recipe.run.steps)]
-        consumers += [partial(_say_restored, say, logged)]
+        consumers += [partial(_say_restored, hooks.say, logged)]
         consumers += [partial(_track, accelerator)] if recipe.run.trackers else []
+    if accelerator.num_processes == 1:  # of several, one alone must not leave: the loop agrees on it
+        consumers += [partial(_heed, hooks.stop)]
     outcome = "failed"
     with sent_to(*consumers):
-        emit(RunStarted(folder.path, recipe.run.steps))
         try:
+            emit(RunStarted(folder.path, recipe.run.steps))
             yield
             outcome = "finished"
         except Interrupted as stop:
@@ -143,6 +158,12 @@ def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe, say: 
             raise Stopped(folder.path, stop.number) from stop
         finally:
             emit(RunEnded(folder.path, outcome))
+
+
+def _heed(stop: Stop, event: Event) -> None:
+    """Ends the work that is not the loop's at its next unit, as a signal does; the loop looks after each step."""
+    if isinstance(event, RunStarted | PhaseAdvanced):
+        stop.heed()
 
 
 def _say_restored(say: Say, logged: bool, event: Event) -> None:

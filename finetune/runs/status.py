@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from finetune.core.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted, RunEnded, StepDone
+from finetune.core.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted, Restored, RunEnded, StepDone
 from finetune.core.files import write_json
 
 EVERY = 1.0  # seconds: a step can be shorter than the writing of a file
@@ -18,7 +18,8 @@ SCHEMA = 1
 @dataclass
 class Status:
     """`state`: "running", "finished", "stopped" or "failed". `done` of `total` units of `phase` are done; `eta` is the
-    seconds that are left of it, at its pace so far. `step` and `loss` are of the last logged step."""
+    seconds that are left of it, at its pace so far. `step` is the last that is known: logged, or of the
+    checkpoint that the run went on from; `loss` is of the last logged one."""
 
     state: str = "running"
     phase: str = ""
@@ -47,8 +48,11 @@ class StatusFile:
             self._advance(event.amount)
         elif isinstance(event, StepDone):
             status.step, status.loss = event.step, event.loss
+        elif isinstance(event, Restored):
+            status.step = event.step
         elif isinstance(event, RunEnded):
             status.state = event.outcome
+            status.step = status.steps if event.outcome == "finished" else status.step
         if isinstance(event, PhaseStarted | PhaseEnded | RunEnded) or time.monotonic() - self._written > EVERY:
             self.write()
 
