@@ -99,8 +99,11 @@ _consumers: ContextVar[tuple[Consumer, ...]] = ContextVar("finetune_event_consum
 
 @contextmanager
 def sent_to(*consumers: Consumer) -> Iterator[None]:
-    """Inside the block events also go to these consumers, in this order. An error of one ends the work, once the others
-    have had the event: the status of a run is true, whatever a caller's consumer does."""
+    """Inside the block events also go to these consumers, in this order.
+
+    An error of one ends the work, once the others have had the event: the status of a run is true, whatever a caller's
+    consumer does.
+    """
     token = _consumers.set((*_consumers.get(), *consumers))
     try:
         yield

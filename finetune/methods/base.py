@@ -29,8 +29,8 @@ Artifact = Literal["adapter", "weights", "embedding"]
 class Method(Settings, ABC):
     """A recipe's `method:` section is the constructor of one of these (pydantic, unknown keys refused)."""
 
-    # whether it is `scale` B A as it stands: what leaves the run is what was trained, the pairs MODULE.lora_A.weight and
-    # MODULE.lora_B.weight in `state_dict`
+    # whether it is `scale` B A as it stands, so that what leaves the run is what was trained: `state_dict` has
+    # MODULE.lora_A.weight and MODULE.lora_B.weight
     low_rank: ClassVar[bool] = False
     artifacts: ClassVar[tuple[Artifact, ...]] = (
         "adapter",

@@ -15,8 +15,8 @@ from finetune.core.errors import BadInput
 from finetune.families.digests import base_hash
 from finetune.families.flux import image_ids, pack, unpack
 from finetune.families.registry import FAMILIES
-from finetune.families.sd import StableDiffusion1
 from finetune.families.schedulers import SAMPLERS, make_scheduler
+from finetune.families.sd import StableDiffusion1
 from finetune.families.source import load_family
 
 NAMES = list(FAMILIES)
