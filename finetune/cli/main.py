@@ -41,7 +41,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_ERRORS = (*NO_SPACE, errno.EACCES, errno.EROFS, errno.EPERM)
 
 ProcessCount = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
+KeyValues = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave out photos that can't be used")]
 AcceptChanges = Annotated[
     bool, typer.Option("--accept-changes", help="go on although photos, base or packages changed; it is recorded")
@@ -52,7 +52,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a YAML file")],
-    overrides: Overrides = None,
+    overrides: KeyValues = None,
     dry_run: DryRun = False,
     skip_bad: SkipBad = False,
     accept_changes: AcceptChanges = False,
@@ -84,7 +84,7 @@ def resume(
 def dreambooth(
     photos: Annotated[Path, typer.Argument(help="a folder with 3-10 photos of the subject")],
     class_noun: Annotated[str, typer.Option("--class-noun", help="what the subject is, such as dog")],
-    overrides: Overrides = None,
+    overrides: KeyValues = None,
     base: BaseOption = "tiny",
     dry_run: DryRun = False,
     skip_bad: SkipBad = False,

@@ -106,7 +106,8 @@ _consumers: ContextVar[tuple[Consumer, ...]] = ContextVar("finetune_event_consum
 def sent_to(*consumers: Consumer) -> Iterator[None]:
     """Sends events from inside the block to these consumers too, in this order.
 
-    An error that a consumer raises is not caught: it ends the work in the block.
+    An error that a consumer raises ends the work in the block, after the other consumers have had the event. So the
+    status of a run is right, whatever a caller's consumer does.
     """
     token = _consumers.set((*_consumers.get(), *consumers))
     try:
@@ -117,8 +118,14 @@ def sent_to(*consumers: Consumer) -> Iterator[None]:
 
 def emit(event: Event) -> None:
     """Sends an event to every consumer of the current context, or to none if there are none."""
+    errors = []
     for consumer in _consumers.get():
-        consumer(event)
+        try:
+            consumer(event)
+        except BaseException as error:  # a signal's too
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 @contextmanager

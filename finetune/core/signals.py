@@ -27,6 +27,7 @@ class Stop:
     """Asks a run to end after its current step: call `stop.request()` from any thread.
 
     `received` is the number of the signal that was requested, or None.
+    Inside `deferred()` a request is only noted, and raised at the block's end. Elsewhere `heed` raises it.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,11 @@ class Stop:
         """Asks the run to end. `number` is the signal that the exit code reports; only the first request counts."""
         if self.received is None:
             self.received = number
+
+    def heed(self) -> None:
+        """Ends the work here, if that was asked for and is not deferred."""
+        if self.received is not None and not self.is_deferring:
+            raise Interrupted(self.received)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -50,8 +56,7 @@ class Stop:
             yield
         finally:
             self.is_deferring = False
-        if self.received is not None:
-            raise Interrupted(self.received)
+        self.heed()
 
 
 class Signals:

@@ -15,12 +15,10 @@ from finetune.export.registry import adapter_exports, check_formats
 from finetune.export.verify import verify
 from finetune.families.base import Family
 from finetune.methods.base import Method
-from finetune.methods.lora import LoRA
 
 
 def adapter_from(method: Method, family: Family) -> Adapter:
-    """The trained LoRA as plain fp32 matrices."""
-    assert isinstance(method, LoRA), f"{method.kind} has no low-rank matrices"
+    """The trained LoRA of a `low_rank` method as plain fp32 matrices."""
     state = method.state_dict(family)
     layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for key, a in state.items():
@@ -28,8 +26,7 @@ def adapter_from(method: Method, family: Family) -> Adapter:
             name = key.removesuffix(".lora_A.weight")
             part, module = name.split(".", 1)
             layers.setdefault(part, {})[module] = (a.float().cpu(), state[f"{name}.lora_B.weight"].float().cpu())
-    divisor = method.rank**0.5 if method.rank_stabilised else method.rank
-    return Adapter(family.name, family.folder, layers, method.alpha_value / divisor)
+    return Adapter(family.name, family.folder, layers, method.scale)
 
 
 def export_adapter(adapter: Adapter, request: Request, formats: Sequence[str], bench: Bench) -> list[Exported]:

@@ -68,7 +68,8 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
-        """Whether a diffusers folder with these configs belongs to this family."""
+        """Whether a diffusers folder with these configs belongs to this family. If a family that it derives from
+        matches too, the derived one is used."""
 
     @classmethod
     @abstractmethod

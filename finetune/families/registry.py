@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def denoiser_folders() -> list[str]:
 
 
 def family_of(folder: Path) -> type[Family]:
-    """The family of a diffusers folder, recognised from its configs.
+    """The family of a diffusers folder, recognised from its configs. If several match, the most derived one is used.
 
     Raises:
         BadInput: the folder is not a diffusers folder, or its family is not supported.
@@ -34,12 +35,21 @@ def family_of(folder: Path) -> type[Family]:
         raise BadInput(f"{folder} has no {wanted}: the base must be a complete diffusers folder")
     denoiser = read_config(folder, f"{part}/config.json")
     with well_formed(folder):
-        family = next((family for family in FAMILIES.values() if family.matches(index, denoiser)), None)
-    if family is not None:
-        return family
+        matching = [family for family in FAMILIES.values() if family.matches(index, denoiser)]
+    if matching:
+        return _most_special(matching)
     raise BadInput(
         f"{folder} is a {index.get('_class_name')!r} with {denoiser.get('in_channels')} input channels; "
         f"supported are {', '.join(FAMILIES)}: choose a text-to-image base of those"
+    )
+
+
+def _most_special(matching: Sequence[type[Family]]) -> type[Family]:
+    """A variation derives from the family that it varies, and narrows `matches`: it goes before that family."""
+    return next(
+        family
+        for family in matching
+        if not any(issubclass(other, family) for other in matching if other is not family)
     )
 
 

@@ -43,8 +43,11 @@ class UNetFamily(DiffusersFamily):
 
     @classmethod
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
+        pipeline = model_index.get("_class_name")
+        if pipeline not in cls.pipelines.values():  # another's configs need not have a UNet's numbers of channels
+            return False
         kind = kind_of(denoiser_config)
-        return kind is not None and model_index.get("_class_name") == cls.pipelines.get(kind)
+        return kind is not None and pipeline == cls.pipelines.get(kind)
 
     def widen(self, inputs: str) -> None:
         if self.inputs not in (None, inputs):

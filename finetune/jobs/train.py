@@ -22,7 +22,17 @@ from accelerate.utils import broadcast_object_list
 from finetune.config.recipe import Recipe
 from finetune.core.determinism import deterministic
 from finetune.core.errors import BadInput, CheckFailed, Stopped
-from finetune.core.events import Consumer, Event, Restored, RunEnded, RunStarted, StepDone, emit, sent_to
+from finetune.core.events import (
+    Consumer,
+    Event,
+    PhaseAdvanced,
+    Restored,
+    RunEnded,
+    RunStarted,
+    StepDone,
+    emit,
+    sent_to,
+)
 from finetune.core.signals import Interrupted, Signals, Stop
 from finetune.data.cache import PromptCache
 from finetune.export.settings import UNCHECKED
@@ -56,7 +66,7 @@ class Hooks:
     """How a caller follows and ends a run.
 
     `say` gets lines of text for the user, and `events` gets typed events on the main process. `stop.request()`, from
-    any thread, ends the run after its current step.
+    any thread, ends the run after its current step, or at the next unit of work outside the loop.
     """
 
     say: Say = lambda line: None
@@ -82,7 +92,8 @@ def train(
             that run continues.
         say: gets lines of text for the user: the plan, the exported files.
         events: gets the typed events of `finetune.core.events`, on the main process.
-        stop: `stop.request()`, from any thread, ends the run after its current step.
+        stop: `stop.request()`, from any thread, ends the run after its current step; outside the loop at the next
+            unit of a phase, such as an image (with several processes: after the first step).
         accept_changes: continue although photos, captions, the base or packages changed since the run began. This is
             written into its record (`RUN/inputs.json`).
 
@@ -125,7 +136,7 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
         folder = RunFolder(path)
         job = in_order(job, path)
         held = folder.held(recipe) if main else nullcontext()
-        with Signals(hooks.stop), held, _followed(folder, accelerator, recipe, hooks.say):
+        with Signals(hooks.stop), held, _followed(folder, accelerator, recipe, hooks):
             return _stages(job, folder, accelerator, hooks)
 
 
@@ -135,18 +146,20 @@ def _begun(run_dir: Path | str | None) -> bool:
 
 
 @contextmanager
-def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe, say: Say) -> Iterator[None]:
-    """Sends the events of the block to metrics, status and trackers. At the end, sends the outcome."""
+def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe, hooks: Hooks) -> Iterator[None]:
+    """Sends the block's events to metrics, status and trackers, and heeds a stop. At the end, sends the outcome."""
     consumers: list[Consumer] = []
     if accelerator.is_main_process:
         logged = (folder.path / "metrics.jsonl").is_file()
         consumers = [MetricsFile(folder.path), StatusFile(folder.path, recipe.run.steps)]
-        consumers += [partial(_say_restored, say, logged)]
+        consumers += [partial(_say_restored, hooks.say, logged)]
         consumers += [partial(_track, accelerator)] if recipe.run.trackers else []
+    if accelerator.num_processes == 1:  # of several, one alone must not leave: the loop agrees on it
+        consumers += [partial(_heed, hooks.stop)]
     outcome = "failed"
     with sent_to(*consumers):
-        emit(RunStarted(folder.path, recipe.run.steps))
         try:
+            emit(RunStarted(folder.path, recipe.run.steps))
             yield
             outcome = "finished"
         except Interrupted as stop:
@@ -154,6 +167,12 @@ def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe, say: 
             raise Stopped(folder.path, stop.number) from stop
         finally:
             emit(RunEnded(folder.path, outcome))
+
+
+def _heed(stop: Stop, event: Event) -> None:
+    """Ends the work that is not the loop's at its next unit, as a signal does; the loop looks after each step."""
+    if isinstance(event, RunStarted | PhaseAdvanced):
+        stop.heed()
 
 
 def _say_restored(say: Say, logged: bool, event: Event) -> None:

@@ -29,7 +29,9 @@ Artifact = Literal["adapter", "weights", "embedding"]
 class Method(Settings, ABC):
     """A training method. A recipe's `method:` section holds its fields (pydantic; unknown keys are refused)."""
 
-    low_rank: ClassVar[bool] = False  # whether the trained change is B A, so that a LoRA file holds it exactly
+    # whether the trained change is `scale` B A, so that a LoRA file holds it exactly: `state_dict` has
+    # MODULE.lora_A.weight and MODULE.lora_B.weight
+    low_rank: ClassVar[bool] = False
     artifacts: ClassVar[tuple[Artifact, ...]] = (
         "adapter",
     )  # the kinds of training results: `finetune.export` has formats for each
@@ -60,6 +62,11 @@ class Method(Settings, ABC):
         """Parameter name -> (start, end) of its training, as shares of the run (0 to 1), for the parameters that are
         not trained throughout."""
         return {}
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by, where the method is `low_rank`."""
+        return 1.0
 
     @property
     def adapter(self) -> Method:

@@ -47,6 +47,10 @@ class LoRA(Ranked):
         )
 
     @property
+    def scale(self) -> float:
+        return self.alpha_value / self.rank**0.5 if self.rank_stabilised else super().scale
+
+    @property
     def measures_distance(self) -> bool:
         return True
 

@@ -176,6 +176,10 @@ class Ranked(PeftAdapter):
         return float(self.rank if self.alpha is None else self.alpha)
 
     @property
+    def scale(self) -> float:
+        return self.alpha_value / self.rank
+
+    @property
     def peft_alpha(self) -> int:
         """`alpha_value` for PEFT, whose annotations require int although it also accepts floats."""
         return cast(int, self.alpha_value)

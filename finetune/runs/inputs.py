@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from finetune.core.errors import BadInput
 from finetune.core.files import write_json
-from finetune.core.records import migrated
+from finetune.core.records import LaterVersion, migrated
 from finetune.runs.plan import Record
 
 SCHEMA = 1
@@ -72,6 +72,8 @@ def read_inputs(run: Path) -> InputsRecord | None:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         return InputsRecord.model_validate(migrated(values, file, SCHEMA, []))
+    except LaterVersion:
+        raise
     except (ValidationError, UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
         raise BadInput(
             f"{file} is damaged, so nothing can tell whether the run's photos and base are the same: give the run's "

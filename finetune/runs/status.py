@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from finetune.core.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted, RunEnded, StepDone
+from finetune.core.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted, Restored, RunEnded, StepDone
 from finetune.core.files import write_json
 
 EVERY = 1.0  # seconds between writes: a step can be shorter than a write
@@ -20,8 +20,8 @@ class Status:
     """The content of status.json.
 
     `state` is "running", "finished", "stopped" or "failed". `done` of `total` units of `phase` are done; `eta` is the
-    estimated time left in the phase, in seconds. `step` and `loss` belong to the last logged step; `steps` is the
-    number of steps of the run.
+    estimated time left in the phase, in seconds. `step` is the last logged step, or that of the checkpoint
+    from which the run continued; `loss` is of the last logged step; `steps` is the number of steps of the run.
     """
 
     state: str = "running"
@@ -51,8 +51,11 @@ class StatusFile:
             self._advance(event.amount)
         elif isinstance(event, StepDone):
             status.step, status.loss = event.step, event.loss
+        elif isinstance(event, Restored):
+            status.step = event.step
         elif isinstance(event, RunEnded):
             status.state = event.outcome
+            status.step = status.steps if event.outcome == "finished" else status.step
         if isinstance(event, PhaseStarted | PhaseEnded | RunEnded) or time.monotonic() - self._written > EVERY:
             self.write()
 

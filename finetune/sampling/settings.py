@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune.core.settings import Settings
 
-Sampler = Literal["dpm++", "ddim", "euler", "unipc"]  # finetune.families.samplers makes them
+Sampler = Literal["dpm++", "ddim", "euler", "unipc"]  # finetune.families.schedulers makes them
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ for check in (contract.only_what_should_move_moves, contract.step_0_is_the_base_
     check(small, "lora", ["denoiser"])
 train(parse_recipe({{
     "base": str(small), "data": {{"photos": {photos!r}, "class_noun": "mug", "token": "zwx"}},
-    "prior": {{"kind": "class_images", "count": 2, "steps": 2}}, "method": {{"kind": "lora", "rank": 4}},
+    "prior": {{"kind": "class_images", "count": 2, "steps": 2}},
+    "method": {{"kind": "lora_fa", "rank": 4, "alpha": 8}},
     "optim": {{"kind": "sgd", "lr": 0.5}}, "run": {{"steps": 3, "batch_size": 1, "dir": str(folder / "run")}},
     "sample": {{"prompts": ["a photo of {{token}} {{noun}}"], "count": 1, "steps": 2}},
 }}), say=lambda line: None)

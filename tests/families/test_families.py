@@ -16,6 +16,7 @@ from finetune.families.digests import base_hash
 from finetune.families.flux import image_ids, pack, unpack
 from finetune.families.registry import FAMILIES
 from finetune.families.schedulers import SAMPLERS, make_scheduler
+from finetune.families.sd import StableDiffusion1
 from finetune.families.source import load_family
 
 NAMES = list(FAMILIES)
@@ -32,6 +33,27 @@ def test_a_folder_is_recognised_and_frozen(name: str, tiny_bases: dict[str, Path
     for part in family.parts.values():
         assert not part.training
         assert not any(parameter.requires_grad for parameter in part.parameters())
+
+
+class LastButOne(StableDiffusion1):
+    """A variation as another package may add it, named so that it comes behind the family that it varies."""
+
+    name = "sd1-variation"
+
+    @classmethod
+    def matches(cls, model_index: dict, denoiser_config: dict) -> bool:
+        return super().matches(model_index, denoiser_config) and "_variation" in model_index
+
+
+def test_a_variation_goes_before_the_family_that_it_varies(
+    tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES._found, LastButOne.name, LastButOne)
+    shutil.copytree(tiny_bases["sd1"], tmp_path / "base")
+    file = tmp_path / "base" / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_variation": True}))
+    assert load_family(str(tmp_path / "base")).name == "sd1-variation"
+    assert load_family(str(tiny_bases["sd1"])).name == "sd1"
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])

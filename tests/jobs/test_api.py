@@ -110,3 +110,61 @@ def test_previews_under_ema_show_what_leaves(tiny_bases: dict[str, Path], photos
     result = load_file(next((run / "exports").glob("*.safetensors")))
     assert preview.keys() == result.keys()
     assert all(bool((preview[name] == result[name]).all()) for name in result)
+
+
+@pytest.mark.parametrize("title", ["Before", "Class images", "Latents", "After"])
+def test_a_stop_is_heeded_outside_the_loop(
+    title: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a signal is: at once, and the run can go on."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    prior = {"kind": "class_images", "count": 2, "steps": 1, "batch_size": 1}
+    made = parse_recipe(settings(tiny_bases["sd1"], photos, LORA, prior=prior, run={"steps": 2}))
+    stop, begun = Stop(), []
+
+    def ask(event: Event) -> None:
+        if isinstance(event, PhaseStarted):
+            begun.append(event.title)
+            if event.title == title:
+                stop.request()
+
+    with pytest.raises(Stopped):
+        train(made, tmp_path / "run", events=ask, stop=stop)
+    assert begun[-1] == title
+    assert status_of(tmp_path / "run")["state"] == "stopped"
+    assert (resume(tmp_path / "run") / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcome"), [(RunStarted, "failed"), (PhaseStarted, "failed"), (RunEnded, "finished")]
+)
+def test_a_consumer_that_fails_ends_the_run_and_the_others_still_hear_of_it(
+    kind: type, outcome: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    def fail(event: Event) -> None:
+        if isinstance(event, kind):
+            raise ValueError("of the consumer")
+
+    with pytest.raises(ValueError, match="of the consumer"):
+        train(recipe(tiny_bases["sd1"], photos), tmp_path / "run", events=fail)
+    assert status_of(tmp_path / "run")["state"] == outcome
+
+
+def test_the_status_of_a_run_that_goes_on_knows_its_step(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    run = train(recipe(tiny_bases["sd1"], photos), tmp_path / "run")
+    assert status_of(resume(run))["step"] == 2, "a finished run has all of its steps"
+    (run / "adapter" / "trained.safetensors").unlink()
+    steps: list[int] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, PhaseEnded) and event.title == "Training":
+            steps.append(status_of(run)["step"])
+
+    resume(run, events=look)
+    assert steps == [2], "its last checkpoint has all of them"
+
+
+def status_of(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())

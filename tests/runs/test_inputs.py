@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.core.errors import BadInput
+from finetune.core.records import LaterVersion
 from finetune.runs.inputs import (
     FILE,
     Accepted,
@@ -80,6 +81,12 @@ def test_the_record_comes_back_and_a_damaged_one_is_refused(tmp_path: Path) -> N
         (tmp_path / FILE).write_text(broken, encoding="utf-8")
         with pytest.raises(BadInput, match=FILE):
             read_inputs(tmp_path)
+
+
+def test_a_record_of_a_later_version_is_no_damage(tmp_path: Path) -> None:
+    (tmp_path / "inputs.json").write_text('{"schema": 99}')
+    with pytest.raises(LaterVersion, match="has schema 99"):
+        read_inputs(tmp_path)
 
 
 def test_the_refusal_counts_what_it_does_not_name(tmp_path: Path) -> None:
