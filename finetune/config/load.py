@@ -206,7 +206,8 @@ def _opened(values: dict[str, Any], name: str, shorthand: str) -> dict[str, Any]
 
 def _sentence(error: ValidationError, where: str, given: Sequence[str] = ()) -> str:
     """pydantic's first complaint (an unknown key before a missing one, which it may be) as one sentence that names the
-    key, the value and what to do. `where` is left out for a key in `given` (the overrides): it does not stand there."""
+    key, the value and what to do. `where` is left out for a key in `given`, the overrides: it does not stand there.
+    """
     complaints = error.errors(include_url=False)
     first = next((item for item in complaints if item["type"] == "extra_forbidden"), complaints[0])
     location = [str(part) for part in first["loc"]]

@@ -32,8 +32,8 @@ def find(source: str) -> Path:
         return shipped
     if path.is_dir():
         raise BadInput(
-            f"{source!r} is a folder and no recipe: train on its photos with `finetune dreambooth FOLDER --class-noun NOUN`,"
-            " or go on with a run with `finetune resume RUN`"
+            f"{source!r} is a folder and no recipe: train on its photos with `finetune dreambooth FOLDER --class-noun "
+            "NOUN`, or go on with a run with `finetune resume RUN`"
         )
     nearest = difflib.get_close_matches(source, names(), n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"shipped are {', '.join(names())}"

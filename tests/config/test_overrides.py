@@ -96,5 +96,7 @@ def test_a_fault_in_the_file_names_the_file_also_beside_overrides(tmp_path: Path
 
 
 def test_a_folder_as_a_recipe_is_told_what_to_do_with_it(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="is a folder and no recipe: .*finetune dreambooth FOLDER.*finetune resume RUN"):
+    with pytest.raises(
+        BadInput, match=r"is a folder and no recipe: .*finetune dreambooth FOLDER.*finetune resume RUN"
+    ):
         load_recipe(tmp_path)

@@ -126,8 +126,8 @@ def test_photos_one_folder_deeper_are_pointed_at(tmp_path: Path, corner: Image.I
     (tmp_path / "a").mkdir()
     (tmp_path / "dog").mkdir()
     corner.save(tmp_path / "dog" / "0.png")
-    with pytest.raises(BadInput, match="holds no pictures .*; there are some in its folder 'dog'$"):
+    with pytest.raises(BadInput, match=r"holds no pictures .*; there are some in its folder 'dog'$"):
         scan(tmp_path)
     (tmp_path / "dog" / "0.png").unlink()
-    with pytest.raises(BadInput, match="give the folder with the photos$"):
+    with pytest.raises(BadInput, match=r"give the folder with the photos$"):
         scan(tmp_path)
