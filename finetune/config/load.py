@@ -140,13 +140,15 @@ def _parse(raw: Any, overrides: Overrides, where: str) -> Recipe:
     if not isinstance(raw, dict):
         raise BadInput(f"{where} holds a {type(raw).__name__} instead of sections such as 'data:': correct it")
     values = copy.deepcopy(raw)
+    given = []
     for override in overrides.items() if isinstance(overrides, Mapping) else overrides:
         key, value = override if isinstance(override, tuple) else _typed(override)
         _override(values, key, value)
+        given.append(key)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise BadInput(_sentence(error, where)) from error
+        raise BadInput(_sentence(error, where, given)) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -208,20 +210,22 @@ def _opened(values: dict[str, Any], name: str, shorthand: str) -> dict[str, Any]
     return inside
 
 
-def _sentence(error: ValidationError, where: str) -> str:
+def _sentence(error: ValidationError, where: str, given: Sequence[str] = ()) -> str:
     """pydantic's first error as one sentence that names the key, the value and what to do.
 
-    An unknown key comes first: a missing key is often only a misspelt one.
+    An unknown key comes first: a missing key is often only a misspelt one. `where` is
+    left out for a key in `given`, the overrides: it is not in that file.
     """
     complaints = error.errors(include_url=False)
     first = next((item for item in complaints if item["type"] == "extra_forbidden"), complaints[0])
     location = [str(part) for part in first["loc"]]
     known, shown = _keys_at(location[:-1])
     key = ".".join([*shown, *location[-1:]])
+    begin = "" if key in given else f"{where}: "
     if first["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*shown, nearest[0]])!r}?" if nearest else f"known are {', '.join(known)}"
-        return f"{where}: there is no setting {key!r}; {hint}"
+        return f"{begin}there is no setting {key!r}; {hint}"
     if first["type"] == "missing":
         how = "give it in the recipe" + ("" if any(part.isdigit() for part in location) else f" or as {key}=VALUE")
         return f"{where}: {key!r} is missing: {how}"
@@ -231,7 +235,7 @@ def _sentence(error: ValidationError, where: str) -> str:
     value = "" if isinstance(first["input"], dict) else f" is {reprlib.repr(first['input'])[:80]}"
     said = not key or message.startswith(f"{key}.")  # errors between settings already name the key
     subject = "" if said else f"{key}{value}: "
-    return f"{where}: {subject}{message[0].lower()}{message[1:]}"
+    return f"{begin}{subject}{message[0].lower()}{message[1:]}"
 
 
 def _wrong_kind(location: list[str], tag: str | None) -> str:

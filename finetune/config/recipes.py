@@ -31,6 +31,11 @@ def find(source: str) -> Path:
     shipped = folder() / f"{source}.yaml"
     if shipped.is_file():
         return shipped
+    if path.is_dir():
+        raise BadInput(
+            f"{source!r} is a folder and no recipe: train on its photos with `finetune dreambooth FOLDER --class-noun "
+            "NOUN`, or go on with a run with `finetune resume RUN`"
+        )
     nearest = difflib.get_close_matches(source, names(), n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"shipped are {', '.join(names())}"
     raise BadInput(f"there is no recipe {source!r}, neither a file nor a shipped one; {hint}")

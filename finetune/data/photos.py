@@ -83,6 +83,13 @@ def image_files(folder: Path) -> list[Path]:
     return [file for file in images if not is_companion(file, stems)]
 
 
+def _has_images(folder: Path) -> bool:
+    try:
+        return bool(image_files(folder))
+    except OSError:  # a folder that may not be read is no place to point at
+        return False
+
+
 def is_companion(file: Path, stems: set[str]) -> bool:
     """Returns whether an image belongs to a photo named in `stems`, as NAME.depth.png belongs to NAME."""
     name, _, kind = file.stem.rpartition(".")
@@ -115,8 +122,11 @@ def scan_lenient(folder: Path) -> Scan:
     """
     files = image_files(folder)
     if not files:
+        inside = next((sub.name for sub in sorted(folder.iterdir()) if sub.is_dir() and _has_images(sub)), None)
+        hint = f"; there are some in its folder {shown(inside)!r}" if inside is not None else ""
         raise BadInput(
-            f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}): give the folder with the photos", path=folder
+            f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}): give the folder with the photos{hint}",
+            path=folder,
         )
     found = Scan([], [])
     for file in files:

@@ -104,10 +104,8 @@ def class_images(family: Family, wanted: ClassSet, processes: Processes = ALONE)
     processes.wait()
     if processes.rank == 0:
         write_json(folder / MANIFEST, manifest)
-    with phase("Class images", sum(len(chunk) for chunk in mine)) as advance:
-        for chunk in mine:
-            _draw_chunk(family, wanted, [files[index] for index in chunk], chunk)
-            advance(len(chunk), "")
+    if mine:
+        _draw_chunks(family, wanted, files, mine)
     processes.wait()
     photos = [Photo(file, (wanted.resolution, wanted.resolution), sha256(file)) for file in files]
     if processes.rank == 0:
@@ -172,6 +170,13 @@ def _refuse_changed(folder: Path, recorded: dict[str, Any]) -> None:
             f"class images in {folder} were changed after they were drawn ({', '.join(names)}): remove those files, "
             "and they are drawn again"
         )
+
+
+def _draw_chunks(family: Family, wanted: ClassSet, files: list[Path], chunks: list[range]) -> None:
+    with phase("Class images", sum(len(chunk) for chunk in chunks)) as advance:
+        for chunk in chunks:
+            _draw_chunk(family, wanted, [files[index] for index in chunk], chunk)
+            advance(len(chunk), "")
 
 
 def _draw_chunk(family: Family, wanted: ClassSet, files: list[Path], chunk: range) -> None:

@@ -128,6 +128,7 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     main = accelerator.is_main_process
     with sent_to(*([hooks.events] if main else [])):
+        recipe.optim.check_device(accelerator.device.type)
         job = prepare(recipe, accelerator.device, _begun(run_dir or recipe.run.dir))
         chosen = [run_dir or recipe.run.dir or next_folder(recipe.run.name)]
         # processes that start at different moments would choose different folders

@@ -51,6 +51,13 @@ class Optimiser(Settings):
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup: int = Field(default=0, ge=0)  # steps
 
+    def check_device(self, device: str) -> None:
+        """Asked before a run writes anything; `device`: torch's type, such as `cuda`.
+
+        Raises:
+            BadInput: it does not work there.
+        """
+
     @abstractmethod
     def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
         """Builds the torch optimiser for the trained parameters (name -> parameter), in the groups of `groups`.

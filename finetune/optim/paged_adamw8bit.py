@@ -20,13 +20,16 @@ class PagedAdamW8bit(Adam):
     packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     kind: Literal["paged_adamw8bit"] = "paged_adamw8bit"
 
-    def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
-        elsewhere = {parameter.device.type for parameter in trained.values()} - {"cuda"}
-        if elsewhere:
+    def check_device(self, device: str) -> None:
+        if device != "cuda":
             raise BadInput(
-                f"optim.kind is 'paged_adamw8bit', which needs an NVIDIA GPU, but this run is on {elsewhere.pop()}: "
+                f"optim.kind is 'paged_adamw8bit', which needs an NVIDIA GPU, but this run is on {device}: "
                 "use optim.kind=adamw8bit"
             )
+
+    def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
+        for parameter in trained.values():
+            self.check_device(parameter.device.type)
         return paged_class()(
             self.groups(trained, windows),
             lr=self.lr,

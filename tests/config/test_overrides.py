@@ -73,3 +73,30 @@ def test_the_short_way_trains_the_folder_that_was_named(
     code, said = command(["dreambooth", str(tmp_path / name), "--class-noun", "mug", "--dry-run", "prior.kind=none"])
     assert code == 0, said
     assert "2 photo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("run.step=10", "there is no setting 'run.step'; did you mean 'run.steps'?"),
+        ("run.steps=0", "run.steps is 0: input should be greater than or equal to 1"),
+    ],
+)
+def test_a_fault_in_what_was_typed_is_not_blamed_on_the_recipe_file(typed: str, said: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        load_recipe("demo", ["data.photos=x", typed])
+    assert str(refused.value) == said
+
+
+def test_a_fault_in_the_file_names_the_file_also_beside_overrides(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: {photos: x}\nmethod: {kind: lora}\noptim: {kind: adamw}\nrun: {steps: 0}\n")
+    with pytest.raises(BadInput, match=r"mine\.yaml: run\.steps is 0: "):
+        load_recipe(recipe, ["run.seed=1"])
+
+
+def test_a_folder_as_a_recipe_is_told_what_to_do_with_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        BadInput, match=r"is a folder and no recipe: .*finetune dreambooth FOLDER.*finetune resume RUN"
+    ):
+        load_recipe(tmp_path)

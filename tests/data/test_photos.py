@@ -120,3 +120,14 @@ def test_files_that_are_no_pictures_are_passed_over(photos: Path) -> None:
     (photos / ".hidden.png").write_bytes(b"x")
     (photos / "more.png").mkdir()
     assert [photo.path.name for photo in scan(photos)] == ["0.png", "1.png", "2.png"]
+
+
+def test_photos_one_folder_deeper_are_pointed_at(tmp_path: Path, corner: Image.Image) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "dog").mkdir()
+    corner.save(tmp_path / "dog" / "0.png")
+    with pytest.raises(BadInput, match=r"holds no images .*; there are some in its folder 'dog'$"):
+        scan(tmp_path)
+    (tmp_path / "dog" / "0.png").unlink()
+    with pytest.raises(BadInput, match=r"give the folder with the photos$"):
+        scan(tmp_path)
