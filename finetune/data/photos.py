@@ -15,10 +15,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from finetune.core.errors import BadInput
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 # Pillow's readers of those, by content whatever the name says: it has more, such as EPS, which it gives to Ghostscript
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
-APPLE = {".heic", ".heif"}
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF")
+APPLE = {".heic", ".heif", ".hif"}  # pillow-heif reads those
+BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")  # ISO 23008-12
+LAST = {".avif", ".jfif", ".jpe"} | APPLE  # of several companions of one photo, one with another suffix is taken
+SUFFIXES_SHOWN = ", ".join(sorted(SUFFIXES | APPLE))
 MASK = ".mask.png"  # NAME.mask.png says which part of the photo NAME is the subject
 COMPANIONS = ("depth", "before")  # NAME.depth.png lies beside the photo NAME and is no photo itself
 MIN_SIDE = 16  # pixels: less holds nothing to learn from
@@ -87,7 +90,8 @@ def is_companion(file: Path, stems: set[str]) -> bool:
 
 def companion(photo: Path, kind: str) -> Path | None:
     """NAME.`kind`.png, or with another suffix, beside a photo."""
-    files = (photo.with_name(f"{photo.stem}.{kind}{suffix}") for suffix in sorted(SUFFIXES))
+    suffixes = sorted(SUFFIXES | APPLE, key=lambda suffix: (suffix in LAST, suffix))
+    files = (photo.with_name(f"{photo.stem}.{kind}{suffix}") for suffix in suffixes)
     return next((file for file in files if file.is_file()), None)
 
 
@@ -111,9 +115,7 @@ def scan_lenient(folder: Path) -> Scan:
     """
     files = image_files(folder)
     if not files:
-        raise BadInput(
-            f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}): give the folder with the photos", path=folder
-        )
+        raise BadInput(f"{folder} holds no pictures ({SUFFIXES_SHOWN}): {_where_photos_are(folder)}", path=folder)
     found = Scan([], [])
     for file in files:
         try:
@@ -123,6 +125,12 @@ def scan_lenient(folder: Path) -> Scan:
     if not found.photos:
         raise BadInput(f"{folder} holds no pictures that can be used: {found.names}; mend them", path=folder)
     return found
+
+
+def _where_photos_are(folder: Path) -> str:
+    within = [shown(entry.name) for entry in sorted(folder.iterdir()) if entry.is_dir() and image_files(entry)]
+    found = f", such as one of its sub-folders ({', '.join(within)})" if within else ""
+    return f"give the folder with the photos{found}"
 
 
 def shown(name: Path | str) -> str:
@@ -191,8 +199,6 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def _content(file: Path) -> bytes:
-    if file.suffix.lower() in APPLE:
-        raise BadImage(file, "HEIC: convert it to JPEG")
     try:
         size = file.stat().st_size
         if not file.is_file():  # a pipe or a device would be read for ever
@@ -215,6 +221,8 @@ def opened(file: Path, content: bytes, formats: Sequence[str] = FORMATS) -> Iter
         BadImage: it is of none of the `formats` by its content, would take too much memory, or is damaged.
     """
     Image.init()
+    heif = "HEIF" in formats and content[4:8] == b"ftyp" and content[8:12] in BRANDS
+    readable = not heif or _register_heif()
     known = [name for name in formats if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
@@ -228,13 +236,27 @@ def opened(file: Path, content: bytes, formats: Sequence[str] = FORMATS) -> Iter
                     )
                 yield image
     except UnidentifiedImageError as error:
+        if not readable:
+            raise BadImage(file, "HEIC, which needs a package: `pip install pillow-heif`") from error
         raise BadImage(file, "not a picture, or its beginning is damaged") from error
     except Image.DecompressionBombError as error:
         raise BadImage(file, f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: {SMALLER}") from error
     except BadImage:
         raise
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, EOFError) as error:
         raise BadImage(file, _damage(error)) from error
+
+
+def _register_heif() -> bool:
+    """Gives Pillow its reader of HEIC; False where pillow-heif is not installed. Only when such a file comes: it loads
+    libraries in C++."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    if "HEIF" not in Image.OPEN:
+        register_heif_opener()
+    return True
 
 
 def _damage(error: Exception) -> str:

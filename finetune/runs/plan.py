@@ -52,7 +52,8 @@ class PlannedClassImages(Record):
 class Plan(Record):
     """What is seen how often, what is trained, and what that costs.
 
-    `base`, `prompts`: private, a folder of this machine and captions. `buckets`: none where every crop is square.
+    `base`, `prompts`, `unused`: private, a folder of this machine, captions, and names of files beside the photos that
+    are not trained on. `buckets`: none where every crop is square.
     `repeats`: of the `places` of an epoch, those that count nothing. `enlarged`, `prior`, `timesteps`: what the
     photos, the prior and the objective say of themselves.
     """
@@ -62,6 +63,7 @@ class Plan(Record):
     prediction: str
     subjects: list[PlannedSubject]
     prompts: list[str]
+    unused: list[str] = []
     resolution: int
     steps: int
     batch_size: int
@@ -91,11 +93,12 @@ class Plan(Record):
 
 def plan_rows(plan: Plan) -> PlanRows:
     """For the person whose run it is."""
-    return _rows(plan, plan.base, {"training prompts": plan.prompts})
+    unused: PlanRows = {"not used": plan.unused} if plan.unused else {}
+    return _rows(plan, plan.base, {"training prompts": plan.prompts, **unused})
 
 
 def shared_rows(plan: Plan) -> PlanRows:
-    """For a page that may be passed on: without the captions, and a base's folder by its last name."""
+    """For a page that may be passed on: without captions, names of other files and a base's whole path."""
     return _rows(plan, public_name(plan.base), {})
 
 

@@ -15,14 +15,14 @@ from typing import ClassVar
 
 from finetune.core.errors import BadInput
 from finetune.core.files import cache_dir, replacing, sha256
-from finetune.data.photos import APPLE, SUFFIXES
-
-CAPTIONS = ("metadata.jsonl", "captions.csv")  # captions of a whole folder; those of one photo are in a .txt
+from finetune.data.captions import BESIDE, LISTS
+from finetune.data.leftovers import listed
+from finetune.data.photos import APPLE, SUFFIXES, SUFFIXES_SHOWN
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A source as a folder; `unused`: a sentence about what in it is no photo and no caption, or empty."""
+    """A source as a folder; `unused`: a sentence about what of it is not used, or empty."""
 
     folder: Path
     unused: str = ""
@@ -69,13 +69,13 @@ class Packed(Source):
             written.add(name.lower())
             _write(folder / name, content)
         if not written:
-            raise BadInput(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))}): give one with photos in it")
-        return Opened(folder, f"not used of {path.name}: {', '.join(sorted(unused))}" if unused else "")
+            raise BadInput(f"{path} holds no pictures ({SUFFIXES_SHOWN}): give one with photos in it")
+        return Opened(folder, f"not used of {path.name}: {listed(sorted(unused))}" if unused else "")
 
 
 def is_usable(name: str) -> bool:
     """Whether a file of this name is a photo, a mask or a caption."""
-    return name in CAPTIONS or Path(name).suffix.lower() in SUFFIXES | APPLE | {".txt"}
+    return name in LISTS or Path(name).suffix.lower() in {*SUFFIXES, *APPLE, *BESIDE}
 
 
 def _write(file: Path, content: bytes) -> None:
