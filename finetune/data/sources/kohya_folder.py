@@ -12,7 +12,7 @@ from finetune.data.sources.base import Opened, Source
 NAME = re.compile(r"(\d+)_(.+)")
 
 
-class Kohya(Source):
+class KohyaFolder(Source):
     """One such sub-folder, with no photos beside it. Where there is one, its repeats change nothing: they would only
     make an epoch longer, and a run counts steps. Several are several subjects, or weights that we have not."""
 
