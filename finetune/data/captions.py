@@ -77,7 +77,14 @@ def summarise(captioned: Sequence[Captioned], token: str) -> str:
             f"; WARNING: the token {token!r} is not in the caption of {', '.join(without)}, so it learns nothing from "
             "them: write {token} into the caption files"
         )
-    return summary
+    return summary + _without_token(captioned, word)
+
+
+def _without_token(captioned: Sequence[Captioned], word: re.Pattern[str]) -> str:
+    """A warning of templates that say nothing of the token."""
+    texts = dict.fromkeys(text for item in captioned if item.source == "template" for text in item.captions)
+    without = [repr(text) for text in texts if not word.search(text)]
+    return f"; WARNING: no token in {', '.join(without)}: write {{token}} into data.templates" if without else ""
 
 
 def _captioned(photo: Photo, text: str | None, templates: Sequence[str], token: str, noun: str | None) -> Captioned:
