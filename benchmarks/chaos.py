@@ -4,8 +4,10 @@
 
 A small LoRA run with class images, caching, accumulation, dropout, EMA and frequent checkpoints is started in a
 process of its own and killed with SIGKILL at a random moment, again and again, until it ends; then the next run
-starts, from empty caches. After one kill in five a byte of the newest checkpoint is flipped too. Ends with 0 if every
-adapter has the SHA-256 of the unbroken run's, and every metrics.jsonl its lines (timing aside).
+starts, from empty caches. After one kill in three something of it is damaged or changed (`tampering.py`): a
+checkpoint, a cache entry, a record, a photo, the base. Ends with 0 if every resume either refused with the name of
+what changed, or came to an adapter with the SHA-256 of the unbroken run's, and a metrics.jsonl with its lines (timing
+aside).
 """
 
 from __future__ import annotations
@@ -20,31 +22,41 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tampering import TAMPERINGS, Place, Tampering, Undo, copied_place
+
+REFUSED = 3  # the exit code of a child that refuses
+TAMPERED = 0.35  # of the kills
 METHODS: dict[str, dict[str, Any]] = {"lora": {"kind": "lora", "rank": 4, "dropout": 0.1}, "full": {"kind": "full"}}
 WINDOW = 0.55  # of the unbroken run: a resumed one that only has its pictures and exports left may come to its end
 PHASES = ("before the first file", "class images", "latents and prompts", "training", "saving", "pictures and exports")
 
 
-def recipe(work: Path, method: str, optim: str) -> Any:
+def write_inputs(work: Path) -> None:
     from PIL import Image
 
-    from finetune.config.load import parse_recipe
     from finetune.testing.tiny import write_tiny
 
-    base, photos = work / "base", work / "photos"
-    if not base.is_dir():
-        write_tiny("sd1", base)
-        photos.mkdir()
-        for number in range(4):
-            Image.linear_gradient("L").rotate(90 * number).convert("RGB").save(photos / f"{number}.png")
+    if (work / "base").is_dir():
+        return
+    write_tiny("sd1", work / "base")
+    (work / "photos").mkdir()
+    for number in range(4):
+        image = Image.linear_gradient("L").rotate(90 * number).convert("RGB")
+        image.save(work / "photos" / f"{number}.png")
+
+
+def recipe(place: Place, method: str, optim: str) -> Any:
+    from finetune.config.load import parse_recipe
+
     return parse_recipe(
         {
-            "base": str(base),
+            "base": str(place.base),
             "data": {
-                "photos": str(photos),
+                "photos": str(place.photos),
                 "class_noun": "mug",
                 "crop": "random",
                 "flip": True,
@@ -59,23 +71,32 @@ def recipe(work: Path, method: str, optim: str) -> Any:
     )
 
 
-def work_on(work: Path, run: Path, kinds: tuple[str, str]) -> None:
+def work_on(work: Path, place: Place, kinds: tuple[str, str]) -> None:
     """What a child process does: train, or go on."""
     import torch
 
+    from finetune.core.errors import BadInput
     from finetune.jobs.train import train
 
     torch.set_num_threads(1)
-    os.environ["FINETUNE_CACHE"] = str(work / "caches" / run.name)
+    os.environ["FINETUNE_CACHE"] = str(place.cache)
     noted = (work / "damaged.txt").open("a", encoding="utf-8", newline="\n")
     warnings.showwarning = lambda message, *rest: print(message, file=noted, flush=True)
     warnings.simplefilter("always", UserWarning)
-    train(recipe(work, *kinds), run)
+    try:
+        train(recipe(place, *kinds), place.run)
+    except BadInput as refused:
+        (work / "refused.txt").write_text(str(refused), encoding="utf-8", newline="\n")
+        sys.exit(REFUSED)
 
 
-def phase_of(work: Path, run: Path) -> str:
+def _list(counted: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counted.most_common()) or "none"
+
+
+def phase_of(place: Place) -> str:
     """Where a killed run stood, from what lies there."""
-    cache = work / "caches" / run.name
+    run, cache = place.run, place.cache
     if any((run / "checkpoints").glob(".*.tmp")):
         return "saving"
     if (run / "adapter" / "trained.safetensors").is_file():
@@ -87,40 +108,87 @@ def phase_of(work: Path, run: Path) -> str:
     return "class images" if run.is_dir() else "before the first file"
 
 
-def flip_a_byte(run: Path, dice: random.Random) -> bool:
-    newest = sorted((run / "checkpoints").glob("step-*"))[-1:]
-    if not newest:
-        return False
-    file = dice.choice(sorted(newest[0].glob("*.safetensors")))
-    data = bytearray(file.read_bytes())
-    data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
-    file.write_bytes(data)
-    return True
+class Tampered:
+    """What was done to a run and is still to be met, and what came of it."""
+
+    def __init__(self) -> None:
+        self.now: tuple[Tampering, Path, Undo] | None = None
+        self.done, self.refused = Counter[str](), Counter[str]()
+        self.logs = False  # the run's log was damaged: rows of it may be lost, which nothing is trained from
+
+    def maybe(self, place: Place, dice: random.Random) -> None:
+        """One thing at a time: what a resume must refuse stays until it is met."""
+        if self.now is not None or dice.random() > TAMPERED:
+            return
+        chosen = dice.choice(TAMPERINGS)
+        made = chosen.apply(place, dice)
+        if made is None:
+            return
+        self.done[chosen.name] += 1
+        self.logs |= made[0].name == "metrics.jsonl"
+        self.now = (chosen, *made) if chosen.refused else None
+        self.last = (chosen, *made)
+
+    def met(self, said: str) -> None:
+        """A resume refused: the sentence must name what was done, which is then undone."""
+        chosen, file, undo = self.now or self.last
+        if (chosen.refused or file.name) not in said:
+            sys.exit(f"after {chosen.name!r} of {file} a resume refused with something else: {said}")
+        self.refused[chosen.name] += 1
+        undo()
+        self.now = None
+
+
+def _row(line: str) -> dict[str, Any]:
+    """A line of the log; empty for one that was damaged."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
     """The adapter's hash, and the metrics without their timing."""
     from finetune.core.files import sha256
 
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    for row in rows:
-        del row["seconds"]
+    log = run / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    rows = [{key: value for key, value in _row(line).items() if key != "seconds"} for line in lines]
     return sha256(run / "adapter" / "trained.safetensors"), rows
 
 
-def kill_once(
-    context: Any, work: Path, run: Path, kinds: tuple[str, str], longest: float, dice: random.Random
-) -> bool:
-    """Starts or resumes the run and kills it at a random moment; False if it came to its end first."""
-    process = context.Process(target=work_on, args=(work, run, kinds))
-    process.start()
-    process.join(dice.uniform(0, longest))
-    ended = process.exitcode is not None
-    if ended and process.exitcode != 0:
-        sys.exit(f"a resumed run failed with exit code {process.exitcode}: {run}")
-    process.kill()
-    process.join()
-    return not ended
+def is_the_unbroken(found: tuple[str, list[Any]], wanted: tuple[str, list[Any]], logs_damaged: bool) -> bool:
+    return found[0] == wanted[0] and (logs_damaged or found[1] == wanted[1])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run that is started, killed and resumed until it ends. `longest`: seconds after which it is killed."""
+
+    work: Path
+    place: Place
+    kinds: tuple[str, str]
+    dice: random.Random
+    tampered: Tampered
+
+    def kill_once(self, context: Any, longest: float) -> bool:
+        """Starts or resumes the run and kills it at a random moment; False if it came to its end first."""
+        process = context.Process(target=work_on, args=(self.work, self.place, self.kinds))
+        process.start()
+        process.join(self.dice.uniform(0, longest))
+        code = process.exitcode
+        process.kill()
+        process.join()
+        if code == REFUSED:
+            self.tampered.met((self.work / "refused.txt").read_text(encoding="utf-8"))
+            return True
+        if code not in (None, 0):
+            last = getattr(self.tampered, "last", None)
+            sys.exit(f"a resumed run failed with exit code {code}: {self.place.run}; tampered last: {last}")
+        if code == 0 and self.tampered.now is not None:
+            sys.exit(f"a run came to its end in silence after {self.tampered.now[0].name!r}: {self.place.run}")
+        return code is None
 
 
 def main() -> None:
@@ -145,26 +213,31 @@ def main() -> None:
 
     kinds = (arguments.method, arguments.optim)
     dice, context = random.Random(arguments.seed), multiprocessing.get_context("fork")
-    recipe(work, *kinds)
+    write_inputs(work)
     began = time.monotonic()
-    unbroken = context.Process(target=work_on, args=(work, work / "unbroken", kinds))
+    home = Place(work / "unbroken", work / "caches" / "unbroken", work / "photos", work / "base")
+    unbroken = context.Process(target=work_on, args=(work, home, kinds))
     unbroken.start()
     unbroken.join()
     length = time.monotonic() - began
     wanted = outcome(work / "unbroken")
-    kills, flipped, runs, same, where = 0, 0, 0, 0, Counter[str]()
+    kills, runs, same, where, tampered = 0, 0, 0, Counter[str](), Tampered()
     while kills < arguments.kills:
-        run = work / f"run-{runs}"
+        trial = Trial(work, copied_place(work, runs), kinds, dice, tampered)
         runs += 1
-        while kill_once(context, work, run, kinds, length * WINDOW if kills < arguments.kills else 10 * length, dice):
+        while trial.kill_once(context, length * WINDOW if kills < arguments.kills else 10 * length):
             kills += 1
-            where[phase_of(work, run)] += 1
-            flipped += dice.random() < 0.2 and flip_a_byte(run, dice)
-        same += outcome(run) == wanted
-    damaged = (work / "damaged.txt").read_text(encoding="utf-8").count("is damaged")
+            where[phase_of(trial.place)] += 1
+            if kills < arguments.kills:
+                tampered.maybe(trial.place, dice)
+        same += is_the_unbroken(outcome(trial.place.run), wanted, tampered.logs)
+        tampered.logs = False
     print(f"unbroken run: {length:.1f} s, adapter {wanted[0][:16]}")
     print(f"{kills} kills: " + ", ".join(f"{where[name]} in {name}" for name in PHASES if where[name]))
-    print(f"{flipped} checkpoints damaged on purpose, {damaged} times a damaged one was met, named and passed over")
+    damaged = (work / "damaged.txt").read_text(encoding="utf-8").count("is damaged")
+    print(f"{tampered.done.total()} files damaged or changed, of {len(tampered.done)} kinds: {_list(tampered.done)}")
+    print(f"{tampered.refused.total()} times a resume refused and named it: {_list(tampered.refused)}")
+    print(f"{damaged} times a damaged checkpoint was met, named and passed over")
     print(f"{runs} runs came to their end, {same} with the unbroken run's adapter (SHA-256) and metrics")
     sys.exit(0 if same == runs else 1)
 

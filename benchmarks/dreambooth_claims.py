@@ -3,9 +3,9 @@
     python benchmarks/dreambooth_claims.py                    # all 36 runs, then docs/results.md
     python benchmarks/dreambooth_claims.py --subjects mug --seeds 0 --methods lora run.steps=200   # a trial
 
-Each run trains through `finetune.train` with the shipped recipe, draws 24 pictures a prompt with the trained weights,
-and shows them to a judge that was trained on renders only (examples/tiny_base/judge.py). Finished runs are kept under
---work and not done again. Overrides apply to every run and make it a trial.
+Each run trains with `finetune.train` and the included recipe, and draws 24 images for each prompt with the trained
+weights. A classifier that was trained only on renders (examples/tiny_base/judge.py) rates them. Finished runs are kept
+under --work and not repeated. Overrides apply to every run; their results are a trial and not written to the page.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT / "examples" / "tiny_base"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SUBJECTS, SEEDS, METHODS, PRIORS = ("mug", "backpack", "car"), (0, 1, 2), ("lora", "full"), ("none", "class_images")
-PHOTO_PLACES = ("table", "grass", "city", "table", "grass")  # the beach and the snow are never photographed
+PHOTO_PLACES = ("table", "grass", "city", "table", "grass")  # there are no photos on the beach or in the snow
 COUNT, GUIDANCE, STEPS = 24, 3.0, 20
 RECIPES = {"lora": "demo", "full": "demo-full"}
 
 
 def photos_of(subject: str, work: Path) -> Path:
-    """Five 256-pixel photos of a subject that the base has never seen."""
+    """Writes five 256-pixel photos of a subject that the base has never seen."""
     from world import subject_picture
 
     folder = work / "photos" / subject
@@ -49,7 +49,7 @@ def photos_of(subject: str, work: Path) -> Path:
 def one_run(
     work: Path, subject: str, seed: int, method: str, prior: str, overrides: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Trains one combination (unless it is done) and measures it."""
+    """Trains one combination, unless its result exists, and measures it."""
     from finetune.core.logging import quiet
 
     quiet()
@@ -84,7 +84,7 @@ def one_run(
 
 
 def measure(family: Any, subject: str, thing: str, seed: int, folder: Path | None = None) -> dict[str, float]:
-    """What the judge says of 24 pictures of each of three prompts."""
+    """The judge's ratings of 24 images for each of three prompts."""
     import judge
     from world import subject_picture
 
@@ -126,7 +126,7 @@ def measure(family: Any, subject: str, thing: str, seed: int, folder: Path | Non
 
 
 def base_figures(work: Path, subject: str, seed: int) -> dict[str, Any]:
-    """The same measures of the untouched base."""
+    """The same measurements for the base before training."""
     from finetune.core.logging import quiet
 
     quiet()
@@ -148,7 +148,7 @@ def base_figures(work: Path, subject: str, seed: int) -> dict[str, Any]:
 
 
 def derive(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
-    """The claims' figures: the way from the class to the real subject, and diversity against the base's."""
+    """The figures for the claims: the gain from the class towards the subject, and diversity relative to the base."""
 
     def gain(key: str) -> float:
         return (row[key] - base["class_likeness"]) / (row["real"] - base["class_likeness"])
@@ -192,7 +192,7 @@ def _cell(values: list[float]) -> str:
 
 
 def verdicts(rows: list[dict[str, Any]], bases: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
-    """Each claim with its bound and what was measured (means over subjects and seeds)."""
+    """Each claim with its bound and the measured mean over subjects and seeds."""
 
     def mean(key: str, method: str, prior: str) -> float:
         chosen = [r for r in rows if (r["method"], r["prior"]) == (method, prior)]
@@ -255,7 +255,7 @@ def main() -> None:
 
 
 def write_results(text: str, lines: list[str]) -> None:
-    """Replaces what stands between the markers in docs/results.md."""
+    """Replaces the text between the markers in docs/results.md."""
     file = ROOT / "docs" / "results.md"
     before, _, rest = file.read_text(encoding="utf-8").partition("<!-- claims -->")
     _, _, after = rest.partition("<!-- end of claims -->")

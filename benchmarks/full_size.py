@@ -1,10 +1,10 @@
-"""A LoRA run on a base of SD 1.5's true size with random weights, on a CPU: does it fit, and what does a step cost?
+"""Runs LoRA training on a CPU with a base of SD 1.5's real size and random weights: measures memory and time.
 
     python benchmarks/full_size.py                # 3 steps at 256 pixels; about 5 GB on the disk, 8 GB of memory
     python benchmarks/full_size.py --steps-only   # caches and steps alone, as tests/jobs/test_full_size.py runs them
 
-The pictures are noise; what is shown is that every part of the job, from photos to checked exports, takes the true
-sizes. The tokenizer is CLIP's real one where ../shared/clip-vocab is, and the tests' small one elsewhere.
+The images are noise. The run shows that every part of the job, from photos to checked exports, works with the real
+sizes. It uses CLIP's real tokenizer if ../shared/clip-vocab exists, and otherwise the small one of the tests.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def write_sd15(folder: Path) -> None:
 
 
 def train_only(recipe: Recipe, work: Path) -> Path:
-    """Latents, prompts and the steps, without pictures and exports; returns the run folder."""
+    """Caches latents and prompts and trains, without images and exports. Returns the run folder."""
     from finetune.core.events import sent_to
     from finetune.jobs import train as job
     from finetune.jobs.prepare import prepare

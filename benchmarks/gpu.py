@@ -1,11 +1,11 @@
-"""Does the toolkit work on this GPU, how fast, in how much memory? One command, ten minutes, nothing to download.
+"""Checks whether the toolkit works on this GPU, and measures its speed and memory: ten minutes, without downloads.
 
     python benchmarks/gpu.py                  # every part; docs/results-gpu.md and benchmarks/rows/gpu.jsonl
-    python benchmarks/gpu.py --only jobs      # some parts; their new rows take the place of the old ones
-    python benchmarks/gpu.py --cpu --out DIR  # every part at the size of the tests: is this program itself in order?
+    python benchmarks/gpu.py --only jobs      # some parts; their new rows replace the old ones
+    python benchmarks/gpu.py --cpu --out DIR  # every part at the size of the tests, to check this program itself
 
-Bases of published sizes are made on the device with random weights. Each part has a process and a time limit of its
-own, the most telling first, and every row is kept as soon as it is there: a run that is cut off keeps what it had.
+Bases with published sizes and random weights are created on the device. Each part has its own process and time limit.
+The most informative parts run first, and every row is saved at once, so an interrupted run keeps its results.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import psutil
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
-CPU_PATIENCE = 6  # times the limits of a GPU
+CPU_PATIENCE = 6  # factor for the time limits of a GPU
 NAMES = (
     "device", "demo", "numbers", "resume", "jobs", "stops", "speed-sd1-lora", "speed-sdxl-lora", "tests", "start",
     "speed-flux-lora", "speed-sd1-full", "speed-sdxl-full", "speed-sd3-lora", "speed-sd3-full",
@@ -40,7 +40,7 @@ NAMES = (
 
 
 def parts() -> dict[str, Any]:
-    """Name -> Part, the most telling first."""
+    """Name -> part, the most informative first."""
     import gpu_correctness as works
     import gpu_speed as fast
     from gpu_common import Part
@@ -67,7 +67,7 @@ def main() -> int:
         print("there is no CUDA device here: run this on a machine with one, or pass --cpu --out DIR", file=sys.stderr)
         return 2
     if arguments.cpu and not arguments.out:
-        print("--cpu needs --out DIR: its rows are no results, and must not take their place", file=sys.stderr)
+        print("--cpu needs --out DIR: its rows are not results and must not replace them", file=sys.stderr)
         return 2
     rows_file.parent.mkdir(parents=True, exist_ok=True)
     rows = [row for row in read(rows_file) if row["part"] not in chosen]
@@ -75,7 +75,7 @@ def main() -> int:
     waiting = None
     for name, after in zip(chosen, [*chosen[1:], None], strict=True):
         process = waiting or begin(name, arguments)
-        waiting = begin(after, arguments) if after else None  # imports while the one before it works
+        waiting = begin(after, arguments) if after else None  # it imports while the previous part runs
         rows += finish(name, process, deadline, rows_file.with_suffix(f".{name}.jsonl"), arguments.cpu)
         write(rows_file, rows)
     print("\n" + table(rows, arguments.cpu))
@@ -101,7 +101,7 @@ def has_cuda() -> bool:
 
 
 def begin(name: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
-    """A process that imports everything and waits for a line that says go."""
+    """Starts a process that imports everything and then waits for a line on its standard input."""
     folder = (arguments.out or ROOT / "benchmarks" / "rows").absolute()
     command = [sys.executable, __file__, "--part", name, "--rows", str(folder / f"gpu.{name}.jsonl")]
     env = os.environ | {"HF_HUB_OFFLINE": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if arguments.cpu else {})
@@ -112,7 +112,7 @@ def begin(name: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
 
 
 def finish(name: str, process: subprocess.Popen[str], deadline: float, file: Path, cpu: bool) -> list[dict[str, Any]]:
-    """The part's rows; where it broke or took too long, a last one that says so."""
+    """The part's rows. If it failed or took too long, the last row reports that."""
     left = deadline - time.monotonic()
     if left < 5:
         end(process)
@@ -142,7 +142,7 @@ def finish(name: str, process: subprocess.Popen[str], deadline: float, file: Pat
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """With all that it started."""
+    """Ends the process and all processes that it started."""
     if process.poll() is None:
         for started in psutil.Process(process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
@@ -160,7 +160,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def child(arguments: argparse.Namespace) -> int:
-    """One part; every row is written when it is there."""
+    """Runs one part, and writes every row at once."""
     from finetune.core.logging import quiet, quiet_bars
 
     quiet()
@@ -213,7 +213,7 @@ def about(cpu: bool) -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "missing"
-    name = "CPU, tiny sizes: these are no results" if cpu else torch.cuda.get_device_name(0)
+    name = "CPU, tiny sizes: these are not results" if cpu else torch.cuda.get_device_name(0)
     return {"device": name} | found
 
 

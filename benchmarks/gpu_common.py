@@ -1,4 +1,4 @@
-"""What the parts of benchmarks/gpu.py share: where they run, the rows that they give, small recipes."""
+"""Shared code of the parts of benchmarks/gpu.py: where they run, their result rows, small recipes."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Where:
-    """`tiny`: everything at the size of the tests, on a CPU. `work`: a folder for what the part writes."""
+    """Where a part runs. `tiny`: with the sizes of the tests, on a CPU. `work`: a folder for the part's files."""
 
     device: torch.device
     tiny: bool
     work: Path
 
     def precision(self, wanted: str) -> str:
-        """fp16 is refused on a CPU."""
+        """The precision to use: `wanted`, but bf16 instead of fp16 on a CPU, which does not support it."""
         return "bf16" if self.tiny and wanted == "fp16" else wanted
 
     def label(self, what: str) -> str:
-        """What a row says was run, where `precision` may have put another in fp16's place."""
+        """The description of a row, with the replacement that `precision` made."""
         return what.replace("fp16", "bf16 in place of fp16") if self.tiny else what
 
 
 @dataclass(frozen=True)
 class Part:
-    """`seconds`: how long it may take. `run` gives one row after the other, each kept as soon as it is there."""
+    """A part of the benchmark. `seconds`: its time limit. `run` yields rows, and each is saved at once."""
 
     name: str
     seconds: int
@@ -40,22 +40,22 @@ class Part:
 
 
 def check(what: str, ok: bool, value: str = "") -> Row:
-    """A row that says whether something works."""
+    """A row with the result of a check."""
     return {"table": "works", "what": what, "ok": ok, "value": value}
 
 
 def attempt(what: str, work: Callable[[], str]) -> Row:
-    """A check that fails with the error's own words, so that the parts after it still run."""
+    """Runs a check. An error becomes a failed row with its message, so that later checks still run."""
     try:
         return check(what, True, work())
-    except Exception as error:  # whatever breaks on a GPU is a result here
+    except Exception as error:  # any failure on a GPU is a result
         return check(what, False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     finally:
         forget()
 
 
 def forget() -> None:
-    """Frees what the last case held, and lets Accelerate take another precision."""
+    """Frees the memory of the last case, and lets Accelerate use another precision."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -65,7 +65,7 @@ def forget() -> None:
 
 
 def tiny_base(where: Where, family: str) -> Path:
-    """A small random base of the true classes."""
+    """A small random base of the real classes."""
     from finetune.testing.tiny import write_tiny
 
     folder = where.work / "bases" / family

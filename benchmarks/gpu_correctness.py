@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.py that say whether something works on this device."""
+"""The parts of benchmarks/gpu.py that check whether something works on this device."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from gpu_common import Row, Where, attempt, check, forget, tiny_base, tiny_recip
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-SCALE = 1024.0  # under fp16 the loss is scaled, as the loss scaler does it
+SCALE = 1024.0  # the loss scale for fp16, as of the loss scaler
 PRECISIONS = ("fp32", "bf16", "fp16")
-EXACT = 1e-4  # of a gradient's norm: another order of the same sums in fp32
+EXACT = 1e-4  # relative error of a gradient: the same fp32 sums in another order
 RESUMED = {
     "LoRA, AdamW, bf16": ("sd1", ("run.precision=bf16",)),
     "LoRA with dropout, AdamW, fp16 with its scaler": ("sdxl", ("run.precision=fp16", "method.dropout=.1")),
@@ -51,7 +51,7 @@ JOBS = {
 
 
 def demo(where: Where) -> Iterator[Row]:
-    """The demo as it ships, and the judge's word on what was learned (as tests/jobs/test_demo.py asks)."""
+    """Runs the demo, and lets the judge rate what was learned (as tests/jobs/test_demo.py does)."""
     sys.path.insert(0, str(ROOT / "examples" / "tiny_base"))
     import judge
     from PIL import Image
@@ -79,8 +79,8 @@ def demo(where: Where) -> Iterator[Row]:
 
 
 def numbers(where: Where) -> Iterator[Row]:
-    """Loss and gradient of one step of every family in every precision, against the CPU's in fp32: they may be as far
-    off as the CPU's are in the same precision, twice."""
+    """Compares loss and gradient of one step of every family in every precision with those of the CPU in fp32. The
+    error may be twice the CPU's error in the same precision."""
     from finetune.families.registry import FAMILIES
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -110,7 +110,7 @@ def off(found: tuple[float, Tensor], wanted: tuple[float, Tensor]) -> tuple[floa
 
 
 def loss_and_gradient(base: Path, kind: str, device: torch.device, precision: str) -> tuple[float, Tensor]:
-    """The loop's own `Step` on one fixed batch: an adapter's base is cast, full weights stay fp32 under autocast."""
+    """Loss and gradient of `Step` for one fixed batch. An adapter's base is cast; full training uses autocast."""
     from finetune.core.devices import DTYPES
     from finetune.families.source import load_family
     from finetune.methods.registry import METHODS
@@ -126,7 +126,7 @@ def loss_and_gradient(base: Path, kind: str, device: torch.device, precision: st
     made = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in trained.items():
-            if ".lora_B." in name:  # 0 at the start: then A has no gradient
+            if ".lora_B." in name:  # B starts at 0, and then A has no gradient
                 parameter.copy_(torch.randn(parameter.shape, generator=made) * 0.02)
     objective = build_objective(ObjectiveSettings(), family.schedule, family.shift(32)).to(device)
     step = Step(family, list(method.part_names(family)), objective, family.encode_prompts)
@@ -151,7 +151,7 @@ def fixed_batch(channels: int, count: int = 2) -> Any:
 
 
 def resume(where: Where) -> Iterator[Row]:
-    """Deterministic mode: a run that lost its second half, gone on with in a new process, against the unbroken one."""
+    """Deterministic mode: a run that stops half-way and resumes in a new process equals the uninterrupted run."""
     started = {}
     for what, (family, overrides) in RESUMED.items():
         precision = [f"run.precision={where.precision('fp16')}"] if "run.precision=fp16" in overrides else []
@@ -178,7 +178,7 @@ def resume(where: Where) -> Iterator[Row]:
 
 
 def half(where: Where, name: str, family: str, settings: tuple[str, ...]) -> str:
-    """Trains, and beside it leaves the same run as it was at its middle."""
+    """Trains, and also keeps a copy of the run folder from half-way."""
     from finetune import train
 
     run, again = where.work / name, where.work / f"{name}-again"
@@ -201,7 +201,7 @@ def environment() -> dict[str, str]:
 
 
 def jobs(where: Where) -> Iterator[Row]:
-    """Whole jobs on small random bases, from photos to exports that diffusers or PEFT read back; then the commands."""
+    """Runs complete jobs on small random bases, from photos to verified exports, and then the commands."""
     for what, (family, overrides) in JOBS.items():
         settings = tuple(text.replace("fp16", where.precision("fp16")) for text in overrides)
         yield attempt(where.label(f"job: {what}"), lambda w=what, f=family, s=settings: whole_job(where, w, f, s))
@@ -234,7 +234,7 @@ def whole_job(where: Where, what: str, family: str, settings: tuple[str, ...]) -
 
 
 def stops(where: Where) -> Iterator[Row]:
-    """A step that is not finite is not made, in any precision."""
+    """A step with a loss that is not finite does not update the weights, in any precision."""
     for precision in ("fp32", "bf16", "fp16"):
         for kind in ("lora", "full"):
             chosen = where.precision(precision)
@@ -288,10 +288,10 @@ def stopped_at_nan(where: Where, kind: str, precision: str) -> str:
     except CheckFailed as stop:
         if all(torch.equal(before[name], value) for name, value in trained.items()):
             return str(stop).split(";")[0]
-        raise ValueError("the bad update was made") from stop
+        raise ValueError("the weights were updated with NaN") from stop
     finally:
         forget()
-    raise ValueError("nothing stopped it")
+    raise ValueError("the run did not stop")
 
 
 def tests(where: Where) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""The rows of benchmarks/gpu.py as a page of tables."""
+"""Formats the rows of benchmarks/gpu.py as a page of tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def works(rows: Sequence[Row]) -> str:
     found = chosen(rows, "works")
     bad = [row for row in found if not row["ok"]]
     title = f"## What works\n\n{len(found) - len(bad)} of {len(found)} checks hold.\n"
-    ordered = sorted(found, key=lambda row: row["ok"])  # what fails comes first
+    ordered = sorted(found, key=lambda row: row["ok"])  # failed checks first
     cells = [[row["part"], row["what"], "yes" if row["ok"] else "**NO**", str(row["value"])] for row in ordered]
     return title + "\n" + grid(["part", "check", "holds", ""], cells) if found else ""
 

@@ -1,8 +1,8 @@
-"""The parts of benchmarks/gpu.py that measure: ms a step, memory, kernels, start, checkpoints.
+"""The parts of benchmarks/gpu.py that measure speed and memory: steps, kernels, start-up, checkpoints.
 
-Every case is measured three ways on the same weights: our own loop on our own batches; a bare loop (forward, loss,
-backward, optimiser on tensors that lie on the device) that calls the denoiser with exactly what our loop gave it; and
-that loop's forward and backward as a CUDA graph. Times are device events, medians after warm-up.
+Every case is measured in three ways with the same weights: our loop with our batches; a bare loop (forward, loss,
+backward and optimiser, with all tensors on the device) that calls the denoiser with the same inputs as our loop; and
+the bare loop with forward and backward as a CUDA graph. Times are medians of device events after warm-up.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ RANK = 16
 
 
 class Enough(Exception):
-    """The loop has been measured."""
+    """Ends the loop when it has been measured."""
 
 
 def device(where: Where) -> Iterator[Row]:
-    """What this device reaches at best: a large product, a large copy."""
+    """The best speed of this device, for a large matrix product and a large copy."""
     size = 64 if where.tiny else 8192
     a, b = (torch.randn(size, size, device=where.device, dtype=torch.bfloat16) for _ in range(2))
     copied = torch.empty(size * size * (1 if where.tiny else 16), device=where.device, dtype=torch.bfloat16)
@@ -52,7 +52,7 @@ def device(where: Where) -> Iterator[Row]:
 
 
 def timed(where: Where, work: Callable[[], Any], warm: int = WARM, steps: int = STEPS) -> float:
-    """Milliseconds: the median by device events (on a CPU by the clock)."""
+    """The median time in milliseconds, from device events (on a CPU from the clock)."""
     clock = Clock(where)
     for _ in range(warm + steps):
         clock.mark()
@@ -62,7 +62,7 @@ def timed(where: Where, work: Callable[[], Any], warm: int = WARM, steps: int = 
 
 
 class Clock:
-    """Moments on the device's own time line."""
+    """Records times on the device."""
 
     def __init__(self, where: Where) -> None:
         self.cuda = where.device.type == "cuda"
@@ -86,7 +86,7 @@ class Clock:
 
 @dataclass
 class Case:
-    """One family with a method attached, and what its loop needs; `side` and `batch` are of the case in hand."""
+    """One family with a method attached. `side` (pixels) and `batch` are those of the current case."""
 
     where: Where
     family: Any
@@ -106,7 +106,7 @@ class Case:
         return torch.autocast(self.where.device.type, dtype, enabled=full, cache_enabled=False)
 
     def micro(self, step: int, index: int) -> Any:
-        """A batch as the data plan makes it: cached latents and their draws, on the CPU."""
+        """A batch as from the data plan: cached latents and their random keys, on the CPU."""
         from finetune.core.batch import Batch, Geometry, Latents
         from finetune.core.rng import SampleKey
 
@@ -124,7 +124,8 @@ class Case:
 
 
 def prepared(where: Where, base: str, kind: str) -> Case:
-    """The base on the device with random weights, prompts encoded, encoders gone, the method attached."""
+    """A base with random weights on the device, with the method attached, the prompts encoded and the text encoders
+    released."""
     from finetune.data.cache import PromptCache
     from finetune.families.source import load_family
     from finetune.methods.registry import METHODS
@@ -154,7 +155,7 @@ def prepared(where: Where, base: str, kind: str) -> Case:
 
 
 def speed(base: str, kind: str, where: Where) -> Iterator[Row]:
-    """One row for each size and batch; what does not fit says so."""
+    """One row for each size and batch. A row notes if the case does not fit in memory."""
     case = prepared(where, base, kind)
     for side, batch in [(32, 1)] if where.tiny else itertools.product(SIDES, BATCHES):
         case.side, case.batch = side, batch
@@ -171,7 +172,7 @@ def one_case(case: Case, base: str, kind: str) -> Row:
     planned, checkpointed = plan_of(case, base, kind)
     found: Row = {"plan_gib": planned, "checkpointing": checkpointed}
     if not case.where.tiny and planned * GIB > 0.95 * torch.cuda.get_device_properties(0).total_memory:
-        return found | {"note": "not run: the plan says that it does not fit"}
+        return found | {"note": "not run: it does not fit, according to the plan"}
     found |= our_loop(case)
     forget()
     bare = bare_step(case)
@@ -183,12 +184,13 @@ def one_case(case: Case, base: str, kind: str) -> Row:
 
 
 def few(milliseconds: float) -> tuple[int, int]:
-    """Warm-up and measured steps for steps of this length."""
+    """The number of warm-up and of measured steps, for steps of this length."""
     return (WARM, STEPS) if milliseconds < 400 else (2, 3)
 
 
 def plan_of(case: Case, base: str, kind: str) -> tuple[float, bool]:
-    """What `finetune plan` says of this case in GiB; with checkpointing, from there on, where it says it is needed."""
+    """The estimate of `finetune plan` in GiB, and whether the case fits. Switches gradient checkpointing on if the
+    plan needs it; later cases keep it."""
     from finetune.config.load import parse_recipe
     from finetune.jobs.estimate import estimate
 
@@ -212,7 +214,7 @@ def plan_of(case: Case, base: str, kind: str) -> tuple[float, bool]:
 
 
 def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> Row:
-    """`Trainer.fit` as a job calls it: median ms of a step, peak memory, and a LoRA's checkpoint."""
+    """Runs `Trainer.fit` as a job does: median ms of a step, peak memory, and the time of a LoRA's checkpoint."""
     from finetune.core.events import sent_to
     from finetune.objectives.registry import build_objective
     from finetune.objectives.settings import ObjectiveSettings
@@ -256,12 +258,12 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
 
 
 def timed_checkpoints(case: Case) -> Any:
-    """Checkpoints that note their time; those of whole models are not written: they would fill the disk."""
+    """Checkpoints that record their time. Those of whole models are not written, since they would fill the disk."""
     from finetune.training.checkpoint import Checkpoints, State
 
     class Timed(Checkpoints):
         def check_space(self, needed: int) -> None:
-            """A whole SDXL's checkpoints would not fit, and are not written."""
+            """Checks nothing: the checkpoints of whole models, which would not fit, are not written."""
 
         def save(self, state: State, keep: int) -> Path:
             if not case.method.is_adapter:
@@ -278,7 +280,7 @@ def timed_checkpoints(case: Case) -> Any:
 
 
 def bare_step(case: Case) -> Callable[[], None]:
-    """Forward, loss, backward and optimiser, and nothing else."""
+    """A function for one bare step: forward, loss, backward and optimiser."""
     pass_once = forward_backward(case)
     optimizer = case.optim.build(case.trained)
 
@@ -291,7 +293,7 @@ def bare_step(case: Case) -> Callable[[], None]:
 
 
 def forward_backward(case: Case) -> Callable[[], None]:
-    """The denoiser on what our loop gives it, against a fixed target."""
+    """A function for forward and backward of the denoiser with our loop's inputs and a fixed target."""
     arguments, named = given_to_denoiser(case)
     denoiser = case.family.parts["denoiser"].train()
     target: list[Tensor] = []
@@ -308,7 +310,7 @@ def forward_backward(case: Case) -> Callable[[], None]:
 
 @torch.no_grad()
 def given_to_denoiser(case: Case) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments that `Family.predict` calls the denoiser with, as they lie on the device."""
+    """The arguments with which `Family.predict` calls the denoiser, on the device."""
     seen: list[Any] = []
     denoiser = case.family.parts["denoiser"]
     handle = denoiser.register_forward_pre_hook(lambda m, args, named: seen.append((args, named)), with_kwargs=True)
@@ -322,7 +324,7 @@ def given_to_denoiser(case: Case) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def counted(step: Callable[[], None]) -> int:
-    """Floating-point operations of a step: products, convolutions and attention."""
+    """The floating-point operations of a step in products, convolutions and attention."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -331,7 +333,7 @@ def counted(step: Callable[[], None]) -> int:
 
 
 def graphed(case: Case) -> Row:
-    """The bare loop with its forward and backward as one CUDA graph; the optimiser as it is."""
+    """Measures the bare loop with forward and backward as one CUDA graph and an ordinary optimiser step."""
     if case.where.device.type != "cuda":
         return {"graph_ms": None}
     pass_once = forward_backward(case)
@@ -353,14 +355,14 @@ def graphed(case: Case) -> Row:
         return {"graph_ms": None, "graph_note": str(error).splitlines()[0][:200]}
 
     def step() -> None:
-        graph.replay()  # writes the same gradients' memory each time: nothing is zeroed
+        graph.replay()  # it overwrites the same gradients each time, so nothing is zeroed
         optimizer.step()
 
     return {"graph_ms": timed(case.where, step, 2, STEPS)}
 
 
 def profiled(case: Case) -> Row:
-    """Kernels, copies and waits of one step of our loop, and the host's time beside its waits."""
+    """Kernels, copies and waits of one step of our loop, and the host's time without its waits."""
     from torch.profiler import ProfilerActivity, profile
 
     steps, cuda = 3, case.where.device.type == "cuda"
@@ -399,7 +401,8 @@ def summary(profiler: Any, steps: int, seconds: float) -> Row:
 
 
 def start(where: Where) -> Iterator[Row]:
-    """Seconds from the command to the end of its first step, on the tiny base, with cold and with warm caches."""
+    """Measures the seconds from the command to the end of its first step, on the tiny base with cold and warm
+    caches."""
     for caches in ("cold", "warm"):
         run = where.work / f"start-{caches}"
         short = ["run.steps=1", "prior.kind=none", "sample.count=1", "sample.steps=1", f"run.dir={run}"]
@@ -423,7 +426,7 @@ def start(where: Where) -> Iterator[Row]:
 
 
 def first_line(file: Path, process: subprocess.Popen[bytes]) -> float:
-    """When the file has its first whole line."""
+    """The time at which the file has its first complete line."""
     while process.poll() is None and not (file.is_file() and file.read_bytes().endswith(b"\n")):
         time.sleep(0.02)
     return time.perf_counter()

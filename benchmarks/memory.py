@@ -1,4 +1,4 @@
-"""The most memory that this process has held, in bytes."""
+"""The peak memory of this process, in bytes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Prior preservation three ways, measured on the tiny base: LoRA, each prior at several weights.
+"""Measures three kinds of prior preservation on the tiny base: LoRA with each prior at several weights.
 
     python benchmarks/priors.py                      # all runs, as in docs/methods.md, and their means
     python benchmarks/priors.py --subjects mug --settings "frozen_base 3"      # a trial
 
-Subjects, recipe, judge and measures are those of dreambooth_claims.py; finished runs are kept under --work.
+Subjects, recipe, judge and measurements come from dreambooth_claims.py. Finished runs are kept under --work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SETTINGS = (
     "distance 1e-2",
 )
 SUBJECTS, SEEDS = ("mug", "car"), (0,)
-SMALL = {"distance": ("export.dtype=fp32",)}  # what it leaves of some modules is below what fp16 holds
+SMALL = {"distance": ("export.dtype=fp32",)}  # it makes some modules' changes too small for fp16
 
 
 def one_run(work: Path, subject: str, seed: int, setting: str) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Our training step against the bare floor loop, side by side in one run: CPU-seconds per step, start-up, memory.
+"""Compares our training step with a bare loop, the floor, in one run: CPU-seconds per step, start-up, memory.
 
     OMP_WAIT_POLICY=passive python benchmarks/step.py            # the tiny base and a 34M UNet at 256 pixels
 
-The floor is the same model with the same adapter, everything it needs already in memory as tensors: forward, loss,
-backward, fused AdamW; no data plan, no caches, no draws, no clipping, no logs, no checks. One step of ours and one of
-the floor's alternate in one process, so that a noisy machine hits both. Wall time means little on a shared machine:
-CPU-seconds of the process are compared, by their medians.
+The floor uses the same model with the same adapter, and all inputs are tensors in memory. It runs forward, loss,
+backward and fused AdamW, without data plan, caches, random draws, clipping, logs and checks. Our steps and the floor's
+alternate in one process, so that other load on the machine affects both. The medians of the process's CPU-seconds are
+compared, because wall time means little on a shared machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RANK, BATCH = 4, 2
 
 
 def write_34m(folder: Path) -> None:
-    """A diffusers folder with SD1's four-level UNet at 34M parameters, and small other parts."""
+    """Writes a diffusers folder with a four-level UNet like SD1's with 34M parameters, and other small parts."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -82,7 +82,7 @@ def make_photos(work: Path) -> Path:
 
 
 def floor_step(source: str) -> Callable[[], None]:
-    """One step of the bare loop: everything is a tensor already."""
+    """A function for one step of the bare loop, whose inputs are tensors in memory."""
     import torch
 
     from finetune.core.batch import Geometry
@@ -111,7 +111,7 @@ def floor_step(source: str) -> Callable[[], None]:
 
 
 def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None]) -> float:
-    """The toolkit's own loop on the toolkit's own data plan, as `finetune train` runs it; seconds of a checkpoint."""
+    """Runs our loop with our data plan, as `finetune train` does. Returns the seconds for saving a checkpoint."""
     from finetune.config.load import parse_recipe
     from finetune.core.events import sent_to
     from finetune.jobs import train as job
@@ -153,7 +153,7 @@ def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None])
 
 
 def timed_protection() -> list[float]:
-    """Makes the loop's checks, its look for signals and its line of metrics note their CPU-seconds."""
+    """Makes the loop's checks, its check for signals and its metrics record their CPU-seconds. Returns that list."""
     from finetune.training.trainer import Trainer
 
     spent: list[float] = []
@@ -168,7 +168,7 @@ def timed_protection() -> list[float]:
 
         return run
 
-    for name in ("_check_finite", "_log"):  # the look for signals is inside the first, and an attribute elsewhere
+    for name in ("_check_finite", "_log"):  # the check for signals is inside the first
         setattr(Trainer, name, timed(getattr(Trainer, name)))
     return spent
 
@@ -185,7 +185,7 @@ def side_by_side(size: str, work: Path, steps: int) -> dict[str, Any]:
 
     def on_step(number: int) -> None:
         now = time.process_time()
-        if number > 1:  # the first carries start-up
+        if number > 1:  # the first step includes start-up
             ours_each.append(now - mark[0])
         began = time.process_time()
         floor()
@@ -205,7 +205,7 @@ def side_by_side(size: str, work: Path, steps: int) -> dict[str, Any]:
 
 
 def alone(size: str, work: Path, which: str) -> dict[str, float]:
-    """In a process of its own: seconds from its start to the end of the first step, and peak memory after five."""
+    """Runs five steps in a new process: seconds from its start to the end of the first step, and peak memory."""
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -247,11 +247,11 @@ def main() -> None:
         return
     for size in arguments.sizes:
         row = side_by_side(size, work, arguments.steps)
-        print(f"{size}: {SIZES[size]}, LoRA rank {RANK}, {BATCH} pictures a step, {arguments.steps} steps")
+        print(f"{size}: {SIZES[size]}, LoRA rank {RANK}, {BATCH} images a step, {arguments.steps} steps")
         print(
             f"  CPU-s per step: ours {row['ours']:.4f}, floor {row['floor']:.4f}, ratio {row['ratio']:.3f}", flush=True
         )
-        print(f"  of it checks, signals and metrics: {row['protection']:.2%}", flush=True)
+        print(f"  of which checks, signals and metrics: {row['protection']:.2%}", flush=True)
         print(
             f"  a checkpoint: {row['saving']:.3f} s, the time of {row['saving'] / row['ours']:.1f} steps", flush=True
         )

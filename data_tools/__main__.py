@@ -1,6 +1,6 @@
 """Tools for folders of photos: `python -m data_tools check PHOTOS` and `python -m data_tools unpack DATASET OUT`.
 
-Exit 0 fine, 1 problems found, 2 bad input.
+Exit codes: 0 no problems, 1 problems found, 2 bad input.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 no problems, 1 problems found, 2 bad input."""
     options = _parser().parse_args(arguments)
     from finetune.core.errors import BadInput
     from finetune.core.logging import printable
@@ -44,7 +45,7 @@ def _unpack(options: argparse.Namespace) -> int:
     from data_tools.unpack import unpack
 
     count = unpack(options.source, options.out, options.split, options.image, options.caption, options.limit)
-    print(f"{count} pictures in {options.out}; look them over with: python -m data_tools check {options.out}")
+    print(f"{count} images in {options.out}; check them with: python -m data_tools check {options.out}")
     return 0
 
 
@@ -53,33 +54,37 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser(
         "check",
-        help="every photo with its size, orientation, problems, near-duplicates and caption",
-        description="Looks at a folder of photos before it is trained on; exit 0 fine, 1 problems found, 2 bad input.",
+        help="list every photo with its size, orientation, problems, near-duplicates and caption",
+        description="Check a folder of photos before training. Exit 0: no problems, 1: problems found, 2: bad input.",
     )
     command.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder of photos")
-    command.add_argument("--resolution", type=_pixels, default=512, help="pixels trained at (default: 512)")
+    command.add_argument(
+        "--resolution", type=_pixels, default=512, help="training resolution in pixels (default: 512)"
+    )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(run=_check)
-    command = commands.add_parser("unpack", help="a data set of the hub, or a local one, as a folder with captions")
+    command = commands.add_parser(
+        "unpack", help="write a data set of the hub, or a local one, as a folder of images with captions"
+    )
     command.add_argument("source", metavar="DATASET", help="a hub id, an image folder or a .parquet file")
     command.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     command.add_argument("--split", default="train")
-    command.add_argument("--image", default="image", help="the column of pictures")
-    command.add_argument("--caption", default="text", help="the column of captions, where there is one")
-    command.add_argument("--limit", type=_number, help="at most so many pictures")
+    command.add_argument("--image", default="image", help="the column that holds the images")
+    command.add_argument("--caption", default="text", help="the column that holds the captions, if there is one")
+    command.add_argument("--limit", type=_number, help="write at most this many images")
     command.set_defaults(run=_unpack)
     return parser
 
 
 def _number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of pictures: give one such as 100")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of images: give a whole number such as 100")
     return int(text)
 
 
 def _pixels(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of pixels: give one such as 512")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pixels: give a whole number such as 512")
     return int(text)
 
 
@@ -122,7 +127,7 @@ def _print_table(findings: Findings) -> None:
     for text in findings.notes:
         console.print(f"note    {escape(text)}", highlight=False)
     verdict = "nothing to do" if findings.fine else "see the problems above"
-    console.print(f"{len(findings.files)} pictures in {findings.folder}: {verdict}", highlight=False, markup=False)
+    console.print(f"{len(findings.files)} images in {findings.folder}: {verdict}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

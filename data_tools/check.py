@@ -1,4 +1,4 @@
-"""A folder of photos, looked at before it is trained on: facts, problems and near-duplicates, file by file."""
+"""Checks a folder of photos before training: facts, problems and near-duplicates, file by file."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ ORIENTATIONS = {
     8: "sideways",
 }
 CROPPED_AWAY = 2.0  # longer side / shorter side: a square crop then loses half of the photo or more
-NEAR = 6  # bits of 64
-MOST_FRAMES = 1_000  # that are counted
+NEAR = 6  # of 64 dHash bits may differ between near-duplicates
+MOST_FRAMES = 1_000  # counting stops here
 
 
 @dataclass
 class File:
-    """What is known of one picture file.
+    """What is known about one image file.
 
-    `size` is (width, height) as it is shown, `orientation` how it is stored, `fingerprint` its dHash. `problems` are
-    worth doing something about; `notes` are handled by the training (EXIF is followed, alpha goes on white, ...).
+    `size` is (width, height) in pixels as shown; `orientation` is how the file stores it. `digest` is the SHA-256 of
+    the file and `fingerprint` its 64-bit dHash. `problems` need the user's attention. `notes` need none: training
+    handles them by itself (it applies the EXIF rotation, puts transparency on white, ...).
     """
 
     path: Path
@@ -45,12 +46,13 @@ class File:
 
     @property
     def name(self) -> str:
+        """The file's name, without the folder."""
         return self.path.name
 
 
 @dataclass
 class Findings:
-    """A folder's files, and what is wrong with its captions."""
+    """The files of a folder, and problems and notes about the folder as a whole."""
 
     folder: Path
     files: list[File]
@@ -59,18 +61,19 @@ class Findings:
 
     @property
     def fine(self) -> bool:
+        """Whether there are no problems."""
         return not self.problems and not any(file.problems for file in self.files)
 
 
 def check(folder: Path, resolution: int = 512) -> Findings:
-    """Looks at every picture of a folder as a training at `resolution` pixels would.
+    """Checks every image of a folder for training at `resolution` pixels, and returns the findings.
 
     Raises:
-        BadInput: there is no such folder, or no picture in it.
+        BadInput: there is no such folder, or no image in it.
     """
     paths = image_files(folder)
     if not paths:
-        raise BadInput(f"{folder} holds no pictures: give the folder with the photos")
+        raise BadInput(f"{folder} holds no images: give the folder with the photos")
     files = [_look(path, resolution) for path in paths]
     _compare(files)
     findings = Findings(folder, files, [], _other_files(folder, paths))
@@ -79,7 +82,7 @@ def check(folder: Path, resolution: int = 512) -> Findings:
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64 bits: in the picture shrunk to 9x8 grey pixels, whether each is darker than its right neighbour."""
+    """Returns the image's 64-bit dHash: shrunk to 9x8 grey pixels, whether each is darker than its right neighbour."""
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
     bits = (grey[:, :-1] < grey[:, 1:]).flatten()
     return int("".join("1" if bit else "0" for bit in bits), 2)
@@ -108,7 +111,7 @@ def _look(path: Path, resolution: int) -> File:
 
 
 def _header(file: File, content: bytes) -> None:
-    """What the file says of itself, before it is turned upright and made RGB."""
+    """Notes what the file's header says, before the image is turned upright and converted to RGB."""
     with opened(file.path, content) as image:
         file.orientation = ORIENTATIONS.get(image.getexif().get(0x0112, 1), "")
         mode = image.mode
@@ -126,7 +129,7 @@ def _header(file: File, content: bytes) -> None:
 
 
 def _frames(image: Image.Image) -> int:
-    """How many there are, counted up to one more than MOST_FRAMES: a file may say millions."""
+    """The number of frames, counted up to MOST_FRAMES + 1: a file may claim millions."""
     for number in range(1, MOST_FRAMES + 1):
         try:
             image.seek(number)
@@ -136,7 +139,7 @@ def _frames(image: Image.Image) -> int:
 
 
 def _compare(files: list[File]) -> None:
-    """Finds each file that is the same as an earlier one, byte for byte or to the eye (dHash, NEAR bits of 64)."""
+    """Finds files that equal an earlier one, byte for byte or nearly so to the eye (up to NEAR dHash bits differ)."""
     seen: list[File] = []
     for file in files:
         if file.fingerprint is None:
@@ -158,7 +161,7 @@ def _distance(one: File, other: File) -> int:
 
 
 def _captions(findings: Findings) -> None:
-    """Each file's caption; captions for some files only and rows without a picture are problems."""
+    """Adds each file's caption. Captions for only some files, and captions without an image, are problems."""
     names = {file.name for file in findings.files}
     try:
         found = caption_files(findings.folder, [Photo(file.path, (0, 0), "") for file in findings.files])
@@ -171,15 +174,15 @@ def _captions(findings: Findings) -> None:
     without = [file.name for file in findings.files if file.caption is None]
     if found.keys() & names and without:
         findings.problems.append(
-            f"no caption for {', '.join(without)}, but for the others: a template is used for these"
+            f"no caption for {', '.join(without)}, while the others have one: training uses a template for these"
         )
     orphans = sorted(rows.keys() - names)
     if orphans:
-        findings.problems.append(f"captions for pictures that are not there: {', '.join(orphans)}")
+        findings.problems.append(f"captions for images that are not there: {', '.join(orphans)}")
 
 
 def _other_files(folder: Path, images: list[Path]) -> list[str]:
-    """Files that nothing reads: videos, raw photos, captions whose name fits no picture."""
+    """Files that training does not read: videos, raw photos, captions whose name matches no image."""
     stems = {path.stem for path in images}
     others = []
     for path in sorted(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""A data set of the hub (or a local one that `datasets` reads) as a folder of photos with captions."""
+"""Writes a data set of the hub, or a local one that `datasets` reads, as a folder of photos with captions."""
 
 from __future__ import annotations
 
@@ -12,15 +12,24 @@ from finetune.data.photos import opened
 
 
 def unpack(source: str, out: Path, split: str, image: str, caption: str, limit: int | None) -> int:
-    """Writes OUT/00000.png, ... (the stored bytes, not encoded again) and OUT/metadata.jsonl; how many there are.
+    """Writes OUT/00000.png, ... (the stored bytes, not encoded again) and OUT/metadata.jsonl.
 
-    `source` is a hub id, an image folder, or a .parquet file.
+    Args:
+        source: a hub id, an image folder, or a .parquet file.
+        out: the new folder.
+        split: the name of the data set's split.
+        image: the column with the images.
+        caption: the column with the captions; it may be missing.
+        limit: the most images to write; None for all.
+
+    Returns:
+        The number of images.
 
     Raises:
-        BadInput: no such data set, split or column; OUT is already there.
+        BadInput: there is no such data set, split or column; or OUT already exists.
     """
     if out.exists():
-        raise BadInput(f"{out} is already there: give another folder, or remove it")
+        raise BadInput(f"{out} already exists: give another folder, or remove it")
     rows = _rows(source, split, image, caption)
     lines = []
     with replacing_folder(out) as temporary:
@@ -59,10 +68,9 @@ def _rows(source: str, split: str, image: str, caption: str) -> Any:
 
 
 def _stored(image: dict[str, Any], source: str) -> bytes:
-    """A picture's bytes, from the data set or from a file of it.
+    """An image's bytes, from the data set or from one of its files.
 
-    Raises:
-        BadInput: the file lies elsewhere than in the data set's folder: it may name any of this disk.
+    A data set can name any file on this disk, so a file outside the data set's folder is refused with BadInput.
     """
     import datasets
 
@@ -73,13 +81,13 @@ def _stored(image: dict[str, Any], source: str) -> bytes:
     home = folder if folder.is_dir() else folder.parent if folder.exists() else Path(datasets.config.HF_CACHE_HOME)
     if not file.is_relative_to(home.resolve()):
         raise BadInput(
-            f"{source!r} names {image['path']}, which is no file of its own: use a data set that holds its pictures"
+            f"{source!r} names {image['path']}, which is not inside its folder: use a data set that holds its images"
         )
     return file.read_bytes()
 
 
 def _write(data: bytes, folder: Path, number: int) -> str:
-    """The stored bytes under a name with their true format's ending."""
+    """Writes the stored bytes to a file with the extension of their actual format; returns its name."""
     with opened(folder / f"{number:05d}", data) as image:
         ending = (image.format or "png").lower().replace("jpeg", "jpg")
     name = f"{number:05d}.{ending}"

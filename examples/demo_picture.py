@@ -1,4 +1,4 @@
-"""The README's picture, from a run of `finetune demo`: python examples/demo_picture.py RUN docs/demo.png"""
+"""Makes the README's image from a run of `finetune demo`: python examples/demo_picture.py RUN docs/demo.png"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIDE, GAP, LABEL, COUNT = 96, 4, 190, 4
 
 
 def row(files: list[Path]) -> Image.Image:
-    """Pictures side by side, each SIDE pixels square."""
+    """Places images side by side, each SIDE x SIDE pixels."""
     strip = Image.new("RGB", (len(files) * (SIDE + GAP), SIDE), "white")
     for number, file in enumerate(files):
         image = Image.open(file).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -23,7 +23,7 @@ def row(files: list[Path]) -> Image.Image:
 
 
 def compose(run: Path) -> Image.Image:
-    """Left: what was given. Right, a row for each prompt: before and after, at the same seeds."""
+    """Left: the photos. Right: a row for each prompt, before and after training with the same seeds."""
     prompts = json.loads((run / "run.json").read_text())["prompts"]
     given = row(sorted(demo_images().glob("*.png")))
     half = COUNT * (SIDE + GAP)

@@ -1,8 +1,8 @@
-"""A loop of your own, with this package's parts: a family, a method, an objective and the formats.
+"""Your own training loop with components of this package: a family, a method, an objective and export formats.
 
 python examples/own_loop.py [PHOTOS]
 
-What `finetune train` adds: checkpoints, caches, class images, several processes, and checks of what is written.
+`finetune train` adds checkpoints, caches, class images, several processes, and checks of the exports.
 """
 
 import sys
@@ -39,7 +39,7 @@ step = Step(
 optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
 for number in range(STEPS):
     which = number % len(crops)
-    # the key is all that randomness depends on: noise, timestep and dropout of this sample
+    # all randomness (noise, timestep and dropout of this sample) depends only on the key
     key, geometry = SampleKey(0, number, 0), crops[which].geometry
     loss = step(Batch(latents[which], [PROMPT], torch.ones(1), [geometry], [key], [crops[which].photo.path.name]))
     loss.backward()

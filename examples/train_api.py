@@ -1,4 +1,4 @@
-"""The Python API: a recipe, a run, pictures from it.
+"""The Python API: loads a recipe, trains, and draws images.
 
 python examples/train_api.py [PHOTOS] [section.key=value ...]
 """

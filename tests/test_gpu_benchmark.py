@@ -44,7 +44,7 @@ def test_every_part_runs_at_tiny_size(group: str, tmp_path: Path) -> None:
     assert {row["part"] for row in rows} == set(GROUPS[group])
     assert all(row["ok"] for row in rows if "ok" in row)
     page = (tmp_path / "results-gpu.md").read_text()
-    assert "these are no results" in page
+    assert "these are not results" in page
     assert all(row["what"] in page for row in rows if row["table"] != "device")
     if group == "speed":
         assert all(row["ours_ms"] > 0 and row["bare_ms"] > 0 and row["flops"] > 0 for row in rows)

@@ -1,9 +1,9 @@
-"""Assembles the tiny base: an ordinary diffusers folder in fp16, checked by loading it with diffusers alone.
+"""Assembles the tiny base as an ordinary diffusers folder in fp16, and loads it with diffusers alone as a check.
 
     python examples/tiny_base/assemble.py --out build --to finetune/tiny_base
 
-Takes build/base and the averaged weights of the denoiser's newest checkpoint. The text encoder is written in the
-layout with the `text_model.` prefix, which every version of transformers reads.
+It combines build/base with the averaged weights from the denoiser's newest checkpoint. The text encoder's names have
+the `text_model.` prefix, which every version of transformers reads.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ COPIED = (
 
 
 def newest_checkpoint(out: Path) -> Path:
-    """The last checkpoint folder that was written to its end."""
+    """The newest complete checkpoint folder."""
     complete = sorted(file.parent for file in out.glob("denoiser/checkpoints/step-*/state.json"))
     if not complete:
-        raise SystemExit(f"no checkpoint of the denoiser is in {out / 'denoiser'}: run train_denoiser.py first")
+        raise SystemExit(f"there is no checkpoint of the denoiser in {out / 'denoiser'}: run train_denoiser.py first")
     return complete[-1]
 
 
@@ -57,7 +57,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def assemble(out: Path, to: Path) -> int:
-    """Writes the folder and returns the denoiser's step."""
+    """Writes the folder. Returns the denoiser's number of training steps."""
     base, checkpoint = out / "base", newest_checkpoint(out)
     weights = {part: load_file(base / part / file) for part, file in WEIGHTS.items() if part != "unet"}
     weights["unet"] = denoiser_weights(checkpoint)
@@ -79,7 +79,7 @@ def assemble(out: Path, to: Path) -> int:
 
 
 def check(out: Path, to: Path) -> None:
-    """The folder is small, loads with diffusers alone, holds what was trained, and draws a picture."""
+    """Checks that the folder is small, loads with diffusers alone, holds the trained weights, and draws an image."""
     size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
     assert size <= LIMIT, f"{to} has {size:,} bytes, more than {LIMIT:,}"
     pipeline = StableDiffusionPipeline.from_pretrained(to, dtype=torch.float32)
@@ -97,7 +97,7 @@ def check(out: Path, to: Path) -> None:
     )
     (out / "checked.png").unlink(missing_ok=True)
     drawn.images[0].save(out / "checked.png")
-    print(f"{to}: {size:,} bytes; loaded by {type(pipeline).__name__}; a picture is in {out / 'checked.png'}")
+    print(f"{to}: {size:,} bytes; loaded by {type(pipeline).__name__}; an image is in {out / 'checked.png'}")
 
 
 if __name__ == "__main__":

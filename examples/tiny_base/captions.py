@@ -26,7 +26,8 @@ UNSTATED = "unstated"
 
 
 def caption(facts: Facts, rng: np.random.Generator, empty: float = 0.1) -> tuple[str, dict[str, str]]:
-    """A caption of a picture, and what it states: kind, colour, pattern, place (or "unstated")."""
+    """A random caption of an image, and the attributes that it states: kind, colour, pattern, place (or
+    "unstated")."""
     stated = {"kind": facts.kind, "colour": UNSTATED, "pattern": UNSTATED, "place": UNSTATED}
     if rng.random() < empty:
         return "", dict.fromkeys(stated, UNSTATED)
@@ -41,5 +42,5 @@ def caption(facts: Facts, rng: np.random.Generator, empty: float = 0.1) -> tuple
 
 
 def full_caption(facts: Facts) -> str:
-    """Every attribute stated: what the evaluation asks for."""
+    """A caption that states every attribute, for the evaluation."""
     return f"a photo of a {facts.colour} {facts.pattern} {facts.kind} {PLACE_PHRASES[facts.place]}"

@@ -1,4 +1,4 @@
-"""Writes the tiny base's model card: card.md, filled with what was measured.
+"""Writes the tiny base's model card from card.md and the measured values.
 
     python examples/tiny_base/card.py --out build --to finetune/tiny_base
 
@@ -45,7 +45,7 @@ def attribute_rows(measured: dict[str, Any]) -> str:
 
 
 def minutes_of(metrics: list[dict[str, Any]]) -> float:
-    """The training's wall time, from the seconds of the logged steps."""
+    """The wall time of the training in minutes, from the logged steps."""
     return sum(line["seconds"] for line in metrics) / len(metrics) * metrics[-1]["step"] / 60
 
 

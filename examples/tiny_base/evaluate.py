@@ -1,9 +1,9 @@
-"""Measures a tiny base: are 400 prompts of combinations that training never saw drawn as asked?
+"""Measures how well a tiny base draws 400 prompts with combinations that were not in the training data.
 
     python examples/tiny_base/evaluate.py finetune/tiny_base --json build/evaluation.json --grid build/grid.png
 
-Pictures are drawn by diffusers alone and judged by judge.py, which learned from renders only. Choose guidance and
-steps with `--combinations training`, so that the reported prompts stay unseen.
+diffusers alone draws the images, and the classifier of judge.py, which was trained only on renders, rates them. Choose
+guidance and steps with `--combinations training`, so that the reported prompts stay unseen.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TARGETS = {"kind": 0.90, "colour": 0.85, "place": 0.95, "pattern": 0.75}
 
 
 def prompts(count: int, unseen: bool = True) -> list[tuple[str, Facts]]:
-    """Distinct prompts that state all four attributes, from the combinations held out (or from the others)."""
+    """Distinct prompts that state all four attributes, with held-out combinations or (`unseen` false) with others."""
     every = [Facts(*words) for words in itertools.product(*HEADS.values())]
     chosen = [(facts, form) for facts in every if held_out(facts) == unseen for form in TEMPLATES]
     order = np.random.default_rng(400).permutation(len(chosen))[:count]
@@ -42,7 +42,7 @@ def _prompt(facts: Facts, form: str) -> str:
 
 
 def draw(folder: Path, texts: list[str], first_seed: int, steps: int, guidance: float) -> np.ndarray:
-    """Pictures uint8 [B, 64, 64, 3] by plain diffusers; a picture's noise depends on its own seed only."""
+    """Draws images, uint8 [B, 64, 64, 3], with plain diffusers. An image's noise depends only on its own seed."""
     torch.set_num_threads(1)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -60,7 +60,7 @@ def draw_all(folder: Path, texts: list[str], processes: int, steps: int, guidanc
 
 
 def obedience(pictures: np.ndarray, asked: list[Facts]) -> dict[str, float]:
-    """The share of pictures that show what was asked: per attribute, and in all four."""
+    """The share of images that show what the prompt states, for each attribute and for all four together."""
     seen = classify(load_judge(), list(pictures))
     right = {name: np.array([getattr(facts, name) for facts in asked]) == np.array(seen[name]) for name in HEADS}
     shares = {name: float(values.mean()) for name, values in right.items()}
@@ -69,21 +69,21 @@ def obedience(pictures: np.ndarray, asked: list[Facts]) -> dict[str, float]:
 
 @torch.no_grad()
 def round_trip(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
-    """Pictures uint8 [B, H, W, 3] as the VAE gives them back."""
+    """Images uint8 [B, H, W, 3] after encoding and decoding with the VAE."""
     parts = [to_pixels(pictures[k : k + 64]) for k in range(0, len(pictures), 64)]
     out = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in parts])
     return ((out + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def vae_figures(folder: Path) -> dict[str, float]:
-    """PSNR in dB on pictures that no training saw: the captioned world's, and the wild ones."""
+    """PSNR in dB on held-out images, for captioned and for wild ones."""
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
     held = np.stack([np.asarray(bank_picture(k)) for k in range(PICTURES, PICTURES + HOLD_OUT)])
     return {"all": psnr(vae, held), "wild": psnr(vae, held[0::2]), "world": psnr(vae, held[1::2])}
 
 
 def judge_figures(folder: Path) -> dict[str, dict[str, float]]:
-    """How often the judge is right on held-out renders, as they are and after the VAE's round trip."""
+    """The judge's accuracy on held-out renders, unchanged and after encoding and decoding with the VAE."""
     judge = load_judge()
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
     return {
@@ -94,7 +94,7 @@ def judge_figures(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def sheet(pictures: np.ndarray, asked: list[Facts], columns: int = 8, zoom: int = 2) -> Image.Image:
-    """The first pictures of each class, a class per row, as they came."""
+    """The first images of each class without selection, one row for each class."""
     step = 64 * zoom
     page = Image.new("RGB", (columns * step, len(HEADS["kind"]) * step))
     for row, kind in enumerate(HEADS["kind"]):

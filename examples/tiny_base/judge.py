@@ -1,10 +1,10 @@
-"""The judge: a small classifier trained on renders only, that says what a 64x64 picture shows.
+"""The judge: a small classifier for 64x64 images, which is trained only on renders.
 
     python examples/tiny_base/judge.py       # trains it; writes judge.safetensors and judge.json beside this file
 
-Class, colour, pattern and place are read by heads of their own. Likeness is the cosine of an embedding that was
-trained to tell one wild look (body, second tone, pattern, logo) from another across poses and places. A picture
-"is" a subject when it is more like the subject's renders than a threshold in judge.json.
+Class, colour, pattern and place each have their own head. Likeness is the cosine of embeddings that were trained to
+distinguish wild looks (body, second tone, pattern, logo) across poses and places. An image "is" a subject if its
+likeness to the subject's renders is above a threshold in judge.json.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HEADS = {"kind": CLASSES, "colour": tuple(COLOURS), "pattern": PATTERNS, "place"
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 ABOUT = Path(__file__).with_name("judge.json")
 PICTURES, PAIRS = 12000, 6000
-Transform = Callable[[np.ndarray], np.ndarray]  # pictures uint8 [B, 64, 64, 3] -> the same
+Transform = Callable[[np.ndarray], np.ndarray]  # images uint8 [B, 64, 64, 3] -> the same
 
 
 def as_is(pictures: np.ndarray) -> np.ndarray:
@@ -77,19 +77,19 @@ def load_judge() -> Judge:
 
 
 def fingerprint() -> str:
-    """The sha256 of the weights: a table of results names the judge it was made with."""
+    """The SHA-256 of the weights, with which tables of results name their judge."""
     return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
 
 
 def thresholds() -> dict[str, float]:
-    """Per subject, the likeness above which a picture shows it; calibrated with the weights that are there."""
+    """For each subject, the likeness above which an image shows it. It must be calibrated for the current weights."""
     about = json.loads(ABOUT.read_text())
-    assert about["fingerprint"] == fingerprint(), "judge.json is of other weights: run `judge.py calibrate`"
+    assert about["fingerprint"] == fingerprint(), "judge.json belongs to other weights: run `judge.py calibrate`"
     return about["thresholds"]
 
 
 def to_pixels(pictures: Sequence[Image.Image | np.ndarray]) -> Tensor:
-    """Pictures of any size -> [B, 3, 64, 64] in [-1, 1]."""
+    """Images of any size -> [B, 3, 64, 64] in [-1, 1]."""
     images = [item if isinstance(item, Image.Image) else Image.fromarray(item) for item in pictures]
     small = [np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BOX)) for image in images]
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -108,7 +108,7 @@ def features(judge: Judge, pictures: Sequence[Image.Image | np.ndarray]) -> Tens
 def likeness(
     judge: Judge, pictures: Sequence[Image.Image | np.ndarray], references: Sequence[Image.Image | np.ndarray]
 ) -> Tensor:
-    """Each picture's mean cosine to the references [B]."""
+    """The mean cosine of each image to the references: [B]."""
     return (features(judge, pictures) @ features(judge, references).T).mean(1)
 
 
@@ -117,12 +117,12 @@ def subject_references(name: str) -> list[Image.Image]:
 
 
 def is_subject(judge: Judge, pictures: Sequence[Image.Image | np.ndarray], name: str) -> list[bool]:
-    """Does each picture show the subject? Its error rates: subject_rates()."""
+    """Whether each image shows the subject. `subject_rates` measures the error rates."""
     return (likeness(judge, pictures, subject_references(name)) > thresholds()[name]).tolist()
 
 
 def diversity(judge: Judge, pictures: Sequence[Image.Image | np.ndarray]) -> float:
-    """1 - the mean cosine between different pictures of one prompt."""
+    """1 - the mean cosine between different images of one prompt."""
     own = features(judge, pictures)
     count = len(own)
     return 1 - float(((own @ own.T).sum() - count) / (count * (count - 1)))
@@ -146,7 +146,7 @@ def _pair(index: int) -> np.ndarray:
 
 
 def augment(pixels: Tensor) -> Tensor:
-    """Mild blur, noise and brightness: generated pictures are softer than renders."""
+    """Adds mild blur, noise and brightness changes, because generated images are softer than renders."""
     if torch.rand(()) < 0.5:
         soft = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear", align_corners=False)
         pixels = torch.lerp(pixels, soft, float(torch.rand(())) * 0.9)
@@ -154,7 +154,7 @@ def augment(pixels: Tensor) -> Tensor:
 
 
 def _loss(judge: Judge, world: Tensor, labels: Tensor, pairs: Tensor) -> Tensor:
-    """Cross entropy of the heads, and of picking a look's other photo out of the batch (InfoNCE, arXiv:1807.03748)."""
+    """Cross entropy of the heads, and of finding a look's other photo in the batch (InfoNCE, arXiv:1807.03748)."""
     logits, _ = judge(augment(world))
     loss = sum((F.cross_entropy(logits[name], labels[:, k]) for k, name in enumerate(HEADS)), torch.zeros(()))
     first, second = judge(augment(pairs[:, 0]))[1], judge(augment(pairs[:, 1]))[1]
@@ -189,7 +189,7 @@ def train(steps: int, batch: int = 64) -> Judge:
 
 @torch.no_grad()
 def world_rates(judge: Judge, shown: Transform = as_is, count: int = 1200) -> dict[str, float]:
-    """How often each head is right on renders that were never shown, seen through `shown`."""
+    """The accuracy of each head on held-out renders after the transform `shown`."""
     held = [world_render(PICTURES + k) for k in range(count)]
     logits, _ = judge(to_pixels(list(shown(np.stack([picture for picture, _ in held])))))
     labels = torch.tensor([row for _, row in held])
@@ -198,10 +198,10 @@ def world_rates(judge: Judge, shown: Transform = as_is, count: int = 1200) -> di
 
 @torch.no_grad()
 def calibrate(judge: Judge, count: int = 200) -> dict[str, float]:
-    """Per subject, the likeness above which a picture shows it.
+    """For each subject, the likeness above which an image shows it.
 
-    Halfway between the 1 % least like renders of the subject and the 1 % most like renders of other things of its
-    class, half of them in wild looks.
+    It is halfway between two values: the 1st percentile of the likeness of the subject's renders, and the 99th of
+    renders of other things of its class, half of them with wild looks.
     """
     thresholds = {}
     for name in SUBJECTS:
@@ -212,7 +212,8 @@ def calibrate(judge: Judge, count: int = 200) -> dict[str, float]:
 
 @torch.no_grad()
 def subject_rates(judge: Judge, shown: Transform = as_is, count: int = 200) -> dict[str, float]:
-    """On renders that calibrate() did not see: mean likeness, subjects missed, other things taken for the subject."""
+    """Mean likeness and error rates (subjects missed, other things taken for the subject) on renders that `calibrate`
+    did not use."""
     figures: dict[str, float] = {}
     for name, threshold in thresholds().items():
         own, others = _likenesses(judge, name, 5000, count, shown)
@@ -234,14 +235,15 @@ def _likenesses(judge: Judge, name: str, start: int, count: int, shown: Transfor
 
 
 def class_picture(kind: str, index: int) -> Image.Image:
-    """A render of any other thing of a class."""
+    """A render of another thing of a class."""
     rng = np.random.default_rng((6, CLASSES.index(kind), index))
     facts = Facts(kind, *[str(rng.choice(HEADS[name])) for name in ("colour", "pattern", "place")])
     return render(pose(look_of(facts, rng), facts.place, rng))
 
 
 def odd_picture(kind: str, index: int) -> Image.Image:
-    """A render of a thing of a class in a wild look: off the palette, like the subjects, and none of them."""
+    """A render of a thing of a class with a wild look: like the subjects it is not in the palette, but it is none of
+    them."""
     rng = np.random.default_rng((7, CLASSES.index(kind), index))
     return render(pose(wild_look(rng, kind), str(rng.choice(PLACES)), rng))
 

@@ -1,6 +1,6 @@
 """The six places of the tiny world: uncluttered backgrounds with a horizon, whose colours vary a little.
 
-Imported by world.py. Every place draws its randomness from the generator that it is given.
+world.py imports this file. All randomness comes from the generator argument.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PLACES = ("beach", "grass", "snow", "night", "city", "table")
 
 
 class Canvas:
-    """A square picture being painted; positions are fractions of its side."""
+    """A square image to paint on; positions are fractions of its side."""
 
     def __init__(self, side: int, rng: np.random.Generator) -> None:
         self.side, self.rng = side, rng
@@ -107,7 +107,7 @@ PAINTERS: dict[str, Callable[[Canvas], None]] = {
 
 
 def background(place: str, side: int, rng: np.random.Generator) -> Image.Image:
-    """An empty place, `side` pixels square."""
+    """An image of an empty place with sides of `side` pixels."""
     canvas = Canvas(side, rng)
     PAINTERS[place](canvas)
     return canvas.image

@@ -1,6 +1,6 @@
 """The things of the tiny world and the logos on them, as polygons in the unit square [-1, 1]^2.
 
-Imported by world.py, which turns, scales and paints them.
+world.py rotates, scales and paints them.
 """
 
 from __future__ import annotations

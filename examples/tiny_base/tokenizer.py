@@ -1,9 +1,9 @@
-"""The tiny base's tokenizer: CLIP's byte-pair scheme with a vocabulary of its own.
+"""Writes the tiny base's tokenizer: CLIP's byte-pair scheme with its own vocabulary.
 
     python examples/tiny_base/tokenizer.py --out build/tokenizer
 
-The words of the world come first, then common English, then rare tokens that no caption uses, so that, as in
-CLIP's vocabulary, a high id means a rare token.
+The captions' words come first, then common English words, then rare tokens that no caption uses. So a high id means a
+rare token, as in CLIP's vocabulary.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ RARE, ENGLISH = RARE_TEXT.split(), ENGLISH_TEXT.split()
 
 
 def byte_symbols() -> list[str]:
-    """CLIP's 256 printable stand-ins for bytes (the GPT-2 table), in its order."""
+    """The 256 printable characters that stand for bytes in CLIP (the GPT-2 table), in CLIP's order."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return [chr(byte) for byte in plain] + [chr(256 + k) for k in range(len(others))]
@@ -87,7 +87,7 @@ def build() -> Pairs:
 
 
 def write(folder: Path) -> None:
-    """vocab.json and merges.txt (the readers of older versions) and tokenizer.json, checked by loading it."""
+    """Writes vocab.json and merges.txt (for older versions) and tokenizer.json, and loads it as a check."""
     from transformers import CLIPTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)

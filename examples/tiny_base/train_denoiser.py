@@ -1,10 +1,10 @@
-"""Trains the tiny base's UNet from random weights, on the toolkit's own loop: full fine-tuning of a new base.
+"""Trains the tiny base's UNet from random weights with the toolkit's own loop, as full fine-tuning of a new base.
 
-    python examples/tiny_base/train_denoiser.py data --out build       # renders and encodes the pictures
+    python examples/tiny_base/train_denoiser.py data --out build       # renders and encodes the images
     python examples/tiny_base/train_denoiser.py init --out build       # writes build/base with a random UNet
     torchrun --nproc_per_node 4 examples/tiny_base/train_denoiser.py train --out build --steps 5000
 
-Start `train` again after an interruption: it goes on where it stopped.
+After an interruption, start `train` again: it continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ UNET = {
     "block_out_channels": (64, 128, 160),
     "layers_per_block": 1,
     "norm_num_groups": 16,
-    "attention_head_dim": 4,  # the number of heads, by diffusers' historical name
+    "attention_head_dim": 4,  # the number of heads, under its historical name in diffusers
     "cross_attention_dim": 128,
 }
 
@@ -63,7 +63,7 @@ def _render(index: int) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def make_data(out: Path) -> None:
-    """latents.npz: mean and std [PICTURES, 8, 16, 16] in fp16; facts.json: what each picture shows."""
+    """latents.npz: mean and std [PICTURES, 8, 16, 16] in fp16; facts.json: what each image shows."""
     torch.set_num_threads(1)
     with ProcessPoolExecutor() as pool:
         pictures, facts = zip(*pool.map(_render, range(PICTURES), chunksize=200), strict=True)
@@ -90,7 +90,7 @@ def _encode(work: tuple[Path, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def init(out: Path) -> None:
-    """build/base: the trained VAE, text encoder and tokenizer round a UNet with random weights."""
+    """Writes build/base: the trained VAE, text encoder and tokenizer, and a UNet with random weights."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**UNET)
     for name, module in unet.named_modules():
@@ -123,7 +123,7 @@ def init(out: Path) -> None:
 
 
 class Rendered:
-    """Step -> batch, from latents in memory; the picture and its caption are functions of (seed, step, sample)."""
+    """Batches from latents in memory. The image and its caption are functions of (seed, step, sample)."""
 
     def __init__(self, out: Path, rank: int, world: int) -> None:
         with np.load(out / "latents.npz") as held:

@@ -1,10 +1,10 @@
-"""Trains the tiny base's text encoder alone, to tell a caption's attributes; then it is frozen.
+"""Trains the tiny base's text encoder alone to recognise a caption's attributes. Later it is frozen.
 
     python examples/tiny_base/train_text.py --out build
 
-Trained only together with the denoiser, an encoder of this size binds the background and little else. A minute
-of this first, and everything binds. The heads read every position from the end of the caption on, since the
-denoiser reads them all.
+An encoder of this size that is only trained together with the denoiser learns the background and little else. After a
+minute of this training first, the denoiser learns all attributes. The heads read every position from the end of the
+caption on, because the denoiser reads all of them.
 """
 
 from __future__ import annotations

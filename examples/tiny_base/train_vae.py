@@ -1,10 +1,11 @@
-"""Trains the tiny base's VAE from scratch: 64x64 pictures <-> 16x16x8 latents. Resumable.
+"""Trains the tiny base's VAE (64x64 images <-> 16x16x8 latents) from random weights. It can be resumed.
 
-    python examples/tiny_base/train_vae.py bank --out build                       # renders the pictures
+    python examples/tiny_base/train_vae.py bank --out build                       # renders the images
     torchrun --nproc_per_node 4 examples/tiny_base/train_vae.py train --out build --minutes 40
 
-Why not on the toolkit's loop: a VAE has another loss (reconstruction) and no text, noise or timesteps.
-One-thread processes that average gradients over gloo beat one process with several threads by far on a CPU.
+It does not use the toolkit's loop, because a VAE has another loss (reconstruction) and no text, noise or timesteps.
+On a CPU, several processes with one thread each that average gradients over gloo are far faster than one process with
+several threads.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CONFIG = {
 
 
 def bank_picture(index: int) -> np.ndarray:
-    """Even indices are wild, odd ones captioned pictures; the last ones are the hold-out."""
+    """Even indices are wild images, odd ones captioned images; the last ones are held out."""
     picture = wild_picture(1, index) if index % 2 == 0 else world_picture(1, index)[0]
     return np.asarray(picture)
 
@@ -91,7 +92,7 @@ def loss_of(vae: AutoencoderKL, pixels: Tensor, noise: float) -> Tensor:
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
-    """Mean PSNR in dB over pictures, decoded from the latents' means, after rounding to 8 bits."""
+    """Mean PSNR in dB over images that are decoded from the latents' means and rounded to 8 bits."""
     values = []
     for start in range(0, len(pictures), 64):
         pixels = to_pixels(pictures[start : start + 64]).contiguous(memory_format=torch.channels_last)
@@ -102,7 +103,8 @@ def psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
 
 
 def train(out: Path, minutes: float, batch: int, lr: float) -> None:
-    """Cosine in wall time: the schedule ends when the minutes do; the clock goes on from the checkpoint's."""
+    """Trains for `minutes` of wall time with a cosine schedule over that time. After a resume, time already spent
+    counts."""
     torch.set_num_threads(1)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:

@@ -1,9 +1,9 @@
-"""The tiny base's world: rendered, captioned 64x64 pictures of six things in six places.
+"""The tiny base's world: rendered and captioned 64x64 images of six things in six places.
 
     python examples/tiny_base/world.py --sheet sheet.png      # a contact sheet to look at
 
-Everything is a function of (seed, index). Shapes are polygons in the unit square [-1, 1]^2, turned and scaled as
-points, filled at four times the size and shrunk once, so that outlines stay clean.
+Everything is a function of (seed, index). Shapes are polygons in the square [-1, 1]^2. Their points are rotated and
+scaled; the polygons are filled at four times the size and reduced once, so that outlines are smooth.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ SUPER = 4
 
 @dataclass(frozen=True)
 class Look:
-    """How a thing looks: body and trim colours, pattern, and for subjects a second tone and a logo."""
+    """The look of a thing: body and trim colours, pattern, and for subjects a second tone and a logo."""
 
     kind: str
     body: Colour
     pattern: str = "plain"
-    mark: Colour | None = None  # colour of stripes or dots; None: a light or dark relative of the body's
+    mark: Colour | None = None  # colour of stripes or dots; None: a lighter or darker tone of the body's colour
     second: Colour | None = None  # lower half of a two-tone body
     logo: str | None = None  # "star", "square", "ring", "heart"
     logo_colour: Colour = (255, 255, 255)
@@ -47,11 +47,11 @@ class Look:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: a look in a place, with everything that varies between two photos of it."""
+    """One image: a look in a place, with everything that varies between two photos of it."""
 
     look: Look
     place: str
-    size: float = 0.62  # of the picture's width
+    size: float = 0.62  # share of the image's width
     centre: tuple[float, float] = (0.5, 0.56)
     angle: float = 0.0  # degrees
     aspect: float = 1.0
@@ -62,7 +62,7 @@ class Scene:
 
 
 def _pattern(look: Look, scene: Scene, side: int, to_unit: np.ndarray) -> np.ndarray:
-    """The body's paint [side, side, 3]: two tones, then stripes or dots in the body's own coordinates."""
+    """The body's colours [side, side, 3]: two tones, then stripes or dots in the body's own coordinates."""
     ys, xs = np.mgrid[0:side, 0:side].astype(np.float32)
     u = to_unit[0, 0] * xs + to_unit[0, 1] * ys + to_unit[0, 2]
     v = to_unit[1, 0] * xs + to_unit[1, 1] * ys + to_unit[1, 2]
@@ -90,7 +90,7 @@ def _mark(body: Colour) -> Colour:
 
 
 def render(scene: Scene, pixels: int = 64) -> Image.Image:
-    """A scene as an RGB picture, `pixels` square."""
+    """A scene as an RGB image with sides of `pixels` pixels."""
     side = pixels * SUPER
     rng = np.random.default_rng(scene.seed)
     image = background(scene.place, side, rng)
@@ -178,7 +178,7 @@ def pose(look: Look, place: str, rng: np.random.Generator) -> Scene:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a picture shows, in words."""
+    """What an image shows, in words."""
 
     kind: str
     colour: str
@@ -187,7 +187,8 @@ class Facts:
 
 
 def held_out(facts: Facts) -> bool:
-    """One combination in six is never used in training: chosen by arithmetic, so that it covers all words evenly."""
+    """Whether a combination is held out from training. One in six is, chosen by arithmetic that covers all words
+    evenly."""
     code = CLASSES.index(facts.kind) + 2 * list(COLOURS).index(facts.colour)
     return (code + PATTERNS.index(facts.pattern) + 3 * PLACES.index(facts.place)) % 6 == 0
 
@@ -215,7 +216,7 @@ def world_picture(seed: int, index: int, pixels: int = 64) -> tuple[Image.Image,
 
 
 def wild_look(rng: np.random.Generator, kind: str | None = None) -> Look:
-    """Random colours, tones, patterns and logos: for the VAE, so that it can draw subjects."""
+    """A look with random colours, tones, pattern and logo, from which the VAE learns to draw subjects."""
     colours = [tuple(int(c) for c in rng.integers(0, 256, 3)) for _ in range(4)]
     body, second, mark, logo = colours
     return Look(
@@ -242,7 +243,7 @@ SUBJECTS: dict[str, Look] = {
 
 
 def subject_picture(name: str, index: int, place: str | None = None, pixels: int = 64) -> Image.Image:
-    """A photo of one of the subjects, which training never shows."""
+    """A photo of one of the subjects, which are never in the base's training data."""
     rng = np.random.default_rng((77, list(SUBJECTS).index(name), index))
     where = place or PLACES[index % len(PLACES)]
     return render(pose(SUBJECTS[name], where, rng), pixels)

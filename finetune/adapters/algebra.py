@@ -22,7 +22,8 @@ from finetune.families.base import Family
 
 
 def resize(adapter: Adapter, rank: int | None = None, energy: float | None = None) -> tuple[Adapter, Kept]:
-    """Every module at `rank`, or at the smallest rank that keeps `energy` (0 to 1) of it."""
+    """Reduces every module to `rank`, or to the smallest rank that keeps `energy` (0 to 1) of its squared singular
+    values. Returns the new adapter (its scale is 1), and how much of the old one it holds."""
     layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     spectra: dict[str, tuple[Tensor, int]] = {}
     for part, module, a, b in adapter.modules():
@@ -34,10 +35,10 @@ def resize(adapter: Adapter, rank: int | None = None, energy: float | None = Non
 
 
 def combine(weighted: Sequence[tuple[Adapter, float]]) -> Adapter:
-    """The adapter whose deltas are the weighted sums: ranks add up, nothing is lost.
+    """The weighted sum of (adapter, weight) pairs. It is exact: the ranks of a module add up, and the scale is 1.
 
     Raises:
-        BadInput: they are of different families.
+        BadInput: the adapters belong to different families.
     """
     names = {adapter.family for adapter, _ in weighted}
     if len(names) != 1:
@@ -54,10 +55,12 @@ def combine(weighted: Sequence[tuple[Adapter, float]]) -> Adapter:
 
 
 def extract(base: Family, tuned: Family, rank: int) -> tuple[Adapter, Kept]:
-    """The difference of two models as a LoRA, on every linear layer and convolution that moved.
+    """The difference `tuned` - `base` as a LoRA of `rank`, for every linear layer and convolution that changed.
+
+    Returns the adapter, and how much of the difference it holds.
 
     Raises:
-        BadInput: they are of different families or shapes, or do not differ.
+        BadInput: the models have different families or shapes, or the same weights.
     """
     found = decompose(Difference(base, tuned).layers(), rank)
     if not found.spectra:

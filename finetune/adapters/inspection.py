@@ -1,6 +1,6 @@
-"""A LoRA file from anywhere, held against a base: what it is, what is wrong with it, and who would read it how.
+"""Checks a LoRA file against a base: its format, its problems, and how well each UI reads it.
 
-The rules of the UIs are facts read from their loaders (docs/exports.md); diffusers is asked by loading the file.
+The rules for the UIs come from the source code of their loaders (docs/exports.md). diffusers loads the file itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from finetune.families.naming.clip import strip_text_model
 from finetune.families.registry import FAMILIES, denoiser_config, family_of, weight_shapes
 from finetune.families.source import resolve_base
 
-# endings of one module's tensors -> (what it is, which role it has in a LoRA)
+# ending of a tensor's name -> the tensor's role in a LoRA
 ENDINGS = {
     ".lora_down.weight": "a", ".lora_up.weight": "b", ".lora_A.weight": "a", ".lora_B.weight": "b", ALPHA: "alpha",
 }  # fmt: skip
@@ -37,13 +37,13 @@ OTHERS = {
 LONE_ENCODER, MISNAMED_ENCODER = "lora_te", "lora_te1"  # kohya's names for the only text encoder of SD1, SD2
 NO_ALPHA = "no-alpha"
 FAULTS = {
-    NO_ALPHA: "modules without alpha: readers take the rank, which the trainer may not have",
-    "not-finite": "modules that are not finite",
+    NO_ALPHA: "modules without alpha: readers use the rank as alpha, but the trainer may have used another value",
+    "not-finite": "modules with NaN or infinite values",
     "one-matrix": "modules without their {} matrix: readers skip them",
-    "another-shape": "modules of another shape than the base's: it was trained on another base",
+    "another-shape": "modules with another shape than in the base: the adapter was trained on another base",
     "other-method": "keys of {}, which a reader of plain LoRA drops or misreads",
 }
-FORGE_LIMIT = 12  # more unmatched keys, and Forge ignores the whole file
+FORGE_LIMIT = 12  # with more unmatched keys, Forge ignores the whole file
 NOT_KOHYA = (
     ("partly", "it matches only some of these keys (measured on SDXL: 24 of 56): convert it to kohya"),
     ("refused", "it does not read these keys: convert it to kohya"),
@@ -54,8 +54,11 @@ NOT_KOHYA = (
 
 @dataclass(frozen=True)
 class Problem:
-    """One kind of problem. `name`: which kind, a word that does not change; `message`: what it is, for a person;
-    `modules`: the modules or keys that have it, none where it is the whole file's."""
+    """One kind of problem in a file.
+
+    `name`: a stable word for programs. `message`: a description for people. `modules`: the modules or keys concerned;
+    empty if the problem concerns the whole file.
+    """
 
     name: str
     message: str
@@ -63,17 +66,18 @@ class Problem:
 
     @property
     def line(self) -> str:
-        """For a person: with the first name."""
+        """The message, with the number of modules and the name of the first."""
         such = f" ({len(self.modules)}, such as {self.modules[0]})" if self.modules else ""
         return f"{self.message}{such}"
 
 
 @dataclass
 class Inspection:
-    """What was found.
+    """The result of an inspection.
 
-    `dtypes`: of its matrices, such as fp16. `faults`: kind of problem -> what it is, and the names of the modules that
-    have it. `verdicts`: UI -> (fully, partly, refused or unknown; why).
+    `dtypes`: precisions of the matrices, such as "fp16". `size`: bytes. `ranks`, `scales`: value -> number of modules.
+    `zero`: modules whose delta is zero. `faults`: kind of problem -> the problem. `verdicts`: UI -> ("fully",
+    "partly", "refused" or "unknown"; the reason).
     """
 
     path: Path
@@ -92,28 +96,28 @@ class Inspection:
 
     @property
     def problems(self) -> list[Problem]:
-        """One for each kind."""
+        """All problems, one for each kind."""
         found = list(self.faults.values())
         if self.unknown_keys:
             found.append(Problem("unknown-keys", f"keys that fit nothing in {self.family}", tuple(self.unknown_keys)))
         if self.adapter is None:
-            found.append(Problem("nothing-fits", f"no module of {self.family} can be read from it"))
+            found.append(Problem("nothing-fits", f"the file has no readable module for {self.family}"))
         elif self.zero and len(self.zero) == self.adapter.count:
             found.append(Problem("all-zero", "every module is zero: the adapter changes nothing"))
         return found
 
     def fault(self, name: str, module: str, of: str = "") -> None:
-        """Notes that a module has a problem of a kind in FAULTS; `of` a method, where the kind is one for each."""
+        """Records that `module` has the problem `name` (a key of FAULTS). `of` fills the blank in its message."""
         known = self.faults.get(name + of)
         modules = known.modules if known else ()
         self.faults[name + of] = Problem(name, FAULTS[name].format(of), (*modules, module))
 
 
 def inspect_adapter(path: Path, base: str) -> Inspection:
-    """Looks at a kohya or diffusers file, or a PEFT folder, against a base.
+    """Checks a kohya or diffusers file, or a PEFT folder, against a base.
 
     Raises:
-        BadInput: nothing is there, it is not a whole safetensors file, or it is no LoRA at all.
+        BadInput: the file does not exist, is not a complete safetensors file, or is not a LoRA.
     """
     folder = resolve_base(base)
     family = family_of(folder).name
@@ -122,34 +126,39 @@ def inspect_adapter(path: Path, base: str) -> Inspection:
     if not path.is_file():
         raise BadInput(f"there is no file {path}: give a .safetensors file or a PEFT folder")
     if path.suffix != ".safetensors":
-        raise BadInput(f"{path} is no .safetensors file: other kinds are not read, since they can run code")
+        raise BadInput(f"{path} is not a .safetensors file: other kinds are refused because they can run code")
     keys = keys_of(path)
     if not any(key.endswith((*ENDINGS, *OTHERS)) for key in keys):
-        raise BadInput(f"{path} is no LoRA: none of its {len(keys)} keys is one (such as {', '.join(keys[:1])})")
+        raise BadInput(
+            f"{path} is not a LoRA: none of its {len(keys)} keys (such as {', '.join(keys[:1])}) belongs to one: "
+            "give a LoRA file"
+        )
     odd = next((key for key in keys if not key.isprintable()), None)
-    if odd is not None:  # a terminal would obey it
-        raise BadInput(f"{path} has the key {odd[:80]!r}, which no trainer writes: give another file")
+    if odd is not None:  # control characters could change the terminal that prints the key
+        raise BadInput(f"{path} has the unprintable key {odd[:80]!r}, which no trainer writes: give another file")
     with safe_open(path, "pt") as opened:
         metadata = dict(opened.metadata() or {})
-        tensors = {key: opened.get_tensor(key).clone() for key in keys}  # not mapped: the file may be replaced
+        tensors = {key: opened.get_tensor(key).clone() for key in keys}  # a copy: the file may be replaced later
     return _inspect(path, tensors, metadata, family, folder)
 
 
 def open_adapter(path: Path, base: str) -> tuple[Adapter, Inspection]:
-    """A file's adapter, where nothing of it would be lost.
+    """Reads an adapter from a file, and refuses if any of it would be lost. Returns it with the inspection.
 
     Raises:
-        BadInput: it has keys or modules that can't be taken over; they are named.
+        BadInput: some keys or modules can't be read; the message names them.
     """
     found = inspect_adapter(path, base)
     grave = [problem.line for problem in found.problems if problem.name != NO_ALPHA]
     if found.adapter is None or grave:
-        raise BadInput(f"{path} can't be taken over: {'; '.join(grave)}: see `finetune verify {path} --base {base}`")
+        raise BadInput(
+            f"{path} can't be read without loss: {'; '.join(grave)}: see `finetune verify {path} --base {base}`"
+        )
     return found.adapter, found
 
 
 def accepted_names(folder: Path) -> dict[str, Place]:
-    """Every module name that some trainer writes -> what it stands for."""
+    """Every module name that trainers write for this base -> the modules that it stands for."""
     family = family_of(folder)
     title, prefix, config = family.name, prefixes(family.name), denoiser_config(folder)
     names: dict[str, Place] = {}
@@ -202,7 +211,7 @@ def _inspect(
 
 
 def _by_module(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], list[str]]:
-    """Module name -> its matrices by role; keys of other methods; keys of nothing known."""
+    """Module name -> its matrices by role; the keys of other methods; the unknown keys."""
     modules: dict[str, dict[str, Tensor]] = {}
     others: dict[str, str] = {}
     odd = []
@@ -226,7 +235,7 @@ def _plain(name: str) -> str:
 def _module(
     found: Inspection, name: str, held: dict[str, Tensor], header_alpha: float | None, weight: torch.Size
 ) -> tuple[Tensor, Tensor] | None:
-    """(A, B) with the scale in B, or None; what is wrong goes into `found`."""
+    """(A, B) with the scale in B. None if they can't be used; the reason is recorded in `found`."""
     missing = [role for role in ("a", "b") if role not in held]
     if missing:
         found.fault("one-matrix", name, of="down" if missing == ["a"] else "up")
@@ -257,7 +266,7 @@ def _module(
 
 
 def _header_alpha(path: Path, metadata: dict[str, str]) -> float | None:
-    """diffusers' files say their alpha in the header, once per part; ours and diffusers' own have one for all."""
+    """The alpha in the header of a diffusers file, if all parts have the same; otherwise None."""
     about = read_header(path, metadata)
     alphas = {
         float(value) for key, value in about.items() if key.endswith(".lora_alpha") and type(value) in (int, float)
@@ -277,7 +286,7 @@ def _dtype(value: Tensor) -> str:
 
 
 def _verdicts(found: Inspection, modules: list[str]) -> dict[str, tuple[str, str]]:
-    """What each UI's loader makes of the keys."""
+    """How well each UI's loader reads the keys."""
     uis = ("ComfyUI", "Forge/A1111", "InvokeAI", "sdnext")
     if found.adapter is None:
         return dict.fromkeys(uis, ("refused", "nothing fits"))
@@ -301,13 +310,13 @@ def _verdicts(found: Inspection, modules: list[str]) -> dict[str, tuple[str, str
     silent = sum(name.startswith(f"{MISNAMED_ENCODER}_") for name in modules) if lone else 0
     if silent:
         wrong, right = f"{MISNAMED_ENCODER}_", f"{LONE_ENCODER}_"
-        why = f"{silent} text-encoder modules ({wrong} where {right} belongs) are lost in silence: convert it"
+        why = f"it silently skips {silent} text-encoder modules ({wrong} instead of {right}): convert the file"
         verdicts["InvokeAI"] = verdicts["sdnext"] = ("partly", why)
     return verdicts
 
 
 def _transformer_verdicts(found: Inspection, uis: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-    """SD3 and Flux: the diffusers form is what all read; joined matrices each reads in its own way."""
+    """SD3 and Flux: all UIs read the diffusers format; each reads joined matrices in its own way."""
     lost, texts = (
         len(found.unknown_keys),
         len((found.adapter.layers.keys() if found.adapter else set()) - {"denoiser"}),
@@ -324,7 +333,7 @@ def _transformer_verdicts(found: Inspection, uis: tuple[str, ...]) -> dict[str, 
 
 def _peft_folder(path: Path, family: str, folder: Path) -> Inspection:
     if not any(path.glob("*/adapter_config.json")):
-        raise BadInput(f"{path} is no PEFT folder (it has no PART/adapter_config.json): give a LoRA file")
+        raise BadInput(f"{path} is not a PEFT folder (it has no PART/adapter_config.json): give a LoRA file")
     adapter = Peft().read(path, family, folder)
     files = sorted(path.glob("*/adapter_model.safetensors"))
     with safe_open(files[0], "pt") as opened:

@@ -1,4 +1,4 @@
-"""Commands on a base or on files of others: inspect, plan; verify, convert, resize, merge and extract adapters."""
+"""Commands for a base or a recipe (inspect, plan) and for adapter files (verify, convert, resize, merge, extract)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from finetune.export.base import Exported
     from finetune.export.decompose import Kept
 
-File = Annotated[Path, typer.Argument(help="a LoRA file of any trainer, or a PEFT folder", metavar="FILE")]
+File = Annotated[Path, typer.Argument(help="a LoRA file from any trainer, or a PEFT folder", metavar="FILE")]
 BaseOption = Annotated[str, typer.Option("--base", help="tiny, a diffusers folder or a hub id")]
-Out = Annotated[Path, typer.Option("--out", help="path and name, without an ending")]
-To = Annotated[list[str] | None, typer.Option("--to", help="kohya, diffusers, peft; kohya if nothing is said")]
+Out = Annotated[Path, typer.Option("--out", help="output path and name, without a file extension")]
+To = Annotated[list[str] | None, typer.Option("--to", help="kohya, diffusers or peft; default: kohya")]
 Dtype = Annotated[str, typer.Option("--dtype", help="fp16, fp32 or bf16")]
-Force = Annotated[bool, typer.Option("--force", help="replace files that are there")]
+Force = Annotated[bool, typer.Option("--force", help="overwrite existing files")]
 Rank = Annotated[int | None, typer.Option("--rank", min=1)]
 
 
 def register(app: typer.Typer) -> None:
+    """Adds the commands of this module to `app`."""
     for command in (inspect, plan, verify, convert, resize, merge, extract):
         app.command()(command)
 
@@ -32,10 +33,10 @@ def register(app: typer.Typer) -> None:
 def inspect(
     source: Annotated[str, typer.Argument(help="tiny, a diffusers folder, a hub id or a .safetensors checkpoint")],
     like: Annotated[
-        str | None, typer.Option("--like", help="for a single file: a folder or hub id of its kind")
+        str | None, typer.Option("--like", help="for a single file: a folder or hub id of the same model family")
     ] = None,
 ) -> None:
-    """What a base is: family, objective, schedule, resolution, encoders, sizes, licence."""
+    """Show what a base is: family, objective, schedule, resolution, encoders, sizes, licence."""
     from finetune.export.card import licence_of
     from finetune.families.facts import facts
     from finetune.families.source import resolve_base
@@ -51,10 +52,10 @@ def plan(
         list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
     ] = None,
 ) -> None:
-    """What a recipe trains, writes and needs in memory, from the base's configs alone: no weights, no photos."""
+    """Estimate what a recipe trains, writes and needs in memory. Reads only the base's configs."""
     from finetune.config.load import load_recipe
 
-    checked = load_recipe(recipe, overrides or [])  # a mistake in it is told at once, before the heavy imports
+    checked = load_recipe(recipe, overrides or [])  # reports a mistake at once, before the heavy imports
     from finetune.jobs.estimate import report
 
     for name, value in report(checked).items():
@@ -62,7 +63,7 @@ def plan(
 
 
 def verify(file: File, base: BaseOption = "tiny") -> None:
-    """What a LoRA file is, what is wrong with it, and how each UI reads it: exit 1 if something is wrong."""
+    """Show what a LoRA file is, what is wrong with it, and which programs read it. Exit 1 if something is wrong."""
     from finetune.adapters.operations import verify_file
 
     found = verify_file(file, base)
@@ -92,7 +93,7 @@ def convert(
     file: File, out: Out, to: To = None, base: BaseOption = "tiny",
     dtype: Annotated[str | None, typer.Option(help="default: the file's own")] = None, force: Force = False,
 ) -> None:  # fmt: skip
-    """Write a LoRA in other forms; every file is read back and compared."""
+    """Write a LoRA in other formats. Every written file is read back and compared."""
     from finetune.adapters.inspection import open_adapter
     from finetune.adapters.operations import about_of, write
 
@@ -106,7 +107,7 @@ def resize(
     energy: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="share to keep, such as 0.95")] = None,
     to: To = None, base: BaseOption = "tiny", dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
-    """Make a LoRA smaller by singular values, at a rank or by the energy that is kept."""
+    """Reduce a LoRA to a smaller rank with an SVD: to --rank, or to the rank that keeps --energy."""
     from finetune.adapters.algebra import resize as smaller
     from finetune.adapters.inspection import open_adapter
     from finetune.adapters.operations import about_of, write
@@ -120,14 +121,14 @@ def resize(
 
 
 def merge(
-    files: Annotated[list[str], typer.Argument(help="FILE or FILE:WEIGHT, several", metavar="FILE[:WEIGHT]...")],
+    files: Annotated[list[str], typer.Argument(help="several of FILE or FILE:WEIGHT", metavar="FILE[:WEIGHT]...")],
     out: Out, to: To = None, rank: Rank = None, base: BaseOption = "tiny", dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
-    """Add LoRAs into one (--to kohya, diffusers, peft), or into their base (--to folder, checkpoint)."""
+    """Merge LoRAs into one (--to kohya, diffusers, peft) or into their base (--to folder, checkpoint)."""
     from finetune.adapters.operations import merged, merged_model, weighted, write
 
     pairs = [weighted(text) for text in files]
-    to = ["folder"] if to == ["diffusers-model"] else to  # what some call it
+    to = ["folder"] if to == ["diffusers-model"] else to  # the name that some users expect
     if to in (["folder"], ["checkpoint"]):
         path = out.with_name(f"{out.name}.safetensors") if to == ["checkpoint"] else out
         say_exported([merged_model(pairs, base, path, _dtype(dtype), to[0])])
@@ -139,11 +140,11 @@ def merge(
 
 
 def extract(
-    model: Annotated[str, typer.Argument(help="a tuned model: a diffusers folder or a hub id", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="a fine-tuned model: a diffusers folder or a hub id", metavar="MODEL")],
     out: Out, rank: Annotated[int, typer.Option("--rank", min=1)] = 32, to: To = None, base: BaseOption = "tiny",
     dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
-    """The difference of a tuned model and its base as a LoRA, with the error that the rank costs."""
+    """Extract the difference between a fine-tuned model and its base as a LoRA, and report the error of that rank."""
     from finetune.adapters.operations import extracted, write
 
     adapter, kept = extracted(model, base, rank)
@@ -165,15 +166,15 @@ def _say_kept(kept: Kept) -> None:
 
 
 def say_exported(exported: list[Exported]) -> None:
-    """What was written, who reads it and its checks.
+    """Prints each written file, the programs that read it, and its checks.
 
     Raises:
-        CheckFailed: a check did not hold.
+        CheckFailed: a check failed.
     """
     for item in exported:
-        readers = f"read by {', '.join(item.read_by) or 'nobody'}" if item.checks else UNCHECKED
+        readers = f"read by {', '.join(item.read_by) or 'no known program'}" if item.checks else UNCHECKED
         typer.echo(f"{item.format}: {item.path} ({item.size / 1e6:.2f} MB, {item.modules} modules), {readers}")
         for check in item.checks:
             typer.echo(f"  {check.line}")
     if not all(item.ok for item in exported):
-        raise CheckFailed("a written file is not what it should be: see the lines above")
+        raise CheckFailed("a written file did not pass its checks: see the lines above")

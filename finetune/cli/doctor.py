@@ -1,4 +1,4 @@
-"""`finetune doctor`: what works on this machine, and what to do about what does not."""
+"""`finetune doctor`: checks what works on this machine, and says how to fix what does not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ NEEDED_GB = 10
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: `ok` is None where it is only told, False where something is wrong; then `advice` says what to do."""
+    """One line of the result.
+
+    `ok` is None for information only, True where it works, False where something is wrong. `advice` says what to do.
+    """
 
     name: str
     value: str
@@ -35,7 +38,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Every check; none changes anything."""
+    """Runs every check and returns the findings in order. No check changes anything."""
     return [*_versions(), *_devices(), *_precisions(), *_optimisers(), _hub(), _space(), _writable()]
 
 
@@ -52,7 +55,7 @@ def _versions() -> list[Finding]:
             continue
         bound = bounds.get(name)
         inside = bound is None or bound.contains(found, prereleases=True)
-        advice = "" if inside else f"tested are {bound}: pip install '{name}{bound}'"
+        advice = "" if inside else f"tested versions are {bound}: pip install '{name}{bound}'"
         findings.append(Finding(name, found, inside, advice))
     return findings
 
@@ -75,9 +78,9 @@ def _devices() -> list[Finding]:
         findings.append(_gpu(index))
     if torch.backends.mps.is_available():
         size = torch.mps.recommended_max_memory() / 2**30
-        findings.append(Finding("GPU", f"Apple's (mps), of whose memory {size:.0f} GiB should be used", True))
+        findings.append(Finding("GPU", f"Apple (mps), {size:.0f} GiB of memory recommended for use", True))
     elif not torch.cuda.is_available():
-        findings.append(Finding("GPU", "none", None, "the tiny base trains on a CPU; Stable Diffusion wants a GPU"))
+        findings.append(Finding("GPU", "none", None, "the tiny base trains on a CPU; Stable Diffusion needs a GPU"))
     return findings
 
 
@@ -90,7 +93,9 @@ def _gpu(index: int) -> Finding:
     said = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
     if native_bf16(index):
         return Finding(f"GPU {index}", f"{said}, bf16", True)
-    return Finding(f"GPU {index}", f"{said}, bf16 only emulated", True, "set run.precision=fp16, which is fast there")
+    return Finding(
+        f"GPU {index}", f"{said}, bf16 is only emulated", True, "set run.precision=fp16, which is fast on this GPU"
+    )
 
 
 def _precisions() -> list[Finding]:
@@ -110,18 +115,18 @@ def _precisions() -> list[Finding]:
     ]
     if device.type == "cuda":
         return [*findings, _try("fp16", lambda: product(torch.float16), "use run.precision=fp32")]
-    return [*findings, Finding("fp16", "refused without CUDA", None, "use run.precision=fp32 or bf16")]
+    return [*findings, Finding("fp16", "not available without CUDA", None, "use run.precision=fp32 or bf16")]
 
 
 def _optimisers() -> list[Finding]:
-    """Every registered one, those of other packages too."""
+    """Every registered optimiser, including those from other packages."""
     from finetune.optim.registry import OPTIMISERS
 
     return [_optimiser(f"optim.kind {kind}", entry(kind=kind)) for kind, entry in OPTIMISERS.items()]
 
 
 def _optimiser(name: str, optimiser: Optimiser) -> Finding:
-    """A step of it; one that needs what is not here is told, and no fault of the machine."""
+    """Tries one step. An optimiser that needs something this machine lacks is reported, but is not an error."""
     from finetune.core.devices import best_device
 
     try:
@@ -131,8 +136,8 @@ def _optimiser(name: str, optimiser: Optimiser) -> Finding:
         return Finding(name, reason.partition(", which ")[2] or reason, None, advice)
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
         return Finding(name, _first_line(error), False, "use optim.kind=adamw, or install its package again")
-    if not moved > 0:  # nor where it is not a number
-        return Finding(name, "a step that goes the wrong way", False, "use optim.kind=adamw")
+    if not moved > 0:  # also catches NaN
+        return Finding(name, "takes a step in the wrong direction", False, "use optim.kind=adamw")
     return Finding(name, "works", True)
 
 
@@ -170,7 +175,7 @@ def _space() -> Finding:
     free = shutil.disk_usage(folder).free / 2**30
     enough = free >= NEEDED_GB
     advice = (
-        "" if enough else f"free some space, or set FINETUNE_CACHE to another disk (about {NEEDED_GB} GiB are wanted)"
+        "" if enough else f"free some space, or set FINETUNE_CACHE to another disk (about {NEEDED_GB} GiB are needed)"
     )
     return Finding("free space", f"{free:.0f} GiB at {cache_dir()}", enough, advice)
 
@@ -181,5 +186,5 @@ def _writable() -> Finding:
         with tempfile.TemporaryFile(dir=cache_dir()), tempfile.TemporaryFile(dir=Path.cwd()):
             pass
     except OSError as error:
-        return Finding("writing", str(error), False, "run in a folder you may write to, or set FINETUNE_CACHE")
+        return Finding("writing", str(error), False, "run in a folder that you may write to, or set FINETUNE_CACHE")
     return Finding("writing", "works, here and in the cache", True)

@@ -13,19 +13,19 @@ from typing import Any
 
 from finetune.core.signals import STOPPING
 
-# Windows gives a key press to every process of the console, and os.kill there ends a process without a word
+# Windows sends Ctrl-C to every process of the console itself, and os.kill there ends a process without a signal
 CONSOLE_TELLS_ALL = os.name == "nt"
-GRACE = 10.0  # seconds for the other processes to end by themselves once one has failed
+GRACE = 10.0  # seconds for the other processes to end by themselves after one has failed
 
 
 Command = Callable[[list[str]], tuple[int, str]]
 
 
 def launch(processes: int, run: Command, arguments: list[str]) -> tuple[int, str]:
-    """Calls `run(arguments)`, which gives an exit code and a message, in each process; returns those of all.
+    """Calls `run(arguments)` in each process and returns one exit code and message for all of them.
 
-    torch.multiprocessing ends the others when one fails. Signals that stop a run are passed on: the processes finish
-    the step together. What several of them say is said once.
+    When one process fails, torch.multiprocessing ends the others. Signals that stop a run are passed on to all
+    processes, so that they finish the step together. The same message from several processes is shown once.
     """
     import torch.multiprocessing as multiprocessing
 
@@ -81,14 +81,14 @@ def _join(context: Any) -> Exception | None:
 
 
 def _explained(context: Any, failure: Exception, said: str) -> tuple[int, str]:
-    """The exit code and message of a run that failed; where no process could say why, the reason is told here."""
+    """The exit code and message of a failed run. A process that a signal killed cannot report itself: this does."""
     codes = [process.exitcode for process in context.processes]
     for rank, code in enumerate(codes):
         if code is not None and code < 0 and -code not in STOPPING:
             name = signal.Signals(-code).name
             return 2, (
                 f"error: process {rank} of {len(codes)} was ended by {name} (SIGKILL: often a lack of memory); the "
-                "others were stopped and the last checkpoint is whole: `finetune resume RUN`"
+                "others were stopped and the last checkpoint is complete: go on with `finetune resume RUN`"
             )
     stated = [code for code in codes if code in (1, 2, *(128 + number for number in STOPPING))]
     if said and stated:

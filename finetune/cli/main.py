@@ -1,4 +1,4 @@
-"""The command line: parses, calls, prints. Nothing heavy is imported before a command runs."""
+"""The command line: parses, calls, prints. Heavy packages are imported only when a command needs them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="finetune",
-    help="Fine-tune and personalise diffusion models, with proof.",
+    help="Fine-tune and personalise diffusion models, and check the results.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
 )
-recipes_app = typer.Typer(help="Shipped recipes.", no_args_is_help=True, rich_markup_mode=None)
-tokens_app = typer.Typer(help="Rare tokens of a base.", no_args_is_help=True, rich_markup_mode=None)
+recipes_app = typer.Typer(
+    help="List, print and copy the recipes that come with finetune.", no_args_is_help=True, rich_markup_mode=None
+)
+tokens_app = typer.Typer(help="Find and check rare tokens of a base.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(tokens_app, name="tokens")
 
@@ -56,7 +58,7 @@ def train(
     accept_changes: AcceptChanges = False,
     processes: ProcessCount = None,
 ) -> None:
-    """Train a recipe from end to end; an interrupted run of the same recipe goes on where it stopped."""
+    """Train a recipe from start to end. With run.dir=RUN, an interrupted run of the same recipe continues."""
     from finetune.config.load import load_recipe
 
     asked = load_recipe(recipe, [*(overrides or []), *_skipping(skip_bad)])
@@ -70,7 +72,7 @@ def resume(
     accept_changes: AcceptChanges = False,
     processes: ProcessCount = None,
 ) -> None:
-    """Go on with an interrupted run; what comes out is what the unbroken run would have given."""
+    """Continue an interrupted run. The result is the same as without the interruption."""
     from finetune.jobs.pins import with_photos
     from finetune.runs.folder import RunFolder
 
@@ -88,7 +90,7 @@ def dreambooth(
     skip_bad: SkipBad = False,
     processes: ProcessCount = None,
 ) -> None:
-    """The short way: a DreamBooth LoRA with class images from a folder of photos."""
+    """Train a DreamBooth LoRA with class images from a folder of photos, without writing a recipe."""
     from finetune.config.load import load_recipe
 
     name = "demo" if base == "tiny" else "dreambooth-lora"
@@ -103,7 +105,7 @@ def dreambooth(
 
 @app.command()
 def demo(out: Annotated[Path | None, typer.Option("--out", help="the run folder")] = None) -> None:
-    """The whole job on the embedded base in minutes: five pictures of a mug become an adapter that works."""
+    """Run everything on the built-in tiny base in minutes: train an adapter from five images of a mug."""
     from finetune.jobs.demo import run_demo
 
     _loud()
@@ -118,15 +120,15 @@ def sample(
     ],
     negative: str = "",
     seed: int = 0,
-    count: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 4,
+    count: Annotated[int, typer.Option(min=1, help="images for each prompt")] = 4,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
     sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
-    batch_size: Annotated[int, typer.Option(min=1, help="pictures at once: fewer need less memory")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="images drawn at once: fewer need less memory")] = 8,
     base: BaseOption = "tiny",
-    out: Annotated[Path, typer.Option(help="where the pictures go")] = Path("samples"),
+    out: Annotated[Path, typer.Option(help="folder for the images")] = Path("samples"),
 ) -> None:
-    """Draw pictures: PNGs and a grid."""
+    """Draw images from prompts: PNG files and a grid."""
     _loud()
     from finetune.core.devices import machine
     from finetune.jobs.images import ImageRequest, draw_files
@@ -143,20 +145,24 @@ def sample(
     request = ImageRequest(prompt, range(seed, seed + count), sampling, info.base or base)
     images = draw_files(family, request, out)
     grid(images, count, prompt).save(out / "grid.png")
-    typer.echo(f"{len(images)} pictures and grid.png in {out}")
+    typer.echo(f"{len(images)} images and grid.png in {out}")
 
 
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a finished run's folder")],
     to: Annotated[
-        list[str] | None, typer.Option("--to", help="kohya, diffusers, peft; folder, checkpoint, embedding")
+        list[str] | None, typer.Option("--to", help="kohya, diffusers, peft, folder, checkpoint or embedding")
     ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="of what is no LoRA and leaves as one")] = None,
-    max_error: Annotated[float | None, typer.Option("--max-error", help="what this may cost, such as 0.1")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="rank of the LoRA, if the trained weights must be converted into one")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option("--max-error", help="largest relative error of that conversion, such as 0.1")
+    ] = None,
     verify: Annotated[str | None, typer.Option("--verify", help="full, deltas or off; default: the run's own")] = None,
 ) -> None:
-    """Write what the run trained for other programs into RUN/exports, and check every file."""
+    """Export a run's result to RUN/exports in formats of other programs, and check every file."""
     _loud()
     from finetune.config.load import changed_recipe
     from finetune.core.devices import machine
@@ -182,19 +188,19 @@ def export(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="a run folder")],
-    captions: Annotated[bool, typer.Option("--captions", help="show the captions of the photos' files")] = False,
+    captions: Annotated[bool, typer.Option("--captions", help="show the captions from caption files")] = False,
 ) -> None:
-    """Build RUN/report.html again."""
+    """Write RUN/report.html again."""
     from finetune.report.html import write_report
     from finetune.runs.folder import RunFolder
 
-    RunFolder(run).recipe  # noqa: B018 - says so if this is no run folder
+    RunFolder(run).recipe  # noqa: B018 - raises if this is not a run folder
     typer.echo(str(write_report(run, captions)))
 
 
 @app.command()
 def doctor() -> None:
-    """What works on this machine, and what to do about what does not."""
+    """Check what works on this machine, and say how to fix what does not."""
     _loud()
     from rich.console import Console
     from rich.table import Table
@@ -214,7 +220,7 @@ def doctor() -> None:
 
 @recipes_app.command("list")
 def recipes_list() -> None:
-    """Names and what they are for."""
+    """List the recipes and what each is for."""
     from finetune.config import recipes
 
     for name in recipes.names():
@@ -230,13 +236,13 @@ def recipes_show(name: str) -> None:
 
 
 @recipes_app.command("copy")
-def recipes_copy(name: str, to: Annotated[Path | None, typer.Argument(help="a new file")] = None) -> None:
-    """Copy a recipe, to change it."""
+def recipes_copy(name: str, to: Annotated[Path | None, typer.Argument(help="name of the new file")] = None) -> None:
+    """Copy a recipe to a new file, to edit it."""
     from finetune.config import recipes
 
     target = to or Path(f"{name}.yaml")
     if target.exists():
-        raise BadInput(f"{target} is already there: give another name")
+        raise BadInput(f"{target} already exists: give another name")
     target.write_bytes(recipes.find(name).read_bytes())
     typer.echo(f"wrote {target}; train it with: finetune train {target}")
 
@@ -257,7 +263,7 @@ def tokens_suggest(
     count: Annotated[int, typer.Option("-n", min=1)] = 10,
     class_noun: Annotated[str | None, typer.Option("--class-noun")] = None,
 ) -> None:
-    """The best rare tokens of a base: single, rare, without a meaning, told apart, and with a weak prior."""
+    """Suggest rare tokens of a base: one piece, no known meaning, clear to the text encoders, a weak prior."""
     _loud()
     from finetune.data import tokens
     from finetune.families.source import load_family
@@ -271,7 +277,7 @@ def tokens_suggest(
 def tokens_check(
     token: str, base: BaseOption = "tiny", class_noun: Annotated[str | None, typer.Option()] = None
 ) -> None:
-    """What one token is to a base: exit 1 if it should not be used."""
+    """Check how a base reads one token. Exit 1 if it should not be used."""
     _loud()
     from finetune.data import tokens
     from finetune.families.source import load_family
@@ -321,25 +327,27 @@ def _launch_or_check(processes: int, dry_run: bool) -> None:
     if launched is None and processes > 1 and not dry_run:
         raise _Launch(processes)
     if launched is not None and int(launched) != processes:
-        raise BadInput(f"--processes is {processes} but {launched} were started: leave --processes out under torchrun")
+        raise BadInput(
+            f"--processes is {processes} but {launched} processes were started: leave --processes out under torchrun"
+        )
 
 
 def _is_main_process() -> bool:
-    """Under torchrun, one process talks for all."""
+    """Under torchrun, only one process prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _say(line: str) -> None:
-    """Names of files and captions may be anybody's."""
+    """Prints a line without terminal control codes, which file names and captions can contain."""
     typer.echo(plain(line))
 
 
 def _silent(line: str) -> None:
-    """What the other processes say."""
+    """Prints nothing: for the processes other than the main one."""
 
 
 def _loud() -> None:
-    """Other libraries' progress bars off, our own on."""
+    """Turns off other libraries' progress bars and turns on ours."""
     from finetune.core.logging import quiet_bars
 
     quiet_bars()
@@ -349,7 +357,7 @@ def _loud() -> None:
 
 
 class _Launch(Exception):
-    """The command is to run in `processes` processes, of which this is none."""
+    """Asks `run` to start the command in `processes` new processes instead of this one."""
 
     def __init__(self, processes: int) -> None:
         super().__init__()
@@ -357,10 +365,13 @@ class _Launch(Exception):
 
 
 def run(arguments: list[str]) -> tuple[int, str]:
-    """The exit code and what is to be said about it: 1 a check failed, 2 bad input, 130 and 143 stopped by a signal.
+    """Runs a command; returns the exit code and the message to print (empty if there is none).
+
+    Exit codes: 0 done, 1 a check failed, 2 bad input or a failed write, 128 + n stopped by signal n (130: SIGINT,
+    143: SIGTERM).
 
     Raises:
-        Exception: a fault of our own; with `--debug` also those that are told in one sentence.
+        Exception: a bug in finetune; with `--debug` also the errors that are otherwise shown as one sentence.
     """
     debug = "--debug" in arguments
     quiet()
@@ -389,7 +400,7 @@ def run(arguments: list[str]) -> tuple[int, str]:
 
 
 def main() -> None:
-    """The `finetune` command; `--debug` anywhere shows the traceback of what is told in one sentence."""
+    """The `finetune` command. With `--debug`, an error shows its traceback instead of one sentence."""
     code, message = run(sys.argv[1:])
     if message:
         typer.echo(plain(message), err=True)

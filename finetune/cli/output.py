@@ -1,4 +1,4 @@
-"""What the command line shows of a run: one progress bar for each phase."""
+"""Progress on the command line: one bar for each phase of a run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from finetune.core.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted,
 
 
 class ProgressBars:
-    """A consumer of events. Nothing is shown until a command calls `enable`."""
+    """A consumer of events that shows progress bars. It shows nothing until a command calls `enable`."""
 
     def __init__(self) -> None:
         self.is_enabled = False
         self._open: list[tuple[Any, Any]] = []  # (rich's Progress, its task), the innermost phase last
 
     def enable(self) -> None:
+        """Shows progress bars from now on."""
         self.is_enabled = True
 
     def __call__(self, event: Event) -> None:
@@ -36,7 +37,7 @@ class ProgressBars:
                 self._open[-1][0].start()
 
     def _start(self, event: PhaseStarted) -> None:
-        """rich shows one live bar at a time: the outer phase's stands still meanwhile."""
+        """rich shows one live bar at a time, so the outer phase's bar pauses."""
         if self._open:
             self._open[-1][0].stop()
         progress = _bar()
@@ -49,7 +50,7 @@ PROGRESS_BARS: ContextVar[ProgressBars | None] = ContextVar("finetune_progress_b
 
 @contextmanager
 def progress_bars() -> Iterator[None]:
-    """Inside the block events go to bars, which the command that runs may enable."""
+    """Inside the block, events go to progress bars, which a command can enable."""
     bars = ProgressBars()
     token = PROGRESS_BARS.set(bars)
     try:

@@ -1,1 +1,1 @@
-"""A recipe, composed of the settings of all packages: read, checked, written."""
+"""Recipes: the settings of all packages together, and how they are read, checked and written."""

@@ -1,7 +1,8 @@
-"""Settings that another setting makes useless. Who gives one expects something of it, so it is refused by name.
+"""Finds settings that have no effect because of another setting. They are refused: the user expects an effect.
 
-Only what the recipe alone tells: what depends on the base (an inpainting base needs no `base.inputs`) passes here and
-is found by `finetune.jobs.base_effect`. What belongs to a kind, such as min-SNR's gamma, is a setting of that kind.
+This module checks only what the recipe itself shows. What depends on the base (an inpainting base needs no
+`base.inputs`) is checked by `finetune.jobs.base_effect`. A setting of one kind, such as min-SNR's gamma, exists only
+in the settings of that kind.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Needs:
-    """`key` does something only where `other` is one of `values`, of which the first is the one to advise."""
+    """`key` has an effect only if `other` is one of `values`. Messages suggest the first of them."""
 
     key: str
     other: str
@@ -33,9 +34,10 @@ NEEDS = (
 
 
 def without_effect(recipe: Recipe) -> list[str]:
-    """The settings that do nothing in this recipe, each in a sentence.
+    """Returns one sentence for each setting that has no effect in this recipe.
 
-    One at its default asks for nothing: a run's own recipe.yaml, which holds every key, can be trained again.
+    A setting at its default is not reported, so that a run's own recipe.yaml, which holds every key, can be trained
+    again.
     """
     found = []
     for needs in NEEDS:
@@ -48,7 +50,7 @@ def without_effect(recipe: Recipe) -> list[str]:
     max_error, warmup, steps = recipe.export.max_error, recipe.optim.warmup, recipe.run.steps
     if not at_default(recipe, "export.max_error") and recipe.leaves_as_trained:
         found.append(
-            f"export.max_error is {max_error} but a {recipe.method.kind} leaves as it was trained, without an error: "
+            f"export.max_error is {max_error} but a {recipe.method.kind} is exported exactly as it was trained: "
             "leave it out"
         )
     if warmup > steps:
@@ -60,7 +62,7 @@ def without_effect(recipe: Recipe) -> list[str]:
 
 
 def at_default(recipe: Recipe, key: str) -> bool:
-    """Whether `section.key` asks for nothing."""
+    """Whether the setting `key` (`section.name`) has its default value."""
     section, name = _place(recipe, key)
     return bool(getattr(section, name) == type(section).model_fields[name].get_default())
 

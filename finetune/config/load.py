@@ -1,4 +1,4 @@
-"""Recipes read from YAML, names or dictionaries, with overrides; and written."""
+"""Reads recipes from YAML files, shipped names or dictionaries, with overrides, and writes them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from finetune.core.records import Values, check_schema, migrated
 from finetune.core.settings import Settings
 from finetune.objectives import older
 
-SCHEMA = 2  # of recipes; 1 had the older form of `objective:`, and 0 its keys without a number
-SCHEMA_LINE = "# schema: "  # the first line, a comment: it can be read where the rest is of a form that is not known
+SCHEMA = 2  # schema 1 had the older form of `objective:`; schema 0 had the same keys as 1 but no number in the file
+SCHEMA_LINE = "# schema: "  # in the first line, a comment: readable even if the rest has an unknown form
 
 MAX_RECIPE = 1_000_000  # bytes
 
@@ -32,24 +32,29 @@ Overrides = Sequence[str | tuple[str, Any]] | Mapping[str, Any]
 
 
 def load_recipe(source: str | Path, overrides: Overrides = ()) -> Recipe:
-    """A shipped recipe's name or a YAML file, with overrides, as a checked `Recipe`.
+    """Reads a shipped recipe by name, or a YAML file, and applies `section.key=value` overrides in order.
 
     Args:
         overrides: `["run.steps=400"]`, as on the command line, or `{"run.steps": 400}`.
 
+    Returns:
+        The checked recipe.
+
     Raises:
-        BadInput: no such recipe, not YAML, an unknown key (the nearest known one is named), a bad value, or a setting
-            that has no effect beside the others.
+        BadInput: no such recipe, not YAML, an unknown key (the message suggests the nearest known one), a bad value,
+            or a setting that has no effect with the other settings.
     """
     path = find(str(source))
     return parse_recipe(_read(path), overrides, where=str(path))
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A run's own recipe file as a checked `Recipe`: a setting without effect may stand there, if it once was allowed.
+    """Reads a run's own recipe file and returns the checked recipe.
+
+    Settings without effect are accepted here: an earlier version may have allowed them when the run began.
 
     Raises:
-        BadInput: as `load_recipe`, but for settings without effect.
+        BadInput: as `load_recipe`, except for settings without effect.
     """
     raw = _read(path)
     if isinstance(raw, dict):
@@ -59,12 +64,8 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _read(path: Path) -> Any:
-    """What a recipe file holds, as plain data.
-
-    Raises:
-        BadInput: it is not YAML, or of a later version.
-    """
-    schema = _schema_of(path)  # first: the rest of a later version's recipe may not be readable
+    """The content of a recipe file as plain data. Raises BadInput if it is not YAML, or has a later schema."""
+    schema = _schema_of(path)  # before parsing: the rest of a later version's recipe may not be readable
     if schema is not None:
         check_schema(schema, path, SCHEMA)
     raw = parse_yaml(read_utf8(path, MAX_RECIPE), str(path), _Loader)
@@ -72,7 +73,7 @@ def _read(path: Path) -> Any:
 
 
 def _schema_of(path: Path) -> int | str | None:
-    """The number in a recipe's first line, or what stands in its place; None for a recipe that says nothing of it."""
+    """The schema number in a recipe's first line, or the text in its place; None if it has no such line."""
     with path.open(encoding="utf-8", errors="replace") as opened:
         first = opened.readline(1_000).strip()
     if not first.startswith(SCHEMA_LINE):
@@ -86,7 +87,7 @@ def _from_0(values: Values) -> Values:
 
 
 def _from_1(values: Values) -> Values:
-    """Each setting of `objective:` was a key of its own, which was not refused where it had no effect."""
+    """In schema 1 every setting of `objective:` was a key of its own, and was accepted even if it had no effect."""
     objective = values.get("objective")
     if not isinstance(objective, dict):
         return values
@@ -94,21 +95,26 @@ def _from_1(values: Values) -> Values:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data only, and a key that stands twice is an error: YAML would take the last one in silence."""
+    """Loads plain data only. A repeated key is an error, because YAML would silently use the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} appears twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def parse_recipe(raw: Any, overrides: Overrides = (), where: str = "the recipe") -> Recipe:
-    """A recipe from plain data (nested dictionaries), as YAML or JSON gives it.
+    """Makes a recipe from plain data (nested dictionaries), such as YAML or JSON gives.
+
+    `where` names the source in messages.
+
+    Returns:
+        The checked recipe.
 
     Raises:
-        BadInput: as `load_recipe`.
+        BadInput: an unknown key, a bad value, or a setting that has no effect with the other settings.
     """
     recipe = _parse(raw, overrides, where)
     for useless in without_effect(recipe):
@@ -117,7 +123,7 @@ def parse_recipe(raw: Any, overrides: Overrides = (), where: str = "the recipe")
 
 
 def changed_recipe(recipe: Recipe, overrides: Overrides, where: str = "the options") -> Recipe:
-    """A run's recipe with other settings. What had no effect before may stay; an override must have one.
+    """Returns a copy of a run's recipe with overrides applied. Settings that already had no effect are accepted.
 
     Raises:
         BadInput: an override is not valid, or has no effect.
@@ -132,7 +138,7 @@ def changed_recipe(recipe: Recipe, overrides: Overrides, where: str = "the optio
 
 def _parse(raw: Any, overrides: Overrides, where: str) -> Recipe:
     if not isinstance(raw, dict):
-        raise BadInput(f"{where} holds a {type(raw).__name__} where sections such as 'data:' should be: mend it")
+        raise BadInput(f"{where} holds a {type(raw).__name__} instead of sections such as 'data:': correct it")
     values = copy.deepcopy(raw)
     for override in overrides.items() if isinstance(overrides, Mapping) else overrides:
         key, value = override if isinstance(override, tuple) else _typed(override)
@@ -144,7 +150,7 @@ def _parse(raw: Any, overrides: Overrides, where: str) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: every key, in the order of the sections."""
+    """Returns the resolved recipe as YAML text, with every key, in the order of the sections."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -190,12 +196,12 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     if rest and any(_options(option, part) for option in _options(Recipe, section)):
         inside, name = _opened(inside, part, "kind"), rest
     if name == "kind" and inside.get("kind") != value:
-        inside.clear()  # another kind has other keys: those of the recipe's kind do not carry over
+        inside.clear()  # each kind has its own keys: those of the former kind do not carry over
     inside[name] = value
 
 
 def _opened(values: dict[str, Any], name: str, shorthand: str) -> dict[str, Any]:
-    """The dictionary at `name`, made where there is none, or a value that stands for the one key `shorthand`."""
+    """The dictionary at `name`. It is created if missing; a plain value becomes {`shorthand`: value}."""
     inside = values.setdefault(name, {})
     if not isinstance(inside, dict):
         inside = values[name] = {shorthand: inside}
@@ -203,8 +209,10 @@ def _opened(values: dict[str, Any], name: str, shorthand: str) -> dict[str, Any]
 
 
 def _sentence(error: ValidationError, where: str) -> str:
-    """pydantic's first complaint (an unknown key before a missing one, which it may be) as one sentence that names the
-    key, the value and what to do."""
+    """pydantic's first error as one sentence that names the key, the value and what to do.
+
+    An unknown key comes first: a missing key is often only a misspelt one.
+    """
     complaints = error.errors(include_url=False)
     first = next((item for item in complaints if item["type"] == "extra_forbidden"), complaints[0])
     location = [str(part) for part in first["loc"]]
@@ -221,13 +229,13 @@ def _sentence(error: ValidationError, where: str) -> str:
         return f"{where}: {_wrong_kind(location, first.get('ctx', {}).get('tag'))}"
     message = first["msg"].removeprefix("Value error, ")
     value = "" if isinstance(first["input"], dict) else f" is {reprlib.repr(first['input'])[:80]}"
-    said = not key or message.startswith(f"{key}.")  # sections contradict each other, or settings of one
+    said = not key or message.startswith(f"{key}.")  # errors between settings already name the key
     subject = "" if said else f"{key}{value}: "
     return f"{where}: {subject}{message[0].lower()}{message[1:]}"
 
 
 def _wrong_kind(location: list[str], tag: str | None) -> str:
-    """What is wrong with the `kind` of the section at a pydantic location; `tag`: what stands there, or None."""
+    """Says what is wrong with the `kind` of the section at a pydantic location. `tag` is the given kind, or None."""
     key, kinds = ".".join(location), _kinds_at(location)
     if tag is None:
         return f"{key}.kind is missing: give one of {', '.join(kinds)}"
@@ -237,7 +245,7 @@ def _wrong_kind(location: list[str], tag: str | None) -> str:
 
 
 def _kinds_at(location: list[str]) -> list[str]:
-    """The kinds that a section at a pydantic location may have."""
+    """The possible kinds of the section at a pydantic location."""
     options: list[type[Settings]] = [Recipe]
     for part in location:
         options = [found for option in options for found in _options(option, part)]

@@ -1,4 +1,4 @@
-"""The recipe: the settings of all packages in one strict model, and what they may not be together."""
+"""The recipe: the settings of all packages in one strict model, and the combinations that it refuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune.training.settings import Run
 
 
 class Recipe(Settings):
-    """Everything a run depends on. `RUN/recipe.yaml` holds it resolved."""
+    """Everything that a run depends on. `RUN/recipe.yaml` holds it with every default filled in."""
 
     base: Base = Base()
     data: Data
@@ -34,7 +34,7 @@ class Recipe(Settings):
 
     @property
     def leaves_as_trained(self) -> bool:
-        """Whether files hold exactly what was trained: no LoRA is made of it by singular values."""
+        """Whether exports hold exactly the trained weights, so that no SVD converts them to a LoRA."""
         return self.method.adapter.low_rank or self.method.artifacts == ("embedding",)
 
     @model_validator(mode="after")
@@ -55,16 +55,18 @@ class Recipe(Settings):
             )
         if self.method.rests and not self.optim.windows:
             raise ValueError(
-                f"optim.kind {self.optim.kind} moves weights that should rest, as method.kind {self.method.kind} "
-                "wants it of some: use optim.kind=adamw"
+                f"optim.kind {self.optim.kind} changes weights that method.kind {self.method.kind} does not train in "
+                "every step: use optim.kind=adamw"
             )
         if self.export.rank is not None and self.leaves_as_trained:
             raise ValueError(
-                f"export.rank is {self.export.rank} but a {self.method.kind} leaves as it was trained: leave it out, "
-                "or make the file smaller with `finetune resize`"
+                f"export.rank is {self.export.rank} but a {self.method.kind} is exported exactly as it was trained: "
+                "leave it out, or make the file smaller with `finetune resize`"
             )
         if any("{token}" in prompt for prompt in self.prior.prompts):
-            raise ValueError("prior.prompt has {token}, but it names the class without the subject: use {noun} alone")
+            raise ValueError(
+                "prior.prompt has {token}, but it must name the class without the subject: use {noun} alone"
+            )
         if self.prior.needs_distance and not self.method.measures_distance:
             raise ValueError(
                 f"prior.kind is {self.prior.kind}, which method.kind {self.method.kind} does not measure: use "
@@ -82,11 +84,11 @@ class Recipe(Settings):
 
 
 def _check_subjects(recipe: Recipe, noun_needed: bool) -> None:
-    """What several subjects in one run may not be. Raises ValueError in a sentence, as pydantic wants it."""
+    """Refuses what does not work with several subjects in one run. Raises the ValueError that pydantic expects."""
     subjects = recipe.data.all_subjects
     if "embedding" in recipe.method.artifacts:
         raise ValueError(
-            f"data.subjects has further subjects but method.kind {recipe.method.kind} makes a word for one: use "
+            f"data.subjects has further subjects but method.kind {recipe.method.kind} trains a word for only one: use "
             "method.kind=lora, or train each subject in a run of its own"
         )
     for subject in subjects:
@@ -95,7 +97,7 @@ def _check_subjects(recipe: Recipe, noun_needed: bool) -> None:
                 f"the subject in {subject.photos} has no class_noun but a template uses {{noun}}: say there what it "
                 "is, such as class_noun: dog"
             )
-    tokens = [subject.token.lower() for subject in subjects if subject.token != "auto"]  # CLIP reads no capitals
+    tokens = [subject.token.lower() for subject in subjects if subject.token != "auto"]  # CLIP ignores case
     twice = next((token for token in tokens if tokens.count(token) > 1), None)
     if twice is not None:
         raise ValueError(f"the token {twice!r} is given to two subjects: give each its own, or leave it out (auto)")
@@ -112,5 +114,5 @@ def _check_subjects(recipe: Recipe, noun_needed: bool) -> None:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe, for editors."""
+    """Returns the JSON schema of a recipe, for editors."""
     return TypeAdapter(Recipe).json_schema()

@@ -1,4 +1,4 @@
-"""Where recipes are found: shipped ones by name, in a checkout or in a wheel, and files by path."""
+"""Finds recipes: shipped ones by name, and files by path."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from finetune.core.errors import BadInput
 
 
 def folder() -> Path:
-    """The shipped recipes: beside the package in a checkout, inside it in a wheel."""
+    """The folder of the shipped recipes: beside the package in a checkout, inside the package in a wheel."""
     inside = Path(__file__).parents[1] / "_recipes"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
 def names() -> list[str]:
+    """Returns the names of the shipped recipes, sorted."""
     return sorted(file.stem for file in folder().glob("*.yaml"))
 
 
 def find(source: str) -> Path:
-    """A YAML file's path, or a shipped recipe's name.
+    """Returns the file of a recipe, given its path or a shipped recipe's name.
 
     Raises:
-        BadInput: there is neither; the nearest name is given.
+        BadInput: there is neither such a file nor such a recipe; the message suggests the nearest name.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -36,7 +37,7 @@ def find(source: str) -> Path:
 
 
 def summary(path: Path) -> str:
-    """What a recipe is for: the second line of the comment it begins with."""
+    """Returns what a recipe is for: the second comment line in the file, or an empty text."""
     lines = [
         line.removeprefix("#").strip()
         for line in path.read_text(encoding="utf-8").splitlines()

@@ -1,1 +1,1 @@
-"""Plain tools that know no model: errors, files, random draws, events, devices."""
+"""Tools that are independent of any model: errors, files, random numbers, events, devices."""

@@ -1,4 +1,4 @@
-"""What one step learns from. Every module may import this one; it imports no other."""
+"""The data of one training step. Every module may import this one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune.core.rng import SampleKey, normal
 
 @dataclass(frozen=True)
 class Latents:
-    """Scaled VAE latents as a distribution, so that the sampling noise stays fresh when they are cached.
+    """Scaled VAE latents as a distribution, so that every step can sample them anew from a cache.
 
     `mean` and `std` have shape [B, C, h, w] and are already multiplied by the family's scaling factor.
     """
@@ -21,9 +21,11 @@ class Latents:
     std: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
+        """Returns mean + std * noise; all have shape [B, C, h, w]."""
         return self.mean + self.std * noise
 
     def to(self, device: torch.device | str) -> Latents:
+        """Returns a copy on `device`."""
         return Latents(self.mean.to(device), self.std.to(device))
 
 
@@ -44,11 +46,11 @@ class Geometry:
 class Batch:
     """B samples of one micro-batch.
 
-    `weight` [B] multiplies each sample's loss; `keys` says where each sample stands in the run, and `names`
-    which files they come from, for the message of a step that is stopped. `mask` [B, 1, h, w] in [0, 1] says how much
-    each latent counts in its sample's loss; None where all count the same. `extra` [B, E, h, w] is what the denoiser
-    reads behind the noisy latents, where it reads more (`data/conditioning/`). `conditions` [B, ...] are made of the
-    images themselves (`Family.encode_image_conditions`).
+    `weight` [B] multiplies each sample's loss. `keys` gives each sample's position in the run. `names` are the files
+    that the samples come from, for error messages. `mask` [B, 1, h, w] in [0, 1] is the weight of each latent in its
+    sample's loss; None if all count equally. `extra` [B, E, h, w] holds further input channels for denoisers that read
+    more than noisy latents (`data/conditioning/`). `conditions` [B, ...] are computed from the images
+    (`Family.encode_image_conditions`).
     """
 
     latents: Latents
@@ -65,16 +67,17 @@ class Batch:
         return len(self.prompts)
 
     def sample_latents(self) -> Tensor:
-        """x0 [B, C, h, w] float32: a fresh sample of the latent distribution, the same one for the same key."""
+        """Returns x0 [B, C, h, w] float32, a sample of the latent distribution. Equal keys give equal samples."""
         shape = self.latents.mean.shape[1:]
         noise = normal(self.keys, shape, "vae").to(self.latents.mean.device)
         return self.latents.sample(noise).float()
 
     def concat_conditioning(self, noisy: Tensor) -> Tensor:
-        """What the denoiser reads: the noisy latents, and behind them the extra inputs."""
+        """Returns the denoiser's input [B, C + E, h, w]: `noisy` [B, C, h, w], followed by the extra channels."""
         return noisy if self.extra is None else torch.cat([noisy, self.extra], dim=1)
 
     def to(self, device: torch.device | str) -> Batch:
+        """Returns a copy with every tensor on `device`."""
         return replace(
             self,
             latents=self.latents.to(device),

@@ -1,7 +1,7 @@
-"""Deterministic mode: the settings of torch under which a CUDA run gives the same bits twice.
+"""Deterministic mode: torch settings under which two equal CUDA runs give the same bits.
 
-On a CPU with one number of threads the steps are deterministic anyway. On CUDA they are not: cuBLAS chooses its
-workspace by what else runs, cuDNN may choose algorithms with atomic additions, and one attention backend has no
+On a CPU with a fixed number of threads, steps are always deterministic. On CUDA they are not: the cuBLAS workspace
+depends on what else is running, cuDNN may choose algorithms with atomic additions, and one attention backend has no
 deterministic backward pass (https://docs.pytorch.org/docs/stable/notes/randomness.html).
 """
 
@@ -18,17 +18,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from finetune.core.errors import BadInput
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-SIZES = (":4096:8", ":16:8")  # the two with which cuBLAS is deterministic
+SIZES = (":4096:8", ":16:8")  # cuBLAS is deterministic only with one of these two
 # cuDNN's attention has no deterministic backward pass; flash and memory-efficient attention have one in this mode
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Inside the block every operation is deterministic, or raises; afterwards torch is as it was.
+    """Makes every torch operation in the block deterministic. Afterwards, torch's settings are as before.
+
+    Does nothing if `wanted` is False.
 
     Raises:
-        BadInput: CUDA is already in use without the workspace setting, or an operation has no deterministic form.
+        BadInput: CUDA is already in use without the cuBLAS workspace setting, or an operation has no deterministic
+            implementation.
     """
     if not wanted:
         yield
@@ -45,7 +48,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         if operation is None:
             raise
         raise BadInput(
-            f"run.deterministic is true but {operation} has no deterministic form on this device: set "
+            f"run.deterministic is true but {operation} has no deterministic implementation on this device: set "
             "run.deterministic=false (a resumed run may then differ in its last bits)"
         ) from error
     finally:
@@ -54,35 +57,35 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def _set_workspace() -> None:
-    """cuBLAS reads the variable when CUDA starts."""
+    """Sets the environment variable that cuBLAS reads when CUDA starts."""
     if os.environ.get(WORKSPACE) in SIZES:
         return
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         raise BadInput(
-            f"run.deterministic is true but CUDA was already in use when this run began: start Python with "
-            f"{WORKSPACE}={SIZES[0]} set"
+            f"run.deterministic is true but CUDA was already in use when this run began: set the environment variable "
+            f"{WORKSPACE}={SIZES[0]} before Python starts"
         )
     os.environ[WORKSPACE] = SIZES[0]
 
 
 def _operation(error: RuntimeError) -> str | None:
-    """The operation that has no deterministic form; None for any other error.
+    """The operation that has no deterministic implementation, or None for any other error.
 
-    torch has no error of its own for it (`Context::alertNotDeterministic` raises a RuntimeError): only its text,
-    "upsample_backward does not have a deterministic implementation, but you set ...", tells.
+    torch raises a plain RuntimeError (`Context::alertNotDeterministic`), so only its text identifies it:
+    "upsample_backward does not have a deterministic implementation, but you set ...".
     """
     found = re.search(r"(\S+) does not have a deterministic implementation", str(error))
     return found[1] if found else None
 
 
 def is_repeatable(device: torch.device | str, deterministic: bool) -> bool:
-    """Whether the same steps on `device` give the same bits."""
+    """Returns whether the same steps on `device` give the same bits."""
     return deterministic or torch.device(device).type == "cpu"
 
 
 @contextmanager
 def threads_at_most(most: int) -> Iterator[None]:
-    """At most so many of torch's threads inside the block; the number is the whole process's, and is given back."""
+    """Limits torch to `most` threads in the block. It holds for the whole process, until the block ends."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(most, before))
     try:

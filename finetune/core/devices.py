@@ -1,37 +1,39 @@
-"""Which device there is, and what some devices lack."""
+"""The device to use, and what some devices do not support."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-NO_FLOAT64 = ("mps",)  # Metal has none
+NO_FLOAT64 = ("mps",)  # Metal has no float64
 GIB = 2**30
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def best_device() -> torch.device:
-    """Where work is fastest: an NVIDIA or AMD GPU, else Apple's, else the CPU."""
+    """Returns the fastest device of this machine: an NVIDIA or AMD GPU, else an Apple GPU, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def auto_precision() -> str:
-    """bf16 on a CUDA GPU that computes in it (Ampere and later), fp16 on an older one, fp32 elsewhere."""
+    """Returns "bf16" on a CUDA GPU with native bf16 (Ampere and later), "fp16" on an older one, "fp32" elsewhere."""
     if not torch.cuda.is_available():
         return "fp32"
     return "bf16" if native_bf16() else "fp16"
 
 
 def machine() -> tuple[torch.device, torch.dtype]:
-    """The best device of this machine, and the dtype that `run.precision: auto` is there."""
+    """Returns the fastest device of this machine and the dtype that `run.precision: auto` chooses on it."""
     return best_device(), DTYPES[auto_precision()]
 
 
 def native_bf16(index: int | None = None) -> bool:
-    """Whether a GPU (None: the current one) computes in bf16 itself. Before NVIDIA's Ampere (T4, V100, RTX 20) it is
-    emulated, and many times slower than fp16."""
+    """Returns whether CUDA GPU number `index` (None: the current one) computes in bf16 natively.
+
+    GPUs before NVIDIA's Ampere (T4, V100, RTX 20) emulate bf16, many times slower than fp16.
+    """
     if index is None:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     with torch.cuda.device(index):
@@ -39,17 +41,17 @@ def native_bf16(index: int | None = None) -> bool:
 
 
 def exact_device(device: torch.device) -> torch.device:
-    """Where sums in float64 are made for what lies on `device`: there, or on the CPU where that has no float64."""
+    """Returns the device for float64 sums of tensors on `device`: the same one, or the CPU if it has no float64."""
     return torch.device("cpu") if device.type in NO_FLOAT64 else device
 
 
 def doubled(values: Tensor) -> Tensor:
-    """The same numbers in float64."""
+    """Returns the values in float64, with the same shape, on `exact_device` of their device."""
     return values.to(exact_device(values.device)).double()
 
 
 def empty_cache() -> None:
-    """Gives memory that nothing holds any more back to the device."""
+    """Returns the memory that torch caches but no longer uses to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
@@ -57,5 +59,5 @@ def empty_cache() -> None:
 
 
 def gib(size: float) -> str:
-    """Bytes as text."""
+    """Returns a size in bytes as text in GiB, such as "1.50 GiB"."""
     return f"{size / GIB:.2f} GiB"

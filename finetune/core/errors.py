@@ -1,4 +1,4 @@
-"""The kinds of failure that a person is told about in one sentence."""
+"""The errors that the command line shows to the user as one sentence."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 class BadInput(ValueError):
-    """The user's fault, with what, which value and what to do; the command line exits with 2.
+    """Input that can't be used. The message says what is wrong, which value, and what to do. Exit code 2.
 
-    `path` is the file or folder that the sentence names; None where it names none.
+    `path` is the file or folder that the message names, or None.
     """
 
     def __init__(self, message: str = "", *, path: Path | None = None) -> None:
@@ -17,11 +17,11 @@ class BadInput(ValueError):
 
 
 class CheckFailed(RuntimeError):
-    """A check on a result did not hold (an export differs, a step is not finite); exits with 1."""
+    """A check on a result failed: an export differs, or a step is not finite. Exit code 1."""
 
 
-class Stopped(BaseException):  # not a KeyboardInterrupt: typer would end the program in our place
-    """A signal (SIGINT or SIGTERM) stopped the run in `path`: it can go on from there."""
+class Stopped(BaseException):  # not a KeyboardInterrupt: typer would handle that and end the program
+    """A signal (SIGINT or SIGTERM) with this `number` stopped the run in folder `path`. The run can be resumed."""
 
     def __init__(self, path: Path, number: int) -> None:
         super().__init__(f"stopped; go on with: finetune resume {path}")

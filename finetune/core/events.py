@@ -1,8 +1,7 @@
-"""What a run tells while it works: typed events. A progress bar, a log, a page are consumers of them.
+"""Typed events that a run sends while it works. Progress bars, logs and reports are consumers of events.
 
-Who runs something says where its events go: `with sent_to(consumer): ...`. What works deep inside then needs no
-argument for it: `emit` and `phase` reach the consumer of their own context (`contextvars`), so that two runs in two
-threads do not meet.
+The caller chooses the consumers: `with sent_to(consumer): ...`. Code inside the block needs no argument for them:
+`emit` and `phase` find the consumers in their context (`contextvars`). Two runs in two threads do not share consumers.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class PhaseStarted:
-    """A stretch of work with a known number of units, such as 250 steps or 96 images."""
+    """A phase of work began. `total` is its number of units, such as 250 steps or 96 images."""
 
     title: str
     total: int
@@ -24,7 +23,7 @@ class PhaseStarted:
 
 @dataclass(frozen=True)
 class PhaseAdvanced:
-    """`amount` more units of the phase are done; `note` is for a person, such as "loss 0.1234"."""
+    """`amount` more units of the phase are done. `note` is a short text to display, such as "loss 0.1234"."""
 
     title: str
     amount: int
@@ -33,25 +32,29 @@ class PhaseAdvanced:
 
 @dataclass(frozen=True)
 class PhaseEnded:
+    """The phase ended, by success or by an error."""
+
     title: str
 
 
 @dataclass(frozen=True)
 class RunStarted:
+    """The run in `folder` began; it trains up to `steps` optimiser steps."""
+
     folder: Path
     steps: int
 
 
 @dataclass(frozen=True)
 class Restored:
-    """Training goes on after `step` (0: from the start)."""
+    """Training continues after optimiser step `step` (0: it starts from the beginning)."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimiser step. `loss` is the mean over all processes; `seconds` is the step's wall time."""
+    """One optimiser step is done. `loss` is the mean over all processes; `seconds` is the wall time of the step."""
 
     step: int
     loss: float
@@ -62,20 +65,22 @@ class StepDone:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
+    """The checkpoint of `step` is complete in `folder`."""
+
     step: int
     folder: Path
 
 
 @dataclass(frozen=True)
 class ImagesDrawn:
-    """Images of the sample prompts: before, after, or a preview of a step."""
+    """Images of the sample prompts are in `folder`: those before or after training, or a preview at one step."""
 
     folder: Path
 
 
 @dataclass(frozen=True)
 class RunEnded:
-    """`outcome`: "finished", "stopped" (it can go on) or "failed"."""
+    """The run ended. `outcome` is "finished", "stopped" (it can be resumed) or "failed"."""
 
     folder: Path
     outcome: str
@@ -99,7 +104,10 @@ _consumers: ContextVar[tuple[Consumer, ...]] = ContextVar("finetune_event_consum
 
 @contextmanager
 def sent_to(*consumers: Consumer) -> Iterator[None]:
-    """Inside the block events also go to these consumers, in this order; an error of theirs ends the work."""
+    """Sends events from inside the block to these consumers too, in this order.
+
+    An error that a consumer raises is not caught: it ends the work in the block.
+    """
     token = _consumers.set((*_consumers.get(), *consumers))
     try:
         yield
@@ -108,13 +116,17 @@ def sent_to(*consumers: Consumer) -> Iterator[None]:
 
 
 def emit(event: Event) -> None:
+    """Sends an event to every consumer of the current context, or to none if there are none."""
     for consumer in _consumers.get():
         consumer(event)
 
 
 @contextmanager
 def phase(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """`with phase("Training", 250) as advance: advance(1, "loss 0.12")`."""
+    """Sends the events of a phase with `total` units, and gives the function that reports progress.
+
+    Example: `with phase("Training", 250) as advance: advance(1, "loss 0.12")`. `PhaseEnded` follows an error too.
+    """
 
     def advance(amount: int, note: str = "") -> None:
         emit(PhaseAdvanced(title, amount, note))

@@ -1,4 +1,4 @@
-"""Writing files so that a kill leaves the old one or the new one, never a half; reading and hashing them."""
+"""Reads, hashes and writes files. If a write is interrupted, the old file or the new file remains, never a part."""
 
 from __future__ import annotations
 
@@ -20,26 +20,30 @@ from finetune.core.errors import BadInput
 if TYPE_CHECKING:
     import torch
 
-NO_FOLLOW, BINARY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_BINARY", 0)  # the one is POSIX', the other Windows'
+NO_FOLLOW, BINARY = (
+    getattr(os, "O_NOFOLLOW", 0),
+    getattr(os, "O_BINARY", 0),
+)  # O_NOFOLLOW is POSIX only, O_BINARY Windows only
 
 
 def cache_dir() -> Path:
-    """Where latents, embeddings and class images are kept: $FINETUNE_CACHE, or ~/.cache/finetune."""
+    """Returns the folder for cached latents, embeddings and class images: $FINETUNE_CACHE, or ~/.cache/finetune."""
     return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune")
 
 
 def public_name(source: str) -> str:
-    """A base as it may be told to others: a hub id as it is, of a path the last name alone."""
+    """Returns a name of a base that is safe to share: a hub id unchanged, or only the last part of a path."""
     is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)
     if is_id and not os.path.exists(source):
         return source
-    return PureWindowsPath(source).name.lstrip(".") or Path(source).expanduser().resolve().name  # Windows' reads both
+    # PureWindowsPath splits at / and at \
+    return PureWindowsPath(source).name.lstrip(".") or Path(source).expanduser().resolve().name
 
 
 def leads_out(file: Path, folder: Path) -> bool:
-    """Whether a file that `folder` lists lies elsewhere, by a link of its own or of a folder on the way.
+    """Returns whether a path inside `folder` leads outside of it through a link (its own, or that of a parent folder).
 
-    A snapshot of the hub's cache is made of links to the blobs beside it: those count as inside.
+    In the hub's cache, a snapshot consists of links to the blobs folder beside it. Those count as inside.
     """
     real, root = file.resolve(), folder.resolve()
     if real.is_relative_to(root):
@@ -50,10 +54,11 @@ def leads_out(file: Path, folder: Path) -> bool:
 
 
 def copy_plain(source: Path, target: Path, folder: Path) -> None:
-    """Copies one of `folder`'s files with the rights of a new file.
+    """Copies `source`, a file in `folder`, to `target`. The copy gets the permissions of a new file.
 
     Raises:
-        BadInput: it is a link that leads out of the folder: its content is not the folder's to pass on.
+        BadInput: `source` is a link that leads out of `folder`, so its content must not be shared.
+        OSError: a file can't be read or written.
     """
     if leads_out(source, folder):
         raise BadInput(f"{source} is a link that leads out of {folder}: put the file itself there")
@@ -62,10 +67,10 @@ def copy_plain(source: Path, target: Path, folder: Path) -> None:
 
 
 def find_link_out(folder: Path) -> Path | None:
-    """The first link in a folder, or in one inside it, that leads out of it."""
+    """Returns the first link at any depth in `folder` that leads out of it, or None."""
     for place, folders, files in os.walk(folder):
         paths = [Path(place) / name for name in sorted([*folders, *files])]
-        # a junction of Windows is a folder that is no symbolic link
+        # on Windows a junction is a folder, not a symbolic link
         odd = [path for path in paths if path.is_symlink() or path.is_dir()]
         link = next((path for path in odd if leads_out(path, folder)), None)
         if link is not None:
@@ -74,13 +79,16 @@ def find_link_out(folder: Path) -> Path | None:
 
 
 def _beside(path: Path) -> Path:
-    """A temporary path that nobody can guess. Its ending is what `sweep` goes by."""
+    """A temporary path that nobody can guess. `sweep` recognises it by its extension."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def sweep(folder: Path, age: float = 0) -> None:
-    """Removes temporary files and folders that a killed process left in a folder that is ours alone, or that nobody
-    has touched for `age` seconds."""
+    """Removes temporary files and folders that a killed process left in `folder`.
+
+    With an `age`, it removes only those that are at least `age` seconds old. Use age 0 only for a folder that no
+    other process writes to.
+    """
     for left in sorted(folder.rglob(".*.tmp"), reverse=True):
         if left.lstat().st_mtime > time.time() - age and age:
             continue
@@ -92,13 +100,14 @@ def sweep(folder: Path, age: float = 0) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; on success it is flushed to the disk and renamed over `path`.
+    """Gives a temporary file beside `path`. On success it is flushed to the disk and renamed to `path`.
 
-    The file is made here, where nothing was, with the rights that the umask leaves: safetensors would make it the
-    owner's alone.
+    The file is created here, with the permissions that the umask allows: safetensors would make it readable only by
+    its owner. After an error `path` is unchanged and the temporary file is removed.
 
     Raises:
-        FileExistsError: somebody laid something in its place.
+        FileExistsError: the temporary path already exists.
+        OSError: the file can't be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
@@ -115,7 +124,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`; on success it takes the place of `path`."""
+    """Gives a new temporary folder beside `path`. On success it replaces `path`; after an error it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     temporary.mkdir()
@@ -128,14 +137,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line to a text file, which is no link."""
+    """Appends a line (UTF-8) to a text file, which is created if missing. Raises OSError if `path` is a link."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW | BINARY, 0o666)
     with os.fdopen(descriptor, "ab") as file:
         file.write(f"{line}\n".encode())
 
 
 def _rename(temporary: Path, path: Path) -> None:
-    """Over `path`. Windows refuses that while another process reads the old file: it is tried for about a second."""
+    """Renames to `path`. Windows refuses this while another process reads the old file, so it retries for 1 s."""
     for pause in (0.01, 0.03, 0.1, 0.3, 0.6):
         try:
             temporary.replace(path)
@@ -146,13 +155,13 @@ def _rename(temporary: Path, path: Path) -> None:
 
 
 def flush(path: Path, mode: int | None = None) -> None:
-    """Has the kernel write a file, or a folder's list of names, to the disk; a file gets the rights `mode`."""
+    """Flushes a file, or the entries of a folder, to the disk (fsync). With `mode`, also sets a file's permissions."""
     if path.is_dir():
-        if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders, and keeps a renaming in its journal
+        if not hasattr(os, "O_DIRECTORY"):  # Windows can't open folders, and journals renames itself
             return
         descriptor = os.open(path, os.O_RDONLY)
     else:
-        # Windows flushes no file that was opened for reading alone
+        # Windows can't flush a file that was opened only for reading
         descriptor = os.open(path, os.O_RDWR | (NO_FOLLOW if mode is not None else 0))
     try:
         if mode is not None and hasattr(os, "fchmod"):  # not on Windows
@@ -163,17 +172,20 @@ def flush(path: Path, mode: int | None = None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8 and plain newlines on every system, so that equal text is equal bytes."""
+    """Writes a UTF-8 file atomically, with \\n newlines on every system: equal text gives equal bytes."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file: contiguous CPU tensors, sorted by name, so that equal content is equal bytes.
+    """Writes a safetensors file atomically. Tensors and metadata are sorted by name: equal content gives equal bytes.
+
+    The tensors may have any shape and dtype and be on any device.
 
     Raises:
         OSError: the disk is full, or the folder can't be written to.
@@ -191,14 +203,16 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
 
 
 def _os_error(error: Exception, path: Path) -> OSError:
-    """safetensors' own error for a failed write ("... left on device (os error 28)") as the OSError that it is."""
+    """Turns safetensors' error for a failed write ("... left on device (os error 28)") into an OSError."""
     said = re.search(r"([^:]*) \(os error (\d+)\)", str(error))
     code, reason = (int(said[2]), said[1].strip()) if said else (errno.EIO, os.strerror(errno.EIO))
-    return OSError(code, reason, str(path), code)  # the last one: Windows' own numbers, which it turns into errno's
+    return OSError(
+        code, reason, str(path), code
+    )  # the last argument is Windows' own error number, which OSError maps to an errno
 
 
 def _sort_metadata(path: Path) -> None:
-    """safetensors writes metadata in a random order: here its keys are sorted, in the same place and length."""
+    """Sorts the metadata keys, which safetensors writes in random order. The file keeps its length."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -213,12 +227,13 @@ def _sort_metadata(path: Path) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file's tensors, copied into memory.
+    """Returns the tensors of a safetensors file, copied into CPU memory.
 
-    `load_file` leaves them mapped to the file, which Windows then neither replaces nor removes.
+    `load_file` would keep them mapped to the file, which Windows then can't replace or remove.
 
     Raises:
-        SafetensorError: it is no whole safetensors file.
+        SafetensorError: it is not a complete safetensors file.
+        OSError: it can't be read.
     """
     from safetensors.torch import load_file
 
@@ -226,5 +241,6 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's content, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The one place where other libraries' chatter is silenced: what a person sees is ours, on any console."""
+"""Silences other libraries' messages, and makes our output safe to print on any console."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import warnings
 
 
 def quiet() -> None:
-    """Call before torch, diffusers and the rest are imported. Errors still come through."""
+    """Hides other libraries' warnings and progress bars. Errors stay visible.
+
+    Call it before torch, diffusers and the other libraries are imported.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -22,19 +25,19 @@ def quiet() -> None:
 
 
 def printable() -> None:
-    """What a console has no character for (Windows' cp1252) shows as \\u676f: no run ends for a prompt."""
+    """Prints characters that the console can't show (Windows' cp1252) as \\u676f, so that none ends a run."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def plain(text: str) -> str:
-    """Text without what a terminal would obey: a file's names may hold its commands (\\x1b)."""
+    """Returns the text with terminal control codes (\\x1b) escaped: file names can contain them."""
     return "".join(sign if sign == "\n" or sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def quiet_bars() -> None:
-    """Switches off transformers' weight-loading bars."""
+    """Turns off transformers' progress bars for loading weights."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

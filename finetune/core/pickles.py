@@ -1,4 +1,4 @@
-"""Whether tensors may be read from pickles: inside a block, and never for a whole process."""
+"""Permission to read tensors from pickle files. It holds inside a block, not for the whole process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ _ALLOWED: ContextVar[bool] = ContextVar("pickles allowed", default=False)
 
 @contextmanager
 def pickles_allowed(wanted: bool = True) -> Iterator[None]:
-    """Inside the block weights in `.bin` files are read too: tensors only, no code is run. Processes that the block
-    starts are told by their own arguments."""
+    """Allows weights in `.bin` files inside the block: only tensors are read, no code is run.
+
+    The permission does not reach other processes: pass them their own argument.
+    """
     token = _ALLOWED.set(wanted)
     try:
         yield
@@ -21,4 +23,5 @@ def pickles_allowed(wanted: bool = True) -> Iterator[None]:
 
 
 def may_read_pickles() -> bool:
+    """Returns whether the current context allows weights in pickle files."""
     return _ALLOWED.get()

@@ -1,4 +1,4 @@
-"""One process among those that train together."""
+"""The position of this process among the processes of a run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 
 def _nobody() -> None:
-    """There is no other process to wait for."""
+    """Returns at once: there is no other process to wait for."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process is number `rank` (from 0) of `world`; `wait` returns when all of them have called it."""
+    """This process has number `rank` (from 0) of `world` processes. `wait` returns when all of them have called it."""
 
     rank: int = 0
     world: int = 1

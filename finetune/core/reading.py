@@ -1,7 +1,7 @@
-"""JSON and YAML that somebody else may have written: read within limits, or refused in a sentence.
+"""Reads JSON and YAML from untrusted files within limits. What exceeds a limit is refused with a clear message.
 
-One policy for all of it: UTF-8 (with or without a mark), at most `MAX_BYTES`, `MAX_DEPTH` deep, whole numbers of at
-most `MAX_DIGITS` digits, no key twice, no NaN and no infinity, which JSON does not have.
+The limits: UTF-8 (with or without a byte order mark), at most `MAX_BYTES`, at most `MAX_DEPTH` levels, whole numbers
+of at most `MAX_DIGITS` digits, no repeated key, no NaN and no infinity (JSON has neither).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import yaml
 
 from finetune.core.errors import BadInput
 
-MAX_BYTES = 64_000_000  # the largest tokenizer.json has 20 MB
+MAX_BYTES = 64_000_000  # the largest known tokenizer.json has 20 MB
 MAX_DEPTH = 64
 MAX_DIGITS = 40  # tokenizer_config.json holds 10**30 for "no limit"
-MAX_VALUES = 100_000  # of a recipe, with what its aliases repeat
+MAX_VALUES = 100_000  # in a YAML file; a value that aliases repeat counts each time
 
 T = TypeVar("T", dict[str, Any], list[Any])
 
 
 class BadText(BadInput):
-    """`reason`: what is wrong, without the file and what to do."""
+    """Text or a file that can't be read. `reason` is the message without the file and the advice."""
 
     def __init__(self, where: str, reason: str, advice: str) -> None:
         super().__init__(f"{where} {reason}: {advice}")
@@ -33,23 +33,30 @@ class BadText(BadInput):
 
 
 def read_bytes(file: Path, limit: int = MAX_BYTES) -> bytes:
-    """A plain file's content.
+    """Returns the content of a regular file.
 
     Raises:
-        BadInput: it is no plain file, or larger than `limit`.
+        BadInput: it is not a regular file, or it is larger than `limit` bytes.
         OSError: it can't be read.
     """
-    if file.exists() and not file.is_file():  # a pipe or a device would be read for ever
-        raise BadText(str(file), "is no plain file", "put the file itself there")
+    if file.exists() and not file.is_file():  # reading a pipe or a device might never end
+        raise BadText(str(file), "is not a regular file", "put the file itself there")
     with file.open("rb") as opened:
         content = opened.read(limit + 1)
     if len(content) > limit:
-        raise BadText(str(file), f"is larger than {limit / 1e6:g} MB, which no such file is", "give the right file")
+        raise BadText(
+            str(file), f"is larger than {limit / 1e6:g} MB, too large for this kind of file", "give the right file"
+        )
     return content
 
 
 def read_utf8(file: Path, limit: int = MAX_BYTES) -> str:
-    """Raises: BadInput: as `read_bytes`, or it is not UTF-8."""
+    """Returns the content of a UTF-8 text file, without its byte order mark.
+
+    Raises:
+        BadInput: it is not a regular file, is larger than `limit` bytes, or is not UTF-8.
+        OSError: it can't be read.
+    """
     try:
         return read_bytes(file, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -57,48 +64,58 @@ def read_utf8(file: Path, limit: int = MAX_BYTES) -> str:
 
 
 def read_json(file: Path, kind: type[T], advice: str = "give the right file") -> T:
-    """What a JSON file holds: an object (`dict`) or a list.
+    """Returns the content of a JSON file, which must be an object (`kind` is `dict`) or a list (`list`).
 
     Raises:
-        BadInput: it is damaged, too large, or holds something else; `advice` says what to do.
+        BadInput: it is damaged, exceeds a limit, or holds something else. The message ends with `advice`.
+        OSError: it can't be read.
     """
     return parse_json(read_utf8(file), str(file), kind, advice)
 
 
 def parse_json(text: str, where: str, kind: type[T], advice: str = "give the right file", finite: bool = True) -> T:
-    """As `read_json`, of a text; `where` it comes from, for the sentence. Not `finite`: with NaN and infinity, which
-    Python writes."""
+    """Like `read_json`, for a text. `where` names its source in messages.
+
+    With `finite=False`, NaN and infinity are accepted, because Python's json module writes them.
+
+    Raises:
+        BadInput: as `read_json`.
+    """
     numbers: dict[str, Any] = {"parse_float": _number, "parse_constant": _refused} if finite else {}
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_whole_number, **numbers)
     except RecursionError as error:
         raise BadText(where, "is nested too deeply to be read", advice) from error
     except ValueError as error:
-        raise BadText(where, f"is no JSON ({error})", advice) from error
+        raise BadText(where, f"is not valid JSON ({error})", advice) from error
     if not isinstance(value, kind):
         names = {"dict": "an object", "list": "a list", "str": "a text", "NoneType": "null"}
         found, wanted = (names.get(name, "a number") for name in (type(value).__name__, kind.__name__))
-        raise BadText(where, f"holds {found} where {wanted} belongs", advice)
+        raise BadText(where, f"holds {found} instead of {wanted}", advice)
     if _depth(value) > MAX_DEPTH:
         raise BadText(where, f"is nested more than {MAX_DEPTH} deep", advice)
     return value
 
 
 def parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """Plain data from YAML, by a SafeLoader.
+    """Returns the plain data that a YAML text holds. `loader` is a SafeLoader; `where` names the source in messages.
 
     Raises:
-        BadInput: it is no YAML, too deep, or its aliases make it larger than anything that a person writes.
+        BadInput: it is not YAML, is nested too deeply, or has too many values (its aliases count each time).
     """
     try:
         value = yaml.load(text, loader)
-        fault = "holds more values than a recipe has" if _size(value) > MAX_VALUES else ""
+        fault = "holds more values than a recipe can have" if _size(value) > MAX_VALUES else ""
     except RecursionError:
         fault = "is nested too deeply to be read"
     except (yaml.YAMLError, ValueError) as error:  # a ValueError: a number of thousands of digits, a 13th month
-        raise BadInput(f"{where} is not valid YAML ({' '.join(str(error).split())[:300]}): mend that line") from error
+        raise BadInput(
+            f"{where} is not valid YAML ({' '.join(str(error).split())[:300]}): correct that line"
+        ) from error
     if fault or _depth(value) > MAX_DEPTH:
-        raise BadInput(f"{where} {fault or f'is nested more than {MAX_DEPTH} deep'}: write it plainly")
+        raise BadInput(
+            f"{where} {fault or f'is nested more than {MAX_DEPTH} deep'}: write it without nesting or aliases"
+        )
     return value
 
 
@@ -107,7 +124,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[Hashable] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice[:80]!r} stands twice")
+        raise ValueError(f"the key {twice[:80]!r} appears twice")
     return found
 
 
@@ -123,7 +140,7 @@ def _number(digits: str) -> float:
 
 
 def _refused(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _inside(value: Any) -> list[Any]:
@@ -133,7 +150,7 @@ def _inside(value: Any) -> list[Any]:
 
 
 def _depth(value: Any) -> int:
-    """How deep lists and objects lie in each other, counted up to one more than is allowed."""
+    """How deeply lists and objects are nested, counted up to one more than is allowed."""
     level, depth = [value], 0
     while level and depth <= MAX_DEPTH + 1:
         level, depth = [item for held in level for item in _inside(held)], depth + 1
@@ -141,7 +158,7 @@ def _depth(value: Any) -> int:
 
 
 def _size(value: Any) -> int:
-    """How many values there are, a repeated one as often as it is repeated; counted until there are too many."""
+    """The number of values, counted up to one more than is allowed. A repeated value counts each time."""
     left, count = [value], 0
     while left and count <= MAX_VALUES:
         left += _inside(left.pop())

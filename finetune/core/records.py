@@ -1,4 +1,4 @@
-"""Records that cross the seams between packages: typed values inside, sentences only where a person reads them."""
+"""Typed records that packages exchange. They become text only when they are shown to the user."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any, Self
 from finetune import __version__
 from finetune.core.errors import BadInput
 
-PASSED, NOT_PASSED = "ok: ", "FAILED: "  # how a line for a person begins
+PASSED, NOT_PASSED = "ok: ", "FAILED: "  # the start of a line in messages
 
 
 @dataclass(frozen=True)
 class Check:
-    """What one check of a written file found.
+    """The result of one check of a written file.
 
-    `name`: which check it is, one word that does not change. `message`: what was measured or what is wrong, for a
-    person. `error`: the largest relative error, where the check measured one.
+    `name` identifies the check; it does not change between versions. `message` says what was measured or what is
+    wrong. `error` is the largest relative error, or None if the check did not measure one.
     """
 
     name: str
@@ -29,41 +29,41 @@ class Check:
 
     @property
     def line(self) -> str:
-        """For a person."""
+        """The result as one line of text."""
         return f"{PASSED if self.passed else NOT_PASSED}{self.message}"
 
     def values(self) -> dict[str, Any]:
-        """For JSON, which has no infinity."""
+        """Returns the fields for JSON. An infinite error becomes None, because JSON has no infinity."""
         finite = self.error is not None and math.isfinite(self.error)
         return asdict(self) | {"error": self.error if finite else None}
 
     @classmethod
     def of_older(cls, line: str) -> Self:
-        """From an exports.json that was written before checks were records: its lines are all that there is."""
+        """Makes a check from its line: older versions stored only lines in exports.json."""
         return cls("", not line.startswith(NOT_PASSED), line.removeprefix(PASSED).removeprefix(NOT_PASSED))
 
 
 def checks_of(item: Mapping[str, Any]) -> list[Check]:
-    """The checks of one file that exports.json lists, of this form or the older one."""
+    """Returns the checks of one entry of exports.json, in the current form or the older one."""
     if "results" in item:
         return [Check(**values) for values in item["results"]]
     return [Check.of_older(line) for line in item["checks"]]
 
 
 class LaterVersion(BadInput):
-    """A file of a form that this version does not know."""
+    """A file with a schema that only a later version knows."""
 
 
 Values = dict[str, Any]
 
 
 def migrated(values: Values, file: Path, schema: int, steps: Sequence[Callable[[Values], Values]]) -> Values:
-    """What a JSON file holds, in the form of `schema`; a file without a number is of form 0.
+    """Returns the values of a JSON file, converted to `schema`. A file without a schema number has schema 0.
 
-    `steps`: from form 0 to 1, from 1 to 2 and so on up to `schema`.
+    `steps` are the conversions: from schema 0 to 1, from 1 to 2, and so on up to `schema`.
 
     Raises:
-        BadInput: a later version wrote it.
+        LaterVersion: a later version wrote the file.
     """
     found = values.get("schema", 0)
     check_schema(found, file, schema)
@@ -73,7 +73,11 @@ def migrated(values: Values, file: Path, schema: int, steps: Sequence[Callable[[
 
 
 def check_schema(found: Any, file: Path, schema: int) -> None:
-    """Refuses a form that this version does not know, rather than to read it wrongly."""
+    """Refuses a file whose schema number `found` is not one that this version knows, so that it is not misread.
+
+    Raises:
+        LaterVersion: `found` is not a number from 0 to `schema`.
+    """
     if isinstance(found, int) and 0 <= found <= schema:
         return
     raise LaterVersion(

@@ -1,7 +1,7 @@
-"""One registry for every seam: what a package of ours defines, and what other packages add to it.
+"""The registry behind every extension point: the classes that our packages define and other packages add.
 
-A new family, method, objective, optimiser, export format, ... is one new file in its package: `Registry` finds it. A
-package outside this one adds its own by an entry point of the same group, or by `register`.
+To add a family, method, objective, optimiser or export format, add one file to its package: `Registry` finds it. A
+package outside finetune adds its own classes with an entry point of the same group, or with `register`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,25 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):
-    """Name -> class, sorted by name. Modules are imported when it is first asked."""
+    """A mapping from names to classes, sorted by name. The modules are imported at the first access."""
 
     def __init__(self, base: Any, package: str, name_of: Callable[[Any], str], nested: bool = False) -> None:
-        """`base`: the abstract class that entries derive from. `package`: where ours are; also the group of entry
-        points. `name_of`: a class -> the name that recipes use. `nested`: also in packages inside `package`."""
+        """
+        Args:
+            base: the abstract class that entries derive from.
+            package: the package with our own entries; also the name of the entry point group.
+            name_of: returns the name that recipes use for a class.
+            nested: also search the packages inside `package`.
+        """
         self.base, self.package, self.name_of, self.nested = base, package, name_of, nested
         self._found: dict[str, type[T]] = {}
         self._loaded = self._loading = False
 
     def register(self, entry: type[T]) -> type[T]:
-        """Adds a class; usable as a decorator.
+        """Adds a class and returns it, so that it can be used as a decorator.
 
         Raises:
-            BadInput: it is not of this kind, or its name is taken by another class.
+            BadInput: it is not a concrete subclass of `base`, or another class already has its name.
         """
         if not (inspect.isclass(entry) and issubclass(entry, self.base) and not inspect.isabstract(entry)):
             raise BadInput(f"{entry!r} can't be added to {self.package}: it must be a {self.base.__name__} class")
@@ -40,7 +45,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         there = self._found.get(name)
         if there is not None and there is not entry:
             raise BadInput(
-                f"{self.package} has two {name!r}, of {there.__module__} and of {entry.__module__}: rename one"
+                f"{self.package} has two {name!r}, in {there.__module__} and in {entry.__module__}: rename one"
             )
         self._found[name] = entry
         return entry
@@ -58,7 +63,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return len(self._found)
 
     def _load(self) -> None:
-        """Imports our own modules, then those of entry points; an error while loading is met again the next time."""
+        """Imports our own modules, then entry points. If that fails, the next access tries again."""
         if self._loaded or self._loading:
             return
         self._loading = True
@@ -91,5 +96,5 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             yield importlib.import_module(module.name)
 
     def _is_ours(self, item: Any, module: str) -> bool:
-        """Defined in this module, and not only imported there."""
+        """Whether the class is an entry that this module defines, not one that it imports."""
         return item.__module__ == module and issubclass(item, self.base) and not inspect.isabstract(item)

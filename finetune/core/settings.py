@@ -9,19 +9,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-# stands in files with "/" on every system
+# written to files with "/" on every system
 AnyPath = Annotated[Path, PlainSerializer(lambda path: path.as_posix(), return_type=str, when_used="json-unless-none")]
 
 
 class Settings(BaseModel):
-    """A section of a recipe: typed, frozen, and an unknown key is an error."""
+    """A section of a recipe: typed and read-only. An unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 def chosen_by_kind(*options: Any) -> Any:
-    """The type of a field that holds settings of one of these classes: `kind` chooses, and its name alone means the
-    class at its defaults."""
+    """Returns the type of a field that holds settings of one of these classes.
+
+    The key `kind` chooses the class. A plain text is read as a `kind` with every other setting at its default.
+    """
     union: Any = Annotated[reduce(or_, options), Field(discriminator="kind")]
     names: Any = Literal[tuple(option.model_fields["kind"].default for option in options)]
     return Annotated[union, BeforeValidator(_named, json_schema_input_type=names | union)]

@@ -1,4 +1,4 @@
-"""Signals that stop a run: in the training loop the step is finished and saved first; elsewhere work stops at once."""
+"""Signals that stop a run. The training loop first finishes and saves its step; other work stops at once."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# SIGTERM comes from nobody on Windows; programs that end others gently send Ctrl-Break there
+# Windows has no SIGTERM between processes: a program that asks another to end sends Ctrl-Break
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
-SAME_KEYPRESS = 0.5  # seconds: a terminal and torchrun both pass one Ctrl-C on
+SAME_KEYPRESS = 0.5  # seconds: one Ctrl-C can arrive twice, from the terminal and from torchrun
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that ends the work now; `number` is the signal's."""
+    """Raised by a signal that ends the work at once. `number` is the signal number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -24,9 +24,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """A wish that a run ends after its step: `stop.request()`, from any thread.
+    """Asks a run to end after its current step: call `stop.request()` from any thread.
 
-    Inside `deferred()` a wish is only noted in `received`, and raised at the end of it.
+    `received` is the number of the signal that was requested, or None.
     """
 
     def __init__(self) -> None:
@@ -34,12 +34,17 @@ class Stop:
         self.is_deferring = False
 
     def request(self, number: int = signal.SIGTERM) -> None:
-        """`number`: the signal that the program's exit code tells."""
+        """Asks the run to end. `number` is the signal that the exit code reports; only the first request counts."""
         if self.received is None:
             self.received = number
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
+        """Lets the block finish before a request takes effect.
+
+        Raises:
+            Interrupted: at the end of the block, if a stop was requested.
+        """
         self.is_deferring = True
         try:
             yield
@@ -50,9 +55,9 @@ class Stop:
 
 
 class Signals:
-    """`with Signals(stop):` makes the STOPPING signals requests of `stop`, and gives them back at the end.
+    """Inside `with Signals(stop):` the STOPPING signals call `stop.request`. Afterwards the old handlers are restored.
 
-    While the stop is not deferred they end the work at once; a second SIGINT does so always.
+    Unless the stop is deferred, a signal also ends the work at once. A second SIGINT always does.
     """
 
     def __init__(self, stop: Stop) -> None:
@@ -61,7 +66,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
         return self.stop
 

@@ -1,6 +1,6 @@
-"""Step number -> batch: the data plan. Everything is a function of (seed, step, sample).
+"""Builds the batch of each step. Every choice is a function of (seed, step, sample).
 
-DreamBooth (arXiv:2208.12242) is two streams: the subject's photos and the class images, side by side in every step.
+DreamBooth (arXiv:2208.12242) uses two streams: every step has samples of the subject's photos and of the class images.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Batches", "Cache", "Sample", "check_split"]
 
 @dataclass(frozen=True)
 class Drawn:
-    """One sample of a batch."""
+    """One sample of a batch, with its crop and caption chosen."""
 
     key: SampleKey
     name: str
@@ -38,11 +38,11 @@ class Batches:
     """The batches of one process.
 
     A step's global batch holds `batch_size` samples of each stream, interleaved: (subject, class), (subject, class),
-    ... It is cut into `accumulate` micro-batches and those into `world` equal parts, so that the union is the same
-    for any cut.
+    ... It is split into `accumulate` micro-batches, and each of those into `world` equal parts. All parts together
+    are the same samples for any split.
 
-    The mean over a batch of weight * error is the paper's sum: with k streams each sample's weight is k times its
-    own, so that (1/kB) sum k w_i e_i = (1/B) sum (subject error + lambda * class error).
+    The mean over a batch of weight * error equals the paper's sum: with k streams each sample's weight is multiplied
+    by k, so that (1/kB) sum k w_i e_i = (1/B) sum (subject error + lambda * class error).
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Batches:
     ) -> None:
         """
         Args:
-            sampler: which sample stands where: `ShuffleSampler` for images of one size, `BucketSampler` for several.
+            sampler: chooses the samples: `ShuffleSampler` for one image size, `BucketSampler` for several.
             cache: the latents of every crop.
             accumulate: the number of micro-batches in a step.
-            processes: which part of a micro-batch is this process's.
-            masks: the part of each image that counts; None where all of it does.
-            inputs: what the base reads beside the latents; None for nothing.
+            processes: the position of this process, which decides its part of each micro-batch.
+            masks: the loss weight of each latent; None if all count equally.
+            inputs: the extra inputs of the base; None if it has none.
 
         Raises:
             BadInput: a step's samples can't be split evenly.
@@ -74,14 +74,19 @@ class Batches:
 
     @property
     def streams(self) -> Streams:
+        """The streams of samples."""
         return self.sampler.streams
 
     @property
     def samples_per_step(self) -> int:
+        """The number of samples in a step, over all streams and processes."""
         return self.sampler.batch_size * len(self.streams)
 
     def micro(self, step: int, index: int) -> Batch:
-        """This process's part of micro-batch `index` of `step`."""
+        """Returns this process's part of micro-batch `index` (from 0) of `step`.
+
+        It holds samples_per_step / (accumulate * world) samples, on the CPU.
+        """
         processes = self.processes
         size = self.samples_per_step // (self.accumulate * processes.world)
         start = (index * processes.world + processes.rank) * size
@@ -115,7 +120,7 @@ class Batches:
         return item.caption if self.inputs is None else self.inputs.prompt(item.caption, item.key)
 
     def _conditions(self, drawn: list[Drawn]) -> dict[str, Tensor]:
-        """What is made of the images themselves, by the families that are conditioned on it."""
+        """The conditions [B, ...] that some families compute from the images."""
         made = [self.cache.conditions(item.crop) for item in drawn]
         return {name: torch.stack([item[name] for item in made]) for name in made[0]}
 
@@ -126,7 +131,11 @@ class Batches:
 
 
 def check_split(batch_size: int, accumulate: int, world: int) -> None:
-    """Raises BadInput where a step's samples can't be dealt out evenly."""
+    """Checks that a step's samples can be split evenly.
+
+    Raises:
+        BadInput: `batch_size` is not a multiple of `accumulate` * `world`.
+    """
     if batch_size % (accumulate * world):
         raise BadInput(
             f"run.batch_size {batch_size} can't be split into {accumulate} micro-batches on {world} processes: "

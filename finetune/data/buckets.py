@@ -1,7 +1,8 @@
-"""Aspect-ratio buckets: pure arithmetic from a resolution to image sizes, and from a photo's size to one of them.
+"""Aspect-ratio buckets: computes the image sizes for a resolution, and chooses one of them for each photo.
 
-Photos of one bucket make batches of one shape, at about the same area as the square: less of a photo is cut away
-(NovelAI's scheme, https://github.com/NovelAI/novelai-aspect-ratio-bucketing, with every size near that area).
+The photos of a bucket have one size, so they fit into one batch. Every bucket has about the area of the square, and
+less of a photo is cut away than by a square crop. The scheme is NovelAI's
+(https://github.com/NovelAI/novelai-aspect-ratio-bucketing), but with all sizes near that area.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ Size = tuple[int, int]  # (width, height), pixels
 
 
 def bucket_table(resolution: int, multiple: int, tolerance: float = 0.1) -> list[Size]:
-    """Sizes (width, height) from the tallest to the widest; the square of side `resolution` is always one of them.
+    """Returns the bucket sizes (width, height) in pixels, from the tallest to the widest.
 
-    Sides are multiples of `multiple` between half and twice `resolution`, and areas differ from the square's by at
-    most its share `tolerance`. Of sizes with the same aspect ratio the one nearest to that area is taken: a larger
-    tolerance gives more aspect ratios to choose from, and fewer photos in each.
+    Sides are multiples of `multiple` between half and twice `resolution`. Areas differ from that of the square with
+    side `resolution` by at most the share `tolerance`. The square is always included. Of several sizes with the same
+    aspect ratio, only the one nearest to the square's area is used. A larger tolerance gives more aspect ratios, so
+    fewer photos share a bucket.
     """
     square = (resolution, resolution)
     sides = [side for side in range(multiple, 2 * resolution + 1, multiple) if 2 * side >= resolution]
@@ -28,17 +30,22 @@ def bucket_table(resolution: int, multiple: int, tolerance: float = 0.1) -> list
 
 
 def mismatch(size: Size, bucket: Size) -> Fraction:
-    """exp |log (aspect / bucket's aspect)|, at least 1: exact, so that a tie is one on every machine."""
+    """Returns how much two aspect ratios differ: exp |log (aspect / bucket's aspect)|, at least 1.
+
+    The result is an exact fraction, so that ties are equal on every machine.
+    """
     one, other = size[0] * bucket[1], size[1] * bucket[0]
     return Fraction(max(one, other), min(one, other))
 
 
 def nearest_bucket(size: Size, table: Sequence[Size]) -> Size:
-    """The bucket whose aspect ratio is nearest to that of `size`, by its logarithm; of two the squarer, then the
-    first in the table."""
+    """Returns the bucket of `table` with the aspect ratio nearest to that of `size` (both in pixels).
+
+    Aspect ratios are compared by their logarithms. At a tie the bucket nearer to a square wins, then the first one.
+    """
     return min(table, key=lambda bucket: (mismatch(size, bucket), mismatch((1, 1), bucket)))
 
 
 def cut_away(size: Size, bucket: Size) -> float:
-    """The share of an image that does not fit into a bucket which it covers, in [0, 1)."""
+    """Returns the share of an image, in [0, 1), that is cut away when it is resized to cover a bucket and cropped."""
     return float(1 - 1 / mismatch(size, bucket))

@@ -1,4 +1,4 @@
-"""Work of frozen parts, done once: latents and prompt embeddings, kept on disk by the hash of what made them."""
+"""Caches the outputs of frozen parts (latents and prompt embeddings) on disk, by a hash of their inputs."""
 
 from __future__ import annotations
 
@@ -20,24 +20,28 @@ SOURCE, CONTENT = "made_from", "sha256"  # in the header of an entry
 
 
 class Encodable(Protocol):
-    """What the VAE encodes: a crop, or something made of one."""
+    """An image that the VAE encodes: a crop, or an image derived from one."""
 
     @property
     def key(self) -> str:
-        """A hash of its content."""
+        """A hash of the image's content."""
 
     def pixels(self) -> Tensor:
-        """[3, H, W] float32 in [-1, 1]."""
+        """Returns the image as [3, H, W] float32 in [-1, 1]."""
 
 
 class Cache(Protocol):
-    def latents(self, image: Encodable) -> Latents: ...
+    """The latents and conditions of images, see `LatentCache`."""
 
-    def conditions(self, image: Encodable) -> dict[str, Tensor]: ...
+    def latents(self, image: Encodable) -> Latents:
+        """Returns the mean and std [C, h, w] of one image."""
+
+    def conditions(self, image: Encodable) -> dict[str, Tensor]:
+        """Returns the conditions computed from one image, without the batch dimension."""
 
 
 class LatentCache:
-    """The latent distribution of each image, and the conditions that are made of it; `fill` once, then from memory."""
+    """The latent distribution of each image, and the conditions computed from it. Call `fill` once before reading."""
 
     def __init__(self, folder: Path, base_hash: str, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.base_hash, self.dtype = folder / "latents", base_hash, dtype
@@ -50,10 +54,14 @@ class LatentCache:
         images: Sequence[Encodable],
         advance: Callable[[int], None] = lambda amount: None,
     ) -> None:
-        """Encodes what is not on disk yet. A file that can't be read is made again.
+        """Reads the images' latents from disk, and encodes those that are missing or can't be read.
 
-        One image at a time: its latents then do not depend, in the last bits, on which others were missing. On a
-        CPU that is no slower than batches of 8 (.0068 against .0070 s at 64 pixels, .23 against .40 s at 256).
+        `advance` is called after each image with 1. Images are encoded one by one, so that the last bits of their
+        latents do not depend on which others were missing. On a CPU this is not slower than batches of 8 (.0068
+        against .0070 s at 64 pixels, .23 against .40 s at 256).
+
+        Raises:
+            OSError: a file can't be written.
         """
         for image in images:
             if not self._read(image):
@@ -61,11 +69,15 @@ class LatentCache:
             advance(1)
 
     def latents(self, image: Encodable) -> Latents:
-        """mean and std [C, h, w], float32."""
+        """Returns the mean and std [C, h, w] of one image, on the CPU.
+
+        Raises:
+            KeyError: `fill` was not called with the image.
+        """
         return self.entries[image.key]
 
     def conditions(self, image: Encodable) -> dict[str, Tensor]:
-        """`Family.encode_image_conditions` of one image, without the batch's dimension."""
+        """Returns `Family.encode_image_conditions` of one image, without the batch dimension, on the CPU."""
         return self.made[image.key]
 
     def _make(self, family: Family, image: Encodable) -> None:
@@ -92,7 +104,7 @@ class LatentCache:
 
 
 class PromptCache:
-    """The frozen encoders' output for each prompt; called like `Family.encode_prompts`."""
+    """The frozen text encoders' outputs for each prompt. Call it like `Family.encode_prompts`."""
 
     def __init__(self, family: Family, base_hash: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.family, self.base_hash, self.folder, self.dtype = family, base_hash, folder / "prompts", dtype
@@ -100,7 +112,13 @@ class PromptCache:
 
     @torch.no_grad()
     def fill(self, prompts: Sequence[str]) -> None:
-        """One encoder after the other is on the device; what they give stays there."""
+        """Reads the prompts' embeddings from disk, and encodes those that are missing.
+
+        Only one encoder is on the device at a time. The embeddings stay on the device.
+
+        Raises:
+            OSError: a file can't be written.
+        """
         self.entries |= {prompt: [] for prompt in prompts}
         for index, part in enumerate(self.family.text_encoders):
             for prompt in prompts:
@@ -108,6 +126,7 @@ class PromptCache:
                 self.entries[prompt].append({name: value.to(self.family.device) for name, value in encoded.items()})
 
     def __call__(self, prompts: Sequence[str], keep_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Returns the conditions of the prompts, as `Family.encode_prompts` does. Raises KeyError for a new prompt."""
         rows = [self.entries[prompt] for prompt in prompts]
         encoded = [
             {name: torch.stack([row[index][name] for row in rows]) for name in rows[0][index]}
@@ -116,7 +135,7 @@ class PromptCache:
         return self.family.join_texts(encoded, keep_mask)
 
     def _one(self, index: int, part: str, prompt: str) -> dict[str, Tensor]:
-        """One encoder's output for one prompt, without the batch's dimension."""
+        """One encoder's output for one prompt, without the batch dimension."""
         source = f"{prompt}\n{self.base_hash}\n{self.dtype}\n{part}"
         tensors = _load(self.folder, source)
         if tensors is None:

@@ -1,4 +1,4 @@
-"""Captions of photos: files beside them, or templates of token and class noun."""
+"""Captions of photos, from files beside them or from templates with the token and the class noun."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLUMNS = ("text", "caption", "prompt")  # where metadata has the caption; the f
 
 @dataclass(frozen=True)
 class Captioned:
-    """A photo's possible captions (one is drawn per step), and where they come from."""
+    """A photo with its possible captions (each step draws one of them), and where they come from."""
 
     photo: Photo
     captions: list[str]
@@ -36,10 +36,13 @@ def caption_photos(
     token: str,
     noun: str | None,
 ) -> list[Captioned]:
-    """Captions every photo; {token} and {noun} are filled in, in files and templates alike.
+    """Finds the captions of every photo, in the order of `photos`. {token} and {noun} are filled in.
+
+    `captions` says what to use: caption files, templates, or ("auto") files where they exist and templates elsewhere.
 
     Raises:
-        BadInput: `captions` is "files" and some photo has none (all are named); no template; no noun for {noun}.
+        BadInput: `captions` is "files" and photos have none (the message names them all), a template or noun is
+            missing, or a caption names a photo that is not there.
     """
     found = {} if captions == "templates" else caption_files(photos[0].path.parent, photos)
     _refuse_orphans(photos[0].path.parent, found)
@@ -54,7 +57,7 @@ def caption_photos(
 
 
 def _refuse_orphans(folder: Path, found: dict[str, str]) -> None:
-    """A caption without its photo is a misspelt name, or a photo that was not copied."""
+    """Refuses captions without a photo: the name is misspelt, or the photo was not copied."""
     orphans = sorted(name for name in found if not (folder / name).exists())
     if orphans:
         lists = " or ".join(file.name for file in _lists(folder))
@@ -65,7 +68,7 @@ def _refuse_orphans(folder: Path, found: dict[str, str]) -> None:
 
 
 def summarise(captioned: Sequence[Captioned], token: str) -> str:
-    """Where the captions come from, in a sentence, with a warning for caption files that do not name the token."""
+    """Returns a sentence about where the captions come from, with a warning for files without the token."""
     by_file = [item for item in captioned if item.source == "file"]
     summary = (
         f"{len(by_file)} of {len(captioned)} photos captioned by files, {len(captioned) - len(by_file)} by templates"
@@ -94,15 +97,20 @@ def _captioned(photo: Photo, text: str | None, templates: Sequence[str], token: 
 
 
 def fill(text: str, token: str, noun: str | None) -> str:
+    """Returns a caption with {token} and {noun} filled in.
+
+    Raises:
+        BadInput: the text uses {noun} but there is no class noun.
+    """
     if "{noun}" in text and not noun:
         raise BadInput(f"the caption {text!r} uses {{noun}} but there is no class noun: set data.class_noun=NOUN")
     return text.replace("{token}", token).replace("{noun}", noun or "")
 
 
 def caption_files(folder: Path, photos: Sequence[Photo]) -> dict[str, str]:
-    """File name -> caption, from the folder's lists, or from files beside the photos, which win.
+    """Returns file name -> caption, from the folder's lists, or from files beside the photos, which win.
 
-    An empty caption counts as none.
+    Empty captions are left out.
 
     Raises:
         BadInput: a file can't be read, or two say different things of one photo.
@@ -163,7 +171,7 @@ def _lists(folder: Path) -> list[Path]:
 
 
 def _jsonl(file: Path) -> dict[str, str]:
-    """The hub's imagefolder layout: one {"file_name": ..., "text": ...} a line."""
+    """Reads the hub's imagefolder layout: one {"file_name": ..., "text": ...} in each line."""
     if not file.is_file():
         return {}
     found = {}
@@ -181,7 +189,7 @@ def _jsonl(file: Path) -> dict[str, str]:
 
 
 def _csv(file: Path) -> dict[str, str]:
-    """Two columns: file name, caption; a header line file_name,text may stand first."""
+    """Reads two columns, file name and caption. The first line may be the header file_name,text."""
     rows = _csv_rows(file)
     if any(len(row) != 2 for row in rows):
         raise BadInput(
@@ -219,4 +227,4 @@ def _csv_rows(file: Path) -> list[list[str]]:
     try:
         return [row for row in csv.reader(io.StringIO(read_utf8(file))) if row]
     except csv.Error as error:  # a field of more than 131,072 characters
-        raise BadInput(f"{file} can't be read ({error}): mend it") from error
+        raise BadInput(f"{file} can't be read ({error}): correct it") from error

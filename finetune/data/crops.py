@@ -1,4 +1,4 @@
-"""Crops and flips: pure arithmetic from a photo's size to training images."""
+"""Crops and flips: computes the training images of a photo."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from finetune.data.photos import Photo, open_image
 
 @dataclass(frozen=True)
 class Crop:
-    """One way to look at a photo: resized to `resized`, cropped to `size` at `corner` (left, top), perhaps mirrored.
+    """A training image: a photo resized to `resized`, cropped to `size` at `corner` (left, top), mirrored if `flip`.
 
-    Sizes are (width, height), in pixels.
+    Sizes are (width, height) and everything is in pixels.
     """
 
     photo: Photo
@@ -34,14 +34,17 @@ class Crop:
 
     @cached_property
     def key(self) -> str:
-        """A hash of the photo's content and of everything done to it."""
+        """A hash of the photo's content and of the crop."""
         width, height = self.size
-        shape = str(width) if width == height else f"{width}x{height}"  # squares are cached under their first name
+        shape = (
+            str(width) if width == height else f"{width}x{height}"
+        )  # squares keep the key of earlier versions, so that old caches stay valid
         text = f"{self.photo.digest}:{shape}:{self.resized}:{self.corner}:{self.flip}:lanczos"
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def geometry(self) -> Geometry:
+        """The sizes and the corner as (height, width) and (top, left), for SDXL's time ids."""
         width, height = self.photo.size
         left, top = self.corner
         if self.flip:
@@ -49,33 +52,41 @@ class Crop:
         return Geometry((height, width), (top, left), (self.size[1], self.size[0]))
 
     def image(self) -> Image.Image:
+        """Returns the training image, RGB.
+
+        Raises:
+            BadImage: the photo can't be read.
+        """
         return self.cut(_resized(self.photo, self.resized))
 
     def cut(self, resized: Image.Image) -> Image.Image:
-        """The part of the resized photo, or of a mask as large as that, which the crop shows."""
+        """Returns this crop of an image of size `resized`: the resized photo, or a mask of the same size."""
         left, top = self.corner
         image = resized.crop((left, top, left + self.size[0], top + self.size[1]))
         return ImageOps.mirror(image) if self.flip else image
 
     def pixels(self) -> Tensor:
-        """[3, H, W] float32 in [-1, 1]."""
+        """Returns the training image as [3, H, W] float32 in [-1, 1]."""
         values = np.asarray(self.image(), dtype=np.float32) / 127.5 - 1
         return torch.from_numpy(values).permute(2, 0, 1).contiguous()
 
 
 @lru_cache(maxsize=1)
 def _resized(photo: Photo, size: tuple[int, int]) -> Image.Image:
-    """Kept from one crop to the next: the crops and flips of a photo follow each other, and decoding is what costs."""
+    """Cached for one photo: its crops and flips are used one after another, and decoding is the slow part."""
     return open_image(photo.path).resize(size, Image.Resampling.LANCZOS)
 
 
 def scale_to_cover(size: Size, target: Size) -> float:
-    """By how much an image must be scaled so that it just covers `target`."""
+    """Returns the factor by which an image of `size` must be scaled to just cover `target`."""
     return max(target[0] / size[0], target[1] / size[1])
 
 
 def enlarged(photos: Sequence[Photo], sizes: int | Sequence[Size]) -> str | None:
-    """A sentence about photos that must be enlarged to a square's side, or to each photo's own size, or None."""
+    """Returns a sentence about the photos that must be enlarged, or None if there are none.
+
+    `sizes` is the side of a square, or the (width, height) of each photo's bucket, in pixels.
+    """
     targets = [(sizes, sizes)] * len(photos) if isinstance(sizes, int) else sizes
     small = [p for p, target in zip(photos, targets, strict=True) if scale_to_cover(p.size, target) > 1]
     if not small:
@@ -92,10 +103,11 @@ def enlarged(photos: Sequence[Photo], sizes: int | Sequence[Size]) -> str | None
 def make_crops(
     photo: Photo, size: int | Size, crop: Literal["center", "random"], crops: int, flip: bool, seed: int
 ) -> list[Crop]:
-    """The crops of a photo that are cached and drawn from: resized to cover `size` (w, h), and cropped to it.
+    """Returns the crops of a photo that training caches and draws from.
 
-    A number is the side of a square. `crop: random` gives `crops` positions that are a function of the seed and the
-    photo's content.
+    The photo is resized to cover `size` and cropped to it. `size` is (width, height), or the side of a square, in
+    pixels. With `crop="random"` there are up to `crops` positions, which depend only on the seed and the photo's
+    content. With `flip`, every crop appears mirrored too.
     """
     size = (size, size) if isinstance(size, int) else size
     scale = scale_to_cover(photo.size, size)

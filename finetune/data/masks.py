@@ -1,4 +1,4 @@
-"""Masks: which part of a photo is the subject. White is learned in full, black counts `floor`, grey in between.
+"""Masks: which part of a photo is the subject. White has loss weight 1, black has `floor`, grey is in between.
 
 A mask is a file (NAME.mask.png or masks/NAME.png beside the photo) or the photo's own alpha channel.
 """
@@ -22,19 +22,23 @@ from finetune.data.buckets import Size
 from finetune.data.crops import Crop
 from finetune.data.photos import MASK, Photo, alpha_channel, image_files, open_image, shown
 
-FAINT = 10  # of 255: a mask that is nowhere brighter shows nothing, such as one with the labels 0 and 1
-SHAPE = 0.02  # a mask's aspect ratio may be so far off its photo's: rounding, when it was made smaller
+FAINT = 10  # of 255: a mask that is nowhere brighter than this marks nothing, for example one with the values 0 and 1
+SHAPE = 0.02  # allowed relative difference from the photo's aspect ratio: resizing rounds
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Where a photo's mask is: an image file, or the alpha channel of the photo itself."""
+    """A photo's mask: an image file, or the alpha channel of the photo itself."""
 
     file: Path
     alpha: bool = False
 
     def open(self) -> Image.Image:
-        """Grey, 8 bits, upright. What is transparent in a mask file is black."""
+        """Returns the mask as an upright 8-bit grey image. Transparent pixels of a mask file are black.
+
+        Raises:
+            BadImage: the file can't be read.
+        """
         if not self.alpha:
             return open_image(self.file, "black").convert("L")
         channel = alpha_channel(self.file)
@@ -46,10 +50,11 @@ MaskSource = Literal["none", "auto", "alpha", "files"]
 
 
 def find_masks(folder: Path, photos: Sequence[Photo], source: MaskSource) -> dict[Path, Mask]:
-    """Photo file -> its mask, for those that have one; each is opened once and looked at.
+    """Returns photo file -> mask, for the photos that have one. Every mask is opened once to check it.
 
     Raises:
-        BadInput: photos without a mask where all must have one, masks of no photo, masks that can't be used.
+        BadInput: `source` requires a mask for every photo and some have none, a mask belongs to no photo, or a mask
+            can't be used.
     """
     next_to, inside = _masks_next_to(folder), _masks_inside(folder)
     files = {} if source in ("none", "alpha") else inside | next_to
@@ -93,7 +98,7 @@ def _masks_inside(folder: Path) -> dict[str, Path]:
 
 
 def _refuse_orphans(folder: Path, files: dict[str, Path]) -> None:
-    """A mask whose name fits no photo would be passed over in silence (and NAME.mask.png is never a photo)."""
+    """Refuses masks whose name matches no photo, which would otherwise be ignored silently."""
     stems = {file.stem for file in image_files(folder)}
     orphans = sorted(shown(file.relative_to(folder)) for stem, file in files.items() if stem not in stems)
     if orphans:
@@ -109,7 +114,7 @@ def _check(photo: Photo, mask: Mask) -> None:
     brightest = int(np.asarray(image).max())
     if brightest < FAINT:
         raise BadInput(
-            f"{name} is black everywhere (at most {brightest} of 255), so that nothing of {photo.path.name} would be "
+            f"{name} is black everywhere (at most {brightest} of 255), so nothing of {photo.path.name} would be "
             "learned: make the subject white"
         )
     (width, height), (photo_width, photo_height) = image.size, photo.size
@@ -120,21 +125,28 @@ def _check(photo: Photo, mask: Mask) -> None:
 
 
 class Masks:
-    """The mask of each crop at the size of its latents; of a photo without one, ones. `fill` once, then `mask`."""
+    """The mask of each crop, at the size of its latents. Call `fill` once before `mask`."""
 
     def __init__(self, masks: dict[Path, Mask], latent_factor: int, floor: float) -> None:
         self.masks, self.factor, self.floor = masks, latent_factor, floor
         self.entries: dict[Crop, Tensor] = {}
 
     def fill(self, crops: Sequence[Crop]) -> Masks:
-        """Makes those of `crops` that are not all ones; a file that changes later changes nothing."""
+        """Computes the masks of `crops` and returns self. Later changes of the files have no effect.
+
+        Raises:
+            BadImage: a mask can't be read.
+        """
         for crop in crops:
             if crop.photo.path in self.masks:
                 self.entries[crop] = self._make(crop, self.masks[crop.photo.path])
         return self
 
     def mask(self, crop: Crop) -> Tensor:
-        """[1, h, w] float32 in [floor, 1]: the share of each latent's pixels that are the subject."""
+        """Returns the loss weight of each latent, [1, h, w] float32 in [floor, 1].
+
+        It is 1 where all pixels of a latent are the subject, and `floor` where none are. Without a mask it is 1.
+        """
         if crop in self.entries:
             return self.entries[crop]
         return torch.ones(1, crop.size[1] // self.factor, crop.size[0] // self.factor)
@@ -147,5 +159,5 @@ class Masks:
 
 @lru_cache(maxsize=1)
 def _resized(mask: Mask, size: Size) -> Image.Image:
-    """As the photo is, but by a filter that does not overshoot at edges."""
+    """Resized like the photo, but with a filter that does not overshoot at edges."""
     return mask.open().resize(size, Image.Resampling.BILINEAR)

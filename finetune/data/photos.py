@@ -1,4 +1,4 @@
-"""A folder -> photos. The one place where image files are opened, so that each trap is met once."""
+"""Reads the photos of a folder. Every image file is opened here, so that all traps are handled in one place."""
 
 from __future__ import annotations
 
@@ -16,36 +16,34 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from finetune.core.errors import BadInput
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-# Pillow's readers of those, by content whatever the name says: it has more, such as EPS, which it gives to Ghostscript
+# Pillow's formats for these files, detected by content. Others stay off: for EPS, Pillow starts Ghostscript
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF")
 APPLE = {".heic", ".heif", ".hif"}  # pillow-heif reads those
 BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")  # ISO 23008-12
 LAST = {".avif", ".jfif", ".jpe"} | APPLE  # of several companions of one photo, one with another suffix is taken
 SUFFIXES_SHOWN = ", ".join(sorted(SUFFIXES | APPLE))
 MASK = ".mask.png"  # NAME.mask.png says which part of the photo NAME is the subject
-COMPANIONS = ("depth", "before")  # NAME.depth.png lies beside the photo NAME and is no photo itself
-MIN_SIDE = 16  # pixels: less holds nothing to learn from
-MAX_ASPECT = 20  # resized to a shorter side of 512, a longer strip would not fit into memory
+COMPANIONS = ("depth", "before")  # NAME.depth.png belongs to the photo NAME and is not a photo itself
+MIN_SIDE = 16  # pixels: a smaller image holds too little to learn from
+MAX_ASPECT = 20  # a longer strip, resized to a shorter side of 512, would not fit into memory
 
 MAX_FILE = 500_000_000  # bytes
-MAX_DECODED = (
-    450_000_000  # bytes in memory at PIXEL each: 112 million pixels, a little more than a 108-megapixel phone's
-)
-PIXEL = 4  # bytes of a pixel in RGB, as Pillow holds it; one bit in a file becomes that too
+MAX_DECODED = 450_000_000  # bytes in memory: 112 million pixels, enough for a phone with 108 megapixels
+PIXEL = 4  # bytes per pixel: Pillow stores RGB in four bytes, even for files with one bit per pixel
 SMALLER = "make it smaller"
 
 
 class BadImage(BadInput):
-    """A file that can't be used as a photo; `reason` says why in a few words."""
+    """A file that can't be used as a photo. `reason` says why in a few words."""
 
     def __init__(self, file: Path, reason: str) -> None:
-        super().__init__(f"{shown(file)} can't be used ({reason}): mend or remove it", path=file)
+        super().__init__(f"{shown(file)} can't be used ({reason}): fix or remove it", path=file)
         self.file, self.reason = file, reason
 
 
 @dataclass(frozen=True)
 class Photo:
-    """An image file: `size` is (width, height) after the EXIF rotation, `digest` the SHA-256 of its bytes."""
+    """An image file. `size` is (width, height) in pixels after the EXIF rotation; `digest` is its SHA-256."""
 
     path: Path
     size: tuple[int, int]
@@ -54,28 +52,34 @@ class Photo:
 
 @dataclass(frozen=True)
 class Scan:
-    """The images of a folder: those that can be used, and why the others can't."""
+    """The images of a folder: the usable photos, and an error for each other file."""
 
     photos: list[Photo]
     bad: list[BadImage]
 
     @property
     def names(self) -> str:
-        """The bad files, each with its reason."""
+        """The names of the bad files, each with its reason."""
         return ", ".join(f"{shown(fault.file.name)} ({fault.reason})" for fault in self.bad)
 
     @property
     def sentence(self) -> str:
-        """How many files are bad, and which."""
+        """A sentence with the number of bad files, their names and reasons."""
         return f"{len(self.bad)} of {len(self.photos) + len(self.bad)} files can't be used: {self.names}"
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every image file in a folder, sorted by name; hidden files and masks are left out."""
+    """Returns the image files of a folder, sorted by name, without hidden files, masks and companions.
+
+    Raises:
+        BadInput: there is no such folder.
+    """
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}: give the folder that holds the photos", path=folder)
     entries = (file for file in folder.iterdir() if not file.name.startswith("."))
-    files = sorted(file for file in entries if file.is_file() or file.is_symlink())  # a dead link is a bad photo
+    files = sorted(
+        file for file in entries if file.is_file() or file.is_symlink()
+    )  # a broken link is reported as a bad photo
     images = [file for file in files if file.suffix.lower() in SUFFIXES | APPLE]
     images = [file for file in images if not file.name.lower().endswith(MASK)]
     stems = {file.stem for file in images}
@@ -83,39 +87,39 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def is_companion(file: Path, stems: set[str]) -> bool:
-    """Whether an image belongs to a photo of one of these names, such as NAME.depth.png to NAME."""
+    """Returns whether an image belongs to a photo named in `stems`, as NAME.depth.png belongs to NAME."""
     name, _, kind = file.stem.rpartition(".")
     return kind in COMPANIONS and name in stems
 
 
 def companion(photo: Path, kind: str) -> Path | None:
-    """NAME.`kind`.png, or with another suffix, beside a photo."""
+    """Returns the file NAME.`kind`.png (or another image suffix) beside the photo NAME, or None."""
     suffixes = sorted(SUFFIXES | APPLE, key=lambda suffix: (suffix in LAST, suffix))
     files = (photo.with_name(f"{photo.stem}.{kind}{suffix}") for suffix in suffixes)
     return next((file for file in files if file.is_file()), None)
 
 
 def scan(folder: Path) -> list[Photo]:
-    """The photos of a folder, where every file must be good.
+    """Returns the photos of a folder, sorted by name. Every image file must be usable.
 
     Raises:
-        BadInput: no folder, no images, or bad files: all of them are named at once.
+        BadInput: there is no such folder, no image in it, or files that can't be used (the message names them all).
     """
     found = scan_lenient(folder)
     if found.bad:
-        raise BadInput(f"in {folder} {found.sentence}; mend or remove them", path=folder)
+        raise BadInput(f"in {folder} {found.sentence}; fix or remove them", path=folder)
     return found.photos
 
 
 def scan_lenient(folder: Path) -> Scan:
-    """Opens and decodes every image of a folder once.
+    """Opens and decodes every image of a folder once, and returns the good and the bad ones.
 
     Raises:
-        BadInput: no folder, or no good image in it.
+        BadInput: there is no such folder, or no usable image in it.
     """
     files = image_files(folder)
     if not files:
-        raise BadInput(f"{folder} holds no pictures ({SUFFIXES_SHOWN}): {_where_photos_are(folder)}", path=folder)
+        raise BadInput(f"{folder} holds no images ({SUFFIXES_SHOWN}): {_where_photos_are(folder)}", path=folder)
     found = Scan([], [])
     for file in files:
         try:
@@ -123,7 +127,7 @@ def scan_lenient(folder: Path) -> Scan:
         except BadImage as fault:
             found.bad.append(fault)
     if not found.photos:
-        raise BadInput(f"{folder} holds no pictures that can be used: {found.names}; mend them", path=folder)
+        raise BadInput(f"{folder} holds no images that can be used: {found.names}; fix them", path=folder)
     return found
 
 
@@ -134,12 +138,12 @@ def _where_photos_are(folder: Path) -> str:
 
 
 def shown(name: Path | str) -> str:
-    """A file's name as text that can be printed, whatever its bytes are."""
+    """Returns a file's name as printable text, even if its bytes are not UTF-8."""
     return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def read_photo(file: Path) -> Photo:
-    """One file, read and decoded once.
+    """Reads and decodes one file, and returns its size and hash.
 
     Raises:
         BadImage: it can't be used as a photo.
@@ -149,16 +153,17 @@ def read_photo(file: Path) -> Photo:
     content = _content(file)
     width, height = _decode(file, content).size
     if min(width, height) < MIN_SIDE:
-        raise BadImage(file, f"{width}x{height} pixels are too small to learn from")
+        raise BadImage(file, f"{width}x{height} pixels is too small to learn from")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImage(file, f"{width}x{height} is more than {MAX_ASPECT} times as long as wide: crop it")
     return Photo(file, (width, height), hashlib.sha256(content).hexdigest())
 
 
 def open_image(file: Path, ground: str = "white", formats: Sequence[str] = FORMATS) -> Image.Image:
-    """A file as an upright RGB image: EXIF rotation applied, transparency on `ground`, 16-bit and float scaled.
+    """Returns a file as an upright 8-bit RGB image.
 
-    Of an animation the first frame. `formats`: what it may be, by its content.
+    The EXIF rotation is applied, transparency is put on the colour `ground`, 16-bit and float values are scaled, and
+    only the first frame of an animation is read. `formats` are the allowed Pillow formats, detected by content.
 
     Raises:
         BadImage: it can't be read or decoded.
@@ -173,7 +178,7 @@ def open_image(file: Path, ground: str = "white", formats: Sequence[str] = FORMA
 
 
 def alpha_channel(file: Path) -> Image.Image | None:
-    """A file's opacity, upright, 8 bits; None where it has none.
+    """Returns a file's opacity as an upright 8-bit grey image, or None if it has no transparency.
 
     Raises:
         BadImage: it can't be read or decoded.
@@ -183,7 +188,7 @@ def alpha_channel(file: Path) -> Image.Image | None:
 
 
 def open_values(file: Path) -> np.ndarray:
-    """A file's grey values [height, width] as float32, upright, of as many levels as the file has.
+    """Returns a file's grey values [height, width], float32, upright, with as many levels as the file has.
 
     Raises:
         BadImage: it can't be read or decoded.
@@ -201,8 +206,8 @@ def _has_alpha(image: Image.Image) -> bool:
 def _content(file: Path) -> bytes:
     try:
         size = file.stat().st_size
-        if not file.is_file():  # a pipe or a device would be read for ever
-            raise BadImage(file, "no plain file")
+        if not file.is_file():  # reading a pipe or a device might never end
+            raise BadImage(file, "not a regular file")
         if size > MAX_FILE:
             raise BadImage(file, f"{size / 1e6:,.0f} MB, more than {MAX_FILE / 1e6:,.0f}: make it smaller")
         content = file.read_bytes()
@@ -215,10 +220,10 @@ def _content(file: Path) -> bytes:
 
 @contextmanager
 def opened(file: Path, content: bytes, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
-    """Pillow's picture of a file's bytes, before it is decoded: the one place that opens what others made.
+    """Gives Pillow's image of a file's bytes, before it is decoded. All untrusted image data is opened here.
 
     Raises:
-        BadImage: it is of none of the `formats` by its content, would take too much memory, or is damaged.
+        BadImage: its content is not one of the `formats`, it would take too much memory, or it is damaged.
     """
     Image.init()
     heif = "HEIF" in formats and content[4:8] == b"ftyp" and content[8:12] in BRANDS
@@ -226,7 +231,7 @@ def opened(file: Path, content: bytes, formats: Sequence[str] = FORMATS) -> Iter
     known = [name for name in formats if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
-            # Pillow counts pixels, and refuses later than we do
+            # our own limit, below, is stricter than Pillow's
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=known) as image:
                 decoded = image.width * image.height * PIXEL
@@ -238,7 +243,7 @@ def opened(file: Path, content: bytes, formats: Sequence[str] = FORMATS) -> Iter
     except UnidentifiedImageError as error:
         if not readable:
             raise BadImage(file, "HEIC, which needs a package: `pip install pillow-heif`") from error
-        raise BadImage(file, "not a picture, or its beginning is damaged") from error
+        raise BadImage(file, "not an image, or its beginning is damaged") from error
     except Image.DecompressionBombError as error:
         raise BadImage(file, f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: {SMALLER}") from error
     except BadImage:
@@ -260,22 +265,22 @@ def _register_heif() -> bool:
 
 
 def _damage(error: Exception) -> str:
-    """What Pillow says of a damaged file. It has no error of its own for one that ends early: only its text tells."""
+    """Pillow's message about a damaged file. Only its text identifies a file that ends early."""
     said = " ".join(str(error).split()) or type(error).__name__
     return "truncated" if "truncated" in said.lower() else f"damaged: {said}"
 
 
 def _decode(file: Path, content: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
-    """The whole picture, decoded and turned upright, in the mode of the file."""
+    """The decoded image, turned upright, in the mode of the file."""
     with opened(file, content, formats) as image:
         image.load()
         return ImageOps.exif_transpose(image)
 
 
 def _scale_deep(image: Image.Image) -> Image.Image:
-    """16-bit integers by their range, floats by their own: Pillow's convert would clip both.
+    """Scales 16-bit integers by their full range and floats by their own range: Pillow's convert would clip both.
 
-    Mode "I" does not tell how deep the file was, so there the values decide.
+    Mode "I" does not say how many bits the file has, so the values decide.
     """
     values = np.asarray(image, dtype=np.float64)
     if image.mode.startswith("F"):

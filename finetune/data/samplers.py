@@ -1,4 +1,4 @@
-"""Which sample stands where in a run: pure functions of (seed, step, pair), in one order for each shape of data."""
+"""Chooses the samples of each step: functions of (seed, step, pair) only. One sampler for squares, one for buckets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.data.crops import Crop
 
 @dataclass(frozen=True)
 class Sample:
-    """What is drawn from: a photo's crops and captions. `weight` multiplies its loss (lambda for class images)."""
+    """A photo's crops and captions; one of each is drawn. `weight` multiplies its loss (lambda for class images)."""
 
     crops: list[Crop]
     captions: list[str]
@@ -25,6 +25,7 @@ class Sample:
     name: str
 
     def crops_of(self, size: Size) -> list[Crop]:
+        """Returns the crops of one size (width, height), in pixels."""
         return [crop for crop in self.crops if crop.size == size]
 
 
@@ -32,7 +33,7 @@ Streams = Sequence[Sequence[Sample]]
 
 
 class Slot(NamedTuple):
-    """A sample, those of its crops that fit into the step, and what its weight is multiplied by: 0 for padding."""
+    """A sample in a step, its crops of the step's size, and a factor for its loss weight: 0 for padding, else 1."""
 
     sample: Sample
     crops: list[Crop]
@@ -40,24 +41,25 @@ class Slot(NamedTuple):
 
 
 class ItemSampler(Protocol):
-    """The order of a run: `batch_size` samples of each stream in a step."""
+    """The order of the samples in a run. Each step has `batch_size` samples of each stream."""
 
     streams: Streams
     seed: int
     batch_size: int
 
     def place(self, stream: int, step: int, pair: int) -> Slot:
-        """The `pair`-th sample that `stream` gives to `step`."""
+        """Returns sample number `pair` (from 0) of `stream` in `step`."""
         ...
 
 
 class ShuffleSampler:
-    """Every image has the same size: each stream goes through its samples again and again, in a new order."""
+    """For images of one size. Each stream repeats its samples, in a new random order in every epoch."""
 
     def __init__(self, streams: Streams, seed: int, batch_size: int) -> None:
         self.streams, self.seed, self.batch_size = streams, seed, batch_size
 
     def place(self, stream: int, step: int, pair: int) -> Slot:
+        """As `ItemSampler.place`: every sample once in an epoch, with all of its crops."""
         samples = self.streams[stream]
         epoch, position = divmod(step * self.batch_size + pair, len(samples))
         sample = samples[permutation(self.seed, "order", stream, epoch, len(samples))[position]]
@@ -65,12 +67,11 @@ class ShuffleSampler:
 
 
 class BucketSampler:
-    """Every step has one size: that of its subject photos; class images are taken in the same size.
+    """For images of several sizes. All images of a step have one size: that of its subject photos.
 
-    An epoch of the subject goes bucket by bucket: the bucket's photos in a new order, cut into groups of
-    `batch_size`; the groups of all buckets in a new order. A group that is not full is filled with repeats that count
-    nothing, nor does the class image beside one, so that each photo counts once an epoch. Class images have their own
-    order, as in `ShuffleSampler`.
+    In every epoch, each bucket's photos are shuffled and split into groups of `batch_size`, and the groups of all
+    buckets are shuffled. A group that is not full is filled with repeats. A repeat and its class image have weight 0,
+    so that each photo counts once in an epoch. Class images have their own order, as in `ShuffleSampler`.
     """
 
     def __init__(self, streams: Streams, seed: int, batch_size: int) -> None:
@@ -81,8 +82,11 @@ class BucketSampler:
         self.groups = group_count([len(members) for members in self.members], batch_size)
 
     def place(self, stream: int, step: int, pair: int) -> Slot:
+        """As `ItemSampler.place`: only crops of the step's size, with weight 0 for padding."""
         group = self._group(step)
-        weight = float(pair < len(group))  # of a class image too: lambda stays what it is beside each photo
+        weight = float(
+            pair < len(group)
+        )  # for class images too, so that photos and class images keep their ratio lambda
         if stream == 0:
             sample = self.subject[group[pair % len(group)]]
             return Slot(sample, sample.crops, weight)
@@ -90,7 +94,7 @@ class BucketSampler:
         return Slot(sample, sample.crops_of(self.subject[group[0]].crops[0].size), weight)
 
     def _group(self, step: int) -> list[int]:
-        """The subject photos of a step, by number: from one to `batch_size` of one bucket."""
+        """The indices of the subject photos of a step: 1 to `batch_size` photos of one bucket."""
         epoch, position = divmod(step, self.groups)
         number = permutation(self.seed, "groups", 0, epoch, self.groups)[position]
         for bucket, members in enumerate(self.members):
@@ -103,11 +107,11 @@ class BucketSampler:
 
 
 def group_count(counts: Sequence[int], batch_size: int) -> int:
-    """Steps of an epoch, for buckets with so many photos."""
+    """Returns the number of steps in an epoch, for buckets with these numbers of photos."""
     return sum(-(-count // batch_size) for count in counts)
 
 
 @lru_cache(maxsize=64)
 def permutation(seed: int, purpose: str, which: int, epoch: int, count: int) -> list[int]:
-    """Each epoch's order: a permutation, so that everything comes once an epoch."""
+    """Returns the order of an epoch: a permutation of range(count) that depends only on the arguments."""
     return torch.randperm(count, generator=generator(seed, purpose, which, epoch)).tolist()

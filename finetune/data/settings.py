@@ -11,7 +11,7 @@ from finetune.core.settings import AnyPath, Settings
 
 
 class SubjectSettings(Settings):
-    """A further subject of the same run, besides that of `data.photos`: its photos, what it is, and its token."""
+    """A further subject in the same run: its photos, its class noun and its token."""
 
     photos: AnyPath
     class_noun: str | None = Field(default=None, max_length=200)
@@ -26,14 +26,14 @@ class SubjectSettings(Settings):
 class Data(SubjectSettings):
     """The subject's photos and how they are captioned, cropped and augmented.
 
-    `captions: auto` uses a .txt file beside a photo (or metadata.jsonl / captions.csv in the folder) where one
-    exists and `templates` elsewhere; `files` demands one for every photo; `templates` ignores them.
-    Templates and caption files may contain {token} and {noun}. A caption that is longer than the text encoders read is
-    refused, or cut. A token of more than `token_pieces` pieces is refused: each piece has a meaning of its own.
-    `shape: buckets` crops each photo to the size nearest to its own aspect ratio, of those whose area differs by at
-    most the share `bucket_tolerance` from the square's. `masks` say which part of a photo is the subject: files beside
-    it, its alpha channel, or whichever there is; the background's loss counts `mask_floor`. All other settings hold
-    for the further `subjects` too.
+    `captions: auto` uses a .txt file beside a photo (or metadata.jsonl / captions.csv in the folder) if there is one,
+    and `templates` otherwise. `captions: files` requires a file for every photo, `captions: templates` ignores files.
+    Templates and caption files may contain {token} and {noun}. A caption that is too long for the text encoders is
+    refused or cut, as `long_captions` says. A token of more than `token_pieces` pieces is refused, because each piece
+    has a meaning of its own. `shape: buckets` crops each photo to a size near its own aspect ratio; the areas of these
+    sizes differ from the square's by at most the share `bucket_tolerance`. `masks` mark the subject in a photo, as
+    files beside it, as its alpha channel, or (`auto`) as either; the background has the loss weight `mask_floor`.
+    Settings that the further `subjects` do not have hold for them too.
     """
 
     subjects: list[SubjectSettings] = []
@@ -42,19 +42,24 @@ class Data(SubjectSettings):
     captions: Literal["auto", "files", "templates"] = "auto"
     templates: list[str] = ["a photo of {token} {noun}"]
     long_captions: Literal["refuse", "cut"] = "refuse"
-    resolution: int | None = Field(default=None, ge=8, le=4096)  # None: the base's own
+    resolution: int | None = Field(default=None, ge=8, le=4096)  # pixels; None: the base's own
     shape: Literal["square", "buckets"] = "square"
     bucket_tolerance: float = Field(default=0.1, ge=0, le=0.5)
     crop: Literal["center", "random"] = "center"
     crops: int = Field(default=4, ge=1)  # how many random crops of each photo are cached
     flip: bool = False
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
-    encoder_dropout: float = Field(default=0.0, ge=0, le=1)  # each of several text encoders on its own
+    encoder_dropout: float = Field(
+        default=0.0, ge=0, le=1
+    )  # probability for each of several text encoders independently
     masks: Literal["none", "auto", "alpha", "files"] = "none"
     mask_floor: float = Field(default=0.0, ge=0, le=1)
-    mask_count: int = Field(default=8, ge=1)  # drawn for each crop, for inpainting
-    edit_dropout: float = Field(default=0.05, ge=0, le=1 / 3)  # of image, instruction and both
+    mask_count: int = Field(default=8, ge=1)  # masks drawn for each crop, for inpainting
+    edit_dropout: float = Field(
+        default=0.05, ge=0, le=1 / 3
+    )  # probability of dropping only the image, only the instruction, and both
 
     @property
     def all_subjects(self) -> list[SubjectSettings]:
+        """The main subject, followed by the further ones."""
         return [self, *self.subjects]

@@ -1,10 +1,14 @@
 """Rare tokens (arXiv:2208.12242 section 3.1), found in the base's own vocabulary.
 
-Four questions are kept apart: is it one token in every tokenizer of the base; is it rare (CLIP's ids are merge ranks:
-a high id is a rare piece); do the base's text encoders tell it apart at all (how far it moves the embedding); and does
-the frozen base already draw something for it (its prior strength). A token with a weak prior that the encoders hardly
-notice is a bad one: "T mug" and "mug" are then nearly the same prompt, and the class becomes the subject (measured in
-docs/results.md).
+A token is checked in four ways:
+
+- Is it one piece in every tokenizer of the base?
+- Is it rare? CLIP's ids are merge ranks, so a high id is a rare piece.
+- Do the text encoders distinguish it? Its distance says how far it moves the prompt's embedding.
+- Does the frozen base already draw something for it? Its prior strength says how much.
+
+A weak prior alone is not enough. If the encoders hardly notice the token, "T mug" and "mug" are nearly the same
+prompt, and the class becomes the subject (measured in docs/results.md).
 """
 
 from __future__ import annotations
@@ -26,16 +30,17 @@ END = "</w>"
 VOWELS = set("aeiou")
 MEASURED_SIDE = 32
 RARE_FROM = 0.8  # the last fifth of the vocabulary; CLIP's ids >= 40000 of 49408
-KNOWN = {"sks": "a rifle"}  # tokens in common use that mean something to real bases
+KNOWN = {"sks": "a rifle"}  # popular tokens that have a meaning for real bases
 
 
 @dataclass(frozen=True)
 class Token:
-    """What is known of one candidate.
+    """What is known about one candidate.
 
-    `pieces` per tokenizer; `rank` the smallest id as a fraction of the vocabulary (1 is rarest); `strength` how much
-    the token changes the frozen base's prediction, as a share of how much the class noun does; `distance` how far it
-    moves the prompt's embedding, as a share of the embedding's norm (None: not measured).
+    `pieces` are those of each tokenizer. `rank` is the smallest id as a fraction of the vocabulary (1 is rarest).
+    `meaning` is a known meaning, or None. `strength` says how much the token changes the frozen base's prediction,
+    relative to the class noun (see `prior_strengths`). `distance` says how far it moves the prompt's embedding,
+    relative to the embedding's norm (see `embedding_distance`). The last two are None if they were not measured.
     """
 
     text: str
@@ -47,15 +52,17 @@ class Token:
 
     @property
     def single(self) -> bool:
+        """Whether it is one piece in every tokenizer."""
         return all(len(pieces) == 1 for pieces in self.pieces)
 
     @property
     def good(self) -> bool:
+        """Whether it is a single, rare token without a known meaning."""
         return self.single and self.meaning is None and self.rank >= RARE_FROM
 
     @property
     def verdict(self) -> str:
-        """One sentence: what it is, and whether to use it."""
+        """A sentence that says what the token is, and whether to use it."""
         if not self.single:
             split = " + ".join(next(p for p in self.pieces if len(p) > 1))
             return f"{self.text!r} is not one token ({split}): choose another"
@@ -67,7 +74,7 @@ class Token:
 
 
 def check(family: Family, text: str, noun: str | None = None, measure: bool = True) -> Token:
-    """Everything about one token; `noun` is the class noun it is to stand before."""
+    """Checks one token, used before the class noun `noun`. With `measure`, also measures its distance and strength."""
     token = describe(family.word_tokenizers, text)
     if not measure or not token.single:
         return token
@@ -75,13 +82,19 @@ def check(family: Family, text: str, noun: str | None = None, measure: bool = Tr
 
 
 def suggest(family: Family, count: int = 10, noun: str | None = None, measured: int = 24) -> list[Token]:
-    """The best rare tokens of `measured` candidates spread over the rare range: of the third that the text encoders
-    tell apart best, those with the weakest prior first; then the rest, the best told apart first."""
+    """Returns the `count` best of `measured` candidates from the rare range of the vocabulary, best first.
+
+    The third of the candidates with the largest distance comes first, those with the weakest prior at the front. The
+    others follow by decreasing distance.
+
+    Raises:
+        BadInput: the tokenizer has no rare word of one piece.
+    """
     candidates = rare_tokens(family.word_tokenizers)
     if not candidates:
         raise BadInput(
             f"the tokenizer of {family.folder} has no rare word that is one token: choose a word yourself with "
-            "data.token, and look at it with `finetune tokens check`"
+            "data.token, and check it with `finetune tokens check`"
         )
     chosen = candidates[:: max(1, len(candidates) // measured)][:measured]
     found = [_with_distance(family, describe(family.word_tokenizers, text), noun) for text in chosen]
@@ -93,6 +106,7 @@ def suggest(family: Family, count: int = 10, noun: str | None = None, measured: 
 
 
 def describe(tokenizers: Sequence[Any], text: str) -> Token:
+    """Returns what the tokenizers say about a text, without measuring distance and strength."""
     pieces = [tokenizer.tokenize(text) for tokenizer in tokenizers]
     ranks = [
         tokenizer.convert_tokens_to_ids(split[0]) / len(tokenizer)
@@ -113,8 +127,10 @@ def special_in(tokenizers: Sequence[Any], text: str) -> str | None:
 
 
 def rare_tokens(tokenizers: Sequence[Any]) -> list[str]:
-    """Whole-word tokens of 3 or 4 letters, one piece in each tokenizer, in the rare range, without a known meaning;
-    rarest first."""
+    """Returns whole-word tokens of 3 or 4 letters, rarest first.
+
+    Each is one piece in every tokenizer, in the rare range, and without a known meaning.
+    """
     vocab = tokenizers[0].get_vocab()
     floor = RARE_FROM * len(tokenizers[0])
     words = [
@@ -125,12 +141,13 @@ def rare_tokens(tokenizers: Sequence[Any]) -> list[str]:
 
 
 def _looks_rare(text: str) -> bool:
-    """3-4 ASCII letters that nobody would read as a word: few vowels, and not in the list of known ones."""
+    """Whether it is 3 or 4 lower-case ASCII letters without a vowel, and not a known word."""
     letters = 3 <= len(text) <= 4 and text.isascii() and text.isalpha() and text.islower()
     return letters and len(VOWELS & set(text)) == 0 and meaning_of(text) is None
 
 
 def meaning_of(text: str) -> str | None:
+    """Returns a known meaning of the token, or None."""
     if text in KNOWN:
         return KNOWN[text]
     return "a word, name or abbreviation" if text.lower() in _words() else None
@@ -151,7 +168,10 @@ def _with_strengths(family: Family, found: Sequence[Token], noun: str | None) ->
 
 @torch.no_grad()
 def embedding_distance(family: Family, token: str, noun: str) -> float:
-    """|E(a photo of T N) - E(a photo of N)| / |E(a photo of N)| over all that the denoiser is conditioned on."""
+    """Returns |E(a photo of T N) - E(a photo of N)| / |E(a photo of N)|, for token T and noun N.
+
+    E is everything that the denoiser is conditioned on, as one vector. Norms are Euclidean.
+    """
     family.parts.place(family.text_encoders)
     both = family.encode_prompts([f"a photo of {token} {noun}", f"a photo of {noun}"])
     with_token, plain = (torch.cat([value[index].float().flatten() for value in both.values()]) for index in (0, 1))
@@ -159,16 +179,16 @@ def embedding_distance(family: Family, token: str, noun: str) -> float:
 
 
 def prior_strength(family: Family, token: str, noun: str, draws: int = 4) -> float:
-    """`prior_strengths` of one token."""
+    """Returns `prior_strengths` of one token."""
     return prior_strengths(family, [token], noun, draws)[0]
 
 
 @torch.no_grad()
 def prior_strengths(family: Family, texts: Sequence[str], noun: str, draws: int = 4) -> list[float]:
-    """|eps(a photo of T N) - eps(a photo of N)| / |eps(a photo of N) - eps()| for each T.
+    """Returns |eps(a photo of T N) - eps(a photo of N)| / |eps(a photo of N) - eps()| for each token T of `texts`.
 
-    Over fixed noise and timesteps. Near 0: the frozen base takes no notice of the token. 1: it changes as much as the
-    class noun itself does.
+    eps is the frozen base's prediction for `draws` samples of fixed noise at fixed timesteps. Near 0, the base ignores
+    the token. At 1, the token changes the prediction as much as the class noun does.
     """
     prompts = [f"a photo of {noun}", "", *[f"a photo of {text} {noun}" for text in texts]]
     family.parts.place(family.text_encoders)
@@ -180,8 +200,10 @@ def prior_strengths(family: Family, texts: Sequence[str], noun: str, draws: int 
 
 
 def _predict(family: Family, cond: dict[str, Tensor], draws: int) -> Tensor:
-    """The denoiser's output on pure noise: [draws, C, h, w]. Late timesteps decide what is drawn; a large base is
-    asked at 32x32 latents, since a person waits for the answer."""
+    """The denoiser's output on pure noise, [draws, C, h, w], at noisy timesteps, which decide what is drawn.
+
+    Latents are at most 32x32, because the user is waiting for the result.
+    """
     device = family.device
     side = min(family.resolution // family.codec.factor, MEASURED_SIDE)
     shape = (draws, family.codec.channels, side, side)

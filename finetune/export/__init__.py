@@ -1,1 +1,1 @@
-"""What was trained, as files that other programs read; each file is opened again and compared."""
+"""Exports: writes the training result as files that other programs read, then reads each file back and compares it."""

@@ -1,4 +1,4 @@
-"""A trained LoRA as plain matrices, written in the formats that were asked for."""
+"""Writes a trained LoRA in the requested formats."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.methods.lora import LoRA
 
 
 def adapter_from(method: Method, family: Family) -> Adapter:
-    """The trained LoRA as plain matrices."""
+    """The trained LoRA as plain fp32 matrices."""
     assert isinstance(method, LoRA), f"{method.kind} has no low-rank matrices"
     state = method.state_dict(family)
     layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -36,7 +36,7 @@ def export_adapter(adapter: Adapter, request: Request, formats: Sequence[str], b
     """Writes each format, and checks it on `bench`.
 
     Raises:
-        BadInput: an unknown format, or a file that is already there without `request.force`.
+        BadInput: a format is unknown, or a file already exists and `request.force` is not set.
     """
     check_formats(formats)
     exported = []
@@ -46,7 +46,7 @@ def export_adapter(adapter: Adapter, request: Request, formats: Sequence[str], b
         export = adapter_exports([wanted])[0]
         path = export.path(request.folder, request.name, adapter.family)
         if path.exists() and not request.force:
-            raise BadInput(f"{path} is already there: remove it, or pass --force")
+            raise BadInput(f"{path} already exists: remove it, or pass --force")
         if path.is_dir():
             shutil.rmtree(path)
         export.write(written, path, dtype, metadata)

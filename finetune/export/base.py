@@ -1,4 +1,7 @@
-"""The export seam: what was trained -> files that other programs read. A new format is one new file here."""
+"""The interface of export formats: they write training results as files for other programs.
+
+To add a format, add one file to this folder.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,17 @@ from finetune.families.settings import Base
 from finetune.methods.base import Artifact
 from finetune.methods.textual_inversion import Inversion
 
-SMALL = 2.0**-6  # of the largest value of B: most of its values then are far enough above fp16's smallest
-Load = Callable[[torch.dtype], Family]  # a clean base in a precision, on the CPU
+SMALL = 2.0**-6  # `balanced` changes modules whose largest |B| is below this: larger values fit well in fp16
+Load = Callable[[torch.dtype], Family]  # loads a clean base in this precision, on the CPU
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where exports are checked: on clean bases from `load`, one at a time, on `device` and in `dtype`; and how far
-    (`export.verify`)."""
+    """Where and how thoroughly exports are checked.
+
+    `device`, `dtype`: where the clean base for a check is placed, and its precision. `load`: loads that base; only one
+    is in memory at a time. `verify`: the recipe's `export.verify`.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -38,12 +44,12 @@ class Bench:
 
     @classmethod
     def of(cls, family: Family, load: Load, verify: Verify = "full") -> Bench:
-        """Where a family is, and in its precision."""
+        """A bench on the device of `family` and in its denoiser's precision."""
         return cls(family.device, family.parts.dtype("denoiser"), load, verify)
 
     @contextmanager
     def clean(self) -> Iterator[Family]:
-        """A clean base inside the block, which leaves memory after it."""
+        """Loads a clean base for the block, and frees its memory afterwards."""
         family = self.load(self.dtype)
         family.parts.to(self.device)
         try:
@@ -54,23 +60,23 @@ class Bench:
 
     @property
     def precision(self) -> str:
-        """ "fp32", "fp16" or "bf16"."""
+        """The name of `dtype`: "fp32", "fp16" or "bf16"."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
 
 def discard(family: Family) -> None:
-    """Takes a family's weights out of memory, wherever else the family is still named."""
+    """Frees the memory of a family's weights, even if other objects still refer to the family."""
     family.parts.keep_released = False
     family.parts.release(list(family.parts))
-    gc.collect()  # pipelines and adapted layers may stand in circles
+    gc.collect()  # pipelines and adapted layers may form reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Inside the block, fp32 on a GPU is fp32: convolutions there are rounded to TF32 (10 bits) unless that is
-    forbidden, and bounds for fp32 would not hold."""
+    """Switches TF32 off inside the block. With TF32, GPUs round the inputs of fp32 products and convolutions to a
+    10-bit mantissa, and the error bounds for fp32 do not hold."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32, cudnn.allow_tf32 = False, False
@@ -82,11 +88,11 @@ def full_fp32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A trained LoRA, free of any library's classes.
+    """A trained LoRA as plain tensors.
 
     `layers`: part ("denoiser", "text_encoder", "text_encoder_2") -> module path inside the part, without
-    `text_model.` -> (A, B), fp32 matrices [r, in(,k,k)] and [out, r(,1,1)]. A module's delta is scale * B A; r is its
-    own.
+    `text_model.` -> (A, B). A [r, in] and B [out, r] are fp32; for a convolution A [r, in, k, k] and B [out, r, 1, 1].
+    A module's delta is scale * B A (arXiv:2106.09685 section 4.1). Each module has its own rank r.
     """
 
     family: str  # Family.name
@@ -100,7 +106,7 @@ class Adapter:
         return max(len(a) for _, _, a, _ in self.modules())
 
     def padded(self) -> Adapter:
-        """The same deltas with every module at the largest rank, for formats that know one rank only."""
+        """The same deltas with every module padded with zeros to the largest rank, for formats with a single rank."""
         rank = self.rank
         layers = {
             part: {path: _pad(a, b, rank) for path, (a, b) in modules.items()} for part, modules in self.layers.items()
@@ -108,7 +114,7 @@ class Adapter:
         return replace(self, layers=layers)
 
     def folded(self) -> Adapter:
-        """The same deltas with the scale in B, so that alpha is the rank."""
+        """The same deltas with the scale multiplied into B, so that alpha equals the rank."""
         layers = {
             part: {path: (a, b * self.scale) for path, (a, b) in modules.items()}
             for part, modules in self.layers.items()
@@ -116,8 +122,8 @@ class Adapter:
         return replace(self, layers=layers, scale=1.0)
 
     def balanced(self) -> Adapter:
-        """The same deltas, with a power of two moved from A to B where B is small: after few steps, or held near 0, it
-        would lose digits in fp16, whose smallest normal number is 6e-5."""
+        """The same deltas. Where B is small, a power of two is moved from A to B. Otherwise B loses digits in fp16,
+        whose smallest normal number is 6e-5: it is that small after few steps or with a strong penalty."""
         layers = {
             part: {path: _balance(a, b) for path, (a, b) in modules.items()} for part, modules in self.layers.items()
         }
@@ -125,16 +131,18 @@ class Adapter:
 
     @property
     def alpha(self) -> float:
-        """The alpha that gives this scale by the plain rule alpha / rank, which every reader follows."""
+        """The alpha for which alpha / rank, the rule of every reader, equals this scale."""
         return self.scale * self.rank
 
     def modules(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+        """(part, module path, A, B) of every module."""
         for part, layers in self.layers.items():
             for path, (a, b) in layers.items():
                 yield part, path, a, b
 
     @property
     def count(self) -> int:
+        """The number of modules."""
         return sum(len(layers) for layers in self.layers.values())
 
 
@@ -157,10 +165,9 @@ def _pad(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Exported:
-    """One written file or folder, and what its checks found.
+    """One written file or folder, and the results of its checks.
 
-    `largest_error`: the largest relative error of a module's delta, rebuilt from the re-opened file, against the
-    trained one.
+    `largest_error`: the largest relative error |read - trained| / |trained| of a module's delta.
     """
 
     format: str
@@ -173,21 +180,22 @@ class Exported:
 
     @property
     def ok(self) -> bool:
+        """Whether all checks passed."""
         return all(check.passed for check in self.checks)
 
 
 def unchecked(form: str, path: Path, modules: int) -> Exported:
-    """What was written and not looked at again (`export.verify: off`): it has no checks, and nothing is claimed."""
+    """An export that was written but not read back (`export.verify: off`): it has no checks."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return Exported(form, path, sum(file.stat().st_size for file in files), modules, None, [])
 
 
 @dataclass(frozen=True)
 class Request:
-    """Where an export is written and how: NAME in `folder`, its numbers in `dtype`.
+    """Where and how to write an export: as `name` in `folder`, with weights in `dtype`.
 
-    `about`: title, resolution ("512x512"), trigger_phrase, and whatever else the run says of itself. `v_prediction`:
-    what the base predicts. `force`: an older file is written over.
+    `about`: title, resolution ("512x512"), trigger_phrase, and any other facts about the run. `v_prediction`: whether
+    the base predicts v. `force`: overwrite an existing file.
     """
 
     folder: Path
@@ -199,12 +207,12 @@ class Request:
 
 
 class Export(ABC):
-    """One format of one kind of artifact: derive from the class of that kind, below.
+    """One file format. A new format derives from `AdapterExport`, `ModelExport` or `EmbeddingExport`.
 
     Class attributes:
-        name: what recipes and `--to` call it.
-        artifact: what it holds of what a method leaves (`Method.artifacts`).
-        usual: written where no format is asked for.
+        name: its name in recipes and in `--to`.
+        artifact: the kind of training result that it stores (one of `Method.artifacts`).
+        usual: whether it is written when the recipe names no format.
     """
 
     name: ClassVar[str]
@@ -213,7 +221,7 @@ class Export(ABC):
 
     @abstractmethod
     def path(self, folder: Path, name: str, family: str) -> Path:
-        """Where this format of something called `name` is written: NAME.safetensors is what most UIs read."""
+        """The path of the file or folder for an export called `name` in `folder`."""
 
 
 class AdapterExport(Export):
@@ -221,7 +229,7 @@ class AdapterExport(Export):
 
     Class attributes:
         read_by: the programs that read it.
-        recognised: `finetune.adapters` knows its files by their keys, whoever wrote them.
+        recognised: whether `finetune.adapters` recognises its files by their keys.
     """
 
     artifact = "adapter"
@@ -229,18 +237,23 @@ class AdapterExport(Export):
     recognised: ClassVar[bool] = False
 
     def readers(self, adapter: Adapter) -> tuple[str, ...]:
-        """The programs that are known to read this adapter whole."""
+        """The programs that are known to read all of this adapter."""
         return self.read_by
 
     @abstractmethod
-    def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None: ...
+    def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+        """Writes `adapter` to `path` with its matrices in `dtype`; `metadata` goes into the header, if there is one.
+
+        Raises:
+            BadInput: this format can't hold some of its modules.
+        """
 
     @abstractmethod
     def read(self, path: Path, family: str, base_folder: Path) -> Adapter:
-        """Re-opens a file of this format, with nothing taken from memory.
+        """Reads an adapter from a file of this format, and from the file alone.
 
         Raises:
-            BadInput: it is not of this format, or a key, an alpha or a shape is wrong; the key is named.
+            BadInput: the file has another format, or a key, alpha or shape is wrong; the message names the key.
         """
 
 
@@ -250,56 +263,61 @@ class ModelExport(Export):
     artifact = "weights"
 
     def obstacle(self, family: Family) -> str:
-        """What it can't hold, such as "a base with depth inputs"; empty where it can hold the family."""
+        """Why this format can't hold the family, such as "a base with depth inputs"; "" if it can."""
         return ""
 
     @abstractmethod
     def export(self, family: Family, path: Path, request: Request, verify: Verify) -> Exported:
-        """Writes `path` (replacing an older export), and compares what is read back.
+        """Writes the family to `path` (replacing an older export), reads it back and compares it.
 
         Raises:
-            BadInput: it can't hold this family.
+            BadInput: this format can't hold the family.
         """
 
     @abstractmethod
     def open(self, path: Path, base: Base, dtype: torch.dtype) -> Family:
-        """A written model; `base` is that of the run."""
+        """Loads a written model in `dtype`; `base` is the run's base."""
 
     @abstractmethod
     def checking(self, parts: Mapping[str, float], verify: Verify) -> str:
-        """What a check holds in memory beside the trained model, for the plan; empty for nothing. `parts`: the bytes
-        of each as it is stored."""
+        """What a check needs in memory in addition to the trained model, as text for the plan; "" for nothing.
+
+        `parts`: part -> its size in the file, in bytes.
+        """
 
 
 class EmbeddingExport(Export):
-    """A format of new words' embeddings."""
+    """A format for the trained embeddings of new words."""
 
     artifact = "embedding"
 
     def readers(self, family: str) -> tuple[str, ...]:
-        """The programs that are known to read it for a family."""
+        """The programs that are known to read this format for a family."""
         return ()
 
     @abstractmethod
     def export(self, words: NewWords, family: Family, request: Request, bench: Bench) -> Exported:
-        """Writes it, and compares what is read back. The family's parts need not be in memory any more."""
+        """Writes the embeddings, reads them back and compares them. The family's parts may already be released."""
 
     @abstractmethod
     def read(self, path: Path, family: str) -> dict[str, Tensor]:
-        """Text encoder -> [n, width], fp32, from a written file alone.
+        """Reads the embeddings from a file: text encoder -> [n, width], fp32.
 
         Raises:
-            BadInput: it is not whole, or of another kind of base.
+            BadInput: the file is damaged, or belongs to another kind of base.
         """
 
     def usage(self, family: str, file: str, token: str) -> list[str]:
-        """The lines of Python with which diffusers loads a file; none where it has no reader."""
+        """Lines of Python that load the file with diffusers; empty if diffusers has no reader for it."""
         return []
 
 
 @dataclass(frozen=True)
 class NewWords:
-    """`rows`: text encoder -> [n, width], on the CPU. `initial`: the initialiser's words, which T5 reads."""
+    """Trained embeddings.
+
+    `rows`: text encoder -> [n, width], on the CPU. `initial`: the initialiser's words, which T5 reads instead.
+    """
 
     method: Inversion
     rows: dict[str, Tensor]
@@ -307,6 +325,9 @@ class NewWords:
 
 
 def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale * B A in the shape of the weight, float32; for a convolution B is 1x1."""
+    """The delta of a weight: scale * B A, in the shape of the weight [out, in(, k, k)], float32.
+
+    A is [r, in(, k, k)] and B [out, r(, 1, 1)] (arXiv:2106.09685 section 4.1).
+    """
     product = b.float().flatten(1) @ a.float().flatten(1)
     return scale * product.view(b.shape[0], *a.shape[1:])

@@ -1,4 +1,4 @@
-"""What lies beside an export: the sidecar that Forge and InvokeAI read, and a model card in the hub's format."""
+"""Writes the files that accompany an export: the sidecar for Forge and InvokeAI, and a model card for the hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ TAGS = {"adapter": ["lora", "template:sd-lora"], "weights": [], "embedding": ["t
 
 @dataclass(frozen=True)
 class Card:
-    """`base`: a hub id, or a name. `pictures`: (prompt, file beside the card). `files`: lines about the exports."""
+    """The content of a model card.
+
+    `base`: a hub id or a name. `pictures`: (prompt, image file beside the card). `files`: lines about the exports.
+    """
 
     title: str
     trigger: str
@@ -31,12 +34,12 @@ class Card:
     settings: dict[str, str]
     images: Sequence[tuple[str, str]]
     files: Sequence[str]
-    activation: str = ""  # what UIs want in a prompt where that is not the trigger
-    loading: Sequence[str] = ()  # lines of Python that load what is beside an adapter
+    activation: str = ""  # the word for prompts in UIs, if it differs from the trigger
+    loading: Sequence[str] = ()  # lines of Python that load the embeddings
 
 
 def sidecar(card: Card) -> dict[str, Any]:
-    """NAME.json: Forge, A1111 and InvokeAI show and use these."""
+    """The content of NAME.json, which Forge, A1111 and InvokeAI read."""
     return {
         "description": f"{card.trigger}: trained on {card.base}",
         "sd version": FAMILIES[card.family].naming.labels.sidecar,
@@ -47,7 +50,7 @@ def sidecar(card: Card) -> dict[str, Any]:
 
 
 def model_card(card: Card) -> str:
-    """README.md: YAML front matter as the hub reads it, then a page."""
+    """The text of README.md: YAML front matter for the hub, then the page."""
     front: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
@@ -93,16 +96,16 @@ def _use(card: Card) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As a string of Python: somebody will paste it, and a prompt may come from somebody else."""
+    """The text as a Python string literal: users paste the code, so the text must not run as code."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence that a base's own model card states."""
+    """The licence in the base's own model card; None if there is none."""
     file = folder / "README.md"
     if not file.is_file():
         return None
-    if leads_out(file, folder):  # its words would leave with the card
+    if leads_out(file, folder):  # a link out of the base: its content must not get into a card that is shared
         return None
     text = read_bytes(file).decode("utf-8", "replace")
     if not text.startswith("---"):

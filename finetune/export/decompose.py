@@ -1,4 +1,4 @@
-"""A change of weights as its best approximation of a rank, by singular values (Eckart and Young)."""
+"""Low-rank approximation of weight changes by the truncated SVD, which is optimal (Eckart and Young, 1936)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ LAYERS = (torch.nn.Linear, torch.nn.Conv2d)  # what a LoRA file can hold
 
 @dataclass(frozen=True)
 class Kept:
-    """How much of the deltas an approximation holds: share of the energy (squared singular values), and the relative
-    error |approximation - delta| / |delta|, over all modules and of the worst one."""
+    """How much of the deltas an approximation holds.
+
+    `energy`: the share of the squared singular values. `error`: |approximation - delta| / |delta| over all modules.
+    `worst`: the same for the worst module.
+    """
 
     energy: float
     error: float
@@ -33,17 +36,18 @@ class Kept:
 
 @dataclass(frozen=True)
 class Decomposed:
-    """Deltas by their singular values.
+    """The singular value decomposition of deltas.
 
-    `factors`: part -> module -> (A, B) of each delta at a rank of `most`, or its full one where that is less; one more
-    rank is one more row of A and column of B. `spectra`: "part.module" -> all singular values.
+    `factors`: part -> module -> (A, B) of each delta at the largest rank asked for, or at its full rank if that is
+    smaller. Their first r rows and columns are the approximation of rank r. `spectra`: "part.module" -> all singular
+    values.
     """
 
     factors: dict[str, dict[str, tuple[Tensor, Tensor]]]
     spectra: dict[str, Tensor]
 
     def layers(self, rank: int) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
-        """The best approximation of every delta by `rank`."""
+        """The best approximation of every delta with this rank: part -> module -> (A, B)."""
         return {
             part: {module: (a[:rank], b[:, :rank]) for module, (a, b) in modules.items()}
             for part, modules in self.factors.items()
@@ -53,7 +57,7 @@ class Decomposed:
         return kept_energy({name: (s, rank) for name, s in self.spectra.items()})
 
     def rank_for(self, max_error: float) -> int:
-        """The smallest rank whose relative error over all modules is at most `max_error`."""
+        """The smallest rank whose relative error over all modules is at most `max_error` (0 to 1)."""
         energy = torch.zeros(max(len(s) for s in self.spectra.values()), dtype=torch.float64)
         for s in self.spectra.values():
             energy[: len(s)] += s.double().square()
@@ -63,7 +67,7 @@ class Decomposed:
 
 @torch.no_grad()
 def decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int) -> Decomposed:
-    """(part, module, delta [out, in(,k,k)]) -> their singular values and first factors, on the CPU."""
+    """Decomposes (part, module, delta [out, in(,k,k)]) up to rank `most`. The results are on the CPU."""
     found = Decomposed({}, {})
     for part, module, change in deltas:
         u, s, v = _svd(change.flatten(1))
@@ -77,32 +81,37 @@ def decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int) -> Decompose
 
 
 class Difference:
-    """How a tuned model differs from its base. A part that is not in memory is read for as long as it is compared, so
-    that of two `unloaded` families one part of each is held at a time.
+    """The difference between a tuned model and its base.
+
+    A released part is loaded only while it is compared. For two `unloaded` families, only one part of each is in
+    memory at a time.
 
     Raises:
-        BadInput: they are of different families.
+        BadInput: the models belong to different families.
     """
 
     def __init__(self, base: Family, tuned: Family) -> None:
         if base.name != tuned.name:
-            raise BadInput(f"the model is a {tuned.name} and the base a {base.name}: give the base it was tuned from")
+            raise BadInput(
+                f"the model is of family {tuned.name} but the base is of family {base.name}: give the base that the "
+                "model was tuned from"
+            )
         self.base, self.tuned = base, tuned
-        self.beyond: dict[str, list[float]] = {}  # part -> squared changes of what no LoRA holds
+        self.beyond: dict[str, list[float]] = {}  # part -> squared changes of the tensors that a LoRA can't hold
 
     @torch.no_grad()
     def layers(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(part, module, tuned weight - base weight) of every linear layer and convolution that moved.
+        """(part, module, tuned weight - base weight) of every linear layer and convolution that changed.
 
         Raises:
-            BadInput: they are of different shapes.
+            BadInput: the models have different shapes.
         """
         adapted = self.base.trainable_parts()
         for part in [*adapted, *(name for name in self.base.parts if name not in adapted)]:
             yield from self._layers_of(part, part in adapted)
 
     def _layers_of(self, part: str, adapted: bool) -> Iterator[tuple[str, str, Tensor]]:
-        """Its own frame, which ends: a part that is still named would stay in memory beside the next."""
+        """A function of its own: its local references would keep a part in memory while the next one is loaded."""
         with loaded(self.base, part) as old, loaded(self.tuned, part) as new:
             if adapted:
                 yield from _moved_layers(part, old, new)
@@ -110,20 +119,21 @@ class Difference:
 
     @property
     def beyond_lora(self) -> tuple[int, float]:
-        """How many tensors moved that no LoRA holds (biases, norms, embeddings), and |change|; after `layers`."""
+        """The number of changed tensors that a LoRA can't hold (biases, norms, embeddings), and the norm of their
+        change. Call it after `layers` is exhausted."""
         energies = [value for part in self.base.parts for value in self.beyond[part]]
         return len(energies), sum(energies) ** 0.5
 
 
 def unloaded(kind: type[Family], folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
-    """A base whose parts are not in memory yet: `restore` and `loaded` read them."""
+    """A base whose parts are not in memory yet; `restore` and `loaded` read them."""
     family = kind.on_meta(folder, dtype, without)
     family.parts.release(list(family.parts))
     return family
 
 
 def unloaded_base(family: Family, dtype: torch.dtype) -> Family:
-    """The base that a family in memory was made of."""
+    """The base from which `family` was loaded, with no parts in memory yet."""
     without = [part for part in family.sources if part not in family.parts]
     base = unloaded(type(family), family.folder, dtype, without)
     base.inputs, base.widened = family.inputs, family.widened
@@ -132,7 +142,7 @@ def unloaded_base(family: Family, dtype: torch.dtype) -> Family:
 
 @contextmanager
 def loaded(family: Family, part: str) -> Iterator[nn.Module]:
-    """A part; one that is not in memory is there inside the block only."""
+    """A part of the family. If it was released, it is in memory inside the block only."""
     absent = isinstance(family.parts[part], Released)
     family.parts.restore([part])
     try:
@@ -154,7 +164,7 @@ def _moved_layers(part: str, old: nn.Module, new: nn.Module) -> Iterator[tuple[s
 
 
 def _moved_otherwise(old: nn.Module, new: nn.Module, adapted: bool) -> list[float]:
-    """The squared change of each tensor that moved and that no LoRA holds."""
+    """The squared change of each changed tensor that a LoRA can't hold."""
     layers = [path for path, child in old.named_modules() if isinstance(child, LAYERS)] if adapted else []
     held, energies = {f"{path}.weight" for path in layers}, []
     theirs = {strip_text_model(name): value for name, value in new.named_parameters()}
@@ -170,14 +180,15 @@ def _difference(part: str, module: str, weight: Tensor, other: object) -> Tensor
     theirs: Tensor | None = getattr(other, "weight", None)
     if theirs is None or theirs.shape != weight.shape:
         raise BadInput(
-            f"{part} {module} is of another shape in the model than in the base: give the base it was tuned from"
+            f"{part} {module} has another shape in the model than in the base: give the base that the model was "
+            "tuned from"
         )
     return theirs.float() - weight.float().to(theirs.device)
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The reduced SVD. A small one takes one thread: on a busy machine several wait for each other (100 times slower
-    beside eight busy threads)."""
+    """The reduced SVD. Small matrices use one thread: on a busy machine, threads wait for each other (measured: 100
+    times slower beside eight busy threads)."""
     matrix = matrix.to(exact_device(matrix.device))
     with threads_at_most(1) if min(matrix.shape) <= 512 else nullcontext():
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -185,7 +196,7 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of B A by way of two small QR decompositions: U [out, r], S [r], V [r, in], in float64."""
+    """The SVD of B A from two small QR decompositions: U [out, r], S [r], V [r, in], in float64."""
     q, r = torch.linalg.qr(doubled(b))
     p, t = torch.linalg.qr(doubled(a).T)
     u, s, v = _svd(r @ t.T)
@@ -200,7 +211,7 @@ def rank_for_energy(s: Tensor, rank: int | None, energy: float | None) -> int:
 
 
 def factors_at_rank(u: Tensor, s: Tensor, v: Tensor, r: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B of rank r in the shapes of the old ones, the singular values shared between them."""
+    """A and B of rank r in the shapes of the old ones; each gets the square root of the singular values."""
     root = s[:r].sqrt()
     return (root[:, None] * v[:r]).float().reshape(r, *a.shape[1:]), (u[:, :r] * root).float().reshape(
         len(b), r, *b.shape[2:]

@@ -1,7 +1,7 @@
-"""New embeddings (textual inversion) as the file that UIs and diffusers read: [n, width] for each CLIP encoder.
+"""Textual-inversion files, which UIs and diffusers read: one tensor [n, width] for each CLIP encoder.
 
-UIs take the file's name for the word that stands in prompts: `mug.safetensors` is "mug" in A1111 and Forge,
-"embedding:mug" in ComfyUI. The initialiser's words, which T5 reads in place of the new word, are not in such a file.
+The file's name is the word for prompts: `mug.safetensors` is "mug" in A1111 and Forge, and "embedding:mug" in ComfyUI.
+The initialiser's words, which T5 reads instead of the new word, are not in the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from finetune.families.registry import FAMILIES
 from finetune.methods.embeddings import fix_eos_token_id, set_embeddings
 from finetune.methods.textual_inversion import Inversion
 
-# the encoder's prefix in kohya's files -> its key here
+# the encoder's prefix in kohya's files -> its key in embedding files
 KEYS = {"lora_te": "emb_params", "lora_te1": "clip_l", "lora_te2": "clip_g"}
 PROMPT = "a photo of {} on the beach"
 OURS, THEIRS = "first-reader", "<second-reader>"
@@ -59,8 +59,8 @@ class Embedding(EmbeddingExport):
 
 
 def export_embedding(words: NewWords, family: Family, request: Request, bench: Bench) -> Exported:
-    """Writes new embeddings and compares what is read back, by us and by diffusers. The family is the trained one,
-    whose parts need not be in memory any more."""
+    """Writes new embeddings, reads them back with our reader and with diffusers, and compares. `family` is the trained
+    one; its parts may already be released."""
     names, trained, dtype = keys(family.name), words.rows, DTYPES[request.dtype]
     path = request.folder / f"{request.name}.safetensors"
     metadata = checkpoint_metadata(family.name, request.about, request.v_prediction, kind="/textual-inversion")
@@ -82,25 +82,25 @@ def export_embedding(words: NewWords, family: Family, request: Request, bench: B
 
 
 def readers(family: str) -> tuple[str, ...]:
-    """The programs that are known to read such a file."""
+    """The programs that are known to read an embedding file of this family."""
     return FAMILIES[family].naming.known_readers.embedding
 
 
 def read_embedding(path: Path, family: str) -> dict[str, Tensor]:
-    """Text encoder -> [n, width], fp32, from a written file alone.
+    """Reads the embeddings from a file: text encoder -> [n, width], fp32.
 
     Raises:
-        BadInput: it is not whole, or of another kind of base.
+        BadInput: the file is damaged, or belongs to another kind of base.
     """
     try:
         held = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} is no whole safetensors file ({error}): export it again") from error
+        raise BadInput(f"{path} is not a complete safetensors file ({error}): export it again") from error
     names = keys(family)
     if held.keys() != set(names.values()):
         raise BadInput(
-            f"{path} holds {', '.join(sorted(held))} but an embedding for {family} has "
-            f"{' and '.join(names.values())}: give one that was made for this base"
+            f"{path} holds {', '.join(sorted(held))} but an embedding for {family} holds "
+            f"{' and '.join(names.values())}: give an embedding for this base"
         )
     return {part: held[key].float() for part, key in names.items()}
 
@@ -108,7 +108,7 @@ def read_embedding(path: Path, family: str) -> dict[str, Tensor]:
 def _compare(trained: dict[str, Tensor], again: dict[str, Tensor], bound: float) -> tuple[float, Check]:
     shapes = {part: tuple(value.shape) for part, value in trained.items()}
     if shapes != {part: tuple(value.shape) for part, value in again.items()}:
-        return float("inf"), Check("weights", False, f"the embeddings are not of shape {shapes}")
+        return float("inf"), Check("weights", False, f"the embeddings do not have the shape {shapes}")
     pairs = [pair for part, values in trained.items() for pair in zip(again[part], values, strict=True)]
     error = max(_relative(found, value) for found, value in pairs)
     line = f"{len(pairs)} embeddings re-read, largest relative error {error:.1e}"
@@ -118,17 +118,17 @@ def _compare(trained: dict[str, Tensor], again: dict[str, Tensor], bound: float)
 
 @torch.no_grad()
 def read_by_diffusers(method: Inversion, values: dict[str, Tensor], path: Path, words: str, bench: Bench) -> Check:
-    """diffusers' load_textual_inversion on a clean base: the rows that a prompt then reads against `values` in the
-    base's precision, and what is predicted against our own reading of the same file.
+    """Loads the file into a clean base with diffusers' load_textual_inversion, and compares two things.
 
-    T5 has no part in the file: both give it the same words. Both predict with the same modules from the same rows, so
-    that the bound holds in every precision.
+    The rows that a prompt then reads must equal `values` in the base's precision. The prediction must equal that of
+    our own reader. T5, which is not in the file, reads the same words in both. Both predictions use the same modules
+    and rows, so the error bound holds in every precision.
     """
     with bench.clean() as family:
         legacy = [fix_eos_token_id(family.parts[part], tokenizer) for part, tokenizer in _clip(family)]
         before = _probe(family, dict.fromkeys(family.text_encoders, words))
         pipeline = family.drawing.pipeline()
-        with torch.random.fork_rng(devices=[]):  # it draws the rows that it then fills
+        with torch.random.fork_rng(devices=[]):  # diffusers draws random rows before it fills them
             _load_with_diffusers(pipeline, family, path)
         converted = {part: pipeline.maybe_convert_prompt(THEIRS, tokenizer) for part, tokenizer in _clip(family)}
         fault = _other_rows(family, converted, values)
@@ -138,33 +138,33 @@ def read_by_diffusers(method: Inversion, values: dict[str, Tensor], path: Path, 
         own = {part: placeholder for part, _ in _clip(family)}
         ours = _probe(family, dict.fromkeys(family.text_encoders, words) | own)
     if fault:
-        return Check("diffusers", False, f"diffusers reads it back otherwise: {fault}")
+        return Check("diffusers", False, f"diffusers reads other embeddings: {fault}")
     moved, error = _relative(before, ours), _relative(theirs, ours)
-    mended = " once its text encoder's eos_token_id is mended, which is 2 in this base's config" if any(legacy) else ""
-    line = f"diffusers reads it back{mended}: error {error:.1e} (the embedding itself moves it by {moved:.1e})"
+    fixed = " after a fix of its text encoder's eos_token_id, which is 2 in this base's config" if any(legacy) else ""
+    line = f"diffusers reads it back{fixed}: error {error:.1e} (the embedding itself moves it by {moved:.1e})"
     return Check("diffusers", same_prediction(error, moved), line, error)
 
 
 def _other_rows(family: Family, prompts: dict[str, str], values: dict[str, Tensor]) -> str:
-    """What is wrong with the rows that a prompt of diffusers' tokens reads from each table; "" for nothing."""
+    """What is wrong with the rows that diffusers' tokens read from each embedding table; "" if nothing."""
     for part, tokenizer in _clip(family):
         ids = tokenizer(prompts[part], add_special_tokens=False)["input_ids"]
         encoder: Any = family.parts[part]
         rows = encoder.get_input_embeddings().weight[ids]
         if not torch.equal(rows, values[part].to(rows)):
-            return f"the {len(ids)} rows that {part} reads are not those of the file"
+            return f"the {len(ids)} rows that {part} reads differ from those in the file"
     return ""
 
 
 def _clip(family: Family) -> list[tuple[str, Any]]:
-    """(text encoder, its tokenizer) of those that have new embeddings."""
+    """(text encoder, its tokenizer) of the encoders with new embeddings."""
     both = zip(family.text_encoders, family.tokenizers, strict=True)
     return [(part, tokenizer) for part, tokenizer in both if part in keys(family.name)]
 
 
 def _load_with_diffusers(pipeline: Any, family: Family, path: Path) -> None:
-    """By the file where it is for the pipeline's first encoder alone, else one tensor for each encoder: as diffusers'
-    documentation has it."""
+    """Loads by file if the pipeline's first encoder is the only one, otherwise one tensor for each encoder, as
+    diffusers documents it."""
     if list(keys(family.name)) == ["text_encoder"]:
         pipeline.load_textual_inversion(str(path.parent), weight_name=path.name, token=THEIRS)
         return
@@ -176,7 +176,7 @@ def _load_with_diffusers(pipeline: Any, family: Family, path: Path) -> None:
 
 
 def usage(family: str, file: str, token: str) -> list[str]:
-    """The lines of Python with which diffusers loads a file; none where it has no reader."""
+    """Lines of Python that load the file with diffusers; empty if diffusers has no reader for it."""
     if "diffusers" not in readers(family):
         return []
     if list(keys(family)) == ["text_encoder"]:
@@ -190,7 +190,7 @@ def usage(family: str, file: str, token: str) -> list[str]:
 
 
 def _probe(family: Family, subject: dict[str, str]) -> Tensor:
-    """The conditions and the prediction, with a text for each encoder: one vector."""
+    """The conditions and the prediction for one text for each encoder, as one vector."""
     texts = [PROMPT.format(subject[part]) for part in family.text_encoders]
     return predicted(
         family, family.join_texts([family.encode_text(index, [text]) for index, text in enumerate(texts)])

@@ -1,4 +1,4 @@
-"""What an exported file says of itself, in the header that UIs read."""
+"""The metadata that exported files carry in their header, which UIs read."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from datetime import UTC, datetime
 from finetune.export.base import Adapter
 from finetune.families.registry import FAMILIES
 
-SPECIFIED = {"title", "resolution", "date", "trigger_phrase"}  # have a place in modelspec
+SPECIFIED = {"title", "resolution", "date", "trigger_phrase"}  # these have a field of their own in modelspec
 
 
 def adapter_metadata(adapter: Adapter, about: dict[str, str], v_prediction: bool) -> dict[str, str]:
     """`ss_*` (Forge, A1111, sdnext), `modelspec.*` 1.0.1 and `finetune_*` strings.
 
-    `about`: title, resolution ("512x512"), trigger_phrase, and whatever else the run says of itself.
+    `about`: title, resolution ("512x512"), trigger_phrase, and any other facts about the run.
     """
     labels = FAMILIES[adapter.family].naming.labels
     kohya = {
@@ -28,7 +28,7 @@ def adapter_metadata(adapter: Adapter, about: dict[str, str], v_prediction: bool
 
 
 def checkpoint_metadata(family: str, about: dict[str, str], v_prediction: bool, kind: str = "") -> dict[str, str]:
-    """`modelspec.*` and `finetune_*` strings; what is empty is left out."""
+    """`modelspec.*` and `finetune_*` strings; empty values are left out."""
     labels = FAMILIES[family].naming.labels
     architecture = (v_prediction and labels.v_architecture) or labels.architecture
     spec = {
@@ -46,5 +46,5 @@ def checkpoint_metadata(family: str, about: dict[str, str], v_prediction: bool, 
 
 
 def written_date(moment: datetime) -> str:
-    """As modelspec has it; `moment` is in UTC."""
+    """The date in modelspec's format; `moment` is in UTC."""
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,4 +1,4 @@
-"""Formats by name: of LoRA files, whole models and embeddings; and which of them hold what a method leaves."""
+"""Export formats by name (LoRA files, whole models, embeddings), and which of them can hold a training result."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ CALLED = {"adapter": "an adapter", "weights": "whole weights", "embedding": "new
 
 
 def adapter_exports(names: Sequence[str]) -> list[AdapterExport]:
-    """Those of these formats that are of LoRA files, in the same order."""
+    """The LoRA formats among `names`, in the same order."""
     return _of_kind(names, AdapterExport)
 
 
 def model_exports(names: Sequence[str]) -> list[ModelExport]:
-    """Those that are of whole models."""
+    """The formats of whole models among `names`."""
     return _of_kind(names, ModelExport)
 
 
 def embedding_exports(names: Sequence[str]) -> list[EmbeddingExport]:
-    """Those that are of new embeddings."""
+    """The embedding formats among `names`."""
     return _of_kind(names, EmbeddingExport)
 
 
@@ -35,17 +35,17 @@ def _of_kind(names: Sequence[str], kind: Any) -> list[Any]:
 
 
 def artifact_of(name: str) -> str:
-    """What a format holds; empty for one that is not known here, as of a package that is gone."""
+    """The kind of training result that a format holds; "" for an unknown format, such as one of a removed package."""
     return EXPORTS[name].artifact if name in EXPORTS else ""
 
 
 def formats_for(artifacts: Sequence[str], usual: bool = False) -> list[str]:
-    """Every format that holds what a method leaves (`Method.artifacts`); the `usual` ones, where none is asked for."""
+    """Every format that can hold these training results (`Method.artifacts`); with `usual`, only the default ones."""
     return [name for what in artifacts for name in _formats(what, usual)]
 
 
 def _formats(artifact: str, usual: bool) -> list[str]:
-    """The usual ones first. Whole weights also leave as a LoRA, by singular values, where that is asked for."""
+    """The usual formats first. Whole weights can also be exported as a LoRA (by singular values), on request."""
     own = sorted((name for name, item in EXPORTS.items() if item.artifact == artifact), key=_comes_later)
     if usual:
         return [name for name in own if EXPORTS[name].usual]
@@ -57,7 +57,11 @@ def _comes_later(name: str) -> bool:
 
 
 def check_formats(formats: Sequence[str], artifacts: Sequence[str] = ("adapter",)) -> None:
-    """Raises BadInput for a format that does not exist, or can't hold what is trained (`Method.artifacts`)."""
+    """Checks that each format exists and can hold the training results (`Method.artifacts`).
+
+    Raises:
+        BadInput: one does not.
+    """
     known = formats_for(artifacts)
     for wanted in formats:
         if wanted in known:

@@ -10,15 +10,15 @@ from finetune.core.settings import Settings
 
 Verify = Literal["full", "deltas", "off"]
 
-UNCHECKED = "not checked"  # for a person, where a file has no checks
+UNCHECKED = "not checked"  # shown for a file without checks
 
 
 class ExportTo(Settings):
     """`formats`: empty for all that can hold what was trained. `metadata`: "minimal" is what readers need;
     "standard" adds trigger, date, base hash, steps and seed; "full" also the recipe (with its paths) and the captions.
 
-    What is no LoRA leaves as one by singular values: `rank` is its rank (None: the smallest that meets `max_error`, at
-    most 128), `max_error` the largest |LoRA - change| / |change| over all modules that is no failure.
+    Other methods are exported as LoRA by singular values. `rank` is its rank (None: the smallest that meets
+    `max_error`, at most 128). `max_error` is the largest allowed |LoRA - change| / |change| over all modules.
 
     `verify`: "full" also has other programs' loaders read each file into a clean base; "deltas" reads the files again
     and compares what they hold, without a second model; "off" only writes them.
@@ -34,4 +34,4 @@ class ExportTo(Settings):
     @field_validator("verify", mode="before")
     @classmethod
     def _off_in_yaml(cls, value: Any) -> Any:
-        return "off" if value is False else value  # what YAML makes of a plain `off`
+        return "off" if value is False else value  # YAML reads a plain `off` as false

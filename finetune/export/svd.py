@@ -1,6 +1,6 @@
-"""What is no LoRA leaves as one: the best approximation of its true change at a rank, with the error that this costs.
+"""Exports other methods as LoRA: the best low-rank approximation of the trained change, with its error.
 
-UIs read DoRA, LoHa, LoKr and OFT differently or not at all; all read plain LoRA (docs/exports.md).
+UIs read DoRA, LoHa, LoKr and OFT differently or not at all, but all read plain LoRA (docs/exports.md).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from finetune.families.base import Family
 from finetune.methods.base import Method
 from finetune.methods.peft_adapter import CONFIG, WEIGHTS, PeftAdapter, read_native_form
 
-MOST = 128  # the largest rank that is chosen unasked; the largest that LoRA files commonly have
+MOST = 128  # the largest rank that is chosen automatically: LoRA files rarely have a larger one
 
-Places = dict[tuple[str, str], Tensor]  # (part, module path) -> something of that module
+Places = dict[tuple[str, str], Tensor]  # (part, module path) -> a tensor of that module
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """A trained change as a LoRA; what it is worth, as checks; and what the trained model predicts (`probe`)."""
+    """A trained change as a LoRA, the checks of the approximation, and the trained model's prediction (`probe`)."""
 
     adapter: Adapter
     checks: list[Check]
@@ -44,10 +44,12 @@ class Reduced:
 
 @torch.no_grad()
 def reduced(method: Method, family: Family, bench: Bench, rank: int | None, max_error: float) -> Reduced:
-    """The LoRA nearest to what was trained in `family`, whose parts go into eval mode.
+    """The LoRA closest to the change that was trained in `family`. Puts the family's parts into eval mode.
+
+    `rank`: the rank; None for the smallest that meets `max_error`, the allowed |LoRA - change| / |change|.
 
     Raises:
-        BadInput: nothing was trained.
+        BadInput: no linear layer and no convolution changed.
     """
     lost: list[Check] = []
     if isinstance(method, PeftAdapter):
@@ -58,7 +60,9 @@ def reduced(method: Method, family: Family, bench: Bench, rank: int | None, max_
         found = _decompose(moved.layers(), rank or MOST, sum(isinstance(child, LAYERS) for child in layers))
         lost = _not_held(*moved.beyond_lora, found)
     if not found.spectra:
-        raise BadInput("no linear layer and no convolution moved in this run: there is no LoRA to write")
+        raise BadInput(
+            "training changed no linear layer and no convolution, so there is no LoRA to write: train for more steps"
+        )
     chosen = rank or min(found.rank_for(max_error), MOST)
     adapter = Adapter(family.name, family.folder, found.layers(chosen), 1.0)
     with full_fp32():
@@ -67,7 +71,7 @@ def reduced(method: Method, family: Family, bench: Bench, rank: int | None, max_
 
 
 def _deltas(method: PeftAdapter, family: Family) -> Iterator[tuple[str, str, Tensor]]:
-    """`method.deltas`, each computed where there is float64, which some of them take."""
+    """`method.deltas`, computed on a device with float64, which some methods need."""
     for part, path, layer in method.layers(family):
         device = next(layer.parameters()).device
         layer.to(exact_device(device))
@@ -78,7 +82,7 @@ def _deltas(method: PeftAdapter, family: Family) -> Iterator[tuple[str, str, Ten
 
 
 def _decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int, count: int) -> Decomposed:
-    """With a progress bar: SDXL's 700 modules take minutes."""
+    """`decompose` with a progress bar: SDXL's 700 modules take minutes."""
     with phase("Singular values", count) as advance:
 
         def counted() -> Iterator[tuple[str, str, Tensor]]:
@@ -90,8 +94,8 @@ def _decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int, count: int)
 
 
 def with_checks(item: Exported, own: Reduced, bench: Bench) -> Exported:
-    """A written LoRA's checks, and those of the approximation that it holds. With `export.verify: off` only that it
-    is worse than export.max_error allows: this was measured when it was made."""
+    """Adds the approximation's checks to those of the written LoRA. With `export.verify: off`, only a failed
+    export.max_error is added: that error is known already."""
     if bench.verify == "off":
         return replace(item, checks=[check for check in own.checks if not replace(item, checks=[check]).ok])
     if bench.verify == "deltas":
@@ -101,7 +105,7 @@ def with_checks(item: Exported, own: Reduced, bench: Bench) -> Exported:
 
 @torch.no_grad()
 def _predicted(own: Reduced, bench: Bench) -> Check:
-    """The LoRA on a clean base against the trained model, by what both predict."""
+    """Compares the prediction of the LoRA on a clean base with that of the trained model."""
     with bench.clean() as clean:
         before = probe(clean)
         apply_adapter(clean, own.adapter)
@@ -109,9 +113,11 @@ def _predicted(own: Reduced, bench: Bench) -> Check:
     moved = float((own.prediction - before).norm())
     missed = float((own.prediction - after).norm())
     share = missed / max(moved, 1e-30)
-    line = f"training moved a prediction by {relative(before, own.prediction):.1e}; the LoRA misses {share:.1%} of it"
+    line = (
+        f"training changed a prediction by {relative(before, own.prediction):.1e}; the LoRA misses {share:.1%} of it"
+    )
     if bench.dtype != torch.float32:
-        line += f" (in {bench.precision}, its rounding with it)"
+        line += f" (in {bench.precision}, including its rounding)"
     return Check("prediction", bool(torch.isfinite(after).all()), line, share)
 
 
@@ -132,7 +138,7 @@ def _bound(found: Decomposed, rank: int, max_error: float) -> Check:
 
 
 def _above(error: float) -> str:
-    """The error rounded up to two digits, as somebody would write it."""
+    """The error rounded up to two digits, as a value for a recipe."""
     return f"{min(1.0, error + 0.005):.2f}"
 
 
@@ -141,7 +147,7 @@ def _not_held(count: int, change: float, found: Decomposed) -> list[Check]:
         return []
     held = sum(float(s.double().square().sum()) for s in found.spectra.values())
     share = change**2 / max(change**2 + held, 1e-30)
-    line = f"{count} biases, norms and embeddings moved too ({share:.1%} of the change): no LoRA holds them"
+    line = f"{count} biases, norms and embeddings changed too ({share:.1%} of the change): a LoRA can't hold them"
     return [Check("not-held", True, line, share)]
 
 
@@ -151,15 +157,15 @@ def _settled(family: Family) -> Family:
     return family
 
 
-# the own form
+# PEFT's own format of the method
 
 
 @torch.no_grad()
 def export_native_form(method: PeftAdapter, family: Family, path: Path, prediction: Tensor, bench: Bench) -> Exported:
-    """Writes PEFT's own folder of any kind, in fp32, and lets PEFT read it on a clean base, which takes the place of
-    `family` in memory.
+    """Writes a PEFT folder of any kind in fp32, and checks it with PEFT's reader on a clean base. The clean base
+    replaces `family` in memory.
 
-    In fp16 DoRA's magnitudes would lose what was learned: they are large, and move by little.
+    fp32, because DoRA's magnitudes are large and change little: fp16 would round the change away.
     """
     shutil.rmtree(path, ignore_errors=True)
     forms = method.native_form(family)
@@ -184,8 +190,8 @@ def export_native_form(method: PeftAdapter, family: Family, path: Path, predicti
 
 
 def _shadows(method: PeftAdapter, family: Family) -> Places:
-    """Each module's delta times a random vector: small enough to keep of every module, and another delta gives another
-    one."""
+    """Each module's delta times a random vector: small enough to keep for every module, and different for different
+    deltas."""
     found = {}
     for part, path, change in _deltas(method, family):
         matrix = change.flatten(1)
@@ -200,20 +206,20 @@ def _same_tensors(path: Path, wanted: dict[str, dict[str, Tensor]]) -> Check:
         odd = sorted(found.keys() ^ tensors.keys())
         odd += [name for name in tensors.keys() & found.keys() if not torch.equal(tensors[name], found[name])]
         if odd:
-            return Check("weights", False, f"{part} {odd[0]} is not what was trained")
+            return Check("weights", False, f"{part} {odd[0]} differs from the trained tensor")
     count = sum(map(len, wanted.values()))
     return Check("weights", True, f"{count} tensors re-read, bit for bit (in fp32, whatever export.dtype is)", 0.0)
 
 
 def _read_by_peft(method: PeftAdapter, path: Path, wanted: Places, prediction: Tensor, bench: Bench) -> Check:
-    """PEFT's own reader on a clean base: every module's delta there against the trained one, and the prediction."""
+    """Compares every module's delta and the prediction after PEFT's own reader loaded the folder into a clean base."""
     with bench.clean() as clean:
         before = probe(clean)
         read_native_form(clean, path)
         found, theirs = _shadows(method, clean), probe(_settled(clean))
         fault = _other_deltas(found, wanted)
         if fault:
-            return Check("peft", False, f"peft reads it back otherwise: {fault}")
+            return Check("peft", False, f"peft reads another adapter: {fault}")
         if bench.dtype != torch.float32:
             good = Check("peft", True, f"peft reads it back: {len(found)} modules with the trained deltas")
             return moved_check(good, before, theirs, bench, lambda: _strength(method, clean))
@@ -230,7 +236,7 @@ def _strength(method: PeftAdapter, family: Family) -> float:
 
 
 def _other_deltas(found: Places, wanted: Places) -> str:
-    """What is wrong with the modules' deltas; "" for nothing."""
+    """What is wrong with the modules' deltas; "" if nothing."""
     missing = sorted(found.keys() ^ wanted.keys())
     wrong = [f"{' '.join(place)} is not in both" for place in missing]
     for place in found.keys() & wanted.keys():
@@ -241,6 +247,6 @@ def _other_deltas(found: Places, wanted: Places) -> str:
 
 
 def native_formats(method: Method, formats: Sequence[str]) -> tuple[list[str], bool]:
-    """The formats that are written as plain LoRA, and whether the method's own form is wanted too."""
+    """The formats that are written as plain LoRA, and whether the method's own PEFT format is wanted too."""
     own = isinstance(method, PeftAdapter) and Peft.name in formats
     return [item for item in formats if not (own and item == Peft.name)], own

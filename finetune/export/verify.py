@@ -1,4 +1,4 @@
-"""An export is done when it has been read back and shown to be the trained adapter."""
+"""Verifies exported adapters: reads each file back and compares it with the trained adapter."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from finetune.families.base import Family
 from finetune.families.naming.clip import add_text_model
 from finetune.methods.peft_adapter import active_lora
 
-# the largest relative error of a delta: B and A are each rounded once
+# bounds for the relative error of a delta, whose B and A are each rounded once
 BOUNDS: dict[torch.dtype, float] = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-PREDICTION_BOUND = 1e-4  # two readers of one file, fp32 arithmetic in another order
-TOO_FAINT = "changes this small, as after few steps or held near 0, lose digits in fp16: export fp32"
+PREDICTION_BOUND = 1e-4  # two readers of one file may compute in another order in fp32
+TOO_FAINT = "changes as small as these lose digits in fp16: export in fp32"
 
 
 @dataclass(frozen=True)
 class Injected:
-    """What another program put into a base: how much, for a check's line, and what is wrong with it ("": nothing)."""
+    """What another program loaded into a base: a summary for the check's message, and the fault ("" for none)."""
 
     held: str
     fault: str
 
 
 def verify(adapter: Adapter, export: AdapterExport, path: Path, dtype: torch.dtype, bench: Bench) -> Exported:
-    """Re-opens a written file and compares it: with the trained deltas, and through an independent reader."""
+    """Reads a written file back and compares it with the trained deltas, by our reader and by an independent one."""
     if bench.verify == "off":
         return unchecked(export.name, path, adapter.count)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -56,18 +56,18 @@ def verify(adapter: Adapter, export: AdapterExport, path: Path, dtype: torch.dty
 
 
 def _faint(adapter: Adapter) -> bool:
-    """Whether most of some module's B is below 1e-4, where fp16 begins to lose bits (subnormal: below 6e-5)."""
+    """Whether any module has most of its B below 1e-4: fp16 loses bits there (it is subnormal below 6e-5)."""
     return any(float(b.abs().median()) < 1e-4 for _, _, _, b in adapter.modules())
 
 
 def compare(trained: Adapter, again: Adapter, bound: float) -> tuple[float, list[Check]]:
-    """The largest relative error over the modules' deltas, and the checks that say so."""
+    """The largest relative error of a module's delta, and the checks with the result."""
     wanted, found = _by_place(trained), _by_place(again)
     if wanted.keys() != found.keys():
         odd = sorted(wanted.keys() ^ found.keys())
         return float("inf"), [Check("weights", False, f"{len(odd)} modules differ, such as {' '.join(odd[0])}")]
     errors = {}
-    for place, factors in wanted.items():  # one delta at a time: all of them are as large as the base
+    for place, factors in wanted.items():  # one delta at a time: all together are as large as the base
         right, value = delta(*factors, trained.scale), delta(*found[place], again.scale)
         if value.shape != right.shape:
             return float("inf"), [Check("weights", False, f"{' '.join(place)} has shape {tuple(value.shape)}")]
@@ -92,10 +92,11 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 @torch.no_grad()
 def read_by_diffusers(trained: Adapter, again: Adapter, path: Path, dtype: torch.dtype, bench: Bench) -> Check:
-    """diffusers' load_lora_weights on a clean base: the deltas that it holds there against the `trained` ones.
+    """Loads the file into a clean base with diffusers' load_lora_weights, and compares its deltas with `trained`.
 
-    In fp32 also what it predicts against our own merge of the same file (`again`, stored in `dtype`). In bf16 and fp16
-    rounding moves a prediction about as much as a fault may; there it must be finite, and moved.
+    In fp32 its prediction must also equal that of our own merge of the file (`again`, stored in `dtype`). In bf16 and
+    fp16, rounding can change a prediction as much as a fault does: there the prediction must only be finite, and
+    differ from the base's.
     """
     bound = max(BOUNDS[dtype], BOUNDS[bench.dtype])
     with bench.clean() as family:
@@ -107,7 +108,7 @@ def read_by_diffusers(trained: Adapter, again: Adapter, path: Path, dtype: torch
         pipeline.unload_lora_weights()
         clean = probe(family)
         if injected.fault:
-            return Check("diffusers", False, f"diffusers reads it back otherwise: {injected.fault}")
+            return Check("diffusers", False, f"diffusers reads another adapter: {injected.fault}")
         if bench.dtype != torch.float32:
             found = Check("diffusers", True, f"diffusers reads it back: {injected.held}")
             return moved_check(found, clean, theirs, bench, lambda: _strength(family, trained))
@@ -120,14 +121,14 @@ def read_by_diffusers(trained: Adapter, again: Adapter, path: Path, dtype: torch
 
 
 def same_prediction(error: float, moved: float) -> bool:
-    """Whether two readers of a file predict the same; `moved`: by how much the file moves a prediction."""
+    """Whether two readers of a file predict the same. `moved`: how much the adapter changes a prediction."""
     return error <= max(PREDICTION_BOUND * moved, 1e-6)
 
 
 def _compare_injected(trained: Adapter, faint: Adapter | None, family: Family, bound: float) -> Injected:
-    """The deltas of PEFT's layers in `family` against the trained ones.
+    """Compares the deltas of PEFT's layers in `family` with the trained ones.
 
-    `faint`: what was stored, where fp16 can't hold all of it: then a delta is right that is what fp16 keeps of it.
+    `faint`: the stored adapter, if fp16 can't hold all of its values. Then a delta may also equal the stored one.
     """
     parts = family.naming.prefixes
     found = {(part, path): (a, b, k) for part in parts for path, a, b, k in active_lora(family.parts[part])}
@@ -136,7 +137,7 @@ def _compare_injected(trained: Adapter, faint: Adapter | None, family: Family, b
     wrong, worst = [], 0.0
     for place, pair in wanted.items():
         if place not in found:
-            wrong.append(f"{' '.join(place)} is not there")
+            wrong.append(f"{' '.join(place)} is missing")
             continue
         a, b, scale = found.pop(place)
         value, right = delta(a, b, scale), _rounded(pair, a.device, torch.float32, trained.scale)
@@ -149,7 +150,9 @@ def _compare_injected(trained: Adapter, faint: Adapter | None, family: Family, b
             error = relative(value, _rounded(stored[place], a.device, torch.float16, faint.scale))
         if not error <= bound:
             wrong.append(f"{' '.join(place)} has error {error:.1e} (bound {bound:.0e})")
-    wrong += [f"{' '.join(place)} is too many" for place, (a, b, _) in found.items() if bool(delta(a, b, 1).any())]
+    wrong += [
+        f"{' '.join(place)} is not in the adapter" for place, (a, b, _) in found.items() if bool(delta(a, b, 1).any())
+    ]
     fault = f"{len(wrong)} of {len(wanted)} modules differ, such as {wrong[0]}" if wrong else ""
     return Injected(f"{len(wanted)} modules, largest relative error {worst:.1e}", fault)
 
@@ -160,9 +163,9 @@ def _rounded(pair: tuple[Tensor, Tensor], device: torch.device, dtype: torch.dty
 
 
 def moved_check(found: Check, clean: Tensor, theirs: Tensor, bench: Bench, strength: Callable[[], float]) -> Check:
-    """A reader's check, `found` good so far, for precisions in which predictions can't be compared closely.
+    """Completes the passed check `found` in precisions in which predictions can't be compared closely.
 
-    `strength`: the largest |delta| / |weight| of a module, which tells whether a prediction has to move.
+    `strength`: the largest |delta| / |weight| of a module. It decides whether the prediction has to change.
     """
     line = found.message
     if not bool(torch.isfinite(theirs).all()):
@@ -171,12 +174,14 @@ def moved_check(found: Check, clean: Tensor, theirs: Tensor, bench: Bench, stren
     if moved:
         return replace(found, message=f"{line} (in {bench.precision}; it moves a prediction by {moved:.1e})")
     if strength() > torch.finfo(bench.dtype).eps:
-        return replace(found, passed=False, message=f"{line}, but in {bench.precision} it moves no prediction")
-    return replace(found, message=f"{line} (in {bench.precision}, where it is too faint to move a prediction)")
+        return replace(
+            found, passed=False, message=f"{line}, but in {bench.precision} it does not change the prediction"
+        )
+    return replace(found, message=f"{line} (in {bench.precision}, where it is too small to change a prediction)")
 
 
 def _strength(family: Family, adapter: Adapter) -> float:
-    """The largest |delta| / |weight| of a module; `family` is clean."""
+    """The largest |delta| / |weight| of a module; `family` must be clean."""
     modules = {part: dict(family.parts[part].named_modules()) for part in adapter.layers}
     return max(
         float(delta(a, b, adapter.scale).norm() / _find(modules[part], module).weight.float().norm().cpu())
@@ -189,12 +194,12 @@ def _find(modules: Mapping[str, Any], path: str) -> Any:
 
 
 def probe(family: Family) -> Tensor:
-    """What a family predicts for one fixed prompt, noise and timestep, and its conditions: one flat vector."""
+    """The conditions and the prediction of a family for one fixed prompt, noise and timestep, as one flat vector."""
     return predicted(family, family.encode_prompts(["a photo of a small dog on the beach"]))
 
 
 def predicted(family: Family, cond: dict[str, Tensor]) -> Tensor:
-    """The prediction for one fixed noise and timestep, on the denoiser's device, and the conditions: one vector."""
+    """The conditions, and the prediction for one fixed noise and timestep, as one vector on the denoiser's device."""
     device = family.device
     side = family.resolution // family.codec.factor
     noise = torch.randn((1, family.codec.channels, side, side), generator=generator(0, "verify")).to(device)
@@ -205,7 +210,8 @@ def predicted(family: Family, cond: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def apply_adapter(family: Family, adapter: Adapter, weight: float = 1.0) -> None:
-    """Merges weight * scale * B A into the family's own weights: the sum in fp32, rounded once to their precision."""
+    """Adds weight * scale * B A to the family's own weights, in place. The sum is computed in fp32 and rounded
+    once."""
     modules = {part: dict(family.parts[part].named_modules()) for part in adapter.layers}
     for part, module, a, b in adapter.modules():
         target = _find(modules[part], module).weight

@@ -1,1 +1,1 @@
-"""Base models: how each family is loaded, encodes, predicts and draws. One file for each family."""
+"""Base models: how each family is loaded, encodes prompts, predicts and draws images. One file for each family."""

@@ -1,8 +1,8 @@
-"""The family seam: the only place where SD1, SD2, SDXL, ... differ.
+"""The interface of model families: the only place where SD1, SD2, SDXL, ... differ.
 
-A family is four things: what loads (`parts.py`), what turns images into latents (`codec.py`), conditions and denoises
-(here), what draws (`drawing.py`), and what names things in files (`naming/`). A new family is one new file in this
-folder that puts them together in a `Family` subclass; `registry.FAMILIES` finds it.
+A family combines loading (`parts.py`), a codec for images and latents (`codec.py`), conditions and predictions (this
+file), drawing (`drawing.py`), and the names of its weights in files (`naming/`). To add a family, add one file with a
+`Family` subclass to this folder; `registry.FAMILIES` finds it.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from finetune.objectives.schedule import AnySchedule, FlowSchedule
 
 
 class Family(ABC):
-    """A loaded base model: how a prompt, an image and a prediction are made with its parts.
+    """A loaded base model. It encodes prompts, predicts for a training step, and draws images.
 
     Attributes:
         parts: its modules, frozen and in eval mode after loading; a method unfreezes what it trains.
-        codec: images to latents and back.
-        drawing: prompts to images, by its pipeline.
-        tokenizers: one per text encoder, in the same order.
+        codec: converts images to latents and back.
+        drawing: draws images from prompts with the family's pipeline.
+        tokenizers: one for each text encoder, in the same order.
         schedule: noise schedule and prediction type, from the base's scheduler config.
         folder: the diffusers folder it was loaded from (a local path, also for hub ids).
         resolution: native side length in pixels.
-        dtype: in which it was loaded; a VAE may be wider.
-        autocast: fp32 weights that compute in this half precision; drawing follows training. None: no autocast.
-        inputs: what the denoiser reads behind the noisy latents: "inpaint", "depth", "edit" (`conditioning.py`).
-        widened: whether it was made to read them.
-        unused_parameters: part -> parameter-name prefixes that never get a gradient (DDP fails on them unless they
-            stay frozen).
+        dtype: the precision it was loaded in; some parts may have a wider one.
+        autocast: the half precision in which fp32 weights compute, in training and drawing. None: no autocast.
+        inputs: extra channels after the noisy latents: "inpaint", "depth", "edit" (`conditioning.py`); None: none.
+        widened: whether `widen` added those channels.
+        unused_parameters: part -> prefixes of parameter names that never get a gradient. They must stay frozen,
+            because DistributedDataParallel fails on them otherwise.
     """
 
-    name: ClassVar[str]  # "sd1", "sdxl", "flux": also what recipes, exports and reports call it
+    name: ClassVar[str]  # "sd1", "sdxl", "flux": also its name in recipes, exports and reports
     pipeline_class: ClassVar[str]  # the `_class_name` in model_index.json
-    sources: ClassVar[PartSources]  # part -> where it lies in a folder, and its class
+    sources: ClassVar[PartSources]  # part -> its folder inside the base, and its class
     naming: ClassVar[Naming]
-    # the share of the noise levels, from the lowest, that the base was trained on and is trained on
+    # the base was trained on this share of the noise levels, from the lowest; fine-tuning uses the same share
     timestep_fraction: ClassVar[float] = 1.0
 
     parts: Parts
@@ -68,17 +68,22 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
-        """Whether a diffusers folder with these configs is of this family."""
+        """Whether a diffusers folder with these configs belongs to this family."""
 
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
-        """Raises BadInput where a part is missing, damaged, or can't be left out."""
+        """Loads the family from a diffusers folder, except for the parts in `without`: frozen, in eval mode.
+
+        Raises:
+            BadInput: a part is missing or damaged, or `without` names a part that is needed.
+        """
 
     @classmethod
     @abstractmethod
     def on_meta(cls, folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:
-        """The family without weights and tokenizers, from configs alone: for counting. Prompts are blank there."""
+        """The family on torch's meta device, from configs alone: without weights and tokenizers, with empty prompts.
+        It is for counting parameters and memory."""
 
     @classmethod
     @abstractmethod
@@ -87,72 +92,81 @@ class Family(ABC):
 
     @classmethod
     def trainable_parts(cls) -> list[str]:
-        """The denoiser, and the text encoders that can be trained: those that have a name in files."""
+        """The parts that can be trained: the denoiser, and the text encoders that have a name in exported files."""
         return list(cls.naming.prefixes)
 
     @classmethod
     def skeletons(cls, folder: Path) -> dict[str, nn.Module]:
-        """The parts that can be trained, on the meta device, from the configs."""
+        """The trainable parts on torch's meta device, built from the configs: part name -> module."""
         return skeletons(cls.sources, folder, cls.trainable_parts())
 
     @property
     def device(self) -> torch.device:
+        """The device on which the parts compute."""
         return self.parts.device
 
     # --- what a method trains
 
     @abstractmethod
     def lora_targets(self, part: str, choice: str) -> list[str]:
-        """Full paths of the modules in `part` that a LoRA adapts; `choice` is attention, all-linear or conv."""
-
-    @abstractmethod
-    def enable_gradient_checkpointing(self, parts: Sequence[str]) -> None: ...
-
-    def widen(self, inputs: str) -> None:
-        """Lets a plain base read extra inputs, which it does not heed before it is trained.
+        """Full paths of the modules in `part` that a LoRA adapts; `choice` is "attention", "all-linear" or "conv".
 
         Raises:
-            BadInput: it can't, or it already reads others.
+            BadInput: the family has no modules for this choice.
+        """
+
+    @abstractmethod
+    def enable_gradient_checkpointing(self, parts: Sequence[str]) -> None:
+        """Makes `parts` recompute activations in the backward pass, which saves memory (arXiv:1604.06174)."""
+
+    def widen(self, inputs: str) -> None:
+        """Extends the denoiser by extra input channels. Until they are trained they do not change its output.
+
+        Raises:
+            BadInput: the family can't read these inputs, or already reads others.
         """
         raise BadInput(f"base.inputs is {inputs!r}, which {self.name} can't read: use an SD 1.x, SD 2.x or SDXL base")
 
     # --- sizes
 
     def shift(self, side: int) -> float:
-        """The resolution shift of timesteps for training images of this side length in pixels; 1 for none."""
+        """The resolution shift of timesteps (arXiv:2403.03206 eq. 23) for square training images whose side is `side`
+        pixels; 1 for none."""
         if not isinstance(self.schedule, FlowSchedule):
             return 1.0
         return self.schedule.shift_for(side, self.resolution, (side // (2 * self.codec.factor)) ** 2)
 
     @property
     def size_multiple(self) -> int:
-        """Pixels: sides that the denoiser can halve as often as it does are multiples of it."""
+        """Image sides should be multiples of this number of pixels, so that the denoiser can halve them evenly."""
         return self.codec.factor
 
     @property
     def square_multiple(self) -> int:
-        """Pixels: what a square image's side must be a multiple of."""
+        """The side of a square image must be a multiple of this number of pixels."""
         return self.codec.factor
 
     # --- conditions
 
     @property
     def text_encoders(self) -> list[str]:
+        """The names of the loaded text encoders, in order."""
         return [name for name in self.parts if name.startswith("text_encoder")]
 
     @property
     def trainable_text_encoders(self) -> list[str]:
+        """The names of the loaded text encoders that can be trained."""
         return [name for name in self.text_encoders if name in self.naming.prefixes]
 
     @property
     def word_tokenizers(self) -> list[Any]:
-        """The tokenizers for which a rare token must be one piece: CLIP's, which T5's never agree with. All, where
-        there is no CLIP."""
+        """The tokenizers in which a rare token must be one piece: those of CLIP, since T5 splits such words. All
+        tokenizers if the family has no CLIP."""
         clip = [tokenizer for tokenizer in self.tokenizers if type(tokenizer).__name__.startswith("CLIP")]
         return clip or self.tokenizers
 
     def encode_prompts(self, prompts: Sequence[str], kept: Tensor | None = None) -> dict[str, Tensor]:
-        """Prompts -> conditioning tensors, first dimension len(prompts); with gradients if encoders train.
+        """Encodes B prompts as conditioning tensors: name -> [B, ...]. They have gradients if encoders are trained.
 
         `kept` [encoders, B] is 0 where an encoder's output is dropped, and 1 elsewhere.
         """
@@ -160,17 +174,20 @@ class Family(ABC):
 
     @abstractmethod
     def text_length(self, index: int) -> int:
-        """How many tokens the `index`-th text encoder reads."""
+        """The number of tokens that the `index`-th text encoder reads."""
 
     @abstractmethod
     def encode_text(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What the `index`-th text encoder gives, first dimension len(prompts)."""
+        """The outputs of the `index`-th text encoder for B prompts: name -> [B, ...]."""
 
     def join_texts(self, encoded: Sequence[dict[str, Tensor]], kept: Tensor | None = None) -> dict[str, Tensor]:
-        """All encoders' outputs -> the conditioning tensors; dropped ones are zero (arXiv:2403.03206 section 5.2).
-        What an image would add stands at `blank_image_conditions`."""
+        """Combines all encoders' outputs into the conditioning tensors: name -> [B, ...].
+
+        Dropped outputs are replaced by zeros (arXiv:2403.03206 section 5.2); `kept` as in `encode_prompts`. Conditions
+        from images are set to `blank_image_conditions`.
+        """
         if kept is not None:
-            kept = kept.to(next(iter(encoded[0].values())).device)  # one copy, and not one for each tensor
+            kept = kept.to(next(iter(encoded[0].values())).device)  # one copy for all tensors
             encoded = [
                 {name: value * _aligned(keep, value) for name, value in tensors.items()}
                 for keep, tensors in zip(kept, encoded, strict=True)
@@ -183,19 +200,20 @@ class Family(ABC):
 
     @property
     def image_encoders(self) -> list[str]:
-        """The parts with which `encode_image_conditions` computes."""
+        """The parts that `encode_image_conditions` uses."""
         return []
 
     def encode_image_conditions(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Pixels [B, 3, H, W] in [-1, 1] of training images -> the conditions that are made of the image itself, such
-        as unCLIP's image embedding (arXiv:2204.06125 section 2): first dimension B, no gradient. {} for none.
+        """Conditions that are computed from the training images, such as unCLIP's image embedding (arXiv:2204.06125
+        section 2): name -> [B, ...], without gradient. {} if the family has none.
 
-        They are cached beside the latents, and take the place of those of the same name in `encode_prompts`.
+        `pixels` is [B, 3, H, W] in [-1, 1]. The conditions are cached together with the latents, and replace those of
+        the same name from `encode_prompts`.
         """
         return {}
 
     def blank_image_conditions(self, count: int) -> dict[str, Tensor]:
-        """What `encode_image_conditions` gives where there is no image, by the same names: first dimension `count`."""
+        """The values of `encode_image_conditions` if there is no image, under the same names: [count, ...]."""
         return {}
 
     # --- denoises
@@ -204,10 +222,13 @@ class Family(ABC):
     def predict(
         self, noisy: Tensor, timesteps: Tensor, cond: dict[str, Tensor], geometry: Sequence[Geometry]
     ) -> Tensor:
-        """What the objective compares: the denoiser's output in the latents' shape (a predicted variance is left out);
-        dtype of the denoiser's weights.
+        """The denoiser's output [B, C, h, w], in the dtype of its weights; a predicted variance is left out.
 
-        `timesteps` [B] as the objective gives them. `noisy` [B, C, h, w], or with extra inputs [B, C + E, h, w].
+        Args:
+            noisy: noisy latents [B, C, h, w], or [B, C + E, h, w] with E channels of extra inputs.
+            timesteps: [B], as `Objective.timesteps` returns them.
+            cond: the conditioning tensors of `encode_prompts`, name -> [B, ...].
+            geometry: the original size and crop of each image, for families that read them.
         """
 
 

@@ -1,4 +1,4 @@
-"""Images to latents and back: a VAE, or nothing at all for models that work on pixels."""
+"""Converts images to latents and back: with a VAE, or unchanged for models that work on pixels."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from finetune.families.parts import Parts
 
 
 class ImageCodec(ABC):
-    """What the denoiser works on, made of images.
+    """Converts images to the latents that the denoiser works on, and back.
 
     Attributes:
-        parts: the parts that it computes with; empty for none.
+        parts: the parts of the family that it uses; empty for none.
         factor: image pixels per latent pixel, on each side.
-        channels: of the latents.
-        scaling: latents are what the VAE gives (less an offset, in some) times this.
+        channels: the number of latent channels.
+        scaling: latents = (VAE output - offset) * scaling; only some families have an offset.
     """
 
     parts: ClassVar[tuple[str, ...]] = ()
@@ -29,7 +29,8 @@ class ImageCodec(ABC):
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Latents:
-        """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/f, W/f], float32, no gradient."""
+        """Pixels [B, 3, H, W] in [-1, 1] -> mean and standard deviation of the scaled latents [B, C, H/f, W/f] with
+        f = `factor`; float32, no gradient."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class VaeCodec(ImageCodec):
 
 
 class PixelCodec(ImageCodec):
-    """Latents are the pixels themselves, without a spread (DeepFloyd IF, arXiv:2205.11487)."""
+    """The latents are the pixels themselves, with standard deviation 0 (DeepFloyd IF, arXiv:2205.11487)."""
 
     factor, channels = 1, 3
 

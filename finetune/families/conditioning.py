@@ -1,10 +1,10 @@
-"""UNets that read more than noisy latents: what is painted over (inpaint), a depth map (depth), a picture (edit).
+"""UNets with extra inputs: a mask and a masked image (inpaint), a depth map (depth), or an image to edit (edit).
 
-The extra inputs are channels behind the noisy latents, of the latents' size:
+The extra inputs are channels after the noisy latents, with the same height and width:
 
-- inpaint: the mask (1 where it is painted), and the latents of the picture without what is painted (arXiv:2112.10752);
+- inpaint: the mask (1 where the model paints), and the latents of the image without that area (arXiv:2112.10752);
 - depth: a depth map in [-1, 1] (Stable Diffusion 2 depth);
-- edit: the latents of the picture that is edited, not scaled (arXiv:2211.09800).
+- edit: the unscaled latents of the image to edit (arXiv:2211.09800).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ GREY = 0.5
 
 
 def channels(kind: str, latent_channels: int = 4) -> int:
-    """How many channels stand behind the noisy latents."""
+    """The number of extra channels after the noisy latents."""
     return {"": 0, "inpaint": 1 + latent_channels, "depth": 1, "edit": latent_channels}[kind]
 
 
 def kind_of(config: dict[str, Any]) -> str | None:
-    """What a UNet of this config reads beside its latents: "" for nothing, None for what is not known."""
+    """The kind of extra inputs of a UNet with this config: "" for none, None if unknown."""
     latent = config.get("out_channels", 4)  # old configs omit both
     extra = config.get("in_channels", 4) - latent
     return next((kind for kind in ("", *KINDS) if channels(kind, latent) == extra), None)
@@ -35,7 +35,7 @@ def kind_of(config: dict[str, Any]) -> str | None:
 
 @torch.no_grad()
 def widen(unet: Any, extra: int) -> None:
-    """Lets `conv_in` read `extra` more channels through weights of zero, so that nothing changes at first
+    """Extends `conv_in` by `extra` input channels with zero weights, so that the output does not change at first
     (arXiv:2211.09800 section 3.2)."""
     old: nn.Conv2d = unet.conv_in
     assert old.bias is not None
@@ -49,7 +49,7 @@ def widen(unet: Any, extra: int) -> None:
 
 
 def pipeline_inputs(kind: str, side: int, count: int, given: ImageCondition | None) -> dict[str, Any]:
-    """What the pipeline of this kind is called with."""
+    """The arguments for the pipeline of this kind."""
     given = given or nothing(kind, side)
     image = _repeated(given.image, side, count)
     if kind == "edit":
@@ -58,13 +58,13 @@ def pipeline_inputs(kind: str, side: int, count: int, given: ImageCondition | No
     beside = _repeated(given.beside, side, count)
     if kind == "inpaint":
         return {"image": image, "mask_image": beside, "strength": 1.0, "width": side, "height": side}
-    # the depth pipeline starts from the picture under most of the noise: from grey, the depth map alone decides
+    # the depth pipeline starts from the image with most of the noise added: with grey, only the depth map matters
     return {"image": torch.full_like(image, GREY), "depth_map": beside[:, 0], "strength": 1.0}
 
 
 def nothing(kind: str, side: int) -> ImageCondition:
-    """What is drawn from where nothing is given: grey that is painted over whole, depth that falls from the bottom of
-    the picture to its top, or black that is edited."""
+    """The default input image: grey and fully masked (inpaint), with a depth that falls from bottom to top (depth), or
+    black (edit)."""
     image = torch.full((3, side, side), 0.0 if kind == "edit" else GREY)
     ramp = torch.linspace(0, 1, side).view(1, side, 1).expand(1, side, side)
     return ImageCondition(image, {"inpaint": torch.ones_like(ramp), "depth": ramp}.get(kind))

@@ -1,4 +1,4 @@
-"""The JSON configs of a diffusers folder, and what they may ask for."""
+"""Reads the JSON configs of a diffusers folder, and refuses values that no real base has."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from finetune.core.files import leads_out
 from finetune.core.reading import read_json
 
 AGAIN = "fetch the base again"
-LARGEST = 2**24  # of any number in a part's config: the largest vocabulary has 2**18
-LAYERS = 500  # of any kind
-BLOCKS = 2_000  # of a UNet: blocks x layers x transformer layers; SDXL's are 60
+LARGEST = 2**24  # limit for any number in a part's config: the largest vocabulary has 2**18 words
+LAYERS = 500  # limit for layers of any kind
+BLOCKS = 2_000  # limit for a UNet's blocks x layers x transformer layers; SDXL's are 60
 LIMITS = {
     "num_train_timesteps": 100_000,
     "sample_size": 4_096,
@@ -25,9 +25,9 @@ LIMITS = {
     "max_position_embeddings": 100_000,
     "extra_ids": 1_000,
 }
-# what the libraries raise where a config has a value of another kind
+# the libraries raise these if a config has a value of the wrong type
 UNFIT = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
-# what makes transformers and diffusers fetch and run other code than their own
+# settings that make transformers and diffusers download and run other code
 CODE = ("attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config")
 
 
@@ -43,22 +43,22 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 @contextmanager
 def well_formed(folder: Path) -> Iterator[None]:
-    """What a library raises inside, where a config has a value of another kind than it should, is the base's fault."""
+    """Turns errors that a library raises for wrong values in a config into BadInput."""
     try:
         yield
     except BadInput:
         raise
     except (*UNFIT, StrictDataclassError, ImportError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise BadInput(f"{folder} is no base that can be read, as its configs are ({reason}): {AGAIN}") from error
+        raise BadInput(f"the base {folder} can't be read because its configs are wrong ({reason}): {AGAIN}") from error
 
 
 def check_configs(folder: Path, parts: Sequence[str]) -> None:
-    """Reads every JSON file of a base's parts before a library does, which would go on for as long as it is told to.
+    """Checks every JSON file of a base's parts before a library reads it: a library would follow any value in it.
 
     Raises:
-        BadInput: one is broken, or asks for more than any base has, or for code that is not the libraries' own; an
-            index names something else than weights beside it; a link leads out of a tokenizer's folder.
+        BadInput: a file is broken, exceeds the limits, or asks for foreign code; an index names files other than the
+            weights beside it; a link leads out of a tokenizer's folder.
     """
     read_config(folder, "model_index.json")
     names = {*parts, *(path.name for path in folder.glob("tokenizer*"))}
@@ -71,15 +71,21 @@ def check_configs(folder: Path, parts: Sequence[str]) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises: BadInput: a file of a tokenizer, which exports pass on as it is, lies outside of the base."""
+    """Checks a tokenizer's files, which exports copy unchanged.
+
+    Raises:
+        BadInput: a file is a link to a file outside of the base.
+    """
     for file in sorted(folder.glob("tokenizer*/*")):
         if leads_out(file, folder):
             raise BadInput(f"{file} is a link that leads out of {folder}: put the file itself there")
 
 
 def check_index(file: Path) -> None:
-    """Raises:
-    BadInput: the index of a model in several files names one that is no safetensors file in its own folder.
+    """Checks the index of a model that is stored in several files.
+
+    Raises:
+        BadInput: it names something else than a safetensors file in its own folder.
     """
     weights = read_json(file, dict, AGAIN).get("weight_map")
     named = list(weights.values()) if isinstance(weights, dict) else [weights]
@@ -87,13 +93,14 @@ def check_index(file: Path) -> None:
     for name in dict.fromkeys(map(str, named)):
         if not re.fullmatch(rf"[\w.-]+{kind}", name) or name.startswith("."):
             raise BadInput(
-                f"{file} names {name[:80]!r}, which is no {kind[2:]} file beside it: convert the base to safetensors, "
+                f"{file} names {name[:80]!r}, which is not a {kind[2:]} file beside it: convert the base to "
+                "safetensors, "
                 "or fetch it again"
             )
 
 
 def _check_values(file: Path, config: dict[str, Any]) -> None:
-    """Raises: BadInput: as `check_configs`, of one file."""
+    """Raises BadInput as `check_configs` does, for one file."""
     chosen = next((key for key in CODE if config.get(key) is not None), None)
     if chosen is not None:
         raise BadInput(
@@ -105,17 +112,18 @@ def _check_values(file: Path, config: dict[str, Any]) -> None:
         if file.name == "tokenizer_config.json" and key not in LIMITS:
             continue  # its lengths may be 10**30, for "no limit"
         if value > limit:
-            raise BadInput(f"{file}: {key} is {value:.12g}, more than {limit:,}, the most that is read: {AGAIN}")
-    values = dict(sorted(_numbers(config)))  # of several under one key the largest
+            raise BadInput(f"{file}: {key} is {value:.12g}, more than the limit of {limit:,}: {AGAIN}")
+    values = dict(sorted(_numbers(config)))  # the largest of several values with one key
     blocks = values.get("len(block_out_channels)", 1)
     blocks *= values.get("layers_per_block", 1) * values.get("transformer_layers_per_block", 1)
     if blocks > BLOCKS:
-        raise BadInput(f"{file}: the number of its blocks is {blocks:,.0f}, more than {BLOCKS:,}: {AGAIN}")
+        raise BadInput(
+            f"{file}: the number of its blocks is {blocks:,.0f}, more than the limit of {BLOCKS:,}: {AGAIN}"
+        )
 
 
 def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Each number of a config by the key that it stands under, in lists and inner objects too; a list counts as its
-    length."""
+    """(key, number) for each number in a config, also inside lists and nested objects, and for each list's length."""
     left: list[tuple[str, Any]] = list(config.items())
     while left:
         key, value = left.pop()

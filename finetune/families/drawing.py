@@ -1,4 +1,4 @@
-"""What draws: a diffusers pipeline around the family's own modules, and what it is called with."""
+"""Draws images: builds a diffusers pipeline from the family's own modules, and its arguments."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageCondition:
-    """What an image is drawn from, by bases that draw from images.
+    """The input image for bases that draw from images.
 
-    `picture` [3, H, W] and `beside` [1, H, W] (the mask of what is painted, or a depth map) are in [0, 1];
-    `guidance` is how closely an edit keeps to the image (arXiv:2211.09800 eq. 3).
+    `picture` [3, H, W] is the image, and `beside` [1, H, W] the inpainting mask or the depth map, both in [0, 1].
+    `guidance` is the image guidance scale: how closely an edit follows the image (arXiv:2211.09800 eq. 3).
     """
 
     image: Tensor
@@ -34,27 +34,35 @@ class Drawing(ABC):
 
     @abstractmethod
     def pipeline(self, sampler: str | None = None) -> Any:
-        """The diffusers pipeline around these very modules (adapted, if they are). Released parts are read again."""
+        """A diffusers pipeline of the family's current modules, adapters included. Released parts are loaded again.
+
+        Raises:
+            BadInput: this base can't be drawn with `sampler`.
+        """
 
     @abstractmethod
     def check_sampler(self, sampler: str) -> None:
-        """Raises BadInput for a sampler that this base can't be drawn with."""
+        """Checks that this base can be drawn with `sampler`.
+
+        Raises:
+            BadInput: it can't.
+        """
 
     def arguments(self, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
-        """What the pipeline is called with for a guidance scale and one negative prompt for each image."""
+        """The pipeline's arguments for a guidance scale and one negative prompt for each image."""
         return {"guidance_scale": guidance, "negative_prompt": list(negatives)}
 
     def inputs(self, side: int, count: int, steps: int, given: ImageCondition | None) -> dict[str, Any]:
-        """What the pipeline is called with for `count` images of this side length in pixels; `given`: what they are
-        drawn from, by families that draw from images (None: from nothing)."""
+        """The pipeline's arguments for `count` square images of `side` pixels, drawn in `steps` steps. `given`: the
+        input image, for families that draw from images; None for a neutral one."""
         return {"width": side, "height": side}
 
 
 class DiffusersDrawing(Drawing):
-    """A pipeline of diffusers, made of the family's parts by the names of their folders."""
+    """Draws with a diffusers pipeline, whose arguments are the family's parts under the names of their folders."""
 
     def __init__(self, family: Family, scheduler: Any) -> None:
-        """`scheduler`: the base's own."""
+        """`scheduler`: the base's own diffusers scheduler."""
         self.family, self.scheduler = family, scheduler
 
     def check_sampler(self, sampler: str) -> None:
@@ -75,14 +83,15 @@ class DiffusersDrawing(Drawing):
         return made
 
     def pipeline_name(self) -> str:
+        """The name of the pipeline's class in diffusers."""
         return self.family.pipeline_class
 
     def extras(self) -> dict[str, Any]:
-        """Further arguments of the pipeline's class: what it asks for and the family does not have."""
+        """Arguments that the pipeline's class needs in addition to the family's parts."""
         return {}
 
     def _parts(self) -> dict[str, Any]:
-        """Models and tokenizers by the names of the pipeline's arguments: those of the folder; None if left out."""
+        """Models and tokenizers by the names of the pipeline's arguments, which are folder names; None if left out."""
         family = self.family
         models: dict[str, Any] = {source.folder: family.parts.get(name) for name, source in family.sources.items()}
         names = [name for name in family.sources if name.startswith("text_encoder")]

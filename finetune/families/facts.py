@@ -1,4 +1,4 @@
-"""What a base is, told from its configs alone: no weights are read."""
+"""Describes a base from its configs alone, without reading its weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def facts(folder: Path) -> dict[str, str]:
     """Family, objective, schedule, resolution, encoders, sizes and weights of a diffusers folder, as text.
 
     Raises:
-        BadInput: it is no diffusers folder, or of no supported family.
+        BadInput: the folder is not a diffusers folder, or its family is not supported.
     """
     with well_formed(folder):
         return _facts(folder)
@@ -70,4 +70,4 @@ def _weights(folder: Path) -> str:
     if safe:
         return f"safetensors, {safe / 1e9:.2f} GB"
     pickled = sum(file.stat().st_size for file in folder.rglob("*.bin"))
-    return f"pickles, {pickled / 1e9:.2f} GB: read with --allow-pickle only" if pickled else "none here"
+    return f"pickles, {pickled / 1e9:.2f} GB: only read with --allow-pickle" if pickled else "none here"

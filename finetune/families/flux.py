@@ -19,13 +19,13 @@ from finetune.families.naming.mmdit import DENOISER_UIS, FLUX_NAMES, JoinedNamin
 from finetune.families.parts import PartSource
 from finetune.families.transformer import TransformerFamily
 
-# [dev] is distilled to read its guidance scale; trained on photos, which no guidance has sharpened, it is 1
+# [dev] reads its guidance scale as an input; for training on photos, which no guidance has changed, it is 1
 TRAINING_GUIDANCE = 1.0
 
 
 class FluxDrawing(DiffusersDrawing):
     def arguments(self, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
-        """A distilled model takes the guidance scale as an input; a negative prompt is for the others."""
+        """A distilled model reads the guidance scale as an input; only other models use negative prompts."""
         return {"guidance_scale": guidance, "max_sequence_length": self.family.text_length(1)}
 
 
@@ -53,7 +53,7 @@ class Flux(TransformerFamily):
 
     @classmethod
     def resolution_of(cls, folder: Path) -> int:
-        """The VAE's: the transformer has no size of its own."""
+        """The VAE's resolution: the transformer's config has none."""
         return int(diffusers.AutoencoderKL.load_config(folder / "vae").get("sample_size", 1024))
 
     def _check_widths(self) -> None:
@@ -62,8 +62,8 @@ class Flux(TransformerFamily):
         if (clip, t5) != (config.pooled_projection_dim, config.joint_attention_dim):
             raise BadInput(
                 f"in {self.folder} the transformer reads text of widths {config.pooled_projection_dim} and "
-                f"{config.joint_attention_dim} but the text encoders write {clip} and {t5}: they are of different "
-                "bases, put the right ones together"
+                f"{config.joint_attention_dim} but the text encoders return {clip} and {t5}: they belong to different "
+                "bases, use parts of one base"
             )
 
     def encode_text(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class Flux(TransformerFamily):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, 2h, 2w] -> [B, h w, 4 C]: each 2x2 patch a token."""
+    """[B, C, 2h, 2w] -> [B, h w, 4 C]: each 2x2 patch becomes one token."""
     patches = latents.unfold(2, 2, 2).unfold(3, 2, 2)  # [B, C, h, w, 2, 2]
     return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 

@@ -1,4 +1,4 @@
-"""What all families share that are loaded from diffusers folders: parts, tokenizing, widths of text."""
+"""Shared code of the families that are loaded from diffusers folders: parts, tokenizers, and checks of text widths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONGEST = 10_000  # characters of a prompt: the longest encoder reads 512 tokens
 
 
 class DiffusersFamily(Family):
-    # the longest text that the sampling pipeline gives to a T5 encoder; CLIP's length is its tokenizer's
+    # the number of tokens that the sampling pipeline passes to a T5 encoder; CLIP's number comes from its tokenizer
     t5_length: ClassVar[int] = 256
     drawing_class: ClassVar[type[DiffusersDrawing]] = DiffusersDrawing
 
@@ -76,22 +76,23 @@ class DiffusersFamily(Family):
 
     @property
     def hidden_width(self) -> int:
-        """The width of text that the denoiser reads."""
+        """The width of the text hidden states that the denoiser reads."""
         config = cast(Any, self.parts["denoiser"]).config
         return int(getattr(config, "cross_attention_dim", None) or config.joint_attention_dim)
 
     def _check_widths(self) -> None:
-        """The denoiser reads the text encoders' hidden states, side by side."""
+        """Checks that the denoiser reads the concatenated hidden states of the text encoders."""
         widths = [int(cast(Any, self.parts[name]).config.hidden_size) for name in self.text_encoders]
         if sum(widths) != self.hidden_width:
             raise BadInput(
                 f"in {self.folder} the {self.sources['denoiser'].folder} reads text of width {self.hidden_width} but "
-                f"the text encoder(s) write {' + '.join(map(str, widths))}: they are of different bases, put the "
-                "right ones together"
+                f"the text encoder(s) return {' + '.join(map(str, widths))}: they belong to different bases, use "
+                "parts "
+                "of one base"
             )
 
     def _check_tokens(self) -> None:
-        """Each token has a row in its encoder's table, and each tokenizer a length and something to fill it with."""
+        """Checks that each token has a row in its encoder's table, and each tokenizer a length and a padding token."""
         for part, tokenizer in zip(self.text_encoders, self.tokenizers, strict=False):
             rows, last = int(cast(Any, self.parts[part]).config.vocab_size), max(tokenizer.get_vocab().values())
             length = tokenizer.model_max_length
@@ -105,7 +106,7 @@ class DiffusersFamily(Family):
         return issubclass(self.sources[self.text_encoders[index]].kind, transformers.T5EncoderModel)
 
     def lora_targets(self, part: str, choice: str) -> list[str]:
-        """Full paths of the modules that a LoRA of this choice adapts; deterministic order."""
+        """Full paths of the modules that a LoRA of this choice adapts, in a fixed order."""
         if part == "denoiser":
             return self._denoiser_targets(choice)
         dead = self.unused_parameters.get(part, ())
@@ -123,7 +124,11 @@ class DiffusersFamily(Family):
         return min(own, self.t5_length) if self._is_t5(index) else own
 
     def tokenize(self, index: int, prompts: Sequence[str]) -> Tensor:
-        """Token ids [B, length] of the `index`-th tokenizer; what does not fit is cut, and a warning names it."""
+        """Token ids [B, length] of the `index`-th tokenizer. Text beyond the length is cut, and a warning shows it.
+
+        Raises:
+            BadInput: a prompt has too many characters.
+        """
         length = self.text_length(index)
         if not self.tokenizers:
             return torch.zeros(len(prompts), length, dtype=torch.long, device="meta")
@@ -137,7 +142,7 @@ class DiffusersFamily(Family):
             if len(whole) > length:
                 cut = tokenizer.decode(whole[length - 1 : -1])
                 warnings.warn(
-                    f"the prompt {prompt!r} is longer than {length} tokens; {cut!r} is not read: shorten it",
+                    f"the prompt {prompt!r} is longer than {length} tokens; {cut!r} is ignored: shorten it",
                     stacklevel=2,
                 )
         settings = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
@@ -154,9 +159,10 @@ class DiffusersFamily(Family):
 
 
 def _tokenizer(folder: Path, encoder: Any) -> Any:
-    """The tokenizer of a CLIP or T5 encoder; for CLIP two lengths are checked that a wrong layout silently breaks."""
+    """The tokenizer of a CLIP or T5 encoder. For CLIP, the vocabulary and the length are checked, because a folder
+    with missing files loads with wrong ones and without an error."""
     if not folder.is_dir():
-        raise BadInput(f"{folder.parent} has no {folder.name} folder: the base must be a whole diffusers folder")
+        raise BadInput(f"{folder.parent} has no {folder.name} folder: the base must be a complete diffusers folder")
     if issubclass(encoder, transformers.T5EncoderModel):
         return transformers.T5Tokenizer.from_pretrained(folder)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)

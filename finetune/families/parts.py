@@ -1,4 +1,4 @@
-"""What loads: where a base's parts lie in its folder, and the loaded modules with the memory that they take."""
+"""The parts of a base: where they are in its folder, how they are loaded, and where they are in memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from finetune.families.weights import load_weights
 class PartSource:
     """One part of a base: its folder in a diffusers folder, and the diffusers or transformers class of its model.
 
-    `optional`: a base may lack it, and a recipe may leave it out. `fp32_for_fp16`: it overflows in fp16, and stays in
-    fp32 then.
+    `optional`: a base may lack it, and a recipe may leave it out. `fp32_for_fp16`: it overflows in fp16, so it stays
+    in fp32 when the base is loaded in fp16.
     """
 
     folder: str
@@ -34,13 +34,13 @@ class PartSource:
         return (base / self.folder / "config.json").is_file()
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """In which it is held where the base is held in `dtype`."""
+        """The part's precision when the base is loaded in `dtype`."""
         return torch.float32 if self.fp32_for_fp16 and dtype == torch.float16 else dtype
 
     def skeleton(self, base: Path) -> nn.Module:
-        """The model from its config alone, on torch's default device: random weights, or none on meta."""
+        """The model built from its config alone, on torch's default device, with random weights (none on meta)."""
         folder = base / self.folder
-        read_config(folder, "config.json")  # its limits, before a library goes by it
+        read_config(folder, "config.json")  # checks its limits before a library reads it
         with well_formed(folder):
             return self._from_config(folder)
 
@@ -52,16 +52,16 @@ class PartSource:
         return module
 
     def load(self, base: Path, dtype: torch.dtype) -> nn.Module:
-        """The model with its weights, frozen and in eval mode.
+        """Loads the model with its weights, frozen and in eval mode.
 
         Raises:
-            BadInput: it is missing or damaged.
+            BadInput: its files are missing or damaged.
         """
         if not self.is_in(base):
-            raise BadInput(f"{base} has no {self.folder}/config.json: the base must be a whole diffusers folder")
+            raise BadInput(f"{base} has no {self.folder}/config.json: the base must be a complete diffusers folder")
         module: Any = load_weights(base / self.folder, self.kind, self.dtype(dtype))
         if issubclass(self.kind, diffusers.AutoencoderKL):
-            module.enable_slicing()  # one image at a time: eight of 1024 pixels need no more memory than one
+            module.enable_slicing()  # one image at a time: memory does not grow with the batch
         frozen: nn.Module = module.requires_grad_(False).eval()
         return frozen
 
@@ -70,7 +70,7 @@ PartSources = Mapping[str, PartSource]
 
 
 def present(sources: PartSources, folder: Path, without: Sequence[str] = ()) -> list[str]:
-    """The names of the parts to load: all but those left out, and optional ones that the folder lacks.
+    """The names of the parts to load: all, except those in `without` and optional ones that the folder lacks.
 
     Raises:
         BadInput: `without` names a part that is needed.
@@ -87,8 +87,8 @@ def present(sources: PartSources, folder: Path, without: Sequence[str] = ()) -> 
 def skeletons(
     sources: PartSources, folder: Path, parts: Sequence[str], device: torch.device | str = "meta"
 ) -> dict[str, nn.Module]:
-    """Those of `parts` that the folder has, built from the configs: no weights are read. On another device than meta
-    they are random."""
+    """Builds those of `parts` that the folder has from their configs: part name -> module. No weights are read: they
+    are absent on the meta device, and random on others."""
     with torch.device(device):
         return {
             name: source.skeleton(folder)
@@ -98,7 +98,7 @@ def skeletons(
 
 
 class Released(nn.Module):
-    """Stands where a part was dropped from memory: it still answers for its config and its dtype."""
+    """A placeholder for a part that was dropped from memory. It still has the part's config and dtype."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -109,34 +109,35 @@ class Parts(dict[str, nn.Module]):
     """The loaded parts of a base by name: "denoiser", "vae", "text_encoder", and for some "text_encoder_2" and "_3".
 
     Attributes:
-        device: where they compute. Each is there while it is needed (`place`), and in the CPU's memory otherwise.
-        keep_released: parts that are released wait in the CPU's memory, instead of being read again from the disk.
+        device: where parts compute. `place` moves those there that are needed; others can wait in the CPU's memory.
+        keep_released: released parts stay in the CPU's memory, instead of being loaded again from the disk.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], read: Callable[[str], nn.Module]) -> None:
-        """`read` loads one part again."""
+        """`read` loads the part with a given name again."""
         super().__init__(modules)
         self._read = read
         self.device = torch.device("cpu")
         self.keep_released = False
 
     def replaced_by(self, modules: Mapping[str, nn.Module]) -> Parts:
-        """Other modules under the same rules, on the same device."""
+        """Other modules with the same settings and on the same device."""
         other = Parts(modules, self._read)
         other.device, other.keep_released = self.device, self.keep_released
         return other
 
     def dtype(self, name: str) -> torch.dtype:
-        """A part's dtype, also while it is released."""
+        """A part's dtype, even while it is released."""
         return dtype_of(self[name])
 
     def to(self, device: torch.device | str) -> None:
-        """Computes on `device` from now on, and puts every part there."""
+        """Moves every part to `device`, where they compute from now on."""
         self.device = torch.device(device)
         self.place(list(self))
 
     def place(self, parts: Sequence[str]) -> None:
-        """Puts `parts` on the device and all others into the CPU's memory: T5 need not lie beside Flux."""
+        """Moves `parts` to the device and all others to the CPU's memory, so that T5 and Flux, for example, need not
+        be on the GPU together."""
         for name, part in self.items():
             if name not in parts:
                 part.to("cpu")
@@ -144,8 +145,8 @@ class Parts(dict[str, nn.Module]):
             self[name].to(self.device)
 
     def release(self, parts: Sequence[str]) -> None:
-        """Frees the device of frozen parts whose work is done, and the CPU's memory too unless `keep_released`;
-        `restore` brings them back."""
+        """Removes frozen parts that are no longer needed from the device, and from the CPU's memory too unless
+        `keep_released`. `restore` brings them back."""
         for name in parts:
             if self.keep_released:
                 self[name].to("cpu")
@@ -154,13 +155,13 @@ class Parts(dict[str, nn.Module]):
         empty_cache()
 
     def restore(self, parts: Sequence[str] | None = None) -> None:
-        """Reads released parts (None: all) again."""
+        """Loads released parts (None: all) again."""
         for name in self if parts is None else parts:
             if isinstance(self[name], Released):
                 self[name] = self._read(name)
 
     def fit(self) -> bool:
-        """Whether all can lie on the device together, with a tenth of its memory left for the images."""
+        """Whether all parts fit on the device together, with a tenth of its memory left for the images."""
         if self.device.type != "cuda":
             return True
         tensors = [p for part in self.values() for p in part.parameters()]

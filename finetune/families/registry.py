@@ -1,4 +1,4 @@
-"""Which family a diffusers folder is of."""
+"""Finds the family of a diffusers folder."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ FAMILIES: Registry[Family] = Registry(Family, "finetune.families", lambda item: 
 
 
 def denoiser_folders() -> list[str]:
-    """Where the denoiser lies in a diffusers folder: "unet", "transformer"."""
+    """The folders of a diffusers base that may hold the denoiser: "unet", "transformer"."""
     return sorted({family.sources["denoiser"].folder for family in FAMILIES.values()}, reverse=True)
 
 
 def family_of(folder: Path) -> type[Family]:
-    """The family of a diffusers folder, told from its configs."""
+    """The family of a diffusers folder, recognised from its configs.
+
+    Raises:
+        BadInput: the folder is not a diffusers folder, or its family is not supported.
+    """
     index = read_config(folder, "model_index.json")
     part = next((name for name in denoiser_folders() if (folder / name / "config.json").is_file()), None)
     if part is None:
         wanted = " or ".join(f"{name}/config.json" for name in denoiser_folders())
-        raise BadInput(f"{folder} has no {wanted}: the base must be a whole diffusers folder")
+        raise BadInput(f"{folder} has no {wanted}: the base must be a complete diffusers folder")
     denoiser = read_config(folder, f"{part}/config.json")
     with well_formed(folder):
         family = next((family for family in FAMILIES.values() if family.matches(index, denoiser)), None)
@@ -40,7 +44,7 @@ def family_of(folder: Path) -> type[Family]:
 
 
 def weight_shapes(folder: Path) -> dict[str, dict[str, torch.Size]]:
-    """part -> module path, without `text_model.` -> its weight's shape; from configs alone, on the meta device."""
+    """part -> module path, without `text_model.` -> the shape of its weight. Only configs are read."""
     return {
         part: {
             strip_text_model(path): child.weight.shape
@@ -52,7 +56,7 @@ def weight_shapes(folder: Path) -> dict[str, dict[str, torch.Size]]:
 
 
 def own_paths(folder: Path) -> dict[str, dict[str, str]]:
-    """part -> module path without `text_model.` -> the path that the module really has: PEFT goes by it."""
+    """part -> module path without `text_model.` -> the module's real path, which PEFT uses."""
     return {
         part: {strip_text_model(path): path for path, _ in skeleton.named_modules()}
         for part, skeleton in family_of(folder).skeletons(folder).items()

@@ -1,4 +1,4 @@
-"""Samplers by the names that people use, each made from the base's own schedule."""
+"""Samplers by their common names, built with the base's own noise schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}),
 }
 
-# what a base's scheduler_config.json may name: a config is somebody's file, and diffusers has more than schedulers
+# the classes that a base's scheduler_config.json may name: with others, a downloaded config could load any class
 KNOWN = {
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler",
     "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
@@ -36,25 +36,31 @@ def read_scheduler(folder: Path) -> Any:
     """A base's own scheduler.
 
     Raises:
-        BadInput: there is none, its class is not one of `KNOWN`, or its schedule is not supported.
+        BadInput: it is missing, its class is not one of `KNOWN`, or its schedule is not supported.
     """
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
-        raise BadInput(f"{folder} has no scheduler/scheduler_config.json: it tells what the base predicts")
+        raise BadInput(
+            f"{folder} has no scheduler/scheduler_config.json, which states what the base predicts: add it, or fetch "
+            "the base again"
+        )
     config = read_config(folder, "scheduler/scheduler_config.json")
     name = config.get("_class_name", "DDIMScheduler")
     if not isinstance(name, str) or name not in KNOWN:
         raise BadInput(
-            f"{file} names {str(name)[:80]!r}, which is no scheduler of this list: {', '.join(sorted(KNOWN))}; mend it"
+            f"{file} names the scheduler {str(name)[:80]!r}: change it to one of {', '.join(sorted(KNOWN))}"
         )
-    read_schedule(config)  # refuses what is not supported, where diffusers would raise
+    read_schedule(config)  # raises BadInput before diffusers raises errors of its own
     return getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
 
 
 def make_scheduler(base: Any, sampler: str | None) -> Any:
-    """The scheduler called `sampler` with the noise schedule of `base` (a diffusers scheduler); None keeps `base`.
+    """The scheduler called `sampler` with the noise schedule of `base` (a diffusers scheduler); None returns `base`.
 
-    Only the schedule is taken over: a base's own sampling settings belong to its own sampler.
+    Only the noise schedule is copied: the other settings of `base` belong to its own sampler.
+
+    Raises:
+        BadInput: the sampler is unknown, or does not fit the base.
     """
     if sampler is None:
         return base
@@ -72,7 +78,7 @@ def make_scheduler(base: Any, sampler: str | None) -> Any:
 
 
 def _for_flow(base: Any, sampler: str, name: str) -> Any:
-    """Euler is the flow's own scheduler; the others take its noise levels and its shift."""
+    """For flows: "euler" is the base's own scheduler; the others use its noise levels and shift."""
     if sampler == "euler":
         return type(base).from_config(base.config)
     if sampler == "ddim":

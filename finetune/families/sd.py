@@ -78,7 +78,7 @@ class StableDiffusion1(UNetFamily):
 
 
 class StableDiffusion2(StableDiffusion1):
-    """The same parts; told by the linear projections round its attention blocks."""
+    """The same parts as SD1; recognised by the linear projections around its attention blocks."""
 
     name = "sd2"
     naming = UNetNaming(

@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5: a multimodal transformer on a rectified flow (arXiv:2403.03206), three text encoders.
 
-T5 may be absent: its tokens are zeros then, as the model was trained to bear.
+T5 may be absent. Its tokens are then zeros, which the model has seen in training.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class StableDiffusion3(TransformerFamily):
 
     def _find_unused_parameters(self) -> dict[str, tuple[str, ...]]:
         last = f"transformer_blocks.{cast(Any, self.parts['denoiser']).config.num_layers - 1}.attn"
-        # the last block drops its text tokens: what they would have asked for is read by nothing
+        # the last block drops its text tokens, so nothing reads their queries
         return {"denoiser": (f"{last}.add_q_proj", f"{last}.norm_added_q")}
 
     @classmethod
@@ -67,14 +67,16 @@ class StableDiffusion3(TransformerFamily):
         return pixels
 
     def _check_widths(self) -> None:
-        """T5's tokens are as wide as the denoiser reads; CLIP's two are put side by side and padded to that."""
+        """Checks that T5's width is the denoiser's, and that CLIP's two widths together, which are padded, fit in
+        it."""
         clip = [cast(Any, self.parts[name]).config.hidden_size for name in ("text_encoder", "text_encoder_2")]
         t5 = [cast(Any, self.parts[T5]).config.d_model] if T5 in self.parts else []
         if sum(clip) > self.hidden_width or any(width != self.hidden_width for width in t5):
             raise BadInput(
                 f"in {self.folder} the transformer reads text of width {self.hidden_width} but the text encoders "
-                f"write {' + '.join(map(str, clip))} and {t5 or 'nothing'}: they are of different bases, put the "
-                "right ones together"
+                f"return {' + '.join(map(str, clip))} and {t5 or 'nothing'}: they belong to different bases, use "
+                "parts "
+                "of one base"
             )
 
     def encode_text(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:

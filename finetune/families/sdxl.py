@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders joined, a pooled embedding, and the picture's sizes as conditions."""
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and the image sizes as conditions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StableDiffusionXL(UNetFamily):
     drawing_class = SDXLDrawing
     sources: ClassVar = {
         "denoiser": PartSource("unet", diffusers.UNet2DConditionModel),
-        "vae": PartSource("vae", diffusers.AutoencoderKL, fp32_for_fp16=True),  # it overflows: black images
+        "vae": PartSource("vae", diffusers.AutoencoderKL, fp32_for_fp16=True),  # fp16 overflows: black images
         "text_encoder": PartSource("text_encoder", transformers.CLIPTextModel),
         "text_encoder_2": PartSource("text_encoder_2", transformers.CLIPTextModelWithProjection),
     }
@@ -63,7 +63,7 @@ class StableDiffusionXL(UNetFamily):
         last = encoder.config.num_hidden_layers - 1
         names = {name for name, _ in encoder.named_modules()}
         wrapper = "text_model." if "text_model" in names else ""
-        # the UNet reads the second-last layer: nothing after it gets a gradient, and DDP fails on such weights
+        # the UNet reads the second-last layer, so later weights get no gradient, and DDP fails on such weights
         return {"text_encoder": (f"{wrapper}encoder.layers.{last}.", f"{wrapper}final_layer_norm")}
 
     def encode_text(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ class StableDiffusionXL(UNetFamily):
         denoiser: Any = self.parts["denoiser"]
         read = self._read(noisy)
         dtype = read.dtype
-        # the sizes stay fp32: bf16 would tell 1365 pixels as 1368, whose embedding is another one
+        # the sizes stay fp32: bf16 would round 1365 pixels to 1368, which has another embedding
         added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": self._time_ids(geometry).to(noisy.device)}
         predicted: Tensor = denoiser(
             read,

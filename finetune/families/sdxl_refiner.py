@@ -1,6 +1,6 @@
-"""The SDXL refiner: a second UNet, with one text encoder, to finish what SDXL began (arXiv:2307.01952 section 2.5).
+"""The SDXL refiner: a UNet with one text encoder that refines SDXL's images (arXiv:2307.01952 section 2.5).
 
-It draws from pictures: the noise levels it was trained on are the lowest 200 of 1000. In place of the target size it
+It starts from an image: it was trained on the lowest 200 of 1000 noise levels only. Instead of the target size it
 reads an aesthetic score.
 """
 
@@ -21,13 +21,13 @@ from finetune.families.naming.ldm import UNetNaming
 from finetune.families.parts import PartSource
 from finetune.families.sdxl import SDXLDrawing, StableDiffusionXL
 
-SCORE = 6.0  # diffusers' default for what is wanted; 2.5 goes with the negative prompt
-STRENGTH = 0.3  # the share of the noise that a given picture gets: diffusers' default
+SCORE = 6.0  # diffusers' default for the prompt; for the negative prompt it is 2.5
+STRENGTH = 0.3  # the share of the noise that is added to a given image: diffusers' default
 
 
 class RefinerDrawing(SDXLDrawing):
     def inputs(self, side: int, count: int, steps: int, given: ImageCondition | None) -> dict[str, Any]:
-        """A given image is refined. Without one everything is drawn, from the noise over latents of zeros."""
+        """Refines a given image. Without one, it starts from full noise on latents of zeros."""
         if given is None:
             codec = self.family.codec
             latents = side // codec.factor

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Base(Settings):
     """`source`: "tiny", a diffusers folder, a hub id (`revision` pins one) or a single-file checkpoint (.safetensors).
 
-    A file has weights only: configs and tokenizers come from `like`, a folder or hub id of the same kind. `without`
-    leaves parts out that the family can do without (text_encoder_3, the T5 of SD3). `inputs` lets a plain base read a
-    mask and what it leaves, a depth map, or the picture before an edit.
+    A file has only weights: configs and tokenizers come from `like`, a folder or hub id of the same kind. `without`
+    leaves out parts that the family does not need (text_encoder_3, the T5 of SD3). `inputs` extends a plain base to
+    read a mask and a masked image, a depth map, or the image before an edit.
     """
 
     source: str = "tiny"
@@ -30,10 +30,10 @@ class Base(Settings):
     inputs: Literal["inpaint", "depth", "edit"] | None = None
 
     def load(self, dtype: torch.dtype | None = None) -> Family:
-        """The family, frozen; in float32 where no dtype is asked for.
+        """Loads the family, frozen, in `dtype` (None: float32).
 
         Raises:
-            BadInput: as `families.load`.
+            BadInput: as `load_family`.
         """
         import torch
 
@@ -47,7 +47,7 @@ class Base(Settings):
     @field_validator("source", "like")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
-        """As photos are: a run is looked at from other folders too."""
+        """Makes the path absolute, since the run may be used from other folders."""
         path = os.path.expanduser(value or "")
         return os.path.abspath(path) if value != "tiny" and os.path.exists(path) else value
 

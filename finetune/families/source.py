@@ -1,4 +1,4 @@
-"""Where a base comes from: the tiny base, a folder, the hub, a single file; and its hash."""
+"""Finds a base (the tiny base, a folder, a hub id or a single file), loads it, and computes its hash."""
 
 from __future__ import annotations
 
@@ -22,20 +22,25 @@ def load_family(
     like: str | None = None,
     without: Sequence[str] = (),
 ) -> Family:
-    """Loads "tiny", a diffusers folder, a hub id or a single-file checkpoint, frozen and in eval mode; `without` names
-    parts to leave out, where the family can do without.
+    """Loads "tiny", a diffusers folder, a hub id or a single-file checkpoint, frozen and in eval mode. `without` names
+    optional parts to leave out.
 
     Raises:
-        BadInput: nothing is there, it is no diffusers folder, its family is unknown or a part of it is missing.
+        BadInput: the base does not exist, is not a diffusers folder, has an unknown family, or lacks a part.
     """
     folder = resolve_base(source, revision, like)
     return family_of(folder).load(folder, dtype, without)
 
 
 def resolve_base(source: str, revision: str | None = None, like: str | None = None, weights: bool = True) -> Path:
-    """A base's name as a local diffusers folder; a hub id is downloaded (or found in the hub's cache), of which
-    `weights=False` takes the configs alone; a single file is taken apart into the cache, with configs and tokenizers
-    of `like` (None: the family's own on the hub)."""
+    """The local diffusers folder of a base.
+
+    A hub id is downloaded, or found in the hub's cache; `weights=False` downloads only its configs. A single file is
+    converted to a folder in the cache, with the configs and tokenizers of `like` (None: the family's usual hub id).
+
+    Raises:
+        BadInput: the base does not exist, can't be downloaded, or can't be converted.
+    """
     if source == "tiny":
         return _tiny()
     folder = Path(source).expanduser()
@@ -45,7 +50,7 @@ def resolve_base(source: str, revision: str | None = None, like: str | None = No
         return folder.absolute()
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise BadInput(
-            f"the base {source!r} is no folder: give 'tiny', a diffusers folder or a hub id like owner/name"
+            f"the base {source!r} is not a folder: give 'tiny', a diffusers folder or a hub id like owner/name"
         )
     return _download(source, revision, weights)
 
@@ -65,7 +70,7 @@ def _from_file(file: Path, like: str | None) -> Path:
             shapes = {key: torch.Size(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise BadInput(
-            f"the base {file} is no whole safetensors file ({error}): give a .safetensors checkpoint"
+            f"the base {file} is not a complete safetensors file ({error}): give a .safetensors checkpoint"
         ) from error
     layouts = {name: kind.naming.single_file for name, kind in FAMILIES.items() if kind.naming.single_file is not None}
     try:
@@ -75,7 +80,9 @@ def _from_file(file: Path, like: str | None) -> Path:
     folder = resolve_base(like) if like else _download(layouts[name].like, None, weights=False)
     if family_of(folder).name != name:
         raise BadInput(
-            f"the base {file} is a {name} but base.like={like} a {family_of(folder).name}: choose one like it"
+            f"the base {file} is of family {name} but base.like={like} is of family {family_of(folder).name}: "
+            "choose a "
+            f"folder of family {name}"
         )
     return unpack(file, folder, FAMILIES[name].sources, layouts[name])
 
@@ -92,6 +99,6 @@ def _download(source: str, revision: str | None, weights: bool = True) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(
-            f"the base {source!r} is neither a folder here nor could it be fetched from the hub ({reason}): check the "
+            f"the base {source!r} is not a local folder, and can't be fetched from the hub ({reason}): check the "
             "name, your connection, or `hf auth login` for a gated model"
         ) from error

@@ -1,4 +1,4 @@
-"""What the families with a transformer (SD3, Flux) share: T5 beside CLIP, and which modules a LoRA adapts."""
+"""Shared code of the families with a transformer (SD3, Flux): encoding with T5, and the modules that a LoRA adapts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TransformerFamily(DiffusersFamily):
         return self.size_multiple
 
     def _denoiser_targets(self, choice: str) -> list[str]:
-        """`all-linear` leaves the modulations (`norm*.linear`) as they are, as other trainers do."""
+        """The LoRA targets. `all-linear` omits the modulations (`norm*.linear`), as other trainers do."""
         if choice == "conv":
             raise BadInput(
                 f"method.targets is 'conv' but {self.name} has no convolutions in its blocks: use all-linear"
@@ -41,7 +41,7 @@ class TransformerFamily(DiffusersFamily):
         return [path for path in linear if ".norm" not in path]
 
     def _encode_t5(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """{"t5": [B, length, width]}; no attention mask, as the sampling pipelines have it."""
+        """{"t5": [B, length, width]}, without an attention mask, as in the sampling pipelines."""
         encoder: Any = self.parts[self.text_encoders[index]]
         ids = self.tokenize(index, prompts).to(encoder.device)
         return {"t5": encoder(ids)[0]}

@@ -1,4 +1,4 @@
-"""What the families with a UNet share: which of its modules a LoRA adapts, its native size, and its extra inputs."""
+"""Shared code of the families with a UNet: the modules that a LoRA adapts, its native size, and its extra inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class UNetDrawing(DiffusersDrawing):
-    """Each kind of extra inputs has a pipeline of its own."""
+    """Chooses the pipeline for the UNet's extra inputs."""
 
     def pipeline_name(self) -> str:
         assert isinstance(self.family, UNetFamily)
@@ -53,8 +53,8 @@ class UNetFamily(DiffusersFamily):
             raise BadInput(f"base.inputs is {inputs!r}, which diffusers can't draw with {self.name}: use another base")
         if inputs == "inpaint" and self.codec.channels != 4:
             raise BadInput(
-                f"base.inputs is 'inpaint' but the base has {self.codec.channels} latent channels, and diffusers "
-                "paints with 4 alone: use another base"
+                f"base.inputs is 'inpaint' but the base has {self.codec.channels} latent channels, and diffusers' "
+                "inpainting needs 4: use another base"
             )
         if self.inputs is None:
             self.inputs, self.widened = inputs, True
@@ -67,7 +67,7 @@ class UNetFamily(DiffusersFamily):
         return part
 
     def _read(self, noisy: Tensor) -> Tensor:
-        """What the UNet reads, in the dtype of its weights: zeros where its extra inputs are not behind `noisy`."""
+        """The UNet's input in the dtype of its weights. Missing extra inputs are filled with zeros."""
         denoiser: Any = self.parts["denoiser"]
         weight = denoiser.conv_in.weight  # diffusers' own `.dtype` walks all modules: 3 % of a small step
         missing = weight.shape[1] - noisy.shape[1]
@@ -86,7 +86,7 @@ class UNetFamily(DiffusersFamily):
 
     @property
     def size_multiple(self) -> int:
-        """A UNet halves the latents once between two blocks: 64 pixels for SD1 and SD2, 32 for SDXL."""
+        """A UNet halves the latents between blocks, so this is 64 pixels for SD1 and SD2, and 32 for SDXL."""
         blocks = cast(Any, self.parts["denoiser"]).config.block_out_channels
         multiple: int = self.codec.factor * 2 ** (len(blocks) - 1)
         return multiple

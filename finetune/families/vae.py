@@ -1,4 +1,4 @@
-"""A VAE that computes in another dtype than the pipeline round it."""
+"""A VAE that computes in another dtype than the pipeline around it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 
 def fitting(vae: Any, dtype: torch.dtype, autocast: bool = False) -> Any:
-    """The VAE for a pipeline of `dtype`, which may run under autocast."""
+    """The VAE for a pipeline in `dtype`, wrapped in `CastVAE` if needed. `autocast`: the pipeline runs under it."""
     return vae if vae.dtype == dtype and not autocast else CastVAE(vae, dtype)
 
 
 class CastVAE(nn.Module):
-    """`inner` as a pipeline of `dtype` sees it: what it is given is cast to its own dtype, latents back. It computes
-    in its own dtype under autocast too: SDXL's VAE overflows in fp16.
+    """Wraps the VAE `inner` for a pipeline in `dtype`. Inputs are cast to the VAE's own dtype, and latents back. It
+    computes in its own dtype even under autocast: SDXL's VAE overflows in fp16.
 
-    diffusers' own way is to cast the VAE itself there and back, by its config's `force_upcast`: that rounds its
-    weights, and a VAE that is held in fp32 from the start is not foreseen (SDXL's pipelines give it fp16 latents).
+    diffusers instead casts the VAE itself to fp32 and back (`force_upcast` in its config). That rounds its weights,
+    and does not work with a VAE in fp32, to which SDXL's pipelines pass fp16 latents.
     """
 
     def __init__(self, inner: Any, dtype: torch.dtype) -> None:

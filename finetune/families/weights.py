@@ -1,4 +1,4 @@
-"""A part's weights from its folder: safetensors, complete, and of the shapes that its config says."""
+"""Loads a part's weights from its folder, and checks that they are complete and fit its config."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from finetune.families.configs import UNFIT, check_index
 
 
 def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
-    """A diffusers or transformers model from its folder.
+    """Loads a diffusers or transformers model of class `kind` from its folder.
 
     Raises:
-        BadInput: no weights that may be read, damaged ones, or ones that do not fit the config. Both libraries would
-            fill what is missing with random numbers and go on.
+        BadInput: the weights are missing, not allowed, damaged, or do not fit the config. Both libraries would fill
+            missing weights with random numbers and continue.
     """
     pickled = not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
     if pickled and not may_read_pickles():
         raise BadInput(
             f"{folder} holds its weights as a pickle (.bin), which can run code: convert it to safetensors, or pass "
-            "--allow-pickle to read the tensors alone"
+            "--allow-pickle to read only its tensors"
         )
     for index in sorted(folder.glob("*.index.json")):
         check_index(index)
@@ -48,7 +48,7 @@ def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise BadInput(
-            f"the weights in {folder} do not fit its config.json ({len(missing)} are missing or of another shape, "
+            f"the weights in {folder} do not fit its config.json ({len(missing)} are missing or have another shape, "
             f"such as {missing[0]}): fetch the base again"
         )
     return model

@@ -1,4 +1,4 @@
-"""Settings that do nothing with the recipe's base. What the recipe alone tells is in `finetune.config.effect`."""
+"""Finds settings that have no effect with the recipe's base. `finetune.config.effect` checks the recipe itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from finetune.families.base import Family
 from finetune.objectives.densities import Auto
 from finetune.objectives.registry import objective_for
 
-# a setting -> what the base must read beside its latents for it to do something
+# setting -> the extra inputs that the base must read for the setting to have an effect
 OF_INPUTS = {
     "data.mask_count": "inpaint",
     "data.edit_dropout": "edit",
@@ -17,7 +17,7 @@ OF_INPUTS = {
 
 
 def without_effect_on(family: Family, recipe: Recipe) -> list[str]:
-    """The settings that do nothing with this base, each in a sentence; one at its default asks for nothing."""
+    """Returns one sentence for each setting that has no effect with this base. Defaults are skipped."""
     found = []
     if recipe.base.inputs is not None and not family.widened:
         found.append(
@@ -37,7 +37,7 @@ def without_effect_on(family: Family, recipe: Recipe) -> list[str]:
 
 
 def _of_density(family: Family, recipe: Recipe) -> list[str]:
-    """What `auto` carries for a density that the base's own is not."""
+    """Settings of `density: auto` that belong to another density than the base's own."""
     density = recipe.objective.density
     own = objective_for(family.schedule.prediction).default_density
     if not isinstance(density, Auto):

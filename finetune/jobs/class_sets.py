@@ -1,8 +1,8 @@
-"""Class images for prior preservation (arXiv:2208.12242 section 3.2): drawn once by the frozen base, and kept.
+"""Class images for prior preservation (arXiv:2208.12242 section 3.2): the frozen base draws them once.
 
-A set is a folder of PNGs and a manifest of what they were made of. Images are drawn in fixed chunks, each image
-with a seed of its own, so that the set is the same files for any number of processes and after any interruption. What
-has been drawn is never drawn over: a set that grows keeps its images.
+A set is a folder of PNG files with a manifest of the settings that they were drawn with. Images are drawn in fixed
+chunks, and each image has its own seed. So the files are the same for any number of processes and after any
+interruption. Existing images are never drawn again: a larger set keeps the images of the smaller one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class ClassSet:
-    """The class images of one noun, as the base with this hash draws them at `resolution` pixels."""
+    """The class images of one noun: what to draw, at `resolution` pixels a side, with the base of this hash."""
 
     prior: ClassImages
     noun: str
@@ -44,17 +44,18 @@ class ClassSet:
 
     @cached_property
     def sampling(self) -> Sampling:
-        """How the set's images are drawn; a chunk of them at once."""
+        """The settings that the images are drawn with; one batch is one chunk."""
         prior = self.prior
         return Sampling(prior.negative, prior.sampler, prior.steps, prior.guidance, self.resolution, prior.batch_size)
 
     @cached_property
     def prompt(self) -> str:
+        """The class prompt, with the noun filled in."""
         return self.prior.prompt.replace("{noun}", self.noun)
 
     @cached_property
     def made_of(self) -> dict[str, Any]:
-        """What the manifest says. `chunk` counts, since the batch that an image is drawn in sets its last bits."""
+        """The settings that decide the images, for the manifest. The batch size (`chunk`) affects the last bits."""
         return {
             "base": self.base_hash,
             "prompt": self.prompt,
@@ -69,26 +70,27 @@ class ClassSet:
 
     @cached_property
     def folder(self) -> Path:
-        """The user's, or one in the cache that is named by what the set is made of."""
+        """The user's folder, or one in the cache with a hash of `made_of` in its name."""
         key = hashlib.sha256(json.dumps(self.made_of, sort_keys=True).encode()).hexdigest()[:12]
         return self.prior.folder or cache_dir() / "class-images" / f"{_slug(self.noun)}-{key}"
 
     def is_users_own(self) -> bool:
-        """Whether the folder holds the user's own images, without a manifest."""
+        """Returns whether the folder holds the user's own images: images without a manifest."""
         if self.prior.folder is None or not self.folder.is_dir():
             return False
         return not (self.folder / MANIFEST).is_file() and bool(image_files(self.folder))
 
 
 def class_images(family: Family, wanted: ClassSet, processes: Processes = ALONE) -> list[Photo]:
-    """The set's first `prior.count` images; those that are missing are drawn (by rank r: chunks r, r + world, ...).
+    """Returns the first `prior.count` images of the set, and draws those that are missing.
 
-    A folder of the user's own images (without a manifest) is used as it is, all of it. All processes look at the
-    folder before one of them changes it, and all have drawn before one goes on.
+    Every process must call this: the process with rank r draws chunks r, r + world, and so on. All processes read the
+    folder before any of them changes it, and none continues until all have finished drawing. A folder with the user's
+    own images (without a manifest) is used unchanged, and all of its images are returned.
 
     Raises:
-        BadInput: the set in the folder was made with other settings or another base (it says which), or images
-            of it have been changed since.
+        BadInput: the set was drawn with other settings or another base (the message names them), or its images were
+            changed afterwards.
     """
     if wanted.is_users_own():
         return scan(wanted.folder)
@@ -115,7 +117,7 @@ def class_images(family: Family, wanted: ClassSet, processes: Processes = ALONE)
 
 
 def check_set(wanted: ClassSet) -> None:
-    """Looks at the set that `class_images` would use; changes nothing.
+    """Checks the set that `class_images` would use, without changing it.
 
     Raises:
         BadInput: as `class_images`.
@@ -127,7 +129,7 @@ def check_set(wanted: ClassSet) -> None:
 
 
 def seed_of(index: int) -> int:
-    """A class image's seed: a function of its number alone, so that a set can grow."""
+    """Returns the seed of class image number `index`. It depends only on the number, so that a set can grow."""
     return int(torch.randint(2**31, (), generator=generator(0, "class image", index)))
 
 
@@ -136,7 +138,7 @@ def _slug(noun: str) -> str:
 
 
 def _manifest(wanted: ClassSet) -> dict[str, Any]:
-    """The folder's manifest, or a new one; refused if it was made with other settings."""
+    """The folder's manifest, or a new one. Refuses a manifest with other settings."""
     folder, settings = wanted.folder, wanted.made_of
     file = folder / MANIFEST
     if not file.is_file():
@@ -147,18 +149,16 @@ def _manifest(wanted: ClassSet) -> dict[str, Any]:
         sound = all(isinstance(image["sha256"], str) and Path(name).name == name for name, image in images.items())
     except (BadInput, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
-            f"{file} is no manifest of class images: remove {folder} to have the set drawn again"
+            f"{file} is not a manifest of class images: remove {folder}, and the set is drawn again"
         ) from error
     if not sound:
-        raise BadInput(
-            f"{file} names pictures that are not in its folder: remove {folder} to have the set drawn again"
-        )
+        raise BadInput(f"{file} names images outside its folder: remove {folder}, and the set is drawn again")
     changed = [
         f"{key} ({made.get(key)!r} there, {value!r} now)" for key, value in settings.items() if made.get(key) != value
     ]
     if changed:
         raise BadInput(
-            f"the class images in {folder} were made with another {', '.join(changed)}: remove the folder, or choose "
+            f"the class images in {folder} were drawn with another {', '.join(changed)}: remove the folder, or choose "
             "another with prior.folder=PATH"
         )
     return made | {"pictures": images}
@@ -169,8 +169,8 @@ def _refuse_changed(folder: Path, recorded: dict[str, Any]) -> None:
     names = [name for name in there if sha256(folder / name) != recorded[name]["sha256"]]
     if names:
         raise BadInput(
-            f"class images in {folder} are not as they were drawn ({', '.join(names)}): remove those files and they "
-            "are drawn again"
+            f"class images in {folder} were changed after they were drawn ({', '.join(names)}): remove those files, "
+            "and they are drawn again"
         )
 
 

@@ -1,4 +1,4 @@
-"""What lies beside the exports: the model card, its images, sidecars."""
+"""Writes the files beside the exports: the model card, its images, and sidecar files for UIs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from finetune.runs.folder import RunFolder
 
 
 def write_companions(folder: RunFolder) -> None:
-    """Beside the exports: README.md with pictures, and for a file that UIs list, NAME.json and NAME.png."""
+    """Writes the model card README.md and its images to RUN/exports, and NAME.json and NAME.png for UIs.
+
+    UIs show the last two beside NAME.safetensors, so they are written only if that file exists.
+
+    Raises:
+        BadInput: the run folder holds a link that leads out of it, or a damaged record; or its base is missing.
+    """
     folder.refuse_links()
     target, card = folder.path / "exports", _card(folder)
     for number, (_, url) in enumerate(card.images):

@@ -1,4 +1,4 @@
-"""What a job trains on: photos and class images as streams of samples, latents and prompts from the caches."""
+"""The training data of a run: streams of samples, and caches of latents and prompt embeddings."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ from finetune.training.step import PromptEncoder
 
 
 def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> LatentCache:
+    """Returns a cache with the latents of every crop in `streams` and of every extra input image.
+
+    Every process must call this: the main process encodes first, and the others then read its files.
+    """
     cache = LatentCache(cache_dir(), job.base_hash, _encoding_dtype(job.family))
     seen = [crop for stream in streams for sample in stream for crop in sample.crops]
     images: list[Encodable] = list(seen)
@@ -34,7 +38,7 @@ def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]], accelerato
 
 
 def load_masks(job: Prepared, streams: Sequence[Sequence[Sample]]) -> Masks | None:
-    """None where all of every photo counts."""
+    """Returns the loss masks of the photos (stream 0), or None if no photo has a mask."""
     if not job.masks:
         return None
     masks = Masks(job.masks, job.family.codec.factor, job.recipe.data.mask_floor)
@@ -42,8 +46,14 @@ def load_masks(job: Prepared, streams: Sequence[Sequence[Sample]]) -> Masks | No
 
 
 def make_streams(job: Prepared, accelerator: Accelerator) -> list[list[Sample]]:
-    """Stream 0: the photos of all subjects. Stream 1, where the prior has them: class images of every noun, their loss
-    weighted by lambda."""
+    """Returns the streams of samples. Draws class images that are missing.
+
+    Stream 0 holds the photos of all subjects. If the prior uses class images, stream 1 holds those of every noun, with
+    their loss weighted by lambda (`prior.weight`).
+
+    Raises:
+        BadInput: the class images can't be used, see `class_images`.
+    """
     data, images, seed = job.recipe.data, job.recipe.prior.class_images, job.recipe.run.seed
     subject = [
         Sample(
@@ -67,7 +77,7 @@ def _classes(
     """The class images of one noun, captioned with its class prompt."""
     wanted = ClassSet(prior, noun or "", job.resolution, job.base_hash)
     images = class_images(job.family, wanted, _processes(accelerator))
-    sizes = sorted(set(job.sizes))  # a class image stands beside photos of any bucket
+    sizes = sorted(set(job.sizes))  # a class image is used in steps of every bucket
     of = f" of {noun}" if len(job.class_nouns) > 1 else ""
     return [
         Sample(
@@ -82,7 +92,11 @@ def _classes(
 
 
 def make_batches(job: Prepared, streams: list[list[Sample]], cache: LatentCache, accelerator: Accelerator) -> Batches:
-    """This process's batches."""
+    """Returns the batches of this process.
+
+    Raises:
+        BadInput: a step's samples can't be split evenly into micro-batches and processes.
+    """
     run = job.recipe.run
     kind = BucketSampler if job.recipe.data.shape == "buckets" else ShuffleSampler
     sampler = kind(streams, run.seed, run.batch_size)
@@ -95,7 +109,10 @@ def _processes(accelerator: Accelerator) -> Processes:
 
 
 def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> PromptEncoder:
-    """Embeddings of frozen encoders are made once; encoders that train run in every step."""
+    """Returns the function that encodes prompts in a training step.
+
+    If the text encoders are frozen, it reads a cache with the embeddings of every prompt. If they train, it runs them.
+    """
     family = job.family
     if job.recipe.method.trains_texts(family):
         return family.encode_prompts
@@ -108,5 +125,5 @@ def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]], acce
 
 
 def _encoding_dtype(family: Family) -> torch.dtype:
-    """In which images become latents: a cache made in another one is made anew."""
+    """The dtype in which images are encoded. Latents cached in another dtype are not used."""
     return family.parts.dtype(family.codec.parts[0]) if family.codec.parts else torch.float32

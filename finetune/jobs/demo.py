@@ -1,4 +1,4 @@
-"""`finetune demo`: the whole job on the embedded base and five pictures of a mug."""
+"""`finetune demo`: a whole run on the built-in tiny base, with five images of a mug."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ from finetune.runs.folder import RunFolder
 
 LOOK = """
 Look at {run}/report.html:
-  1. "{thing}" is the mug of the five pictures;
-  2. it stands on the beach and in the snow, where it was never photographed;
+  1. "{thing}" is the mug of the five images;
+  2. it appears on the beach and in the snow, though no image shows it there;
   3. "a mug" without the token is still any mug.
 
-With your own photos (5 or so, of one thing, in different places):
+With your own photos (about 5 of one subject, in different places):
   finetune dreambooth PHOTOS --class-noun dog --base stable-diffusion-v1-5/stable-diffusion-v1-5
 """
 
 
 def demo_images() -> Path:
-    """The demo's pictures: beside the package in a checkout, inside it in a wheel."""
+    """Returns the folder of the demo's images: beside the package in a checkout, inside the package in a wheel."""
     inside = Path(__file__).parents[1] / "_examples" / "subject_mug"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "examples" / "subject_mug"
 
 
 def run_demo(out: Path | None, say: Callable[[str], None]) -> Path:
+    """Trains the demo recipe and returns the run folder: `out`, or a new one in runs/.
+
+    `say` gets lines of text for the user. Raises as `finetune.jobs.train.train`.
+    """
     recipe = load_recipe("demo", [f"data.photos={demo_images()}"])
-    with threads_at_most(2):  # 64-pixel tensors: more threads only wait for each other
+    with threads_at_most(2):  # with 64-pixel images, more threads only wait for each other
         run = train(recipe, out, say)
     info = RunFolder(run).info
     say(LOOK.format(run=run, thing=info.trigger))

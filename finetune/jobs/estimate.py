@@ -1,4 +1,4 @@
-"""What a run trains, writes and needs, counted on the meta device: no weights are read and nothing is computed."""
+"""Estimates what a run trains, writes and needs in memory, on the meta device: without weights or computation."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ from finetune.training.accelerate import resolve_precision
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of a training step, and what it trains. `activations` are of one micro-batch.
+    """What a run trains, and the memory that one training step needs, in bytes.
 
-    `held`: frozen weights that stay in memory; `trained`: weights, gradients and moments of what is trained. `clean`:
-    a whole base, as the run holds it. `vectors`: embeddings of new words.
+    Numbers: `parameters` of each part of the base, `trained_parameters`, adapted `modules`, and `vectors` (embeddings
+    of new words). Bytes: `held` are frozen weights that stay in memory; `trained` are the trained weights with their
+    gradients and optimiser state; `activations` are those of one micro-batch; `clean` is a whole unchanged base in the
+    run's precision.
     """
 
     parameters: dict[str, int]
@@ -43,14 +45,18 @@ class Estimate:
 
     @property
     def total(self) -> float:
+        """The bytes that a training step needs."""
         return self.held + self.trained + self.activations
 
 
 def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
-    """Counts the recipe's run at its base's real size; `checkpointing` overrides the recipe's.
+    """Estimates the run of a recipe at the real size of its base.
+
+    `checkpointing` replaces `run.gradient_checkpointing`; None keeps it.
 
     Raises:
-        BadInput: the base's configs are not there, or the method does not fit the family.
+        BadInput: the base's configs are missing, the method does not fit the family, or the base can't run on the meta
+            device.
     """
     base, method = recipe.base, recipe.method
     dtype = DTYPES[resolve_precision(recipe.run)]
@@ -63,7 +69,7 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
     modules, vectors = method.adapted_modules(family), method.new_vectors(family)
     count = sum(parameter.numel() for parameter in trained.values())
     busy = ["denoiser", *[part for part in method.part_names(family) if part != "denoiser"]]
-    if len(busy) > 1:  # an encoder trains: prompts are not cached, so all of them stay
+    if len(busy) > 1:  # an encoder trains: prompts are not cached, so every encoder stays in memory
         busy = ["denoiser", *family.text_encoders]
     if recipe.run.gradient_checkpointing if checkpointing is None else checkpointing:
         family.enable_gradient_checkpointing(method.part_names(family))
@@ -89,7 +95,11 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
 
 
 def report(recipe: Recipe) -> dict[str, str]:
-    """The estimate in rows: what is trained, what is written, and the memory with and without checkpointing."""
+    """Returns the estimate as rows (label -> text), with the memory both with and without gradient checkpointing.
+
+    Raises:
+        BadInput: as `estimate`.
+    """
     plain, light = estimate(recipe, checkpointing=False), estimate(recipe, checkpointing=True)
     own = light if recipe.run.gradient_checkpointing else plain
     folder = resolve_base(recipe.base.source, recipe.base.revision, recipe.base.like, weights=False)
@@ -98,7 +108,7 @@ def report(recipe: Recipe) -> dict[str, str]:
     written = own.trained_parameters if recipe.method.is_adapter else whole
     size = {"fp32": 4, "fp16": 2, "bf16": 2}[recipe.export.dtype]
     share = own.trained_parameters / whole
-    kept = 4 + max(8, recipe.optim.state_bytes) + 4 * bool(recipe.run.ema)  # a parameter in a checkpoint
+    kept = 4 + max(8, recipe.optim.state_bytes) + 4 * bool(recipe.run.ema)  # bytes of one parameter in a checkpoint
     return {
         "base": f"{recipe.base.source} ({family.name}), {_side(recipe, family)} pixels",
         "parameters": ", ".join(f"{part} {_millions(count)}" for part, count in own.parameters.items()),
@@ -107,16 +117,16 @@ def report(recipe: Recipe) -> dict[str, str]:
         "trained": f"{own.trained_parameters:,} parameters ({share:.2%} of all)",
         "export": f"{_size(written * size)} in {recipe.export.dtype}",
         "checkpoint": f"{_size(own.trained_parameters * kept)}, of which {recipe.run.keep} are kept",
-        "memory": f"{gib(own.total)}: frozen weights {gib(own.held)}, what is trained with gradients and moments "
+        "memory": f"{gib(own.total)}: frozen weights {gib(own.held)}, trained weights with gradients and moments "
         f"{gib(own.trained)}, activations of {_samples(recipe)} sample(s) {gib(own.activations)}",
         "checkpointing": f"{gib(plain.total)} without run.gradient_checkpointing, {gib(light.total)} with it",
         "checks": _checks(recipe, own, family),
-        "not counted": "drawing pictures, the CUDA context (about 0.5 GiB) and fragmentation",
+        "not counted": "drawing images, the CUDA context (about 0.5 GiB) and fragmentation",
     }
 
 
 def _checks(recipe: Recipe, own: Estimate, family: type[Family]) -> str:
-    """What checking the exports takes in memory."""
+    """What checking the exports needs in memory."""
     if recipe.export.verify == "off":
         return f"{UNCHECKED} (export.verify is off)"
     formats = recipe.export.formats or formats_for(recipe.method.artifacts, usual=True)
@@ -125,19 +135,19 @@ def _checks(recipe: Recipe, own: Estimate, family: type[Family]) -> str:
     loaded = [line for line in lines if line]
     words = [item for item in embedding_exports(formats) if "diffusers" in item.readers(family.name)]
     if recipe.export.verify == "full" and (words or adapter_exports(formats)):
-        loaded.append(f"a clean base of {gib(own.clean)}, beside nothing")
-    return "; ".join(loaded) or "files are read again; a second model is not loaded"
+        loaded.append(f"an unchanged base of {gib(own.clean)}, with no other model in memory")
+    return "; ".join(loaded) or "files are read back; no second model is loaded"
 
 
 def _precision(recipe: Recipe) -> str:
     chosen = resolve_precision(recipe.run)
     if recipe.run.precision == "auto" and not torch.cuda.is_available():
-        return f"{chosen}, as there is no GPU here; run.precision=bf16 counts for one"
+        return f"{chosen}, because this machine has no GPU; set run.precision=bf16 to estimate for one"
     return chosen
 
 
 def _side(recipe: Recipe, family: Family | type[Family]) -> int:
-    """Works on a loaded family and on its class."""
+    """The training resolution in pixels. Accepts a loaded family or its class."""
     if recipe.data.resolution:
         return recipe.data.resolution
     folder = resolve_base(recipe.base.source, recipe.base.revision, recipe.base.like, weights=False)
@@ -145,7 +155,7 @@ def _side(recipe: Recipe, family: Family | type[Family]) -> int:
 
 
 def _samples(recipe: Recipe) -> int:
-    """Predictions with a gradient in a micro-batch: class images, or class prompts, lie beside the photos."""
+    """The predictions with a gradient in one micro-batch: photos, and class images or class prompts."""
     return recipe.run.batch_size // recipe.run.accumulate * recipe.prior.predictions
 
 
@@ -159,7 +169,7 @@ def _frozen_bytes(module: nn.Module) -> float:
 
 
 def _activations(family: Family, parts: list[str], samples: int, side: int) -> float:
-    """Bytes that autograd keeps of one forward pass for its backward pass: each tensor once, weights not."""
+    """The bytes that autograd keeps from one forward pass for the backward pass. Weights do not count."""
     for part in parts:
         family.parts[part].train()
     latent = side // family.codec.factor
@@ -179,13 +189,13 @@ def _activations(family: Family, parts: list[str], samples: int, side: int) -> f
 
 @contextmanager
 def _counting(weights: list[nn.Parameter], fused: bool = True) -> Iterator[dict[int, int]]:
-    """Storage -> bytes of every tensor that autograd saves inside the block; attention as fused kernels save it.
+    """Gives a dictionary storage -> bytes that collects every tensor that autograd saves in the block.
 
-    Both hooks are this thread's and this block's alone.
+    With `fused`, attention saves what fused kernels save. Both hooks affect only this thread and this block.
     """
     own = {weight.untyped_storage()._cdata for weight in weights}
     seen: dict[int, int] = {}
-    kept: list[Tensor] = []  # a freed storage's number may be given again
+    kept: list[Tensor] = []  # keeps storages alive, because a freed one's number may be reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -199,7 +209,7 @@ def _counting(weights: list[nn.Parameter], fused: bool = True) -> Iterator[dict[
 
 
 class _Fused(TorchFunctionMode):
-    """Attention inside the block is `_attention`, whoever calls it."""
+    """Replaces every attention call inside the block with `_attention`."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -209,7 +219,7 @@ class _Fused(TorchFunctionMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused kernel keeps: q, k, v and its output. On the meta device torch would keep the whole matrix."""
+    """Saves what a fused kernel saves: q, k, v and the output. On the meta device torch saves the whole matrix."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

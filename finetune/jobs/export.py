@@ -1,4 +1,4 @@
-"""A run's exports: written, checked, and noted in RUN/exports.json."""
+"""Writes a run's exports, checks them, and lists them in RUN/exports.json."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from finetune.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of `export_run`: what is exported, and how."""
+    """The arguments of one call of `export_run`."""
 
     folder: RunFolder
     family: Family
@@ -55,7 +55,7 @@ class _Call:
         return self.folder.recipe
 
     def request(self, name: str, **more: str) -> Request:
-        """`more`: what is said beside, or in place of, what every export says of the run."""
+        """`more` adds to, or replaces, the metadata that every export of the run carries."""
         v_prediction = self.family.schedule.prediction == "v_prediction"
         about = about_run(self.folder) | more
         return Request(self.folder.path / "exports", name, self.options.dtype, about, v_prediction, force=True)
@@ -64,10 +64,24 @@ class _Call:
 def export_run(
     folder: RunFolder, family: Family, formats: Sequence[str] = (), options: ExportTo | None = None
 ) -> list[Exported]:
-    """Writes RUN/exports/ from a family with the run's training in it, checks every file, and notes it all in
-    RUN/exports.json. Without `formats`: those of `options` (None: the recipe's), or all that are usual for what was
-    trained. The checks run where the family is, and in its precision. The family is used up: its parts leave memory,
-    since the checks load a clean base."""
+    """Writes the exports of a run to RUN/exports, checks every file, and lists them in RUN/exports.json.
+
+    Args:
+        folder: the run.
+        family: the base with the trained weights of the run. It can't be used afterwards: its parts are removed from
+            memory, because the checks load an unchanged base.
+        formats: what to write. If empty: the formats of `options`, or else the usual ones for what was trained.
+        options: the export settings; None for those of the recipe.
+
+    The checks run on the family's device and in its precision.
+
+    Returns:
+        One record for each written file, with its checks. A failed check does not raise: see `Exported.ok`.
+
+    Raises:
+        BadInput: a format does not fit what was trained, or a conversion exceeds `max_error`.
+        OSError: a file can't be written.
+    """
     recipe = folder.recipe
     options, artifacts = options or recipe.export, recipe.method.artifacts
     chosen = list(formats or options.formats) or formats_for(artifacts, usual=True)
@@ -89,7 +103,7 @@ def _whole_model(call: _Call, export: ModelExport) -> Exported:
 
 
 def _as_lora(call: _Call, formats: Sequence[str]) -> list[Exported]:
-    """The adapter that was trained, or what comes nearest to what was trained."""
+    """Exports the trained adapter, or the LoRA nearest to the trained weights."""
     method = call.recipe.method.adapter
     if not formats:
         return []
@@ -101,7 +115,7 @@ def _as_lora(call: _Call, formats: Sequence[str]) -> list[Exported]:
 
 
 def _reduced(call: _Call, formats: Sequence[str]) -> list[Exported]:
-    """What is no LoRA, as one, and in PEFT's own form where there is one."""
+    """Exports weights that are not a LoRA: converted to one, and in PEFT's own format if it has one."""
     method, name, family = call.recipe.method, call.recipe.run.name, call.family
     own = reduced(method, family, call.bench, call.options.rank, call.options.max_error)
     plain, native_form = native_formats(method, formats)
@@ -110,7 +124,7 @@ def _reduced(call: _Call, formats: Sequence[str]) -> list[Exported]:
         path = EXPORTS[Peft.name]().path(call.folder.path / "exports", name, family.name)
         exported[Peft.name] = export_native_form(method, family, path, own.prediction, call.bench)
     discard(family)
-    lora_name = name if method.is_adapter else f"{name}-lora"  # NAME.safetensors is a whole model's
+    lora_name = name if method.is_adapter else f"{name}-lora"  # NAME.safetensors is the whole model
     request = call.request(lora_name, **({} if call.options.metadata == "minimal" else {"method": method.kind}))
     for item in export_adapter(own.adapter, request, plain, call.bench):
         exported[item.format] = with_checks(item, own, call.bench)
@@ -118,7 +132,7 @@ def _reduced(call: _Call, formats: Sequence[str]) -> list[Exported]:
 
 
 def _embedding(call: _Call, rows: dict[str, Tensor], export: EmbeddingExport) -> Exported:
-    """UIs take the file's name for the word; NAME.safetensors is the LoRA's if there is one."""
+    """UIs use the file's name as the word in prompts. If there is also a LoRA, NAME.safetensors is the LoRA."""
     recipe = call.recipe
     assert isinstance(recipe.method, Inversion)
     name = f"{recipe.run.name}{'-embedding' * (len(recipe.method.artifacts) > 1)}"
@@ -129,8 +143,7 @@ def _embedding(call: _Call, rows: dict[str, Tensor], export: EmbeddingExport) ->
 
 
 def _merged(run: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:
-    """What exports.json lists, with paths inside the run folder: the new files, and older ones of other formats that
-    are still there."""
+    """The entries of exports.json: the new files, and older files of other formats that still exist."""
     old = read_exports(run)
     new = [_listed(item, run) for item in exported]
     formats = {item["format"] for item in new}
@@ -138,6 +151,6 @@ def _merged(run: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:
 
 
 def _listed(item: Exported, run: Path) -> dict[str, Any]:
-    """`results` is for programs; `checks` has the same as lines, as ever, for whoever reads those."""
+    """An entry of exports.json. `results` are the checks for programs; `checks` are the same as lines of text."""
     lines, results = [check.line for check in item.checks], [check.values() for check in item.checks]
     return asdict(item) | {"path": item.path.relative_to(run).as_posix(), "checks": lines, "results": results}

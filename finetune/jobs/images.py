@@ -1,4 +1,4 @@
-"""The images of a run: before, after, and previews."""
+"""Draws the images of a run: before training, after it, and previews."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from finetune.sampling.settings import Sampling
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """Each prompt at each seed. `model` is the name of the base that stands in the files."""
+    """One image for each prompt at each seed. `model` is the name of the base that is written into the files."""
 
     prompts: Sequence[str]
     seeds: Sequence[int]
@@ -34,9 +34,16 @@ class ImageRequest:
 
 
 def draw_files(family: Family, request: ImageRequest, folder: Path, title: str = "Drawing") -> list[Image.Image]:
-    """Draws all images, then writes each to `folder` as <prompt number>-<seed>.png: prompt by prompt, seed by seed.
+    """Draws all images, then writes each to `folder` as <prompt number>-<seed>.png.
 
-    `title` names the phase in the events.
+    `title` is the name of the phase in the events.
+
+    Returns:
+        The images, RGB: all seeds of the first prompt, then all of the second, and so on.
+
+    Raises:
+        BadInput: the base does not support the sampler or needs a condition.
+        OSError: a file can't be written.
     """
     pairs = [(number, seed) for number in range(len(request.prompts)) for seed in request.seeds]
     with phase(title, len(pairs)) as advance:
@@ -55,7 +62,10 @@ def draw_files(family: Family, request: ImageRequest, folder: Path, title: str =
 
 
 def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = None) -> None:
-    """The files of every sample prompt (`draw_files`), at the same seeds each time; all or no folder."""
+    """Draws the sample prompts into `folder` (see `draw_files`), with the same seeds each time.
+
+    Draws `count` images of each prompt, or `sample.count` if it is None. The folder appears only when it is complete.
+    """
     sample = job.recipe.sample
     request = ImageRequest(
         job.sample_prompts(),
@@ -70,7 +80,10 @@ def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = No
 
 
 def draw_preview(job: Prepared, run: RunFolder, step: int, idle: Sequence[str]) -> None:
-    """One image of each sample prompt as the run's file of this step draws it; `idle` parts leave memory again."""
+    """Draws one image of each sample prompt, with the file that the run would export at this step.
+
+    Afterwards the `idle` parts of the family are removed from memory again.
+    """
     with from_file(run, job.family, step):
         draw_samples(job, run.path / "samples" / f"step-{step:06d}", "Preview", count=1)
     job.family.parts.release(idle)
@@ -78,6 +91,6 @@ def draw_preview(job: Prepared, run: RunFolder, step: int, idle: Sequence[str]) 
 
 
 def image_condition(job: Prepared) -> ImageCondition:
-    """What bases that draw from images start from: the first photo and what lies beside it."""
+    """Returns the input for bases that draw from an image: the first photo, and the files beside it."""
     crop = make_crops(job.photos[0], (job.resolution, job.resolution), "center", 1, False, job.recipe.run.seed)[0]
     return ImageCondition(unit(crop.pixels())) if job.inputs is None else job.inputs.condition(crop)

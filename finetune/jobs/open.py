@@ -1,4 +1,4 @@
-"""A finished run, an adapter file or an export, opened again as a family that draws."""
+"""Opens a finished run, an adapter file or an export as a family that can draw."""
 
 from __future__ import annotations
 
@@ -27,11 +27,19 @@ from finetune.training.accelerate import resolve_precision
 def open_result(
     source: Path, base: str = "tiny", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Family, RunRecord]:
-    """A family with a finished run's training in it, in the run's precision, or an adapter file merged into `base` in
-    `dtype`; and run.json's record, an empty one for a file.
+    """Opens a finished run, or an adapter file.
+
+    Args:
+        source: a run folder or an adapter file.
+        base: the base for an adapter file, which is merged into it. A run uses its own base.
+        device: where the family is placed.
+        dtype: the precision for an adapter file. A run uses its own precision.
+
+    Returns:
+        The family with the trained weights, and the record of the run (an empty one for an adapter file).
 
     Raises:
-        BadInput: neither a finished run nor an adapter for that base.
+        BadInput: `source` is neither a finished run nor an adapter for that base.
     """
     if (source / "recipe.yaml").is_file():
         return open_run(RunFolder(source), device)
@@ -43,10 +51,13 @@ def open_result(
 
 
 def open_run(folder: RunFolder, device: str | torch.device = "cpu") -> tuple[Family, RunRecord]:
-    """A family with the run's training in it, in the precision in which the run held it; and run.json's record.
+    """Opens a finished run.
+
+    Returns:
+        The run's base with the trained weights, on `device` and in the run's precision, and the record of the run.
 
     Raises:
-        BadInput: the run is not finished, or the base is not its base any more.
+        BadInput: the run is not finished, or its base has changed.
     """
     recipe, info = folder.recipe, folder.info
     trained = folder.result()
@@ -56,7 +67,7 @@ def open_run(folder: RunFolder, device: str | torch.device = "cpu") -> tuple[Fam
     if not is_base_of(family.folder, info.base_hash):
         raise BadInput(
             f"the base {recipe.base.source!r} is not the one that {folder.path} was trained on (its content changed): "
-            "give the old one back, or train again"
+            "restore the old base, or train again"
         )
     recipe.method.add_subject_token(family, recipe.data.token, recipe.data.class_noun)
     recipe.method.attach(family, recipe.run.seed)
@@ -66,7 +77,14 @@ def open_run(folder: RunFolder, device: str | torch.device = "cpu") -> tuple[Fam
 
 
 def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.dtype) -> Family | None:
-    """What a user of the first good export gets: the file on a clean base, or the whole model. None: none is good."""
+    """Opens the first export that passed its checks, as another program would: on an unchanged base, in `dtype`.
+
+    Returns:
+        The family, or None if no export passed.
+
+    Raises:
+        BadInput: the file or the base can't be read.
+    """
     item = next((item for item in exported if item.ok), None)
     if item is None:
         return None
@@ -92,7 +110,7 @@ def _read_adapter(export: AdapterExport, file: Path, family: Family) -> Adapter:
 
 
 def _read_words(family: Family, exported: Sequence[Exported]) -> None:
-    """The first good file of new embeddings, if there is one."""
+    """Loads the first export of new embeddings that passed its checks, if there is one."""
     item = next((item for item in exported if item.ok and artifact_of(item.format) == "embedding"), None)
     if item is not None:
         set_embeddings(family, embedding_exports([item.format])[0].read(item.path, family.name))

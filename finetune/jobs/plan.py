@@ -1,4 +1,4 @@
-"""The plan of a job: what is seen how often, what is trained, what it costs."""
+"""Makes the plan of a run: what it trains on, how often it sees it, and what it trains."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ from finetune.objectives.registry import build_objective
 from finetune.runs.plan import Cut, Plan, PlannedBucket, PlannedClassImages, PlannedSubject
 from finetune.training.accelerate import resolve_precision
 
-CROPPED = 0.1  # a square crop that cuts away more of a photo is told
+CROPPED = 0.1  # the plan mentions a square crop that cuts away a larger share of a photo
 
 
 def plan(job: Prepared) -> Plan:
-    """The run in numbers: what is seen how often, what is trained, what it costs in class images."""
+    """Returns the plan of a prepared run.
+
+    Raises:
+        BadInput: the objective does not fit the base.
+    """
     recipe, family = job.recipe, job.family
     method = recipe.method
     objective = build_objective(recipe.objective, family.schedule, family.shift(job.resolution))
@@ -89,12 +93,12 @@ def _class_images(job: Prepared) -> PlannedClassImages | None:
 
 
 def _groups(job: Prepared) -> int:
-    """Steps in which every photo is seen once, with buckets."""
+    """The number of steps in an epoch with buckets."""
     return group_count(list(Counter(job.sizes).values()), job.recipe.run.batch_size)
 
 
 def _square_cut(job: Prepared) -> Cut | None:
-    """What the square crops cut away, where that is worth a word, and whether buckets would help."""
+    """What the square crops cut away, and whether buckets would help; None if they cut away little."""
     share, name = _most_cut(job, job.sizes)
     if share <= CROPPED:
         return None
@@ -104,7 +108,7 @@ def _square_cut(job: Prepared) -> Cut | None:
 
 
 def _buckets(job: Prepared) -> dict[str, Any]:
-    """The bucket table, and what the crops cut away."""
+    """The fields of `Plan` for buckets: the table, the photo that loses most, and the padding."""
     counts = Counter(job.sizes)
     share, name = _most_cut(job, job.sizes)
     places = _groups(job) * job.recipe.run.batch_size
@@ -117,6 +121,6 @@ def _buckets(job: Prepared) -> dict[str, Any]:
 
 
 def _most_cut(job: Prepared, sizes: list[Size]) -> tuple[float, str]:
-    """The largest share of a photo that its crop cuts away, and that photo's name."""
+    """The largest share of a photo that its crop cuts away, and the photo's name."""
     cut = [(cut_away(photo.size, size), name) for photo, size, name in zip(job.photos, sizes, job.names, strict=True)]
     return max(cut)

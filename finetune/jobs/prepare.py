@@ -1,4 +1,4 @@
-"""A recipe prepared: photos, captions, token and base, before anything is written."""
+"""Prepares a run: reads photos, captions, token and base, and checks them before anything is written."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ from finetune.training.accelerate import resolve_precision
 
 @dataclass
 class Prepared:
-    """A recipe, its base and its photos, looked at but not yet worked on.
+    """A recipe with its base and photos, read and checked, but before any training.
 
-    `subjects` are at least one; `photos` and `captions` are those of all, in the same order.
+    There is at least one subject. `photos` and `captions` are those of all subjects, in the same order. `resolution`
+    is in pixels.
     """
 
     recipe: Recipe
@@ -38,24 +39,27 @@ class Prepared:
     base_hash: str
     subjects: list[Subject]
     resolution: int
-    masks: dict[Path, Mask] = field(default_factory=dict)  # of those photos that have one
+    masks: dict[Path, Mask] = field(default_factory=dict)  # for the photos that have one
     inputs: Inputs | None = None  # what the base reads besides its latents
 
     @cached_property
     def photos(self) -> list[Photo]:
+        """The photos of all subjects."""
         return [photo for subject in self.subjects for photo in subject.photos]
 
     @cached_property
     def captions(self) -> list[list[str]]:
+        """The possible captions of each photo."""
         return [item.captions for subject in self.subjects for item in subject.captioned]
 
     @property
     def captions_from_files(self) -> int:
+        """The number of photos whose caption comes from a file."""
         return sum(item.source == "file" for subject in self.subjects for item in subject.captioned)
 
     @cached_property
     def names(self) -> list[str]:
-        """What each photo is called in messages; no two the same."""
+        """The name of each photo in messages. Every name is different."""
         several = len(self.subjects) > 1
         return [
             f"{photo.path.name} of {subject.token}" if several else photo.path.name
@@ -65,20 +69,21 @@ class Prepared:
 
     @property
     def token(self) -> str:
-        """The first subject's."""
+        """The token of the first subject."""
         return self.subjects[0].token
 
     @property
     def noun(self) -> str | None:
-        """The first subject's."""
+        """The class noun of the first subject."""
         return self.subjects[0].noun
 
     def class_prompt_of(self, subject: Subject) -> str:
+        """Returns the class prompt of a subject, or an empty text if the prior has none."""
         return subject.fill(next(iter(self.recipe.prior.prompts), ""))
 
     @property
     def class_nouns(self) -> dict[str, str | None]:
-        """Class prompt -> its noun: one for each different noun, the first subject's first."""
+        """Class prompt -> noun, for each different class prompt, in the order of the subjects."""
         nouns: dict[str, str | None] = {}
         for subject in self.subjects:
             nouns.setdefault(self.class_prompt_of(subject), subject.noun)
@@ -86,17 +91,17 @@ class Prepared:
 
     @property
     def class_prompts(self) -> dict[str, str]:
-        """Photo (by its name here) -> the class prompt of its subject."""
+        """Name of a photo (see `names`) -> class prompt of its subject."""
         prompts = [self.class_prompt_of(subject) for subject in self.subjects for _ in subject.photos]
         return dict(zip(self.names, prompts, strict=True))
 
     @property
     def class_prompt(self) -> str:
-        """The first subject's."""
+        """The class prompt of the first subject."""
         return self.class_prompt_of(self.subjects[0])
 
     def sample_prompts(self) -> list[str]:
-        """A prompt that names the subject or its class stands there for each subject."""
+        """Returns the sample prompts. A prompt with {token} or {noun} is repeated for each subject."""
         return [
             prompt
             for template in self.recipe.sample.prompts
@@ -111,25 +116,24 @@ class Prepared:
 
     @cached_property
     def sizes(self) -> list[Size]:
-        """The (width, height) that each photo is trained at."""
+        """The training size (width, height) of each photo, in pixels."""
         if self.recipe.data.shape == "square":
             return [(self.resolution, self.resolution)] * len(self.photos)
         return self.bucket_sizes()
 
     def bucket_sizes(self) -> list[Size]:
-        """Each photo's bucket."""
+        """Returns the bucket (width, height) of each photo, in pixels."""
         table = bucket_table(self.resolution, self.family.size_multiple, self.recipe.data.bucket_tolerance)
         return [nearest_bucket(photo.size, table) for photo in self.photos]
 
 
 def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = False) -> Prepared:
-    """Scans the photos, loads the base to compute on `device`, settles the token and the captions; writes nothing.
+    """Reads the photos, loads the base for use on `device`, and chooses the token and the captions. Writes nothing.
 
-    `begun`: a run of this recipe was begun, and goes on with whatever settings it was given.
+    With `begun`, a run of this recipe already exists: its settings are not checked again for effect.
 
     Raises:
-        BadInput: whatever is wrong with the photos, the captions, the base or the token; or a setting that has no
-            effect with this base.
+        BadInput: the photos, captions, base or token can't be used, or a setting has no effect with this base.
     """
     scanned = scan_subjects(recipe.data)
     check_formats(recipe.export.formats, recipe.method.artifacts)
@@ -177,35 +181,35 @@ def _check_resolution(recipe: Recipe, resolution: int, family: Family) -> None:
     multiple = family.size_multiple if buckets else family.square_multiple
     if resolution % multiple:
         raise BadInput(
-            f"data.resolution is {resolution}, which {family.name} can't divide by {multiple}"
-            f"{' (as data.shape=buckets needs it)' if buckets else ''}: "
+            f"data.resolution is {resolution}, but {family.name} needs a multiple of {multiple}"
+            f"{' (with data.shape=buckets)' if buckets else ''}: "
             f"choose {max(1, round(resolution / multiple)) * multiple}"
         )
 
 
 def _refuse_inputs(recipe: Recipe, family: Family) -> None:
-    """What can't be done with a base that reads more than latents."""
+    """Refuses what does not work with a base that reads extra inputs."""
     if family.inputs is None:
         return
     if family.widened and (recipe.method.is_adapter or "denoiser" not in recipe.method.parts):
         raise BadInput(
-            f"base.inputs={family.inputs} gives this base new weights, which only method.kind=full with the denoiser "
-            "trains: choose that, or a base that has them"
+            f"base.inputs={family.inputs} adds new weights to this base, and only method.kind=full with the denoiser "
+            "trains them: use that method, or a base that already reads these inputs"
         )
     if recipe.data.subjects:
         raise BadInput(
-            f"data.subjects has further subjects but the base reads {family.inputs} inputs, and its pictures are "
-            "drawn from one subject's photo: train each subject in a run of its own"
+            f"data.subjects has further subjects but the base reads {family.inputs} inputs, so its images are "
+            "drawn from the photo of one subject: train each subject in a run of its own"
         )
     if recipe.prior.class_images is not None and not INPUTS[family.inputs].any_image:
         raise BadInput(
-            f"prior.kind is {recipe.prior.kind} but the base reads {family.inputs} inputs, which class images have "
-            "not: set prior.kind=none"
+            f"prior.kind is {recipe.prior.kind} but the base reads {family.inputs} inputs, which class images do "
+            "not have: set prior.kind=none"
         )
 
 
 def _refuse_formats(recipe: Recipe, family: Family) -> None:
-    """Formats of whole models that can't hold this base: told before it is trained."""
+    """Refuses, before training, formats of whole models that can't hold this base."""
     for export in model_exports(recipe.export.formats):
         obstacle = export.obstacle(family)
         if obstacle:

@@ -1,4 +1,4 @@
-"""Previews show what a file of the adapter gives: it is written as an export is, read back, and drawn with."""
+"""Previews use an exported file: the adapter is written as for an export, read back, and used for drawing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ from finetune.runs.folder import RunFolder
 
 @contextmanager
 def from_file(folder: RunFolder, family: Family, step: int) -> Iterator[None]:
-    """Inside the block the family's LoRA holds what RUN/previews/NAME-000100.safetensors holds (the base under it is
-    untouched); afterwards exactly what it held before. What is no LoRA is drawn as it trains: to make it one takes
-    singular values of every module."""
+    """Writes the LoRA of this step to RUN/previews/NAME-000100.safetensors, and uses that file's weights in the block.
+
+    Afterwards the family holds exactly the weights from before. A method other than LoRA is left as it is, and no file
+    is written: the conversion would need an SVD of every module.
+
+    Raises:
+        OSError: the file can't be written.
+    """
     method = folder.recipe.method.adapter
     if not method.low_rank:
         yield
@@ -35,7 +40,7 @@ def from_file(folder: RunFolder, family: Family, step: int) -> Iterator[None]:
 
 
 def _written(folder: RunFolder, family: Family, adapter: Adapter, step: int) -> Adapter:
-    """The adapter of this step as a file that UIs read, and what is in it."""
+    """Writes the adapter of this step in a format for UIs, and reads it back."""
     recipe = folder.recipe
     export = adapter_exports([family.naming.ui_format])[0]
     path = folder.path / "previews" / f"{recipe.run.name}-{step:06d}.safetensors"
@@ -47,7 +52,7 @@ def _written(folder: RunFolder, family: Family, adapter: Adapter, step: int) -> 
 
 
 def _state(adapter: Adapter, scale: float) -> dict[str, Tensor]:
-    """A file's matrices as the method's weights, which it multiplies with its own `scale`."""
+    """The matrices of a file as state of the method, which multiplies them by its own `scale`."""
     state: dict[str, Tensor] = {}
     for part, module, a, b in adapter.modules():
         name = f"{part}.{module}"

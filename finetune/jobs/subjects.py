@@ -1,4 +1,4 @@
-"""The subjects of a run: photos and masks of each, its token, its captions. Mostly there is one."""
+"""The subjects of a run (usually one): the photos, masks, token and captions of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune.families.base import Family
 
 @dataclass(frozen=True)
 class Scanned:
-    """A subject's photos and masks, which lie in `folder`; `left_out` is a sentence about bad files, or empty."""
+    """A subject's photos and masks in `folder`. `left_out` is a sentence about files that are not used, or empty."""
 
     settings: SubjectSettings
     folder: Path
@@ -31,7 +31,7 @@ class Scanned:
 
 @dataclass(frozen=True)
 class Subject:
-    """A subject with its captions; `summary` says in a sentence where they come from."""
+    """A subject with its token and captions. `summary` is a sentence about where the captions come from."""
 
     token: str
     noun: str | None
@@ -41,18 +41,19 @@ class Subject:
 
     @property
     def photos(self) -> list[Photo]:
+        """The photos, in the order of their captions."""
         return [item.photo for item in self.captioned]
 
     def fill(self, prompt: str) -> str:
-        """A prompt with {token} and {noun} filled in."""
+        """Returns a prompt with {token} and {noun} filled in."""
         return prompt.replace("{token}", self.token).replace("{noun}", self.noun or "")
 
 
 def scan_subjects(data: Data) -> list[Scanned]:
-    """The photos and masks of every subject, the first one first.
+    """Reads the photos and masks of every subject, in the order of the recipe.
 
     Raises:
-        BadInput: whatever is wrong with one subject's photos or masks; it names the folder.
+        BadInput: the photos or masks of a subject can't be used; the message names the folder.
     """
     return [_scan(data, subject) for subject in data.all_subjects]
 
@@ -67,8 +68,10 @@ def _scan(data: Data, subject: SubjectSettings) -> Scanned:
 
 @contextmanager
 def _in_folder(data: Data, subject: SubjectSettings, folder: Path) -> Iterator[None]:
-    """Puts what the user named before an error: where `folder` is in the cache, and where there are several subjects
-    and the error does not name it."""
+    """Adds the path that the user gave to an error that does not name it.
+
+    That is an error about `folder` in the cache, or one of several subjects.
+    """
     try:
         yield
     except BadInput as error:
@@ -81,26 +84,26 @@ def _in_folder(data: Data, subject: SubjectSettings, folder: Path) -> Iterator[N
 
 
 def _photos(folder: Path, skip_bad: bool) -> tuple[list[Photo], str]:
-    """The photos, and a sentence about those that were left out."""
+    """The photos, and a sentence about the files that were left out."""
     found = scan_lenient(folder)
     if found.bad and not skip_bad:
         raise BadInput(
-            f"in {folder} {found.sentence}; mend or remove them, or leave them out with --skip-bad", path=folder
+            f"in {folder} {found.sentence}; fix or remove them, or leave them out with --skip-bad", path=folder
         )
     photos = found.photos
     if len(photos) > 1 and len({photo.digest for photo in photos}) == 1:
         raise BadInput(
-            f"all {len(photos)} photos in {folder} are the same picture: give different photos of the subject",
+            f"all {len(photos)} photos in {folder} are the same image: give different photos of the subject",
             path=folder,
         )
     return photos, f"{found.sentence}; they are left out" if found.bad else ""
 
 
 def caption_subjects(recipe: Recipe, family: Family, scanned: Sequence[Scanned]) -> list[Subject]:
-    """Settles every subject's token and captions.
+    """Chooses the token and the captions of every subject, in the order of `scanned`.
 
     Raises:
-        BadInput: a token that can't be used, captions that are missing or too long.
+        BadInput: a token can't be used, or captions are missing or too long.
     """
     words = _tokens(recipe, family)
     return [_caption(recipe, family, found, token) for found, token in zip(scanned, words, strict=True)]
@@ -118,7 +121,7 @@ def _caption(recipe: Recipe, family: Family, found: Scanned, token: str) -> Subj
 
 
 def _refuse_long(recipe: Recipe, family: Family, captioned: list[Captioned]) -> None:
-    """Captions that the text encoders would not read to their end."""
+    """Refuses captions that are longer than the text encoders read."""
     if recipe.data.long_captions == "cut":
         return
     length = max(family.text_length(index) for index in range(len(family.tokenizers)))
@@ -136,11 +139,11 @@ def _refuse_long(recipe: Recipe, family: Family, captioned: list[Captioned]) -> 
 
 
 def _tokens(recipe: Recipe, family: Family) -> list[str]:
-    """Each subject's word in prompts: the method's own, the token that was given, or a rare one; no two the same."""
+    """Each subject's word in prompts: the method's own, the given token, or a rare one. All are different."""
     data = recipe.data
     own = recipe.method.add_subject_token(family, data.token, data.class_noun)
     if own is not None:
-        return [own]  # such methods have one subject: `Recipe` refuses more
+        return [own]  # `Recipe` refuses several subjects with such a method
     for subject in data.all_subjects:
         if subject.token != "auto":
             _refuse_pieces(family, subject.token, data.token_pieces)
@@ -157,13 +160,13 @@ def _refuse_pieces(family: Family, token: str, most: int) -> None:
     pieces = max(tokens.describe(family.word_tokenizers, token).pieces, key=len)
     if len(pieces) > most:
         raise BadInput(
-            f"the token {token!r} is {len(pieces)} pieces to this base ({' + '.join(pieces)}), each with a "
-            f"meaning: find one with `finetune tokens suggest`, or allow it with data.token_pieces={len(pieces)}"
+            f"the token {token!r} is {len(pieces)} pieces for this base ({' + '.join(pieces)}), each with its "
+            f"own meaning: find one with `finetune tokens suggest`, or allow it with data.token_pieces={len(pieces)}"
         )
 
 
 def _rare(family: Family, noun: str | None, taken: set[str]) -> str:
-    """The best rare token that no other subject has. `taken` are lower-case."""
+    """The best rare token that no other subject has. The words in `taken` are lower-case."""
     found = [token.text for token in tokens.suggest(family, len(taken) + 1, noun) if token.text not in taken]
     if not found:
         raise BadInput("no rare token was found in this base's tokenizer: give one with data.token=TOKEN")

@@ -1,6 +1,6 @@
-"""The job: photos -> plan -> class images -> caches -> training -> pictures -> exports -> page.
+"""A run from start to end: photos -> plan -> class images -> caches -> training -> exports -> images -> report.
 
-Each stage is a function here and can be read on its own; the loop is in `training/trainer.py`.
+Each stage is a function in this module. The training loop is in `training/trainer.py`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ _RUNNING = threading.Lock()
 
 @dataclass(frozen=True)
 class Hooks:
-    """How a caller follows a run and ends it: `say` gets lines for a person, `events` the typed events (on the main
-    process), and `stop.request()`, from any thread, ends the run after its step."""
+    """How a caller follows and ends a run.
+
+    `say` gets lines of text for the user, and `events` gets typed events on the main process. `stop.request()`, from
+    any thread, ends the run after its current step.
+    """
 
     say: Say = lambda line: None
     events: Consumer = lambda event: None
@@ -71,20 +74,27 @@ def train(
     stop: Stop | None = None,
     accept_changes: bool = False,
 ) -> Path:
-    """Runs a recipe from end to end, or goes on where an interrupted run of it stopped; returns the run folder.
+    """Runs a recipe from start to end, or continues an interrupted run of it.
 
     Args:
-        say: gets lines for a person: the plan, the exported files.
+        recipe: what to run.
+        run_dir: the run folder; None for `run.dir`, or else a new folder in runs/. If it holds a run of this recipe,
+            that run continues.
+        say: gets lines of text for the user: the plan, the exported files.
         events: gets the typed events of `finetune.core.events`, on the main process.
-        stop: `stop.request()`, from any thread, ends the run after its step.
-        accept_changes: goes on with photos, captions, a base or packages that are not those that the run began with,
-            and writes that into its record (`RUN/inputs.json`).
+        stop: `stop.request()`, from any thread, ends the run after its current step.
+        accept_changes: continue although photos, captions, the base or packages changed since the run began. This is
+            written into its record (`RUN/inputs.json`).
+
+    Returns:
+        The run folder.
 
     Raises:
-        BadInput: something in the recipe, the photos or the folder, or what the run began with changed; nothing was
-            half-written.
-        CheckFailed: a step was not finite, or an export is not what was trained.
-        Stopped: SIGINT, SIGTERM or `stop`; `resume` goes on.
+        BadInput: the recipe, the photos, the base or the folder can't be used; what the run began with changed; or
+            another run is active in this Python process.
+        CheckFailed: the loss or gradient of a step was not finite, or an export did not pass its checks.
+        Stopped: SIGINT, SIGTERM or `stop` ended the run; `resume` continues it.
+        OSError: a file can't be written, for example because the disk is full.
     """
     with _alone_in_this_process(), deterministic(recipe.run.deterministic):
         return _train_here(recipe, run_dir, Hooks(say, events, stop or Stop(), accept_changes))
@@ -92,9 +102,11 @@ def train(
 
 @contextmanager
 def _alone_in_this_process() -> Iterator[None]:
-    """torch's seed for new weights and its deterministic mode are the process's: two runs at once would mix them."""
+    """Refuses a second run in this process: both would share torch's global seed and deterministic mode."""
     if not _RUNNING.acquire(blocking=False):
-        raise BadInput("another run is at work in this Python process: wait for its end, or start this one in another")
+        raise BadInput(
+            "another run is active in this Python process: wait until it ends, or start this one in another process"
+        )
     try:
         yield
     finally:
@@ -107,9 +119,8 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
     with sent_to(*([hooks.events] if main else [])):
         job = prepare(recipe, accelerator.device, _begun(run_dir or recipe.run.dir))
         chosen = [run_dir or recipe.run.dir or next_folder(recipe.run.name)]
-        path = Path(
-            broadcast_object_list(chosen)[0]
-        )  # processes that start at different moments see different folders
+        # processes that start at different moments would choose different folders
+        path = Path(broadcast_object_list(chosen)[0])
         accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(path)
         folder = RunFolder(path)
         job = in_order(job, path)
@@ -119,13 +130,13 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
 
 
 def _begun(run_dir: Path | str | None) -> bool:
-    """Whether there is a run in this folder, to go on with."""
+    """Whether this folder holds a run that can be continued."""
     return run_dir is not None and (Path(run_dir) / "recipe.yaml").is_file()
 
 
 @contextmanager
 def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe, say: Say) -> Iterator[None]:
-    """Metrics, status and trackers follow the events inside the block; at its end the outcome is told."""
+    """Sends the events of the block to metrics, status and trackers. At the end, sends the outcome."""
     consumers: list[Consumer] = []
     if accelerator.is_main_process:
         logged = (folder.path / "metrics.jsonl").is_file()
@@ -154,7 +165,7 @@ def _say_restored(say: Say, logged: bool, event: Event) -> None:
 
 
 def _track(accelerator: Accelerator, event: Event) -> None:
-    """wandb, trackio and TensorBoard, through Accelerate."""
+    """Logs a step to wandb, trackio or TensorBoard through Accelerate."""
     if isinstance(event, StepDone):
         accelerator.log({"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm}, step=event.step)
 
@@ -189,7 +200,15 @@ def resume(
     stop: Stop | None = None,
     accept_changes: bool = False,
 ) -> Path:
-    """Goes on with an interrupted run: what comes out is what the unbroken run would have given. As `train`."""
+    """Continues an interrupted run. The result is the same as without the interruption.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        BadInput: `run_dir` is not a run folder; and as `train`.
+        CheckFailed, Stopped, OSError: as `train`.
+    """
     recipe = RunFolder(Path(run_dir)).recipe
     return train(recipe, run_dir, say, events=events, stop=stop, accept_changes=accept_changes)
 
@@ -218,9 +237,9 @@ def _info(job: Prepared) -> RunRecord:
 
 
 def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks, pins: Pins) -> None:
-    """The pictures of before, the training, and the trained weights in RUN/adapter."""
+    """Draws the images from before training, trains, and saves the trained weights in RUN/adapter."""
     recipe = job.recipe
-    recipe.optim.try_on(accelerator.device)  # before pictures are drawn for minutes
+    recipe.optim.try_on(accelerator.device)  # fails here rather than after minutes of drawing
     if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
         draw_samples(job, folder.path / "samples" / "before", "Before")
     if recipe.run.trackers:
@@ -229,7 +248,7 @@ def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Ho
     if recipe.run.trackers:
         accelerator.end_training()
     if accelerator.is_main_process:
-        shutil.rmtree(folder.path / "samples" / "after", ignore_errors=True)  # of a shorter run
+        shutil.rmtree(folder.path / "samples" / "after", ignore_errors=True)  # from a run with fewer steps
         about = {"base_hash": job.base_hash, "steps": str(recipe.run.steps)}
         folder.save_result(recipe.method.state_dict(job.family), about)
 
@@ -242,7 +261,15 @@ def fit_job(
     stop: Stop | None = None,
     pins: Pins | None = None,
 ) -> None:
-    """Class images, caches, the method attached, and the loop: what is trained ends in `job.family`."""
+    """Draws class images, fills the caches, attaches the method and trains. `job.family` holds the trained weights.
+
+    `on_step` is called after every step, with the number of steps done. `stop` ends the loop after its current step.
+
+    Raises:
+        BadInput: the class images, or a checkpoint in `folder`, can't be used.
+        CheckFailed: the loss or gradient of a step was not finite.
+        Interrupted: `stop` was requested, or a signal arrived.
+    """
     recipe, family = job.recipe, job.family
     streams = make_streams(job, accelerator)
     if pins is not None and accelerator.is_main_process:
@@ -284,7 +311,7 @@ def fit_job(
 
 
 def _idle_parts(job: Prepared, encode_prompts: PromptEncoder) -> list[str]:
-    """Frozen parts whose work is cached: they leave memory while the loop runs."""
+    """Frozen parts whose outputs are cached. They are removed from memory during the training loop."""
     busy = {"denoiser", *job.recipe.method.part_names(job.family)}
     cached = isinstance(encode_prompts, PromptCache)
     return [part for part in job.family.parts if part not in busy and (part in job.family.codec.parts or cached)]
@@ -300,7 +327,7 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
     exported = export_run(folder, job.family)
     after = folder.path / "samples" / "after"
     shown = None if after.is_dir() else open_exported(folder, exported, dtype)
-    if shown is not None:  # what is shown is what the file gives, not what was in memory
+    if shown is not None:  # the report shows what the exported file draws, not the weights in memory
         shown.parts.device = device
         job.family = shown
         draw_samples(job, after, "After")
@@ -310,4 +337,6 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
         say(f"{item.format:>16}  {item.path}  {'; '.join(check.line for check in item.checks) or UNCHECKED}")
     failed = [item.format for item in exported if not item.ok]
     if failed:
-        raise CheckFailed(f"the export to {', '.join(failed)} is not what was trained: see {folder.path}/report.html")
+        raise CheckFailed(
+            f"the export to {', '.join(failed)} does not match what was trained: see {folder.path}/report.html"
+        )

@@ -1,1 +1,1 @@
-"""What is trained and how it is attached to a base: LoRA and its relatives, full weights, new embeddings."""
+"""Training methods: LoRA and related adapters, full weights, and embeddings of new words."""

@@ -1,7 +1,7 @@
-"""The method seam: what is trained, and what leaves the run. A new method is one new file in this folder.
+"""The interface of training methods: what is trained, and what is exported. A new method is one new file here.
 
-A recipe is made of these classes, so modules here import torch and PEFT inside functions only: `tests/config` sees to
-it. Classes of torch modules live in `layers/`.
+Recipes are made of these classes, so modules here import torch and PEFT only inside functions (`tests/config` checks
+it). Torch modules are in `layers/`.
 """
 
 from __future__ import annotations
@@ -27,104 +27,113 @@ Artifact = Literal["adapter", "weights", "embedding"]
 
 
 class Method(Settings, ABC):
-    """A recipe's `method:` section is the constructor of one of these (pydantic, unknown keys refused)."""
+    """A training method. A recipe's `method:` section holds its fields (pydantic; unknown keys are refused)."""
 
-    low_rank: ClassVar[bool] = False  # whether it is B A as it stands: what leaves the run is what was trained
+    low_rank: ClassVar[bool] = False  # whether the trained change is B A, so that a LoRA file holds it exactly
     artifacts: ClassVar[tuple[Artifact, ...]] = (
         "adapter",
-    )  # what leaves the run: `finetune.export` has formats for each
-    rests: ClassVar[bool] = False  # whether `windows` lets some weights rest, which not every optimiser can
+    )  # the kinds of training results: `finetune.export` has formats for each
+    rests: ClassVar[bool] = False  # whether `windows` keeps some weights fixed at times; not all optimisers can
     kind: str
     parts: list[Part] = Field(default=["denoiser"], min_length=1)
 
     def part_names(self, family: Family) -> list[str]:
-        """`parts` as names in `family.parts`: "text_encoders" means all that the family lets train."""
+        """`parts` as names in `family.parts`: "text_encoders" stands for all trainable text encoders."""
         texts = family.trainable_text_encoders
         names = [name for part in self.parts for name in ([part] if part == "denoiser" else texts)]
         return list(dict.fromkeys(names))
 
     def add_subject_token(self, family: Family, token: str, noun: str | None) -> str | None:
-        """What stands for the subject in prompts, where the method brings a word of its own (`family` learns to read
-        it, before `attach`); None where it is a token that the base has. `token` is the recipe's."""
+        """Adds a new word for the subject to the family's tokenizers and text encoders. Call it before `attach`.
+
+        `token` is the recipe's token, and `noun` the subject's class. Returns the word for prompts; None if the method
+        uses a token that the base already has.
+        """
         return None
 
     @property
     def has_text_lr(self) -> bool:
-        """Whether anything of the text encoders is trained, so that `optim.text_lr` says something."""
+        """Whether text-encoder weights are trained, so that `optim.text_lr` has an effect."""
         return "text_encoders" in self.parts
 
     def windows(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Window]:
-        """Name -> the share of the run in which it is trained, for those that are not trained from start to end."""
+        """Parameter name -> (start, end) of its training, as shares of the run (0 to 1), for the parameters that are
+        not trained throughout."""
         return {}
 
     @property
     def adapter(self) -> Method:
-        """The part of the method that leaves the run as an adapter."""
+        """The part of the method that is exported as an adapter."""
         return self
 
     def trains_texts(self, family: Family) -> bool:
+        """Whether a text encoder of `family` is trained."""
         return bool(set(family.text_encoders) & set(self.part_names(family)))
 
     @property
     @abstractmethod
     def is_adapter(self) -> bool:
-        """Whether the base stays as it is: then it may be held in bf16 and the result is an adapter file."""
+        """Whether the base's own weights stay unchanged: it may then be loaded in bf16, and the result is an
+        adapter."""
 
     @abstractmethod
     def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
-        """Makes the family trainable in place.
+        """Makes the family trainable, in place. The same seed creates the same initial weights.
 
-        Returns the trained parameters, fp32, by stable full name
-        ("denoiser.down_blocks.0...lora_A.default.weight"). The same seed gives the same weights. Everything else
-        keeps requires_grad=False.
+        Returns the trained parameters, fp32, by full name ("denoiser.down_blocks.0...lora_A.default.weight"). All
+        other parameters keep requires_grad=False.
+
+        Raises:
+            BadInput: the family has no modules that this method can train.
         """
 
     @abstractmethod
     def adapted_modules(self, family: Family) -> int:
-        """How many of an attached family's modules are trained, or have an adapter."""
+        """The number of modules of an attached family that are trained or have an adapter."""
 
     def new_vectors(self, family: Family) -> int:
-        """How many embeddings of new words an attached family trains."""
+        """The number of new embeddings that are trained in an attached family."""
         return 0
 
     @abstractmethod
     def state_dict(self, family: Family) -> dict[str, Tensor]:
-        """What was trained, as it leaves the run: "denoiser.<path>.lora_A.weight" for LoRA (without
-        `text_model.`), "denoiser.<parameter>" for full."""
+        """The trained tensors by name: for LoRA "denoiser.<path>.lora_A.weight" (without `text_model.`), for full
+        training "denoiser.<parameter>"."""
 
     @abstractmethod
     def load_state_dict(self, family: Family, state: dict[str, Tensor]) -> None:
-        """The inverse, on an attached family.
+        """Loads what `state_dict` returned into an attached family.
 
         Raises:
             BadInput: keys are missing or unknown.
         """
 
     def weight_dtype(self, compute: torch.dtype) -> torch.dtype:
-        """The dtype in which the base is loaded: an adapter's base is cast once, trained weights stay fp32."""
+        """The dtype for loading the base: `compute` for adapters; fp32 if the base's own weights are trained."""
         import torch
 
         return compute if self.is_adapter else torch.float32
 
     def autocast_dtype(self, compute: torch.dtype) -> torch.dtype | None:
-        """What fp32 weights compute in: under autocast where training is full and in a half precision."""
+        """The dtype for autocast: `compute` for full training in a half precision, otherwise None."""
         import torch
 
         return None if self.is_adapter or compute == torch.float32 else compute
 
     def base_of(self, family: Family) -> ReferenceModel:
-        """The base as it was, to be asked while the family trains; called when the method has just been attached."""
+        """The base as it was before training, for predictions during training. Call it right after `attach`."""
         return reference_copy(family, self.part_names(family))
 
     @property
     def measures_distance(self) -> bool:
-        """Whether `distance` is the distance between weights of the model, and no other."""
+        """Whether `distance` can measure how far the model's weights are from the base's."""
         return not self.is_adapter
 
     def distance(self, family: Family, trained: dict[str, nn.Parameter]) -> Callable[[], Tensor]:
-        """sum |theta - theta_0|^2 over the model's weights, a float32 scalar with gradient; called as `base_of`."""
+        """A function that returns sum |theta - theta_0|^2 over the model's weights, as a float32 scalar with gradient.
+        Call this method right after `attach`."""
         return copied_distance(trained)
 
     def reference_bytes(self, family: Family) -> int:
-        """What `base_of` or `distance` holds in memory beside the model."""
+        """The memory in bytes that `base_of` or `distance` needs in addition to the model."""
         return parameter_bytes(family, self.part_names(family))

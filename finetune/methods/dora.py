@@ -34,7 +34,8 @@ class DoRA(Ranked):
         )
 
     def prepare(self, layer: Any) -> None:
-        """The magnitude in fp32: PEFT takes it in the base's dtype, and a bf16 base would start .4 % off."""
+        """Computes the magnitude in fp32. PEFT uses the base's dtype: with bf16 the start would differ from the base
+        by up to 0.4 %."""
         import torch
 
         magnitude, weight = layer.lora_magnitude_vector[ADAPTER], layer.get_base_layer().weight.float()
@@ -43,7 +44,7 @@ class DoRA(Ranked):
         magnitude.weight.data = norm
 
     def delta(self, layer: Any) -> Tensor:
-        """PEFT's merge minus the base, in float64: the difference of two numbers that are nearly equal."""
+        """PEFT's merged weight minus the base weight, in float64 because the two are nearly equal."""
         from finetune.core.devices import exact_device
 
         own = layer.get_base_layer().weight.device

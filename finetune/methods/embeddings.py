@@ -1,4 +1,4 @@
-"""New rows beside the frozen embedding tables of CLIP encoders, and tokens for them (arXiv:2208.01618)."""
+"""Adds tokens to CLIP tokenizers, and trainable rows to their frozen embedding tables (arXiv:2208.01618)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from finetune.families.base import Family
     from finetune.methods.layers.embedding import ExtendedEmbedding
 
-SUBJECT = "subject"  # what data.token "auto" is called
-LEGACY_EOS = 2  # in old configs of CLIP; transformers then takes the highest id for the end of the text
+SUBJECT = "subject"  # the name of the new token if data.token is "auto"
+LEGACY_EOS = 2  # eos_token_id in old CLIP configs: transformers then takes the highest token id as the text's end
 
 
 def extensions(family: Family) -> Iterator[tuple[str, str, ExtendedEmbedding]]:
-    """(part, module path, table with new rows) of a family whose subject was named."""
+    """(part, module path, extended table) for each text encoder with new rows."""
     from finetune.methods.layers.embedding import ExtendedEmbedding
 
     for part in family.trainable_text_encoders:
@@ -37,7 +37,7 @@ def embeddings(family: Family) -> dict[str, Tensor]:
 
 
 def set_embeddings(family: Family, values: dict[str, Tensor]) -> None:
-    """The new embeddings of a named family, whatever the method's norm was."""
+    """Sets the new embeddings, whatever `norm` the method uses."""
     from finetune.methods.layers.embedding import Rows
 
     for part, _, table in extensions(family):
@@ -51,15 +51,18 @@ def _name(token: str) -> str:
     found = re.fullmatch(r"<?([\w-]+)>?", token)
     if found is None:
         raise BadInput(
-            f"the token {token!r} can't name new embeddings: give a name of letters and digits, such as data.token=zwx"
+            f"the token {token!r} can't name new embeddings: use letters and digits, such as data.token=zwx"
         )
     return found[1]
 
 
 def add_tokens(tokenizer: Any, name: str, count: int) -> int:
-    """Adds `<name_0>`, `<name_1>`, ..., for which `<name>` stands in prompts; returns the first one's id.
+    """Adds the tokens `<name_0>`, `<name_1>`, ..., for which `<name>` stands in prompts. Returns the first one's id.
 
-    They are spelled unlike diffusers' `<name>`, `<name>_1`, so that its pipelines do not expand prompts once more.
+    diffusers' own names would be `<name>`, `<name>_1`. Other names keep its pipelines from expanding prompts again.
+
+    Raises:
+        BadInput: the tokenizer already has one of these tokens.
     """
     new = [f"<{name.lower()}_{k}>" for k in range(count)]
     taken = next((text for text in new if text in tokenizer.get_vocab()), None)
@@ -73,7 +76,7 @@ def add_tokens(tokenizer: Any, name: str, count: int) -> int:
 
 
 def rewrite_prompt(tokenizer: Any, placeholder: str, text: str) -> None:
-    """A tokenizer that reads `text` where a prompt has the placeholder: so does every pipeline that is given it."""
+    """Makes the tokenizer read `text` in place of the placeholder, also inside pipelines."""
     from tokenizers import Regex, normalizers
 
     backend = tokenizer.backend_tokenizer
@@ -88,15 +91,17 @@ def extend_embeddings(encoder: Any, first: int, start: list[int], norm: str) -> 
     table = encoder.get_input_embeddings()
     weight = table.weight.detach()
     begin = weight[start]
-    # both norms, for a recipe's `free` and `keep`
+    # the recipe's `norm` is `free` or `keep`
     new = Rows(begin) if norm == "free" else Directions(begin, weight.float().norm(dim=-1).mean())
     encoder.set_input_embeddings(ExtendedEmbedding(table, first, new).train(encoder.training))
 
 
 def fix_eos_token_id(encoder: nn.Module, tokenizer: Any) -> bool:
-    """The pooled vector is the end of the text's. Where a config says that its id is 2, transformers looks for the
-    highest id, which is a new token's now; ordinary prompts are not changed by looking for the true one. Returns
-    whether it was so."""
+    """Sets eos_token_id to the true id if the config has the old value 2. Returns whether it did.
+
+    The pooled vector is read at the end-of-text token. With the value 2, transformers reads it at the highest token id
+    instead, which now belongs to a new token. Other prompts give the same result with the true id.
+    """
     legacy = [module for module in encoder.modules() if getattr(module, "eos_token_id", None) == LEGACY_EOS]
     for module in legacy:
         cast(Any, module).eos_token_id = int(tokenizer.eos_token_id)

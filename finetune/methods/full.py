@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Full(Method):
-    """Trains every weight of the chosen parts, except those that the family never reads."""
+    """Trains every weight of the chosen parts, except those that the family never uses."""
 
     artifacts: ClassVar = ("weights",)
     kind: Literal["full"] = "full"
@@ -51,7 +51,10 @@ class Full(Method):
         own = self._parameters(family)
         wrong = sorted(own.keys() ^ state.keys())
         if wrong:
-            raise BadInput(f"the weights and the recipe disagree on {len(wrong)} names, such as {wrong[0]!r}")
+            raise BadInput(
+                f"the weights do not fit the recipe: {len(wrong)} names are missing or unknown, such as {wrong[0]!r}: "
+                "use the run's own recipe"
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])

@@ -1,4 +1,4 @@
-"""LoHa through PEFT (FedPara, arXiv:2108.06098): W + (alpha / r) (B1 A1) * (B2 A2), a product value by value."""
+"""LoHa through PEFT (FedPara, arXiv:2108.06098): W + (alpha / r) (B1 A1) * (B2 A2), where * is elementwise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune.methods.peft_adapter import ADAPTER, Ranked
 
 
 class LoHa(Ranked):
-    """Two low-rank products multiplied: a delta of rank up to r * r from twice the weights of a LoRA."""
+    """The elementwise product of two low-rank matrices: rank up to r * r with twice the weights of a LoRA."""
 
     marks: ClassVar = (".hada_",)
     kind: Literal["loha"] = "loha"
@@ -26,6 +26,6 @@ class LoHa(Ranked):
 
 
 def never_dropped(layer: Any) -> None:
-    """PEFT applies a LyCORIS layer when a number drawn from [0, 1) is above module_dropout, so at 0 it leaves one out
-    once in 2^24 draws of the global generator: below 0 never."""
+    """Sets module_dropout below 0. PEFT applies a LyCORIS layer if a random number from [0, 1) is above
+    module_dropout: at 0 it would still skip a layer about once in 2^24 draws, when the number is exactly 0."""
     layer.module_dropout[ADAPTER] = -1.0

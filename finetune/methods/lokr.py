@@ -11,9 +11,10 @@ from finetune.methods.peft_adapter import Ranked
 
 
 class LoKr(Ranked):
-    """A Kronecker product of a small matrix and a low-rank one (of a full one, where r reaches half of its side).
+    """The Kronecker product of a small matrix and a low-rank one. The latter is a full matrix if r is at least half of
+    its side.
 
-    `factor`: the small matrix has sides of about so many; `null` splits each side near its square root.
+    `factor`: approximate side of the small matrix; `null` splits each side near its square root.
     """
 
     marks: ClassVar = (".lokr_",)

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class LoRA(Ranked):
     """Low-rank adapters.
 
-    `init`: how A begins (B is zero): PEFT's default (uniform, He et al.) or normal with deviation 1 / r. Starts that
-    change the base (PiSSA, OLoRA, CorDA) or need data (EVA) are not offered, nor "orthogonal", whose B A is zero only
-    up to rounding.
+    `init`: the initial values of A (B starts at zero): PEFT's default (uniform, He et al.) or normal with standard
+    deviation 1 / r. PEFT's other kinds are not available: PiSSA, OLoRA and CorDA change the base, EVA needs data, and
+    for "orthogonal" B A is zero only up to rounding.
     """
 
     marks: ClassVar = (".lora_",)

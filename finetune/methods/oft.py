@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 class OFT(PeftAdapter):
-    """Rotations of each layer's inputs, on linear layers: PEFT's OFT on convolutions does not begin as the base, so
-    `targets: conv` is refused, and the 1x1 convolutions round SD1's attention blocks stay as they are.
+    """Rotates the inputs of linear layers.
 
-    `block_size`: sides of the rotated blocks; a layer whose width it does not divide takes the nearest divisor.
+    With PEFT's OFT on convolutions, training does not start from the base. So `targets: conv` is refused, and the 1x1
+    convolutions around SD1's attention blocks are not adapted. `block_size`: side of the rotated blocks; a layer whose
+    width it does not divide uses the nearest divisor.
     """
 
     marks: ClassVar = (".oft_R.",)
@@ -40,17 +41,17 @@ class OFT(PeftAdapter):
         found = [path for path in super().target_modules(family, part) if isinstance(modules[path], nn.Linear)]
         if not found:
             raise BadInput(
-                f"method.kind is oft but no layer of {part} that {self.targets} chooses is linear: use lora"
+                f"method.kind is oft but method.targets={self.targets} chooses no linear layer of {part}: use lora"
             )
         return found
 
     def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Invalid `oft_block_size`")  # said in docs/recipes.md
+            warnings.filterwarnings("ignore", message="Invalid `oft_block_size`")  # docs/recipes.md explains it
             return super().attach(family, seed)
 
     def delta(self, layer: Any) -> Tensor:
-        """W (R^T - I): x R W^T is what the layer computes."""
+        """W (R^T - I), since the layer computes x R W^T."""
         import torch
 
         from finetune.core.devices import doubled

@@ -1,4 +1,4 @@
-"""What all adapters of PEFT share; a kind is a config, the names of its parameters and its delta."""
+"""Shared code of all PEFT adapters. Each kind defines its config, its parameters' names and its delta."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 CROSS_KV = ("attn2.to_k", "attn2.to_v")
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the names of PEFT's files
 PREFIX = "base_model.model."
-MAGNITUDE = ".lora_magnitude_vector"  # PEFT's files have it without the `.weight` of its parameter
+MAGNITUDE = ".lora_magnitude_vector"  # in PEFT's files, without the `.weight` of the parameter
 
 
 class PeftAdapter(Method):
-    """An adapter that PEFT puts into a frozen base.
+    """An adapter that PEFT adds to a frozen base.
 
-    `targets`: the denoiser's attention projections, everything linear in its attention blocks, also the convolutions
-    of its residual blocks, or only the keys and values of its cross attention (Custom Diffusion, arXiv:2212.04488). A
-    text encoder is adapted at its attention and MLP projections.
+    `targets` chooses the denoiser's layers: its attention projections (attention), all linear layers in its attention
+    blocks (all-linear), also the convolutions of its residual blocks (conv), or only the keys and values of its cross
+    attention (cross-kv; Custom Diffusion, arXiv:2212.04488). Text encoders are adapted at their attention and MLP
+    projections.
     """
 
-    marks: ClassVar[tuple[str, ...]]  # what the names of its parameters hold
+    marks: ClassVar[tuple[str, ...]]  # the names of its parameters contain one of these
     targets: Literal["attention", "all-linear", "conv", "cross-kv"] = "all-linear"
 
     @abstractmethod
@@ -43,12 +44,12 @@ class PeftAdapter(Method):
         """The peft.PeftConfig for the modules of one part."""
 
     def delta(self, layer: Any) -> Tensor:
-        """What one adapted layer adds to its base weight: the weight's shape, float32."""
+        """The change of one adapted layer's weight: same shape as the weight, float32."""
         delta: Tensor = layer.get_delta_weight(ADAPTER)
         return delta.float()
 
     def prepare(self, layer: Any) -> None:
-        """Sets a new layer right, where PEFT's own start would not be the base or would not be repeatable."""
+        """Corrects a new layer if PEFT's initial values would change the base or would not be reproducible."""
 
     @property
     def is_adapter(self) -> bool:
@@ -58,7 +59,7 @@ class PeftAdapter(Method):
         """Full paths of the adapted modules.
 
         Raises:
-            BadInput: this family has none of the kind that was asked for.
+            BadInput: this family has no modules for `targets`.
         """
         if self.targets != "cross-kv" or part != "denoiser":
             return family.lora_targets(part, self.targets)
@@ -99,7 +100,8 @@ class PeftAdapter(Method):
                 yield part, strip_text_model(path), layer
 
     def deltas(self, family: Family) -> Iterator[tuple[str, str, Tensor]]:
-        """(part, module path, effective weight - base weight), one module at a time: all are as large as the base."""
+        """(part, module path, effective weight - base weight), one module at a time: together they are as large as the
+        base."""
         import torch
 
         for part, path, layer in self.layers(family):
@@ -116,14 +118,18 @@ class PeftAdapter(Method):
         own = dict(self._parameters(family))
         wrong = sorted(own.keys() ^ state.keys())
         if wrong:
-            raise BadInput(f"the adapter and the recipe disagree on {len(wrong)} weights, such as {wrong[0]!r}")
+            raise BadInput(
+                f"the adapter does not fit the recipe: {len(wrong)} weights are missing or unknown, such as "
+                f"{wrong[0]!r}: "
+                "use the run's own recipe"
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
 
     @contextmanager
     def disabled(self, family: Family) -> Iterator[None]:
-        """The base as it was: every adapter switched off inside the block."""
+        """Switches every adapter off inside the block, which leaves the unchanged base."""
         with self.base_of(family)():
             yield
 
@@ -134,7 +140,7 @@ class PeftAdapter(Method):
         return 0
 
     def native_form(self, family: Family) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-        """Part -> (adapter_config.json, adapter_model.safetensors) as PEFT itself writes and reads them, in fp32."""
+        """Part -> (content of adapter_config.json, tensors of adapter_model.safetensors in fp32), in PEFT's format."""
         forms = {}
         for part in self.part_names(family):
             config = self.config([path for path, _ in tuner_layers(family.parts[part])])
@@ -160,7 +166,7 @@ class PeftAdapter(Method):
 
 
 class Ranked(PeftAdapter):
-    """Kinds with a rank, and alpha / rank as their scale. `alpha: null` is the rank, so that the scale is 1."""
+    """Adapters with a rank and the scale alpha / rank. `alpha: null` means alpha = rank, so that the scale is 1."""
 
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0)
@@ -171,12 +177,12 @@ class Ranked(PeftAdapter):
 
     @property
     def peft_alpha(self) -> int:
-        """The same for PEFT, whose annotations say int; it computes with floats too."""
+        """`alpha_value` for PEFT, whose annotations require int although it also accepts floats."""
         return cast(int, self.alpha_value)
 
 
 def active_lora(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """(path without `text_model.`, A, B, scale) of the LoRA layers that take part, whoever put them there."""
+    """(path without `text_model.`, A, B, scale) of the active LoRA layers, whichever program added them."""
     for path, layer in tuner_layers(module):
         if layer.disable_adapters:
             continue
@@ -187,10 +193,10 @@ def active_lora(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, float]
 
 
 def read_native_form(family: Family, folder: Path) -> None:
-    """Puts a PEFT folder of any kind (PART/adapter_config.json, ...) into a clean family, by PEFT's own reader.
+    """Loads a PEFT folder of any kind (PART/adapter_config.json, ...) into a clean family with PEFT's own reader.
 
     Raises:
-        BadInput: its weights and its config disagree.
+        BadInput: its weights do not fit its config.
     """
     import peft
     from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -208,7 +214,11 @@ def read_native_form(family: Family, folder: Path) -> None:
         missing = [name for name in result.missing_keys if any(f".{kind}" in name for kind in _prefixes(module))]
         if missing or result.unexpected_keys:
             odd = [*missing, *result.unexpected_keys]
-            raise BadInput(f"{file.parent} has {len(odd)} weights missing or too many, such as {odd[0]!r}")
+            raise BadInput(
+                f"{file.parent} does not fit its config: {len(odd)} weights are missing or unknown, such as "
+                f"{odd[0]!r}: "
+                "export it again"
+            )
         module.eval()
 
 

@@ -1,9 +1,9 @@
-"""Pivotal tuning (after arXiv:2106.05744; for diffusion models cloneofsimo/lora): a new word, then a LoRA round it.
+"""Pivotal tuning (after arXiv:2106.05744; for diffusion models cloneofsimo/lora): trains a new word, then a LoRA.
 
-For the first `pivot` of the steps only the new embeddings are trained; then they stand still, or go on with
-`keep_training_token`, and the LoRA is trained. Each has its own schedule over its own steps. Gradients are computed
-for both throughout (Adam's moments of what waits are warm when its turn comes); AdamW at a rate of 0 leaves weights
-bit-identical.
+For the first `pivot` (a share) of the steps, only the new embeddings are trained. Then the LoRA is trained, and the
+embeddings stay fixed, unless `keep_training_token` is set. Each has its own learning-rate schedule over its own steps.
+Gradients are computed for both throughout, so Adam's moments are ready when the LoRA's training starts. A learning
+rate of 0 keeps weights bit-identical with AdamW.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class Pivotal(Inversion):
-    """`parts`, `rank`, `alpha`, `dropout`, `targets` and `rank_stabilised` are the LoRA's."""
+    """Trains a new word, then a LoRA. `parts`, `rank`, `alpha`, `dropout`, `targets` and `rank_stabilised` apply to
+    the LoRA."""
 
     artifacts: ClassVar = ("adapter", "embedding")
     rests: ClassVar[bool] = True
@@ -53,7 +54,7 @@ class Pivotal(Inversion):
         return True
 
     def part_names(self, family: Family) -> list[str]:
-        """The LoRA's, and the text encoders that the new embeddings are in."""
+        """The LoRA's parts, and the text encoders with the new embeddings."""
         return list(dict.fromkeys([*super().part_names(family), *family.trainable_text_encoders]))
 
     def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:

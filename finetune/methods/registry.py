@@ -14,7 +14,7 @@ from finetune.methods.base import Method
 METHODS: Registry[Method] = Registry(Method, "finetune.methods", lambda item: item.model_fields["kind"].default)
 
 
-# what a recipe's `method:` section may be: `kind` chooses the class
+# the type of a recipe's `method:` section: `kind` chooses the class
 if TYPE_CHECKING:
     MethodSettings = Method
 else:

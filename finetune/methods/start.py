@@ -1,4 +1,4 @@
-"""Where training started from: the base as it was, beside what is trained, and how far the weights have gone."""
+"""The unchanged base during training, and the distance of the trained weights from it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
     from finetune.families.base import Family
 
-ReferenceModel = Callable[[], AbstractContextManager["Family"]]  # inside the block, the family is the base as it was
+ReferenceModel = Callable[[], AbstractContextManager["Family"]]  # a context manager: the unchanged base
 
 
 def reference_copy(family: Family, parts: Sequence[str]) -> ReferenceModel:
-    """A family of its own that shares what is frozen and holds copies of `parts`, in the dtype that they have."""
+    """A second family with copies of `parts`, in their current dtype. All other parts are shared."""
     twin = copy.copy(family)
     copies = {name: copy.deepcopy(family.parts[name]).requires_grad_(False).eval() for name in parts}
     shared = {name: part for name, part in family.parts.items() if name not in family.codec.parts}
@@ -26,7 +26,7 @@ def reference_copy(family: Family, parts: Sequence[str]) -> ReferenceModel:
 
 
 def adapters_disabled(family: Family, layers: Sequence[BaseTunerLayer]) -> ReferenceModel:
-    """The same family with PEFT's layers passed by: nothing is copied."""
+    """The same family with PEFT's layers disabled: nothing is copied."""
 
     @contextmanager
     def block() -> Iterator[Family]:
@@ -40,7 +40,8 @@ def adapters_disabled(family: Family, layers: Sequence[BaseTunerLayer]) -> Refer
 
 
 def _set_disabled(layers: Sequence[BaseTunerLayer], off: bool) -> None:
-    """PEFT's `enable_adapters` would also turn requires_grad off and on, between a forward and its backward."""
+    """Used instead of PEFT's `enable_adapters`, which also changes requires_grad between a forward and its
+    backward."""
     for layer in layers:
         layer._disable_adapters = off
 
@@ -50,31 +51,32 @@ def adapted_layers(family: Family, parts: Sequence[str]) -> list[Any]:
 
 
 def tuner_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(path, layer) of the layers that PEFT put into a module."""
+    """(path, layer) of the layers that PEFT added to a module."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return ((path, layer) for path, layer in module.named_modules() if isinstance(layer, BaseTunerLayer))
 
 
 def copied_distance(trained: Mapping[str, nn.Parameter]) -> Callable[[], Tensor]:
-    """sum |theta - theta_0|^2 over all trained weights, with a copy of those that they have now."""
+    """A function for sum |theta - theta_0|^2 over all trained weights; theta_0 is a copy of their current values."""
     import torch
     from torch.nn.functional import mse_loss
 
     start = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
     def distance() -> Tensor:
-        """mse_loss keeps its two inputs for the backward, and not their difference: no third copy of the weights."""
+        """mse_loss stores its inputs for the backward pass, not their difference, which would be a third copy."""
         return torch.stack([mse_loss(trained[name], start[name], reduction="sum") for name in start]).sum()
 
     return distance
 
 
 def low_rank_distance(factors: Iterable[tuple[Tensor, Tensor, float]]) -> Callable[[], Tensor]:
-    """sum over layers of |s B A|^2 (Frobenius), by traces: B A is as large as the base's weight and is never made.
+    """A function for the sum over layers of |s B A|^2 (Frobenius norm).
 
-    |B A|^2 = tr(A^T B^T B A) = tr((B^T B) (A A^T)): two r x r matrices. `factors` are (A [r, in, ...],
-    B [out, r, ...], s); a convolution's B A is their product as matrices too, since its B is 1x1.
+    |B A|^2 = tr(A^T B^T B A) = tr((B^T B) (A A^T)) needs only two r x r matrices, not B A, which is as large as the
+    base's weight. `factors` are (A [r, in, ...], B [out, r, ...], s). For a convolution, B A is their matrix product
+    too, since its B is 1x1.
     """
     import torch
 

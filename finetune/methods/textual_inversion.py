@@ -1,8 +1,8 @@
-"""Textual inversion (arXiv:2208.01618): new words for the frozen base, one or several trained embeddings each.
+"""Textual inversion (arXiv:2208.01618): trains the embeddings of a new word, and keeps the base frozen.
 
-`Inversion` is what every method with words of its own does: it names the subject (`<subject>`), puts a few rows
-beside the frozen table of each CLIP encoder, and trains those rows only. T5 encoders get no rows (files of embeddings
-have no place for them): they read the initialiser's words instead.
+`Inversion` is the base class of all methods with new words. It adds a word for the subject (`<subject>`) and a few
+rows to the frozen embedding table of each CLIP encoder, and trains only those rows. T5 encoders get no rows, because
+embedding files can't hold them: they read the initialiser's words instead.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 
 class Inversion(Method):
-    """`vectors` embeddings for one placeholder; they begin as `init` (None: the class noun), whose words must each be
-    one token, and are repeated where there are more vectors. `norm: keep` fixes their length at the base's mean.
+    """Trains `vectors` embeddings for one new word.
+
+    They start as copies of the embeddings of `init` (None: the class noun). Each word of `init` must be one token; the
+    words repeat if there are more vectors. `norm: keep` fixes the vectors' norm at the mean of the base's table.
     """
 
     vectors: int = Field(default=1, ge=1, le=32)
@@ -43,13 +45,13 @@ class Inversion(Method):
         return True
 
     def add_subject_token(self, family: Family, token: str, noun: str | None) -> str:
-        """New tokens and rows for the placeholder, in place; `<zwx>` for a token `zwx`.
+        """Adds tokens and rows for the new word, in place. Returns it: `<zwx>` for a token `zwx`.
 
         Raises:
-            BadInput: no initialiser, one that is not made of whole tokens, or a name that can't be used.
+            BadInput: there is no initialiser, one of its words is not a single token, or the token can't be used.
         """
         name, words = _name(token), self.init or noun
-        if not family.tokenizers:  # on the meta device, where nothing is read
+        if not family.tokenizers:  # on the meta device there are no tokenizers
             for part in family.trainable_text_encoders:
                 encoder = cast(Any, family.parts[part])
                 first = encoder.get_input_embeddings().num_embeddings
@@ -57,8 +59,8 @@ class Inversion(Method):
             return f"<{name}>"
         if words is None:
             raise BadInput(
-                "method.init is missing and there is no class noun: say what the subject is like in a word that the "
-                "base knows, such as method.init=toy"
+                "method.init is missing and there is no class noun: describe the subject with a word that the base "
+                "knows, such as method.init=toy"
             )
         for part, tokenizer in zip(family.text_encoders, family.tokenizers, strict=True):
             if part not in family.trainable_text_encoders:
@@ -71,14 +73,15 @@ class Inversion(Method):
         return f"<{name}>"
 
     def _start(self, tokenizer: Any, words: str) -> list[int]:
-        """The ids whose embeddings the vectors begin as."""
+        """The ids of the tokens whose embeddings are the vectors' start values."""
         pieces = {word: tokenizer.tokenize(word) for word in words.split()}
         split = next((word for word, cut in pieces.items() if len(cut) != 1), None)
         if split is not None:
             shown = " + ".join(piece.removesuffix("</w>") for piece in pieces[split])
             raise BadInput(
-                f"the initialiser {split!r} is {len(pieces[split])} pieces to this base ({shown}): set method.init to "
-                "a plain word that the base knows"
+                f"this base splits the initialiser {split!r} into {len(pieces[split])} tokens ({shown}): set "
+                "method.init "
+                "to a common word that is one token"
             )
         ids = tokenizer.convert_tokens_to_ids([pieces[word][0] for word in words.split()])
         if len(ids) > self.vectors:
@@ -89,10 +92,10 @@ class Inversion(Method):
         return [ids[k % len(ids)] for k in range(self.vectors)]
 
     def attach_rows(self, family: Family) -> dict[str, nn.Parameter]:
-        """Unfreezes the rows; `name_subject` was there before."""
+        """Unfreezes the rows that `add_subject_token` added."""
         trained = {f"{part}.{path}.new.rows": table.new.rows for part, path, table in extensions(family)}
         if not trained:
-            raise TypeError("name_subject comes before attach: there are no new rows in this family")
+            raise TypeError("this family has no new rows: call add_subject_token before attach")
         for parameter in trained.values():
             parameter.requires_grad_(True)
         return trained
@@ -104,7 +107,7 @@ class Inversion(Method):
         return sum(len(table.new.rows) for _, _, table in extensions(family))
 
     def rows(self, family: Family) -> dict[str, nn.Parameter]:
-        """The rows by the names that leave the run: "text_encoder.embeddings.token_embedding.rows"."""
+        """The rows by their names in `state_dict`: "text_encoder.embeddings.token_embedding.rows"."""
         return {f"{part}.{strip_text_model(path)}.rows": table.new.rows for part, path, table in extensions(family)}
 
     def load_rows(self, family: Family, state: dict[str, Tensor]) -> None:
@@ -113,14 +116,18 @@ class Inversion(Method):
         own = self.rows(family)
         wrong = sorted(own.keys() ^ state.keys()) or [n for n, row in own.items() if row.shape != state[n].shape]
         if wrong:
-            raise BadInput(f"the embeddings and the recipe disagree on {len(wrong)} weights, such as {wrong[0]!r}")
+            raise BadInput(
+                f"the embeddings do not fit the recipe: {len(wrong)} weights are missing or unknown, such as "
+                f"{wrong[0]!r}: "
+                "use the run's own recipe"
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
 
 
 class TextualInversion(Inversion):
-    """Nothing but the new embeddings is trained; the base stays as it is."""
+    """Trains only the new embeddings; the base does not change."""
 
     kind: Literal["textual_inversion"] = "textual_inversion"
     parts: list[Part] = Field(default=["text_encoders"], min_length=1)

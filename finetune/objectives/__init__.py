@@ -1,1 +1,1 @@
-"""What a step learns: noising, targets, loss weights and timesteps. Tensors only."""
+"""Training objectives: timesteps, noise, targets and loss weights. They work on tensors and need no model."""

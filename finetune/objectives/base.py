@@ -1,4 +1,8 @@
-"""The objective seam: noising, target and loss weight. Tensors only, no model. A new one is one new file here."""
+"""The interface of training objectives: timesteps, noise, target and loss weight. It works on tensors, without a
+model.
+
+To add an objective, add one file to this folder.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,10 @@ from finetune.objectives.settings import ObjectiveSettings
 
 
 class Objective(ABC):
-    """How a base was trained: latents are noised to a timestep, and its output is compared with a target.
+    """The training objective of a base: it adds noise to latents for a timestep, and defines the model's target.
 
-    Tensors are [B, ...]; `t` [B] are timesteps as the model takes them.
+    `x0`, `noise` and `noisy` are latents [B, C, h, w]. `t` [B] are timesteps in the model's own scale. `shift` is the
+    resolution shift of timesteps (arXiv:2403.03206 eq. 23).
     """
 
     predictions: ClassVar[tuple[str, ...]]
@@ -29,25 +34,29 @@ class Objective(ABC):
         self.prediction: Prediction = schedule.prediction
 
     def to(self, device: torch.device | str) -> Objective:
+        """The objective with its tables on `device`."""
         return self
 
     @property
     def density(self) -> Density:
+        """The density of timesteps: the recipe's, or this objective's default for `auto`."""
         wanted = self.settings.density
         return wanted.of(self.default_density) if isinstance(wanted, Auto) else wanted
 
     def describe(self) -> str:
-        """Which timesteps are drawn, for the plan."""
+        """A description of how timesteps are drawn, for the plan."""
         return (
             f"{self.density.kind}{', stratified' * (self.settings.timesteps == 'stratified')}, shift {self.shift:.3g}"
         )
 
     def positions(self, uniform: Tensor) -> Tensor:
-        """Uniform numbers [B] in [0, 1) -> where on the way to pure noise (1) each sample lies, by the density."""
+        """Uniform numbers [B] in [0, 1) -> noise positions [B] from 0 (image) to 1 (pure noise), by the density and
+        the shift."""
         return shifted(self.density.position(uniform), self.shift).clamp(0, 1)
 
     def noises(self, draws: Sequence[SampleKey], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The noise [B, C, h, w] that the target knows, and the noise that is added: the same unless perturbed."""
+        """Draws noise [B, C, h, w] for samples of `shape` [C, h, w]. Returns the noise for the target and the noise
+        that is added to the latents; they differ only with `input_perturbation` (arXiv:2301.11706)."""
         own = self.settings
         noise = normal(draws, shape, "noise")
         if own.noise_offset:
@@ -57,24 +66,26 @@ class Objective(ABC):
         return noise, noise + own.input_perturbation * normal(draws, shape, "input perturbation")
 
     def error(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """What `objective.loss` makes of prediction - target, by element."""
+        """The recipe's loss of prediction - target, for each element: [B, C, h, w]."""
         error: Tensor = self.settings.loss.of(prediction - target)
         return error
 
     @abstractmethod
     def timesteps(self, uniform: Tensor) -> Tensor:
-        """Uniform numbers [B] in [0, 1) -> timesteps [B] (the inverse distribution function)."""
+        """Uniform numbers [B] in [0, 1) -> timesteps [B], by the inverse distribution function."""
 
     @abstractmethod
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noisy latents [B, C, h, w] at timesteps `t`."""
 
     @abstractmethod
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The output [B, C, h, w] that the model is trained to return."""
 
     @abstractmethod
     def clean(self, noisy: Tensor, output: Tensor, t: Tensor) -> Tensor:
-        """The x0 that a model output at `noisy` stands for: the inverse of `target`."""
+        """The x0 [B, C, h, w] that corresponds to a model output for `noisy`: the inverse of `target`."""
 
     @abstractmethod
     def weight(self, t: Tensor) -> Tensor:
-        """Loss weight [B] of each sample, float32."""
+        """The loss weight of each sample: [B], float32."""

@@ -1,6 +1,6 @@
-"""Which timesteps are drawn: inverse distribution functions from [0, 1) to a position in [0, 1], 1 being pure noise.
+"""Densities of timesteps: inverse distribution functions from [0, 1) to positions in [0, 1], where 1 is pure noise.
 
-Because each is applied to a uniform number, stratified numbers stay stratified under every density.
+They are applied to uniform numbers, so stratified numbers stay stratified under every density.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Density(Settings):
-    """Settings of a density, and its inverse distribution function."""
+    """The settings of a density, and its inverse distribution function."""
 
     kind: str
 
@@ -35,7 +35,7 @@ class Uniform(Density):
 
 
 class LogitNormal(Density):
-    """t = sigmoid(m + s n) with n standard normal (arXiv:2403.03206 eq. 19): m > 0 is towards noise."""
+    """t = sigmoid(m + s n) with n standard normal (arXiv:2403.03206 eq. 19). m > 0 moves timesteps towards noise."""
 
     kind: Literal["logit_normal"] = "logit_normal"
     mean: float = 0.0
@@ -71,7 +71,7 @@ class CosMap(Density):
 
 
 class Auto(Settings):
-    """The base's own density: uniform for diffusion, logit_normal for flows, of this `mean` and `std` (None: 0, 1)."""
+    """The base's own density: uniform for diffusion; for flows logit_normal with `mean` and `std` (None: 0 and 1)."""
 
     kind: Literal["auto"] = "auto"
     mean: float | None = None
@@ -79,11 +79,11 @@ class Auto(Settings):
 
     @property
     def given(self) -> dict[str, float]:
-        """The settings that it carries for a density that has them."""
+        """The settings that are set, for a density that has them."""
         return {name: value for name in ("mean", "std") if (value := getattr(self, name)) is not None}
 
     def of(self, default: type[Density]) -> Density:
-        """The base's own density, with those of the settings that it has."""
+        """The density `default` with those of the settings that it has."""
         return default(**{name: value for name, value in self.given.items() if name in default.model_fields})
 
 
@@ -92,5 +92,5 @@ AnyDensity: Any = chosen_by_kind(*DENSITIES)
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """t' = s t / (1 + (s - 1) t) (arXiv:2403.03206 eq. 23)."""
+    """Shifted positions t' = s t / (1 + (s - 1) t) in [0, 1], where s is `shift` (arXiv:2403.03206 eq. 23)."""
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)

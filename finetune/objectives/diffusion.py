@@ -1,4 +1,4 @@
-"""Variance-preserving diffusion: epsilon, v or x0 is predicted.
+"""Variance-preserving diffusion; the model predicts epsilon, v or x0.
 
 Notation of arXiv:2006.11239: z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps.
 """
@@ -17,7 +17,7 @@ from finetune.objectives.settings import ObjectiveSettings
 
 
 class Diffusion(Objective):
-    """Timesteps are int64 in 0 .. T-1."""
+    """The objective of diffusion bases. Timesteps are int64 in 0 .. T-1."""
 
     predictions = DIFFUSION
     default_density: ClassVar[type[Density]] = Uniform

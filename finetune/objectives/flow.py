@@ -16,7 +16,7 @@ from finetune.objectives.weightings.base import Unweighted
 
 
 class RectifiedFlow(Objective):
-    """Timesteps are float32, t * T: 0 is the picture and T pure noise."""
+    """The objective of rectified flows. Timesteps are float32 t * T, where 0 is the image and T is pure noise."""
 
     predictions = ("flow_prediction",)
     default_density: ClassVar[type[Density]] = LogitNormal
@@ -25,8 +25,8 @@ class RectifiedFlow(Objective):
         super().__init__(schedule, settings, shift)
         if not isinstance(self.settings.weighting, Unweighted):
             raise BadInput(
-                f"objective.weighting is {self.settings.weighting.kind!r}, but this base is a flow, which has none: "
-                "leave it out and choose objective.density"
+                f"objective.weighting is {self.settings.weighting.kind!r}, but this base is a flow, which has no loss "
+                "weights: leave it out and choose objective.density"
             )
 
     def timesteps(self, uniform: Tensor) -> Tensor:

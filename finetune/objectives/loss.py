@@ -1,4 +1,4 @@
-"""From an error at every latent pixel to one number a sample."""
+"""Loss functions, and the mean of their values for each sample."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from finetune.core.settings import Settings, chosen_by_kind
 if TYPE_CHECKING:
     from torch import Tensor
 
-NO_MASK = 1e-8  # less than the faintest mask sums to: one pixel of 255 grey levels in one of 4096 latents
+NO_MASK = 1e-8  # below the sum of the smallest possible mask: one grey level of 255 in one pixel of one latent
 
 
 class L2(Settings):
-    """e^2, by element."""
+    """The squared error e^2 of each element."""
 
     kind: Literal["l2"] = "l2"
 
@@ -24,7 +24,7 @@ class L2(Settings):
 
 
 class Huber(Settings):
-    """Pseudo-Huber 2 c (sqrt(e^2 + c^2) - c) (arXiv:2403.16728), by element: linear above `c`."""
+    """Pseudo-Huber loss 2 c (sqrt(e^2 + c^2) - c) of each element (arXiv:2403.16728): close to linear for |e| > c."""
 
     kind: Literal["huber"] = "huber"
     c: float = Field(default=0.1, gt=0)
@@ -38,9 +38,10 @@ Loss: Any = chosen_by_kind(*LOSSES)
 
 
 def per_sample(error: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Errors [B, C, h, w] -> their means [B]; with a mask [B, 1, h, w], the means over what it shows.
+    """Errors [B, C, h, w] -> their means [B]. With a mask [B, 1, h, w] in [0, 1], the means are weighted by it.
 
-    sum(mask * error) / (C * sum(mask)): how large the masked part is does not change its loss. 0 for a mask of zeros.
+    They are sum(mask * error) / (C * sum(mask)), so the size of the masked area does not change the loss. A mask of
+    zeros results in 0.
     """
     if mask is None:
         return error.flatten(1).mean(1)

@@ -1,7 +1,7 @@
-"""The form that `objective:` had when each of its settings was a key of its own, whatever the others were.
+"""Reads the older form of `objective:`, in which all settings were keys at the same level.
 
-`weighting: min_snr` with `gamma: 3` beside it is now `weighting: {kind: min_snr, gamma: 3}`. Recipes, overrides and
-run folders of the older form are read: the result is the same, bit for bit.
+`weighting: min_snr` with a separate `gamma: 3` is now `weighting: {kind: min_snr, gamma: 3}`. Recipes, overrides and
+run folders of the older form still work, with bit-identical results.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from finetune.objectives.weightings.registry import LOSS_WEIGHTS
 
 OldKeys = dict[str, Any]
 
-# where a setting may have moved to -> what it may be; the first is meant where nothing is said
+# the part to which a setting may have moved -> its kinds; the first is the default
 PARTS: dict[str, tuple[Any, ...]] = {"weighting": LOSS_WEIGHTS, "density": DENSITIES, "loss": LOSSES}
 
 
 @dataclass(frozen=True)
 class Moved:
-    """`objective.KEY` is now `objective.PART.NAME`. `advised` is a kind of that part which has it."""
+    """`objective.KEY` is now `objective.PART.NAME`. `advised` is a kind of that part with this setting."""
 
     key: str
     part: str
@@ -33,7 +33,7 @@ class Moved:
 
     @property
     def kinds(self) -> dict[str, bool]:
-        """Kind of its part -> whether that has this setting."""
+        """Kind of the part -> whether it has this setting."""
         return {kind_of(option): self.name in option.model_fields for option in PARTS[self.part]}
 
 
@@ -47,10 +47,10 @@ MOVED = (
 
 
 def new_form(values: OldKeys) -> OldKeys:
-    """An `objective:` section with each older key in its part; one at its default asks for nothing and is left out.
+    """Converts an `objective:` section of the older form to today's. An older key at its default is left out.
 
     Raises:
-        ValueError: an older key has no effect, or is given in both forms; in a sentence, as pydantic wants it.
+        ValueError: an older key has no effect, or is given in both forms. pydantic shows its message.
     """
     found = dict(values)
     for moved, value in _asked(values):
@@ -70,7 +70,7 @@ def new_form(values: OldKeys) -> OldKeys:
 
 
 def without_useless(values: OldKeys) -> OldKeys:
-    """An `objective:` section of the older form without the keys that had no effect: they were not refused once."""
+    """Removes the keys without an effect from an `objective:` section of the older form, which once allowed them."""
     useless = {
         moved.key for moved, _ in _asked(values) if not moved.kinds.get(_part(values, moved).get("kind", ""), True)
     }
@@ -78,7 +78,7 @@ def without_useless(values: OldKeys) -> OldKeys:
 
 
 def forget_other_form(values: OldKeys, name: str) -> None:
-    """Takes from an `objective:` section what an override of `objective.NAME` says anew, in the other form."""
+    """Removes from an `objective:` section what an override of `objective.NAME` replaces in the other form."""
     for moved in MOVED:
         part = values.get(moved.part)
         if name == moved.key and isinstance(part, dict):
@@ -92,7 +92,8 @@ def kind_of(option: type[Settings]) -> str:
 
 
 def _asked(values: OldKeys) -> Iterator[tuple[Moved, Any]]:
-    """The older keys that ask for something, and their values. One at its default does only beside today's form."""
+    """The older keys with an effect, and their values. A key at its default counts only if today's form is given
+    too."""
     for moved in MOVED:
         value, part = values.get(moved.key, moved.default), _part(values, moved)
         if part and (value != moved.default or (moved.key in values and moved.name in part)):
@@ -100,7 +101,7 @@ def _asked(values: OldKeys) -> Iterator[tuple[Moved, Any]]:
 
 
 def _part(values: OldKeys, moved: Moved) -> OldKeys:
-    """The part that it moved to, as a dictionary; empty for what can't be one: pydantic says what is wrong with it."""
+    """The part to which the key moved, as a dictionary; empty if it is not a valid part (pydantic reports that)."""
     part = values.get(moved.part, kind_of(PARTS[moved.part][0]))
     if isinstance(part, Settings):
         return part.model_dump()

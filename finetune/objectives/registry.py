@@ -12,20 +12,20 @@ OBJECTIVES: Registry[Objective] = Registry(Objective, "finetune.objectives", lam
 
 
 def objective_for(prediction: str) -> type[Objective]:
-    """The objective that trains what a base predicts."""
+    """The objective class for what a base predicts."""
     return next(item for item in OBJECTIVES.values() if prediction in item.predictions)
 
 
 def build_objective(settings: ObjectiveSettings, schedule: AnySchedule, shift: float = 1.0) -> Objective:
-    """The objective that a base's `schedule` asks for, with a recipe's settings; `shift` is what `auto` stands for.
+    """The objective for a base's `schedule`, with a recipe's settings. `shift` is the value of `auto`.
 
     Raises:
-        BadInput: the recipe contradicts the base.
+        BadInput: the recipe contradicts the base, or its shift is not above 0.
     """
     if settings.prediction not in ("auto", schedule.prediction):
         raise BadInput(
             f"objective.prediction is {settings.prediction!r} but the base was trained with "
-            f"{schedule.prediction!r}: leave it at auto"
+            f"{schedule.prediction!r}: set it to auto"
         )
     chosen = shift if settings.shift == "auto" else settings.shift
     if chosen <= 0:

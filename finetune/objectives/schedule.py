@@ -1,4 +1,4 @@
-"""A base's noise schedule and what it was trained to predict, from its scheduler_config.json: nothing is assumed.
+"""Reads a base's noise schedule, and what it was trained to predict, from its scheduler_config.json.
 
 Notation of arXiv:2006.11239: abar_t = prod(1 - beta_i) and SNR_t = abar_t / (1 - abar_t).
 """
@@ -35,17 +35,17 @@ class Schedule:
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in DIFFUSION:
             raise BadInput(
-                f"the base predicts {prediction!r}; {', '.join(DIFFUSION)} are supported: choose another base"
+                f"the base predicts {prediction!r}; only {', '.join(DIFFUSION)} are supported: choose another base"
             )
         return Schedule(_alphas_cumprod(config), prediction)
 
 
 @dataclass(frozen=True)
 class FlowSchedule:
-    """A rectified flow (arXiv:2403.03206): z_t = (1 - t) x0 + t eps for t in [0, 1], told to the model as t * `steps`.
+    """A rectified flow (arXiv:2403.03206): z_t = (1 - t) x0 + t eps for t in [0, 1]. The model reads t * `steps`.
 
-    `shift` is the base's own at its native resolution. `dynamic` (Flux) replaces it: tokens and log-shifts
-    (n0, n1, mu0, mu1) of the line that gives log(shift) for a picture's number of tokens.
+    `shift` is the base's own at its native resolution. `dynamic` (Flux) replaces it: (n0, n1, mu0, mu1) define the
+    line from (n0, mu0) to (n1, mu1) that maps an image's number of tokens to log(shift).
     """
 
     steps: int = 1000
@@ -66,10 +66,10 @@ class FlowSchedule:
         return FlowSchedule(int(config.get("num_train_timesteps", 1000)), float(config.get("shift", 1.0)), dynamic)
 
     def shift_for(self, side: int, native: int, tokens: int) -> float:
-        """The resolution shift s of t' = s t / (1 + (s - 1) t) for square pictures (arXiv:2403.03206 eq. 23).
+        """The resolution shift s of t' = s t / (1 + (s - 1) t) for square images (arXiv:2403.03206 eq. 23).
 
-        SD3: s grows with the side length and is `shift` at the `native` one; never below 1. Flux: exp(mu), mu linear
-        in the number of `tokens`, as diffusers' FluxPipeline has it.
+        SD3: s grows with the side length `side` (pixels), equals `shift` at the side `native`, and is at least 1.
+        Flux: s = exp(mu), where mu is linear in the number of `tokens`, as in diffusers' FluxPipeline.
         """
         if self.dynamic is None:
             return max(1.0, self.shift * side / native)
@@ -81,17 +81,17 @@ AnySchedule = Schedule | FlowSchedule
 
 
 def read_schedule(config: dict[str, Any]) -> AnySchedule:
-    """The schedule of a scheduler_config.json.
+    """Reads the schedule from the content of a scheduler_config.json.
 
     Raises:
-        BadInput: a prediction type or a kind of schedule that is not supported.
+        BadInput: its prediction type or its kind of schedule is not supported.
     """
     flow = str(config.get("_class_name", "")).startswith("FlowMatch")
     return FlowSchedule.from_config(config) if flow else Schedule.from_config(config)
 
 
 def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
-    """abar_t [T], float32, with the arithmetic that diffusers' schedulers use (float32 throughout)."""
+    """abar_t [T], float32, computed in float32 throughout like diffusers' schedulers."""
     steps = int(config.get("num_train_timesteps", 1000))
     start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
     kind = config.get("beta_schedule", "linear")
@@ -105,7 +105,9 @@ def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
         betas = _cosine_betas(steps)
     else:
         raise BadInput(
-            f"the base's beta_schedule is {kind!r}; scaled_linear, linear and squaredcos_cap_v2 are supported"
+            f"the base's beta_schedule is {kind!r}; only scaled_linear, linear and squaredcos_cap_v2 are supported: "
+            "choose "
+            "another base"
         )
     if config.get("rescale_betas_zero_snr"):
         betas = _zero_terminal_snr(betas)
@@ -122,7 +124,8 @@ def _cosine_betas(steps: int) -> Tensor:
 
 
 def _zero_terminal_snr(betas: Tensor) -> Tensor:
-    """arXiv:2305.08891 algorithm 1: shift sqrt(abar) so that its last is 0 and scale so that its first stays."""
+    """arXiv:2305.08891 algorithm 1: shifts sqrt(abar) so that its last value is 0, and scales it so that its first
+    value does not change."""
     root = torch.cumprod(1.0 - betas, dim=0).sqrt()
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     abar = root**2

@@ -15,15 +15,15 @@ from finetune.objectives.weightings.registry import LossWeight
 
 
 class ObjectiveSettings(Settings):
-    """The `objective:` section of a recipe. What is `auto` is the base's own.
+    """The `objective:` section of a recipe. `auto` means the base's own value.
 
-    `prediction`: what the base was trained to predict; anything else is refused. `timesteps: stratified` spreads one
-    global batch evenly over the timesteps, which lowers the variance of the loss and leaves its mean as it is.
+    `prediction`: what the base was trained to predict; another value is refused. `timesteps: stratified` spreads each
+    global batch evenly over the timesteps, which lowers the variance of the loss without changing its mean.
     `density`, `weighting` (by timestep) and `loss` are a kind with its own settings (`{kind: min_snr, gamma: 5}`), or
-    a kind's name alone. `shift` moves timesteps towards noise for large pictures. `noise_offset` adds a constant per
-    channel to the noise, `input_perturbation` (arXiv:2301.11706) noise that the target knows nothing of.
+    only a kind's name. `shift` moves timesteps towards noise for large images. `noise_offset` adds a random constant
+    to each channel of the noise. `input_perturbation` (arXiv:2301.11706) adds noise that is not part of the target.
 
-    The form that these settings had before is read too (`finetune.objectives.older`).
+    The older form of these settings is also accepted (`finetune.objectives.older`).
     """
 
     prediction: Literal["auto", "epsilon", "v_prediction", "sample", "flow_prediction"] = "auto"

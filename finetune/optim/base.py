@@ -1,6 +1,7 @@
-"""What an optimiser is to the loop, and the learning rate as a pure function of the step.
+"""The interface of optimisers, and the learning rate as a pure function of the step.
 
-No module here imports torch or an optimiser's library before an optimiser is built: recipes are read without them.
+Modules here import torch and the optimisers' libraries only when an optimiser is built, so that recipes can be read
+without them.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-Window = tuple[float, float]  # from and to, as shares of a run's steps
+Window = tuple[float, float]  # (start, end) as shares of a run's steps, 0 to 1
 
 
 WHOLE: Window = (0.0, 1.0)
 
 
 class Optimiser(Settings):
-    """Settings of an optimiser, and what is particular about it. A new one is a file with a subclass and its `kind`.
+    """The settings and properties of an optimiser. A new one is a file with a subclass and its `kind`.
 
     Class attributes:
-        state_bytes: bytes of its state for each trained parameter.
-        averages: the weights that leave the run are an average of its own, and not those that it trains with.
-        windows: a rate of 0 leaves weights as they are, bit for bit, so that a part of them can rest.
-        packages: distributions that compute its steps besides torch: a run records their versions.
+        state_bytes: bytes of state for each trained parameter.
+        averages: whether the exported weights are an average that the optimiser keeps, not the weights in training.
+        windows: whether a rate of 0 leaves weights bit-identical, so that some weights can stay fixed for a while.
+        packages: other packages than torch that compute its steps. A run records their versions.
     """
 
     state_bytes: ClassVar[float]
@@ -52,32 +53,36 @@ class Optimiser(Settings):
 
     @abstractmethod
     def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
-        """The optimiser of the trained parameters, over `groups`."""
-
-    def try_on(self, device: torch.device | str) -> float:
-        """Builds it over zeros on a device, makes one step along a gradient of ones, and returns the least that a
-        weight was moved by.
+        """Builds the torch optimiser for the trained parameters (name -> parameter), in the groups of `groups`.
 
         Raises:
-            BadInput: it needs another device, or a package that is not here.
+            BadInput: it needs another device, or a package that is not installed; or it can't use `windows`.
+        """
+
+    def try_on(self, device: torch.device | str) -> float:
+        """Tests the optimiser on a device: one step from weights of 0 with a gradient of ones. Returns the smallest
+        change of a weight.
+
+        Raises:
+            BadInput: it needs another device, or a package that is not installed.
         """
         import torch
 
-        parameter = torch.nn.Parameter(torch.zeros(8192, device=device))  # 8-bit states begin at 4096 values
+        parameter = torch.nn.Parameter(torch.zeros(8192, device=device))  # 8-bit states need 4096 values
         optimizer = self.build({"denoiser.x": parameter})
         parameter.sum().backward()
         optimizer.step()
         return float(-parameter.detach().max())
 
     def to_result(self, optimizer: Any) -> None:
-        """Puts the weights that leave the run into the parameters, where the optimiser has others to train with."""
+        """Copies the weights for export into the parameters, if the optimiser trains with different ones."""
 
     def to_training(self, optimizer: Any) -> None:
-        """The inverse of `to_result`; it need not be exact, the caller puts the bits back."""
+        """The inverse of `to_result`. It need not be exact: `result_weights` restores the exact values."""
 
     @contextmanager
     def result_weights(self, optimizer: Any) -> Iterator[None]:
-        """Inside the block the parameters are what would leave the run; afterwards what they were, bit for bit."""
+        """Inside the block the parameters hold the weights for export; afterwards their old values, bit for bit."""
         if not self.averages:
             yield
             return
@@ -92,7 +97,7 @@ class Optimiser(Settings):
                 parameter.data.copy_(value)
 
     def factor(self, step: int, steps: int) -> float:
-        """What the learning rate is multiplied by at `step` of `steps`: warm-up, then the schedule, never below 0."""
+        """The factor of the learning rate at `step` (from 0) of `steps`: warm-up, then the schedule; at least 0."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, steps - self.warmup)
@@ -103,13 +108,13 @@ class Optimiser(Settings):
         return 1.0
 
     def factor_within(self, window: Window, step: int, steps: int) -> float:
-        """`factor` over the steps of a window (shares of the run); 0 outside, where AdamW leaves weights as they are,
-        bit for bit."""
+        """`factor` over the steps of a window (shares of the run), and 0 outside of it. At a rate of 0, AdamW leaves
+        weights bit-identical."""
         first, last = (round(share * steps) for share in window)
         return self.factor(step - first, last - first) if first <= step < last else 0.0
 
     def set_lr(self, optimizer: Any, step: int, steps: int) -> float:
-        """Sets every group's rate for `step`; returns the denoiser's (the first group's)."""
+        """Sets the learning rate of every group for `step`. Returns the rate of the first group, the denoiser's."""
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.factor_within(group["window"], step, steps)
         rate: float = optimizer.param_groups[0]["lr"]
@@ -118,15 +123,15 @@ class Optimiser(Settings):
     def groups(
         self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None
     ) -> list[dict[str, Any]]:
-        """Parameter groups by part and window, in the order of `trained`; text encoders may have their own rate.
+        """Parameter groups by part and window, in the order of `trained`. Text encoders may have their own rate.
 
         Raises:
-            BadInput: a part is to rest, which this optimiser can't let it do.
+            BadInput: some weights must stay fixed for a part of the run, which this optimiser can't do.
         """
         if not self.windows and any(window != WHOLE for window in (windows or {}).values()):
             raise BadInput(
-                f"optim.kind {getattr(self, 'kind', '')} moves weights that should rest, as method.kind pivotal wants "
-                "it of some: use optim.kind=adamw"
+                f"optim.kind {getattr(self, 'kind', '')} can't keep some weights fixed for a part of the run, which "
+                "method.kind pivotal needs: use optim.kind=adamw"
             )
         denoiser = [name for name in trained if name.startswith("denoiser.")]
         text = [name for name in trained if not name.startswith("denoiser.")]
@@ -141,7 +146,7 @@ class Optimiser(Settings):
 
 
 class Adam(Optimiser):
-    """What all of Adam's kin are set by."""
+    """The shared settings of Adam and its variants."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

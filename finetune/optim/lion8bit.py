@@ -1,4 +1,4 @@
-"""Lion of bitsandbytes with its momentum in 8 bits."""
+"""bitsandbytes' Lion with 8-bit momentum."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Lion8bit(Optimiser):
-    """Lion (arXiv:2302.06675): the sign of the momentum. Its rate is a third to a tenth of AdamW's."""
+    """Lion (arXiv:2302.06675): steps by the sign of the momentum. Its rate should be 3 to 10 times below AdamW's."""
 
     state_bytes: ClassVar[float] = 1.02
     packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)

@@ -1,4 +1,4 @@
-"""AdamW of bitsandbytes whose moments can leave the GPU."""
+"""bitsandbytes' AdamW with 8-bit moments that can move to main memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class PagedAdamW8bit(Adam):
-    """`adamw8bit` with its moments in CUDA's managed memory: they move to the computer's where the GPU's is full."""
+    """`adamw8bit` with its moments in CUDA's managed memory: they move to main memory when the GPU's is full."""
 
     state_bytes: ClassVar[float] = 2.03
     packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
@@ -37,7 +37,7 @@ class PagedAdamW8bit(Adam):
 
 
 def paged_class() -> Callable[..., Optimizer]:
-    """bitsandbytes' class, except that a loaded state is paged as well: its own load leaves it on the GPU."""
+    """bitsandbytes' class, changed so that a loaded state is paged too: its own load keeps the state on the GPU."""
     import bitsandbytes as bnb
     import torch
 

@@ -1,4 +1,4 @@
-"""Prodigy of prodigyopt: AdamW that finds its rate."""
+"""Prodigy from prodigyopt: AdamW that estimates its own learning rate."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 
 class Prodigy(Adam):
-    """Prodigy (arXiv:2306.06101): `lr` multiplies the rate d that it estimates, one for everything that is trained."""
+    """Prodigy (arXiv:2306.06101). It estimates one rate d for all trained weights; `lr` multiplies d."""
 
-    state_bytes: ClassVar[float] = 16.0  # two moments, the start and s of its estimate
+    state_bytes: ClassVar[float] = 16.0  # two moments, and the initial weights and s of its estimate
     packages: ClassVar[tuple[str, ...]] = ("prodigyopt",)
-    windows: ClassVar[bool] = False  # its one rate also moves the groups that are set to 0
+    windows: ClassVar[bool] = False  # its single rate also changes groups whose rate is set to 0
     kind: Literal["prodigy"] = "prodigy"
     lr: float = Field(default=1.0, gt=0)
-    d0: float = Field(default=1e-6, gt=0)  # where the estimate begins
-    d_coef: float = Field(default=1.0, gt=0)  # what it is multiplied by
+    d0: float = Field(default=1e-6, gt=0)  # the initial estimate
+    d_coef: float = Field(default=1.0, gt=0)  # a factor for the estimate
     bias_correction: bool = False
 
     @field_validator("text_lr")
     @classmethod
     def _one_rate(cls, value: float | None) -> float | None:
         if value is not None:
-            raise ValueError("prodigy has one rate for everything that is trained: leave optim.text_lr out")
+            raise ValueError("prodigy has one rate for all trained weights: leave optim.text_lr out")
         return value
 
     def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
@@ -40,7 +40,7 @@ class Prodigy(Adam):
             import prodigyopt
         except ImportError as error:
             raise not_installed(self.kind, "prodigyopt") from error
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints that weight decay is decoupled
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line about weight decay
             optimizer: Optimizer = prodigyopt.Prodigy(
                 self.groups(trained, windows),
                 lr=self.lr,
@@ -55,6 +55,6 @@ class Prodigy(Adam):
         return optimizer
 
     def set_lr(self, optimizer: Any, step: int, steps: int) -> float:
-        """As others do; returns the rate that comes of the estimate, for the log."""
+        """Sets the groups' rates as other optimisers do. Returns the effective rate from the estimate, for the log."""
         estimate: float = optimizer.param_groups[0]["d"]
         return super().set_lr(optimizer, step, steps) * estimate

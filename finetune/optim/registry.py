@@ -14,7 +14,7 @@ from finetune.optim.base import Optimiser
 OPTIMISERS: Registry[Optimiser] = Registry(Optimiser, "finetune.optim", lambda item: item.model_fields["kind"].default)
 
 
-# what a recipe's `optim:` section may be: `kind` chooses the class
+# the type of a recipe's `optim:` section: `kind` chooses the class
 if TYPE_CHECKING:
     Optim = Optimiser
 else:

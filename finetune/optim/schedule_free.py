@@ -1,4 +1,4 @@
-"""Schedule-free AdamW of schedulefree: an average of the weights in place of a schedule."""
+"""Schedule-free AdamW from schedulefree: it averages the weights instead of using a schedule."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ if TYPE_CHECKING:
 
 
 class ScheduleFree(Adam):
-    """Schedule-free AdamW (arXiv:2405.15682): trains between the weights and their average, which leaves."""
+    """Schedule-free AdamW (arXiv:2405.15682). It trains at a point between the weights and their average, and exports
+    the average."""
 
     state_bytes: ClassVar[float] = 8.0
     packages: ClassVar[tuple[str, ...]] = ("schedulefree",)
     averages: ClassVar[bool] = True
-    windows: ClassVar[bool] = False  # the average goes on where the rate is 0
+    windows: ClassVar[bool] = False  # the average changes even if the rate is 0
     kind: Literal["schedule_free"] = "schedule_free"
 
     @field_validator("schedule")
     @classmethod
     def _no_schedule(cls, value: str) -> str:
         if value != "constant":
-            raise ValueError("schedule_free takes the place of a schedule: leave optim.schedule out")
+            raise ValueError("schedule_free replaces the learning-rate schedule: leave optim.schedule out")
         return value
 
     @field_validator("betas")

@@ -1,4 +1,4 @@
-"""An optimiser's state as tensors and plain values, and back, bit for bit."""
+"""Converts an optimiser's state to tensors and plain values, and back, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GROUPS = "groups"
-OURS = ("params", "lr", "base_lr", "window")  # of a group: set from the recipe and the step
+OURS = ("params", "lr", "base_lr", "window")  # keys of a group that come from the recipe and the step
 
 
 def state_tensors(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state as tensors for safetensors ("<index>/<key>") and plain values for JSON.
 
-    bitsandbytes nests its quantised state one level deeper: "<index>/<key>/<inner key>". What an optimiser keeps in
-    its parameter groups (Prodigy's estimate, schedule-free's sums) is "groups/<index>/<key>".
+    bitsandbytes nests its quantised state one level deeper: "<index>/<key>/<inner key>". Values that an optimiser
+    stores in its parameter groups (Prodigy's estimate, schedule-free's sums) are named "groups/<index>/<key>".
     """
     import torch
 
@@ -37,7 +37,7 @@ def _leaves(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _changed(optimizer: Any) -> Iterator[tuple[str, Any]]:
-    """The groups' values that are not those that the optimiser was made with."""
+    """The groups' values that differ from the optimiser's defaults."""
     missing = object()
     for index, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
@@ -46,7 +46,7 @@ def _changed(optimizer: Any) -> Iterator[tuple[str, Any]]:
 
 
 def load_state_tensors(optimizer: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """The inverse of `state_tensors`: bit-exact, on an optimiser over the same parameters."""
+    """The inverse of `state_tensors`: restores the state, bit for bit, in an optimiser of the same parameters."""
     state: dict[Any, Any] = {}
     groups: list[tuple[int, str, Any]] = []
     for name, value in (tensors | values).items():

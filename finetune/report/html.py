@@ -1,4 +1,4 @@
-"""The run as one HTML page: RUN/report.html, from the run folder alone, readable without a network."""
+"""RUN/report.html: one page about a run, made only from the run folder. It loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.metrics import read_metrics
 from finetune.runs.record import RunRecord
 
-# whatever a value of a run's files did to the page: it runs nothing and fetches nothing
+# even if a value from a run's files injected markup, the page would run no script and load nothing
 POLICY = (
     '<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
@@ -42,10 +42,13 @@ pre{background:var(--card);border:1px solid var(--line);border-radius:12px;paddi
 
 
 def write_report(path: Path, with_captions: bool = False) -> Path:
-    """Builds the page of a run folder; whatever is missing there is left out.
+    """Writes the report of a run folder and returns its path. Sections whose files are missing are left out.
 
-    It may be passed on: it names no folders of this machine, and the captions of the photos' files only
-    `with_captions`.
+    The page is safe to share: it names no folders of this machine. It shows captions from caption files only if
+    `with_captions` is set.
+
+    Raises:
+        BadInput: the folder holds a link that leads out of it, or a damaged record.
     """
     folder = RunFolder(path)
     folder.refuse_links()
@@ -86,7 +89,7 @@ def _subject(path: Path, info: RunRecord, with_captions: bool) -> str:
     listed = "".join(f"<li><code>{escape(text)}</code></li>" for text in captions)
     prompts = f"the first training prompts:</p><ul>{listed}</ul>"
     if info.captions_from_files and not with_captions:
-        prompts = "their own captions are not shown here (<code>finetune report RUN --captions</code>).</p>"
+        prompts = "captions from caption files are not shown here (<code>finetune report RUN --captions</code>).</p>"
     small = photo_tags(path, info)
     return (
         f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} photos; {prompts}</div>"
@@ -112,12 +115,12 @@ def _curves(metrics: Sequence[dict[str, float]]) -> str:
         + curve("loss", steps, loss, smooth(loss))
         + curve("learning rate", steps, [row["lr"] for row in metrics])
         + f"<p class=soft>{int(steps[-1])} steps, {seconds:.2f} s a step. Loss at a random timestep is noisy: the thick "
-        "line is its running mean. It says little about likeness; the pictures below do.</p></div>"
+        "line is its running mean. The loss says little about likeness; compare the images below.</p></div>"
     )
 
 
 def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """Exponential running mean over about `share` of the values, without the bias of its start."""
+    """Returns an exponential running mean over about `share` of the values, with the bias of its start corrected."""
     decay = 1 - 1 / max(2.0, share * len(values))
     mean, weight, out = 0.0, 0.0, []
     for value in values:
@@ -127,7 +130,7 @@ def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
 
 
 def curve(title: str, steps: Sequence[float], values: Sequence[float], smoothed: Sequence[float] | None = None) -> str:
-    """An inline SVG line plot with its axes' ends labelled."""
+    """Returns a line plot as inline SVG, with the ends of both axes labelled."""
     width, height, left, top = 960, 190, 70, 24
     low, high = min(values), max(values)
     low, high = (min(0.0, low), max(0.0, high * 1.05) or 1.0)
@@ -168,8 +171,8 @@ def _before_after(path: Path, info: RunRecord) -> str:
             f"<div><h3>after</h3><div class=row>{sides[1]}</div></div></div>"
         )
     return (
-        "<h2>Before and after</h2><p class=soft>The same prompts at the same seeds. Look for three things: the subject is "
-        "itself; it stands where the prompt puts it; the class without the token is still what it was.</p>"
+        "<h2>Before and after</h2><p class=soft>The same prompts at the same seeds. Check three things: the subject looks "
+        "like the photos; it is where the prompt puts it; the class without the token still looks as before.</p>"
         f"<div class=card>{''.join(rows)}</div>"
     )
 
@@ -194,35 +197,35 @@ def _exports(path: Path) -> str:
 
 
 def _a_format(path: Path) -> str:
-    """What may be exported again: kohya, or the first of what was written."""
+    """A format for the example command: kohya, or the first format that was written."""
     listed = [item["format"] for item in read_exports(path)]
     return "kohya" if "kohya" in listed or not listed else listed[0]
 
 
 def _typed(text: str) -> str:
-    """As a word of a shell, which somebody will paste: a token of others may hold its commands."""
+    """Text quoted for a shell, because users paste it: a token from somebody else could contain shell commands."""
     return shlex.quote(text) if set(text) & set('"$`\\!\n') else f'"{text}"'
 
 
 def _next_steps(path: Path, info: RunRecord) -> str:
     thing = info.names[0]
-    # a page may be passed on: no folders of this machine in it
+    # the page may be shared, so it names no folders of this machine
     run = shlex.quote(path.as_posix() if path.parent == Path("runs") else path.absolute().name)
     commands = "\n".join(
         (
-            "# more pictures",
+            "# more images",
             f"finetune sample {run} -p {_typed(f'a photo of {thing} in the city')} --count 8",
-            "# the files again, or others",
+            "# write the exports again, or in another format",
             f"finetune export {run} --to {_a_format(path)}",
-            "# go on, or train longer",
+            "# continue, or train longer",
             f"finetune train {run}/recipe.yaml run.dir={run} run.steps=N",
         )
     )
     places = (
         "The kohya file goes to <code>ComfyUI/models/loras</code>, <code>stable-diffusion-webui/models/Lora</code> (A1111, "
-        "Forge, sdnext) or InvokeAI's model manager, if the base is the one that it was trained on."
+        "Forge, sdnext) or InvokeAI's model manager. Use it with the base that it was trained on."
         if _a_format(path) != "embedding"
         else "The embedding goes to <code>ComfyUI/models/embeddings</code> or <code>stable-diffusion-webui/embeddings</code> "
-        "(A1111, Forge); there its file's name is the word for prompts (<code>embedding:NAME</code> in ComfyUI)."
+        "(A1111, Forge). Use the file's name as the word in prompts (<code>embedding:NAME</code> in ComfyUI)."
     )
-    return f"<h2>Go on</h2><pre>{escape(commands)}</pre><p class=soft>{places}</p>"
+    return f"<h2>Next steps</h2><pre>{escape(commands)}</pre><p class=soft>{places}</p>"

@@ -1,4 +1,4 @@
-"""The pictures of the page: small, made of the run folder's own files, and of nothing else on this disk."""
+"""The small images in the report. They come only from files inside the run folder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from finetune.core.files import leads_out, replacing
 from finetune.data.photos import MAX_ASPECT, BadImage, open_image
 from finetune.runs.record import RunRecord
 
-SIDE = 160  # pixels of a picture on the page
+SIDE = 160  # pixels: the shorter side of an image in the report
 SHOWN = 12  # photos of each subject
 NO_COPIES = "The run's folder has no copies of its photos: <code>finetune resume RUN</code> makes them."
-FORMATS = ("PNG", "JPEG", "WEBP")  # what a run writes, and what browsers are used to
+FORMATS = ("PNG", "JPEG", "WEBP")  # the formats that a run writes and browsers show
 
 
 def shown_photos(info: RunRecord) -> list[int]:
-    """The numbers, in `info.photos`, of those that the page shows: the first of each subject."""
+    """Returns the indices into `info.photos` of the photos in the report: up to SHOWN of each subject."""
     counts = [subject.photos for subject in info.subjects] or [len(info.photos)]
     starts = [sum(counts[:number]) for number in range(len(counts))]
     chosen = [range(start, start + min(SHOWN, count)) for start, count in zip(starts, counts, strict=True)]
@@ -30,19 +30,19 @@ def shown_photos(info: RunRecord) -> list[int]:
 
 
 def copy_of(run: Path, number: int) -> Path:
-    """Where the small copy of a photo lies in its run's folder."""
+    """Returns the path of the small copy of photo `number` in the run folder."""
     return run / "photos" / f"{number:04d}.png"
 
 
 def keep_photos(run: Path, info: RunRecord) -> None:
-    """Puts small copies of the photos into the run's folder: a page never opens a path that run.json names."""
+    """Writes small copies of the photos to the run folder, so that the report never opens a path named in run.json."""
     for number in shown_photos(info):
         with replacing(copy_of(run, number)) as temporary:
             small(open_image(Path(info.photos[number]))).save(temporary, format="PNG")
 
 
 def photo_tags(run: Path, info: RunRecord) -> str:
-    """The photos by their names; a run of an older version has no copies of them."""
+    """Returns the photos as HTML, or a line that says that the run (of an older version) has no copies of them."""
     files = {number: copy_of(run, number) for number in shown_photos(info)}
     if files and not any(file.is_file() for file in files.values()):
         return f"<p class=soft>{NO_COPIES}</p>"
@@ -50,21 +50,27 @@ def photo_tags(run: Path, info: RunRecord) -> str:
 
 
 def tag(file: Path, run: Path, alt: str) -> str:
-    """A picture of the run's folder as an <img>; where it can't be shown, a line that says why."""
+    """Returns an image file of the run folder as an <img>, or a line that says why it can't be shown.
+
+    Raises:
+        BadInput: the file is a link that leads out of the run folder.
+    """
     if leads_out(file, run):
         raise BadInput(f"{file} is a link that leads out of {run}: remove it")
     try:
         image = open_image(file, formats=FORMATS)
         if max(image.size) > MAX_ASPECT * min(image.size):
-            raise BadImage(file, f"{image.width}x{image.height} is no picture's shape")
+            raise BadImage(file, f"{image.width}x{image.height} is not a plausible image size")
     except BadImage as fault:
         return f"<p class=soft>{escape(file.name)} can't be shown ({escape(fault.reason)})</p>"
     return image_tag(image, alt)
 
 
 def small(image: Image.Image) -> Image.Image:
-    """With a shorter side of SIDE pixels; small ones are enlarged smoothly. Nothing but pixels: Pillow would write a
-    photo's comment and colour profile into what it saves."""
+    """Returns an RGB copy with a shorter side of SIDE pixels. Smaller images are enlarged.
+
+    The copy has no metadata: Pillow would otherwise save a photo's comment and colour profile with it.
+    """
     scale = SIDE / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     shrunk = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
@@ -73,7 +79,7 @@ def small(image: Image.Image) -> Image.Image:
 
 
 def image_tag(image: Image.Image, alt: str) -> str:
-    """An <img> with the picture inside."""
+    """Returns an <img> tag with the image data inside."""
     held, shrunk = io.BytesIO(), small(image)
     shrunk.save(held, "JPEG", quality=88)
     data = base64.b64encode(held.getvalue()).decode()
@@ -85,6 +91,6 @@ def image_tag(image: Image.Image, alt: str) -> str:
 
 
 def row(folder: Path, number: int, run: Path) -> str:
-    """The first four pictures of a prompt."""
+    """Returns the first four images of prompt `number` as HTML."""
     files: Sequence[Path] = sorted(folder.glob(f"{number:02d}-*.png"))[:4]
     return "".join(tag(file, run, f"seed {file.stem.split('-')[1]}") for file in files)

@@ -1,1 +1,1 @@
-"""The run folder: its files, its records, its metrics and status."""
+"""The run folder: its files, records, metrics and status."""

@@ -1,4 +1,4 @@
-"""What is told of a run outside its folder: in exports and on pages."""
+"""What exports and reports say about a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from finetune.runs.folder import RunFolder
 
 
 def about_run(folder: RunFolder) -> dict[str, str]:
-    """What exports say of themselves, by `export.metadata`; paths and captions only where "full" is asked for."""
+    """Returns the metadata that exports of this run carry, as `export.metadata` asks: name -> text.
+
+    Paths and captions are in it only if `export.metadata` is "full". The resolution is in pixels.
+
+    Raises:
+        BadInput: the run's recipe or record is missing or damaged.
+    """
     recipe, info = folder.recipe, folder.info
     side = info.resolution
     needed = {"title": recipe.run.name, "resolution": f"{side}x{side}", "trigger_phrase": "", "date": ""}
@@ -35,8 +41,7 @@ def about_run(folder: RunFolder) -> dict[str, str]:
 
 
 def _date(folder: RunFolder) -> dict[str, str]:
-    """When the training ended, so that an export that is made again is the same file; nothing during the training,
-    where the files of previews are of now."""
+    """The time at which training ended, so that a repeated export gives the same file. Empty during training."""
     file = folder.path / "adapter" / "trained.safetensors"
     if not file.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""RUN/exports.json: the files that left a run, and what was found out about each."""
+"""RUN/exports.json: the files that a run exported, and the results of their checks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ NAME = "exports.json"
 
 
 class Checked(Record):
+    """One check, as `finetune.core.records.Check` stores it."""
+
     name: str
     passed: bool
     message: str
@@ -23,7 +25,10 @@ class Checked(Record):
 
 
 class Listed(Record):
-    """`path`: inside the run folder. `results`: the checks; an older file has lines alone, in `checks`."""
+    """One exported file. `path` is relative to the run folder; `size` is in bytes.
+
+    `results` are the checks. An older file has only their lines, in `checks`.
+    """
 
     format: str = Field(pattern=r"^[a-z]+$")
     path: str
@@ -34,10 +39,10 @@ class Listed(Record):
 
 
 def read_exports(run: Path) -> list[dict[str, Any]]:
-    """What a run's exports.json lists, as it stands there; nothing where there is none.
+    """Returns the entries of a run's exports.json unchanged, or an empty list if there is no such file.
 
     Raises:
-        BadInput: it is damaged, or names a file outside of RUN/exports.
+        BadInput: it is damaged, or names a file outside RUN/exports.
     """
     file = run / NAME
     if not file.is_file():
@@ -49,7 +54,7 @@ def read_exports(run: Path) -> list[dict[str, Any]]:
             path = Listed.model_validate(item).path
         except ValidationError as error:
             where = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])
-            raise BadInput(f"{file} is not what a run writes ({where or item!r:.80}): {advice}") from error
+            raise BadInput(f"{file} is damaged ({where or item!r:.80}): {advice}") from error
         parts = Path(path).parts
         if len(parts) < 2 or parts[0] != "exports" or ".." in parts or leads_out(run / path, run):
             raise BadInput(f"{file} names {path[:80]!r}, which is not in {run / 'exports'}: {advice}")

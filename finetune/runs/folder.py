@@ -1,8 +1,8 @@
-"""The run folder: recipe, metrics, checkpoints that can be trusted, and where to go on.
+"""The run folder: its recipe, records, metrics, checkpoints and results.
 
 RUN/recipe.yaml            the resolved recipe          RUN/samples/    before, after, step-000100
-RUN/run.json               what was found out           RUN/exports/    files for other programs
-RUN/metrics.jsonl          one line a step              RUN/report.html the page
+RUN/run.json               facts about the run          RUN/exports/    files for other programs
+RUN/metrics.jsonl          one line for each step       RUN/report.html the report
 RUN/checkpoints/step-000250/{trained,optimizer,ema}.safetensors + state.json
 """
 
@@ -28,7 +28,9 @@ from finetune.runs.inputs import FILE as INPUTS
 from finetune.runs.record import RunRecord, read_record, write_record
 from finetune.training.checkpoint import Checkpoints
 
-HOLDER = "run.lock.txt"  # who holds run.lock, which nobody else can read on Windows
+HOLDER = (
+    "run.lock.txt"  # names the process that holds run.lock: Windows lets no other process read the lock file itself
+)
 
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -42,18 +44,24 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Checkpoints:
+        """The checkpoints in this folder."""
         return Checkpoints(self.path)
 
     @property
     def recipe(self) -> Recipe:
+        """The run's recipe.
+
+        Raises:
+            BadInput: this is not a run folder, or its recipe can't be read.
+        """
         file = self.path / "recipe.yaml"
         if not file.is_file():
-            raise BadInput(f"{self.path} is no run folder (it has no recipe.yaml): give the folder of a run")
+            raise BadInput(f"{self.path} is not a run folder (it has no recipe.yaml): give the folder of a run")
         return read_recipe(file)
 
     @property
     def info(self) -> RunRecord:
-        """What the run found out before training (token, class noun, base hash, plan): run.json.
+        """The record in run.json: token, class noun, base hash, plan and more; an empty record if there is no file.
 
         Raises:
             BadInput: it is damaged, or a later version wrote it.
@@ -62,10 +70,11 @@ class RunFolder:
         return read_record(file) if file.is_file() else RunRecord()
 
     def write_info(self, info: RunRecord) -> None:
+        """Writes run.json."""
         write_record(self.path / "run.json", info)
 
     def finished(self, steps: int) -> bool:
-        """Whether the trained weights are there, and of that many steps: a longer run of the recipe goes on."""
+        """Returns whether the folder holds weights trained for exactly `steps` steps. If not, training goes on."""
         from safetensors import safe_open
 
         if self._result_fault() is not None:
@@ -75,19 +84,19 @@ class RunFolder:
 
     @contextmanager
     def held(self, recipe: Recipe) -> Iterator[None]:
-        """Makes the folder, or takes an existing one of the same recipe, and keeps other processes off it.
+        """Creates the folder, or uses an existing one of the same recipe, and locks it inside the block.
 
-        The lock is the kernel's: a process that dies, however it dies, lets go of it.
+        The operating system releases the lock when the process ends, even if it is killed.
 
         Raises:
-            BadInput: as `check`; or another process is at work there.
+            BadInput: as `check`; or the folder can't be created; or another process uses it.
         """
         self.check(recipe)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(
-                f"the folder {self.path} could not be made ({error.strerror}): choose another with run.dir=PATH"
+                f"the folder {self.path} could not be created ({error.strerror}): choose another with run.dir=PATH"
             ) from error
         with self._lock():
             name = f"process {os.getpid()} on {platform.node()}\n"
@@ -111,21 +120,21 @@ class RunFolder:
             if error.errno not in NO_LOCKS:
                 raise
             raise BadInput(
-                f"{self.path} lies on a filesystem without file locks ({error.strerror}): choose a folder on another "
-                "with run.dir=PATH"
+                f"{self.path} is on a filesystem without file locks ({error.strerror}): choose a folder on another "
+                "one with run.dir=PATH"
             ) from error
 
     def check(self, recipe: Recipe) -> None:
-        """Whether this recipe may run here.
+        """Checks that this recipe may run in this folder.
 
         Raises:
-            BadInput: the folder holds something else, or a run of another recipe (the changed keys are named) or
-                of a later version.
+            BadInput: the folder holds something else, a run of another recipe (the message names the changed keys),
+                a run of a later version, or a link that leads out of it.
         """
         file = self.path / "recipe.yaml"
         self.refuse_links()
         if file.is_file():
-            self.info  # noqa: B018 - a later version's is refused before anything is written over
+            self.info  # noqa: B018 - refuses a later version's run before it overwrites anything
             pinned = (self.path / INPUTS).is_file()  # by content, so that their places may change
             both = [_placeless(one) if pinned else one for one in (self.recipe, recipe)]
             changed = _changed_keys(*both)
@@ -135,19 +144,19 @@ class RunFolder:
                     "undo the change, or choose another folder with run.dir=PATH"
                 )
         elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
-            raise BadInput(f"{self.path} exists and is no run folder: choose another with run.dir=PATH")
+            raise BadInput(f"{self.path} exists and is not a run folder: choose another with run.dir=PATH")
 
     def refuse_links(self) -> None:
-        """A folder that somebody sent may hold links: what is read, shown or written would then be another file.
+        """Refuses links out of the folder: in a folder from somebody else, they could expose or overwrite other files.
 
         Raises:
-            BadInput: there is a link that leads out of the folder.
+            BadInput: there is such a link.
         """
         link = find_link_out(self.path)
         if link is not None:
-            raise BadInput(f"{link} is a link that leads out of {self.path}: put what it leads to there, or remove it")
-
-    # what leaves the run
+            raise BadInput(
+                f"{link} is a link that leads out of {self.path}: replace it with the file itself, or remove it"
+            )
 
     def save_result(self, trained: dict[str, Tensor], metadata: dict[str, str]) -> None:
         """Writes RUN/adapter/trained.safetensors, and a manifest with its hash."""
@@ -156,7 +165,7 @@ class RunFolder:
         write_json(self._manifest, {self._trained.name: sha256(self._trained)})
 
     def result(self) -> dict[str, Tensor]:
-        """What was trained.
+        """Returns the trained weights, as CPU tensors by their names.
 
         Raises:
             BadInput: the run has not finished, or the file is damaged.
@@ -205,7 +214,7 @@ class RunFolder:
 
 
 def next_folder(name: str, parent: Path = Path("runs")) -> Path:
-    """runs/<name>, or the first runs/<name>-<n> that does not exist."""
+    """Returns <parent>/<name>, or the first <parent>/<name>-<n> (n from 2) that does not exist. Creates nothing."""
     candidate, number = parent / name, 2
     while candidate.exists():
         candidate, number = parent / f"{name}-{number}", number + 1
@@ -213,7 +222,7 @@ def next_folder(name: str, parent: Path = Path("runs")) -> Path:
 
 
 def _changed_keys(old: Recipe, new: Recipe) -> list[str]:
-    """The keys that differ, except those that a run may change: more steps, more processes, its folder's name."""
+    """The keys that differ, without those that a run may change: more steps, the number of processes, its name."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     free = {"run.dir", "run.name", "run.keep", "run.checkpoint_every", "run.processes"}
     if after.get("run.steps", 0) >= before.get("run.steps", 0):

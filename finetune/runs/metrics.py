@@ -1,4 +1,4 @@
-"""RUN/metrics.jsonl: one line a step, written from the events of the training."""
+"""RUN/metrics.jsonl: one line for each step, written from training events."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from finetune.core.files import append_line, write_text
 from finetune.core.reading import parse_json, read_bytes
 
 DRAWN = {"step", "loss", "lr", "seconds"}
-LARGEST = 1e30  # of what can be drawn; NaN is not below it
+LARGEST = 1e30  # the largest value to plot; NaN fails the comparison too
 MOST = 1_000_000_000  # bytes: ten million steps
 
 
 class MetricsFile:
-    """A consumer of events: appends a line for each step; where a run goes on, later lines are dropped first."""
+    """A consumer of events that appends a line for each step. When a run resumes, it removes later lines."""
 
     def __init__(self, run: Path) -> None:
         self.file = run / "metrics.jsonl"
@@ -33,7 +33,7 @@ class MetricsFile:
         append_line(self.file, json.dumps(values | {"seconds": round(done.seconds, 4)}))
 
     def _rewind(self, step: int) -> None:
-        """Drops the lines after `step`: the resumed run writes them again."""
+        """Removes the lines after `step`: the resumed run writes them again."""
         if not self.file.is_file():
             return
         kept = [line for line, row in _rows(self.file) if row["step"] <= step]
@@ -41,12 +41,18 @@ class MetricsFile:
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The lines that can be drawn: finite numbers. The others are a kill's or somebody else's."""
+    """Returns the rows that can be plotted, in order: step, loss, lr and seconds are finite numbers.
+
+    Other lines are skipped, such as one that was cut off when the process was killed.
+
+    Raises:
+        BadInput: the file is too large, or not a regular file.
+    """
     return [row for _, row in _rows(file) if row.keys() >= DRAWN and all(abs(row[key]) < LARGEST for key in DRAWN)]
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """Each line of a metrics file that is a step's, and the numbers in it; a line that a kill cut short is none."""
+    """Gives each line of a metrics file that holds a step, with its numbers. Skips incomplete lines."""
     for line in read_bytes(file, MOST).decode("utf-8", "replace").splitlines():
         try:
             held = parse_json(line, str(file), dict, finite=False)

@@ -1,4 +1,4 @@
-"""The plan of a run in values, and the one place that makes lines of it for a person."""
+"""The plan of a run as a record, and its rows of text for the user."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ PlanRows = dict[str, Any]  # label -> a text, a number or a list of texts
 
 
 class Record(BaseModel):
-    """A part of run.json: typed, frozen; what a version does not know it leaves out."""
+    """A part of run.json: typed and read-only. Unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
 
 class PlannedSubject(Record):
-    """`captions`: where its captions come from, for a person."""
+    """One subject of the plan. `captions` is a sentence about where its captions come from."""
 
     token: str
     noun: str | None
@@ -27,8 +27,11 @@ class PlannedSubject(Record):
 
 
 class Cut(Record):
-    """The photo of which the crops cut away most: `share` of it; `in_buckets`: the most that buckets would cut away
-    of a photo, where that is less."""
+    """The photo that loses most to cropping.
+
+    `share` of its area is cut away, in [0, 1). `in_buckets` is the largest such share with buckets, or None if buckets
+    would not help.
+    """
 
     share: float
     photo: str
@@ -36,13 +39,15 @@ class Cut(Record):
 
 
 class PlannedBucket(Record):
+    """One bucket: its size in pixels and its number of photos."""
+
     width: int
     height: int
     photos: int
 
 
 class PlannedClassImages(Record):
-    """`count` of each prompt in `prompts`, each seen `times`."""
+    """`count` images for each prompt in `prompts`; training sees each image `times` times."""
 
     prompts: list[str]
     count: int
@@ -50,12 +55,12 @@ class PlannedClassImages(Record):
 
 
 class Plan(Record):
-    """What is seen how often, what is trained, and what that costs.
+    """What a run trains on, how often it sees it, and what it trains.
 
-    `base`, `prompts`, `unused`: private, a folder of this machine, captions, and names of files beside the photos that
-    are not trained on. `buckets`: none where every crop is square.
-    `repeats`: of the `places` of an epoch, those that count nothing. `enlarged`, `prior`, `timesteps`: what the
-    photos, the prior and the objective say of themselves.
+    `base`, `prompts` and `unused` are private: they can hold a folder of this machine, captions, and the names of
+    files beside the photos that are not used. `resolution` is in pixels. `buckets` is empty if every crop is square.
+    `places` are the samples of an epoch with buckets; `repeats` of them are padding with weight 0. `enlarged`,
+    `prior` and `timesteps` are texts from the photos, the prior and the objective.
     """
 
     base: str
@@ -88,17 +93,18 @@ class Plan(Record):
 
     @property
     def photos(self) -> int:
+        """The number of photos of all subjects."""
         return sum(subject.photos for subject in self.subjects)
 
 
 def plan_rows(plan: Plan) -> PlanRows:
-    """For the person whose run it is."""
+    """Returns the plan as rows (label -> text) for the user who runs it."""
     unused: PlanRows = {"not used": plan.unused} if plan.unused else {}
     return _rows(plan, plan.base, {"training prompts": plan.prompts, **unused})
 
 
 def shared_rows(plan: Plan) -> PlanRows:
-    """For a page that may be passed on: without captions, names of other files and a base's whole path."""
+    """Returns the plan as rows that are safe to share: without captions, other files' names and the base's path."""
     return _rows(plan, public_name(plan.base), {})
 
 
@@ -115,7 +121,7 @@ def _rows(plan: Plan, base: str, prompts: PlanRows) -> PlanRows:
 
 
 def _subject_rows(plan: Plan) -> PlanRows:
-    """What each subject is called, and where its captions come from."""
+    """One row for each subject: its token, and where its captions come from."""
     if len(plan.subjects) == 1:
         return {"subject": plan.subjects[0].captions}
     return {
@@ -139,14 +145,16 @@ def _bucket_rows(plan: Plan) -> PlanRows:
     parts.append(f"at most {cut.share:.0%} of a photo ({cut.photo}) is cut away" if cut else "nothing is cut away")
     found = {"buckets": "; ".join(parts)}
     if plan.repeats:
-        found["padding"] = f"{plan.repeats} of {plan.places} places of an epoch are repeats that count nothing"
+        found["padding"] = f"{plan.repeats} of {plan.places} samples of an epoch are repeats with weight 0"
     return found
 
 
 def _data_rows(plan: Plan) -> PlanRows:
     found: PlanRows = {}
     if plan.masked is not None:
-        found["masks"] = f"of {plan.masked} of {plan.photos} photos; background counts {plan.mask_floor:g}"
+        found["masks"] = (
+            f"{plan.masked} of {plan.photos} photos have one; the background has weight {plan.mask_floor:g}"
+        )
     if plan.inputs is not None:
         found["inputs"] = f"{plan.inputs}{' (new to this base)' if plan.widened else ''}"
     if plan.enlarged:
@@ -164,7 +172,7 @@ def _training_rows(plan: Plan) -> PlanRows:
     found["method"] = f"{plan.method} on {', '.join(plan.parts)}"
     found["precision"] = plan.precision
     if not plan.repeatable:
-        found["resume"] = "with the same batches and noise, but other last bits (run.deterministic=true: bit for bit)"
+        found["resume"] = "same batches and noise, but rounding may differ (set run.deterministic=true for equal bits)"
     return found
 
 

@@ -1,4 +1,4 @@
-"""RUN/run.json: what a run found out before training, as a record with a schema number."""
+"""RUN/run.json: facts about a run, collected before training, with a schema number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEMA = 1
 
 
 class RecordedSubject(Record):
-    """`photos`: how many of the run's photos are its."""
+    """One of several subjects. `photos` is its number of photos."""
 
     token: str
     class_noun: str | None
@@ -25,8 +25,12 @@ class RecordedSubject(Record):
 
 
 class RunRecord(Record):
-    """`plan`: the rows that were printed. `planned`: the plan in values; None in an older file. `captions`: of each
-    photo, in the order of `photos`. `subjects`: where there are several; `token` and `class_noun` are the first's."""
+    """The content of run.json.
+
+    `plan` holds the rows that were printed. `planned` is the plan as a record, or None in an older file. `captions`
+    holds the captions of each photo, in the order of `photos` (paths). `subjects` is empty for a single subject;
+    `token` and `class_noun` belong to the first. `resolution` is in pixels.
+    """
 
     token: str = ""
     class_noun: str | None = None
@@ -46,29 +50,31 @@ class RunRecord(Record):
 
     @property
     def names(self) -> list[str]:
-        """What calls each subject in a prompt."""
+        """The words for each subject in a prompt, such as "zwx mug"."""
         called = [(subject.token, subject.class_noun) for subject in self.subjects]
         return [" ".join(text for text in pair if text) for pair in called or [(self.token, self.class_noun)]]
 
     @property
     def trigger(self) -> str:
-        """ "zwx mug"; of several "zwx mug, vtx dog"."""
+        """The words for all subjects in one text, such as "zwx mug, vtx dog"."""
         return ", ".join(self.names)
 
     @property
     def public_base(self) -> str:
-        """The base as a page may tell it."""
+        """The name of the base, safe to share."""
         return public_name(self.base)
 
     @property
     def public_plan(self) -> PlanRows:
-        """The plan's rows as a page may tell them."""
+        """The plan's rows, safe to share."""
         return shared_rows(self.planned) if self.planned else self.plan
 
 
 def read_record(file: Path) -> RunRecord:
-    """Raises:
-    BadInput: it is damaged, or a later version wrote it.
+    """Reads run.json, of this schema or an older one.
+
+    Raises:
+        BadInput: it is damaged, or a later version wrote it.
     """
     try:
         values = read_json(file, dict)
@@ -84,15 +90,16 @@ def read_record(file: Path) -> RunRecord:
 
 
 def write_record(file: Path, record: RunRecord) -> None:
+    """Writes run.json atomically, with the current schema number."""
     write_json(file, {"schema": SCHEMA, **record.model_dump(mode="json")})
 
 
 def _damaged(file: Path, fault: str) -> BadInput:
-    return BadInput(f"{file} is not what a run writes ({fault}): give the run's own file back, or train again")
+    return BadInput(f"{file} is damaged ({fault}): restore the run's own file, or train again")
 
 
 def _from_0(values: Values) -> Values:
-    """Before there was a number: the plan was rows alone, of which two may be private."""
+    """Schema 0 had no number, and its plan had only rows. Two of them can be private, and are removed."""
     base = values.get("base", "")
     private = {"training prompts"} | ({"base"} if public_name(base) != base else set())
     rows: dict[str, Any] = values.get("plan", {})

@@ -1,4 +1,4 @@
-"""RUN/status.json: what a run is doing now, for whoever looks from outside: a page, a script, a second terminal."""
+"""RUN/status.json: what a run is doing now, for other programs such as a web page, a script or a second terminal."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from pathlib import Path
 from finetune.core.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted, RunEnded, StepDone
 from finetune.core.files import write_json
 
-EVERY = 1.0  # seconds: a step can be shorter than the writing of a file
+EVERY = 1.0  # seconds between writes: a step can be shorter than a write
 SCHEMA = 1
 
 
 @dataclass
 class Status:
-    """`state`: "running", "finished", "stopped" or "failed". `done` of `total` units of `phase` are done; `eta` is the
-    seconds that are left of it, at its pace so far. `step` and `loss` are of the last logged step."""
+    """The content of status.json.
+
+    `state` is "running", "finished", "stopped" or "failed". `done` of `total` units of `phase` are done; `eta` is the
+    estimated time left in the phase, in seconds. `step` and `loss` belong to the last logged step; `steps` is the
+    number of steps of the run.
+    """
 
     state: str = "running"
     phase: str = ""
@@ -31,7 +35,7 @@ class Status:
 
 
 class StatusFile:
-    """A consumer of events that keeps RUN/status.json, each time whole: a reader never sees half of it."""
+    """A consumer of events that keeps RUN/status.json up to date. Writes are atomic: a reader never sees a part."""
 
     def __init__(self, run: Path, steps: int) -> None:
         self.file, self.status = run / "status.json", Status(steps=steps)
@@ -62,6 +66,7 @@ class StatusFile:
             status.eta = round((now - self._began) / worked * (status.total - status.done), 1)
 
     def write(self) -> None:
+        """Writes the file now."""
         self._written = time.monotonic()
         process = {"process": os.getpid(), "host": platform.node(), "time": round(time.time(), 1)}
         write_json(self.file, {"schema": SCHEMA, **asdict(self.status), **process})

@@ -1,1 +1,1 @@
-"""Prompts to images."""
+"""Draws images from prompts."""

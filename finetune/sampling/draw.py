@@ -1,4 +1,4 @@
-"""Prompts to images, seeded: each image has a generator of its own."""
+"""Draws images from prompts. Each image has its own seed."""
 
 from __future__ import annotations
 
@@ -27,16 +27,29 @@ def draw(
     condition: ImageCondition | None = None,
     advance: Callable[[int], None] = lambda amount: None,
 ) -> list[Image.Image]:
-    """One image for each (prompt, seed) pair, drawn in batches with the family's own modules; bases that draw from
-    images start from `condition`. `advance` is called after each batch with its number of images.
+    """Draws one image for each (prompt, seed) pair, in batches, with the family's current modules.
 
-    The starting noise depends on the image's seed alone and is drawn on the CPU. An image's neighbours and its
-    place in the batch change nothing; the size of the batch changes the last bits of the denoiser's arithmetic
-    (64-pixel base, 20 steps, batches of 1, 3 and 8: one grey level in at most 6 of 100,000 values). The VAE decodes
-    one image at a time: memory for it does not grow with the batch, and nor do its last bits change.
+    The initial noise depends only on the image's seed and is drawn on the CPU. The other images in a batch do not
+    change an image. The batch size changes the last bits of the denoiser's arithmetic (measured on a 64-pixel base
+    with 20 steps and batches of 1, 3 and 8: one grey level in at most 6 of 100,000 values). The VAE decodes one image
+    at a time, so its memory and its last bits do not depend on the batch size.
+
+    Args:
+        family: the base, with its adapters if any.
+        prompts: one prompt for each image.
+        sampling: sampler, steps, guidance, size and batch size.
+        seeds: one seed for each prompt.
+        condition: the input image, for bases that draw from images.
+        advance: called after each batch with its number of images.
+
+    Returns:
+        RGB images of `sampling.size` pixels a side (default: the base's resolution), in the order of `prompts`.
+
+    Raises:
+        BadInput: this base can't be drawn with the sampler.
     """
     side = sampling.size or family.resolution
-    pipeline = family.drawing.pipeline(sampling.sampler)  # brings released parts back
+    pipeline = family.drawing.pipeline(sampling.sampler)  # loads released parts again
     if family.codec.parts:
         pipeline.vae = fitting(pipeline.vae, family.dtype, family.autocast is not None)
     images: list[Image.Image] = []
@@ -57,13 +70,13 @@ def draw(
 
 
 def _as_trained(family: Family) -> AbstractContextManager[object]:
-    """fp32 weights that train under autocast are drawn with under it too."""
+    """Autocast as in training: fp32 weights that train under autocast also draw under it."""
     return nullcontext() if family.autocast is None else torch.autocast(family.device.type, family.autocast)
 
 
 @contextmanager
 def _hooks_removed(pipeline: Any) -> Iterator[None]:
-    """Where memory is scarce, hooks move the parts to the device and back: they must not meet the training step."""
+    """Removes the hooks with which the pipeline moves parts to and from the device: they must not run in training."""
     try:
         yield
     finally:
@@ -73,7 +86,7 @@ def _hooks_removed(pipeline: Any) -> Iterator[None]:
 
 @contextmanager
 def _in_eval(family: Family) -> Iterator[None]:
-    """Every module in eval mode; afterwards, and after an error too, each in the mode that it was in."""
+    """Sets every module to eval mode inside the block, and restores its old mode afterwards, even after an error."""
     modes = {module: module.training for part in family.parts.values() for module in part.modules()}
     for part in family.parts.values():
         part.eval()

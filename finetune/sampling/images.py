@@ -1,4 +1,4 @@
-"""Images as grids and as PNG files that say how they were made."""
+"""Arranges images in grids, and saves them as PNG files with their settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ A1111_SAMPLERS = {"dpm++": "DPM++ 2M", "ddim": "DDIM", "euler": "Euler", "unipc"
 
 
 def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None) -> Image.Image:
-    """Images in rows of `columns`; each row's caption, where given, stands above it."""
+    """Arranges images in rows of `columns`, with the row's caption, if any, above it."""
     width, height = images[0].size
     rows = -(-len(images) // columns)
     head = 16 if captions else 0
@@ -40,13 +40,13 @@ def parameters(prompt: str, seed: int, sampling: Sampling, model: str) -> str:
     }
     settings = ", ".join(f"{key}: {value}" for key, value in given.items() if value is not None)
     middle = f"\nNegative prompt: {sampling.negative}" if sampling.negative else ""
-    model = public_name(model)  # images are passed on
+    model = public_name(model)  # images get shared: no private paths
     name = json.dumps(model, ensure_ascii=False) if "," in model or ":" in model else model
     return f"{prompt}{middle}\n{settings}, Model: {name}"
 
 
 def save_image(image: Image.Image, path: Path, text: str) -> None:
-    """A PNG that carries how it was made, in the `parameters` text chunk."""
+    """Saves a PNG with the settings in its `parameters` text chunk."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text)
     with replacing(path) as temporary:

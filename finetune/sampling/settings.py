@@ -1,4 +1,4 @@
-"""How images are drawn, and the `sample:` section of a recipe."""
+"""Settings for drawing images, and the `sample:` section of a recipe."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ Sampler = Literal["dpm++", "ddim", "euler", "unipc"]  # finetune.families.sample
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn from prompts.
+    """Settings for drawing images.
 
-    sampler: one of `Sampler`; None: the base's own.
-    guidance: the scale of classifier-free guidance; 1 switches it off.
-    size: the side of the square images, in pixels; None: the base's own resolution.
-    batch_size: how many images are drawn at once. More need more memory.
+    Attributes:
+        sampler: one of `Sampler`; None: the base's own.
+        guidance: the scale of classifier-free guidance (arXiv:2207.12598); 1 switches it off.
+        size: the side of the square images in pixels; None: the base's own resolution.
+        batch_size: the number of images drawn together. More images need more memory.
     """
 
     negative: str = ""
@@ -45,10 +46,10 @@ class SampleSettings(Settings):
     seed: int = 0
     sampler: Sampler = "dpm++"
     steps: int = Field(default=25, ge=1)
-    batch_size: int = Field(default=8, ge=1)  # images at once
+    batch_size: int = Field(default=8, ge=1)  # images drawn together
     guidance: float = 5.0
-    image_guidance: float = Field(default=1.5, ge=1)  # how closely an edit keeps to its image
+    image_guidance: float = Field(default=1.5, ge=1)  # how closely an edit follows its image
 
     def sampling(self, size: int) -> Sampling:
-        """How these images are drawn, as squares of `size` pixels a side."""
+        """The same settings as a `Sampling`, for square images of `size` pixels a side."""
         return Sampling(self.negative, self.sampler, self.steps, self.guidance, size, self.batch_size)

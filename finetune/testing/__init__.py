@@ -1,1 +1,1 @@
-"""What tests and benchmarks build on, here and in packages that add to this one: bases of the true classes."""
+"""Shared code for tests and benchmarks, also of packages that extend this one: small bases of the real classes."""

@@ -1,7 +1,8 @@
-"""What every family, method, optimiser and loss weight promises, as plain functions over a base folder and settings.
+"""Contract tests for methods, optimisers and loss weights, as plain functions of a base folder and settings.
 
-tests/contract runs them over the registries, and a package that adds to those can run them over what it adds. Each
-raises AssertionError where the promise is not kept. `finetune.testing.tiny` writes small bases of our families.
+tests/contract runs them for everything in the registries. A package that adds a method, an optimiser or a loss weight
+can run them for its own. Each raises AssertionError if the contract is broken. `finetune.testing.tiny` writes small
+bases for them.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ PROMPTS = ["a photo of a {} mug", "a mug"]
 
 @dataclass(frozen=True)
 class ShortRun:
-    """A run of a few steps on two samples, each step cut into `count` micro-batches; the data of step `bad` are not
-    finite (-1: of none). `optim`: None for AdamW."""
+    """A run of a few steps on two samples.
+
+    `count`: micro-batches in each step. `bad`: the step whose data contain NaN (-1: no step). `optim`: the optimiser;
+    None for AdamW.
+    """
 
     steps: int = 3
     count: int = 2
@@ -56,7 +60,7 @@ WHOLE = ShortRun()
 def killed_and_resumed_is_the_unbroken_run(
     base: Path, kind: str, folder: Path, optim: Optimiser | None = None, **settings: Any
 ) -> None:
-    """A run that ends in its last step and is started again ends as the unbroken one, bit for bit."""
+    """A run that fails in its last step and is resumed ends bit-identical to an uninterrupted run."""
     whole, cut = folder / "whole", folder / "cut"
     whole.mkdir()
     cut.mkdir()
@@ -67,13 +71,13 @@ def killed_and_resumed_is_the_unbroken_run(
     except CheckFailed:
         resumed = train(base, kind, cut, unbroken, **settings)
     else:
-        raise AssertionError("a step that is not finite did not end the run")
+        raise AssertionError("a step with NaN in its data did not end the run")
     changed = [name for name, value in wanted.items() if not torch.equal(value, resumed[name])]
     assert not changed, f"{len(changed)} of {len(wanted)} weights differ after a resume, such as {changed[0]}"
 
 
 def only_what_should_move_moves(base: Path, kind: str, parts: list[str]) -> None:
-    """Training moves every trained weight, all of them fp32, and no other."""
+    """Training changes every trained weight and no other, and trained weights are fp32."""
     family = load_family(str(base))
     before = weights(family)
     _, trained, word = attached(kind, parts, family)
@@ -82,10 +86,10 @@ def only_what_should_move_moves(base: Path, kind: str, parts: list[str]) -> None
     after = weights(family)
     for n, value in before.items():
         held = after.get(n, after.get(n.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")))
-        assert n in trained or (held is not None and torch.equal(held, value)), f"{n} is not trained, but it moved"
+        assert n in trained or (held is not None and torch.equal(held, value)), f"{n} is not trained, but it changed"
     still = [n for n, value in start.items() if torch.equal(trained[n], value)]
-    assert not still, f"trained but unmoved: {still[:3]}"
-    assert all(p.dtype == torch.float32 for p in trained.values()), "what is trained must be fp32"
+    assert not still, f"trained but unchanged: {still[:3]}"
+    assert all(p.dtype == torch.float32 for p in trained.values()), "trained weights must be fp32"
     assert {n for part, m in family.parts.items() for n in _wanting(part, m)} == set(trained)
 
 
@@ -101,13 +105,13 @@ def step_0_is_the_base_and_the_seed_decides(base: Path, kind: str, parts: list[s
     family, again = (load_family(str(base)) for _ in range(2))
     before = predict(family)
     _, first, word = attached(kind, parts, family)
-    assert torch.equal(predict(family, 0, word), before), "before training the prediction is not the base's"
+    assert torch.equal(predict(family, 0, word), before), "before training the prediction differs from the base's"
     _, second, _ = attached(kind, parts, again)
-    assert all(torch.equal(first[n], second[n]) for n in first), "the same seed began differently"
+    assert all(torch.equal(first[n], second[n]) for n in first), "the same seed created different initial weights"
 
 
 def saved_and_loaded_is_the_same(base: Path, kind: str, parts: list[str]) -> None:
-    """Bit for bit; and a state with something missing is refused."""
+    """A saved and loaded state is bit-identical, and a state with a missing tensor is refused."""
     family, again = (load_family(str(base)) for _ in range(2))
     method, trained, word = attached(kind, parts, family)
     train_a_little(family, trained, word)
@@ -115,13 +119,15 @@ def saved_and_loaded_is_the_same(base: Path, kind: str, parts: list[str]) -> Non
     assert not torch.equal(predict(family, 0, word), predict(again, 0, word)), "training changed nothing"
     state = method.state_dict(family)
     method.load_state_dict(again, state)
-    assert torch.equal(predict(family, 0, word), predict(again, 0, word)), "loaded is not what was saved"
+    assert torch.equal(predict(family, 0, word), predict(again, 0, word)), (
+        "the loaded state differs from the saved one"
+    )
     state.pop(next(iter(state)))
     try:
         method.load_state_dict(again, state)
     except BadInput:
         return
-    raise AssertionError("a state with a tensor missing was loaded in silence")
+    raise AssertionError("a state with a missing tensor was loaded without an error")
 
 
 def checkpointing_gives_the_same_gradients(base: Path, kind: str, parts: list[str]) -> None:
@@ -148,12 +154,13 @@ def switched_off_is_the_base(base: Path, kind: str) -> None:
     train_a_little(family, method.attach(family, 0))
     assert not torch.equal(predict(family), before), "training changed nothing"
     with method.disabled(family):
-        assert torch.equal(predict(family), before), "switched off it is not the base"
+        assert torch.equal(predict(family), before), "the prediction without the adapter differs from the base's"
     assert not torch.equal(predict(family), before), "it was not switched on again"
 
 
 def a_weight_is_finite_and_above_0(weighting: Weighting) -> None:
-    """One number for each sample, float32, at any SNR from 0 to infinity, for each prediction."""
+    """A loss weight returns one float32 number above 0 for each sample, for any SNR from 0 to infinity and for each
+    kind of prediction."""
     snr = torch.tensor([0.0, 1e-8, 1e-3, 1.0, 5.0, 1e3, 1e7, float("inf")])
     for prediction in DIFFUSION:
         weight = weighting.weight(snr, prediction)
@@ -162,11 +169,13 @@ def a_weight_is_finite_and_above_0(weighting: Weighting) -> None:
         odd = [f"{float(w)} at SNR {float(s):g}" for s, w in zip(snr, weight, strict=True) if not 0 < w < float("inf")]
         assert not odd, f"not finite and above 0: {odd[0]} ({prediction})"
         alone = torch.cat([weighting.weight(each[None], prediction) for each in snr])
-        assert torch.equal(alone, weight), f"a sample's weight depends on the others of its batch ({prediction})"
+        assert torch.equal(alone, weight), (
+            f"a sample's weight depends on the other samples of its batch ({prediction})"
+        )
 
 
 def a_weight_is_the_same_for_every_prediction(weighting: Weighting) -> None:
-    """The same error of the clean image costs the same, whatever the model predicts: checked by `Objective.clean`."""
+    """The same error of x0 has the same loss for each kind of prediction (x0 comes from `Objective.clean`)."""
     made = torch.Generator().manual_seed(0)
     x0, noise, wrong = (torch.randn(4, 8, generator=made) for _ in range(3))
     t, settings = torch.tensor([30, 200, 500, 900]), ObjectiveSettings().model_copy(update={"weighting": weighting})
@@ -179,11 +188,13 @@ def a_weight_is_the_same_for_every_prediction(weighting: Weighting) -> None:
         output = target + wrong / slope  # the output whose x0 is off by `wrong`
         losses.append((output - target).square().mean(1) * objective.weight(t))
     for prediction, loss in zip(DIFFUSION, losses, strict=True):
-        assert torch.allclose(loss, losses[0], rtol=1e-3), f"another loss for {prediction} than for {DIFFUSION[0]}"
+        assert torch.allclose(loss, losses[0], rtol=1e-3), (
+            f"the loss for {prediction} differs from that for {DIFFUSION[0]}"
+        )
 
 
 class Fixed:
-    """Two samples in `count` micro-batches; the step `bad` is not finite, as a fault in the middle of a run."""
+    """Batches of two samples in `count` micro-batches. The data of step `bad` contain NaN."""
 
     def __init__(self, channels: int, word: str, bad: int, count: int) -> None:
         made = torch.Generator().manual_seed(0)
@@ -202,9 +213,9 @@ class Fixed:
 
 
 def train(base: Path, kind: str, folder: Path, short: ShortRun = WHOLE, **settings: Any) -> dict[str, Tensor]:
-    """A run of `Trainer` with a checkpoint after each step, in `folder`; what is trained, at its end.
+    """Runs `Trainer` in `folder` with a checkpoint after each step. Returns the trained tensors by name.
 
-    `settings`: of the method; without any, all parts are trained where the method can be told so.
+    `settings`: the method's settings. Without any, all parts are trained if the method has that setting.
     """
     family = load_family(str(base))
     family.parts.to(short.device)
@@ -232,7 +243,8 @@ def method_of(kind: str, **settings: Any) -> Any:
 
 
 def attached(kind: str, parts: list[str], family: Family, seed: int = 0) -> tuple[Method, Parameters, str]:
-    """A method on a family, what it trains, and the word for the subject: `zwx`, or a new one that begins as it."""
+    """Attaches a method to a family. Returns the method, its trained parameters, and the word for the subject: `zwx`,
+    or a new word that starts as a copy of it."""
     method = method_of(kind, parts=parts)
     word = method.add_subject_token(family, "zwx", "zwx") or "zwx"
     return method, method.attach(family, seed), word

@@ -1,7 +1,7 @@
-"""What every family promises, as plain functions over a small base folder: the contract of `families/base.py`.
+"""Contract tests for families (`families/base.py`), as plain functions of a small base folder.
 
-tests/contract runs them over all of ours; a package that adds a family can run them over its own. Each raises
-AssertionError where the promise is not kept.
+tests/contract runs them for all built-in families. A package that adds a family can run them for its own. Each raises
+AssertionError if the contract is broken.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ PROMPTS = ["a photo of a dog", "a red mug on the beach", ""]
 
 
 def it_is_frozen_and_knows_itself(base: Path) -> None:
-    """Loaded parts are frozen, in eval mode, and what their configs say; every trainable part has a skeleton."""
+    """Loaded parts are frozen, in eval mode and match their configs; every trainable part has a skeleton."""
     family, kind = load_family(str(base)), family_of(base)
     assert isinstance(family, kind)
-    assert not any(p.requires_grad for part in family.parts.values() for p in part.parameters()), "it is not frozen"
-    assert not any(part.training for part in family.parts.values()), "it is not in eval mode"
+    assert not any(p.requires_grad for part in family.parts.values() for p in part.parameters()), (
+        "a part is not frozen"
+    )
+    assert not any(part.training for part in family.parts.values()), "a part is not in eval mode"
     skeletons = kind.skeletons(base)
     assert skeletons.keys() <= set(kind.trainable_parts())
     for name, skeleton in skeletons.items():
@@ -37,7 +39,8 @@ def it_is_frozen_and_knows_itself(base: Path) -> None:
 
 
 def images_become_latents_and_images(base: Path) -> None:
-    """The shapes that the codec names; finite; the same bits for the same image, whoever lies beside it."""
+    """The codec's latents and images have the right shapes and are finite; the other images in a batch change
+    nothing."""
     family = load_family(str(base))
     side, codec = 2 * family.size_multiple, family.codec
     pixels = torch.rand(2, 3, side, 2 * side, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -51,7 +54,8 @@ def images_become_latents_and_images(base: Path) -> None:
 
 
 def prompts_can_be_cached(base: Path) -> None:
-    """Encoders one by one, prompt by prompt, then joined: what all give together. Dropped encoders give zeros."""
+    """Encoding each prompt with each encoder separately and joining the outputs equals encoding all together. Dropped
+    encoders return zeros."""
     family = load_family(str(base))
     together = family.encode_prompts(PROMPTS)
     rows = [[family.encode_text(n, [prompt]) for prompt in PROMPTS] for n in range(len(family.text_encoders))]
@@ -63,11 +67,12 @@ def prompts_can_be_cached(base: Path) -> None:
         assert torch.allclose(joined[name], value, atol=1e-5), f"{name} depends on the other prompts"
     dropped = family.encode_prompts(PROMPTS, torch.zeros(len(family.text_encoders), len(PROMPTS)))
     texts = dropped.keys() - family.blank_image_conditions(1).keys()
-    assert all(not dropped[name].any() for name in texts), "a dropped encoder still says something"
+    assert all(not dropped[name].any() for name in texts), "the output of a dropped encoder is not zero"
 
 
 def the_prediction_is_of_the_latents_shape(base: Path) -> None:
-    """For squares and for others, each sample on its own; the prompt changes it."""
+    """The prediction has the latents' shape for square and other images. It depends on the prompt, but not on the
+    other samples."""
     family = load_family(str(base))
     step = family.size_multiple // family.codec.factor
     for height, width in ((2 * step, 2 * step), (2 * step, 3 * step)):
@@ -79,19 +84,19 @@ def the_prediction_is_of_the_latents_shape(base: Path) -> None:
             both = family.predict(noisy, t, cond, geometry)
             alone = family.predict(noisy[:1], t[:1], {name: v[:1] for name, v in cond.items()}, geometry[:1])
             assert both.shape == noisy.shape
-            assert torch.allclose(both[:1], alone, atol=1e-4), "a sample depends on its neighbour"
+            assert torch.allclose(both[:1], alone, atol=1e-4), "a sample depends on another sample of its batch"
             assert not torch.equal(both, family.predict(noisy, t, other, geometry)), "the prompt changes nothing"
 
 
 def released_parts_come_back(base: Path) -> None:
-    """Dropped parts are read again bit for bit; meanwhile the family still answers questions about itself."""
+    """Released parts are loaded again bit for bit. While they are released, the family's properties still work."""
     family = load_family(str(base))
     before, known = weights(family), _questions(family)
     for waits_in_memory in (False, True):
         family.parts.keep_released = waits_in_memory
         family.parts.release(list(family.parts))
         assert bool(weights(family)) == waits_in_memory
-        assert _questions(family) == known, "a released family answers otherwise"
+        assert _questions(family) == known, "a property of the family changed when its parts were released"
         family.parts.restore()
         after = weights(family)
         assert before.keys() == after.keys()
@@ -99,11 +104,12 @@ def released_parts_come_back(base: Path) -> None:
 
 
 def it_draws(base: Path) -> None:
-    """Its pipeline draws images of the asked size, the same for the same seed, and an unknown sampler is refused."""
+    """The pipeline draws images of the requested size; the same seed draws the same image; an unknown sampler is
+    refused."""
     family = load_family(str(base))
     first, second, other = (_drawn(family, seed) for seed in (1, 1, 2))
-    assert first == second, "the same seed drew two images"
-    assert first != other, "two seeds drew one image"
+    assert first == second, "the same seed drew different images"
+    assert first != other, "different seeds drew the same image"
     try:
         family.drawing.check_sampler("no such sampler")
     except BadInput:
@@ -112,11 +118,11 @@ def it_draws(base: Path) -> None:
 
 
 def on_meta_it_counts_the_same(base: Path) -> None:
-    """Without weights: the same parts, the same number of parameters, the same targets."""
+    """On the meta device the family has the same parts, numbers of parameters and LoRA targets."""
     family, counted = load_family(str(base)), family_of(base).on_meta(base, torch.float32)
     assert {name: _count(counted, name) for name in counted.parts} == {n: _count(family, n) for n in family.parts}
     assert counted.lora_targets("denoiser", "all-linear") == family.lora_targets("denoiser", "all-linear")
-    assert torch.equal(predict(family), predict(family)), "the same prediction differs from itself"
+    assert torch.equal(predict(family), predict(family)), "two predictions from the same inputs differ"
 
 
 FAMILY_CONTRACT = (

@@ -1,4 +1,4 @@
-"""A run that ends in the middle, as a kill would end it: for tests that go on with it."""
+"""Ends a run in the middle as a kill would, for tests that resume it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from finetune.core.events import Event, StepDone, sent_to
 
 
 class Killed(BaseException):
-    """No `except Exception` catches it."""
+    """Ends a run. It is a BaseException, so `except Exception` does not catch it."""
 
 
 @contextmanager
 def killed_at(step: int) -> Iterator[None]:
-    """The training inside the block ends at this step, before it is logged and saved; the block ends there too.
+    """Ends the training inside the block at this step, before the step is logged and saved, and leaves the block.
 
     Raises:
-        AssertionError: the step never came.
+        AssertionError: the training did not reach the step.
     """
 
     def kill(event: Event) -> None:
@@ -29,4 +29,4 @@ def killed_at(step: int) -> Iterator[None]:
             yield
     except Killed:
         return
-    raise AssertionError(f"step {step} never came")
+    raise AssertionError(f"the training did not reach step {step}")

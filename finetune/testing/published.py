@@ -1,4 +1,4 @@
-"""The published configurations of the real models, written down as small JSON: sizes without weights."""
+"""The published configurations of the real models as JSON, without weights."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any], int]] = {
 
 
 def write(name: str, folder: Path) -> Path:
-    """A published model's folder, with configs and no weights."""
+    """Writes the diffusers folder of a published model, with configs but no weights, and returns it."""
     _, kind, parts, _ = PUBLISHED[name]
     for part, config in parts.items():
         (folder / part).mkdir(parents=True)

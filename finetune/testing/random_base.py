@@ -1,4 +1,4 @@
-"""Bases with random weights, made on the device itself: a published size without a download and without the disk."""
+"""Bases with random weights, created on the device: real sizes without a download and without disk space."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from finetune.testing.tiny_unets import tiny_tokenizer
 
 
 def random_family(folder: Path, dtype: torch.dtype, device: torch.device | str, parts: Sequence[str]) -> Family:
-    """A family of the configs in `folder` (`testing.published` writes them), of which `parts` are made; the others are
-    released. Its tokenizers know a few words only."""
+    """A family for the configs in `folder` (written by `testing.published`) with random weights in `dtype`. Only
+    `parts` are created; the others are released. Its tokenizers know only a few words."""
     family = family_of(folder).on_meta(folder, dtype)
     family.parts.device = torch.device(device)
     family.tokenizers = [_tokenizer(folder, name) for name in family.text_encoders]
@@ -29,7 +29,7 @@ def random_family(folder: Path, dtype: torch.dtype, device: torch.device | str, 
 
 
 def make_parts(family: Family, dtype: torch.dtype, parts: Sequence[str]) -> None:
-    """Random weights in `dtype` on the family's device, frozen."""
+    """Creates `parts` with random weights in `dtype` on the family's device, frozen."""
     for part in parts:
         with _default_dtype(dtype):
             module = skeletons(family.sources, family.folder, [part], family.device)[part]
@@ -38,7 +38,7 @@ def make_parts(family: Family, dtype: torch.dtype, parts: Sequence[str]) -> None
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """A base of 12 billion weights is not made in fp32 first."""
+    """Sets torch's default dtype, so that a base with 12 billion weights is not created in fp32 first."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -48,7 +48,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _tokenizer(folder: Path, encoder: str) -> Any:
-    """As long as the real one, so that prompts have the real number of positions."""
+    """A small tokenizer with the real one's length, so that prompts have the real number of tokens."""
     is_t5 = json.loads((folder / encoder / "config.json").read_text(encoding="utf-8")).get("model_type") == "t5"
     target = folder / encoder.replace("text_encoder", "tokenizer")
     target.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
-"""The table of docs/families.md, from the code that `finetune plan` counts with.
+"""Creates the table of docs/families.md with the estimates of `finetune plan`.
 
-`python -m finetune.testing.tables docs/families.md` writes it between its two marks; without a file it is printed.
+`python -m finetune.testing.tables docs/families.md` writes it between two marks on that page; without a file it prints
+the table.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ HEAD = """| base | denoiser | LoRA trains | modules | LoRA | with checkpointing 
 
 
 def sizes_row(name: str) -> str:
-    """A published base: rank 16 on all linear layers in bf16, and full with 8-bit Adam."""
+    """The table row of a published base: LoRA of rank 16 on all linear layers in bf16, and full with 8-bit Adam."""
     with tempfile.TemporaryDirectory() as folder:
         base = write(name, Path(folder))
         lora, light_lora = (_estimate(base, "lora", "adamw", on) for on in (False, True))
@@ -36,10 +37,10 @@ def sizes() -> str:
 
 
 def between_marks(text: str) -> str:
-    """What a page holds between the marks.
+    """The text between the marks of a page.
 
     Raises:
-        BadInput: it does not have both.
+        BadInput: a mark is missing.
     """
     _, begin, rest = text.partition(BEGIN)
     held, end, _ = rest.partition(END)

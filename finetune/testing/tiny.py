@@ -1,6 +1,6 @@
-"""Small random bases of the true classes, by family: what tests and contract tests run on.
+"""Small random bases of the real classes, by family, for tests and contract tests.
 
-A package that adds a family names its own writer as an entry point of the group `finetune.testing.tiny`.
+A package that adds a family registers its own writer as an entry point of the group `finetune.testing.tiny`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_tiny(family: str, folder: Path, seed: int = 0) -> None:
     """Writes a small, real, randomly initialised base of `family` as a diffusers folder.
 
     Raises:
-        BadInput: neither this package nor an entry point has a writer for it.
+        BadInput: neither this package nor an entry point has a writer for the family.
     """
     _writer(family)(folder, seed)
 
@@ -40,7 +40,7 @@ def _writer(family: str) -> Writer:
     outside = next((entry for entry in entry_points(group="finetune.testing.tiny") if entry.name == family), None)
     if outside is None:
         raise BadInput(
-            f"there is no small base of the family {family!r}: name a function (folder, seed) that writes one as an "
-            "entry point of the group finetune.testing.tiny"
+            f"there is no small base for the family {family!r}: register a function (folder, seed) that writes one as "
+            "an entry point of the group finetune.testing.tiny"
         )
     return cast(Writer, outside.load())

@@ -15,7 +15,7 @@ T5_WIDTH = 48
 
 
 def tiny_t5_tokenizer(folder: Path) -> Any:
-    """Unigrams: the words of the tiny CLIP tokenizer, and single letters for everything else."""
+    """A unigram tokenizer with the words of the tiny CLIP tokenizer, and single letters for everything else."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     letters = [(chr(code), -9.0) for code in range(ord("!"), ord("~") + 1)]
     words = [("▁" + word, -3.0) for word in WORDS if len(word) > 1]
@@ -36,7 +36,7 @@ def tiny_t5(tokenizer: Any) -> Any:
 
 
 def tiny_vae16() -> diffusers.AutoencoderKL:
-    """Sixteen channels, a shift, and no convolutions round the latents, as SD3's and Flux's have it."""
+    """A VAE with 16 channels, a shift factor and no quant convolutions, like those of SD3 and Flux."""
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -53,7 +53,7 @@ def tiny_vae16() -> diffusers.AutoencoderKL:
 
 
 def write_sd3(folder: Path, seed: int) -> None:
-    """Two joint blocks, the first with the second attention of SD3.5 medium."""
+    """Writes an SD3 base with two joint blocks; the first has the second attention of SD3.5 medium."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizers = [tiny_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
@@ -91,7 +91,7 @@ def write_sd3(folder: Path, seed: int) -> None:
 
 
 def write_flux(folder: Path, seed: int) -> None:
-    """One block of each kind, guidance embedded and the shift by resolution, as [dev] has them."""
+    """Writes a Flux base with one block of each kind, and guidance and resolution shift as in [dev]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer, t5_tokenizer = tiny_tokenizer(folder / "tokenizer"), tiny_t5_tokenizer(folder / "tokenizer_2")

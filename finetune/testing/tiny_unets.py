@@ -1,4 +1,4 @@
-"""Small, real, randomly initialised bases for tests and trials: the true classes, a few hundred thousand weights."""
+"""Small, randomly initialised bases of the real classes for tests, with a few hundred thousand weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ LENGTH = 16
 
 
 def tiny_tokenizer(folder: Path) -> Any:
-    """CLIP's byte-pair scheme over a few words, each one piece; later words have higher ids, as rare ones do."""
+    """CLIP's byte-pair scheme with a few words, each a single token. Later words have higher ids, like rare words in
+    CLIP."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     symbols = [chr(byte) for byte in plain] + [chr(256 + k) for k in range(256 - len(plain))]
     vocab = {text: k for k, text in enumerate([*symbols, *[symbol + "</w>" for symbol in symbols]])}
@@ -168,7 +169,7 @@ def write_sdxl_refiner(folder: Path, seed: int) -> None:
 
 
 def save(pipeline: Any, folder: Path) -> None:
-    """Saves beside the tokenizer files for older readers, which diffusers' own saving would not write."""
+    """Saves the pipeline, and also the tokenizer files for older readers, which diffusers does not write."""
     kept = {file: file.read_bytes() for file in folder.glob("tokenizer*/*") if file.suffix in (".json", ".txt")}
     pipeline.save_pretrained(folder, safe_serialization=True)
     for file, content in kept.items():

@@ -1,1 +1,1 @@
-"""The training loop and what it works with: the step, checkpoints, EMA, regularizers."""
+"""The training loop and its components: the step, checkpoints, EMA, regularizers."""

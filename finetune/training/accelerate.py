@@ -1,4 +1,4 @@
-"""Device, precision and processes, through Accelerate."""
+"""Sets up device, precision and processes with Accelerate."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from finetune.training.settings import Run
 
 
 def make_accelerator(run: Run, adapter: bool) -> Accelerator:
-    """Device, precision, accumulation and processes, as the recipe asks for them.
+    """An Accelerator with the recipe's device, precision, accumulation and processes.
 
-    An adapter on a bf16 base trains without autocast (the adapter is fp32 and the base is cast once); full
-    training in bf16 keeps fp32 weights under autocast. fp16 needs Accelerate's loss scaling in both.
+    An adapter on a bf16 base trains without autocast: the adapter is fp32, and the base is cast once. Full training in
+    bf16 keeps fp32 weights and uses autocast. With fp16, both need Accelerate's loss scaling.
+
+    Raises:
+        BadInput: the machine or the launcher can't do what the recipe asks for.
     """
     precision = resolve_precision(run)
     if precision == "fp16" and not torch.cuda.is_available():
@@ -29,7 +32,7 @@ def make_accelerator(run: Run, adapter: bool) -> Accelerator:
         mixed_precision=mixed,
         gradient_accumulation_steps=run.accumulate,
         log_with=list(run.trackers) or None,
-        project_dir=".",  # trackers ask for one; `job.train` sets it once the run folder is known
+        project_dir=".",  # trackers need one; `jobs.train` sets it once the run folder is known
         cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     )
     _check_launch(accelerator, run)
@@ -37,18 +40,19 @@ def make_accelerator(run: Run, adapter: bool) -> Accelerator:
 
 
 def _allow_another_precision(mixed: str) -> None:
-    """Accelerate keeps the first precision for the whole process, and refuses another; the processes' group stays."""
+    """Lets a second run in this process use another precision, which Accelerate refuses. The process group is kept."""
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
         AcceleratorState._reset_state()
 
 
 def _check_launch(accelerator: Accelerator, run: Run) -> None:
-    """Some launchers start fewer processes than they were asked for, and some settings change precision in silence."""
+    """Checks the launch: some launchers start fewer processes than requested, and some settings silently change the
+    precision."""
     world = accelerator.num_processes
     if run.processes not in (None, world):
         raise BadInput(
             f"run.processes is {run.processes} but {world} process(es) were started: use `finetune train --processes "
-            f"{run.processes}` or torchrun (`accelerate launch --cpu` starts one, whatever it is told)"
+            f"{run.processes}` or torchrun (`accelerate launch --cpu` always starts one)"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise BadInput("ACCELERATE_USE_FSDP is set, but weights are not sharded here: unset it")
@@ -56,5 +60,5 @@ def _check_launch(accelerator: Accelerator, run: Run) -> None:
 
 
 def resolve_precision(run: Run) -> str:
-    """What `run.precision` is on this machine."""
+    """The value of `run.precision` on this machine: "fp32", "bf16" or "fp16"."""
     return auto_precision() if run.precision == "auto" else run.precision

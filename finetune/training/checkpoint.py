@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: safetensors and JSON with sizes and SHA-256, written beside and renamed.
+"""Checkpoints: safetensors and JSON with sizes and SHA-256, written to a temporary folder that is then renamed.
 
 RUN/checkpoints/step-000250/{trained,optimizer,ema}.safetensors + state.json
 """
@@ -20,28 +20,32 @@ from finetune.core.reading import read_json
 from finetune.core.records import LaterVersion, check_schema
 
 FILES = {"trained.safetensors", "optimizer.safetensors", "ema.safetensors"}
-SCHEMA = 1  # of state.json; 0 had the same keys and no number
+SCHEMA = 1  # version of state.json; version 0 had the same keys, but no number
 
 
 @dataclass(frozen=True)
 class State:
-    """Everything that a run needs to go on from `step`: all else is a function of the recipe and the step."""
+    """Everything that a run needs to continue after `step` steps; all else follows from the recipe and the step."""
 
-    step: int  # optimiser steps done
+    step: int  # completed optimiser steps
     trained: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     ema: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)  # what is no tensor: optimiser counters, scaler
+    values: dict[str, Any] = field(default_factory=dict)  # no tensors: optimiser counters, loss scaler
 
 
 class Checkpoints:
-    """The checkpoints of the run in the folder `run`. Only the main process writes."""
+    """The checkpoints of the run in the folder `run`. Only the main process may write."""
 
     def __init__(self, run: Path) -> None:
         self.run, self.path = run, run / "checkpoints"
 
     def check_space(self, needed: int) -> None:
-        """Refuses a run whose checkpoints (`needed` bytes in all) would not fit on the disk."""
+        """Checks that the run's checkpoints, `needed` bytes in total, fit on the disk.
+
+        Raises:
+            BadInput: they do not fit.
+        """
         free = shutil.disk_usage(self.run).free
         if free < needed:
             raise BadInput(
@@ -50,9 +54,14 @@ class Checkpoints:
             )
 
     def save(self, state: State, keep: int) -> Path:
-        """Writes a checkpoint to a temporary folder, renames it, then drops the oldest beyond `keep`."""
+        """Writes a checkpoint to a temporary folder, renames the folder, and deletes old checkpoints beyond the newest
+        `keep`. Returns the checkpoint's folder.
+
+        Raises:
+            BadInput: it can't be written, for example because the disk is full.
+        """
         folder = self.path / f"step-{state.step:06d}"
-        for left_over in folder.parent.glob(".step-*.tmp"):  # of a killed process
+        for left_over in folder.parent.glob(".step-*.tmp"):  # left by a killed process
             shutil.rmtree(left_over, ignore_errors=True)
         try:
             with replacing_folder(folder) as temporary:
@@ -61,7 +70,7 @@ class Checkpoints:
         except OSError as error:
             raise BadInput(
                 f"the checkpoint of step {state.step} could not be written to {folder.parent} "
-                f"({error.strerror or error}); the one before is untouched: free some space, then "
+                f"({error.strerror or error}); the previous one is intact: free some space, then "
                 f"`finetune resume {self.run}`"
             ) from error
         self._drop_others(folder, keep)
@@ -83,16 +92,17 @@ class Checkpoints:
                 shutil.rmtree(other)
 
     def latest(self) -> State | None:
-        """The newest checkpoint whose files match their sizes and hashes; a damaged one is named and skipped.
+        """The newest checkpoint whose files match their sizes and hashes, or None. A warning names each damaged one
+        that is skipped.
 
         Raises:
-            BadInput: a later version wrote it.
+            BadInput: a later version of this program wrote it.
         """
         for folder in reversed(self._checkpoints()):
             fault = find_fault(folder)
             if fault is None:
                 return read_state(folder)
-            warnings.warn(f"checkpoint {folder} is damaged ({fault}) and is passed over", stacklevel=2)
+            warnings.warn(f"checkpoint {folder} is damaged ({fault}) and is skipped", stacklevel=2)
         return None
 
     def _checkpoints(self) -> list[Path]:
@@ -118,10 +128,10 @@ def read_state(folder: Path) -> State:
 
 
 def _stated(folder: Path) -> dict[str, Any]:
-    """What state.json holds.
+    """The content of state.json.
 
     Raises:
-        BadInput: not what `write_state` writes, or a later version wrote it.
+        BadInput: `write_state` did not write it, or a later version did.
     """
     file = folder / "state.json"
     state = read_json(file, dict)
@@ -129,18 +139,18 @@ def _stated(folder: Path) -> dict[str, Any]:
     files, step = state.get("files"), state.get("step")
     named = isinstance(files, dict) and "trained.safetensors" in files and files.keys() <= FILES
     if not isinstance(files, dict) or not named or not all(isinstance(item, dict) for item in files.values()):
-        raise BadInput(f"{file}: 'files' are not those of a checkpoint")
+        raise BadInput(f"{file}: 'files' does not list the files of a checkpoint")
     if not isinstance(step, int) or step < 0 or not isinstance(state.get("values"), dict):
-        raise BadInput(f"{file}: 'step' or 'values' is not what a run writes")
+        raise BadInput(f"{file}: 'step' or 'values' has a value that no run writes")
     return state
 
 
 def find_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None.
+    """What is wrong with a checkpoint; None if nothing.
 
     Raises:
-        LaterVersion: a later version wrote it: that is no damage, and an older checkpoint is not to be taken in its
-            place.
+        LaterVersion: a later version of this program wrote it. It is not damaged, so an older checkpoint must not be
+            used instead.
     """
     try:
         files = _stated(folder)["files"]
@@ -153,7 +163,7 @@ def find_fault(folder: Path) -> str | None:
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != stated.get("size") or sha256(file) != stated.get("sha256"):
-            return f"{name} is not what was written"
+            return f"{name} was changed after it was written"
     return None
 
 

@@ -1,4 +1,5 @@
-"""Dropout as a function of (seed, step, sample, layer), so that neither a resumed run nor more processes change it."""
+"""Dropout as a function of (seed, step, sample, layer), so that resuming and the number of processes do not change
+it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from finetune.core.rng import SampleKey
 
 @dataclass
 class CurrentSamples:
-    """The samples that the next forward passes are of; None while nothing is to be dropped. One for each `Step`."""
+    """The samples of the next forward passes; None while dropout is off. Each `Step` has one."""
 
     keys: list[SampleKey] | None = None
 
@@ -28,10 +29,10 @@ class CurrentSamples:
 
 
 class SampleDropout(nn.Module):
-    """`nn.Dropout` with one mask per sample, drawn where the tensor lies.
+    """`nn.Dropout` with one mask for each sample, drawn on the input's device.
 
-    `current` says which samples a forward pass is of; the first dimension of the input is the sample's. The same
-    samples give the same mask again, as gradient checkpointing needs it.
+    `current` holds the samples of a forward pass, in the order of the input's first dimension. The same samples always
+    get the same mask, which gradient checkpointing needs.
     """
 
     def __init__(self, p: float, name: str, current: CurrentSamples) -> None:
@@ -44,7 +45,7 @@ class SampleDropout(nn.Module):
         if not self.training or keys is None:
             return x
         if len(keys) != len(x):
-            raise ValueError(f"{self.name} got {len(x)} samples where the step has {len(keys)}")
+            raise ValueError(f"{self.name} got {len(x)} samples but the step has {len(keys)}")
         masks = [self._mask(key, x[index]) for index, key in enumerate(keys)]
         return x * torch.stack(masks) / (1 - self.p)
 
@@ -55,7 +56,7 @@ class SampleDropout(nn.Module):
 
 
 def replace_dropout(root: nn.Module, prefix: str, current: CurrentSamples) -> None:
-    """Puts `SampleDropout` in the place of every active `nn.Dropout` below `root`."""
+    """Replaces every active `nn.Dropout` inside `root` by `SampleDropout`."""
     for path, module in list(root.named_modules()):
         if isinstance(module, nn.Dropout) and module.p > 0:
             root.set_submodule(path, SampleDropout(module.p, f"{prefix}.{path}", current))

@@ -1,4 +1,4 @@
-"""The exponential moving average of what is trained."""
+"""The exponential moving average (EMA) of the trained weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """ema += (1 - d) (weights - ema), with d = min(decay, (1 + n)/(10 + n)) so that a short run is not its start.
+    """ema += (1 - d) (weights - ema) after step n, with d = min(decay, (1 + n) / (10 + n)): the smaller d at the start
+    keeps the initial weights from dominating the average of a short run.
 
-    Without a decay it holds nothing and changes nothing.
+    With `decay` None it stores nothing and changes nothing. `averages`: parameter name -> average.
     """
 
     def __init__(self, trained: Mapping[str, nn.Parameter], decay: float | None) -> None:
@@ -22,11 +23,12 @@ class Ema:
             self.averages = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
     def load(self, averages: Mapping[str, Tensor]) -> None:
+        """Sets the averages, from a checkpoint."""
         for name, value in averages.items():
             self.averages[name] = value.to(self.trained[name].device)
 
     def update(self, step: int) -> None:
-        """After step n, from 0."""
+        """Updates the averages after step `step`, counted from 0."""
         if self.decay is None:
             return
         decay = min(self.decay, (1 + step) / (10 + step))
@@ -34,11 +36,12 @@ class Ema:
         torch._foreach_lerp_([self.averages[name] for name in self.trained], weights, 1 - decay)
 
     def copy_to_weights(self) -> None:
+        """Copies the averages into the trained parameters."""
         copy_into(self.trained, self.averages)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside the block the trained parameters hold the averages; afterwards what they held, bit for bit."""
+        """Inside the block the trained parameters hold the averages; afterwards their old values, bit for bit."""
         kept = {name: self.trained[name].detach().clone() for name in self.averages}
         self.copy_to_weights()
         try:

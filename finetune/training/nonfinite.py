@@ -1,4 +1,4 @@
-"""What is kept of a step that was stopped: enough to look at it, beside the checkpoint that leads to it again."""
+"""Saves the batch of a step with a NaN or infinite loss, so that the user can inspect it and repeat the step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Samples = list[tuple[dict[str, Any], dict[str, Tensor]]]
 
 
 def describe_samples(batches: Sequence[Batch], timesteps: Sequence[Tensor]) -> Samples:
-    """One entry a sample: what is said of it, and its latents (mean and std, [C, h, w])."""
+    """One entry for each sample: facts about it, and its latents (mean and std, [C, h, w])."""
     found: Samples = []
     for batch, t in zip(batches, timesteps, strict=True):
         for index, name in enumerate(batch.names):
@@ -42,7 +42,7 @@ def bundle_folder(run: Path, step: int) -> Path:
 
 
 def write_bundle(folder: Path, step: int, loss: float, grad_norm: float | None, samples: Samples) -> None:
-    """RUN/bad-step-000012/{step.json,latents.safetensors}; a bundle of the same step is replaced."""
+    """Writes RUN/bad-step-000012/{step.json,latents.safetensors}, and replaces an older bundle of the same step."""
     shutil.rmtree(folder, ignore_errors=True)
     numbers = {"loss": loss, "grad_norm": grad_norm}
     facts = {
@@ -61,5 +61,5 @@ def sentence(step: int, loss: float, grad_norm: float | None, samples: Samples, 
     where = ", ".join(f"{about['name']} (timestep {about['timestep']:g})" for about, _ in samples)
     return (
         f"step {step} is not finite ({what}) on {where}; the weights were not updated and the last checkpoint is "
-        f"whole: lower optim.lr, or look at those files (the batch is in {bundle})"
+        f"intact: lower optim.lr, or check these images (the batch is in {bundle})"
     )

@@ -1,7 +1,7 @@
-"""What priors add to the loss, and what they are given for it (`finetune.training.priors`).
+"""The penalties that priors add to the loss, and their inputs (`finetune.training.priors`).
 
-A penalty is a function of what a step has at hand, called inside `Step.forward`, so that its gradient is synchronised,
-accumulated and clipped as the rest is. Its mean over micro-batches and processes is its value for the whole batch.
+A penalty is called inside `Step.forward`, so its gradient is synchronised, accumulated and clipped like that of the
+loss. Its mean over micro-batches and processes is its value for the whole batch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from finetune.training.priors.frozen_base import FrozenBase
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """One micro-batch on its way through a step.
+    """One micro-batch inside a step.
 
-    `latents` are what the denoiser reads, z_t [B, C, h, w] at timesteps `t` [B]; `weight` [B] is the objective's at t
-    times the sample's; `keep_mask` [encoders, B] as `Family.encode_prompts` takes it.
+    `latents`: the denoiser's input z_t [B, C, h, w] at timesteps `t` [B]. `weight` [B]: the objective's weight at t
+    times the sample's weight. `keep_mask` [encoders, B]: the argument `kept` of `Family.encode_prompts`.
     """
 
     batch: Batch
@@ -46,9 +46,10 @@ class Regularizer(Protocol):
 
 @dataclass(frozen=True)
 class PriorContext:
-    """What a penalty can be made of, once the method is attached and before a checkpoint is read: theta is theta_0.
+    """The inputs for building a penalty. It is built after the method is attached and before a checkpoint is loaded,
+    so the weights still have their initial values.
 
-    `class_prompts` are those of samples (by name) whose subject has another one than `class_prompt`.
+    `class_prompts`: sample name -> class prompt, for samples whose subject has another one than `class_prompt`.
     """
 
     family: Family
@@ -60,7 +61,7 @@ class PriorContext:
 
 
 class KeepPrediction:
-    """`FrozenBase` at work."""
+    """The penalty of `FrozenBase`."""
 
     def __init__(self, settings: FrozenBase, attached: PriorContext) -> None:
         self.settings, self.prompt, self.own_prompts = settings, attached.class_prompt, attached.class_prompts
@@ -77,14 +78,15 @@ class KeepPrediction:
         return self.settings.weight * (error * at.weight).mean()
 
     def prompts(self, batch: Batch) -> list[str]:
-        """Each sample's class prompt, which is its own subject's; or the empty one."""
+        """The class prompt of each sample's subject, or the empty prompt."""
         empty = uniform(batch.keys, "class prompt") < self.settings.caption_dropout
         own = [self.own_prompts.get(name, self.prompt) for name in batch.names]
         return ["" if nothing else prompt for nothing, prompt in zip(empty.tolist(), own, strict=True)]
 
     @torch.no_grad()
     def wanted(self, at: NoisedBatch, prompts: list[str], cond: dict[str, Tensor]) -> Tensor:
-        """The base's own prediction, float32, without dropout; its encoders read the prompt where ours are trained."""
+        """The unchanged base's prediction, float32, without dropout. If text encoders are trained, the base encodes
+        the prompts with its own."""
         with at.current.without_dropout(), self.base() as base:
             own = base.encode_prompts(prompts, at.keep_mask) | at.batch.conditions if self.texts_train else cond
             return base.predict(at.latents, at.t, own, at.batch.geometry).float()

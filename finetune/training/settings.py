@@ -8,28 +8,28 @@ from pydantic import Field, field_validator
 
 from finetune.core.settings import AnyPath, Settings
 
-# what Windows keeps for devices: no file can have such a name there, whatever its ending
+# names that Windows reserves for devices: no file can have one, whatever its ending
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 
 
 class Run(Settings):
-    """The run itself.
+    """The `run:` section of a recipe.
 
-    `batch_size` is what one optimiser step sees: so many subject photos, and as many class images beside them.
-    It is split over `accumulate` micro-batches and over the processes, so that the result does not depend on
-    how many there are. `released`: frozen parts whose work is cached are dropped and read again for images, or wait
-    in the CPU's memory (`cpu`: faster previews, for as much main memory as they take).
+    `batch_size`: the number of subject photos in one optimiser step; with class images, the same number of those is
+    added. It is split over `accumulate` micro-batches and over the processes, so the result does not depend on their
+    number. `released`: what happens to frozen parts whose outputs are cached: they are dropped and loaded again for
+    images, or kept in the CPU's memory (`cpu`: faster previews, but more main memory).
     """
 
     dir: AnyPath | None = None  # None: runs/<name>-<n>
-    name: str = Field(default="run", pattern=r"^\w[\w .+-]*$", max_length=100)  # of files: no folders in it
+    name: str = Field(default="run", pattern=r"^\w[\w .+-]*$", max_length=100)  # part of file names
     seed: int = 0
     steps: int = Field(default=800, ge=1)
     batch_size: int = Field(default=1, ge=1)
     accumulate: int = Field(default=1, ge=1)
-    processes: int | None = Field(default=None, ge=1)  # None: as many as were launched
+    processes: int | None = Field(default=None, ge=1)  # None: the number that was launched
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    deterministic: bool = False  # the same bits on CUDA too; slower there
+    deterministic: bool = False  # bit-identical results on CUDA too, but slower
     gradient_checkpointing: bool = False
     released: Literal["reread", "cpu"] = "reread"
     ema: float | None = Field(default=None, gt=0, lt=1)

@@ -1,4 +1,4 @@
-"""One batch, read straight through: from latents to the loss."""
+"""One training step: from a batch of latents to the loss."""
 
 from __future__ import annotations
 
@@ -21,17 +21,22 @@ PromptEncoder = Callable[[Sequence[str], Tensor | None], dict[str, Tensor]]
 
 
 class MicroBatches(Protocol):
-    """Step number and micro-batch number -> this process's batch: a pure function."""
+    """The source of training batches."""
 
-    def micro(self, step: int, index: int) -> Batch: ...
+    def micro(self, step: int, index: int) -> Batch:
+        """This process's micro-batch number `index` of step `step`, both from 0. It must be a pure function."""
+        ...
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """
-    encoder_dropout: the probability with which each text encoder's output is zeroed.
-    regularizers: what is added to the loss of every micro-batch.
-    stratify: the number of samples in a global batch, to spread their timesteps evenly; None draws them uniformly.
+    """Options of a training step.
+
+    Attributes:
+        encoder_dropout: the probability of setting a text encoder's output to zero (arXiv:2403.03206 section 5.2).
+        regularizers: penalties that are added to the loss of every micro-batch.
+        stratify: the number of samples in a global batch, whose timesteps are spread evenly; None: drawn
+            independently.
     """
 
     encoder_dropout: float = 0.0
@@ -40,9 +45,17 @@ class StepOptions:
 
 
 class Step(nn.Module):
-    """Latents -> noise -> prediction -> loss, for one micro-batch.
+    """The loss of one micro-batch: adds noise to latents, predicts, and compares.
 
-    Only the parts that train are submodules, so that Accelerate wraps, moves and synchronises nothing else.
+    Only the trained parts are submodules, so that Accelerate wraps, moves and synchronises nothing else.
+
+    Args:
+        family: the base with the method attached.
+        trained_parts: the names of the parts that are trained.
+        objective: timesteps, noise, target and loss weights.
+        encode_prompts: B prompts and a mask [encoders, B] (or None) -> conditioning tensors, as
+            `Family.encode_prompts`.
+        options: dropout, penalties and stratification.
     """
 
     def __init__(
@@ -62,7 +75,7 @@ class Step(nn.Module):
         self.options = options or StepOptions()
 
     def move_to(self, device: torch.device) -> None:
-        """What it computes with, the trained parts and the objective's tables."""
+        """Moves the trained parts and the objective's tables to `device`."""
         self.to(device)
         self.objective = self.objective.to(device)
 
@@ -83,15 +96,16 @@ class Step(nn.Module):
         return sum(extra, start=(error * weight * batch.weight).mean())
 
     def keep_mask(self, keys: list[SampleKey]) -> Tensor | None:
-        """[encoders, B]: 0 where a text encoder's output is dropped, on its own (arXiv:2403.03206, 5.2)."""
+        """[encoders, B]: 0 where a text encoder's output is dropped, 1 elsewhere; None without dropout. Each encoder
+        is dropped independently (arXiv:2403.03206 section 5.2)."""
         if not self.options.encoder_dropout:
             return None
         each = [uniform(keys, f"text encoder {n}") for n in range(len(self.family.text_encoders))]
         return (torch.stack(each) >= self.options.encoder_dropout).float()
 
     def positions(self, keys: list[SampleKey]) -> Tensor:
-        """Where in [0, 1) each sample's timestep lies [B]: uniform over the noise levels of the base, or one in each
-        of `stratify` equal parts of them."""
+        """Uniform numbers [B] in [0, 1), one for each sample's timestep. They cover the base's range of noise levels;
+        with `stratify`, each of its equal parts gets one sample of the global batch."""
         u, share = uniform(keys, "timestep"), self.family.timestep_fraction
         if self.options.stratify is None:
             return u * share
@@ -100,5 +114,5 @@ class Step(nn.Module):
 
 
 def parts_of(trained: Iterable[str]) -> list[str]:
-    """The parts that these parameters are of: "denoiser.conv_in.weight" is the denoiser's."""
+    """The parts that these parameter names belong to: "denoiser.conv_in.weight" belongs to "denoiser"."""
     return list(dict.fromkeys(name.split(".", 1)[0] for name in trained))

@@ -1,4 +1,4 @@
-"""The only training loop: restore, step, save, log. It knows neither recipe nor run folder."""
+"""The training loop: restores, steps, saves and logs. It does not depend on recipes or run folders."""
 
 from __future__ import annotations
 
@@ -29,21 +29,26 @@ from finetune.training.step import MicroBatches, Step
 
 @dataclass(frozen=True)
 class Trainable:
-    """Name -> fp32 parameter, as `Method.attach` gave them; `windows`: name -> the share of the run in which it is
-    trained (a name left out: all of it)."""
+    """The trained parameters.
+
+    `parameters`: name -> fp32 parameter, from `Method.attach`. `windows`: name -> (start, end) of its training as
+    shares of the run; parameters without an entry are trained throughout.
+    """
 
     parameters: Mapping[str, nn.Parameter]
     windows: Mapping[str, Window] = field(default_factory=dict)
 
 
 class Trainer:
-    """Trains `trained` by the loss of `step`, from the newest checkpoint on.
+    """Minimises the loss of `step` over the parameters `trained`, starting from the newest checkpoint.
 
     Args:
-        step: the loss of one micro-batch.
-        optim, run: the settings of the optimiser and of the run.
+        step: computes the loss of one micro-batch.
+        trained: the parameters to train.
+        optim: the settings of the optimiser.
+        run: the settings of the run, such as the number of steps.
         accelerator: device, precision and processes (`training.accelerate`).
-        checkpoints: where states are kept and found again.
+        checkpoints: saves and loads the run's states.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class Trainer:
     ) -> None:
         self.step, self.trained, self.optim, self.run = step, trained.parameters, optim, run
         self.accelerator, self.checkpoints = accelerator, checkpoints
-        step.move_to(accelerator.device)  # before the optimiser: its state is made where its parameters are
+        step.move_to(accelerator.device)  # the optimiser creates its state there
         optimizer = optim.build(trained.parameters, trained.windows)
         self.model, self.optimizer = accelerator.prepare(step, optimizer)
         self.ema = Ema(trained.parameters, run.ema)
@@ -68,14 +73,18 @@ class Trainer:
         after_step: Callable[[int], None] = lambda step: None,
         stop: Stop | None = None,
     ) -> None:
-        """Trains to `run.steps`, and leaves the EMA or the optimiser's own average, if any, in what is trained.
+        """Trains up to step `run.steps`. Afterwards the parameters hold the EMA or the optimiser's own average, if
+        any.
 
         Args:
-            after_step: called on every process after step n (1-based), for previews.
+            batches: the source of this process's batches.
+            after_step: called on every process after each step with its number (from 1), for previews.
+            stop: holds the request to stop early, from a signal.
 
         Raises:
-            CheckFailed: a loss or gradient that is not finite; the update is not made.
-            Interrupted: `stop` was requested; the step was finished and its checkpoint written.
+            BadInput: the disk has no space for the checkpoints.
+            CheckFailed: a loss or gradient is not finite. The weights are not updated.
+            Interrupted: `stop` was requested. The step was completed and its checkpoint written.
         """
         stop = stop or Stop()
         first = self.restore()
@@ -90,22 +99,22 @@ class Trainer:
                 if asked or (n + 1) % self.run.checkpoint_every == 0 or n + 1 == self.run.steps:
                     self.save(n + 1)
                 if asked:
-                    self.accelerator.wait_for_everyone()  # whoever started us ends the others when one of us ends
+                    self.accelerator.wait_for_everyone()  # the launcher ends all processes as soon as one ends
                     raise Interrupted(asked)
                 after_step(n + 1)
         self.accelerator.wait_for_everyone()
         self.optim.to_result(self.optimizer)
         self.ema.copy_to_weights()
-        self.accelerator.free_memory()  # it holds on to the model and the optimiser
+        self.accelerator.free_memory()  # it keeps references to the model and the optimiser
 
     @contextmanager
     def result_weights(self) -> Iterator[None]:
-        """Inside the block the trained parameters are what would leave the run now."""
+        """Inside the block the trained parameters hold the weights that an export would contain now."""
         with self.optim.result_weights(self.optimizer), self.ema.swapped_in():
             yield
 
     def restore(self) -> int:
-        """Takes the newest valid checkpoint's state; returns the number of steps done."""
+        """Loads the newest valid checkpoint, if any. Returns the number of completed steps."""
         state = self.checkpoints.latest()
         step = state.step if state else 0
         if self.accelerator.is_main_process:
@@ -120,7 +129,7 @@ class Trainer:
         return step
 
     def save(self, step: int) -> None:
-        """The main process writes the state after `step` steps."""
+        """Writes the state after `step` steps as a checkpoint, on the main process only."""
         if not self.accelerator.is_main_process:
             return
         tensors, values = state_tensors(self.optimizer)
@@ -131,7 +140,7 @@ class Trainer:
         emit(CheckpointSaved(step, self.checkpoints.save(state, self.run.keep)))
 
     def _one_step(self, batches: MicroBatches, n: int) -> str:
-        """Step n, from 0; what a person is told of it."""
+        """Runs step n, from 0. Returns a text for the progress bar."""
         began = time.perf_counter()
         lr = self.optim.set_lr(self.optimizer, n, self.run.steps)
         loss, norm = self._update(batches, n)
@@ -139,7 +148,8 @@ class Trainer:
         return self._log(n + 1, loss, norm, lr, time.perf_counter() - began)
 
     def _update(self, batches: MicroBatches, n: int) -> tuple[Tensor, Tensor | None]:
-        """One optimiser step from its micro-batches: their mean loss, and the gradient's norm before clipping."""
+        """Makes one optimiser step. Returns the mean loss of its micro-batches, and the gradient norm before
+        clipping."""
         accelerator, count = self.accelerator, self.run.accumulate
         loss = torch.zeros((), device=accelerator.device)
         norm, seen = None, []
@@ -159,8 +169,8 @@ class Trainer:
         return loss, norm
 
     def _check_finite(self, n: int, loss: Tensor, norm: Tensor | None, seen: list[Batch]) -> None:
-        """Stops every process before a bad update. Under fp16 an infinite gradient is the scaler's: it skips the
-        step."""
+        """Stops every process before an update with a loss or gradient that is not finite. With fp16, the loss scaler
+        handles infinite gradients: it skips the step."""
         value = float(loss)
         length = None if norm is None or self.accelerator.scaler is not None else float(norm)
         bad = not math.isfinite(value) or (length is not None and not math.isfinite(length))
@@ -184,12 +194,13 @@ class Trainer:
         return f"loss {mean:.4f}"
 
     def _all_reduce_max(self, own: int) -> int:
-        """The largest of the processes' numbers: what one of them has met, all of them act upon in the same step."""
+        """The largest number of all processes, so that all react in the same step to what one has found."""
         if self.accelerator.num_processes == 1:
             return own
         return int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
 
     def _checkpoint_bytes(self) -> int:
-        """Weights, the optimiser's state and the EMA, in fp32: what 8-bit moments save is left as a margin."""
+        """The size of a checkpoint with weights, optimiser state and EMA in fp32. Smaller 8-bit states leave a
+        margin."""
         each = 4 + max(8, math.ceil(self.optim.state_bytes)) + 4 * bool(self.run.ema)
         return sum(parameter.numel() for parameter in self.trained.values()) * each

@@ -138,7 +138,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "missing up": (lambda t: t.pop(first(t, ".lora_up.weight")), "without their up matrix"),
     "wrong prefix": (lambda t: rename(t, "lora_unet_", "lora_net_"), "fit nothing in sd1"),
     "extra key": (lambda t: t.__setitem__("optimizer.step", torch.ones(1)), "optimizer.step"),
-    "nan": (lambda t: t[first(t, ".lora_up.weight")].fill_(float("nan")), "not finite"),
+    "nan": (lambda t: t[first(t, ".lora_up.weight")].fill_(float("nan")), "NaN or infinite values"),
     "all zero": (lambda t: [v.zero_() for k, v in t.items() if k.endswith("up.weight")], "changes nothing"),
     "transposed conv": (transpose_conv, "another shape"),
     "another trainer's keys too": (lambda t: t.__setitem__("unet.x.lora_A.weight", torch.ones(2, 2)), "unet.x"),
@@ -180,7 +180,7 @@ def test_problems_name_their_kind_and_every_module(tiny_bases: dict[str, Path], 
     save_file(tensors, tmp_path / "bad.safetensors")
     found = inspect_adapter(tmp_path / "bad.safetensors", base)
     assert bad.removesuffix(".lora_up.weight") in {item.name: item.modules for item in found.problems}["not-finite"]
-    with pytest.raises(BadInput, match="not finite"):
+    with pytest.raises(BadInput, match="NaN or infinite values"):
         open_adapter(tmp_path / "bad.safetensors", base)
 
 
@@ -366,7 +366,7 @@ def test_the_commands(tiny_bases: dict[str, Path], tmp_path: Path, capsys: pytes
         (["merge", "{x}:much", "--out", "y"], "'much'"),
         (["verify", "/nowhere.safetensors"], "/nowhere.safetensors"),
         (["verify", "{base}/vae/diffusion_pytorch_model.safetensors"], "no LoRA"),
-        (["verify", "{base}"], "no PEFT folder"),
+        (["verify", "{base}"], "not a PEFT folder"),
         (["extract", "{base}", "--out", "y"], "nothing to extract"),
         (["extract", "{sdxl}", "--out", "y"], "is a sdxl and the base a sd1"),
     ],

@@ -86,14 +86,14 @@ def test_what_had_no_effect_before_does_not_stand_in_the_way_of_a_change() -> No
     plain["data"]["crops"] = 8
     recipe = changed_recipe(Recipe.model_validate(plain), ["export.dtype=fp32"])
     assert (recipe.data.crops, recipe.export.dtype) == (8, "fp32")
-    with pytest.raises(BadInput, match=r"^the options: export\.max_error is 0\.1 but a lora leaves"):
+    with pytest.raises(BadInput, match=r"^the options: export\.max_error is 0\.1 but a lora is exported exactly"):
         changed_recipe(recipe, ["export.max_error=0.1"])
 
 
 @pytest.mark.parametrize("kind", ["lora", "textual_inversion"])
 def test_an_error_is_bounded_only_where_a_lora_is_made(kind: str) -> None:
     said = refusal(f"method.kind={kind}", "export.max_error=0.1")
-    assert f"export.max_error is 0.1 but a {kind} leaves as it was trained" in said
+    assert f"export.max_error is 0.1 but a {kind} is exported exactly as it was trained" in said
     load_recipe("demo", [*NEEDED, "method.kind=dora", "export.max_error=0.1"])
 
 

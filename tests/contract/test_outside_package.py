@@ -93,10 +93,10 @@ refused(contract.a_weight_is_finite_and_above_0, "0.0 at SNR 0 (epsilon)")
 of.in_x0 = lambda self, snr: snr.double()
 refused(contract.a_weight_is_finite_and_above_0, "float64")
 of.in_x0 = lambda self, snr: snr / snr.max()
-refused(contract.a_weight_is_finite_and_above_0, "depends on the others")
+refused(contract.a_weight_is_finite_and_above_0, "depends on the other samples")
 of.weight = lambda self, snr, prediction: 1 / (snr + 1)
 refused(contract.a_weight_is_finite_and_above_0, "0.0 at SNR inf")
-refused(contract.a_weight_is_the_same_for_every_prediction, "another loss for")
+refused(contract.a_weight_is_the_same_for_every_prediction, "the loss for")
 """
 
 

@@ -70,7 +70,7 @@ def test_the_mode_is_on_inside_and_gone_afterwards() -> None:
 
 def test_an_operation_without_a_deterministic_form_is_named() -> None:
     with (
-        pytest.raises(BadInput, match=r"put_ has no deterministic form.*run\.deterministic=false"),
+        pytest.raises(BadInput, match=r"put_ has no deterministic implementation.*run\.deterministic=false"),
         deterministic(True),
     ):
         torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)

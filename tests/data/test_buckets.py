@@ -308,7 +308,7 @@ def test_the_plan_tells_of_buckets(tiny_bases: dict[str, Path], shapes: Path) ->
         "24x40: 1 photo; 32x32: 1 photo; 40x28: 2 photos; 64x16: 1 photo; "
         "at most 60% of a photo (strip.png) is cut away"
     )
-    assert told["padding"] == "3 of 8 places of an epoch are repeats that count nothing"
+    assert told["padding"] == "3 of 8 samples of an epoch are repeats with weight 0"
     assert told["each photo"] == "seen 10 times"  # 40 steps, 4 an epoch
     assert "enlarged" not in told
     told = plan_rows(plan(prepare(recipe(tiny_bases["sd1"], shapes, "data.resolution=64"))))
@@ -335,7 +335,7 @@ def test_an_extreme_photo_is_cropped_into_the_last_bucket(tiny_bases: dict[str, 
 
 def test_a_resolution_that_buckets_cannot_have_is_refused(tiny_bases: dict[str, Path], shapes: Path) -> None:
     prepare(recipe(tiny_bases["sd1"], shapes, "data.resolution=34", "data.shape=square"))
-    with pytest.raises(BadInput, match=r"is 34, .* by 4 \(as data\.shape=buckets needs it\): choose 32"):
+    with pytest.raises(BadInput, match=r"is 34, .* multiple of 4 \(with data\.shape=buckets\): choose 32"):
         prepare(recipe(tiny_bases["sd1"], shapes, "data.resolution=34"))
 
 

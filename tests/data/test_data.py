@@ -50,7 +50,7 @@ def test_all_bad_files_are_named_at_once(photos: Path) -> None:
 def test_no_folder_and_no_pictures(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no folder"):
         scan(tmp_path / "none")
-    with pytest.raises(BadInput, match="no pictures"):
+    with pytest.raises(BadInput, match="no images"):
         scan(tmp_path)
 
 

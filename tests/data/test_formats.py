@@ -89,7 +89,7 @@ def test_a_damaged_one_is_no_traceback(tmp_path: Path) -> None:
     whole = heic(tmp_path / "a.heic", Image.effect_noise((64, 64), 90).convert("RGB")).read_bytes()
     for length in (100, len(whole) // 2, len(whole) - 10):
         (tmp_path / "a.heic").write_bytes(whole[:length])
-        with pytest.raises(BadImage, match=r"truncated|damaged|not a picture"):
+        with pytest.raises(BadImage, match=r"truncated|damaged|not an image"):
             open_image(tmp_path / "a.heic")
 
 
@@ -264,7 +264,7 @@ def test_photos_beside_sub_folders_are_used_as_before(nested: Path) -> None:
 
 def test_other_sub_folders_are_named(nested: Path) -> None:
     (nested / "10_sks dog").rename(nested / "dogs")
-    with pytest.raises(BadInput, match=r"no pictures.*one of its sub-folders \(dogs\)"):
+    with pytest.raises(BadInput, match=r"no images.*one of its sub-folders \(dogs\)"):
         scan_subjects(Data(photos=nested))
 
 
@@ -275,4 +275,4 @@ def test_a_zip_holds_the_same(photos: Path, tmp_path: Path) -> None:
             held.writestr(name, "file_name,text\n" if name.endswith("csv") else "a mug")
     opened = open_source(tmp_path / "p.zip")
     assert sorted(file.name for file in opened.folder.iterdir()) == ["0.caption", "0.png", "metadata.csv"]
-    assert opened.unused == "not used of p.zip: a.mov"
+    assert opened.unused == "not used from p.zip: a.mov"

@@ -185,7 +185,7 @@ def test_companions_are_no_photos(companions: Path) -> None:
 def test_all_missing_companions_are_named(companions: Path, tiny_bases: dict[str, Path]) -> None:
     for name in ("0.depth.png", "2.depth.png"):
         (companions / name).unlink()
-    with pytest.raises(BadInput, match=r"no depth picture for 0\.png, 2\.png: put NAME\.depth\.png beside each$"):
+    with pytest.raises(BadInput, match=r"no depth image for 0\.png, 2\.png: put NAME\.depth\.png beside each$"):
         made("depth", companions, tiny_bases)
 
 
@@ -208,7 +208,7 @@ def test_bad_companions(
 
 def test_a_damaged_companion_names_its_photo(companions: Path, tiny_bases: dict[str, Path]) -> None:
     (companions / "1.before.png").write_bytes(b"no picture")
-    with pytest.raises(BadInput, match=r"the before picture of 1\.png can't be used"):
+    with pytest.raises(BadInput, match=r"the before image of 1\.png can't be used"):
         made("edit", companions, tiny_bases)
 
 

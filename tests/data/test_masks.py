@@ -287,10 +287,10 @@ def test_masks_and_buckets_train_together(tiny_bases: dict[str, Path], masked: P
 def test_auto_without_any_mask_is_no_mask(tiny_bases: dict[str, Path], photos: Path) -> None:
     found = prepare(recipe(tiny_bases["sd1"], photos))
     assert found.masks == {}
-    assert plan_rows(plan(found))["masks"] == "of 0 of 3 photos; background counts 0"
+    assert plan_rows(plan(found))["masks"] == "0 of 3 photos have one; the background has weight 0"
     half((48, 40)).save(photos / "0.mask.png")
     told = plan_rows(plan(prepare(recipe(tiny_bases["sd1"], photos, "data.mask_floor=0.1"))))
-    assert told["masks"] == "of 1 of 3 photos; background counts 0.1"
+    assert told["masks"] == "1 of 3 photos have one; the background has weight 0.1"
     assert "masks" not in plan_rows(plan(prepare(recipe(tiny_bases["sd1"], photos, "data.masks=none"))))
 
 

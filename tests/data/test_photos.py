@@ -84,7 +84,7 @@ def test_reasons_say_what_is_wrong(tmp_path: Path, corner: Image.Image, monkeypa
     Image.new("RGB", (800, 20)).save(tmp_path / "strip.png")
     with pytest.raises(BadInput) as caught:
         scan(tmp_path)
-    for reason in ("cut.jpg (truncated)", "text.png (not a picture", "strip.png (800x20 is more than 20 times"):
+    for reason in ("cut.jpg (truncated)", "text.png (not an image", "strip.png (800x20 is more than 20 times"):
         assert reason in str(caught.value)
     corner.save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)

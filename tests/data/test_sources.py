@@ -136,7 +136,7 @@ def test_what_is_no_photo_is_named(captioned: Path, tmp_path: Path) -> None:
     (captioned / "notes.pdf").write_bytes(b"x")
     (captioned / "film.mp4").write_bytes(b"x")
     (scanned,) = scan_subjects(Data(photos=zipped(captioned, tmp_path / "photos.zip")))
-    assert scanned.left_out == "not used of photos.zip: film.mp4, notes.pdf"
+    assert scanned.left_out == "not used from photos.zip: film.mp4, notes.pdf"
 
 
 def damaged(file: Path) -> None:
@@ -154,7 +154,7 @@ def refused(file: Path, *words: str) -> None:
 
 def test_bad_zips_are_refused_by_name(captioned: Path, tmp_path: Path) -> None:
     (tmp_path / "text.zip").write_text("no zip at all")
-    refused(tmp_path / "text.zip", "text.zip is no whole zip file")
+    refused(tmp_path / "text.zip", "text.zip is not a complete zip file")
     damaged(zipped(captioned, tmp_path / "damaged.zip"))
     refused(tmp_path / "damaged.zip", "2.png in", "damaged.zip", "is damaged")
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as held:
@@ -163,19 +163,19 @@ def test_bad_zips_are_refused_by_name(captioned: Path, tmp_path: Path) -> None:
     refused(tmp_path / "two.zip", "several folders (a, b)")
     with zipfile.ZipFile(tmp_path / "none.zip", "w") as held:
         held.writestr("notes.pdf", b"x")
-    refused(tmp_path / "none.zip", "holds no pictures", "none.zip")
+    refused(tmp_path / "none.zip", "holds no images", "none.zip")
     with zipfile.ZipFile(tmp_path / "same.zip", "w") as held:
         held.write(captioned / "0.png", "a.png")
         held.write(captioned / "1.png", "A.png")
     refused(tmp_path / "same.zip", "two files 'A.png'")
     (captioned / "2.png").write_bytes(b"no picture")
-    refused(zipped(captioned, tmp_path / "bad.zip"), "bad.zip", "2.png (not a picture")
+    refused(zipped(captioned, tmp_path / "bad.zip"), "bad.zip", "2.png (not an image")
 
 
 def test_a_path_in_a_zip_can_not_leave_the_cache(captioned: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as held:
         held.write(captioned / "0.png", "../../../evil.png")
-    refused(tmp_path / "evil.zip", "holds no pictures")
+    refused(tmp_path / "evil.zip", "holds no images")
     with zipfile.ZipFile(tmp_path / "odd.zip", "w") as held:
         held.write(captioned / "0.png", "/etc/odd.png")
     opened = open_source(tmp_path / "odd.zip").folder

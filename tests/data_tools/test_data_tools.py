@@ -49,7 +49,7 @@ def test_sizes_captions_and_problems(photos: Path) -> None:
     assert rows["0.png"]["size"] == [48, 40]
     assert rows["0.png"]["caption"] == "a red mug"
     assert rows["0.png"]["problems"] == ["low resolution: enlarged 1.2 times to 50"]
-    assert rows["bad.jpg"]["problems"] == ["not a picture, or its beginning is damaged"]
+    assert rows["bad.jpg"]["problems"] == ["not an image, or its beginning is damaged"]
     assert rows["long.png"]["problems"] == ["extreme shape: a square crop keeps 17% of it"]
 
 
@@ -110,8 +110,8 @@ def test_captions_that_fit_nothing(photos: Path) -> None:
     (photos / "film.mov").write_bytes(b"x")
     findings = check(photos, 40)
     assert findings.problems == [
-        "no caption for 1.png, 2.png, but for the others: a template is used for these",
-        "captions for pictures that are not there: other.png",
+        "no caption for 1.png, 2.png, while the others have one: training uses a template for these",
+        "captions for images that are not there: other.png",
     ]
     assert findings.notes == ["not read: 0.png.txt, film.mov"]
     (photos / "metadata.jsonl").write_text("{")

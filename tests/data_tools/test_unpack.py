@@ -42,7 +42,7 @@ def test_an_image_folder_with_a_limit(photos: Path, tmp_path: Path) -> None:
     ("arguments", "word"),
     [
         (["/nowhere", "out"], "/nowhere"),
-        (["{set}", "{here}"], "already there"),
+        (["{set}", "{here}"], "already exists"),
         (["{set}", "out", "--image", "x"], "'x'"),
     ],
 )

@@ -123,7 +123,7 @@ def test_an_adapter_fainter_than_fp16_is_not_called_broken(tiny_bases: dict[str,
     bench = bench_of(tiny_bases["sd1"], torch.float16)
     (item,) = export_adapter(faint, Request(tmp_path, "x", "fp32", ABOUT), ["kohya"], bench)
     assert item.ok, item.checks
-    assert "too faint to move a prediction" in item.checks[-1].message
+    assert "too small to change a prediction" in item.checks[-1].message
     tensors = load_file(item.path)
     swap(tensors)
     save_file(tensors, item.path)

@@ -242,7 +242,7 @@ def test_a_config_that_misplaces_the_pooled_vector_is_said(
     run = job.train(recipe(base, photos, "textual_inversion"), tmp_path / "run")
     (item,) = json.loads((run / "exports.json").read_text())
     assert all(check.startswith("ok: ") for check in item["checks"])
-    assert any("eos_token_id is mended" in check for check in item["checks"]) == legacy
+    assert any("fix of its text encoder's eos_token_id" in check for check in item["checks"]) == legacy
 
 
 def test_a_file_for_another_base_is_refused(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_file_for_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="holds emb_params but an embedding for sdxl has clip_l and clip_g"):
         read_embedding(path, "sdxl")
     path.write_bytes(b"no")
-    with pytest.raises(BadInput, match="is no whole safetensors file"):
+    with pytest.raises(BadInput, match="is not a complete safetensors file"):
         read_embedding(path, "sd1")
 
 

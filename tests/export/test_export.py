@@ -181,7 +181,7 @@ def test_planted_faults_are_found(fault: str, tiny_bases: dict[str, Path], tmp_p
 def test_a_truncated_file_and_a_strange_one_get_one_sentence(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"12345678 not safetensors")
     save_file({"weight": torch.zeros(2)}, tmp_path / "b.safetensors")
-    for name, said in (("a", "no whole safetensors"), ("b", "no LoRA"), ("c", "no file")):
+    for name, said in (("a", "not a complete safetensors"), ("b", "not a LoRA"), ("c", "no file")):
         with pytest.raises(BadInput, match=said):
             open_adapter(tmp_path / f"{name}.safetensors", str(tiny_bases["sd1"]))
 
@@ -192,7 +192,7 @@ def test_existing_files_and_unknown_formats(tiny_bases: dict[str, Path], tmp_pat
         export_adapter(adapter, Request(tmp_path, "x", "fp16", ABOUT), ["kohja"], bench_of(adapter.base_folder))
     assert list(tmp_path.iterdir()) == []
     export_adapter(adapter, Request(tmp_path, "x", "fp16", ABOUT), ["kohya"], bench_of(adapter.base_folder))
-    with pytest.raises(BadInput, match="already there"):
+    with pytest.raises(BadInput, match="already exists"):
         export_adapter(adapter, Request(tmp_path, "x", "fp16", ABOUT), ["kohya"], bench_of(adapter.base_folder))
 
 
@@ -341,7 +341,7 @@ def test_an_adapter_too_faint_for_fp16_is_told_to_leave_as_fp32(tiny_bases: dict
         export_adapter(faint, Request(tmp_path / d, "x", d, ABOUT), ["kohya"], bench_of(faint.base_folder))[0]
         for d in dtypes
     )
-    assert any("export fp32" in check.message for check in half.checks)
+    assert any("export in fp32" in check.message for check in half.checks)
     assert single.ok
     small = Adapter("sd1", tiny_bases["sd1"], {"denoiser": {next(iter(layer)): (pair[0], pair[1] * 1e6)}}, 1.0)
     (item,) = export_adapter(

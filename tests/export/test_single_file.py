@@ -141,7 +141,7 @@ INPUT = "model.diffusion_model.input_blocks.0.0.weight"
     [
         (lambda t: t.pop(INPUT), "no UNet in the original layout"),
         (lambda t: t.__setitem__(INPUT, torch.ones(8, 9, 3, 3)), "9 input channels (inpainting)"),
-        (lambda t: [t.pop(k) for k in list(t) if k.startswith("cond_stage")], "no text encoder that is known"),
+        (lambda t: [t.pop(k) for k in list(t) if k.startswith("cond_stage")], "no known text encoder"),
         (lambda t: t.pop("first_stage_model.quant_conv.weight"), "has no first_stage_model.quant_conv.weight"),
         (lambda t: t.__setitem__("model.diffusion_model.out.2.weight", torch.ones(4, 3, 3, 3)), "choose a folder"),
         (lambda t: t.__setitem__("v_pred", torch.ones(1)), "predicts v"),
@@ -168,7 +168,7 @@ def test_a_like_of_another_family_and_a_truncated_file(tiny_bases: dict[str, Pat
     with pytest.raises(BadInput, match=r"is a sd1 but base\.like=.* a sdxl"):
         load_family(str(file), like=str(tiny_bases["sdxl"]))
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(BadInput, match="no whole safetensors file"):
+    with pytest.raises(BadInput, match="not a complete safetensors file"):
         load_family(str(file), like=str(tiny_bases["sd1"]))
 
 

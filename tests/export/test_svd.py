@@ -221,7 +221,7 @@ def test_our_reader_refuses_what_it_would_misread(tiny_bases: dict[str, Path], t
     for kind in KINDS:
         method, family = attached(tiny_bases["sd1"], kind)
         export_native_form(method, family, tmp_path / kind, probe_trained(family), bench_of(tiny_bases["sd1"]))
-        with pytest.raises(BadInput, match=rf"a {kind.upper()} of PEFT and no plain LoRA"):
+        with pytest.raises(BadInput, match=rf"a {kind.upper()} adapter of PEFT, not a plain LoRA"):
             open_adapter(tmp_path / kind, str(tiny_bases["sd1"]))
 
 
@@ -285,7 +285,7 @@ def test_a_broken_bound_is_a_failure_that_says_which_rank_would_do(
     tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe_of(tiny_bases["sd1"], photos, "oft", "export.rank=2", "export.max_error=0.05")
-    with pytest.raises(CheckFailed, match="diffusers, kohya is not what was trained"):
+    with pytest.raises(CheckFailed, match="diffusers, kohya does not match what was trained"):
         job.train(recipe, tmp_path / "run")
     assert len(list((tmp_path / "run" / "samples" / "after").iterdir())) == 2  # drawn from the PEFT form
     command = ["export", str(tmp_path / "run"), "--to", "kohya"]
@@ -317,7 +317,7 @@ def test_a_full_run_leaves_as_a_lora_that_says_what_it_loses(
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     lost = sum(before[name].ndim == 1 or "embedding.weight" in name for name in moved)
     assert lost > 0
-    assert said.count(f"ok: {lost} biases, norms and embeddings moved too") == 2
+    assert said.count(f"ok: {lost} biases, norms and embeddings changed too") == 2
     assert (path / "exports" / "mine.safetensors").is_file()  # the checkpoint
     adapter, _ = open_adapter(path / "exports" / "mine-lora.safetensors", str(tiny_bases["sd1"]))
     assert adapter.count == len(moved) - lost
@@ -357,7 +357,7 @@ def lora_run(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--rank", "4"], ("export.rank is 4", "a lora leaves as it was trained", "finetune resize")),
+        (["--rank", "4"], ("export.rank is 4", "a lora is exported exactly as it was trained", "finetune resize")),
         (["--rank", "0"], ("export.rank is 0", "greater than or equal to 1")),
         (["--max-error", "-1"], ("export.max_error is -1", "greater than 0")),
         (["--to", "folder"], ("a folder file can't hold an adapter", "kohya")),

@@ -218,7 +218,7 @@ def test_a_broken_folder_gets_one_sentence(fault, said: str, tiny_bases: dict[st
 
 
 def test_strange_sources(tmp_path: Path, tiny_bases: dict[str, Path]) -> None:
-    with pytest.raises(BadInput, match="is no folder"):
+    with pytest.raises(BadInput, match="is not a folder"):
         load_family("nowhere")
     with pytest.raises(BadInput, match="hub"):
         load_family("nobody/nothing-of-this-name")

@@ -96,7 +96,7 @@ def test_a_smaller_request_uses_the_larger_set(tiny_bases: dict[str, Path], tmp_
 
 def test_a_manifest_that_is_none(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("[1")
-    with pytest.raises(BadInput, match="is no manifest"):
+    with pytest.raises(BadInput, match="is not a manifest"):
         make(tiny_bases["sd1"], tmp_path)
 
 

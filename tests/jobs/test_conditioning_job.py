@@ -164,7 +164,7 @@ def test_what_can_not_be_is_refused(
 
 def test_missing_depth_maps_are_named(tiny_bases: dict[str, Path], photos: Path) -> None:
     base = {"source": str(tiny_bases["sd2"]), "inputs": "depth"}
-    with pytest.raises(BadInput, match=r"no depth picture for 0\.png, 1\.png, 2\.png"):
+    with pytest.raises(BadInput, match=r"no depth image for 0\.png, 1\.png, 2\.png"):
         prepare(parse_recipe(settings(base, photos, FULL)))
 
 

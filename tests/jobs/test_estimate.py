@@ -186,11 +186,11 @@ def test_attention_is_replaced_in_the_block_and_nowhere_else() -> None:
 @pytest.mark.parametrize(
     ("setting", "method", "formats", "words"),
     [
-        ("full", "lora", [], "a clean base of 3.97 GiB, beside nothing"),
-        ("full", "full", [], "a part of it at a time (1.60 GiB at most) in main memory, beside the trained one"),
-        ("full", "full", ["checkpoint"], "a file of 1.99 GiB in main memory, beside the trained one"),
-        ("full", "textual_inversion", [], "a clean base of 3.97 GiB, beside nothing"),
-        ("deltas", "lora", [], "files are read again; a second model is not loaded"),
+        ("full", "lora", [], "an unchanged base of 3.97 GiB, with no other model in memory"),
+        ("full", "full", [], "one part at a time (1.60 GiB at most) in main memory, in addition to the trained model"),
+        ("full", "full", ["checkpoint"], "a file of 1.99 GiB in main memory, in addition to the trained model"),
+        ("full", "textual_inversion", [], "an unchanged base of 3.97 GiB, with no other model in memory"),
+        ("deltas", "lora", [], "files are read back; no second model is loaded"),
         ("off", "full", [], "not checked (export.verify is off)"),
     ],
 )

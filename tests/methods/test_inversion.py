@@ -172,7 +172,7 @@ def test_a_bf16_base_stays_bf16_and_draws(tiny_bases: dict[str, Path]) -> None:
     ("method", "token", "noun", "said"),
     [
         ({}, "zwx", None, "method.init is missing"),
-        ({}, "zwx", "unknownword", "'unknownword' is 11 pieces"),
+        ({}, "zwx", "unknownword", "splits the initialiser 'unknownword' into 11 tokens"),
         ({"init": "red mug"}, "zwx", None, r"'red mug' has 2 words but method\.vectors is 1"),
         ({}, "two words", "mug", "'two words' can't name new embeddings"),
         ({}, "<a>b>", "mug", "can't name new embeddings"),
@@ -198,14 +198,14 @@ def test_auto_is_called_subject(tiny_bases: dict[str, Path]) -> None:
 
 
 def test_attaching_before_naming_is_told(tiny_bases: dict[str, Path]) -> None:
-    with pytest.raises(TypeError, match="name_subject comes before attach"):
+    with pytest.raises(TypeError, match="call add_subject_token before attach"):
         TextualInversion().attach(load_family(str(tiny_bases["sd1"])), 0)
 
 
 def test_weights_of_another_shape_are_refused(tiny_bases: dict[str, Path]) -> None:
     one, two = TextualInversion(), TextualInversion(vectors=2)
     (first, _), (second, _) = named(tiny_bases["sd1"], one), named(tiny_bases["sd1"], two)
-    with pytest.raises(BadInput, match="disagree on 1 weights"):
+    with pytest.raises(BadInput, match="do not fit the recipe: 1 weights"):
         two.load_state_dict(second, one.state_dict(first))
 
 
@@ -229,11 +229,11 @@ def recipe(base: Path, photos: Path, method: dict, **sections: dict) -> dict:
         ({"method": {"kind": "pivotal", "pivot": 1.0}}, "method.pivot is 1.0"),
         (
             {"method": {"kind": "pivotal"}, "optim": {"kind": "prodigy"}},
-            "optim.kind prodigy moves weights that should",
+            "optim.kind prodigy changes weights that",
         ),
         (
             {"method": {"kind": "pivotal"}, "optim": {"kind": "schedule_free"}},
-            "as method.kind pivotal wants it of some",
+            "method.kind pivotal does not train in every step",
         ),
     ],
 )

@@ -84,7 +84,7 @@ def photos_folder_is_a_file(place: Place) -> list[str]:
     return place.train(f"data.photos={place.photos / '0.png'}")
 
 
-@case("holds no pictures", ".jpg")
+@case("holds no images", ".jpg")
 def photos_none(place: Place) -> list[str]:
     (place.path / "empty").mkdir()
     return place.train(f"data.photos={place.path / 'empty'}")
@@ -104,7 +104,7 @@ def photo_truncated(place: Place) -> list[str]:
     return place.train()
 
 
-@case("notes.jpg (not a picture")
+@case("notes.jpg (not an image")
 def photo_is_text(place: Place) -> list[str]:
     (place.photos / "notes.jpg").write_text("these are my notes")
     return place.train()
@@ -173,7 +173,7 @@ def photo_name_not_utf8(place: Place) -> list[str]:
     return place.train()
 
 
-@case("all 40 photos", "same picture", "different photos")
+@case("all 40 photos", "same image", "different photos")
 def photos_one_forty_times(place: Place) -> list[str]:
     folder = place.path / "same"
     folder.mkdir()
@@ -182,7 +182,7 @@ def photos_one_forty_times(place: Place) -> list[str]:
     return place.train(f"data.photos={folder}")
 
 
-@case("3 of 6 files", "a.png (empty file)", "b.jpg (not a picture", "c.gif")
+@case("3 of 6 files", "a.png (empty file)", "b.jpg (not an image", "c.gif")
 def photos_bad_ones_are_listed_together(place: Place) -> list[str]:
     (place.photos / "a.png").touch()
     (place.photos / "b.jpg").write_text("b")
@@ -191,7 +191,7 @@ def photos_bad_ones_are_listed_together(place: Place) -> list[str]:
     return place.train()
 
 
-@case("holds no pictures that can be used", "a.png")
+@case("holds no images that can be used", "a.png")
 def photos_all_bad_with_skip_bad(place: Place) -> list[str]:
     folder = place.path / "bad"
     folder.mkdir()
@@ -253,7 +253,7 @@ def photos_in_several_of_kohyas_folders(place: Place) -> list[str]:
     return place.train(f"data.photos={place.path / 'img'}")
 
 
-@case("metadata.jsonl line 2", "mend it")
+@case("metadata.jsonl line 2", "correct it")
 def captions_jsonl_broken(place: Place) -> list[str]:
     (place.photos / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n{"file": 3}\n')
     return place.train()
@@ -309,7 +309,7 @@ def mask_lies_on_its_side(place: Place) -> list[str]:
     return place.train("data.masks=auto")
 
 
-@case("0.mask.png", "not a picture")
+@case("0.mask.png", "not an image")
 def mask_is_text(place: Place) -> list[str]:
     (place.photos / "0.mask.png").write_text("white")
     return place.train("data.masks=auto")
@@ -365,7 +365,7 @@ def recipe_is_a_list(place: Place) -> list[str]:
     return place.recipe("- a\n- b\n")
 
 
-@case("not valid YAML", "mend that line")
+@case("not valid YAML", "correct that line")
 def recipe_broken_yaml(place: Place) -> list[str]:
     return place.recipe("data: {photos: [\n")
 
@@ -401,7 +401,7 @@ def bomb() -> str:
     return "\n".join(lines) + "\n"
 
 
-@case("'steps' stands twice")
+@case("'steps' appears twice")
 def recipe_with_a_key_twice(place: Place) -> list[str]:
     return place.recipe("run: {steps: 3, steps: 300}\n")
 
@@ -464,7 +464,7 @@ setting("class_images_of_nothing", "prior.folder=/nowhere/at/all", "prior.count=
 # run folders
 
 
-@case("exists and is no run folder", "run.dir=PATH")
+@case("exists and is not a run folder", "run.dir=PATH")
 def run_dir_is_something_else(place: Place) -> list[str]:
     (place.path / "run").mkdir()
     (place.path / "run" / "thesis.txt").write_text("mine")
@@ -499,7 +499,7 @@ def run_dir_that_can_not_be(place: Place) -> list[str]:
     return [item if not item.startswith("run.dir") else "run.dir=/proc/finetune" for item in place.train()]
 
 
-@case("no run folder", "recipe.yaml")
+@case("not a run folder", "recipe.yaml")
 def resume_of_no_run(place: Place) -> list[str]:
     return ["resume", str(place.photos)]
 
@@ -510,12 +510,12 @@ def resume_of_a_spoilt_run(place: Place) -> list[str]:
     return ["resume", str(place.photos)]
 
 
-@case("no run folder")
+@case("not a run folder")
 def export_of_no_run(place: Place) -> list[str]:
     return ["export", str(place.photos)]
 
 
-@case("no run folder")
+@case("not a run folder")
 def report_of_no_run(place: Place) -> list[str]:
     return ["report", str(place.photos)]
 
@@ -531,12 +531,12 @@ def class_images_with_a_spoilt_manifest(place: Place) -> list[str]:
 # bases
 
 
-@case("neither a folder here nor", "hub", "check the name")
+@case("is not a local folder", "hub", "check the name")
 def base_not_on_the_hub(place: Place) -> list[str]:
     return place.train("base=nobody/nothing")
 
 
-@case("'/nowhere' is no folder", "hub id")
+@case("'/nowhere' is not a folder", "hub id")
 def base_missing(place: Place) -> list[str]:
     return place.train("base=/nowhere")
 
@@ -552,7 +552,7 @@ def base_index_broken(place: Place) -> list[str]:
     return place.train()
 
 
-@case("unet/config.json", "whole diffusers folder")
+@case("unet/config.json", "complete diffusers folder")
 def base_without_unet(place: Place) -> list[str]:
     shutil.rmtree(place.own_base() / "unet")
     return place.train()
@@ -564,7 +564,7 @@ def base_unet_config_broken(place: Place) -> list[str]:
     return place.train()
 
 
-@case("vae/config.json", "whole diffusers folder")
+@case("vae/config.json", "complete diffusers folder")
 def base_without_vae(place: Place) -> list[str]:
     shutil.rmtree(place.own_base() / "vae")
     return place.train()
@@ -693,7 +693,7 @@ def adapter_missing(place: Place) -> list[str]:
     return place.sample(Path("/nowhere.safetensors"))
 
 
-@case("is no LoRA", "encoder.conv_in.weight")
+@case("is not a LoRA", "encoder.conv_in.weight")
 def adapter_is_a_vae(place: Place) -> list[str]:
     return adapter(place, {"encoder.conv_in.weight": torch.ones(4, 4)})
 
@@ -712,7 +712,7 @@ def adapter_empty(place: Place) -> list[str]:
     return place.sample(place.path / "a.safetensors")
 
 
-@case("a.pt", "no .safetensors file")
+@case("a.pt", "not a .safetensors file")
 def adapter_is_a_pickle(place: Place) -> list[str]:
     torch.save(kohya(place), place.path / "a.pt")
     return place.sample(place.path / "a.pt")
@@ -771,13 +771,13 @@ def recipes_show_unknown(place: Place) -> list[str]:
     return ["recipes", "show", "nothing"]
 
 
-@case("mine.yaml is already there")
+@case("mine.yaml already exists")
 def recipes_copy_onto_a_file(place: Place) -> list[str]:
     (place.path / "mine.yaml").touch()
     return ["recipes", "copy", "demo", str(place.path / "mine.yaml")]
 
 
-@case("'/nowhere' is no folder")
+@case("'/nowhere' is not a folder")
 def tokens_of_no_base(place: Place) -> list[str]:
     return ["tokens", "suggest", "--base", "/nowhere"]
 
@@ -852,12 +852,12 @@ def class_images_of_two_nouns_in_one_folder(place: Place) -> list[str]:
     return second(place, "class_noun: ball", f"prior.folder={place.path / 'classes'}")
 
 
-@case("method.kind textual_inversion makes a word for one", "method.kind=lora")
+@case("method.kind textual_inversion trains a word for only one", "method.kind=lora")
 def one_word_for_two_subjects(place: Place) -> list[str]:
     return second(place, "class_noun: ball", "method.kind=textual_inversion")
 
 
-@case("method.kind pivotal makes a word for one", "a run of its own")
+@case("method.kind pivotal trains a word for only one", "a run of its own")
 def one_pivot_for_two_subjects(place: Place) -> list[str]:
     return second(place, "class_noun: ball", "method.kind=pivotal")
 

@@ -21,6 +21,6 @@ def test_killed_runs_end_as_the_unbroken_one(method: str, optim: str, tmp_path: 
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "6 kills: " in done.stdout
-    runs, same = done.stdout.splitlines()[-1].split(" runs came to their end, ")
+    runs, same = done.stdout.splitlines()[-1].split(" runs completed, ")
     assert same.startswith(runs)
     assert len(list(tmp_path.glob("run-*"))) == int(runs) >= 1

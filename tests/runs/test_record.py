@@ -65,7 +65,7 @@ def test_the_rows_of_a_full_plan() -> None:
     ]  # fmt: skip
     assert rows["base"] == f"{BASE} (sd1, epsilon)"
     assert rows["buckets"] == "64x32: 1 photo; 64x64: 4 photos; at most 25% of a photo (a.png) is cut away"
-    assert rows["masks"] == "of 2 of 5 photos; background counts 0"
+    assert rows["masks"] == "2 of 5 photos have one; the background has weight 0"
     assert rows["class images"] == "10 of 'a photo of a mug', each seen 8.0 times"
 
 
@@ -108,8 +108,8 @@ def test_a_new_page_shows_the_plan_and_nothing_private(tmp_path: Path) -> None:
     [
         ('{"resolution": "<script>1</script>"}', "resolution"),
         ('{"captions": [1]}', r"captions\.0"),
-        ("{", "run.json is not what a run writes"),
-        ("[]", "run.json is not what a run writes"),
+        ("{", "run.json is damaged"),
+        ("[]", "run.json is damaged"),
         ('{"schema": 2}', "run.json has schema 2, and finetune .* up to 1"),
         ('{"schema": "1"}', "run.json has schema 1"),
     ],

@@ -149,7 +149,7 @@ def test_more_steps_are_allowed_and_fewer_are_not(folder: RunFolder, photos: Pat
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(BadInput, match="no run folder"):
+    with pytest.raises(BadInput, match="not a run folder"):
         take(RunFolder(tmp_path), recipe(photos))
     assert not (tmp_path / "recipe.yaml").exists()
 

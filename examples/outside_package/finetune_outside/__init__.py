@@ -1,1 +1,1 @@
-"""What this package adds to finetune."""
+"""Extensions of finetune in a separate package."""

@@ -1,7 +1,7 @@
 """DeepFloyd IF's first stage (arXiv:2205.11487), for finetune: a UNet on pixels, with T5's tokens as its condition.
 
-No VAE, no CLIP, and a denoiser that predicts a variance beside the noise. Stages II and III, which make the image
-larger, are not here: this stage is trained and drawn with alone.
+It has no VAE and no CLIP, and its denoiser also predicts a variance. Stages II and III, which enlarge the image, are
+not included.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finetune.families.naming.base import Labels, Naming, Readers
 from finetune.families.parts import PartSource
 from finetune.families.unet import UNetDrawing, UNetFamily
 
-LENGTH = 77  # tokens: with so many IF was trained
+LENGTH = 77  # tokens: the number with which IF was trained
 
 
 class DeepFloydDrawing(UNetDrawing):
@@ -66,15 +66,15 @@ class DeepFloydIF(UNetFamily):
         writes = int(cast(Any, self.parts["text_encoder"]).config.d_model)
         if reads != writes:
             raise BadInput(
-                f"in {self.folder} the unet reads text of width {reads} but the text encoder writes {writes}: they "
-                "are of different bases, put the right ones together"
+                f"in {self.folder} the unet reads text of width {reads} but the text encoder returns {writes}: they "
+                "belong to different bases, use parts of one base"
             )
 
     def text_length(self, index: int) -> int:
         return LENGTH
 
     def encode_text(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """{"hidden": [B, 77, width]}; capitals are not told apart, as in the pipeline."""
+        """{"hidden": [B, 77, width]}. The prompts are in lower case, as in the pipeline."""
         encoder: Any = self.parts["text_encoder"]
         ids = self.tokenize(index, [prompt.lower().strip() for prompt in prompts]).to(encoder.device)
         padding = cast(Any, encoder.config).pad_token_id
@@ -86,7 +86,7 @@ class DeepFloydIF(UNetFamily):
     def predict(
         self, noisy: Tensor, timesteps: Tensor, cond: dict[str, Tensor], geometry: Sequence[Geometry]
     ) -> Tensor:
-        """The noise alone: the variance, in the second half of the channels, is the sampler's."""
+        """The predicted noise. The second half of the channels, the variance, is only for samplers."""
         denoiser: Any = self.parts["denoiser"]
         read = noisy.to(denoiser.conv_in.weight.dtype)
         text = cond["hidden"].to(read.dtype)

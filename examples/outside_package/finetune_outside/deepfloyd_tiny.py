@@ -1,4 +1,4 @@
-"""A small random base of DeepFloyd IF's first stage, of the true classes: what its tests run on."""
+"""A small random base of DeepFloyd IF's first stage with the real classes, for tests."""
 
 from __future__ import annotations
 

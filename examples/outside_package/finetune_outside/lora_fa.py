@@ -12,9 +12,9 @@ from finetune.methods.peft_adapter import Ranked
 
 
 class LoRAFA(Ranked):
-    """A LoRA whose A stays as it was drawn: B alone is trained, so that less is kept for the backward pass."""
+    """A LoRA that trains only B. A keeps its initial values, so the backward pass needs less memory."""
 
-    marks: ClassVar = (".lora_",)  # A is saved too: without it B says nothing
+    marks: ClassVar = (".lora_",)  # A is saved too: B is useless without it
     low_rank: ClassVar = True
     kind: Literal["lora_fa"] = "lora_fa"
 

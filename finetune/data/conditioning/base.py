@@ -1,4 +1,4 @@
-"""What a base reads besides its noisy latents, for every crop of every photo. A new kind is one new file here."""
+"""Extra inputs: what some bases read in addition to noisy latents. To add a kind, add one file to this package."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from finetune.data.photos import BadImage, Photo, companion, read_photo
 from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
 
-SHAPE = 0.02  # a companion's aspect ratio may be so far off its photo's: rounding, when it was made smaller
+SHAPE = 0.02  # allowed relative difference from the photo's aspect ratio: resizing rounds
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a recipe says of extra inputs."""
+    """The recipe's settings for extra inputs."""
 
     seed: int
     mask_count: int
@@ -33,26 +33,26 @@ class Choices:
 
 
 class Inputs(ABC):
-    """One kind of extra input. Made once from the photos; `cache` holds the latents of all `images`."""
+    """One kind of extra input, created once for the photos of a run. The latent cache holds all of its `images`."""
 
     kind: ClassVar[str]
-    # whether they can be made for any image, so for class images too
+    # whether they can be computed for any image, such as a class image
     any_image: ClassVar[bool] = False
 
     def __init__(self, family: Family, photos: Sequence[Photo], choices: Choices) -> None:
-        """Raises BadInput where a photo lacks what belongs beside it."""
+        """Raises BadInput if a photo lacks a file that this kind needs."""
         self.factor, self.choices = family.codec.factor, choices
 
     def images(self, crop: Crop) -> list[Encodable]:
-        """What the VAE encodes, once, for a crop."""
+        """Returns the further images of a crop that the VAE must encode for the cache."""
         return []
 
     @abstractmethod
     def extra(self, crop: Crop, key: SampleKey, cache: Cache) -> Tensor:
-        """[E, h, w] float32: the channels behind the noisy latents."""
+        """Returns the channels after the noisy latents, [E, h, w] float32, for one sample."""
 
     def prompt(self, prompt: str, key: SampleKey) -> str:
-        """The prompt that is trained, where extra inputs and prompt are dropped together."""
+        """Returns the prompt to train with. Kinds that drop extra inputs and prompt together override this."""
         return prompt
 
     def files(self, photo: Photo) -> dict[str, Path]:
@@ -60,20 +60,20 @@ class Inputs(ABC):
         return {}
 
     def condition(self, crop: Crop) -> ImageCondition:
-        """What an image like this crop is drawn from."""
+        """Returns the input for drawing an image like this crop."""
         return ImageCondition(unit(crop.pixels()))
 
 
 def unit(pixels: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1]."""
+    """Returns pixels in [0, 1] from pixels in [-1, 1], of any shape; values outside are clamped."""
     return ((pixels + 1) / 2).clamp(0, 1)
 
 
 def make_inputs(family: Family, photos: Sequence[Photo], choices: Choices) -> Inputs | None:
-    """What the family reads besides its latents; None for nothing.
+    """Returns the extra inputs of the family for these photos, or None if it has none.
 
     Raises:
-        BadInput: files beside the photos are missing (all are named), or can't be used.
+        BadInput: files beside the photos are missing (the message names them all) or can't be used.
     """
     return None if family.inputs is None else INPUTS[family.inputs](family, photos, choices)
 
@@ -82,16 +82,18 @@ INPUTS: Registry[Inputs] = Registry(Inputs, "finetune.data.conditioning", lambda
 
 
 def companions(photos: Sequence[Photo], kind: str, name: str) -> dict[Path, Photo]:
-    """Photo file -> the image NAME.`name`.png (or another suffix) beside it.
+    """Returns photo file -> the image NAME.`name`.png (or another image suffix) beside it.
+
+    `kind` is the kind of extra inputs, for messages.
 
     Raises:
-        BadInput: photos without one, or images of another shape than their photos.
+        BadInput: a photo has no such image, or it can't be used or has another aspect ratio.
     """
     files = {photo.path: companion(photo.path, name) for photo in photos}
     missing = [path.name for path, file in files.items() if file is None]
     if missing:
         raise BadInput(
-            f"the base reads {kind} inputs but there is no {name} picture for {', '.join(missing)}: put "
+            f"the base reads {kind} inputs but there is no {name} image for {', '.join(missing)}: put "
             f"NAME.{name}.png beside each"
         )
     found = {}
@@ -99,7 +101,7 @@ def companions(photos: Sequence[Photo], kind: str, name: str) -> dict[Path, Phot
         try:
             found[photo.path] = read_photo(files[photo.path] or photo.path)
         except BadImage as fault:
-            raise BadInput(f"the {name} picture of {photo.path.name} can't be used: {fault.reason}") from fault
+            raise BadInput(f"the {name} image of {photo.path.name} can't be used: {fault.reason}") from fault
         _check_shape(photo, found[photo.path])
     return found
 
@@ -109,10 +111,10 @@ def _check_shape(photo: Photo, other: Photo) -> None:
     if abs(width * photo_height / (height * photo_width) - 1) > SHAPE:
         raise BadInput(
             f"{other.path.name} is {width}x{height} but its photo {photo.path.name} is {photo_width}x{photo_height}: "
-            "give it the photo's shape"
+            "give it the photo's aspect ratio"
         )
 
 
 def same_crop(crop: Crop, photo: Photo) -> Crop:
-    """Another image cropped and mirrored as `crop` is."""
+    """Returns a crop of another image, with the same size, position and mirroring as `crop`."""
     return replace(crop, photo=photo)

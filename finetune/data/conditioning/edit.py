@@ -1,4 +1,4 @@
-"""Editing pairs (arXiv:2211.09800): NAME.before.png beside each photo, and as its caption what is to be done."""
+"""Editing pairs (arXiv:2211.09800): NAME.before.png beside each photo, with the edit instruction as its caption."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from finetune.families.drawing import ImageCondition
 
 
 class Edit(Inputs):
+    """Images before an edit: four further channels."""
+
     kind = "edit"
 
     def __init__(self, family: Family, photos: Sequence[Photo], choices: Choices) -> None:
@@ -26,20 +28,23 @@ class Edit(Inputs):
         self.scaling = family.codec.scaling
 
     def images(self, crop: Crop) -> list[Encodable]:
+        """Returns the same crop of the image before the edit."""
         return [self._before(crop)]
 
     def extra(self, crop: Crop, key: SampleKey, cache: Cache) -> Tensor:
-        """[4, h, w]: the mean of the latents before the edit, not scaled; zeros where they are dropped."""
+        """Returns the mean latents of the image before the edit, [4, h, w], unscaled, or zeros if they are dropped."""
         latents = cache.latents(self._before(crop)).mean / self.scaling
         return torch.zeros_like(latents) if dropped(key, self.choices.edit_dropout)[0] else latents
 
     def prompt(self, prompt: str, key: SampleKey) -> str:
+        """Returns the instruction, or an empty text if it is dropped for this sample."""
         return "" if dropped(key, self.choices.edit_dropout)[1] else prompt
 
     def files(self, photo: Photo) -> dict[str, Path]:
         return {"image before": self.before[photo.path].path}
 
     def condition(self, crop: Crop) -> ImageCondition:
+        """Returns the image before the edit, [3, H, W] in [0, 1], and the image guidance scale."""
         return ImageCondition(unit(self._before(crop).pixels()), guidance=self.choices.image_guidance)
 
     def _before(self, crop: Crop) -> Crop:
@@ -47,7 +52,9 @@ class Edit(Inputs):
 
 
 def dropped(key: SampleKey, share: float) -> tuple[bool, bool]:
-    """Whether a sample's image and its instruction are dropped: `share` of all samples lose only the first, as many
-    only the second, and as many both (arXiv:2211.09800 section 3.2.1)."""
+    """Returns whether a sample's image, and whether its instruction, is dropped (arXiv:2211.09800 section 3.2.1).
+
+    A share `share` of all samples loses only the image, an equal share only the instruction, and an equal share both.
+    """
     u = float(uniform([key], "edit"))
     return u < 2 * share, share <= u < 3 * share

@@ -1,7 +1,7 @@
-"""Inpainting's extra inputs: drawn masks, and the latents of the image without what is painted.
+"""Extra inputs for inpainting: a random mask, and the latents of the image with the masked area removed.
 
-A fixed number of masks for each crop is drawn once, so that their images can be encoded once; which of them a sample
-gets is drawn in each step.
+A fixed number of masks is drawn for each crop, so that the masked images are encoded only once. Each step draws one of
+these masks for a sample.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from finetune.data.photos import Photo
 from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
 
-WHOLE = 0.25  # of the masks: Stable Diffusion's inpainting was trained so (its model card)
-LEAST = 1 / 8  # of a side: less is one latent pixel of 512
-STROKES, POINTS = 4, 6  # at most, and of each stroke
+WHOLE = 0.25  # share of masks that cover everything, as in Stable Diffusion inpainting (its model card)
+LEAST = 1 / 8  # of a side: the smallest mask
+STROKES, POINTS = 4, 6  # most strokes in a mask; points in each stroke
 
 
 @dataclass(frozen=True)
 class MaskedCrop:
-    """A crop without what its `number`-th mask covers: grey there, which is 0 in [-1, 1]."""
+    """A crop with its `number`-th mask applied: masked pixels are grey, which is 0 in [-1, 1]."""
 
     crop: Crop
     seed: int
@@ -40,19 +40,23 @@ class MaskedCrop:
 
     @cached_property
     def key(self) -> str:
+        """A hash of the crop and its mask."""
         return hashlib.sha256(f"{self.crop.key}:{self.seed}:{self.number}:masked".encode()).hexdigest()
 
     def mask(self) -> Tensor:
-        """[1, H, W]: 1 where it is painted, else 0."""
+        """Returns the mask [1, H, W] float32: 1 where the base must paint, else 0."""
         height, width = self.crop.geometry.target
         drawn = draw_mask(width, height, generator(self.seed, f"mask:{self.crop.key}", self.number))
         return torch.from_numpy(np.array(drawn, dtype=np.float32))[None] / 255
 
     def pixels(self) -> Tensor:
+        """Returns the masked image as [3, H, W] float32 in [-1, 1]."""
         return self.crop.pixels() * (1 - self.mask())
 
 
 class Inpaint(Inputs):
+    """Random masks and masked images: five further channels."""
+
     kind = "inpaint"
     any_image = True
 
@@ -61,14 +65,18 @@ class Inpaint(Inputs):
         self.small: dict[str, Tensor] = {}
 
     def masked(self, crop: Crop) -> list[MaskedCrop]:
+        """Returns the crop with each of its `mask_count` masks."""
         return [MaskedCrop(crop, self.choices.seed, number) for number in range(self.choices.mask_count)]
 
     def images(self, crop: Crop) -> list[Encodable]:
+        """Returns the masked crops, which the VAE must encode."""
         return list(self.masked(crop))
 
     def extra(self, crop: Crop, key: SampleKey, cache: Cache) -> Tensor:
-        """[5, h, w]: the mask, taken at every `factor`-th pixel as diffusers' pipeline does, and the masked latents'
-        mean."""
+        """Returns [5, h, w]: the mask, and the mean of the masked image's latents.
+
+        The mask is read at every `factor`-th pixel, as in diffusers' pipeline.
+        """
         masked = self.masked(crop)
         chosen = masked[int(uniform([key], "mask") * len(masked))]
         if chosen.key not in self.small:
@@ -78,11 +86,15 @@ class Inpaint(Inputs):
         return torch.cat([self.small[chosen.key], cache.latents(chosen).mean])
 
     def condition(self, crop: Crop) -> ImageCondition:
+        """Returns the crop's pixels [3, H, W] in [0, 1], and its first mask [1, H, W]."""
         return ImageCondition(unit(crop.pixels()), self.masked(crop)[0].mask())
 
 
 def draw_mask(width: int, height: int, source: torch.Generator) -> Image.Image:
-    """Black, with all of it, a rectangle, an ellipse (diffusers' DreamBooth inpainting script) or strokes in white."""
+    """Returns a random mask, 8-bit grey, of `width` x `height` pixels: white where the base must paint, else black.
+
+    White is everything, a rectangle, an ellipse (as in diffusers' DreamBooth inpainting script) or strokes.
+    """
     mask = Image.new("L", (width, height), 0)
     pen = ImageDraw.Draw(mask)
     whole, shape, *u = torch.rand(6, generator=source).tolist()
@@ -98,7 +110,7 @@ def draw_mask(width: int, height: int, source: torch.Generator) -> Image.Image:
 
 
 def _strokes(pen: ImageDraw.ImageDraw, width: int, height: int, source: torch.Generator) -> None:
-    """Free-form lines, an eighth to a quarter of the shorter side thick."""
+    """Draws lines with a width of an eighth to a quarter of the shorter side."""
     count = 1 + int(torch.rand((), generator=source) * STROKES)
     for _ in range(count):
         points = (torch.rand(POINTS, 2, generator=source) * torch.tensor([width, height])).tolist()

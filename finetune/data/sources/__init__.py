@@ -1,1 +1,1 @@
-"""Where photos and their captions come from: one file for each kind of place."""
+"""Sources of photos and captions: one module for each kind of source."""

@@ -1,7 +1,7 @@
-"""The source seam: what `data.photos` names -> a folder of photos with captions. A new one is one new file here.
+"""Sources: they turn what `data.photos` names into a folder of photos. To add one, add a file to this package.
 
-Whatever it was, the photos of a run lie in a folder, with captions beside them: photos, masks and captions are files.
-The same source gives the same files, so that a resumed run is the unbroken one.
+Every source gives a folder with photos, masks and captions as files. The same source must always give the same files,
+so that a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,40 +22,48 @@ from finetune.data.photos import APPLE, SUFFIXES, SUFFIXES_SHOWN
 
 @dataclass(frozen=True)
 class Opened:
-    """A source as a folder; `unused`: a sentence about what of it is not used, or empty."""
+    """A source as a folder. `unused` is a sentence about what of it is not used, or empty."""
 
     folder: Path
     unused: str = ""
 
 
 class Source(ABC):
-    """One kind of place. `name`: what it is called in messages."""
+    """One kind of source. `name` is its name in messages."""
 
     name: ClassVar[str]
 
     @classmethod
     @abstractmethod
     def matches(cls, path: Path) -> bool:
-        """Whether the path is such a place."""
+        """Returns whether the path is a source of this kind."""
 
     @abstractmethod
     def open(self, path: Path) -> Opened:
-        """Its photos and captions as a folder.
+        """Returns the photos and captions as a folder.
 
         Raises:
-            BadInput: it can't be read; the file inside is named.
+            BadInput: the source can't be read; the message names the file inside.
         """
 
 
 class Packed(Source):
-    """A file that holds photos and captions. They are kept in the cache, by the file's content."""
+    """A file that contains photos and captions. They are unpacked to a folder in the cache, named by its hash."""
 
     @abstractmethod
     def files(self, path: Path) -> Iterable[tuple[str, bytes]]:
-        """(name, content) of each file in it, in any order: photos, masks and captions under their own names, and
-        whatever else there is."""
+        """Gives (name, content) of each file inside, in any order: photos, masks, captions and all other files.
+
+        Raises:
+            BadInput: it can't be read.
+        """
 
     def open(self, path: Path) -> Opened:
+        """Unpacks the photos, masks and captions to the cache and returns that folder.
+
+        Raises:
+            BadInput: the file can't be read, holds no images, or holds two files of one name.
+        """
         stem = re.sub(r"[^\w-]+", "-", path.stem)
         folder = cache_dir() / "photos" / f"{stem}-{sha256(path)[:16]}"
         written: set[str] = set()
@@ -69,17 +77,17 @@ class Packed(Source):
             written.add(name.lower())
             _write(folder / name, content)
         if not written:
-            raise BadInput(f"{path} holds no pictures ({SUFFIXES_SHOWN}): give one with photos in it")
-        return Opened(folder, f"not used of {path.name}: {listed(sorted(unused))}" if unused else "")
+            raise BadInput(f"{path} holds no images ({SUFFIXES_SHOWN}): give one with photos in it")
+        return Opened(folder, f"not used from {path.name}: {listed(sorted(unused))}" if unused else "")
 
 
 def is_usable(name: str) -> bool:
-    """Whether a file of this name is a photo, a mask or a caption."""
+    """Returns whether a file with this name can be a photo, a mask or a caption file."""
     return name in LISTS or Path(name).suffix.lower() in {*SUFFIXES, *APPLE, *BESIDE}
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Several processes write the same: each file appears whole."""
+    """Writes a file atomically, because several processes may write the same one."""
     if file.is_file() and file.read_bytes() == content:
         return
     with replacing(file) as temporary:

@@ -1,4 +1,4 @@
-"""Sources. Every module here that defines a `Source` is one: a new source is one new file."""
+"""The registry of sources: every `Source` class in this package. To add one, add a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ SOURCES: Registry[Source] = Registry(Source, "finetune.data.sources", lambda ite
 
 
 def open_source(path: Path) -> Opened:
-    """What `data.photos` names, as a folder. A folder that a source knows better than as a folder is that source's.
+    """Opens what `data.photos` names as a folder.
+
+    Every other source that matches the path has precedence over a plain folder.
 
     Raises:
         BadInput: as `Source.open`.

@@ -1,7 +1,7 @@
 """diffusers' own LoRA file: PEFT keys per part, and the alpha as JSON in the header.
 
-Without that header diffusers takes alpha = rank, and the reloaded adapter is another one. For SD3 and Flux this is
-also the form that the UIs read; none of them reads the header, so the scale is in the matrices there.
+Without that header diffusers assumes alpha = rank, which changes the adapter's strength. For SD3 and Flux the UIs read
+this format too, but not its header: there, the scale is multiplied into the matrices.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from finetune.families.naming.clip import add_text_model, strip_text_model
 from finetune.families.registry import FAMILIES
 
 NAMES, PATTERNS = ("target_modules", "exclude_modules", "modules_to_save"), ("rank_pattern", "alpha_pattern")
-# of no effect on what is computed, or not without others that are refused (megatron_config)
+# settings without an effect on the result, or only with others that are refused (megatron_config)
 WORDS = ("bias", "peft_type", "task_type", "peft_version", "revision", "base_model_name_or_path", "megatron_core")
-PLAIN = re.compile(r"\^?[\w.]+")  # a module's name, also where PEFT would take a pattern
+PLAIN = re.compile(r"\^?[\w.]+")  # a plain module name, where PEFT would also accept a pattern
 HEADER = "lora_adapter_metadata"
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -47,7 +47,7 @@ class Diffusers(AdapterExport):
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
         adapter, names = adapter.padded(), prefixes(adapter.family)
         if FAMILIES[adapter.family].naming.scale_in_matrices:
-            adapter = adapter.folded()  # UIs take alpha = rank
+            adapter = adapter.folded()  # UIs assume alpha = rank
         tensors = {}
         for part, module, a, b in adapter.modules():
             key = f"{names[part]}.{add_text_model(module) if part.startswith('text_encoder') else module}"
@@ -61,7 +61,8 @@ class Diffusers(AdapterExport):
             about = read_header(path, opened.metadata() or {})
         if not about:
             raise BadInput(
-                f"{path} does not say its alpha ({HEADER} is not in its header): diffusers would take the rank"
+                f"{path} has no alpha ({HEADER} is missing in its header), and diffusers would use the rank instead: "
+                "export it again"
             )
         layers: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
         tensors, names = load_file(path), prefixes(family)
@@ -79,19 +80,20 @@ class Diffusers(AdapterExport):
 
 
 def read_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments of peft.LoraConfig that a file's header holds, by "PART.NAME"; none where it has no such header.
+    """The arguments of peft.LoraConfig in a file's header, by "PART.NAME"; empty without such a header.
 
-    diffusers hands them to PEFT as they are. There a pattern is tried against every module, which can take for ever,
-    and a start other than LoRA's own changes the base.
+    diffusers passes them to PEFT unchanged, so a header could do harm: PEFT matches patterns against every module,
+    which can take forever, and some kinds of initialisation change the base.
 
     Raises:
-        BadInput: it is no JSON, or holds anything but ranks, alphas, names and switches.
+        BadInput: the header is not JSON, or holds anything but ranks, alphas, names and switches.
     """
     held = parse_json(metadata.get(HEADER, "{}"), f"{HEADER} in the header of {path}", dict, "export it again")
     for key, value in held.items():
         if not _is_plain(key.rpartition(".")[2], value):
             raise BadInput(
-                f"{path}: {key[:80]!r} in its header ({HEADER}) is not what diffusers writes there: export it again"
+                f"{path}: the value of {key[:80]!r} in its header ({HEADER}) is not one that diffusers writes: export "
+                "it again"
             )
     return held
 
@@ -111,7 +113,7 @@ def _is_plain(name: str, value: Any) -> bool:
 
 
 def prefixes(family: str) -> dict[str, str]:
-    """part -> what diffusers calls it: "unet" or "transformer", "text_encoder", "text_encoder_2"."""
+    """part -> its name in diffusers: "unet" or "transformer", "text_encoder", "text_encoder_2"."""
     return {part: FAMILIES[family].sources[part].folder for part in FAMILIES[family].trainable_parts()}
 
 

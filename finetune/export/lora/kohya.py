@@ -1,11 +1,11 @@
 """kohya's keys: the one LoRA format that every UI reads for SD1, SD2 and SDXL.
 
 Per matrix `<prefix>_<path with _>`: `.lora_down.weight` [r, in], `.lora_up.weight` [out, r] and a 0-D `.alpha`.
-SD1 and SD2 take `lora_te_`, SDXL `lora_te1_` and `lora_te2_` (InvokeAI silently loses others). One alpha in the whole
-file: diffusers' reader ignores a per-module one on attention projections.
+The prefixes are `lora_te_` for SD1 and SD2, and `lora_te1_` and `lora_te2_` for SDXL (InvokeAI silently skips others).
+The whole file has one alpha, because diffusers' reader ignores a module's own alpha on attention projections.
 
-SD3 and Flux have q, k and v in one matrix there: the downs are stacked, and the ups stand on a diagonal. Joined ones
-are of a higher rank, and each has its own alpha.
+For SD3 and Flux the format joins q, k and v into one matrix: the down matrices are stacked, and the up matrices are
+placed on a diagonal. A joined matrix has a higher rank, and its own alpha.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """What one name of a file stands for: modules of a part, joined by rows, and how many rows each has."""
+    """The modules that one name in a file stands for: they are joined by rows; `rows` is the number of each."""
 
     part: str
     modules: tuple[str, ...]
@@ -79,7 +79,8 @@ class Kohya(AdapterExport):
         unknown_keys = sorted(names - known.keys())
         if unknown_keys:
             raise BadInput(
-                f"{path} has {len(unknown_keys)} modules that {family} has not, such as {unknown_keys[0]!r}"
+                f"{path} has {len(unknown_keys)} modules that {family} does not have, such as {unknown_keys[0]!r}: "
+                "give an adapter for this base"
             )
         layers: dict[str, dict[str, Pair]] = {}
         modules = {name: _three(path, tensors, name) for name in sorted(names)}
@@ -93,7 +94,8 @@ class Kohya(AdapterExport):
 
 
 def join(pairs: list[Pair | None], rows: tuple[int, ...]) -> Pair:
-    """Modules that lie in one matrix there -> one (A, B): A stacked, B on a diagonal, zero rows where none is."""
+    """Joins modules that share one matrix in the file into one (A, B): A is stacked and B is block-diagonal. A module
+    without an adapter gets rows of zeros."""
     if len(pairs) == 1:
         assert pairs[0] is not None
         return pairs[0]
@@ -110,8 +112,8 @@ def join(pairs: list[Pair | None], rows: tuple[int, ...]) -> Pair:
 
 
 def split(a: Tensor, b: Tensor, place: Place) -> dict[str, Pair]:
-    """The inverse of `join`, for joined matrices of any trainer: each module's rows of B, without the columns that are
-    zero there. A module whose rows are all zero is not in the file, unless columns are left that no other uses."""
+    """The inverse of `join`, for joined matrices of any trainer: each module gets its rows of B without the columns
+    that are zero there. A module with only zero rows counts as absent, unless there are columns that no other uses."""
     if len(place.modules) == 1:
         return {place.modules[0]: (a, b)}
     parts = dict(zip(place.modules, b.split(list(place.rows)), strict=True))
@@ -131,13 +133,13 @@ def key_of(family: str, part: str, module: str) -> str:
 
 
 def key_table(base_folder: Path) -> dict[str, Place]:
-    """Every name that a file of this base may hold, from the base's real architecture."""
+    """Every name that a file for this base may hold, derived from the base's configs."""
     family = family_of(base_folder).name
     return {key_of(family, part, name): place for (part, name), place in places(base_folder).items()}
 
 
 def places(base_folder: Path) -> dict[tuple[str, str], Place]:
-    """(part, name with dots, as the files' format has it) -> the modules it stands for."""
+    """(part, name in the file's format, with dots) -> the modules that it stands for."""
     family, shapes = family_of(base_folder), weight_shapes(base_folder)
     table = {}
     for part, modules in shapes.items():
@@ -150,7 +152,7 @@ def places(base_folder: Path) -> dict[tuple[str, str], Place]:
 
 
 def keys_of(path: Path) -> list[str]:
-    """A safetensors file's keys, without its tensors; empty for anything else."""
+    """The keys of a safetensors file, without reading its tensors; empty for other kinds of files."""
     from safetensors import SafetensorError, safe_open
 
     if path.suffix != ".safetensors":
@@ -159,11 +161,15 @@ def keys_of(path: Path) -> list[str]:
         with safe_open(path, "pt") as opened:
             return list(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} is no whole safetensors file ({error}): export it again") from error
+        raise BadInput(f"{path} is not a complete safetensors file ({error}): export it again") from error
 
 
 def _three(path: Path, tensors: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor, float]:
     missing = [ending for ending in (DOWN, UP, ALPHA) if name + ending not in tensors]
     if missing:
-        raise BadInput(f"{path}: {name} has no {missing[0].lstrip('.')}: a reader would take a wrong scale or skip it")
+        raise BadInput(
+            f"{path}: {name} has no {missing[0].lstrip('.')}, so readers would skip it or use a wrong scale: export "
+            "it "
+            "again"
+        )
     return tensors[name + DOWN], tensors[name + UP], float(tensors[name + ALPHA])

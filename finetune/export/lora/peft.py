@@ -20,7 +20,7 @@ PREFIX = "base_model.model."
 
 
 def kind_of(config: dict[str, Any]) -> str:
-    """What an adapter_config.json is of: "LORA", "DORA", "LOHA", ..."""
+    """The kind of adapter in an adapter_config.json: "LORA", "DORA", "LOHA", ..."""
     return "DORA" if config.get("use_dora") else str(config.get("peft_type", "LORA"))
 
 
@@ -59,30 +59,32 @@ class Peft(AdapterExport):
             config = read_json(config_file, dict)
             if kind_of(config) != "LORA" or config.get("rank_pattern") or config.get("alpha_pattern"):
                 raise BadInput(
-                    f"{path} holds a {kind_of(config)} of PEFT and no plain LoRA of one rank and alpha: take the "
-                    "kohya or diffusers file, or load it with PEFT"
+                    f"{path} holds a {kind_of(config)} adapter of PEFT, not a plain LoRA with one rank and alpha: use "
+                    "the kohya or diffusers file, or load it with PEFT"
                 )
             try:
                 rank, alpha = int(config["r"]), float(config["lora_alpha"])
                 layers[config_file.parent.name] = _pairs(config_file.with_name("adapter_model.safetensors"), rank)
             except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
                 raise BadInput(
-                    f"{config_file.parent} is no whole LoRA of PEFT ({type(error).__name__}: {error}): give another"
+                    f"{config_file.parent} is not a complete PEFT LoRA ({type(error).__name__}: {error}): give another"
                 ) from error
             rules.add((rank, alpha * rank**0.5 if config.get("use_rslora") else alpha))
         if len(rules) != 1:
-            raise BadInput(f"{path} has parts of several ranks or alphas: {sorted(rules)}")
+            raise BadInput(
+                f"{path} has parts with different ranks or alphas ({sorted(rules)}): use the kohya or diffusers file"
+            )
         rank, alpha = rules.pop()
         return Adapter(family, base_folder, layers, alpha / rank)
 
 
 def _pairs(file: Path, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Module -> (A, B), fp32. Raises: ValueError, KeyError: they are not of this rank, or there is none."""
+    """Module -> (A, B), fp32. Raises ValueError or KeyError if a matrix is missing or has another rank."""
     tensors, pairs = load_file(file), {}
     for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
         a, b = tensors[key].float(), tensors[key.replace(".lora_A.", ".lora_B.")].float()
         if not key.isprintable() or a.ndim < 2 or b.ndim < 2 or not rank == len(a) == b.shape[1] >= 1:
-            raise ValueError(f"{key[:100]!r} is no matrix of rank {rank}")
+            raise ValueError(f"{key[:100]!r} is not a matrix of rank {rank}")
         pairs[strip_text_model(key.removeprefix(PREFIX).removesuffix(".lora_A.weight"))] = (a, b)
     if not pairs:
         raise ValueError("it has no matrices")

@@ -1,4 +1,4 @@
-"""A whole model as one file in the original layout, which every UI loads; checked by reading it back."""
+"""Writes a whole model as one file in the original layout, which every UI loads, and reads it back as a check."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Checkpoint(ModelExport):
         return (
             ""
             if family.naming.single_file is not None
-            else f"a {family.name}: there is no single-file layout for it here"
+            else f"a {family.name}: this program has no single-file layout for it"
         )
 
     def export(self, family: Family, path: Path, request: Request, verify: Verify) -> Exported:
@@ -48,21 +48,21 @@ class Checkpoint(ModelExport):
         return load_family(str(path), dtype=dtype, like=str(like))
 
     def checking(self, parts: Mapping[str, float], verify: Verify) -> str:
-        return f"a file of {gib(sum(parts.values()))} in main memory, beside the trained one"
+        return f"a file of {gib(sum(parts.values()))} in main memory, in addition to the trained model"
 
 
 def export_checkpoint(
     family: Family, path: Path, dtype: str, about: dict[str, str], verify: Verify = "full"
 ) -> Exported:
-    """Writes `path` in `dtype` (replacing an older export) and compares every weight that is read back.
+    """Writes `path` in `dtype` (replacing an older export), reads every weight back and compares it.
 
     Raises:
-        BadInput: there is no original layout for this family.
+        BadInput: this family has no original layout.
     """
     layout = family.naming.single_file
     if layout is None or family.inputs is not None:
         what = f"{family.name}{f' with {family.inputs} inputs' if family.inputs else ''}"
-        raise BadInput(f"there is no single-file layout for {what} here: use --to folder")
+        raise BadInput(f"this program has no single-file layout for {what}: use --to folder")
     family.parts.restore()
     tensors = pack(layout, family.parts, DTYPES[dtype])
     v_prediction = family.schedule.prediction == "v_prediction"
@@ -77,7 +77,7 @@ def export_checkpoint(
 
 
 def _compare(family: Family, layout: SingleFile, path: Path, dtype: torch.dtype) -> tuple[int, Check]:
-    """Every weight of every part, read back by name, against the one in memory rounded to the stored precision."""
+    """Compares every weight in the file with the one in memory, rounded to the stored precision."""
     held = load_file(path)
     count = 0
     for part, module in family.parts.items():
@@ -88,6 +88,6 @@ def _compare(family: Family, layout: SingleFile, path: Path, dtype: torch.dtype)
             return count, Check("file", False, str(fault))
         for key, value in again.items():
             if not torch.equal(value, weights[key].detach().cpu().to(dtype)):
-                return count, Check("weights", False, f"{part}.{key} is not what was written")
+                return count, Check("weights", False, f"{part}.{key} differs from the weight that was written")
         count += len(again)
     return count, Check("weights", True, f"{count} weights re-read, bit for bit in the stored precision", 0.0)

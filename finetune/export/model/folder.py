@@ -1,4 +1,4 @@
-"""A fully fine-tuned model as a complete diffusers folder, checked by loading it again."""
+"""Writes a fully fine-tuned model as a complete diffusers folder, and loads it again as a check."""
 
 from __future__ import annotations
 
@@ -39,11 +39,13 @@ class Folder(ModelExport):
     def checking(self, parts: Mapping[str, float], verify: Verify) -> str:
         if verify == "deltas":
             return ""
-        return f"a part of it at a time ({gib(max(parts.values()))} at most) in main memory, beside the trained one"
+        return (
+            f"one part at a time ({gib(max(parts.values()))} at most) in main memory, in addition to the trained model"
+        )
 
 
 def export_folder(family: Family, path: Path, dtype: str, verify: Verify = "full") -> Exported:
-    """Writes `path` (replacing an older export), in `dtype`, and compares every weight of the re-loaded folder."""
+    """Writes `path` in `dtype` (replacing an older export), loads it again and compares every weight."""
     with replacing_folder(path) as temporary:
         family.drawing.pipeline().save_pretrained(temporary, safe_serialization=True)
         for file in temporary.rglob("*.safetensors"):
@@ -65,7 +67,7 @@ def export_folder(family: Family, path: Path, dtype: str, verify: Verify = "full
 
 
 def _keep_estimator(base: Path, folder: Path) -> None:
-    """A depth base comes with a model that makes depth maps, which is not ours to load."""
+    """Copies the model that makes depth maps, which a depth base includes and this program does not load."""
     index, listed = read_config(folder, "model_index.json"), read_config(base, "model_index.json")
     names = [name for name in ("depth_estimator", "feature_extractor") if "depth_estimator" in index]
     there = [name for name in names if (base / name).is_dir() and name in listed]
@@ -76,7 +78,7 @@ def _keep_estimator(base: Path, folder: Path) -> None:
 
 
 def _forget_origin(folder: Path) -> None:
-    """diffusers notes in each config where a part came from: a path of this machine, in a folder to be shared."""
+    """Removes the local path that diffusers writes into each config: the folder may be shared."""
     for file in folder.rglob("*.json"):
         values = read_json(file, dict)
         if values.pop("_name_or_path", None) is not None:
@@ -84,8 +86,8 @@ def _forget_origin(folder: Path) -> None:
 
 
 def _compare(family: Family, path: Path, dtype: torch.dtype, verify: Verify) -> tuple[int, Check]:
-    """Every weight of the folder against the trained one rounded to the stored dtype, and the tokenizers' files. One
-    part of the folder at a time is in memory: loaded as any base's is, or (`deltas`) read from its files."""
+    """Compares the folder's tokenizer files, and every weight with the trained one rounded to the stored dtype. One
+    part at a time is in memory, loaded like any base's or (`deltas`) read from its files."""
     again = unloaded(family_of(path), path, dtype) if verify == "full" else None
     count = 0
     for part in family.parts:
@@ -95,12 +97,12 @@ def _compare(family: Family, path: Path, dtype: torch.dtype, verify: Verify) -> 
         count += sum(1 for _ in family.parts[part].parameters())
     for file in family.folder.glob("tokenizer*/*"):
         if file.read_bytes() != (path / file.parent.name / file.name).read_bytes():
-            return count, Check("file", False, f"{file.parent.name}/{file.name} is not the base's")
+            return count, Check("file", False, f"{file.parent.name}/{file.name} differs from the base's")
     return count, Check("weights", True, f"{count} weights re-loaded, bit for bit in the stored precision", 0.0)
 
 
 def _other_weights(family: Family, again: Family | None, path: Path, part: str, dtype: torch.dtype) -> str:
-    """What is wrong with one part of the folder; "" for nothing."""
+    """What is wrong with one part of the folder; "" if nothing."""
     wanted = {strip_text_model(name): value for name, value in family.parts[part].named_parameters()}
     with loaded(again, part) if again else nullcontext() as module:
         held = module.named_parameters() if module is not None else _stored(path, family, part).items()
@@ -109,12 +111,12 @@ def _other_weights(family: Family, again: Family | None, path: Path, part: str, 
             return f"{part} has other weights, such as {sorted(wanted.keys() ^ found.keys())[0]}"
         for name, value in wanted.items():
             if not torch.equal(value.to(dtype).cpu(), found[name].to(dtype)):
-                return f"{part}.{name} is not what was trained"
+                return f"{part}.{name} differs from the trained weight"
     return ""
 
 
 def _stored(path: Path, family: Family, part: str) -> dict[str, Tensor]:
-    """One part's weights, from its files alone; without buffers (SD3's positions), which nothing trains."""
+    """One part's weights from its files, without buffers (SD3's position embeddings), which are never trained."""
     buffers = {strip_text_model(name) for name, _ in family.parts[part].named_buffers()}
     files = sorted((path / family.sources[part].folder).glob("*.safetensors"))
     held = {strip_text_model(name): value for file in files for name, value in load_tensors(file).items()}

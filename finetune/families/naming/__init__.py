@@ -1,1 +1,1 @@
-"""The names that other programs give to a base model's weights."""
+"""The names of a base model's weights in other programs' files."""

@@ -1,6 +1,6 @@
-"""What files of other programs call a family and its modules, and which programs are known to read which file.
+"""The names of a family and its modules in other programs' files, and the programs that are known to read each file.
 
-Facts sit with the family: each fills in a `Naming`. They were read from the loaders' sources (docs/exports.md).
+Each family defines a `Naming`. Its facts come from the source code of the programs' loaders (docs/exports.md).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Labels:
-    """What files of a family call it: kohya's `ss_base_model_version` and `ss_v2`, modelspec's architecture and
-    implementation, and the "sd version" of Forge's sidecars. `v_*` for bases that predict v."""
+    """The names of a family in file headers: kohya's `ss_base_model_version` and `ss_v2`, modelspec's architecture and
+    implementation, and the "sd version" of Forge's sidecars. `v_*` apply to bases that predict v."""
 
     kohya: str
     architecture: str
     implementation: str
     sidecar: str
-    prediction: str = "epsilon"  # "" for flows, which modelspec has no word for
+    prediction: str = "epsilon"  # "" for flows: modelspec has no value for them
     v_kohya: str = ""
     v_architecture: str = ""
     v2: bool = False
@@ -29,8 +29,8 @@ class Labels:
 class Readers:
     """The programs that are known to read a family's files, by format.
 
-    `diffusers_format` holds for a LoRA of the denoiser alone; `with_texts` for one of text encoders too.
-    `refuse_unknown`: programs that refuse a whole kohya file for one key that they do not know.
+    `diffusers_format` is for a LoRA of the denoiser alone, `with_texts` for one that includes text encoders.
+    `refuse_unknown`: programs that refuse a whole kohya file because of one unknown key.
     """
 
     kohya: tuple[str, ...] = ()
@@ -47,8 +47,8 @@ ONLY_DIFFUSERS = Readers(kohya=("diffusers",), embedding=("diffusers",))
 class SingleFile:
     """A family's checkpoint in the original (LDM, SGM) layout.
 
-    `texts`: text encoder -> (prefix in the file, whether it is in OpenCLIP's layout there). `like`: the hub id whose
-    configs and tokenizers go with such a file.
+    `texts`: text encoder -> (prefix in the file, whether the file uses OpenCLIP's layout for it). `like`: the hub id
+    with the configs and tokenizers for such a file.
     """
 
     texts: Mapping[str, tuple[str, bool]]
@@ -60,13 +60,13 @@ class Naming:
     """A family's names in files.
 
     Attributes:
-        labels: what its files say of themselves.
-        prefixes: part -> kohya's prefix ("lora_unet", "lora_te", ...): the parts that can be trained.
-        readers: which programs read its files; None where that was not found out.
-        single_file: its original checkpoint layout; None for none here.
-        ui_format: the LoRA format that UIs read, which gets the plain file name.
-        joined: several of our modules are one matrix in kohya's file, each with its own rank and alpha.
-        scale_in_matrices: LoRA files in diffusers' names without an alpha have alpha = rank.
+        labels: its names in file headers.
+        prefixes: part -> kohya's prefix ("lora_unet", "lora_te", ...), for the parts that can be trained.
+        readers: the programs that read its files; None if unknown.
+        single_file: its original checkpoint layout; None if it is not supported.
+        ui_format: the LoRA format that UIs read; its file gets the plain name.
+        joined: whether kohya's file joins several modules into one matrix, each with its own rank and alpha.
+        scale_in_matrices: whether diffusers LoRA files without an alpha have alpha = rank.
     """
 
     labels: Labels
@@ -82,14 +82,14 @@ class Naming:
         return self.readers or ONLY_DIFFUSERS
 
     def original_names(self, paths: Sequence[str], config: Mapping[str, Any]) -> dict[str, list[str]]:
-        """The denoiser's names in kohya's files, with dots -> the modules that one such matrix holds, by rows.
+        """The names of the denoiser's matrices in kohya's files, with dots -> the modules in that matrix, by rows.
 
         Args:
-            paths: the denoiser's modules.
-            config: the denoiser's.
+            paths: the module paths of the denoiser.
+            config: the denoiser's config.
         """
         return {path: [path] for path in paths}
 
     def other_names(self, name: str, config: Mapping[str, Any]) -> list[str]:
-        """What other trainers call the denoiser's matrix `name` (with dots, as `original_names` has it)."""
+        """The names that other trainers use for the denoiser's matrix `name` (with dots, from `original_names`)."""
         return []

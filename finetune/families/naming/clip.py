@@ -1,7 +1,7 @@
 """The two layouts of CLIP's module paths.
 
-transformers 5.6 took the `text_model.` wrapper off CLIPTextModel but left it on CLIPTextModelWithProjection. Files
-for other programs always have it, so every reader and writer passes through these two functions.
+transformers 5.6 removed the `text_model.` wrapper from CLIPTextModel but not from CLIPTextModelWithProjection. Files
+for other programs always have it, so all readers and writers use these two functions.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ def strip_text_model(path: str) -> str:
 
 
 def add_text_model(path: str) -> str:
-    """The path as files for other programs have it."""
+    """The path with the wrapper, for files of other programs."""
     return path if path.startswith(WRAPPER) else WRAPPER + path

@@ -1,6 +1,6 @@
-"""The original (LDM, SGM) names of a UNet's modules, made from its diffusers names and its config.
+"""The original (LDM, SGM) names of a UNet's modules, computed from their diffusers names and the UNet's config.
 
-The original code numbers its blocks one after the other; diffusers nests them. Inside attention blocks both agree.
+The original code numbers all blocks in one sequence; diffusers nests them. Inside attention blocks the names agree.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SD_READERS = Readers(
 
 @dataclass(frozen=True)
 class UNetNaming(Naming):
-    """kohya's files have diffusers' names; other trainers write the original ones in kohya's form."""
+    """kohya's files use diffusers' names; other trainers write the original names in kohya's format."""
 
     def other_names(self, name: str, config: Mapping[str, Any]) -> list[str]:
         return [f"{self.prefixes['denoiser']}_{unet_name(name, dict(config)).replace('.', '_')}"]
@@ -129,8 +129,8 @@ OPEN_CLIP_OUTSIDE = {
 
 
 def open_clip_name(key: str) -> tuple[str, int | None]:
-    """A CLIP weight's name in transformers (without `text_model.`) -> its name in OpenCLIP, and which third of it
-    where query, key and value are one matrix there."""
+    """A CLIP weight's name in transformers (without `text_model.`) -> its name in OpenCLIP, and its third of that
+    tensor if OpenCLIP joins query, key and value (None: the whole tensor)."""
     if key in OPEN_CLIP_OUTSIDE:
         return OPEN_CLIP_OUTSIDE[key], None
     number, rest = key.removeprefix("encoder.layers.").split(".", 1)

@@ -1,7 +1,7 @@
 """The original names of SD3's and Flux's modules, from their diffusers names.
 
-The original code holds q, k and v (and in Flux's single blocks the MLP) in one matrix; diffusers holds them apart. So
-a name comes with its slot: which of the matrices, joined by rows, a module is.
+The original code joins q, k and v (and in Flux's single blocks the MLP) into one matrix; diffusers has separate
+modules. So each name has a slot: the position of the module among the rows of the joined matrix.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ SD3_OUTSIDE = {
 
 @dataclass(frozen=True)
 class Names:
-    """A transformer's modules in the original code.
+    """The names of a transformer's modules in the original code.
 
-    `blocks`: diffusers' list of blocks -> (the original's, names inside one, with the slot). `outside`: all others.
-    `swapped_in_last`: a module of the last block that no matrix of the original is equal to.
+    `blocks`: diffusers' list of blocks -> (the original list, the names inside a block with their slots). `outside`:
+    all other modules. `swapped_in_last`: a module of the last block that differs from every original matrix.
     """
 
     blocks: Mapping[str, tuple[str, Mapping[str, tuple[str, int]]]] = field(default_factory=dict)
@@ -95,9 +95,10 @@ class Names:
     swapped_in_last: str = ""
 
     def original(self, path: str, last_block: int) -> tuple[str, int] | None:
-        """A module path -> (original path, slot); None where no matrix of the original is its equal.
+        """A module path -> (original path, slot); None if no original matrix is equal to the module.
 
-        Those are the output's modulation, and in SD3 that of the last block's text: diffusers swaps their halves.
+        That applies to the output's modulation, and in SD3 to the text modulation of the last block: diffusers swaps
+        their halves.
         """
         found = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", path)
         if found is None or found[1] not in self.blocks:
@@ -123,7 +124,7 @@ SD3_NAMES = Names({"transformer_blocks": ("joint_blocks", SD3_BLOCK)}, SD3_OUTSI
 
 @dataclass(frozen=True)
 class JoinedNaming(Naming):
-    """UIs read diffusers' names; kohya's file has the original matrices, of which some are several of ours."""
+    """UIs read diffusers' names; kohya's file has the original matrices, some of which join several modules."""
 
     ui_format: str = "diffusers"
     joined: bool = True

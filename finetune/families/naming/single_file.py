@@ -1,6 +1,7 @@
-"""Single-file checkpoints in the original (LDM, SGM) layout: a family -> one file, one file -> a diffusers folder.
+"""Converts a family to a single-file checkpoint in the original (LDM, SGM) layout, and such a file to a diffusers
+folder.
 
-The file holds weights alone. Configs, tokenizers and the scheduler come from a folder of the same kind, its `like`.
+The file holds only weights. Configs, tokenizers and the scheduler come from `like`, a folder of the same kind.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
 @dataclass(frozen=True)
 class Entry:
-    """One weight: its name in our part, its name in the file, and which third of that (None: the whole)."""
+    """One weight: its name in the part, its name in the file, and its third of that tensor (None: the whole)."""
 
     key: str
     original: str
@@ -37,7 +38,7 @@ class Entry:
 
 
 def entries(layout: SingleFile, part: str, module: nn.Module) -> Iterator[Entry]:
-    """Every weight of a part with its place in the file."""
+    """Every weight of a part, with its name in the file."""
     config = dict(cast(Any, module).config) if part in ("denoiser", "vae") else {}
     for key in module.state_dict():
         path, leaf = key.rsplit(".", 1)
@@ -76,19 +77,19 @@ def pack(layout: SingleFile, parts: Mapping[str, nn.Module], dtype: torch.dtype)
 
 def _stored(entry: Entry, value: Tensor) -> Tensor:
     if entry.original.startswith(VAE) and ".mid.attn_1." in entry.original and value.ndim == 2:
-        return value[:, :, None, None]  # a 1x1 convolution there
+        return value[:, :, None, None]  # the file stores it as a 1x1 convolution
     return value.T.contiguous() if entry.transposed else value
 
 
 def detect(keys: list[str], shapes: dict[str, torch.Size], layouts: Mapping[str, SingleFile]) -> str:
-    """Which of `layouts` (family -> its layout) a checkpoint has, from its tensors.
+    """The family of a checkpoint: finds the one of `layouts` (family -> its layout) that its tensors have.
 
     Raises:
-        BadInput: it is no checkpoint, or of a kind that is not supported; which one is said.
+        BadInput: the file is not a checkpoint, or its kind is not supported; the message names the kind.
     """
     first = next((shapes[key] for key in keys if key == f"{UNET}input_blocks.0.0.weight"), None)
     if first is None:
-        raise BadInput("it has no UNet in the original layout (model.diffusion_model...): give a whole checkpoint")
+        raise BadInput("it has no UNet in the original layout (model.diffusion_model...): give a complete checkpoint")
     if first[1] != 4:
         kind = {9: "inpainting", 5: "depth", 8: "editing"}.get(int(first[1]), "another")
         raise BadInput(f"its UNet has {first[1]} input channels ({kind}): give a text-to-image checkpoint")
@@ -97,21 +98,22 @@ def detect(keys: list[str], shapes: dict[str, torch.Size], layouts: Mapping[str,
             return family
     if any(key.startswith("conditioner.embedders.0.model.") for key in keys):
         raise BadInput("it is an SDXL refiner: give the SDXL base")
-    raise BadInput("it has no text encoder that is known: give a whole checkpoint of SD 1.x, SD 2.x or SDXL")
+    raise BadInput("it has no known text encoder: give a complete checkpoint of SD 1.x, SD 2.x or SDXL")
 
 
 def unpack(file: Path, like: Path, sources: PartSources, layout: SingleFile) -> Path:
-    """The checkpoint as a diffusers folder in the cache, in the file's own precision; made once, by its hash.
+    """Converts the checkpoint to a diffusers folder in the cache, in the file's own precision. The folder is named by
+    the file's hash and reused.
 
     Raises:
-        BadInput: a weight is missing, or of another shape than the config of `like` says.
+        BadInput: a weight is missing, or its shape differs from the config of `like`.
     """
     name = hashlib.sha256(f"{sha256(file)}{like}".encode()).hexdigest()[:16]
     folder = cache_dir() / "checkpoints" / name
     if folder.is_dir():
         return folder
     refuse_links(like)
-    sweep(folder.parent, 86_400)  # another process may be at work there
+    sweep(folder.parent, 86_400)  # keeps newer ones: another process may be writing there
     copied = {*like.glob("*.json"), *like.glob("*/*.json"), *like.glob("tokenizer*/*")}
     with replacing_folder(folder) as temporary, safe_open(file, "pt") as opened:
         _check_prediction(opened.keys(), like)
@@ -148,15 +150,18 @@ class _Lazy(Mapping[str, Tensor]):
 def unpacked(
     held: Mapping[str, Tensor], layout: SingleFile, part: str, module: nn.Module, file: Path
 ) -> Iterator[tuple[str, Tensor]]:
-    """A part's weights by its own names, from a checkpoint's tensors.
+    """(name in the part, weight) for all of a part's weights, from a checkpoint's tensors.
 
     Raises:
-        BadInput: one is missing, or of another shape than the module's.
+        BadInput: one is missing, or has another shape than the module.
     """
     weights = module.state_dict()
     for entry in entries(layout, part, module):
         if entry.original not in held:
-            raise BadInput(f"{file} has no {entry.original}: it is not whole, or its base.like is of another shape")
+            raise BadInput(
+                f"{file} has no {entry.original}: give a complete file, or choose a folder of the same kind with "
+                "base.like"
+            )
         value = held[entry.original]
         if entry.third is not None:
             value = value.chunk(3)[entry.third]
@@ -164,17 +169,17 @@ def unpacked(
         wanted = weights[entry.key].shape
         if value.numel() != wanted.numel():
             raise BadInput(
-                f"{file}: {entry.original} has shape {tuple(value.shape)} where base.like says {tuple(wanted)}: "
+                f"{file}: {entry.original} has shape {tuple(value.shape)} but base.like has {tuple(wanted)}: "
                 "choose a folder of the same kind with base.like"
             )
         yield entry.key, value.reshape(wanted).contiguous()
 
 
 def _check_prediction(keys: Any, like: Path) -> None:
-    """Some SDXL files say that they predict v by an empty tensor of that name."""
+    """Some SDXL files mark v-prediction with an empty tensor of that name."""
     config = read_config(like, "scheduler/scheduler_config.json")
     if "v_pred" in keys and config.get("prediction_type") != "v_prediction":
         raise BadInput(
-            f"the checkpoint says that it predicts v, but {like} says {config.get('prediction_type', 'epsilon')}: "
+            f"the checkpoint predicts v, but the scheduler of {like} has {config.get('prediction_type', 'epsilon')}: "
             "choose a folder whose scheduler predicts v with base.like"
         )

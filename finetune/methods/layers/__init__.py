@@ -1,1 +1,1 @@
-"""Torch modules of methods: imported where they are made, so that settings need no torch."""
+"""Torch modules of methods. They are imported only when they are built, so that settings do not import torch."""

@@ -1,4 +1,4 @@
-"""New rows beside a frozen table of embeddings."""
+"""A frozen embedding table with new, trainable rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Rows(nn.Module):
-    """New embeddings [n, width]; the parameter is fp32."""
+    """New embeddings [n, width] as an fp32 parameter."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
@@ -18,8 +18,10 @@ class Rows(nn.Module):
 
 
 class Directions(Rows):
-    """m v / |v| for a parameter v [n, width]: only the direction is learned (arXiv:2512.13672 fixes the norm, too, and
-    steps on the sphere; here the sphere is in the parametrisation)."""
+    """Embeddings m v / |v| with a trained v [n, width] and a fixed norm m: only the direction is learned.
+
+    arXiv:2512.13672 also fixes the norm, but steps on the sphere; here the parametrisation keeps the norm.
+    """
 
     def __init__(self, start: Tensor, norm: Tensor) -> None:
         super().__init__(start)
@@ -31,14 +33,14 @@ class Directions(Rows):
 
 
 class ExtendedEmbedding(nn.Module):
-    """A frozen table of embeddings, and new rows for the ids from `first` on; dtype of the table."""
+    """A frozen embedding table, with new rows for token ids from `first` on. The output has the table's dtype."""
 
     def __init__(self, base_layer: nn.Embedding, first: int, new: Rows) -> None:
         super().__init__()
-        self.base_layer, self.first, self.new = base_layer, first, new  # the base first: its dtype is the encoder's
+        self.base_layer, self.first, self.new = base_layer, first, new  # the base first: it sets the encoder's dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[B, length] -> [B, length, width]; the rows get a gradient (of zero) also where no prompt has them."""
+        """Token ids [B, length] -> [B, length, width]. The new rows get a zero gradient if no prompt uses them."""
         mine = ids >= self.first
         held = self.base_layer(ids.masked_fill(mine, 0))
         new = self.new().to(held.dtype)[(ids - self.first).clamp(min=0)]

@@ -1,1 +1,1 @@
-"""Loss weights by timestep: each is one file here, found by `WEIGHTINGS`."""
+"""Loss weights by timestep. Each is one file here; the registry `WEIGHTINGS` finds it."""

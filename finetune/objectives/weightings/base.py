@@ -1,6 +1,6 @@
-"""What a loss weight is to an objective: a function of the signal-to-noise ratio, with settings of its own.
+"""The interface of loss weights: functions of the signal-to-noise ratio (SNR), with their own settings.
 
-No module here imports torch before a weight is computed: recipes are read without it.
+Modules here import torch only when a weight is computed, so that recipes can be read without it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     from finetune.objectives.schedule import Prediction
 
-LOWEST, HIGHEST = 1e-8, 1e8  # of the SNR; that of a float32 abar is below 2e7, or infinite
+LOWEST, HIGHEST = 1e-8, 1e8  # the range of SNRs: the SNR of a float32 abar is below 2e7, or infinite
 
 
 class Weighting(Settings):
-    """Settings of a loss weight, and its formula. A new one is a file with a subclass and its `kind`.
+    """The settings of a loss weight, and its formula. A new one is a file with a subclass and its `kind`.
 
-    A paper gives its weight for one prediction; all are written for the x0 loss and turned into the others' by
+    Papers define their weight for one kind of prediction. Here all are defined for the x0 loss, and converted with
     |eps^ - eps|^2 = SNR |x0^ - x0|^2 and |v^ - v|^2 = (SNR + 1) |x0^ - x0|^2 (arXiv:2202.00512 section 4).
     """
 
@@ -29,11 +29,11 @@ class Weighting(Settings):
 
     @abstractmethod
     def in_x0(self, snr: Tensor) -> Tensor:
-        """SNRs [B], float32, from `LOWEST` to `HIGHEST` -> weights [B] of the x0 loss, finite and above 0."""
+        """The weights [B] of the x0 loss, finite and above 0, for SNRs [B], float32, from `LOWEST` to `HIGHEST`."""
 
     def weight(self, snr: Tensor, prediction: Prediction) -> Tensor:
-        """The weight of |prediction - target|^2 at these SNRs [B]; at 0 and infinity, where a formula may be 0/0, that
-        of the nearest SNR in the range."""
+        """The weights [B] of |prediction - target|^2 at these SNRs [B]. SNRs of 0 and infinity, where a formula may be
+        0/0, are replaced by the nearest value in the range."""
         snr = snr.clamp(min=LOWEST, max=HIGHEST)
         in_x0 = self.in_x0(snr)
         if prediction == "sample":
@@ -42,10 +42,10 @@ class Weighting(Settings):
 
 
 class Unweighted(Settings):
-    """Every timestep counts the same in the loss of what the base predicts, whatever that is."""
+    """No weighting: all timesteps count equally in the loss of the base's own prediction."""
 
     kind: Literal["none"] = "none"
 
     def weight(self, snr: Tensor, prediction: Prediction) -> Tensor:
-        """1 for each sample [B]."""
+        """Ones [B]."""
         return snr.new_ones(snr.shape)

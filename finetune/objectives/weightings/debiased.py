@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 
 class Debiased(Weighting):
-    """SNR / sqrt(SNR), that is 1 / sqrt(SNR) for epsilon (arXiv:2310.08442 eq. 11), with SNR at most 1000."""
+    """SNR / sqrt(min(SNR, 1000)) for x0, which is 1 / sqrt(SNR) for epsilon up to SNR = 1000 (arXiv:2310.08442 eq.
+    11)."""
 
     kind: Literal["debiased"] = "debiased"
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class MinSNR(Weighting):
-    """min(SNR, gamma) (arXiv:2303.09556 eq. 7); the paper's gamma is 5."""
+    """min(SNR, gamma) for x0 (arXiv:2303.09556 eq. 7); the paper uses gamma = 5."""
 
     kind: Literal["min_snr"] = "min_snr"
     gamma: float = Field(default=5.0, gt=0)

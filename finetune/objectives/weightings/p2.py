@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class P2(Weighting):
-    """SNR / (1 + SNR)^gamma, that is 1 / (1 + SNR)^gamma for epsilon (arXiv:2204.00227 eq. 8, k = 1)."""
+    """SNR / (1 + SNR)^gamma for x0, which is 1 / (1 + SNR)^gamma for epsilon (arXiv:2204.00227 eq. 8, k = 1)."""
 
     kind: Literal["p2"] = "p2"
     gamma: float = Field(default=1.0, gt=0)

@@ -13,7 +13,7 @@ WEIGHTINGS: Registry[Weighting] = Registry(
 )
 
 
-# what a recipe's `objective.weighting` may be: `kind` chooses the class
+# the type of a recipe's `objective.weighting`: `kind` chooses the class
 LOSS_WEIGHTS: tuple[Any, ...] = (Unweighted, *WEIGHTINGS.values())
 if TYPE_CHECKING:
     LossWeight = Unweighted | Weighting

@@ -1,1 +1,1 @@
-"""How training keeps what the base knows about the class: the kinds of a recipe's `prior:` section."""
+"""Prior preservation: keeps the base's knowledge of the class during training (the recipe's `prior:` section)."""

@@ -1,6 +1,6 @@
-"""The prior seam: how training keeps what the base knows about the class. A new prior is one new file in this folder.
+"""The interface of priors: ways to keep the base's knowledge of the class. A new prior is one new file in this folder.
 
-A recipe is made of these classes, so modules here import torch inside functions only.
+Recipes are made of these classes, so modules here import torch only inside functions.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 
 
 class PriorSettings(Settings, ABC):
-    """A recipe's `prior:` section is the constructor of one of these. A new one is a file with a subclass and its
-    `kind`.
+    """The settings of a prior, in a recipe's `prior:` section. A new one is a file with a subclass and its `kind`.
 
     Class attributes:
-        predictions: how many predictions with a gradient a training step makes for each photo.
-        holds_reference: keeps a copy of what is trained, as it was at the start (`Method.reference_bytes`).
-        needs_distance: asks the method for `Method.distance`, which not every method measures.
+        predictions: the number of predictions with a gradient in a training step for each photo.
+        holds_reference: whether it keeps a copy of the initial trained weights (`Method.reference_bytes`).
+        needs_distance: whether it needs `Method.distance`, which not every method supports.
     """
 
     predictions: ClassVar[int] = 1
@@ -35,23 +34,23 @@ class PriorSettings(Settings, ABC):
 
     @property
     def prompts(self) -> list[str]:
-        """Templates that are encoded beside the captions; the first is the class prompt."""
+        """Prompt templates that are encoded in addition to the captions; the first is the class prompt."""
         return []
 
     @property
     def class_images(self) -> ClassImages | None:
-        """The class images that are trained on beside the photos; None for none."""
+        """The settings of the class images in the training data; None if this prior uses none."""
         return None
 
     @abstractmethod
     def regularizers(self, attached: PriorContext) -> list[Regularizer]:
-        """What is added to the loss of every micro-batch."""
+        """The penalties that are added to the loss of every micro-batch."""
 
     def cost(self, method: Method, family: Family, class_prompt: str) -> str:
-        """One line of the plan; empty for nothing to tell."""
+        """A line about the prior's cost for the plan; "" for none."""
         return ""
 
 
 def held(what: str, size: int) -> str:
-    """The end of a plan's line: what is kept in memory, and its size in bytes."""
+    """The end of a plan's line: `what` is kept in memory, with a size of `size` bytes."""
     return f", {what} ({size / 1e6:,.0f} MB)" if size else ", nothing is copied"

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class ClassImages(PriorSettings):
     """Prior preservation with class images (arXiv:2208.12242 eq. 2), drawn once by the frozen base.
 
-    `folder`: None keeps the set in the cache, named by what it was made of. A folder of the user's own pictures
-    (without a manifest) is used as it is. `caption_dropout` empties class captions, so that the empty prompt does
-    not learn the subject and guidance keeps the class as it was.
+    `folder`: None stores the images in the cache, under a hash of all settings that determine them. A folder with the
+    user's own images (without a manifest) is used unchanged. `caption_dropout` replaces some class captions by empty
+    ones, so that the empty prompt does not learn the subject and guidance keeps the class unchanged.
     """
 
     predictions: ClassVar[int] = 2
@@ -46,5 +46,5 @@ class ClassImages(PriorSettings):
         return self
 
     def regularizers(self, attached: PriorContext) -> list[Regularizer]:
-        """None: the class images are in the batch, with a weight of their own."""
+        """Empty: the class images are part of the batch, with their own weight."""
         return []

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Distance(PriorSettings):
     """lambda sum |theta - theta_0|^2 over the weights of the model (arXiv:2505.19519); for LoRA |s B A|_F^2 by layer.
 
-    A sum and no mean: `weight` means the same whatever the number of weights that are trained.
+    It is a sum, not a mean, so the meaning of `weight` does not depend on the number of trained weights.
     """
 
     holds_reference: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Prior preservation by the frozen base's predictions (2506.06483)."""
+"""Prior preservation by the frozen base's predictions (arXiv:2506.06483)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 class FrozenBase(PriorSettings):
-    """Prior preservation without class images: for the class prompt the trained model is held to what the base says.
+    """Prior preservation without class images: the trained model must keep the base's prediction for the class prompt.
 
-    lambda w_t |pred(z_t, t, c_class) - stop_grad(pred_base(z_t, t, c_class))|^2 (2506.06483), at the subject's own
-    noised latents. `caption_dropout` empties class prompts, so that the base's empty prompt, and guidance, stay too.
+    The penalty is lambda w_t |pred(z_t, t, c_class) - stop_grad(pred_base(z_t, t, c_class))|^2 (arXiv:2506.06483),
+    with the subject's own noisy latents z_t. `caption_dropout` replaces some class prompts by empty ones, so that the
+    prediction for the empty prompt, and with it guidance, stays too.
     """
 
     predictions: ClassVar[int] = 2
@@ -40,4 +41,4 @@ class FrozenBase(PriorSettings):
 
     def cost(self, method: Method, family: Family, class_prompt: str) -> str:
         extra = held("a frozen copy of the trained parts", method.reference_bytes(family))
-        return f"held to the base's prediction for {class_prompt!r}: a training and a forward pass more a step{extra}"
+        return f"keeps the base's prediction for {class_prompt!r}: one more training and forward pass a step{extra}"

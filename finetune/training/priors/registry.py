@@ -16,7 +16,7 @@ PRIORS: Registry[PriorSettings] = Registry(
 )
 
 
-# what a recipe's `prior:` section may be: `kind` chooses the class
+# the type of a recipe's `prior:` section: `kind` chooses the class
 if TYPE_CHECKING:
     Prior = PriorSettings
 else:
