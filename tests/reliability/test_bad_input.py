@@ -121,7 +121,7 @@ def photo_is_a_bomb(place: Place) -> list[str]:
     return place.train()
 
 
-@case("phone.heic (", "mend or remove")
+@case("phone.heic (", "fix or remove")
 def photo_is_heic(place: Place) -> list[str]:
     (place.photos / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     return place.train()
