@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.core.errors import BadInput
-from finetune.data.captions import caption_files, caption_rows
+from finetune.data.captions import BESIDE, LISTS, caption_files, caption_rows
 from finetune.data.photos import MASK, BadImage, Photo, image_files, is_companion, open_image, opened, read_photo
 
 ORIENTATIONS = {
@@ -24,7 +24,6 @@ ORIENTATIONS = {
 CROPPED_AWAY = 2.0  # longer side / shorter side: a square crop then loses half of the photo or more
 NEAR = 6  # of 64 dHash bits may differ between near-duplicates
 MOST_FRAMES = 1_000  # counting stops here
-CAPTION_LISTS = {"metadata.jsonl", "captions.csv"}
 
 
 @dataclass
@@ -187,10 +186,10 @@ def _other_files(folder: Path, images: list[Path]) -> list[str]:
     stems = {path.stem for path in images}
     others = []
     for path in sorted(folder.iterdir()):
-        is_caption = path.suffix == ".txt" and path.stem in stems
+        is_caption = path.suffix.lower() in BESIDE and path.stem in stems
         is_mask = path.name == "masks" or (path.name.lower().endswith(MASK) and path.name[: -len(MASK)] in stems)
         beside = is_caption or is_mask or is_companion(path, stems)
-        if path.name.startswith(".") or beside or path in images or path.name in CAPTION_LISTS:
+        if path.name.startswith(".") or beside or path in images or path.name in LISTS:
             continue
         others.append(path.name + ("/" if path.is_dir() else ""))
     return [f"not read: {', '.join(others)}"] if others else []

@@ -115,7 +115,9 @@ def demo(out: Annotated[Path | None, typer.Option("--out", help="the run folder"
 @app.command()
 def sample(
     source: Annotated[Path, typer.Argument(help="a run folder or an adapter file", metavar="RUN_OR_ADAPTER")],
-    prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="may be given several times")],
+    prompt: Annotated[
+        list[str], typer.Option("-p", "--prompt", help="may be given several times; a run fills in {token} and {noun}")
+    ],
     negative: str = "",
     seed: int = 0,
     count: Annotated[int, typer.Option(min=1, help="images for each prompt")] = 4,
@@ -131,6 +133,7 @@ def sample(
     from finetune.core.devices import machine
     from finetune.jobs.images import ImageRequest, draw_files
     from finetune.jobs.open import open_result
+    from finetune.jobs.words import filled_prompts
     from finetune.sampling.images import grid
     from finetune.sampling.settings import Sampling
 
@@ -138,6 +141,7 @@ def sample(
     size = info.resolution or family.resolution
     guidance = guidance if guidance is not None else info.guidance
     sampling = Sampling(negative, sampler, steps, guidance, size, batch_size)
+    prompt = filled_prompts(prompt, info)
     request = ImageRequest(prompt, range(seed, seed + count), sampling, info.base or base)
     images = draw_files(family, request, out)
     grid(images, count, prompt).save(out / "grid.png")

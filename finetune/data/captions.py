@@ -12,7 +12,11 @@ from typing import Literal
 
 from finetune.core.errors import BadInput
 from finetune.core.reading import parse_json, read_utf8
-from finetune.data.photos import Photo
+from finetune.data.photos import Photo, shown
+
+BESIDE = (".txt", ".caption")  # a photo's own caption, in any case: NAME.txt, NAME.caption
+LISTS = ("metadata.jsonl", "metadata.csv", "captions.csv")  # captions of a whole folder
+COLUMNS = ("text", "caption", "prompt")  # where metadata has the caption; the first that is there
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ def _refuse_orphans(folder: Path, found: dict[str, str]) -> None:
     """Refuses captions without a photo: the name is misspelt, or the photo was not copied."""
     orphans = sorted(name for name in found if not (folder / name).exists())
     if orphans:
+        lists = " or ".join(file.name for file in _lists(folder))
         raise BadInput(
-            f"metadata.jsonl or captions.csv in {folder} names {', '.join(orphans)}, which is not there: remove the "
-            "line, or add the photo",
+            f"{lists} in {folder} names {', '.join(orphans)}, which is not there: remove the line, or add the photo",
             path=folder,
         )
 
@@ -76,7 +80,14 @@ def summarise(captioned: Sequence[Captioned], token: str) -> str:
             f"; WARNING: the token {token!r} is not in the caption of {', '.join(without)}, so it learns nothing from "
             "them: write {token} into the caption files"
         )
-    return summary
+    return summary + _without_token(captioned, word)
+
+
+def _without_token(captioned: Sequence[Captioned], word: re.Pattern[str]) -> str:
+    """A warning of templates that say nothing of the token."""
+    texts = dict.fromkeys(text for item in captioned if item.source == "template" for text in item.captions)
+    without = [repr(text) for text in texts if not word.search(text)]
+    return f"; WARNING: no token in {', '.join(without)}: write {{token}} into data.templates" if without else ""
 
 
 def _captioned(photo: Photo, text: str | None, templates: Sequence[str], token: str, noun: str | None) -> Captioned:
@@ -97,28 +108,66 @@ def fill(text: str, token: str, noun: str | None) -> str:
 
 
 def caption_files(folder: Path, photos: Sequence[Photo]) -> dict[str, str]:
-    """Returns file name -> caption, from metadata.jsonl, captions.csv and .txt files beside the photos.
+    """Returns file name -> caption, from the folder's lists, or from files beside the photos, which win.
 
-    If several name a photo, the last of these wins. Empty captions are left out.
+    Empty captions are left out.
 
     Raises:
-        BadInput: a caption file can't be read.
+        BadInput: a file can't be read, or two say different things of one photo.
     """
     found = caption_rows(folder)
+    beside = _beside(folder, photos)
     for photo in photos:
-        file = photo.path.with_suffix(".txt")
-        if file.is_file():
-            found[photo.path.name] = " ".join(read_utf8(file).split())
+        if photo.path.stem in beside:
+            found[photo.path.name] = _own_caption(photo, beside[photo.path.stem])
     return {name: text for name, text in found.items() if text}
 
 
+def caption_sources(folder: Path, photos: Sequence[Photo]) -> set[Path]:
+    """The files that `caption_files` reads."""
+    return {file for files in _beside(folder, photos).values() for file in files} | set(_lists(folder))
+
+
+def _beside(folder: Path, photos: Sequence[Photo]) -> dict[str, list[Path]]:
+    """A photo's name without suffix -> its caption files, sorted."""
+    stems = {photo.path.stem for photo in photos}
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in BESIDE and file.stem in stems and file.is_file():
+            found.setdefault(file.stem, []).append(file)
+    return found
+
+
+def _own_caption(photo: Photo, files: Sequence[Path]) -> str:
+    texts = {file.name: text for file in files if (text := " ".join(read_utf8(file).split()))}
+    if len(set(texts.values())) > 1:
+        raise BadInput(
+            f"{photo.path.name} has different captions in {' and '.join(map(shown, texts))}: keep one of these files",
+            path=photo.path,
+        )
+    return next(iter(texts.values()), "")
+
+
 def caption_rows(folder: Path) -> dict[str, str]:
-    """Returns file name -> caption, from metadata.jsonl and captions.csv; if both name a photo, captions.csv wins.
+    """File name -> caption, from the folder's metadata.jsonl, metadata.csv and captions.csv (which wins over the
+    first).
 
     Raises:
-        BadInput: a caption file can't be read.
+        BadInput: a list can't be read, or metadata.csv says something else than another one.
     """
-    return {**_jsonl(folder / "metadata.jsonl"), **_csv(folder / "captions.csv")}
+    others = {**_jsonl(folder / "metadata.jsonl"), **_csv(folder / "captions.csv")}
+    found = _metadata_csv(folder / "metadata.csv")
+    for name in sorted(found.keys() & others.keys()):
+        if found[name] and others[name] and found[name] != others[name]:
+            lists = " and ".join(file.name for file in _lists(folder))
+            raise BadInput(
+                f"{shown(name)} has different captions in {lists} of {folder}: keep one of these files", path=folder
+            )
+    return {name: others.get(name) or text for name, text in {**others, **found}.items()}
+
+
+def _lists(folder: Path) -> list[Path]:
+    return [folder / name for name in LISTS if (folder / name).is_file()]
 
 
 def _jsonl(file: Path) -> dict[str, str]:
@@ -131,7 +180,7 @@ def _jsonl(file: Path) -> dict[str, str]:
             continue
         try:
             row = parse_json(line, f"{file} line {number}", dict)
-            found[str(row["file_name"])] = str(row["text"])
+            found[str(row["file_name"])] = str(row[next((key for key in COLUMNS if key in row), COLUMNS[0])])
         except (BadInput, KeyError) as error:
             raise BadInput(
                 f'{file} line {number} is not {{"file_name": ..., "text": ...}}: correct it', path=file
@@ -141,14 +190,41 @@ def _jsonl(file: Path) -> dict[str, str]:
 
 def _csv(file: Path) -> dict[str, str]:
     """Reads two columns, file name and caption. The first line may be the header file_name,text."""
-    if not file.is_file():
-        return {}
-    try:
-        rows = [row for row in csv.reader(io.StringIO(read_utf8(file))) if row]
-    except csv.Error as error:  # a field of more than 131,072 characters
-        raise BadInput(f"{file} can't be read ({error}): correct it") from error
+    rows = _csv_rows(file)
     if any(len(row) != 2 for row in rows):
         raise BadInput(
             f"{file} must have two columns, file name and caption: put captions with commas in quotes", path=file
         )
     return {name.strip(): text.strip() for name, text in rows if name != "file_name"}
+
+
+def _metadata_csv(file: Path) -> dict[str, str]:
+    """A header line with file_name and one of COLUMNS, as image folders of `datasets` have it, then a line a photo."""
+    rows = _csv_rows(file)
+    if not rows:
+        return {}
+    header = [name.strip() for name in rows[0]]
+    column = next((header.index(name) for name in COLUMNS if name in header), None)
+    if column is None or "file_name" not in header:
+        raise BadInput(
+            f"{file} must begin with a line that names its columns, such as file_name,text: add that line", path=file
+        )
+    wrong = [number for number, row in enumerate(rows[1:], 2) if len(row) != len(header)]
+    if wrong:
+        raise BadInput(
+            f"row {wrong[0]} of {file} has not the {len(header)} columns of its first line: put captions with commas "
+            "in quotes",
+            path=file,
+        )
+    name = header.index("file_name")
+    return {row[name].strip(): row[column].strip() for row in rows[1:]}
+
+
+def _csv_rows(file: Path) -> list[list[str]]:
+    """Nothing where there is no such file; empty lines are left out."""
+    if not file.is_file():
+        return []
+    try:
+        return [row for row in csv.reader(io.StringIO(read_utf8(file))) if row]
+    except csv.Error as error:  # a field of more than 131,072 characters
+        raise BadInput(f"{file} can't be read ({error}): correct it") from error

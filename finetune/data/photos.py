@@ -15,10 +15,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from finetune.core.errors import BadInput
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 # Pillow's formats for these files, detected by content. Others stay off: for EPS, Pillow starts Ghostscript
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
-APPLE = {".heic", ".heif"}
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF")
+APPLE = {".heic", ".heif", ".hif"}  # pillow-heif reads those
+BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")  # ISO 23008-12
+LAST = {".avif", ".jfif", ".jpe"} | APPLE  # of several companions of one photo, one with another suffix is taken
+SUFFIXES_SHOWN = ", ".join(sorted(SUFFIXES | APPLE))
 MASK = ".mask.png"  # NAME.mask.png says which part of the photo NAME is the subject
 COMPANIONS = ("depth", "before")  # NAME.depth.png belongs to the photo NAME and is not a photo itself
 MIN_SIDE = 16  # pixels: a smaller image holds too little to learn from
@@ -98,7 +101,8 @@ def is_companion(file: Path, stems: set[str]) -> bool:
 
 def companion(photo: Path, kind: str) -> Path | None:
     """Returns the file NAME.`kind`.png (or another image suffix) beside the photo NAME, or None."""
-    files = (photo.with_name(f"{photo.stem}.{kind}{suffix}") for suffix in sorted(SUFFIXES))
+    suffixes = sorted(SUFFIXES | APPLE, key=lambda suffix: (suffix in LAST, suffix))
+    files = (photo.with_name(f"{photo.stem}.{kind}{suffix}") for suffix in suffixes)
     return next((file for file in files if file.is_file()), None)
 
 
@@ -122,12 +126,7 @@ def scan_lenient(folder: Path) -> Scan:
     """
     files = image_files(folder)
     if not files:
-        inside = next((sub.name for sub in sorted(folder.iterdir()) if sub.is_dir() and _has_images(sub)), None)
-        hint = f"; there are some in its folder {shown(inside)!r}" if inside is not None else ""
-        raise BadInput(
-            f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}): give the folder with the photos{hint}",
-            path=folder,
-        )
+        raise BadInput(f"{folder} holds no images ({SUFFIXES_SHOWN}): {_where_photos_are(folder)}", path=folder)
     found = Scan([], [])
     for file in files:
         try:
@@ -137,6 +136,12 @@ def scan_lenient(folder: Path) -> Scan:
     if not found.photos:
         raise BadInput(f"{folder} holds no images that can be used: {found.names}; fix them", path=folder)
     return found
+
+
+def _where_photos_are(folder: Path) -> str:
+    inside = next((entry.name for entry in sorted(folder.iterdir()) if entry.is_dir() and _has_images(entry)), None)
+    hint = f"; there are some in its folder {shown(inside)!r}" if inside is not None else ""
+    return f"give the folder with the photos{hint}"
 
 
 def shown(name: Path | str) -> str:
@@ -206,8 +211,6 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def _content(file: Path) -> bytes:
-    if file.suffix.lower() in APPLE:
-        raise BadImage(file, "HEIC: convert it to JPEG")
     try:
         size = file.stat().st_size
         if not file.is_file():  # reading a pipe or a device might never end
@@ -230,6 +233,8 @@ def opened(file: Path, content: bytes, formats: Sequence[str] = FORMATS) -> Iter
         BadImage: its content is not one of the `formats`, it would take too much memory, or it is damaged.
     """
     Image.init()
+    heif = "HEIF" in formats and content[4:8] == b"ftyp" and content[8:12] in BRANDS
+    readable = not heif or _register_heif()
     known = [name for name in formats if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
@@ -243,13 +248,27 @@ def opened(file: Path, content: bytes, formats: Sequence[str] = FORMATS) -> Iter
                     )
                 yield image
     except UnidentifiedImageError as error:
+        if not readable:
+            raise BadImage(file, "HEIC, which needs a package: `pip install pillow-heif`") from error
         raise BadImage(file, "not an image, or its beginning is damaged") from error
     except Image.DecompressionBombError as error:
         raise BadImage(file, f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: {SMALLER}") from error
     except BadImage:
         raise
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, EOFError) as error:
         raise BadImage(file, _damage(error)) from error
+
+
+def _register_heif() -> bool:
+    """Gives Pillow its reader of HEIC; False where pillow-heif is not installed. Only when such a file comes: it loads
+    libraries in C++."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    if "HEIF" not in Image.OPEN:
+        register_heif_opener()
+    return True
 
 
 def _damage(error: Exception) -> str:

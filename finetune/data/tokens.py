@@ -113,7 +113,17 @@ def describe(tokenizers: Sequence[Any], text: str) -> Token:
         for tokenizer, split in zip(tokenizers, pieces, strict=True)
     ]
     shown = [[piece.removesuffix(END) for piece in split] for split in pieces]
-    return Token(text, shown, min(ranks), meaning_of(text))
+    special = special_in(tokenizers, text)
+    return Token(text, shown, min(ranks), f"the tokenizer's mark {special}, no word" if special else meaning_of(text))
+
+
+def special_in(tokenizers: Sequence[Any], text: str) -> str | None:
+    """The tokenizer's own mark, such as <|endoftext|>, that a text is or has in it; None where it has none.
+
+    A mark of a single letter, such as the "!" that fills up Stable Diffusion 2's prompts, counts only alone.
+    """
+    specials = [special for tokenizer in tokenizers for special in tokenizer.all_special_tokens]
+    return next((each for each in specials if each == text or (len(each) > 1 and each in text)), None)
 
 
 def rare_tokens(tokenizers: Sequence[Any]) -> list[str]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from finetune.core.determinism import is_repeatable
 from finetune.data.buckets import Size, cut_away
+from finetune.data.captions import caption_sources
 from finetune.data.crops import enlarged
+from finetune.data.leftovers import leftovers, listed
+from finetune.data.photos import image_files
 from finetune.data.samplers import group_count
 from finetune.jobs.prepare import Prepared
+from finetune.jobs.subjects import Subject
 from finetune.objectives.registry import build_objective
 from finetune.runs.plan import Cut, Plan, PlannedBucket, PlannedClassImages, PlannedSubject
 from finetune.training.accelerate import resolve_precision
@@ -35,6 +40,7 @@ def plan(job: Prepared) -> Plan:
             PlannedSubject(token=s.token, noun=s.noun, photos=len(s.photos), captions=s.summary) for s in job.subjects
         ],
         prompts=list(dict.fromkeys(text for texts in job.captions for text in texts))[:5],
+        unused=_unused(job),
         resolution=job.resolution,
         steps=recipe.run.steps,
         batch_size=recipe.run.batch_size,
@@ -54,6 +60,24 @@ def plan(job: Prepared) -> Plan:
         precision=resolve_precision(recipe.run),
         repeatable=is_repeatable(family.device, recipe.run.deterministic),
     )
+
+
+def _unused(job: Prepared) -> list[str]:
+    """What lies in each subject's folder and is not trained on."""
+    named = zip(job.subjects, job.recipe.data.all_subjects, strict=True)
+    found = [(subject, _leftovers(job, subject, settings.photos)) for subject, settings in named]
+    several = len(found) > 1
+    return [f"{listed(names)}{f' of {subject.token}' if several else ''}" for subject, names in found if names]
+
+
+def _leftovers(job: Prepared, subject: Subject, named: Path) -> list[str]:
+    """`named`: what the recipe names, in which the photos' folder may be; or a packed file."""
+    folder = subject.photos[0].path.parent
+    used = set(image_files(folder))
+    used |= {file for photo in subject.photos for file in job.files_beside(photo).values()}
+    if job.recipe.data.captions != "templates":
+        used |= caption_sources(folder, subject.photos)
+    return leftovers(named if named.is_dir() else folder, used)
 
 
 def _seen(job: Prepared) -> int:

@@ -21,6 +21,7 @@ from finetune.families.digests import base_hash as base_hash_of
 from finetune.jobs.base_effect import without_effect_on
 from finetune.jobs.class_sets import ClassSet, check_set
 from finetune.jobs.subjects import Subject, caption_subjects, scan_subjects
+from finetune.jobs.words import refuse_words
 from finetune.objectives.registry import build_objective
 from finetune.training.accelerate import resolve_precision
 
@@ -159,6 +160,8 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     if not begun:
         _refuse_useless(recipe, family)
     subjects = caption_subjects(recipe, family, scanned)
+    if not begun:
+        refuse_words(recipe, family, subjects)
     masks = {path: mask for subject in subjects for path, mask in subject.masks.items()}
     base_hash = base_hash_of(family.folder)
     job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs)

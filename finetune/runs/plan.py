@@ -57,10 +57,10 @@ class PlannedClassImages(Record):
 class Plan(Record):
     """What a run trains on, how often it sees it, and what it trains.
 
-    `base` and `prompts` are private: they can hold a folder of this machine and captions. `resolution` is in pixels.
-    `buckets` is empty if every crop is square. `places` are the samples of an epoch with buckets; `repeats` of them
-    are padding with weight 0. `enlarged`, `prior` and `timesteps` are texts from the photos, the prior and the
-    objective.
+    `base`, `prompts` and `unused` are private: they can hold a folder of this machine, captions, and the names of
+    files beside the photos that are not used. `resolution` is in pixels. `buckets` is empty if every crop is square.
+    `places` are the samples of an epoch with buckets; `repeats` of them are padding with weight 0. `enlarged`,
+    `prior` and `timesteps` are texts from the photos, the prior and the objective.
     """
 
     base: str
@@ -68,6 +68,7 @@ class Plan(Record):
     prediction: str
     subjects: list[PlannedSubject]
     prompts: list[str]
+    unused: list[str] = []
     resolution: int
     steps: int
     batch_size: int
@@ -98,11 +99,12 @@ class Plan(Record):
 
 def plan_rows(plan: Plan) -> PlanRows:
     """Returns the plan as rows (label -> text) for the user who runs it."""
-    return _rows(plan, plan.base, {"training prompts": plan.prompts})
+    unused: PlanRows = {"not used": plan.unused} if plan.unused else {}
+    return _rows(plan, plan.base, {"training prompts": plan.prompts, **unused})
 
 
 def shared_rows(plan: Plan) -> PlanRows:
-    """Returns the plan as rows that are safe to share: without captions, and only the last part of the base's path."""
+    """Returns the plan as rows that are safe to share: without captions, other files' names and the base's path."""
     return _rows(plan, public_name(plan.base), {})
 
 

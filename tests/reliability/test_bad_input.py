@@ -121,7 +121,7 @@ def photo_is_a_bomb(place: Place) -> list[str]:
     return place.train()
 
 
-@case("phone.heic (HEIC: convert it to JPEG)")
+@case("phone.heic (", "fix or remove")
 def photo_is_heic(place: Place) -> list[str]:
     (place.photos / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     return place.train()
@@ -231,6 +231,26 @@ def caption_for_a_missing_photo(place: Place) -> list[str]:
 def captions_of_three_columns(place: Place) -> list[str]:
     (place.photos / "captions.csv").write_text("0.png,a mug, red\n")
     return place.train()
+
+
+@case("0.caption and 0.txt", "keep one")
+def captions_two_that_differ(place: Place) -> list[str]:
+    (place.photos / "0.txt").write_text("a {token} mug")
+    (place.photos / "0.caption").write_text("a {token} cup")
+    return place.train()
+
+
+@case("metadata.csv", "names its columns", "add that line")
+def captions_metadata_without_header(place: Place) -> list[str]:
+    (place.photos / "metadata.csv").write_text("0.png,a mug\n")
+    return place.train()
+
+
+@case("'10_sks dog', '5_sks dog'", "data.subjects")
+def photos_in_several_of_kohyas_folders(place: Place) -> list[str]:
+    for name in ("10_sks dog", "5_sks dog"):
+        shutil.copytree(place.photos, place.path / "img" / name)
+    return place.train(f"data.photos={place.path / 'img'}")
 
 
 @case("metadata.jsonl line 2", "correct it")

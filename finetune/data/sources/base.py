@@ -15,14 +15,14 @@ from typing import ClassVar
 
 from finetune.core.errors import BadInput
 from finetune.core.files import cache_dir, replacing, sha256
-from finetune.data.photos import APPLE, SUFFIXES
-
-CAPTIONS = ("metadata.jsonl", "captions.csv")  # captions of a whole folder; a .txt holds the caption of one photo
+from finetune.data.captions import BESIDE, LISTS
+from finetune.data.leftovers import listed
+from finetune.data.photos import APPLE, SUFFIXES, SUFFIXES_SHOWN
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A source as a folder. `unused` is a sentence about files in it that are not used, or empty."""
+    """A source as a folder. `unused` is a sentence about what of it is not used, or empty."""
 
     folder: Path
     unused: str = ""
@@ -77,13 +77,13 @@ class Packed(Source):
             written.add(name.lower())
             _write(folder / name, content)
         if not written:
-            raise BadInput(f"{path} holds no images ({', '.join(sorted(SUFFIXES))}): give one with photos in it")
-        return Opened(folder, f"not used from {path.name}: {', '.join(sorted(unused))}" if unused else "")
+            raise BadInput(f"{path} holds no images ({SUFFIXES_SHOWN}): give one with photos in it")
+        return Opened(folder, f"not used from {path.name}: {listed(sorted(unused))}" if unused else "")
 
 
 def is_usable(name: str) -> bool:
     """Returns whether a file with this name can be a photo, a mask or a caption file."""
-    return name in CAPTIONS or Path(name).suffix.lower() in SUFFIXES | APPLE | {".txt"}
+    return name in LISTS or Path(name).suffix.lower() in {*SUFFIXES, *APPLE, *BESIDE}
 
 
 def _write(file: Path, content: bytes) -> None:
