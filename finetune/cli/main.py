@@ -44,6 +44,9 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave out photos that
 AcceptChanges = Annotated[
     bool, typer.Option("--accept-changes", help="go on although photos, base or packages changed; it is recorded")
 ]
+StepOption = Annotated[
+    int | None, typer.Option("--step", help="of a checkpoint; default: the result, or the newest of an unfinished run")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 
 
@@ -114,40 +117,47 @@ def demo(out: Annotated[Path | None, typer.Option("--out", help="the run folder"
 def sample(
     source: Annotated[Path, typer.Argument(help="a run folder or an adapter file", metavar="RUN_OR_ADAPTER")],
     prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="may be given several times")],
+    step: StepOption = None,
+    weight: Annotated[float, typer.Option(help="the strength of the LoRA")] = 1.0,
     negative: str = "",
     seed: int = 0,
     count: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 4,
+    size: Annotated[int | None, typer.Option(min=1, help="of a side in pixels; default: as it was trained")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
     sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
     batch_size: Annotated[int, typer.Option(min=1, help="pictures at once: fewer need less memory")] = 8,
-    base: BaseOption = "tiny",
+    base: Annotated[str | None, typer.Option("--base", help="of an adapter file: tiny, a folder or a hub id")] = None,
     out: Annotated[Path, typer.Option(help="where the pictures go")] = Path("samples"),
 ) -> None:
-    """Draw pictures: PNGs and a grid."""
+    """Draw pictures of a run, one of its checkpoints or an adapter file: PNGs, and a grid."""
     _loud()
     from finetune.core.devices import machine
-    from finetune.jobs.images import ImageRequest, draw_files
-    from finetune.jobs.open import open_result
-    from finetune.sampling.images import grid
+    from finetune.jobs.images import ImageRequest, draw_more, name_cut_prompts
+    from finetune.jobs.open import open_result, refuse_base
+    from finetune.sampling.draw import check_sampling
     from finetune.sampling.settings import Sampling
 
-    family, info = open_result(source, base, *machine())
-    size = info.resolution or family.resolution
+    refuse_base(source, base)
+    family, info = open_result(source, base or "tiny", *machine(), weight=weight, step=step)
     guidance = guidance if guidance is not None else info.guidance
-    sampling = Sampling(negative, sampler, steps, guidance, size, batch_size)
-    request = ImageRequest(prompt, range(seed, seed + count), sampling, info.base or base)
-    images = draw_files(family, request, out)
-    grid(images, count, prompt).save(out / "grid.png")
-    typer.echo(f"{len(images)} pictures and grid.png in {out}")
+    sampling = Sampling(negative, sampler, steps, guidance, size or info.resolution or family.resolution, batch_size)
+    check_sampling(family, sampling, "--")
+    for line in name_cut_prompts(family, [*prompt, negative]):
+        _say(f"note: {line}")
+    request = ImageRequest(prompt, range(seed, seed + count), sampling, info.base or base or "tiny")
+    drawn, page = draw_more(family, request, out)
+    typer.echo(f"{drawn} pictures and {page.name} in {out}")
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="a finished run's folder")],
+    run: Annotated[Path, typer.Argument(help="a run's folder")],
     to: Annotated[
         list[str] | None, typer.Option("--to", help="kohya, diffusers, peft; folder, checkpoint, embedding")
     ] = None,
+    step: StepOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="a folder; default: RUN/exports")] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="of what is no LoRA and leaves as one")] = None,
     max_error: Annotated[float | None, typer.Option("--max-error", help="what this may cost, such as 0.1")] = None,
     verify: Annotated[str | None, typer.Option("--verify", help="full, deltas or off; default: the run's own")] = None,
@@ -158,7 +168,7 @@ def export(
     from finetune.core.devices import machine
     from finetune.export.registry import check_formats
     from finetune.jobs.companions import write_companions
-    from finetune.jobs.export import export_run
+    from finetune.jobs.export import ExportPlace, export_run
     from finetune.jobs.open import open_run
     from finetune.report.html import write_report
     from finetune.runs.folder import RunFolder
@@ -168,10 +178,14 @@ def export(
     options = [f"{key}={value}" for key, value in given.items() if value is not None]
     recipe = changed_recipe(folder.recipe, options)
     check_formats(to or [], recipe.method.artifacts)
-    family, _ = open_run(folder, machine()[0])
-    exported = export_run(folder, family, to or [], recipe.export)
-    write_companions(folder)
-    write_report(run)
+    if out is None:
+        folder.refuse_work()
+    place = ExportPlace(folder, folder.step_to_open(step), out)
+    family, _ = open_run(folder, machine()[0], step if place.step is None else place.step)
+    exported = export_run(folder, family, to or [], recipe.export, place=place)
+    if place.of_the_run:
+        write_companions(folder)
+        write_report(run)
     say_exported(exported)
 
 
@@ -179,13 +193,21 @@ def export(
 def report(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     captions: Annotated[bool, typer.Option("--captions", help="show the captions of the photos' files")] = False,
+    step: StepOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="a file; default: RUN/report.html")] = None,
 ) -> None:
-    """Build RUN/report.html again."""
+    """Build RUN/report.html again, or the page of a checkpoint."""
     from finetune.report.html import write_report
     from finetune.runs.folder import RunFolder
 
-    RunFolder(run).recipe  # noqa: B018 - says so if this is no run folder
-    typer.echo(str(write_report(run, captions)))
+    folder = RunFolder(run)
+    folder.recipe  # noqa: B018 - says so if this is no run folder
+    if out is None:
+        folder.refuse_work()
+    begun = step is not None or folder.has_result or folder.checkpoints.steps()
+    chosen = folder.step_to_open(step) if begun else None
+    own = run / f"report-step-{step:06d}.html" if step is not None and chosen is not None else None
+    typer.echo(str(write_report(run, captions, step=chosen, out=out or own)))
 
 
 @app.command()

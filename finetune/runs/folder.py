@@ -66,12 +66,55 @@ class RunFolder:
 
     def finished(self, steps: int) -> bool:
         """Whether the trained weights are there, and of that many steps: a longer run of the recipe goes on."""
+        return self._result_fault() is None and self._result_steps() == str(steps)
+
+    @property
+    def has_result(self) -> bool:
+        return self._trained.is_file()
+
+    def _result_steps(self) -> str | None:
         from safetensors import safe_open
 
-        if self._result_fault() is not None:
-            return False
         with safe_open(self._trained, "pt") as held:
-            return (held.metadata() or {}).get("steps") == str(steps)
+            return (held.metadata() or {}).get("steps")
+
+    def step_to_open(self, step: int | None) -> int | None:
+        """Which checkpoint's weights are meant by `--step`; None: the result's.
+
+        Without a step: the result, or the newest checkpoint of a run that has not finished. A result that is damaged
+        is left for `result` to tell.
+        """
+        result, last = self._trained.is_file(), self.recipe.run.steps
+        if step is not None:
+            return None if step == last and self.finished(last) else self.checkpoints.check_step(step)
+        if result and (self._result_fault() is not None or self._result_steps() in (None, str(last))):
+            return None
+        if not result:
+            return self.checkpoints.check_step(None)
+        kept = self.checkpoints.steps()  # a run that was made longer
+        return kept[-1] if kept and kept[-1] > int(self._result_steps() or 0) else None
+
+    def at_work(self) -> bool:
+        """Whether a process trains here now; one that ended, however it ended, does not."""
+        if not (self.path / "run.lock").is_file():
+            return False
+        lock = FileLock(self.path / "run.lock", fallback_to_soft=False, preserve_lock_file=True)
+        try:
+            with lock.acquire(blocking=False):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # no locks here, or no right to take one: nobody can train here either
+            return False
+
+    def refuse_work(self) -> None:
+        """Raises:
+        BadInput: a process trains here: the folder is its alone to write to.
+        """
+        if self.at_work():
+            raise BadInput(
+                f"{self.path} is at work, and is only read until it ends: write somewhere else with --out PATH"
+            )
 
     @contextmanager
     def held(self, recipe: Recipe) -> Iterator[None]:
