@@ -53,6 +53,11 @@ class Method(Settings, ABC):
         """Whether anything of the text encoders is trained, so that `optim.text_lr` says something."""
         return "text_encoders" in self.parts
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether some of what it trains rests for a share of the run."""
+        return type(self).windows is not Method.windows
+
     def windows(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Window]:
         """Name -> the share of the run in which it is trained, for those that are not trained from start to end."""
         return {}

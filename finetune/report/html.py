@@ -239,14 +239,14 @@ def _next_steps_of(path: Path, info: RunRecord, step: int) -> str:
 def _next_steps(path: Path, info: RunRecord) -> str:
     thing = info.names[0]
     run = _shell_name(path)
+    longer = ("# go on, or train longer", f"finetune train {run}/recipe.yaml run.dir={run} run.steps=N")
     commands = "\n".join(
         (
             "# more pictures",
             f"finetune sample {run} -p {_typed(f'a photo of {thing} in the city')} --count 8",
             "# the files again, or others",
             f"finetune export {run} --to {_a_format(path)}",
-            "# go on, or train longer",
-            f"finetune train {run}/recipe.yaml run.dir={run} run.steps=N",
+            *(longer if RunFolder(path).can_be_longer else ()),
         )
     )
     places = (

@@ -94,6 +94,11 @@ class RunFolder:
         kept = self.checkpoints.steps()  # a run that was made longer
         return kept[-1] if kept and kept[-1] > int(self._result_steps() or 0) else None
 
+    @property
+    def can_be_longer(self) -> bool:
+        """Whether more steps can follow: a schedule of the learning rate has come to its end."""
+        return not (self.path / "recipe.yaml").is_file() or _curve(self.recipe)["optim.schedule_steps"] is None
+
     def at_work(self) -> bool:
         """Whether a process trains here now; one that ended, however it ended, does not."""
         if not (self.path / "run.lock").is_file():
@@ -175,7 +180,7 @@ class RunFolder:
             if changed:
                 raise BadInput(
                     f"{self.path} holds a run with another recipe (changed: {', '.join(changed)}): "
-                    "undo the change, or choose another folder with run.dir=PATH"
+                    f"{_advice(both[0], changed)}"
                 )
         elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is no run folder: choose another with run.dir=PATH")
@@ -257,12 +262,29 @@ def next_folder(name: str, parent: Path = Path("runs")) -> Path:
 
 def _changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """The keys that differ, except those that a run may change: more steps, more processes, its folder's name."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = (_flat(one.model_dump(mode="json")) | _curve(one) for one in (old, new))
     free = {"run.dir", "run.name", "run.keep", "run.checkpoint_every", "run.processes"}
     if after.get("run.steps", 0) >= before.get("run.steps", 0):
         free.add("run.steps")
     names = sorted(before.keys() | after.keys())
     return [name for name in names if name not in free and before.get(name) != after.get(name)]
+
+
+def _curve(recipe: Recipe) -> dict[str, Any]:
+    """What the learning rate's curve spans: not said is as good as run.steps."""
+    shaped = recipe.optim.schedule != "constant" or recipe.method.has_windows
+    return {"optim.schedule_steps": (recipe.optim.schedule_steps or recipe.run.steps) if shaped else None}
+
+
+def _advice(old: Recipe, changed: list[str]) -> str:
+    if changed != ["optim.schedule_steps"]:
+        return "undo the change, or choose another folder with run.dir=PATH"
+    span = _curve(old)["optim.schedule_steps"]
+    return (
+        f"another optim.schedule_steps, which is run.steps if left out, bends the learning rate's curve in the middle; "
+        f"keep it with optim.schedule_steps={span} (a schedule's rate after its end is that of its end), or choose "
+        "another folder with run.dir=PATH"
+    )
 
 
 def _placeless(recipe: Recipe) -> Recipe:

@@ -31,16 +31,16 @@ def check_sampling(family: Family, sampling: Sampling, section: str = "") -> Non
     steps, side, multiple = sampling.steps, sampling.size or family.resolution, family.square_multiple
     if steps > family.schedule.steps:
         raise BadInput(
-            f"{section}steps is {steps:,} but the base's schedule has {family.schedule.steps:,} timesteps: choose fewer, such "
-            "as 25"
+            f"{section}steps is {steps:,} but the base's schedule has {family.schedule.steps:,} timesteps: choose "
+            "fewer, such as 25"
         )
     if not math.isfinite(sampling.guidance):
         raise BadInput(f"{section}guidance is {sampling.guidance}: give a number, such as 5; 1 switches guidance off")
     if side % multiple or not 0 < side <= LARGEST_SIDE:
         nearest = min(max(1, round(side / multiple)), LARGEST_SIDE // multiple) * multiple
         raise BadInput(
-            f"{section}size is {side:,} pixels, and {family.name} draws multiples of {multiple} up to {LARGEST_SIDE:,}: "
-            f"choose {nearest}"
+            f"{section}size is {side:,} pixels, and {family.name} draws multiples of {multiple} up to "
+            f"{LARGEST_SIDE:,}: choose {nearest}"
         )
     if sampling.sampler is not None:
         family.drawing.check_sampler(sampling.sampler)

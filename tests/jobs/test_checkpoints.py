@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ends import metrics, weights
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -19,7 +20,10 @@ from finetune.families.source import load_family
 from finetune.jobs import train as job
 from finetune.jobs.export import ExportPlace, export_run
 from finetune.jobs.open import open_result, open_run
+from finetune.jobs.plan import plan
+from finetune.jobs.prepare import prepare
 from finetune.runs.folder import RunFolder
+from finetune.runs.plan import plan_rows
 from finetune.sampling.draw import draw
 from finetune.sampling.settings import Sampling
 from finetune.testing.kill import killed_at
@@ -242,10 +246,51 @@ def test_sample_refuses_in_one_sentence(
 def test_a_step_beside_a_file_and_a_weight_beside_no_lora_are_refused(
     tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(BadInput, match="--step 2 .* is no run folder"):
+    with pytest.raises(BadInput, match=r"--step 2 .* is no run folder"):
         open_result(tmp_path / "a.safetensors", step=2)
-    recipe = recipe_of(tiny_bases["sd1"], photos, 2, method={"kind": "full"}, export={"verify": "off"})
-    with killed_at(1):
+    recipe = recipe_of(tiny_bases["sd1"], photos, 3, method={"kind": "full"}, export={"verify": "off"})
+    with killed_at(2):
         job.train(recipe, tmp_path / "run")
-    with pytest.raises(BadInput, match="weight of 0.5 is for a LoRA .* full"):
+    with pytest.raises(BadInput, match=r"weight of 0\.5 is for a LoRA .* full"):
         open_result(tmp_path / "run", weight=0.5)
+
+
+COSINE = {"kind": "adamw", "lr": 1e-2, "schedule": "cosine"}
+
+
+def test_a_longer_run_keeps_the_curve_of_its_learning_rate_or_is_refused(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """As planned from the start with a span of 4; without the span the rate would rise again after step 2."""
+
+    def cosine(steps: int, **more: int) -> Recipe:
+        return recipe_of(
+            tiny_bases["sd1"], photos, steps, optim=COSINE | more, export={"verify": "off", "formats": ["kohya"]}
+        )
+
+    run = job.train(cosine(2), tmp_path / "run")
+    with pytest.raises(BadInput, match=r"optim\.schedule_steps=2 .* or choose another folder"):
+        job.train(cosine(4), run)
+    with pytest.raises(BadInput, match="schedule_steps"):
+        job.train(cosine(4, schedule_steps=4), run)
+    ended = weights(run)
+    job.train(cosine(4, schedule_steps=2), run)
+    assert [row["lr"] for row in metrics(run)] == pytest.approx([0.01, 0.005, 0, 0])
+    assert all(torch.equal(value, ended[name]) for name, value in weights(run).items())
+
+    planned = job.train(cosine(2, schedule_steps=4), tmp_path / "planned")
+    job.train(cosine(4, schedule_steps=4), planned)
+    whole = job.train(cosine(4), tmp_path / "whole")
+    assert metrics(planned) == metrics(whole)
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(planned).items())
+
+
+def test_photos_that_are_never_seen_are_told(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    for shape in ("square", "buckets"):
+        data = {"photos": str(photos), "class_noun": "mug", "shape": shape}
+        for steps, words in (
+            (2, "NOT all are seen: 2 steps of 1 are 67% of an epoch; set run.steps to at least 3"),
+            (3, "seen 1 times"),
+        ):
+            job_plan = plan(prepare(recipe_of(tiny_bases["sd1"], photos, steps, data=data)))
+            assert plan_rows(job_plan)["each photo"] == words
