@@ -143,8 +143,7 @@ def sample(
     guidance = guidance if guidance is not None else info.guidance
     sampling = Sampling(negative, sampler, steps, guidance, size or info.resolution or family.resolution, batch_size)
     check_sampling(family, sampling, "--")
-    for line in name_cut_prompts(family, [*prompt, negative]):
-        _say(f"note: {line}")
+    _note(name_cut_prompts(family, [*prompt, negative]))
     request = ImageRequest(prompt, range(seed, seed + count), sampling, info.base or base or "tiny")
     drawn, page = draw_more(family, request, out)
     typer.echo(f"{drawn} pictures and {page.name} in {out}")
@@ -175,8 +174,7 @@ def export(
 
     folder = RunFolder(run)
     given = {"export.rank": rank, "export.max_error": max_error, "export.verify": verify}
-    options = [f"{key}={value}" for key, value in given.items() if value is not None]
-    recipe = changed_recipe(folder.recipe, options)
+    recipe = changed_recipe(folder.recipe, [f"{key}={value}" for key, value in given.items() if value is not None])
     check_formats(to or [], recipe.method.artifacts)
     if out is None:
         folder.refuse_work()
@@ -350,6 +348,12 @@ def _is_main_process() -> bool:
 def _say(line: str) -> None:
     """Names of files and captions may be anybody's."""
     typer.echo(plain(line))
+
+
+def _note(lines: list[str]) -> None:
+    """What a person should know of what was asked for."""
+    for line in lines:
+        _say(f"note: {line}")
 
 
 def _silent(line: str) -> None:

@@ -54,8 +54,8 @@ def without_effect(recipe: Recipe) -> list[str]:
     span, shaped = recipe.optim.schedule_steps, recipe.optim.schedule != "constant" or recipe.method.has_windows
     if span is not None and not shaped:
         found.append(
-            f"optim.schedule_steps is {span} but optim.schedule is constant, so it has no effect: leave it out, or set "
-            "optim.schedule=cosine"
+            f"optim.schedule_steps is {span} but optim.schedule is constant, so it has no effect: leave it out, or "
+            "set optim.schedule=cosine"
         )
     if warmup > steps:
         found.append(

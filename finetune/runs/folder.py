@@ -281,9 +281,9 @@ def _advice(old: Recipe, changed: list[str]) -> str:
         return "undo the change, or choose another folder with run.dir=PATH"
     span = _curve(old)["optim.schedule_steps"]
     return (
-        f"another optim.schedule_steps, which is run.steps if left out, bends the learning rate's curve in the middle; "
-        f"keep it with optim.schedule_steps={span} (a schedule's rate after its end is that of its end), or choose "
-        "another folder with run.dir=PATH"
+        f"another optim.schedule_steps, which is run.steps if left out, bends the learning rate's curve in the "
+        f"middle; keep it with optim.schedule_steps={span} (a schedule's rate after its end is that of its end), or "
+        "choose another folder with run.dir=PATH"
     )
 
 
