@@ -46,6 +46,9 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave out photos that
 AcceptChanges = Annotated[
     bool, typer.Option("--accept-changes", help="go on although photos, base or packages changed; it is recorded")
 ]
+StepOption = Annotated[
+    int | None, typer.Option("--step", help="of a checkpoint; default: the result, or the newest of an unfinished run")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 
 
@@ -118,39 +121,43 @@ def sample(
     prompt: Annotated[
         list[str], typer.Option("-p", "--prompt", help="may be given several times; a run fills in {token} and {noun}")
     ],
+    step: StepOption = None,
+    weight: Annotated[float, typer.Option(help="the strength of the LoRA")] = 1.0,
     negative: str = "",
     seed: int = 0,
     count: Annotated[int, typer.Option(min=1, help="images for each prompt")] = 4,
+    size: Annotated[int | None, typer.Option(min=1, help="side length in pixels; default: as trained")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
     sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
     batch_size: Annotated[int, typer.Option(min=1, help="images drawn at once: fewer need less memory")] = 8,
-    base: BaseOption = "tiny",
+    base: Annotated[str | None, typer.Option("--base", help="of an adapter file: tiny, a folder or a hub id")] = None,
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("samples"),
 ) -> None:
-    """Draw images from prompts: PNG files and a grid."""
+    """Draw images with a run, one of its checkpoints or an adapter file: PNG files and a grid."""
     _loud()
     from finetune.core.devices import machine
-    from finetune.jobs.images import ImageRequest, draw_files
-    from finetune.jobs.open import open_result
+    from finetune.jobs.images import ImageRequest, draw_more, name_cut_prompts
+    from finetune.jobs.open import open_result, refuse_base
     from finetune.jobs.words import filled_prompts
-    from finetune.sampling.images import grid
+    from finetune.sampling.draw import check_sampling
     from finetune.sampling.settings import Sampling
 
-    family, info = open_result(source, base, *machine())
-    size = info.resolution or family.resolution
+    refuse_base(source, base)
+    family, info = open_result(source, base or "tiny", *machine(), weight=weight, step=step)
     guidance = guidance if guidance is not None else info.guidance
-    sampling = Sampling(negative, sampler, steps, guidance, size, batch_size)
+    sampling = Sampling(negative, sampler, steps, guidance, size or info.resolution or family.resolution, batch_size)
+    check_sampling(family, sampling, "--")
     prompt = filled_prompts(prompt, info)
-    request = ImageRequest(prompt, range(seed, seed + count), sampling, info.base or base)
-    images = draw_files(family, request, out)
-    grid(images, count, prompt).save(out / "grid.png")
-    typer.echo(f"{len(images)} images and grid.png in {out}")
+    _note(name_cut_prompts(family, [*prompt, negative]))
+    request = ImageRequest(prompt, range(seed, seed + count), sampling, info.base or base or "tiny")
+    drawn, page = draw_more(family, request, out)
+    typer.echo(f"{drawn} images and {page.name} in {out}")
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="a finished run's folder")],
+    run: Annotated[Path, typer.Argument(help="a run's folder")],
     to: Annotated[
         list[str] | None, typer.Option("--to", help="kohya, diffusers, peft, folder, checkpoint or embedding")
     ] = None,
@@ -160,6 +167,8 @@ def export(
     max_error: Annotated[
         float | None, typer.Option("--max-error", help="largest relative error of that conversion, such as 0.1")
     ] = None,
+    step: StepOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="a folder; default: RUN/exports")] = None,
     verify: Annotated[str | None, typer.Option("--verify", help="full, deltas or off; default: the run's own")] = None,
 ) -> None:
     """Export a run's result to RUN/exports in formats of other programs, and check every file."""
@@ -168,20 +177,23 @@ def export(
     from finetune.core.devices import machine
     from finetune.export.registry import check_formats
     from finetune.jobs.companions import write_companions
-    from finetune.jobs.export import export_run
+    from finetune.jobs.export import ExportPlace, export_run
     from finetune.jobs.open import open_run
     from finetune.report.html import write_report
     from finetune.runs.folder import RunFolder
 
     folder = RunFolder(run)
     given = {"export.rank": rank, "export.max_error": max_error, "export.verify": verify}
-    options = [f"{key}={value}" for key, value in given.items() if value is not None]
-    recipe = changed_recipe(folder.recipe, options)
+    recipe = changed_recipe(folder.recipe, [f"{key}={value}" for key, value in given.items() if value is not None])
     check_formats(to or [], recipe.method.artifacts)
-    family, _ = open_run(folder, machine()[0])
-    exported = export_run(folder, family, to or [], recipe.export)
-    write_companions(folder)
-    write_report(run)
+    if out is None:
+        folder.refuse_work()
+    place = ExportPlace(folder, folder.step_to_open(step), out)
+    family, _ = open_run(folder, machine()[0], step if place.step is None else place.step)
+    exported = export_run(folder, family, to or [], recipe.export, place=place)
+    if place.of_the_run:
+        write_companions(folder)
+        write_report(run)
     say_exported(exported)
 
 
@@ -189,13 +201,21 @@ def export(
 def report(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     captions: Annotated[bool, typer.Option("--captions", help="show the captions from caption files")] = False,
+    step: StepOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="a file; default: RUN/report.html")] = None,
 ) -> None:
-    """Write RUN/report.html again."""
+    """Write RUN/report.html again, or the page of a checkpoint."""
     from finetune.report.html import write_report
     from finetune.runs.folder import RunFolder
 
-    RunFolder(run).recipe  # noqa: B018 - raises if this is not a run folder
-    typer.echo(str(write_report(run, captions)))
+    folder = RunFolder(run)
+    folder.recipe  # noqa: B018 - says so if this is no run folder
+    if out is None:
+        folder.refuse_work()
+    begun = step is not None or folder.has_result or folder.checkpoints.steps()
+    chosen = folder.step_to_open(step) if begun else None
+    own = run / f"report-step-{step:06d}.html" if step is not None and chosen is not None else None
+    typer.echo(str(write_report(run, captions, step=chosen, out=out or own)))
 
 
 @app.command()
@@ -340,6 +360,12 @@ def _is_main_process() -> bool:
 def _say(line: str) -> None:
     """Prints a line without terminal control codes, which file names and captions can contain."""
     typer.echo(plain(line))
+
+
+def _note(lines: list[str]) -> None:
+    """What a person should know of what was asked for."""
+    for line in lines:
+        _say(f"note: {line}")
 
 
 def _silent(line: str) -> None:

@@ -53,6 +53,12 @@ def without_effect(recipe: Recipe) -> list[str]:
             f"export.max_error is {max_error} but a {recipe.method.kind} is exported exactly as it was trained: "
             "leave it out"
         )
+    span, shaped = recipe.optim.schedule_steps, recipe.optim.schedule != "constant" or recipe.method.has_windows
+    if span is not None and not shaped:
+        found.append(
+            f"optim.schedule_steps is {span} but optim.schedule is constant, so it has no effect: leave it out, or "
+            "set optim.schedule=cosine"
+        )
     if warmup > steps:
         found.append(
             f"optim.warmup is {warmup} but run.steps is {steps}, so the learning rate never reaches optim.lr: set "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from finetune.families.schedulers import make_scheduler
 
 if TYPE_CHECKING:
     from finetune.families.base import Family
+
+GUIDANCE_RESCALE = 0.7  # phi of arXiv:2305.08891 section 3.4
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,15 @@ class DiffusersDrawing(Drawing):
             parts.place([])
             made.enable_model_cpu_offload(device=parts.device)
         return made
+
+    def arguments(self, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
+        """A base whose last timestep has no signal gets its guidance rescaled (arXiv:2305.08891 section 3.4), by the
+        pipelines that can."""
+        given = super().arguments(guidance, negatives)
+        known = inspect.signature(getattr(diffusers, self.pipeline_name()).__call__).parameters
+        if self.scheduler.config.get("rescale_betas_zero_snr") and "guidance_rescale" in known:
+            given["guidance_rescale"] = GUIDANCE_RESCALE
+        return given
 
     def pipeline_name(self) -> str:
         """The name of the pipeline's class in diffusers."""

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from finetune.core.batch import Geometry
+from finetune.families.configs import read_config
 from finetune.families.naming.base import Labels, SingleFile
 from finetune.families.naming.ldm import SD_READERS, UNetNaming
 from finetune.families.parts import PartSource
@@ -19,8 +20,18 @@ from finetune.families.unet import UNetDrawing, UNetFamily
 
 
 class SDXLDrawing(UNetDrawing):
+    def arguments(self, guidance: float, negatives: Sequence[str]) -> dict[str, Any]:
+        """Without negative prompts the pipeline takes what the base wants in their place: zeros, or the empty prompt's
+        embedding."""
+        given = super().arguments(guidance, negatives)
+        return given if any(negatives) else given | {"negative_prompt": None}
+
     def extras(self) -> dict[str, Any]:
-        return {"add_watermarker": False}
+        index = read_config(self.family.folder, "model_index.json")
+        return {
+            "add_watermarker": False,
+            "force_zeros_for_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", True)),  # as diffusers does
+        }
 
 
 class StableDiffusionXL(UNetFamily):

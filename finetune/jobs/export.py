@@ -22,6 +22,7 @@ from finetune.export.base import (
     discard,
 )
 from finetune.export.lora.peft import Peft
+from finetune.export.metadata import written_date
 from finetune.export.registry import (
     EXPORTS,
     adapter_exports,
@@ -42,13 +43,61 @@ from finetune.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
-class _Call:
-    """The arguments of one call of `export_run`."""
+class ExportPlace:
+    """Where what leaves a run is written, and what it is called.
 
-    folder: RunFolder
+    step: of the checkpoint that leaves; None: the result.
+    out: a folder; None: RUN/exports, of a checkpoint RUN/exports/step-000250.
+    """
+
+    run: RunFolder
+    step: int | None = None
+    out: Path | None = None
+
+    @property
+    def _stem(self) -> str:
+        return "" if self.step is None else f"step-{self.step:06d}"
+
+    @property
+    def folder(self) -> Path:
+        return self.out or self.run.path / "exports" / self._stem
+
+    @property
+    def name(self) -> str:
+        return "-".join(part for part in (self.run.recipe.run.name, self._stem) if part)
+
+    @property
+    def of_the_run(self) -> bool:
+        """Whether these are the run's own exports, which its page and card tell of."""
+        return self.out is None and self.step is None
+
+    @property
+    def listing(self) -> Path:
+        """The file that lists what was written: RUN/exports.json, or one beside the files."""
+        return (self.run.path if self.of_the_run else self.folder) / "exports.json"
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What every export says of the run, with the checkpoint's own step and date."""
+        told = about_run(self.run) | {"title": self.name}
+        if self.step is None:
+            return told
+        date = {"date": written_date(self.run.checkpoints.date(self.step))} if told.get("date") != "" else {}
+        return told | date | ({"steps": str(self.step)} if "steps" in told else {})
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of `export_run`: what is exported, where to, and how."""
+
+    place: ExportPlace
     family: Family
     options: ExportTo
     bench: Bench
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.place.run
 
     @property
     def recipe(self) -> Recipe:
@@ -57,47 +106,38 @@ class _Call:
     def request(self, name: str, **more: str) -> Request:
         """`more` adds to, or replaces, the metadata that every export of the run carries."""
         v_prediction = self.family.schedule.prediction == "v_prediction"
-        about = about_run(self.folder) | more
-        return Request(self.folder.path / "exports", name, self.options.dtype, about, v_prediction, force=True)
+        about = self.place.about | more
+        return Request(self.place.folder, name, self.options.dtype, about, v_prediction, force=True)
 
 
 def export_run(
-    folder: RunFolder, family: Family, formats: Sequence[str] = (), options: ExportTo | None = None
+    folder: RunFolder,
+    family: Family,
+    formats: Sequence[str] = (),
+    options: ExportTo | None = None,
+    *,
+    place: ExportPlace | None = None,
 ) -> list[Exported]:
-    """Writes the exports of a run to RUN/exports, checks every file, and lists them in RUN/exports.json.
-
-    Args:
-        folder: the run.
-        family: the base with the trained weights of the run. It can't be used afterwards: its parts are removed from
-            memory, because the checks load an unchanged base.
-        formats: what to write. If empty: the formats of `options`, or else the usual ones for what was trained.
-        options: the export settings; None for those of the recipe.
-
-    The checks run on the family's device and in its precision.
-
-    Returns:
-        One record for each written file, with its checks. A failed check does not raise: see `Exported.ok`.
-
-    Raises:
-        BadInput: a format does not fit what was trained, or a conversion exceeds `max_error`.
-        OSError: a file can't be written.
-    """
-    recipe = folder.recipe
+    """Writes `place` (None: RUN/exports/) from a family with the run's training in it, checks every file, and notes it
+    all in exports.json (`ExportPlace.listing`). Without `formats`: those of `options` (None: the recipe's), or all
+    that are usual for what was trained. The checks run where the family is, and in its precision. The family is used
+    up: its parts leave memory, since the checks load a clean base."""
+    recipe, place = folder.recipe, place or ExportPlace(folder)
     options, artifacts = options or recipe.export, recipe.method.artifacts
     chosen = list(formats or options.formats) or formats_for(artifacts, usual=True)
     check_formats(chosen, artifacts)
-    call = _Call(folder, family, options, Bench.of(family, recipe.base.load, options.verify))
+    call = _Call(place, family, options, Bench.of(family, recipe.base.load, options.verify))
     rows = {part: value.cpu() for part, value in embeddings(family).items()}
     exported = [_whole_model(call, item) for item in model_exports(chosen)]
     exported += _as_lora(call, [item.name for item in adapter_exports(chosen)])
     discard(family)
     exported += [_embedding(call, rows, item) for item in embedding_exports(chosen)]
-    write_json(folder.path / "exports.json", _merged(folder.path, exported))
+    write_json(place.listing, _merged(place, exported))
     return exported
 
 
 def _whole_model(call: _Call, export: ModelExport) -> Exported:
-    request = call.request(call.recipe.run.name)
+    request = call.request(call.place.name)
     path = export.path(request.folder, request.name, call.family.name)
     return export.export(call.family, path, request, call.options.verify)
 
@@ -111,17 +151,17 @@ def _as_lora(call: _Call, formats: Sequence[str]) -> list[Exported]:
         return _reduced(call, formats)
     adapter = adapter_from(method, call.family)
     discard(call.family)
-    return export_adapter(adapter, call.request(call.recipe.run.name), formats, call.bench)
+    return export_adapter(adapter, call.request(call.place.name), formats, call.bench)
 
 
 def _reduced(call: _Call, formats: Sequence[str]) -> list[Exported]:
-    """Exports weights that are not a LoRA: converted to one, and in PEFT's own format if it has one."""
-    method, name, family = call.recipe.method, call.recipe.run.name, call.family
+    """What is no LoRA, as one, and in PEFT's own form where there is one."""
+    method, name, family = call.recipe.method, call.place.name, call.family
     own = reduced(method, family, call.bench, call.options.rank, call.options.max_error)
     plain, native_form = native_formats(method, formats)
     exported: dict[str, Exported] = {}
     if isinstance(method, PeftAdapter) and native_form:
-        path = EXPORTS[Peft.name]().path(call.folder.path / "exports", name, family.name)
+        path = EXPORTS[Peft.name]().path(call.place.folder, name, family.name)
         exported[Peft.name] = export_native_form(method, family, path, own.prediction, call.bench)
     discard(family)
     lora_name = name if method.is_adapter else f"{name}-lora"  # NAME.safetensors is the whole model
@@ -135,22 +175,25 @@ def _embedding(call: _Call, rows: dict[str, Tensor], export: EmbeddingExport) ->
     """UIs use the file's name as the word in prompts. If there is also a LoRA, NAME.safetensors is the LoRA."""
     recipe = call.recipe
     assert isinstance(recipe.method, Inversion)
-    name = f"{recipe.run.name}{'-embedding' * (len(recipe.method.artifacts) > 1)}"
+    name = f"{call.place.name}{'-embedding' * (len(recipe.method.artifacts) > 1)}"
     request = call.request(name)
     about = request.about | {"trigger_phrase": name if request.about["trigger_phrase"] else ""}
     words = NewWords(recipe.method, rows, recipe.method.init or recipe.data.class_noun or "")
     return export.export(words, call.family, replace(request, about=about), call.bench)
 
 
-def _merged(run: Path, exported: Sequence[Exported]) -> list[dict[str, Any]]:
-    """The entries of exports.json: the new files, and older files of other formats that still exist."""
-    old = read_exports(run)
-    new = [_listed(item, run) for item in exported]
+def _merged(place: ExportPlace, exported: Sequence[Exported]) -> list[dict[str, Any]]:
+    """What exports.json lists: the new files, and older ones of other formats that are still there."""
+    run = place.run.path
+    inside = place.out is None
+    root = run if inside else place.folder
+    old = read_exports(run, place.listing) if inside else []
+    new = [_listed(item, root) for item in exported]
     formats = {item["format"] for item in new}
-    return [item for item in old if item["format"] not in formats and (run / item["path"]).exists()] + new
+    return [item for item in old if item["format"] not in formats and (root / item["path"]).exists()] + new
 
 
-def _listed(item: Exported, run: Path) -> dict[str, Any]:
-    """An entry of exports.json. `results` are the checks for programs; `checks` are the same as lines of text."""
+def _listed(item: Exported, root: Path) -> dict[str, Any]:
+    """`results` is for programs; `checks` has the same as lines, as ever, for whoever reads those."""
     lines, results = [check.line for check in item.checks], [check.values() for check in item.checks]
-    return asdict(item) | {"path": item.path.relative_to(run).as_posix(), "checks": lines, "results": results}
+    return asdict(item) | {"path": item.path.relative_to(root).as_posix(), "checks": lines, "results": results}

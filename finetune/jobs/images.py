@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from finetune.core.events import ImagesDrawn, emit, phase
-from finetune.core.files import replacing_folder
+from finetune.core.files import replacing, replacing_folder
 from finetune.data.conditioning.base import unit
 from finetune.data.crops import make_crops
 from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
+from finetune.families.loading import DiffusersFamily
 from finetune.jobs.prepare import Prepared
 from finetune.jobs.previews import from_file
 from finetune.runs.folder import RunFolder
 from finetune.sampling.draw import draw
-from finetune.sampling.images import parameters, save_image
+from finetune.sampling.images import grid, parameters, save_image
 from finetune.sampling.settings import Sampling
+
+NUMBERED = re.compile(r"(\d+)--?\d+\.png$")
 
 
 @dataclass(frozen=True)
@@ -33,17 +39,12 @@ class ImageRequest:
     condition: ImageCondition | None = None
 
 
-def draw_files(family: Family, request: ImageRequest, folder: Path, title: str = "Drawing") -> list[Image.Image]:
-    """Draws all images, then writes each to `folder` as <prompt number>-<seed>.png.
+def draw_files(
+    family: Family, request: ImageRequest, folder: Path, title: str = "Drawing", first: int = 0
+) -> list[Image.Image]:
+    """Draws all images, then writes each to `folder` as <prompt number>-<seed>.png: prompt by prompt, seed by seed.
 
-    `title` is the name of the phase in the events.
-
-    Returns:
-        The images, RGB: all seeds of the first prompt, then all of the second, and so on.
-
-    Raises:
-        BadInput: the base does not support the sampler or needs a condition.
-        OSError: a file can't be written.
+    `title` names the phase in the events; `first` is the number of the first prompt.
     """
     pairs = [(number, seed) for number in range(len(request.prompts)) for seed in request.seeds]
     with phase(title, len(pairs)) as advance:
@@ -57,8 +58,41 @@ def draw_files(family: Family, request: ImageRequest, folder: Path, title: str =
         )
     for (number, seed), image in zip(pairs, images, strict=True):
         about = parameters(request.prompts[number], seed, request.sampling, request.model)
-        save_image(image, folder / f"{number:02d}-{seed}.png", about)
+        save_image(image, folder / f"{first + number:02d}-{seed}.png", about)
     return images
+
+
+@torch.no_grad()
+def name_cut_prompts(family: Family, prompts: Sequence[str]) -> list[str]:
+    """A line for each prompt that is longer than a text encoder reads, with what is cut from it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in range(len(family.text_encoders)):
+            if isinstance(family, DiffusersFamily):
+                family.tokenize(index, prompts)
+            else:
+                family.encode_text(index, prompts)
+    return list(dict.fromkeys(str(item.message) for item in caught if "is not read" in str(item.message)))
+
+
+def draw_more(family: Family, request: ImageRequest, folder: Path) -> tuple[int, Path]:
+    """Draws into a folder that may hold images of earlier calls, which stay: prompts are numbered on, and so are the
+    grids. Returns the number of images and the grid's file."""
+    numbers = [int(found[1]) for path in folder.glob("*.png") if (found := NUMBERED.match(path.name))]
+    first = max(numbers, default=-1) + 1
+    images = draw_files(family, request, folder, first=first)
+    page = unused(folder / "grid.png")
+    with replacing(page) as temporary:
+        grid(images, len(request.seeds), request.prompts).save(temporary, format="PNG")
+    return len(images), page
+
+
+def unused(path: Path) -> Path:
+    """`path`, or the first NAME-2, NAME-3, ... that is not there."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.stem}-{number}{path.suffix}"), number + 1
+    return candidate
 
 
 def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = None) -> None:

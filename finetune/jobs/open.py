@@ -1,13 +1,17 @@
-"""Opens a finished run, an adapter file or an export as a family that can draw."""
+"""A run or one of its checkpoints, an adapter file or an export, opened again as a family that draws."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from finetune.adapters.inspection import open_adapter
+from finetune.config.recipe import Recipe
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.export.base import Adapter, AdapterExport, Exported, ModelExport
@@ -19,48 +23,87 @@ from finetune.families.digests import is_base_of
 from finetune.families.source import load_family
 from finetune.methods.embeddings import set_embeddings
 from finetune.methods.peft_adapter import read_native_form
+from finetune.optim.state import load_state_tensors
 from finetune.runs.folder import RunFolder
 from finetune.runs.record import RunRecord
 from finetune.training.accelerate import resolve_precision
+from finetune.training.checkpoint import State
+from finetune.training.ema import copy_into
 
 
 def open_result(
-    source: Path, base: str = "tiny", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    source: Path,
+    base: str = "tiny",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    weight: float = 1.0,
+    step: int | None = None,
 ) -> tuple[Family, RunRecord]:
-    """Opens a finished run, or an adapter file.
+    """A family with a run's training in it (`open_run`), in the run's precision, or an adapter file merged into `base`
+    in `dtype`; and run.json's record, an empty one for a file.
 
     Args:
-        source: a run folder or an adapter file.
-        base: the base for an adapter file, which is merged into it. A run uses its own base.
-        device: where the family is placed.
-        dtype: the precision for an adapter file. A run uses its own precision.
-
-    Returns:
-        The family with the trained weights, and the record of the run (an empty one for an adapter file).
+        weight: the strength of the LoRA.
+        step: of a run's checkpoint.
 
     Raises:
-        BadInput: `source` is neither a finished run nor an adapter for that base.
+        BadInput: neither a run nor an adapter for that base, or no such checkpoint; a weight for what is no LoRA.
     """
+    if not math.isfinite(weight):
+        raise BadInput(f"the LoRA's weight is {weight}: give a number, such as 0.8")
     if (source / "recipe.yaml").is_file():
-        return open_run(RunFolder(source), device)
+        family, info = open_run(RunFolder(source), device, step)
+        _weaken(RunFolder(source), family, weight)
+        return family, info
+    if step is not None:
+        raise BadInput(f"--step {step} chooses a run's checkpoint and {source} is no run folder: leave it out")
     adapter, _ = open_adapter(source, base)
     family = load_family(base, dtype=dtype)
     family.parts.to(device)
-    apply_adapter(family, adapter)
+    apply_adapter(family, replace(adapter, scale=adapter.scale * weight))
     return family, RunRecord()
 
 
-def open_run(folder: RunFolder, device: str | torch.device = "cpu") -> tuple[Family, RunRecord]:
-    """Opens a finished run.
+def refuse_base(source: Path, base: str | None) -> None:
+    """Raises:
+    BadInput: a base was named beside a run, which has its own.
+    """
+    if base is not None and (source / "recipe.yaml").is_file():
+        raise BadInput(f"--base {base} is for adapter files and the run {source} has its own base: leave --base out")
 
-    Returns:
-        The run's base with the trained weights, on `device` and in the run's precision, and the record of the run.
+
+def _weaken(folder: RunFolder, family: Family, weight: float) -> None:
+    """The trained LoRA at another strength."""
+    if weight == 1:
+        return
+    method = folder.recipe.method.adapter
+    if not method.low_rank:
+        raise BadInput(
+            f"a weight of {weight} is for a LoRA and {folder.path} trained method.kind {folder.recipe.method.kind}: "
+            "leave it out"
+        )
+    state = method.state_dict(family)
+    scaled = {name: value * weight if ".lora_B." in name else value for name, value in state.items()}
+    method.load_state_dict(family, scaled)
+
+
+def open_run(
+    folder: RunFolder, device: str | torch.device = "cpu", step: int | None = None
+) -> tuple[Family, RunRecord]:
+    """A family with the run's training in it, in the precision in which the run held it; and run.json's record.
+
+    Args:
+        step: of the checkpoint. Its EMA or its optimiser's average is taken, where there is one, as at a run's end.
+            None: the result, or the newest checkpoint of a run that has not finished (`RunFolder.step_to_open`).
 
     Raises:
-        BadInput: the run is not finished, or its base has changed.
+        BadInput: there is no such checkpoint, or the base is not its base any more.
     """
     recipe, info = folder.recipe, folder.info
-    trained = folder.result()
+    chosen = folder.step_to_open(step)
+    state = None if chosen is None else folder.checkpoints.state(chosen)
+    result = folder.result() if state is None else {}
     precision = DTYPES[resolve_precision(recipe.run)]
     family = recipe.base.load(recipe.method.weight_dtype(precision))
     family.autocast = recipe.method.autocast_dtype(precision)
@@ -70,10 +113,23 @@ def open_run(folder: RunFolder, device: str | torch.device = "cpu") -> tuple[Fam
             "restore the old base, or train again"
         )
     recipe.method.add_subject_token(family, recipe.data.token, recipe.data.class_noun)
-    recipe.method.attach(family, recipe.run.seed)
-    recipe.method.load_state_dict(family, trained)
+    parameters = recipe.method.attach(family, recipe.run.seed)
+    if state is None:
+        recipe.method.load_state_dict(family, result)
+    else:
+        _take_state(recipe, parameters, state)
     family.parts.to(device)
     return family, info
+
+
+def _take_state(recipe: Recipe, parameters: Mapping[str, nn.Parameter], state: State) -> None:
+    """What would leave a run that ended here, as the trainer takes it: the optimiser's average, then the EMA."""
+    copy_into(parameters, state.trained)
+    if recipe.optim.averages:
+        optimizer = recipe.optim.build(parameters, recipe.method.windows(parameters))
+        load_state_tensors(optimizer, state.optimizer, state.values.get("optimizer", {}))
+        recipe.optim.to_result(optimizer)
+    copy_into(parameters, state.ema)
 
 
 def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.dtype) -> Family | None:

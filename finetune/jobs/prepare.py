@@ -23,6 +23,8 @@ from finetune.jobs.class_sets import ClassSet, check_set
 from finetune.jobs.subjects import Subject, caption_subjects, scan_subjects
 from finetune.jobs.words import refuse_words
 from finetune.objectives.registry import build_objective
+from finetune.sampling.draw import check_sampling
+from finetune.sampling.settings import Sampling
 from finetune.training.accelerate import resolve_precision
 
 
@@ -148,10 +150,10 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
         )
     _refuse_inputs(recipe, family)
     _refuse_formats(recipe, family)
-    family.drawing.check_sampler(recipe.sample.sampler)
+    check_sampling(family, recipe.sample.sampling(resolution), "sample.")
     images = recipe.prior.class_images
     if images is not None:
-        family.drawing.check_sampler(images.sampler)
+        check_sampling(family, Sampling("", images.sampler, images.steps, images.guidance, resolution), "prior.")
     choices = Choices(recipe.run.seed, recipe.data.mask_count, recipe.data.edit_dropout, recipe.sample.image_guidance)
     inputs = make_inputs(family, [photo for found in scanned for photo in found.photos], choices)
     family.parts.device, family.autocast = torch.device(device), recipe.method.autocast_dtype(precision)

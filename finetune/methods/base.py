@@ -58,6 +58,11 @@ class Method(Settings, ABC):
         """Whether text-encoder weights are trained, so that `optim.text_lr` has an effect."""
         return "text_encoders" in self.parts
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether some of what it trains rests for a share of the run."""
+        return type(self).windows is not Method.windows
+
     def windows(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Window]:
         """Parameter name -> (start, end) of its training, as shares of the run (0 to 1), for the parameters that are
         not trained throughout."""

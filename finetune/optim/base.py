@@ -49,6 +49,7 @@ class Optimiser(Settings):
     text_lr: float | None = Field(default=None, gt=0)  # None: lr
     max_grad_norm: float = 1.0  # 0: no clipping
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    schedule_steps: int | None = Field(default=None, ge=1)  # None: run.steps
     warmup: int = Field(default=0, ge=0)  # steps
 
     def check_device(self, device: str) -> None:
@@ -118,10 +119,12 @@ class Optimiser(Settings):
         """`factor` over the steps of a window (shares of the run), and 0 outside of it. At a rate of 0, AdamW leaves
         weights bit-identical."""
         first, last = (round(share * steps) for share in window)
-        return self.factor(step - first, last - first) if first <= step < last else 0.0
+        inside = first <= step < last or (step >= last and window[1] == 1)  # a run that goes on after its schedule
+        return self.factor(step - first, last - first) if inside else 0.0
 
     def set_lr(self, optimizer: Any, step: int, steps: int) -> float:
         """Sets the learning rate of every group for `step`. Returns the rate of the first group, the denoiser's."""
+        steps = self.schedule_steps or steps
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.factor_within(group["window"], step, steps)
         rate: float = optimizer.param_groups[0]["lr"]

@@ -41,14 +41,15 @@ pre{background:var(--card);border:1px solid var(--line);border-radius:12px;paddi
 """
 
 
-def write_report(path: Path, with_captions: bool = False) -> Path:
-    """Writes the report of a run folder and returns its path. Sections whose files are missing are left out.
+def write_report(path: Path, with_captions: bool = False, *, step: int | None = None, out: Path | None = None) -> Path:
+    """Builds the page of a run folder; whatever is missing there is left out.
 
-    The page is safe to share: it names no folders of this machine. It shows captions from caption files only if
-    `with_captions` is set.
+    It may be passed on: it names no folders of this machine, and the captions of the photos' files only
+    `with_captions`.
 
-    Raises:
-        BadInput: the folder holds a link that leads out of it, or a damaged record.
+    Args:
+        step: the page of a checkpoint: the training up to there, its previews, and what was exported from it.
+        out: the file; None: RUN/report.html.
     """
     folder = RunFolder(path)
     folder.refuse_links()
@@ -56,12 +57,13 @@ def write_report(path: Path, with_captions: bool = False) -> Path:
     metrics = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
     sections = [
         _head(info),
+        _standing(step, folder),
         _subject(path, info, with_captions),
         _plan(info),
-        _curves(metrics),
-        _before_after(path, info),
-        _exports(path),
-        _next_steps(path, info),
+        _curves([row for row in metrics if step is None or row["step"] <= step]),
+        _before_after(path, info, step),
+        _exports(path, step),
+        _next_steps(path, info) if step is None else _next_steps_of(path, info, step),
     ]
     body = "\n".join(section for section in sections if section)
     title = escape(info.trigger or path.absolute().name)
@@ -70,8 +72,16 @@ def write_report(path: Path, with_captions: bool = False) -> Path:
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><main>{body}</main></body></html>\n"
     )
-    write_text(path / "report.html", page)
-    return path / "report.html"
+    target = out or path / "report.html"
+    write_text(target, page)
+    return target
+
+
+def _standing(step: int | None, folder: RunFolder) -> str:
+    """That this is no finished run's page."""
+    if step is None:
+        return ""
+    return f"<p>This page shows the training after <b>step {step} of {folder.recipe.run.steps}</b>.</p>"
 
 
 def _head(info: RunRecord) -> str:
@@ -159,8 +169,8 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float], smoothed:
     )
 
 
-def _before_after(path: Path, info: RunRecord) -> str:
-    before, after = path / "samples" / "before", path / "samples" / "after"
+def _before_after(path: Path, info: RunRecord, step: int | None) -> str:
+    before, after = path / "samples" / "before", path / "samples" / ("after" if step is None else f"step-{step:06d}")
     if not after.is_dir():
         return ""
     rows = []
@@ -177,8 +187,8 @@ def _before_after(path: Path, info: RunRecord) -> str:
     )
 
 
-def _exports(path: Path) -> str:
-    listed = read_exports(path)
+def _exports(path: Path, step: int | None) -> str:
+    listed = read_exports(path, None if step is None else path / "exports" / f"step-{step:06d}" / "exports.json")
     if not listed:
         return ""
     rows = []
@@ -207,18 +217,36 @@ def _typed(text: str) -> str:
     return shlex.quote(text) if set(text) & set('"$`\\!\n') else f'"{text}"'
 
 
+def _shell_name(path: Path) -> str:
+    """A run in a command: a page may be passed on, so no folders of this machine are in it."""
+    return shlex.quote(path.as_posix() if path.parent == Path("runs") else path.absolute().name)
+
+
+def _next_steps_of(path: Path, info: RunRecord, step: int) -> str:
+    """What can be done with a checkpoint."""
+    run, prompt = _shell_name(path), _typed(f"a photo of {info.names[0]} in the city")
+    commands = (
+        "# pictures of this step",
+        f"finetune sample {run} --step {step} -p {prompt}",
+        "# files for other programs",
+        f"finetune export {run} --step {step}",
+        "# go on to the end",
+        f"finetune resume {run}",
+    )
+    return f"<h2>Go on</h2><pre>{escape(chr(10).join(commands))}</pre>"
+
+
 def _next_steps(path: Path, info: RunRecord) -> str:
     thing = info.names[0]
-    # the page may be shared, so it names no folders of this machine
-    run = shlex.quote(path.as_posix() if path.parent == Path("runs") else path.absolute().name)
+    run = _shell_name(path)
+    longer = ("# continue, or train longer", f"finetune train {run}/recipe.yaml run.dir={run} run.steps=N")
     commands = "\n".join(
         (
             "# more images",
             f"finetune sample {run} -p {_typed(f'a photo of {thing} in the city')} --count 8",
             "# write the exports again, or in another format",
             f"finetune export {run} --to {_a_format(path)}",
-            "# continue, or train longer",
-            f"finetune train {run}/recipe.yaml run.dir={run} run.steps=N",
+            *(longer if RunFolder(path).can_be_longer else ()),
         )
     )
     places = (

@@ -38,13 +38,14 @@ class Listed(Record):
     results: list[Checked] | None = None
 
 
-def read_exports(run: Path) -> list[dict[str, Any]]:
-    """Returns the entries of a run's exports.json unchanged, or an empty list if there is no such file.
+def read_exports(run: Path, listing: Path | None = None) -> list[dict[str, Any]]:
+    """What a run's exports.json lists, as it stands there; nothing where there is none. `listing`: that of a
+    checkpoint's exports, in RUN/exports/step-000250.
 
     Raises:
         BadInput: it is damaged, or names a file outside RUN/exports.
     """
-    file = run / NAME
+    file = listing or run / NAME
     if not file.is_file():
         return []
     advice = f"remove it, then `finetune export {run}` writes it again"

@@ -75,12 +75,60 @@ class RunFolder:
 
     def finished(self, steps: int) -> bool:
         """Returns whether the folder holds weights trained for exactly `steps` steps. If not, training goes on."""
+        return self._result_fault() is None and self._result_steps() == str(steps)
+
+    @property
+    def has_result(self) -> bool:
+        return self._trained.is_file()
+
+    def _result_steps(self) -> str | None:
         from safetensors import safe_open
 
-        if self._result_fault() is not None:
-            return False
         with safe_open(self._trained, "pt") as held:
-            return (held.metadata() or {}).get("steps") == str(steps)
+            return (held.metadata() or {}).get("steps")
+
+    def step_to_open(self, step: int | None) -> int | None:
+        """Which checkpoint's weights are meant by `--step`; None: the result's.
+
+        Without a step: the result, or the newest checkpoint of a run that has not finished. A result that is damaged
+        is left for `result` to tell.
+        """
+        result, last = self._trained.is_file(), self.recipe.run.steps
+        if step is not None:
+            return None if step == last and self.finished(last) else self.checkpoints.check_step(step)
+        if result and (self._result_fault() is not None or self._result_steps() in (None, str(last))):
+            return None
+        if not result:
+            return self.checkpoints.check_step(None)
+        kept = self.checkpoints.steps()  # a run that was made longer
+        return kept[-1] if kept and kept[-1] > int(self._result_steps() or 0) else None
+
+    @property
+    def can_be_longer(self) -> bool:
+        """Whether more steps can follow: a schedule of the learning rate has come to its end."""
+        return not (self.path / "recipe.yaml").is_file() or _curve(self.recipe)["optim.schedule_steps"] is None
+
+    def at_work(self) -> bool:
+        """Whether a process trains here now; one that ended, however it ended, does not."""
+        if not (self.path / "run.lock").is_file():
+            return False
+        lock = FileLock(self.path / "run.lock", fallback_to_soft=False, preserve_lock_file=True)
+        try:
+            with lock.acquire(blocking=False):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # no locks here, or no right to take one: nobody can train here either
+            return False
+
+    def refuse_work(self) -> None:
+        """Raises:
+        BadInput: a process trains here: the folder is its alone to write to.
+        """
+        if self.at_work():
+            raise BadInput(
+                f"{self.path} is at work, and is only read until it ends: write somewhere else with --out PATH"
+            )
 
     @contextmanager
     def held(self, recipe: Recipe) -> Iterator[None]:
@@ -141,7 +189,7 @@ class RunFolder:
             if changed:
                 raise BadInput(
                     f"{self.path} holds a run with another recipe (changed: {', '.join(changed)}): "
-                    "undo the change, or choose another folder with run.dir=PATH"
+                    f"{_advice(both[0], changed)}"
                 )
         elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is not a run folder: choose another with run.dir=PATH")
@@ -222,13 +270,30 @@ def next_folder(name: str, parent: Path = Path("runs")) -> Path:
 
 
 def _changed_keys(old: Recipe, new: Recipe) -> list[str]:
-    """The keys that differ, without those that a run may change: more steps, the number of processes, its name."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    """The keys that differ, except those that a run may change: more steps, more processes, its folder's name."""
+    before, after = (_flat(one.model_dump(mode="json")) | _curve(one) for one in (old, new))
     free = {"run.dir", "run.name", "run.keep", "run.checkpoint_every", "run.processes"}
     if after.get("run.steps", 0) >= before.get("run.steps", 0):
         free.add("run.steps")
     names = sorted(before.keys() | after.keys())
     return [name for name in names if name not in free and before.get(name) != after.get(name)]
+
+
+def _curve(recipe: Recipe) -> dict[str, Any]:
+    """What the learning rate's curve spans: not said is as good as run.steps."""
+    shaped = recipe.optim.schedule != "constant" or recipe.method.has_windows
+    return {"optim.schedule_steps": (recipe.optim.schedule_steps or recipe.run.steps) if shaped else None}
+
+
+def _advice(old: Recipe, changed: list[str]) -> str:
+    if changed != ["optim.schedule_steps"]:
+        return "undo the change, or choose another folder with run.dir=PATH"
+    span = _curve(old)["optim.schedule_steps"]
+    return (
+        f"another optim.schedule_steps, which is run.steps if left out, bends the learning rate's curve in the "
+        f"middle; keep it with optim.schedule_steps={span} (a schedule's rate after its end is that of its end), or "
+        "choose another folder with run.dir=PATH"
+    )
 
 
 def _placeless(recipe: Recipe) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -115,9 +116,16 @@ def _rows(plan: Plan, base: str, prompts: PlanRows) -> PlanRows:
         found["token"] = f"{subject.token} (class noun: {subject.noun or 'none'})"
     found["resolution"] = plan.resolution
     found["steps"] = f"{plan.steps} of {plan.batch_size} photo(s), {plan.accumulate} micro-batch(es)"
-    found["each photo"] = f"seen {plan.times_seen:.0f} times"
+    found["each photo"] = _times(plan)
     found |= _bucket_rows(plan) if plan.buckets else _square_rows(plan)
     return found | _data_rows(plan) | _training_rows(plan)
+
+
+def _times(plan: Plan) -> str:
+    if plan.times_seen >= 1:
+        return f"seen {plan.times_seen:.0f} times"
+    share = f"{plan.steps} steps of {plan.batch_size} are {plan.times_seen:.0%} of an epoch"
+    return f"NOT all are seen: {share}; set run.steps to at least {math.ceil(plan.steps / plan.times_seen)}"
 
 
 def _subject_rows(plan: Plan) -> PlanRows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -9,12 +10,40 @@ from typing import Any
 import torch
 from PIL import Image
 
+from finetune.core.errors import BadInput
 from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
 from finetune.families.vae import fitting
 from finetune.sampling.settings import Sampling
 
 DEFAULTS = Sampling()
+
+
+LARGEST_SIDE = 8192  # pixels: more is a slip
+
+
+def check_sampling(family: Family, sampling: Sampling, section: str = "") -> None:
+    """`section` stands before a setting's name in messages: "sample." of a recipe's, "--" of a command's.
+
+    Raises:
+        BadInput: this base can't be drawn with that, or what comes out would be no image.
+    """
+    steps, side, multiple = sampling.steps, sampling.size or family.resolution, family.square_multiple
+    if steps > family.schedule.steps:
+        raise BadInput(
+            f"{section}steps is {steps:,} but the base's schedule has {family.schedule.steps:,} timesteps: choose "
+            "fewer, such as 25"
+        )
+    if not math.isfinite(sampling.guidance):
+        raise BadInput(f"{section}guidance is {sampling.guidance}: give a number, such as 5; 1 switches guidance off")
+    if side % multiple or not 0 < side <= LARGEST_SIDE:
+        nearest = min(max(1, round(side / multiple)), LARGEST_SIDE // multiple) * multiple
+        raise BadInput(
+            f"{section}size is {side:,} pixels, and {family.name} draws multiples of {multiple} up to "
+            f"{LARGEST_SIDE:,}: choose {nearest}"
+        )
+    if sampling.sampler is not None:
+        family.drawing.check_sampler(sampling.sampler)
 
 
 @torch.no_grad()
@@ -48,6 +77,7 @@ def draw(
     Raises:
         BadInput: this base can't be drawn with the sampler.
     """
+    check_sampling(family, sampling)
     side = sampling.size or family.resolution
     pipeline = family.drawing.pipeline(sampling.sampler)  # loads released parts again
     if family.codec.parts:

@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,48 @@ class Checkpoints:
                 return read_state(folder)
             warnings.warn(f"checkpoint {folder} is damaged ({fault}) and is skipped", stacklevel=2)
         return None
+
+    def steps(self) -> list[int]:
+        """The steps of the sound checkpoints, oldest first."""
+        folders = [folder for folder in self._checkpoints() if find_fault(folder) is None]
+        return [int(folder.name.removeprefix("step-")) for folder in folders]
+
+    def check_step(self, step: int | None) -> int:
+        """The step, if its checkpoint is kept and sound; of None: the newest such.
+
+        Raises:
+            BadInput: there is none; those that are kept are named.
+        """
+        kept = self.steps()
+        if step is not None and step not in kept:
+            raise BadInput(self._not_kept(step, kept))
+        if not kept:
+            raise BadInput(f"{self.run} has no checkpoint yet: `finetune resume {self.run}` goes on with it")
+        return kept[-1] if step is None else step
+
+    def state(self, step: int | None = None) -> State:
+        """The sound checkpoint of `step`; None: the newest. A run may be at work here, and drop it meanwhile.
+
+        Raises:
+            BadInput: there is none, it is damaged or it was dropped; those that are kept are named.
+        """
+        for _ in range(3):  # what a run at work drops between two looks
+            try:
+                return read_state(self.path / f"step-{self.check_step(step):06d}")
+            except FileNotFoundError:
+                continue
+        raise BadInput(f"the checkpoints of {self.run} changed while they were read: try again")
+
+    def date(self, step: int) -> datetime:
+        """When a checkpoint was written."""
+        written = (self.path / f"step-{step:06d}" / "state.json").stat().st_mtime
+        return datetime.fromtimestamp(written, UTC)
+
+    def _not_kept(self, step: int, kept: list[int]) -> str:
+        there = (self.path / f"step-{step:06d}").is_dir()
+        listed = ", ".join(map(str, kept)) or "none"
+        what = "is damaged" if there else "is not kept"
+        return f"the checkpoint of step {step} of {self.run} {what}; kept are: {listed}. Choose one with --step"
 
     def _checkpoints(self) -> list[Path]:
         return sorted(folder for folder in self.path.glob("step-*") if folder.name.removeprefix("step-").isdecimal())

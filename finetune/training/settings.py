@@ -24,7 +24,7 @@ class Run(Settings):
     dir: AnyPath | None = None  # None: runs/<name>-<n>
     name: str = Field(default="run", pattern=r"^\w[\w .+-]*$", max_length=100)  # part of file names
     seed: int = 0
-    steps: int = Field(default=800, ge=1)
+    steps: int = Field(default=800, ge=1, le=999_999)  # checkpoints are numbered by six digits
     batch_size: int = Field(default=1, ge=1)
     accumulate: int = Field(default=1, ge=1)
     processes: int | None = Field(default=None, ge=1)  # None: the number that was launched

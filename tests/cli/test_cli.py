@@ -178,7 +178,9 @@ def test_from_photos_to_pictures(finetune: Command, photos: Path, tmp_path: Path
 
     recipe = run / "recipe.yaml"
     assert_one_sentence(finetune("train", recipe, f"run.dir={run}", "optim.lr=0.5"), "optim.lr")
-    longer = finetune("train", recipe, f"run.dir={run}", "run.steps=3")
+    bent = finetune("train", recipe, f"run.dir={run}", "run.steps=3")
+    assert_one_sentence(bent, "optim.schedule_steps=2")
+    longer = finetune("train", recipe, f"run.dir={run}", "run.steps=3", "optim.schedule_steps=2")
     assert longer.returncode == 0, longer.stderr
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     assert finetune("resume", run).returncode == 0

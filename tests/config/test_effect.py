@@ -118,3 +118,9 @@ def test_an_older_run_is_read_with_whatever_it_was_given(tmp_path: Path) -> None
     assert RunFolder(tmp_path).recipe.data.crops == 8
     with pytest.raises(BadInput, match=r"recipe\.yaml: data\.crops is 8 but data\.crop is center"):
         load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_span_of_no_schedule() -> None:
+    said = refusal("optim.schedule=constant", "optim.schedule_steps=900")
+    assert "optim.schedule_steps is 900 but optim.schedule is constant" in said
+    load_recipe("demo", [*NEEDED, "optim.schedule_steps=900"])

@@ -175,7 +175,8 @@ def first_steps(work: Path, photos: Path) -> None:
     ]  # fmt: skip
     finetune("train", "demo", *small, "run.steps=2", "--dry-run")
     finetune("train", "demo", *small, "run.steps=2")
-    finetune("train", "demo", *small, "run.steps=3")  # reads the checkpoint, then replaces it and the adapter
+    longer = ("run.steps=3", "optim.schedule_steps=2")
+    finetune("train", "demo", *small, *longer)  # reads the checkpoint, then replaces it and the adapter
     finetune("resume", folder)  # nothing is left to do but the page
     finetune("export", folder, "--to", "kohya", "--to", "diffusers", "--to", "peft")
     finetune("export", folder, "--to", "kohya", "--to", "diffusers", "--to", "peft")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from finetune.core.errors import BadInput
 from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
 from finetune.families.registry import FAMILIES
@@ -216,3 +219,85 @@ def test_an_error_while_drawing_leaves_the_modes_as_they_were(tiny_bases: dict[s
         draw(family, ["a mug"], Sampling(steps=1), seeds=[1], advance=stop)
     assert {name: module.training for name, module in denoiser.named_modules()} == before
     assert not family.parts["vae"].training
+
+
+SCHEDULER = ("scheduler", "scheduler_config.json")
+
+
+def changed(base: Path, to: Path, file: str, **values: object) -> Path:
+    """A copy of a base with other values in one of its JSON files."""
+    shutil.copytree(base, to)
+    held = json.loads((to / file).read_text())
+    (to / file).write_text(json.dumps(held | values))
+    return to
+
+
+def their_picture(base: Path, kind: str, **call: object) -> np.ndarray:
+    pipeline = getattr(diffusers, kind).from_pretrained(base)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    seed = torch.Generator().manual_seed(5)
+    return np.asarray(
+        pipeline(
+            "a mug", num_inference_steps=3, guidance_scale=4.0, width=32, height=32, generator=seed, **call
+        ).images[0]
+    )
+
+
+def our_picture(base: Path) -> np.ndarray:
+    settings = Sampling(sampler="ddim", steps=3, guidance=4.0, size=32)
+    return np.asarray(draw(load_family(str(base)), ["a mug"], settings, seeds=[5])[0])
+
+
+@pytest.mark.parametrize("zeros", [True, False, None])
+def test_no_negative_prompt_is_what_the_bases_pipeline_makes_of_none(
+    zeros: bool | None, tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """diffusers' plain call, without a negative prompt, bit for bit: zeros, or the encoded empty prompt."""
+    given = {} if zeros is None else {"force_zeros_for_empty_prompt": zeros}
+    base = changed(tiny_bases["sdxl"], tmp_path / "base", "model_index.json", **given)
+    kind = "StableDiffusionXLPipeline"
+    plain, encoded = their_picture(base, kind), their_picture(base, kind, negative_prompt="")
+    assert np.array_equal(our_picture(base), plain)
+    assert np.array_equal(plain, encoded) is (zeros is False)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sd1", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")])
+def test_zero_terminal_snr_rescales_the_guidance(
+    name: str, kind: str, tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """arXiv:2305.08891 section 3.4 with its phi of 0.7, as diffusers' own call gives it; other bases as ever."""
+    zero = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    base = changed(tiny_bases[name], tmp_path / "base", "/".join(SCHEDULER), **zero)
+    rescaled, plain = their_picture(base, kind, guidance_rescale=0.7), their_picture(base, kind)
+    assert not np.array_equal(rescaled, plain)
+    assert np.array_equal(our_picture(base), rescaled)
+    assert np.array_equal(our_picture(tiny_bases[name]), their_picture(tiny_bases[name], kind))
+
+
+def test_a_pipeline_without_guidance_rescale_is_drawn_with_all_the_same(
+    tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    zero = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    base = changed(tiny_bases["sd1"], tmp_path / "base", "/".join(SCHEDULER), **zero)
+    family = load_family(str(base))
+    family.widen("inpaint")
+    assert draw(family, ["a mug"], Sampling(steps=1, size=32), seeds=[5])[0].size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (Sampling(guidance=float("nan")), "guidance is nan"),
+        (Sampling(guidance=float("inf")), "guidance is inf"),
+        (Sampling(steps=5000), "steps is 5,000 but the base's schedule has 1,000"),
+        (Sampling(size=33), "size is 33 .* choose 32"),
+        (Sampling(size=10**6), "choose 8192"),
+        (Sampling(sampler="magic"), "magic"),
+    ],
+)
+def test_what_draws_no_image_is_refused(settings: Sampling, words: str, tiny_bases: dict[str, Path]) -> None:
+    with pytest.raises(BadInput, match=words):
+        draw(load_family(str(tiny_bases["sd1"])), ["a mug"], settings, seeds=[1])

@@ -26,7 +26,7 @@ class ClassImages(PriorSettings):
 
     kind: Literal["class_images"] = "class_images"
     weight: float = Field(default=1.0, ge=0)
-    count: int = Field(default=100, ge=1)
+    count: int = Field(default=100, ge=1, le=100_000)
     prompt: str = "a photo of a {noun}"
     negative: str = ""
     folder: AnyPath | None = None
