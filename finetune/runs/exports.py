@@ -30,7 +30,7 @@ class Listed(Record):
     `results` are the checks. An older file has only their lines, in `checks`.
     """
 
-    format: str = Field(pattern=r"^[a-z]+$")
+    format: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     path: str
     size: int
     read_by: list[str]

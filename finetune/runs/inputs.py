@@ -5,7 +5,6 @@ Paths are not compared: photos may move, and are put into the recorded order by 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 
 from finetune.core.errors import BadInput
 from finetune.core.files import write_json
+from finetune.core.reading import read_json
 from finetune.core.records import LaterVersion, migrated
 from finetune.runs.plan import Record
 
@@ -70,11 +70,11 @@ def read_inputs(run: Path) -> InputsRecord | None:
     if not file.is_file():
         return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file, dict)
         return InputsRecord.model_validate(migrated(values, file, SCHEMA, []))
     except LaterVersion:
         raise
-    except (ValidationError, UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
+    except (BadInput, ValidationError, AttributeError, TypeError) as error:
         raise BadInput(
             f"{file} is damaged, so nothing can tell whether the run's photos and base are the same: give the run's "
             "own file back, or start a new run"

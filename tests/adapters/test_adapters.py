@@ -365,10 +365,10 @@ def test_the_commands(tiny_bases: dict[str, Path], tmp_path: Path, capsys: pytes
         (["convert", "{x}", "--out", "y", "--to", "kohja"], "did you mean 'kohya'"),
         (["merge", "{x}:much", "--out", "y"], "'much'"),
         (["verify", "/nowhere.safetensors"], "/nowhere.safetensors"),
-        (["verify", "{base}/vae/diffusion_pytorch_model.safetensors"], "no LoRA"),
+        (["verify", "{base}/vae/diffusion_pytorch_model.safetensors"], "is not a LoRA"),
         (["verify", "{base}"], "not a PEFT folder"),
         (["extract", "{base}", "--out", "y"], "nothing to extract"),
-        (["extract", "{sdxl}", "--out", "y"], "is a sdxl and the base a sd1"),
+        (["extract", "{sdxl}", "--out", "y"], "is of family sdxl but the base is of family sd1"),
     ],
 )
 def test_bad_input(arguments: list[str], words: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:

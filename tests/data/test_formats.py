@@ -264,7 +264,7 @@ def test_photos_beside_sub_folders_are_used_as_before(nested: Path) -> None:
 
 def test_other_sub_folders_are_named(nested: Path) -> None:
     (nested / "10_sks dog").rename(nested / "dogs")
-    with pytest.raises(BadInput, match=r"no images.*one of its sub-folders \(dogs\)"):
+    with pytest.raises(BadInput, match=r"no images.*there are some in its folder 'dogs'"):
         scan_subjects(Data(photos=nested))
 
 

@@ -155,7 +155,7 @@ def test_diffusers_gives_the_trained_models_conditions_and_pictures(
         pipeline.load_textual_inversion(str(path), weight_name="mine-embedding.safetensors", token="<zwx>")
     pipeline.load_lora_weights(run / "exports", weight_name="mine.safetensors")
     t5 = {"prompt_2": "a photo of mug on the beach"} if name == "flux" else {}
-    size = {"num_inference_steps": 2, "output_type": "np"} | trained.pipeline_inputs(32, 1, 2, None)
+    size = {"num_inference_steps": 2, "output_type": "np"} | trained.drawing.inputs(32, 1, 2, None)
     if name == "flux":
         size["max_sequence_length"] = trained.text_length(1)
 
@@ -163,8 +163,8 @@ def test_diffusers_gives_the_trained_models_conditions_and_pictures(
         made = torch.Generator().manual_seed(3)
         return torch.tensor(pipe(prompt="a photo of <zwx> on the beach", generator=made, **size, **more).images)
 
-    theirs, ours = drawn(pipeline, **t5), drawn(trained.pipeline())
-    clean = drawn(load_family(str(tiny_bases[name])).pipeline())
+    theirs, ours = drawn(pipeline, **t5), drawn(trained.drawing.pipeline())
+    clean = drawn(load_family(str(tiny_bases[name])).drawing.pipeline())
     assert float((theirs - ours).abs().max()) < 1e-4
     assert float((clean - ours).abs().max()) > 1e-2
 
@@ -248,7 +248,7 @@ def test_a_config_that_misplaces_the_pooled_vector_is_said(
 def test_a_file_for_another_base_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"emb_params": torch.zeros(1, 16)}, path)
-    with pytest.raises(BadInput, match="holds emb_params but an embedding for sdxl has clip_l and clip_g"):
+    with pytest.raises(BadInput, match="holds emb_params but an embedding for sdxl holds clip_l and clip_g"):
         read_embedding(path, "sdxl")
     path.write_bytes(b"no")
     with pytest.raises(BadInput, match="is not a complete safetensors file"):

@@ -744,7 +744,7 @@ def adapter_of_another_width(place: Place) -> list[str]:
     return adapter(place, tensors | {key: torch.ones(2, 99)})
 
 
-@case("to_q", "not finite")
+@case("to_q", "NaN or infinite")
 def adapter_with_nan(place: Place) -> list[str]:
     return adapter(place, {key: value * float("nan") for key, value in kohya(place).items()})
 

@@ -88,7 +88,7 @@ def faults_of_text(module: ast.Module) -> list[str]:
         is_method = isinstance(node.func, ast.Attribute)
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
-        if name not in OPENS or owner in ("os", "Image", "mask", "self.mask"):
+        if name not in OPENS or owner in ("os", "Image", "mask", "self.mask", "kind()", "export"):
             continue
         mode = "w" if name == "write_text" else "r" if name == "read_text" else mode_of(node, is_method)
         given = {item.arg for item in node.keywords}

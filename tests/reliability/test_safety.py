@@ -33,13 +33,15 @@ from finetune.export.lora.diffusers import read_header
 from finetune.export.model.folder import export_folder
 from finetune.families.settings import Base
 from finetune.families.source import load_family
-from finetune.jobs.class_sets import _manifest
+from finetune.jobs.class_sets import ClassSet, check_set
 from finetune.report.html import write_report
 from finetune.report.pictures import copy_of, image_tag, keep_photos
 from finetune.runs.folder import RunFolder
 from finetune.runs.record import RunRecord
 from finetune.sampling.images import parameters
+from finetune.sampling.settings import Sampling
 from finetune.training.checkpoint import Checkpoints, State, find_fault
+from finetune.training.priors.class_images import ClassImages
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
@@ -509,7 +511,7 @@ def test_relative_paths_tell_no_more_than_absolute_ones(
 )  # fmt: skip
 def test_what_a_base_is_called_to_others(base: str, told: str) -> None:
     assert public_name(base) == told
-    assert parameters("p", "", 0, "ddim", 1, 1.0, 64, base).endswith(f"Model: {told}")
+    assert parameters("p", 0, Sampling("", "ddim", 1, 1.0, 64), base).endswith(f"Model: {told}")
 
 
 def test_a_base_given_by_a_relative_path_is_that_folder_for_ever(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -808,7 +810,7 @@ def test_odd_metrics_draw_no_curve_and_stop_no_page(row: dict, received: Path) -
 def test_class_images_of_others_name_their_own_files(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"pictures": {"../../x.png": {"sha256": "0"}}}))
     with pytest.raises(BadInput, match=r"manifest\.json"):
-        _manifest(tmp_path, {})
+        check_set(ClassSet(ClassImages(folder=tmp_path), "dog", 32, "hash"))
 
 
 def test_a_tokenizer_of_another_base_is_named(base: Path) -> None:
