@@ -219,9 +219,17 @@ def report(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    rehash: Annotated[
+        bool, typer.Option("--rehash", help="forget the stored hashes of bases, and hash them again")
+    ] = False,
+) -> None:
     """Check what works on this machine, and say how to fix what does not."""
     _loud()
+    if rehash:
+        from finetune.families.digests import forget_hashes
+
+        forget_hashes()
     from rich.console import Console
     from rich.table import Table
 

@@ -39,6 +39,11 @@ def is_base_of(folder: Path, recorded: str) -> bool:
     return recorded in (_joined(files, SUFFIXES), _joined(files, OLDER))
 
 
+def forget_hashes() -> None:
+    """Removes all stored hashes, so that every file is hashed again when it is next needed."""
+    _kept().unlink(missing_ok=True)
+
+
 def _joined(files: dict[str, str], suffixes: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for name, value in files.items():

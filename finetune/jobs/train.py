@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from finetune.config.recipe import Recipe
 from finetune.core.determinism import deterministic
@@ -303,16 +304,8 @@ def fit_job(
     if recipe.run.gradient_checkpointing:
         family.enable_gradient_checkpointing(recipe.method.part_names(family))
     batches = make_batches(job, streams, cache, accelerator)
-    context = PriorContext(family, recipe.method, trained, encode_prompts, job.class_prompt, job.class_prompts)
-    stratified = recipe.objective.timesteps == "stratified"
-    options = StepOptions(
-        recipe.data.encoder_dropout,
-        recipe.prior.regularizers(context),
-        batches.samples_per_step if stratified else None,
-    )
-    objective = build_objective(recipe.objective, family.schedule, family.shift(job.resolution))
     trainer = Trainer(
-        Step(family, parts_of(trained), objective, encode_prompts, options),
+        _make_step(job, trained, encode_prompts, batches.samples_per_step),
         Trainable(trained, recipe.method.windows(trained)),
         recipe.optim,
         recipe.run,
@@ -328,6 +321,21 @@ def fit_job(
 
     trainer.fit(batches, after_step, stop)
     family.parts.restore(idle)
+
+
+def _make_step(
+    job: Prepared, trained: dict[str, nn.Parameter], encode_prompts: PromptEncoder, samples_per_step: int
+) -> Step:
+    """The forward pass of the recipe: objective, regularizers, dropout of text encoders."""
+    recipe, family = job.recipe, job.family
+    context = PriorContext(family, recipe.method, trained, encode_prompts, job.class_prompt, job.class_prompts)
+    options = StepOptions(
+        recipe.data.encoder_dropout,
+        recipe.prior.regularizers(context),
+        samples_per_step if recipe.objective.timesteps == "stratified" else None,
+    )
+    objective = build_objective(recipe.objective, family.schedule, family.shift(job.resolution))
+    return Step(family, parts_of(trained), objective, encode_prompts, options)
 
 
 def _idle_parts(job: Prepared, encode_prompts: PromptEncoder) -> list[str]:

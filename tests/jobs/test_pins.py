@@ -15,7 +15,7 @@ from test_train import LORA, settings
 from finetune.cli.main import run as command
 from finetune.config.load import parse_recipe
 from finetune.core.errors import BadInput
-from finetune.families.digests import base_files
+from finetune.families.digests import base_files, forget_hashes
 from finetune.jobs import train as job
 from finetune.runs import inputs
 from finetune.runs.inputs import read_inputs
@@ -202,3 +202,15 @@ def test_a_run_says_where_it_goes_on_and_why_it_starts_over(place: Path) -> None
     lines.clear()
     job.resume(place / "stopped", lines.append)
     assert any("resumes" in line and "none of its checkpoints" in line for line in lines)
+
+
+def test_doctor_forgets_stored_hashes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no time or inode tells, such as a disk that lost a bit, is found after it."""
+    stored = place / "cache" / "file-hashes.json"
+    monkeypatch.setenv("FINETUNE_CACHE", str(stored.parent))
+    honest = base_files(place / "base")
+    name = "unet/diffusion_pytorch_model.safetensors"
+    stored.write_text(stored.read_text(encoding="utf-8").replace(honest[name], "0" * 64), encoding="utf-8")
+    assert base_files(place / "base")[name] == "0" * 64
+    forget_hashes()
+    assert base_files(place / "base") == honest
