@@ -17,18 +17,14 @@ COMMANDS = {
     "cli/main.py:sample", "cli/main.py:export", "cli/main.py:dreambooth",
     "cli/adapters.py:resize", "cli/adapters.py:merge", "cli/adapters.py:extract",
 }  # fmt: skip
-# To be removed from this list when they have fewer.
-TOO_MANY_YET = {"export/adapter.py:export_adapter", "export/embedding.py:export_embedding", "jobs/export.py:_lora"}
 
-BY_POSITION_YET = {"Exported", "_lora", "export_adapter", "export_embedding"}
+# A record whose fields are built by position in one place each.
+BY_POSITION = {"Exported"}
 
 # In the commands and in what is shipped for tests, a name is that of what is called or tested.
 APART = ("cli", "testing")
 # One meaning for several formats, or for several kinds of a registry.
 SAME_MEANING = {"read_by_diffusers"}
-# To be removed from these lists when one of the two is renamed.
-FUNCTIONS_YET = {"pack", "unpack", "kind_of"}
-MODULES_YET = {"weights", "checkpoint", "embedding", "folder"}
 # What each package, or each of two packages, has of its own.
 ROLES = {"__init__", "base", "registry", "settings", "plan", "images"}
 
@@ -60,7 +56,7 @@ def test_no_function_has_more_parameters_than_one_can_keep_in_mind() -> None:
     found = {
         f"{place(file)}:{node.name}" for file in FILES for node in functions(file) if len(parameters(node)) > MOST
     }
-    assert found - COMMANDS - TOO_MANY_YET == set()
+    assert found - COMMANDS == set()
     assert found >= COMMANDS, "an exception that is not needed any more"
 
 
@@ -77,7 +73,7 @@ def test_long_records_are_built_by_name() -> None:
     """So that a record may have more fields than a function parameters."""
     calls = [(place(file), node) for file in FILES for node in ast.walk(tree(file)) if isinstance(node, ast.Call)]
     found = {(name, ast.unparse(node.func)) for name, node in calls if len(node.args) > MOST}
-    assert {(name, called) for name, called in found if called not in BY_POSITION_YET} == set()
+    assert {(name, called) for name, called in found if called not in BY_POSITION} == set()
 
 
 def test_no_four_integers_stand_in_a_row() -> None:
@@ -120,7 +116,7 @@ def test_a_public_function_has_a_name_of_its_own() -> None:
         for name, files in defined(ast.FunctionDef).items()
         if len([file for file in files if not file.startswith(APART)]) > 1
     }
-    assert twice - SAME_MEANING - FUNCTIONS_YET == set()
+    assert twice - SAME_MEANING == set()
 
 
 def test_a_module_has_a_name_of_its_own() -> None:
@@ -128,4 +124,4 @@ def test_a_module_has_a_name_of_its_own() -> None:
     for file in FILES:
         found[file.stem].append(place(file))
     twice = {name for name, files in found.items() if len([file for file in files if not file.startswith(APART)]) > 1}
-    assert twice - ROLES - MODULES_YET == set()
+    assert twice - ROLES == set()

@@ -26,7 +26,7 @@ def channels(kind: str, latent_channels: int = 4) -> int:
     return {"": 0, "inpaint": 1 + latent_channels, "depth": 1, "edit": latent_channels}[kind]
 
 
-def kind_of(config: dict[str, Any]) -> str | None:
+def inputs_kind(config: dict[str, Any]) -> str | None:
     """The kind of extra inputs of a UNet with this config: "" for none, None if unknown."""
     latent = config.get("out_channels", 4)  # old configs omit both
     extra = config.get("in_channels", 4) - latent

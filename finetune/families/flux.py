@@ -84,7 +84,7 @@ class Flux(TransformerFamily):
         height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
         guidance = torch.full((len(noisy),), TRAINING_GUIDANCE, device=noisy.device)
         packed = denoiser(
-            hidden_states=pack(noisy).to(dtype),
+            hidden_states=pack_latents(noisy).to(dtype),
             timestep=timesteps / self.schedule.steps,
             guidance=guidance if denoiser.config.guidance_embeds else None,
             encoder_hidden_states=cond["hidden"].to(dtype),
@@ -93,16 +93,16 @@ class Flux(TransformerFamily):
             img_ids=image_ids(height, width).to(noisy.device, dtype),
             return_dict=False,
         )[0]
-        return unpack(packed, height, width)
+        return unpack_latents(packed, height, width)
 
 
-def pack(latents: Tensor) -> Tensor:
+def pack_latents(latents: Tensor) -> Tensor:
     """[B, C, 2h, 2w] -> [B, h w, 4 C]: each 2x2 patch becomes one token."""
     patches = latents.unfold(2, 2, 2).unfold(3, 2, 2)  # [B, C, h, w, 2, 2]
     return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `pack` for h = `height` and w = `width`."""
     patches: Tensor = tokens.unflatten(1, (height, width)).unflatten(3, (-1, 2, 2))  # [B, h, w, C, 2, 2]
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from finetune.core.errors import BadInput
-from finetune.families.conditioning import channels, kind_of, pipeline_inputs, widen
+from finetune.families.conditioning import channels, inputs_kind, pipeline_inputs, widen
 from finetune.families.configs import read_config
 from finetune.families.drawing import DiffusersDrawing, ImageCondition
 from finetune.families.loading import DiffusersFamily
@@ -39,14 +39,14 @@ class UNetFamily(DiffusersFamily):
 
     def __init__(self, folder: Path, dtype: torch.dtype, without: Sequence[str] = (), on_meta: bool = False) -> None:
         super().__init__(folder, dtype, without, on_meta)
-        self.inputs = kind_of(dict(cast(Any, self.parts["denoiser"]).config)) or None
+        self.inputs = inputs_kind(dict(cast(Any, self.parts["denoiser"]).config)) or None
 
     @classmethod
     def matches(cls, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
         pipeline = model_index.get("_class_name")
         if pipeline not in cls.pipelines.values():  # another's configs need not have a UNet's numbers of channels
             return False
-        kind = kind_of(denoiser_config)
+        kind = inputs_kind(denoiser_config)
         return kind is not None and pipeline == cls.pipelines.get(kind)
 
     def widen(self, inputs: str) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from finetune.families.base import Family
-    from finetune.methods.layers.embedding import ExtendedEmbedding
+    from finetune.methods.layers.extended_embedding import ExtendedEmbedding
 
 SUBJECT = "subject"  # the name of the new token if data.token is "auto"
 LEGACY_EOS = 2  # eos_token_id in old CLIP configs: transformers then takes the highest token id as the text's end
@@ -20,7 +20,7 @@ LEGACY_EOS = 2  # eos_token_id in old CLIP configs: transformers then takes the 
 
 def extensions(family: Family) -> Iterator[tuple[str, str, ExtendedEmbedding]]:
     """(part, module path, extended table) for each text encoder with new rows."""
-    from finetune.methods.layers.embedding import ExtendedEmbedding
+    from finetune.methods.layers.extended_embedding import ExtendedEmbedding
 
     for part in family.trainable_text_encoders:
         for path, module in family.parts[part].named_modules():
@@ -38,7 +38,7 @@ def embeddings(family: Family) -> dict[str, Tensor]:
 
 def set_embeddings(family: Family, values: dict[str, Tensor]) -> None:
     """Sets the new embeddings, whatever `norm` the method uses."""
-    from finetune.methods.layers.embedding import Rows
+    from finetune.methods.layers.extended_embedding import Rows
 
     for part, _, table in extensions(family):
         table.new = Rows(values[part].to(table.new.rows.device))
@@ -86,7 +86,7 @@ def rewrite_prompt(tokenizer: Any, placeholder: str, text: str) -> None:
 
 
 def extend_embeddings(encoder: Any, first: int, start: list[int], norm: str) -> None:
-    from finetune.methods.layers.embedding import Directions, ExtendedEmbedding, Rows
+    from finetune.methods.layers.extended_embedding import Directions, ExtendedEmbedding, Rows
 
     table = encoder.get_input_embeddings()
     weight = table.weight.detach()

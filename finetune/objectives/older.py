@@ -34,7 +34,7 @@ class Moved:
     @property
     def kinds(self) -> dict[str, bool]:
         """Kind of the part -> whether it has this setting."""
-        return {kind_of(option): self.name in option.model_fields for option in PARTS[self.part]}
+        return {default_kind(option): self.name in option.model_fields for option in PARTS[self.part]}
 
 
 MOVED = (
@@ -87,7 +87,7 @@ def forget_other_form(values: OldKeys, name: str) -> None:
             values.pop(moved.key, None)
 
 
-def kind_of(option: type[Settings]) -> str:
+def default_kind(option: type[Settings]) -> str:
     return str(option.model_fields["kind"].default)
 
 
@@ -102,7 +102,7 @@ def _asked(values: OldKeys) -> Iterator[tuple[Moved, Any]]:
 
 def _part(values: OldKeys, moved: Moved) -> OldKeys:
     """The part to which the key moved, as a dictionary; empty if it is not a valid part (pydantic reports that)."""
-    part = values.get(moved.part, kind_of(PARTS[moved.part][0]))
+    part = values.get(moved.part, default_kind(PARTS[moved.part][0]))
     if isinstance(part, Settings):
         return part.model_dump()
     if isinstance(part, str):

@@ -319,7 +319,7 @@ def test_a_merged_model_draws_what_base_and_adapter_draw(
 
 
 def test_extraction_says_what_a_rank_costs(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    from finetune.export.model.folder import export_folder
+    from finetune.export.model.model_folder import export_folder
     from finetune.methods.full import Full
 
     family = load_family(str(tiny_bases["sd1"]))

@@ -17,7 +17,7 @@ from finetune.core.errors import BadInput
 from finetune.export.adapter import adapter_from, export_adapter
 from finetune.export.base import Adapter, Bench, Request, delta
 from finetune.export.lora.kohya import Place, join, key_of, key_table, split
-from finetune.export.model.folder import export_folder
+from finetune.export.model.model_folder import export_folder
 from finetune.export.registry import EXPORTS, formats_for
 from finetune.export.verify import apply_adapter, probe, verify
 from finetune.families.base import Family
@@ -216,7 +216,7 @@ def test_a_full_model_leaves_as_a_folder(name: str, tiny_bases: dict[str, Path],
 
 
 def test_a_folder_that_is_not_what_was_trained_fails(tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
-    from finetune.export.model import folder
+    from finetune.export.model import model_folder as folder
 
     family = load_family(str(tiny_bases["sd1"]))
     parameters = Full().attach(family, 0)

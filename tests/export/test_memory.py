@@ -15,7 +15,7 @@ from test_export import NAMES, bench_of
 from finetune.adapters.operations import extracted
 from finetune.export.base import Adapter
 from finetune.export.decompose import Difference, unloaded_base
-from finetune.export.model.folder import export_folder
+from finetune.export.model.model_folder import export_folder
 from finetune.export.svd import reduced
 from finetune.families import parts as family_parts
 from finetune.families.base import Family
@@ -138,7 +138,7 @@ def test_extracting_reads_one_part_of_each_model(
 
 
 def test_a_changed_tokenizer_is_found(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    from finetune.export.model.folder import _compare
+    from finetune.export.model.model_folder import _compare
 
     family = load_family(str(tiny_bases["sd1"]))
     assert export_folder(family, tmp_path / "model", "fp32").ok

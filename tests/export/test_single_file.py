@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from finetune import load_recipe, train
 from finetune.cli.main import run
 from finetune.core.errors import BadInput
-from finetune.export.model.checkpoint import export_checkpoint
+from finetune.export.model.checkpoint_file import export_checkpoint
 from finetune.families.base import Family
 from finetune.families.naming.clip import strip_text_model
 from finetune.families.registry import FAMILIES

@@ -19,7 +19,7 @@ from finetune.core.errors import BadInput, CheckFailed
 from finetune.export import verify as checks
 from finetune.export.adapter import adapter_from, export_adapter
 from finetune.export.base import Bench, Request
-from finetune.export.model import folder as whole_models
+from finetune.export.model import model_folder as whole_models
 from finetune.export.registry import EXPORTS
 from finetune.export.settings import ExportTo
 from finetune.families.registry import FAMILIES

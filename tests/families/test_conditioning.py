@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
 from finetune.families.base import Family
-from finetune.families.conditioning import KINDS, channels, kind_of
+from finetune.families.conditioning import KINDS, channels, inputs_kind
 from finetune.families.drawing import ImageCondition
 from finetune.families.registry import FAMILIES
 from finetune.families.schedulers import make_scheduler
@@ -92,9 +92,9 @@ def test_what_can_not_be_widened_says_so(name: str, kind: str, tiny_bases: dict[
 
 def test_published_channel_counts() -> None:
     """SD inpainting 9, SD2 depth 5, InstructPix2Pix 8, as their config.json say; the x4 upscaler's 7 is another."""
-    kinds = [kind_of({"in_channels": count, "out_channels": 4}) for count in (4, 9, 5, 8, 7)]
+    kinds = [inputs_kind({"in_channels": count, "out_channels": 4}) for count in (4, 9, 5, 8, 7)]
     assert kinds == ["", "inpaint", "depth", "edit", None]
-    assert kind_of({}) == ""
+    assert inputs_kind({}) == ""
 
 
 @pytest.mark.parametrize("kind", ["depth", "edit"])

@@ -13,7 +13,7 @@ import torch
 from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
 from finetune.families.digests import base_hash
-from finetune.families.flux import image_ids, pack, unpack
+from finetune.families.flux import image_ids, pack_latents, unpack_latents
 from finetune.families.registry import FAMILIES
 from finetune.families.schedulers import SAMPLERS, make_scheduler
 from finetune.families.sd import StableDiffusion1
@@ -98,8 +98,8 @@ def test_flux_prompts_equal_the_pipelines(tiny_bases: dict[str, Path]) -> None:
 def test_flux_packs_as_the_pipeline_does() -> None:
     latents = torch.randn(2, 16, 8, 12)
     packed = diffusers.FluxPipeline._pack_latents(latents, 2, 16, 8, 12)
-    assert torch.equal(pack(latents), packed)
-    assert torch.equal(unpack(packed, 4, 6), latents)
+    assert torch.equal(pack_latents(latents), packed)
+    assert torch.equal(unpack_latents(packed, 4, 6), latents)
     assert torch.equal(
         image_ids(4, 6), diffusers.FluxPipeline._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32)
     )
@@ -170,10 +170,10 @@ def test_our_prediction_draws_the_pipelines_picture(name: str, tiny_bases: dict[
     pipeline = family.drawing.pipeline(sampler)
     noise = torch.randn(1, family.codec.channels, 16, 16, generator=torch.Generator().manual_seed(1))
     arguments = family.drawing.arguments(1.0, [""]) | {"negative_prompt": None}
-    given = pack(noise) if name == "flux" else noise
+    given = pack_latents(noise) if name == "flux" else noise
     arguments |= family.drawing.inputs(32, 1, 1, None)
     theirs = pipeline(PROMPTS[0], num_inference_steps=1, latents=given, output_type="latent", **arguments).images
-    theirs = unpack(theirs, 8, 8) if name == "flux" else theirs
+    theirs = unpack_latents(theirs, 8, 8) if name == "flux" else theirs
     scheduler = make_scheduler(family.drawing.scheduler, sampler)
     scheduler.set_timesteps(1, **({"mu": 1.0} if name == "flux" else {}))
     t = scheduler.timesteps

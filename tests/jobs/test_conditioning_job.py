@@ -117,7 +117,7 @@ def test_the_extra_input_decides_the_loss(
 
 def test_a_depth_export_keeps_the_estimator(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     """A model that makes depth maps lies in the base's folder; what is exported has it too."""
-    from finetune.export.model.folder import export_folder
+    from finetune.export.model.model_folder import export_folder
 
     base_of("sd2", "depth", False, tiny_bases, tmp_path / "base")
     index = json.loads((tmp_path / "base" / "model_index.json").read_text())

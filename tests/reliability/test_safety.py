@@ -30,7 +30,7 @@ from finetune.data.captions import caption_files
 from finetune.data.photos import BadImage, alpha_channel, open_image, open_values, read_photo, scan
 from finetune.export.card import Card, model_card
 from finetune.export.lora.diffusers import read_header
-from finetune.export.model.folder import export_folder
+from finetune.export.model.model_folder import export_folder
 from finetune.families.settings import Base
 from finetune.families.source import load_family
 from finetune.jobs.class_sets import ClassSet, check_set

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.core.registry import Registry
 from finetune.data.sources.base import Opened, Source
-from finetune.data.sources.folder import PhotoFolder
+from finetune.data.sources.photo_folder import PhotoFolder
 
 SOURCES: Registry[Source] = Registry(Source, "finetune.data.sources", lambda item: item.name)
 
