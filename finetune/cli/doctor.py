@@ -132,8 +132,7 @@ def _optimiser(name: str, optimiser: Optimiser) -> Finding:
     try:
         moved = optimiser.try_on(best_device())
     except BadInput as error:
-        reason, _, advice = str(error).rpartition(": ")
-        return Finding(name, reason.partition(", which ")[2] or reason, None, advice)
+        return Finding(name, "not on this machine", None, str(error))
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
         return Finding(name, _first_line(error), False, "use optim.kind=adamw, or install its package again")
     if not moved > 0:  # also catches NaN

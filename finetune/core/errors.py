@@ -16,6 +16,10 @@ class BadInput(ValueError):
         self.path = path
 
 
+class PromptCut(UserWarning):
+    """A prompt is longer than a text encoder reads. The message names the prompt and the part that is ignored."""
+
+
 class CheckFailed(RuntimeError):
     """A check on a result failed: an export differs, or a step is not finite. Exit code 1."""
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from finetune.core.errors import BadInput
+from finetune.core.errors import BadInput, PromptCut
 from finetune.families.base import Family
 from finetune.families.codec import ImageCodec, VaeCodec
 from finetune.families.configs import check_configs, well_formed
@@ -143,6 +143,7 @@ class DiffusersFamily(Family):
                 cut = tokenizer.decode(whole[length - 1 : -1])
                 warnings.warn(
                     f"the prompt {prompt!r} is longer than {length} tokens; {cut!r} is ignored: shorten it",
+                    PromptCut,
                     stacklevel=2,
                 )
         settings = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from finetune.core.errors import PromptCut
 from finetune.core.events import ImagesDrawn, emit, phase
 from finetune.core.files import replacing, replacing_folder
 from finetune.data.conditioning.base import unit
@@ -72,7 +73,7 @@ def name_cut_prompts(family: Family, prompts: Sequence[str]) -> list[str]:
                 family.tokenize(index, prompts)
             else:
                 family.encode_text(index, prompts)
-    return list(dict.fromkeys(str(item.message) for item in caught if "is not read" in str(item.message)))
+    return list(dict.fromkeys(str(item.message) for item in caught if issubclass(item.category, PromptCut)))
 
 
 def draw_more(family: Family, request: ImageRequest, folder: Path) -> tuple[int, Path]:

@@ -115,8 +115,9 @@ def test_doctor_tries_every_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {item.name: item for item in _optimisers()}
     assert list(found) == [f"optim.kind {kind}" for kind in OPTIMISERS]
     paged = found.pop("optim.kind paged_adamw8bit")
-    assert (paged.ok, paged.value) == (None, "needs an NVIDIA GPU, but this run is on cpu")
-    assert paged.advice == "use optim.kind=adamw8bit"
+    assert (paged.ok, paged.value) == (None, "not on this machine")
+    assert "needs an NVIDIA GPU" in paged.advice
+    assert paged.advice.endswith("use optim.kind=adamw8bit")
     assert all(item.ok for item in found.values()), found
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     missing = next(item for item in _optimisers() if item.name == "optim.kind prodigy")

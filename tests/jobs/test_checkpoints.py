@@ -219,7 +219,7 @@ def test_a_cut_prompt_is_named(stopped: Path, tmp_path: Path, capfd: pytest.Capt
     assert code == 0
     notes = [line for line in printed.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
-    assert "tall mug' is not read" in notes[0]
+    assert "tall mug' is ignored" in notes[0]
 
 
 @pytest.mark.parametrize(
