@@ -121,11 +121,9 @@ def test_doctor_tries_every_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(item.ok for item in found.values()), found
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     missing = next(item for item in _optimisers() if item.name == "optim.kind prodigy")
-    assert (missing.ok, missing.value, missing.advice) == (
-        None,
-        "needs the package prodigyopt",
-        "pip install prodigyopt",
-    )
+    assert (missing.ok, missing.value) == (None, "not on this machine")
+    assert "needs the package prodigyopt" in missing.advice
+    assert missing.advice.endswith("pip install prodigyopt")
     monkeypatch.setattr(AdamW, "build", lambda self, trained: torch.optim.SGD(trained.values(), maximize=True))
     wrong = next(item for item in _optimisers() if item.name == "optim.kind adamw")
     assert wrong.ok is False
