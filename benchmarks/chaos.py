@@ -238,7 +238,7 @@ def main() -> None:
     print(f"{tampered.done.total()} files damaged or changed, of {len(tampered.done)} kinds: {_list(tampered.done)}")
     print(f"{tampered.refused.total()} times a resume refused and named it: {_list(tampered.refused)}")
     print(f"{damaged} times a damaged checkpoint was met, named and passed over")
-    print(f"{runs} runs came to their end, {same} with the unbroken run's adapter (SHA-256) and metrics")
+    print(f"{runs} runs completed, {same} with the unbroken run's adapter (SHA-256) and metrics")
     sys.exit(0 if same == runs else 1)
 
 

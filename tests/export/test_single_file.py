@@ -165,7 +165,7 @@ def test_files_that_are_something_else(
 
 def test_a_like_of_another_family_and_a_truncated_file(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     file = file_of(tiny_bases["sd1"], tmp_path / "x.safetensors")
-    with pytest.raises(BadInput, match=r"is a sd1 but base\.like=.* a sdxl"):
+    with pytest.raises(BadInput, match=r"is of family sd1 but base\.like=.* is of family sdxl"):
         load_family(str(file), like=str(tiny_bases["sdxl"]))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(BadInput, match="not a complete safetensors file"):

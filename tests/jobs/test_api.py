@@ -94,7 +94,7 @@ def test_a_second_run_beside_one_is_refused(tiny_bases: dict[str, Path], photos:
             refused.append(str(caught.value))
 
     train(made, tmp_path / "run", events=beside)
-    assert "another run is at work" in refused[0]
+    assert "another run is active" in refused[0]
     assert not (tmp_path / "beside").exists()
     train(made, tmp_path / "beside")
 

@@ -202,7 +202,7 @@ def test_images_are_numbered_on_and_none_is_overwritten(
     assert sorted(first) == ["00-0.png", "00-1.png", "grid.png"]
     code, _, printed = sampled(capfd, stopped, *look, "-p", "a dog", "--step", "1", "--size", "64")
     assert code == 0
-    assert "4 pictures and grid-2.png" in printed
+    assert "4 images and grid-2.png" in printed
     second = tree(out)
     assert {name: second[name] for name in first} == first
     new = {"01-0.png", "01-1.png", "02-0.png", "02-1.png", "grid-2.png"}

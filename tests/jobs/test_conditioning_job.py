@@ -146,8 +146,8 @@ CLASS_IMAGES = {"prior": {"kind": "class_images"}}
     [
         ("sd1", "inpaint", LORA, {}, "only method.kind=full"),
         ("sd1", "inpaint", FULL | {"parts": ["text_encoders"]}, {}, "only method.kind=full"),
-        ("sd2", "depth", FULL, CLASS_IMAGES, "class images have not"),
-        ("sd1", "edit", FULL, CLASS_IMAGES, "class images have not"),
+        ("sd2", "depth", FULL, CLASS_IMAGES, "class images do not have"),
+        ("sd1", "edit", FULL, CLASS_IMAGES, "class images do not have"),
         ("sd1", "edit", FULL, {"export": {"formats": ["checkpoint"]}}, "export.formats has 'checkpoint'"),
         ("sdxl", "depth", FULL, {}, "base.inputs is 'depth'"),
         ("flux", "edit", FULL, {}, "base.inputs is 'edit'"),

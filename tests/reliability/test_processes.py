@@ -23,9 +23,6 @@ from work import methods_of, wait_for_steps
 from finetune.cli.main import run as finetune
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]), "OMP_NUM_THREADS": "1",
-}  # fmt: skip
 PROGRAM = """
 import sys, {module}
 from finetune.cli.launch import launch
@@ -35,10 +32,17 @@ sys.exit(code)
 """
 
 
+def environment() -> dict[str, str]:
+    """With a cache of its own: not that of whoever runs the tests, which may hold images of an older version."""
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    cache = str(Path(os.environ["FINETUNE_CACHE"]) / "processes")
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "FINETUNE_CACHE": cache}
+
+
 def processes(count: int, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     program = PROGRAM.format(count=count, name=name, module=name.split(".")[0])
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=1200, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=1200, check=False)
 
 
 def one_and_two(work: ModuleType, name: str, out: Path, *arguments: object) -> None:
@@ -116,7 +120,7 @@ def command(base: Path, photos: Path, run: Path, *more: str) -> list[str]:
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "finetune", *map(str, arguments)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
 @pytest.mark.slow
