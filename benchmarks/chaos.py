@@ -4,7 +4,7 @@
 
 A small LoRA run with class images, caching, accumulation, dropout, EMA and frequent checkpoints is started in a
 process of its own and killed with SIGKILL at a random moment, again and again, until it ends; then the next run
-starts, from empty caches. After one kill in three something of it is damaged or changed (`tampering.py`): a
+starts, from empty caches. After most kills something of it is damaged or changed (`tampering.py`): a
 checkpoint, a cache entry, a record, a photo, the base. Ends with 0 if every resume either refused with the name of
 what changed, or came to an adapter with the SHA-256 of the unbroken run's, and a metrics.jsonl with its lines (timing
 aside).
@@ -29,7 +29,7 @@ from typing import Any
 from tampering import TAMPERINGS, Place, Tampering, Undo, copied_place
 
 REFUSED = 3  # the exit code of a child that refuses
-TAMPERED = 0.35  # of the kills
+TAMPERED = 0.7  # of the kills
 METHODS: dict[str, dict[str, Any]] = {"lora": {"kind": "lora", "rank": 4, "dropout": 0.1}, "full": {"kind": "full"}}
 WINDOW = 0.55  # of the unbroken run: a resumed one that only has its pictures and exports left may come to its end
 PHASES = ("before the first file", "class images", "latents and prompts", "training", "saving", "pictures and exports")
