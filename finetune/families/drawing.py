@@ -55,6 +55,10 @@ class Drawing(ABC):
         """The pipeline's arguments for a guidance scale and one negative prompt for each image."""
         return {"guidance_scale": guidance, "negative_prompt": list(negatives)}
 
+    def particulars(self, negative: str) -> dict[str, Any]:
+        """How this base is drawn in another way than most, by name. Images drawn otherwise are not taken for these."""
+        return {}
+
     def inputs(self, side: int, count: int, steps: int, given: ImageCondition | None) -> dict[str, Any]:
         """The pipeline's arguments for `count` square images of `side` pixels, drawn in `steps` steps. `given`: the
         input image, for families that draw from images; None for a neutral one."""
@@ -89,10 +93,14 @@ class DiffusersDrawing(Drawing):
         """A base whose last timestep has no signal gets its guidance rescaled (arXiv:2305.08891 section 3.4), by the
         pipelines that can."""
         given = super().arguments(guidance, negatives)
+        return given | ({"guidance_rescale": GUIDANCE_RESCALE} if self._rescales() else {})
+
+    def particulars(self, negative: str) -> dict[str, Any]:
+        return {"guidance_rescale": GUIDANCE_RESCALE} if self._rescales() else {}
+
+    def _rescales(self) -> bool:
         known = inspect.signature(getattr(diffusers, self.pipeline_name()).__call__).parameters
-        if self.scheduler.config.get("rescale_betas_zero_snr") and "guidance_rescale" in known:
-            given["guidance_rescale"] = GUIDANCE_RESCALE
-        return given
+        return bool(self.scheduler.config.get("rescale_betas_zero_snr")) and "guidance_rescale" in known
 
     def pipeline_name(self) -> str:
         """The name of the pipeline's class in diffusers."""

@@ -26,12 +26,16 @@ class SDXLDrawing(UNetDrawing):
         given = super().arguments(guidance, negatives)
         return given if any(negatives) else given | {"negative_prompt": None}
 
+    def particulars(self, negative: str) -> dict[str, Any]:
+        zeros = {"empty_negative": "zeros"} if not negative and self._zeros() else {}
+        return super().particulars(negative) | zeros
+
     def extras(self) -> dict[str, Any]:
+        return {"add_watermarker": False, "force_zeros_for_empty_prompt": self._zeros()}
+
+    def _zeros(self) -> bool:
         index = read_config(self.family.folder, "model_index.json")
-        return {
-            "add_watermarker": False,
-            "force_zeros_for_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", True)),  # as diffusers does
-        }
+        return bool(index.get("force_zeros_for_empty_prompt", True))  # as diffusers does
 
 
 class StableDiffusionXL(UNetFamily):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class ClassSet:
     noun: str
     resolution: int
     base_hash: str
+    particulars: Mapping[str, Any] = field(default_factory=dict)  # `Drawing.particulars` of the base
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -66,6 +68,7 @@ class ClassSet:
             "resolution": self.resolution,
             "chunk": self.prior.batch_size,
             "seeds": "finetune.prior.seed_of(number)",
+            **({"drawing": dict(self.particulars)} if self.particulars else {}),
         }
 
     @cached_property

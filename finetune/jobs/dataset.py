@@ -16,8 +16,8 @@ from finetune.data.crops import make_crops
 from finetune.data.masks import Masks
 from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
 from finetune.families.base import Family
-from finetune.jobs.class_sets import ClassSet, class_images
-from finetune.jobs.prepare import Prepared
+from finetune.jobs.class_sets import class_images
+from finetune.jobs.prepare import Prepared, class_set
 from finetune.training.priors.class_images import ClassImages
 from finetune.training.step import PromptEncoder
 
@@ -75,7 +75,7 @@ def _classes(
     job: Prepared, prior: ClassImages, prompt: str, noun: str | None, accelerator: Accelerator
 ) -> list[Sample]:
     """The class images of one noun, captioned with its class prompt."""
-    wanted = ClassSet(prior, noun or "", job.resolution, job.base_hash)
+    wanted = class_set(job, prior, noun)
     images = class_images(job.family, wanted, _processes(accelerator))
     sizes = sorted(set(job.sizes))  # a class image is used in steps of every bucket
     of = f" of {noun}" if len(job.class_nouns) > 1 else ""

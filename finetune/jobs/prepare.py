@@ -26,6 +26,7 @@ from finetune.objectives.registry import build_objective
 from finetune.sampling.draw import check_sampling
 from finetune.sampling.settings import Sampling
 from finetune.training.accelerate import resolve_precision
+from finetune.training.priors.class_images import ClassImages
 
 
 @dataclass
@@ -169,8 +170,14 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs)
     if images is not None:
         for noun in job.class_nouns.values():
-            check_set(ClassSet(images, noun or "", resolution, job.base_hash))
+            check_set(class_set(job, images, noun))
     return job
+
+
+def class_set(job: Prepared, images: ClassImages, noun: str | None) -> ClassSet:
+    """The class images of one noun, as this base draws them."""
+    particulars = job.family.drawing.particulars(images.negative)
+    return ClassSet(images, noun or "", job.resolution, job.base_hash, particulars)
 
 
 def _refuse_useless(recipe: Recipe, family: Family) -> None:

@@ -15,7 +15,7 @@ from finetune.core.errors import BadInput
 from finetune.core.files import sha256
 from finetune.core.processes import ALONE, Processes
 from finetune.families.source import load_family
-from finetune.jobs.class_sets import ClassSet, class_images, seed_of
+from finetune.jobs.class_sets import ClassSet, check_set, class_images, seed_of
 from finetune.training.priors.class_images import ClassImages
 
 SMALL = ClassImages(count=5, batch_size=2, steps=2, guidance=2.0)
@@ -134,3 +134,25 @@ def test_a_set_grows_without_redrawing(tiny_bases: dict[str, Path], tmp_path: Pa
     more = make(tiny_bases["sd1"], tmp_path / "set", SMALL.model_copy(update={"count": 6}))
     assert more[:3] == first
     assert kept == [(tmp_path / "set" / f"{k:05d}.png").stat().st_mtime_ns for k in range(3)]
+
+
+def test_images_that_were_drawn_otherwise_are_not_taken_for_these(tmp_path: Path) -> None:
+    """A set of a version that drew SDXL without zeros for the empty negative prompt; other sets keep their place."""
+    prior = SMALL.model_copy(update={"folder": None})
+    plain = ClassSet(prior, "mug", 32, "hash")
+    zeros = ClassSet(prior, "mug", 32, "hash", {"empty_negative": "zeros"})
+    assert "drawing" not in plain.made_of
+    assert plain.folder != zeros.folder
+    own = SMALL.model_copy(update={"folder": tmp_path / "set"})
+    made = ClassSet(own, "mug", 32, "hash").made_of | {"pictures": {}}
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "manifest.json").write_text(json.dumps(made), encoding="utf-8")
+    with pytest.raises(BadInput, match="another drawing"):
+        check_set(ClassSet(own, "mug", 32, "hash", {"empty_negative": "zeros"}))
+
+
+def test_the_bases_that_are_drawn_otherwise_say_so(tiny_bases: dict[str, Path]) -> None:
+    said = {name: load_family(str(tiny_bases[name])).drawing for name in ("sd1", "sdxl", "flux")}
+    assert said["sd1"].particulars("") == said["flux"].particulars("") == {}
+    assert said["sdxl"].particulars("") == {"empty_negative": "zeros"}
+    assert said["sdxl"].particulars("ugly") == {}
