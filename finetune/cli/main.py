@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetune.cli import lists
 from finetune.cli.adapters import BaseOption, register, say_exported
-from finetune.cli.output import PROGRESS_BARS, progress_bars
+from finetune.cli.output import is_main_process, loud, progress_bars
 from finetune.core.errors import BadInput, CheckFailed, Stopped
 from finetune.core.logging import plain, printable, quiet
 from finetune.core.pickles import pickles_allowed
@@ -28,13 +29,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-recipes_app = typer.Typer(
-    help="List, print and copy the recipes that come with finetune.", no_args_is_help=True, rich_markup_mode=None
-)
-tokens_app = typer.Typer(help="Find and check rare tokens of a base.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(recipes_app, name="recipes")
-app.add_typer(tokens_app, name="tokens")
-
+for part in (lists.recipes_app, lists.tokens_app):
+    app.add_typer(part)
 register(app)
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -111,7 +107,7 @@ def demo(out: Annotated[Path | None, typer.Option("--out", help="the run folder"
     """Run everything on the built-in tiny base in minutes: train an adapter from five images of a mug."""
     from finetune.jobs.demo import run_demo
 
-    _loud()
+    loud()
     run_demo(out, typer.echo)
 
 
@@ -135,7 +131,7 @@ def sample(
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("samples"),
 ) -> None:
     """Draw images with a run, one of its checkpoints or an adapter file: PNG files and a grid."""
-    _loud()
+    loud()
     from finetune.core.devices import machine
     from finetune.jobs.images import ImageRequest, draw_more, name_cut_prompts
     from finetune.jobs.open import open_result, refuse_base
@@ -172,7 +168,7 @@ def export(
     verify: Annotated[str | None, typer.Option("--verify", help="full, deltas or off; default: the run's own")] = None,
 ) -> None:
     """Export a run's result to RUN/exports in formats of other programs, and check every file."""
-    _loud()
+    loud()
     from finetune.config.load import changed_recipe
     from finetune.core.devices import machine
     from finetune.export.registry import check_formats
@@ -225,7 +221,7 @@ def doctor(
     ] = False,
 ) -> None:
     """Check what works on this machine, and say how to fix what does not."""
-    _loud()
+    loud()
     if rehash:
         from finetune.families.digests import forget_hashes
 
@@ -246,88 +242,13 @@ def doctor(
         raise CheckFailed(f"{', '.join(bad)}: see what to do above")
 
 
-@recipes_app.command("list")
-def recipes_list() -> None:
-    """List the recipes and what each is for."""
-    from finetune.config import recipes
-
-    for name in recipes.names():
-        typer.echo(f"{name:<18} {recipes.summary(recipes.find(name))}")
-
-
-@recipes_app.command("show")
-def recipes_show(name: str) -> None:
-    """Print a recipe."""
-    from finetune.config import recipes
-
-    typer.echo(recipes.find(name).read_text(encoding="utf-8"), nl=False)
-
-
-@recipes_app.command("copy")
-def recipes_copy(name: str, to: Annotated[Path | None, typer.Argument(help="name of the new file")] = None) -> None:
-    """Copy a recipe to a new file, to edit it."""
-    from finetune.config import recipes
-
-    target = to or Path(f"{name}.yaml")
-    if target.exists():
-        raise BadInput(f"{target} already exists: give another name")
-    target.write_bytes(recipes.find(name).read_bytes())
-    typer.echo(f"wrote {target}; train it with: finetune train {target}")
-
-
-@recipes_app.command("schema")
-def recipes_schema(to: Annotated[Path, typer.Argument(help="a JSON file")] = Path("recipe.schema.json")) -> None:
-    """Write the JSON schema of a recipe, for editors."""
-    from finetune.config.recipe import json_schema
-    from finetune.core.files import write_json
-
-    write_json(to, json_schema())
-    typer.echo(f"wrote {to}; in an editor: # yaml-language-server: $schema={to}")
-
-
-@tokens_app.command("suggest")
-def tokens_suggest(
-    base: BaseOption = "tiny",
-    count: Annotated[int, typer.Option("-n", min=1)] = 10,
-    class_noun: Annotated[str | None, typer.Option("--class-noun")] = None,
-) -> None:
-    """Suggest rare tokens of a base: one piece, no known meaning, clear to the text encoders, a weak prior."""
-    _loud()
-    from finetune.data import tokens
-    from finetune.families.source import load_family
-
-    for token in tokens.suggest(load_family(base), count, class_noun):
-        measured = f"prior strength {token.strength:.3f}  embedding moved by {token.distance:.2f}"
-        typer.echo(f"{token.text:<6} rank {token.rank:.3f}  {measured}")
-
-
-@tokens_app.command("check")
-def tokens_check(
-    token: str, base: BaseOption = "tiny", class_noun: Annotated[str | None, typer.Option()] = None
-) -> None:
-    """Check how a base reads one token. Exit 1 if it should not be used."""
-    _loud()
-    from finetune.data import tokens
-    from finetune.families.source import load_family
-
-    found = tokens.check(load_family(base), token, class_noun)
-    measured = (
-        f"; prior strength {found.strength:.3f}, embedding moved by {found.distance:.2f}" if found.single else ""
-    )
-    typer.echo(found.verdict + measured)
-    if not found.good:
-        raise CheckFailed(
-            f"{token!r} is not a good rare token: `finetune tokens suggest --base {base}` finds better ones"
-        )
-
-
 def _train(
     recipe: Recipe, dry_run: bool, processes: int | None, run: Path | None = None, accept_changes: bool = False
 ) -> None:
     if processes:
         _launch_or_check(processes, dry_run)
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"processes": None})})
-    _loud()
+    loud()
     from finetune.jobs import train as job
     from finetune.jobs.plan import plan
     from finetune.jobs.prepare import prepare
@@ -337,7 +258,7 @@ def _train(
         for name, value in plan_rows(plan(prepare(recipe))).items():
             _say(f"{name:>16}  {value}")
         return
-    say = _say if _is_main_process() else _silent
+    say = _say if is_main_process() else _silent
     path = job.train(recipe, run, say, accept_changes=accept_changes)
     say(f"done: look at {path}/report.html")
 
@@ -360,11 +281,6 @@ def _launch_or_check(processes: int, dry_run: bool) -> None:
         )
 
 
-def _is_main_process() -> bool:
-    """Under torchrun, only one process prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(line: str) -> None:
     """Prints a line without terminal control codes, which file names and captions can contain."""
     typer.echo(plain(line))
@@ -378,16 +294,6 @@ def _note(lines: list[str]) -> None:
 
 def _silent(line: str) -> None:
     """Prints nothing: for the processes other than the main one."""
-
-
-def _loud() -> None:
-    """Turns off other libraries' progress bars and turns on ours."""
-    from finetune.core.logging import quiet_bars
-
-    quiet_bars()
-    bars = PROGRESS_BARS.get()
-    if bars is not None and _is_main_process():
-        bars.enable()
 
 
 class _Launch(Exception):

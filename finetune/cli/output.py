@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -80,3 +81,18 @@ def _bar() -> Any:
         TextColumn("{task.fields[note]}"),
     )
     return Progress(*columns, refresh_per_second=4)
+
+
+def is_main_process() -> bool:
+    """Under torchrun, one process talks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def loud() -> None:
+    """Turns off other libraries' progress bars and turns on ours."""
+    from finetune.core.logging import quiet_bars
+
+    quiet_bars()
+    bars = PROGRESS_BARS.get()
+    if bars is not None and is_main_process():
+        bars.enable()

@@ -1,0 +1,97 @@
+"""The commands that list things: `finetune recipes ...` and `finetune tokens ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.cli.adapters import BaseOption
+from finetune.cli.output import loud
+from finetune.core.errors import BadInput, CheckFailed
+
+recipes_app = typer.Typer(
+    name="recipes",
+    help="List, print and copy the recipes that come with finetune.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+tokens_app = typer.Typer(
+    name="tokens", help="Find and check rare tokens of a base.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """List the recipes and what each is for."""
+    from finetune.config import recipes
+
+    for name in recipes.names():
+        typer.echo(f"{name:<18} {recipes.summary(recipes.find(name))}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: str) -> None:
+    """Print a recipe."""
+    from finetune.config import recipes
+
+    typer.echo(recipes.find(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy")
+def recipes_copy(name: str, to: Annotated[Path | None, typer.Argument(help="name of the new file")] = None) -> None:
+    """Copy a recipe to a new file, to edit it."""
+    from finetune.config import recipes
+
+    target = to or Path(f"{name}.yaml")
+    if target.exists():
+        raise BadInput(f"{target} already exists: give another name")
+    target.write_bytes(recipes.find(name).read_bytes())
+    typer.echo(f"wrote {target}; train it with: finetune train {target}")
+
+
+@recipes_app.command("schema")
+def recipes_schema(to: Annotated[Path, typer.Argument(help="a JSON file")] = Path("recipe.schema.json")) -> None:
+    """Write the JSON schema of a recipe, for editors."""
+    from finetune.config.recipe import json_schema
+    from finetune.core.files import write_json
+
+    write_json(to, json_schema())
+    typer.echo(f"wrote {to}; in an editor: # yaml-language-server: $schema={to}")
+
+
+@tokens_app.command("suggest")
+def tokens_suggest(
+    base: BaseOption = "tiny",
+    count: Annotated[int, typer.Option("-n", min=1)] = 10,
+    class_noun: Annotated[str | None, typer.Option("--class-noun")] = None,
+) -> None:
+    """Suggest rare tokens of a base: one piece, no known meaning, clear to the text encoders, a weak prior."""
+    loud()
+    from finetune.data import tokens
+    from finetune.families.source import load_family
+
+    for token in tokens.suggest(load_family(base), count, class_noun):
+        measured = f"prior strength {token.strength:.3f}  embedding moved by {token.distance:.2f}"
+        typer.echo(f"{token.text:<6} rank {token.rank:.3f}  {measured}")
+
+
+@tokens_app.command("check")
+def tokens_check(
+    token: str, base: BaseOption = "tiny", class_noun: Annotated[str | None, typer.Option()] = None
+) -> None:
+    """Check how a base reads one token. Exit 1 if it should not be used."""
+    loud()
+    from finetune.data import tokens
+    from finetune.families.source import load_family
+
+    found = tokens.check(load_family(base), token, class_noun)
+    measured = (
+        f"; prior strength {found.strength:.3f}, embedding moved by {found.distance:.2f}" if found.single else ""
+    )
+    typer.echo(found.verdict + measured)
+    if not found.good:
+        raise CheckFailed(
+            f"{token!r} is not a good rare token: `finetune tokens suggest --base {base}` finds better ones"
+        )
