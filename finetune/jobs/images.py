@@ -114,13 +114,18 @@ def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = No
     emit(ImagesDrawn(folder))
 
 
+def preview_folder(run: RunFolder, step: int) -> Path:
+    """Where the images of this step's preview are; the folder is there only when they are all drawn."""
+    return run.path / "samples" / f"step-{step:06d}"
+
+
 def draw_preview(job: Prepared, run: RunFolder, step: int, idle: Sequence[str]) -> None:
     """Draws one image of each sample prompt, with the file that the run would export at this step.
 
     Afterwards the `idle` parts of the family are removed from memory again.
     """
     with from_file(run, job.family, step):
-        draw_samples(job, run.path / "samples" / f"step-{step:06d}", "Preview", count=1)
+        draw_samples(job, preview_folder(run, step), "Preview", count=1)
     job.family.parts.release(idle)
     job.family.parts.place([part for part in job.family.parts if part not in idle])
 

@@ -40,7 +40,7 @@ from finetune.export.settings import UNCHECKED
 from finetune.jobs.companions import write_companions
 from finetune.jobs.dataset import cache_latents, make_batches, make_prompt_encoder, make_streams
 from finetune.jobs.export import export_run
-from finetune.jobs.images import draw_preview, draw_samples
+from finetune.jobs.images import draw_preview, draw_samples, preview_folder
 from finetune.jobs.open import open_exported
 from finetune.jobs.pins import Pins, in_order
 from finetune.jobs.plan import plan
@@ -313,13 +313,20 @@ def fit_job(
         folder.checkpoints,
     )
 
-    def after_step(step: int) -> None:
+    def preview(step: int) -> None:
         if recipe.sample.every and step % recipe.sample.every == 0 and accelerator.is_main_process:
             with trainer.result_weights():
                 draw_preview(job, folder, step, idle)
+
+    def after_step(step: int) -> None:
+        preview(step)
         on_step(step)
 
-    trainer.fit(batches, after_step, stop)
+    def after_restore(step: int) -> None:
+        if not preview_folder(folder, step).is_dir():  # a kill or a stop came between the checkpoint and its preview
+            preview(step)
+
+    trainer.fit(batches, after_step, stop, after_restore)
     family.parts.restore(idle)
 
 

@@ -72,6 +72,7 @@ class Trainer:
         batches: MicroBatches,
         after_step: Callable[[int], None] = lambda step: None,
         stop: Stop | None = None,
+        after_restore: Callable[[int], None] = lambda step: None,
     ) -> None:
         """Trains up to step `run.steps`. Afterwards the parameters hold the EMA or the optimiser's own average, if
         any.
@@ -80,6 +81,7 @@ class Trainer:
             batches: the source of this process's batches.
             after_step: called on every process after each step with its number (from 1), for previews.
             stop: holds the request to stop early, from a signal.
+            after_restore: called on every process with the number of steps of a checkpoint that was loaded.
 
         Raises:
             BadInput: the disk has no space for the checkpoints.
@@ -93,6 +95,8 @@ class Trainer:
         self.model.train()
         with phase("Training", self.run.steps) as advance, stop.deferred():
             advance(first, "")
+            if first:
+                after_restore(first)
             for n in range(first, self.run.steps):
                 advance(1, self._one_step(batches, n))
                 asked = self._all_reduce_max(stop.received or 0)

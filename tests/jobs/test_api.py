@@ -112,6 +112,32 @@ def test_previews_under_ema_show_what_leaves(tiny_bases: dict[str, Path], photos
     assert all(bool((preview[name] == result[name]).all()) for name in result)
 
 
+def test_a_preview_that_a_stop_left_out_is_drawn_later(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """A stop is heeded after the checkpoint, before its preview: the images of that step are the unbroken run's."""
+    sample = {"count": 1, "steps": 1, "every": 2, "prompts": ["a photo of {token} {noun}"]}
+    values = settings(
+        tiny_bases["sd1"], photos, LORA, prior={"kind": "none"}, run={"steps": 3, "ema": 0.5}, sample=sample
+    )
+    whole = train(parse_recipe(values), tmp_path / "whole")
+    stop = Stop()
+
+    def after_two(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 2:
+            stop.request()
+
+    with pytest.raises(Stopped):
+        train(parse_recipe(values), tmp_path / "run", events=after_two, stop=stop)
+    shown = Path("samples", "step-000002")
+    assert not (tmp_path / "run" / shown).exists()
+    resume(tmp_path / "run")
+    pixels = [(run / shown / "00-0.png").read_bytes() for run in (whole, tmp_path / "run")]
+    assert pixels[0] == pixels[1]
+    results = [load_file(run / "adapter" / "trained.safetensors") for run in (whole, tmp_path / "run")]
+    assert all(bool((results[0][name] == results[1][name]).all()) for name in results[0])
+
+
 @pytest.mark.parametrize("title", ["Before", "Class images", "Latents", "After"])
 def test_a_stop_is_heeded_outside_the_loop(
     title: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
