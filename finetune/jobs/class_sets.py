@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -117,16 +117,25 @@ def class_images(family: Family, wanted: ClassSet, processes: Processes = ALONE)
     return photos
 
 
-def check_set(wanted: ClassSet) -> None:
+def check_set(wanted: ClassSet, photos: Sequence[Photo] = ()) -> None:
     """Checks the set that `class_images` would use, without changing it.
 
+    `photos`: those of the subjects, none of which may be in the set.
+
     Raises:
-        BadInput: as `class_images`.
+        BadInput: as `class_images`; or the user's own images hold photos of a subject.
     """
-    if wanted.is_users_own():
-        scan(wanted.folder)
-    else:
+    if not wanted.is_users_own():
         _refuse_changed(wanted.folder, _manifest(wanted)["pictures"])
+        return
+    subjects = {photo.digest for photo in photos}
+    shared = [photo.path.name for photo in scan(wanted.folder) if photo.digest in subjects]
+    if shared:
+        raise BadInput(
+            f"prior.folder={wanted.folder} holds photos of the subject ({', '.join(shared[:3])}"
+            f"{', ...' if len(shared) > 3 else ''}), which would make the whole class look like it: give images of "
+            f"other things of its kind, or leave prior.folder out and the base draws them"
+        )
 
 
 def seed_of(index: int) -> int:

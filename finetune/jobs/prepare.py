@@ -170,7 +170,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs)
     if images is not None:
         for noun in job.class_nouns.values():
-            check_set(class_set(job, images, noun))
+            check_set(class_set(job, images, noun), [] if begun else job.photos)
     return job
 
 

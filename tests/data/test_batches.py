@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
     assert order(0, 0) == order(0, 0)
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_one_template_is_drawn_each_time() -> None:
+    """At random, as docs/recipes.md says: neither always the first, nor all of them one after the other."""
+    texts = ["first", "second", "third"]
+    (sample,) = stream(1, 0)
+    batches = Batches(ShuffleSampler([[replace(sample, captions=texts)]], 0, 300), InMemory())
+    drawn = batches.micro(0, 0).prompts
+    assert all(70 <= Counter(drawn)[text] <= 130 for text in texts)
+    assert drawn[:9] != texts * 3
 
 
 def test_latents_captions_and_geometry_belong_together() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from PIL import Image
 from finetune.core.errors import BadInput
 from finetune.core.files import sha256
 from finetune.core.processes import ALONE, Processes
+from finetune.data.photos import scan
 from finetune.families.source import load_family
 from finetune.jobs.class_sets import ClassSet, check_set, class_images, seed_of
 from finetune.training.priors.class_images import ClassImages
@@ -125,6 +127,21 @@ def test_the_users_own_pictures_are_used_as_they_are(tiny_bases: dict[str, Path]
     family = load_family(str(tiny_bases["sd1"]))
     found = class_images(family, ClassSet(SMALL.model_copy(update={"folder": photos}), "mug", 32, "basehash"))
     assert [photo.path.name for photo in found] == before == sorted(file.name for file in photos.iterdir())
+
+
+def test_the_subjects_own_photos_are_no_class_images(photos: Path, tmp_path: Path) -> None:
+    """Also a copy under another name: with them the prior would teach that every mug is this one."""
+    folder = tmp_path / "classes"
+    shutil.copytree(photos, folder)
+    own = scan(photos)
+    next(folder.iterdir()).rename(folder / "another name.png")
+    wanted = ClassSet(SMALL.model_copy(update={"folder": folder}), "mug", 32, "basehash")
+    check_set(wanted)
+    with pytest.raises(BadInput, match=r"prior\.folder.* holds photos of the subject \(.*leave prior.folder out"):
+        check_set(wanted, own)
+    for file in folder.iterdir():
+        Image.new("RGB", (40, 40), (len(file.name), 0, 0)).save(file)
+    check_set(wanted, own)
 
 
 def test_a_set_grows_without_redrawing(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
