@@ -15,10 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from finetune.families.drawing import ImageCondition
+from finetune.families.drawing import ImageCondition, Wants
 
 KINDS = ("inpaint", "depth", "edit")
 GREY = 0.5
+WANTS = {
+    "": Wants(),
+    "inpaint": Wants(("image", "mask"), ("strength",)),
+    "depth": Wants(("depth",), ("image", "strength")),
+    "edit": Wants(("image",), ("image_guidance",)),
+}
 
 
 def channels(kind: str, latent_channels: int = 4) -> int:
@@ -57,7 +63,10 @@ def pipeline_inputs(kind: str, side: int, count: int, given: ImageCondition | No
     assert given.beside is not None
     beside = _repeated(given.beside, side, count)
     if kind == "inpaint":
-        return {"image": image, "mask_image": beside, "strength": 1.0, "width": side, "height": side}
+        strength = 1.0 if given.strength is None else given.strength
+        return {"image": image, "mask_image": beside, "strength": strength, "width": side, "height": side}
+    if given.strength is not None:
+        return {"image": image, "depth_map": beside[:, 0], "strength": given.strength}
     # the depth pipeline starts from the image with most of the noise added: with grey, only the depth map matters
     return {"image": torch.full_like(image, GREY), "depth_map": beside[:, 0], "strength": 1.0}
 
