@@ -126,14 +126,17 @@ def sample(
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
     sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
-    image: Annotated[Path | None, typer.Option(help="inpainting, depth, editing, refiner: the image to start from")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="inpainting, depth, editing, refiner: the image to start from")
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="inpainting: white is painted anew")] = None,
     depth: Annotated[Path | None, typer.Option(help="depth: a depth map, near is bright")] = None,
     image_guidance: Annotated[
         float | None, typer.Option(help="editing: how closely the image is followed; default: the run's own, or 1.5")
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="with --image: share of noise it gets; default: inpainting 1, depth 0.8, refiner 0.3")
+        float | None,
+        typer.Option(help="with --image: share of noise it gets; default: inpainting 1, depth 0.8, refiner 0.3"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images drawn at once: fewer need less memory")] = 8,
     base: Annotated[str | None, typer.Option("--base", help="of an adapter file: tiny, a folder or a hub id")] = None,

@@ -25,9 +25,9 @@ class ImageCondition:
 
     `image` [3, H, W] is the image, and `beside` [1, H, W] the inpainting mask or the depth map, both in [0, 1].
     `guidance` is the image guidance scale: how closely an edit follows the image (arXiv:2211.09800 eq. 3).
-    `strength`, in (0, 1], is the share of the noise that the image gets before it is drawn over (arXiv:2108.01073), for
-    inpainting, depth and the SDXL refiner. None: inpainting starts from noise alone (1), the refiner from the image
-    with .3, and a depth base does not see the image.
+    `strength`, in (0, 1], is the share of the noise that the image gets before it is drawn over (arXiv:2108.01073):
+    for inpainting, depth and the SDXL refiner. None: inpainting starts from noise alone (1), the refiner from the
+    image with .3, and a depth base does not see the image.
     """
 
     image: Tensor

@@ -74,7 +74,9 @@ def _written(wants: Wants, request: ImageRequest) -> dict[str, str | float]:
     given = request.condition
     if given is None or not wants.names:
         return {}
-    found: dict[str, str | float] = {f"{name.capitalize()} SHA-256": hashed for name, hashed in request.origins.items()}
+    found: dict[str, str | float] = {
+        f"{name.capitalize()} SHA-256": hashed for name, hashed in request.origins.items()
+    }
     if "image_guidance" in wants.names:
         found["Image CFG scale"] = given.guidance
     if given.strength is not None:

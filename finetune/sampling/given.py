@@ -1,7 +1,7 @@
 """Reads the image, mask or depth map that a person gives to draw from, for bases that read them.
 
-Files are scaled to cover the square that is drawn and cropped in the middle, as diffusers' `VaeImageProcessor` does with
-`resize_mode="crop"` and as training does with photos.
+Files are scaled to cover the square that is drawn and cropped in the middle, as diffusers' `VaeImageProcessor` does
+with `resize_mode="crop"` and as training does with photos.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Given:
         mask: of the image's shape; white where inpainting paints anew. Transparent is black.
         depth: a depth map; near is bright.
         image_guidance: how closely an edit follows its image, at least 1; None: 1.5, as diffusers' pipeline has it.
-        strength: the share of the noise that the image gets, in (0, 1]: 1 leaves nothing of it. None: 1 for inpainting,
-            0.8 beside a depth map, 0.3 for the refiner.
+        strength: the share of the noise that the image gets, in (0, 1]: 1 leaves nothing of it. None: 1 for
+            inpainting, 0.8 beside a depth map, 0.3 for the refiner.
     """
 
     image: Path | None = None
@@ -149,8 +149,8 @@ def _check_numbers(given: Given, sampling: Sampling, section: str) -> None:
             raise BadInput(f"{option} is {given.image_guidance}: give a number from 1 on, such as 1.5")
         if sampling.guidance <= 1:
             raise BadInput(
-                f"{option} is {given.image_guidance} but {section}guidance is {sampling.guidance}, which switches both "
-                "kinds of guidance off: leave it out, or raise the guidance"
+                f"{option} is {given.image_guidance} but {section}guidance is {sampling.guidance}, which switches "
+                "both kinds of guidance off: leave it out, or raise the guidance"
             )
     strength = given.strength
     if strength is None:
