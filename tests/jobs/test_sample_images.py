@@ -1,0 +1,166 @@
+"""`finetune sample` on runs and adapters whose base reads images: against diffusers, what is recorded, what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import write_companions, write_photos
+from PIL import Image
+
+from finetune.cli.main import run as finetune
+from finetune.config.load import parse_recipe
+from finetune.families.schedulers import make_scheduler
+from finetune.jobs import train as job
+
+CASES = {"inpaint": ("sd1", "inpaint"), "depth": ("sd2", "depth"), "edit": ("sd1", "edit")}
+NEEDED = {"inpaint": ("image", "mask"), "depth": ("depth",), "edit": ("image",)}
+STEPS = ("--steps", "3", "--count", "1", "--seed", "4")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("given")
+    made = np.random.default_rng(4)
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (8, 4, 28, 20))
+    steps = np.add.outer(np.arange(32), 3 * np.arange(32)).astype(np.uint8)
+    images = {
+        "image": Image.fromarray(made.integers(0, 256, (32, 32, 3), dtype=np.uint8)),
+        "mask": mask,
+        "depth": Image.fromarray(steps),
+    }
+    for name, image in images.items():
+        image.save(folder / f"{name}.png")
+    return {name: folder / f"{name}.png" for name in images}
+
+
+@pytest.fixture(scope="module")
+def runs(wide_bases: dict, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Kind -> a short run on a small base that reads it; trained when it is first asked for."""
+    root = tmp_path_factory.mktemp("runs")
+    photos = write_companions(write_photos(root / "photos"))
+
+    def run(kind: str) -> Path:
+        if not (root / kind).exists():
+            recipe = {
+                "base": str(wide_bases[CASES[kind]]),
+                "data": {"photos": str(photos), "class_noun": "mug", "token": "zwx"},
+                "method": {"kind": "lora", "rank": 2},
+                "optim": {"kind": "adamw", "lr": 0.05},
+                "run": {"steps": 2},
+                "sample": {"count": 1, "steps": 1, "guidance": 3.0, "prompts": ["a photo of {token} {noun}"]},
+                "export": {"dtype": "fp32"},
+            }
+            job.train(parse_recipe(recipe), root / kind)
+        return root / kind
+
+    return run
+
+
+def options(names: tuple[str, ...], files: dict[str, Path]) -> list[str]:
+    return [word for name in names for word in (f"--{name}", str(files[name]))]
+
+
+def levels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"), dtype=int)
+
+
+def theirs(kind: str, base: Path, lora: Path, files: dict[str, Path]) -> Image.Image:
+    """What diffusers draws with the exported file."""
+    left_out = {"depth_estimator": None, "feature_extractor": None} if kind == "depth" else {}
+    names = {"inpaint": "Inpaint", "depth": "Depth2Img", "edit": "InstructPix2Pix"}
+    pipeline = getattr(diffusers, f"StableDiffusion{names[kind]}Pipeline").from_pretrained(base, **left_out)
+    pipeline.scheduler = make_scheduler(pipeline.scheduler, "dpm++")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+    image = Image.open(files["image"])
+    depth = torch.from_numpy(np.asarray(Image.open(files["depth"]), dtype=np.float32))[None]
+    more = {
+        "inpaint": {"image": image, "mask_image": Image.open(files["mask"]), "width": 32, "height": 32},
+        "depth": {"image": image, "depth_map": depth},
+        "edit": {"image": image, "image_guidance_scale": 1.3},
+    }[kind]
+    return pipeline(
+        "a zwx mug", negative_prompt="", num_inference_steps=3, guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(4), **more,
+    ).images[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_command_draws_what_diffusers_draws_with_the_export(
+    kind: str, runs: Callable[[str], Path], wide_bases: dict, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """From the run and from its file; the guidance is the run's own."""
+    run = runs(kind)
+    given = options(NEEDED[kind], files)
+    given += {"edit": ["--image-guidance", "1.3"], "depth": options(("image",), files)}.get(kind, [])
+    words = ["sample", str(run), "-p", "a {token} {noun}", *STEPS, *given, "--out", str(tmp_path / "a")]
+    assert finetune(words) == (0, "")
+    file, base = run / "exports" / "run.safetensors", wide_bases[CASES[kind]]
+    words = ["sample", str(file), "--base", str(base), "-p", "a zwx mug", *STEPS, *given, "--guidance", "3", "--out"]
+    assert finetune([*words, str(tmp_path / "b")]) == (0, "")
+    wanted = levels(theirs(kind, base, file, files))
+    for drawn in (tmp_path / "a", tmp_path / "b"):
+        assert np.abs(levels(Image.open(drawn / "00-4.png")) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_images_say_what_they_were_drawn_from(
+    kind: str, runs: Callable[[str], Path], files: dict[str, Path], tmp_path: Path
+) -> None:
+    """The file's SHA-256 and no folder; the grid begins with what was read."""
+    words = ["sample", str(runs(kind)), "-p", "a mug", *STEPS, "--out", str(tmp_path), *options(NEEDED[kind], files)]
+    assert finetune(words) == (0, "")
+    said = Image.open(tmp_path / "00-4.png").info["parameters"]
+    for name in ("image", "mask", "depth"):
+        hashed = f"{name.capitalize()} SHA-256: {hashlib.sha256(files[name].read_bytes()).hexdigest()}"
+        assert (hashed in said) == (name in NEEDED[kind])
+    assert ("Image CFG scale: 1.5" in said) == (kind == "edit")
+    assert str(files["image"].parent) not in said
+    page = Image.open(tmp_path / "grid.png")
+    read = NEEDED[kind]
+    assert page.size == (32 * (len(read) + 1), 48)
+    cells = [levels(page.crop((32 * n, 16, 32 * n + 32, 48))) for n in range(len(read) + 1)]
+    for cell, name in zip(cells, read, strict=False):
+        wanted = levels(Image.open(files[name]))
+        if name == "depth":  # stretched over all levels
+            wanted = np.rint((wanted - wanted.min()) / (wanted.max() - wanted.min()) * 255)
+        assert np.abs(cell - wanted).max() <= 1
+    assert np.array_equal(cells[-1], levels(Image.open(tmp_path / "00-4.png")))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_page_shows_what_its_images_were_drawn_from(kind: str, runs: Callable[[str], Path]) -> None:
+    run = runs(kind)
+    record = json.loads((run / "run.json").read_text())
+    assert tuple(record["reads"]) == NEEDED[kind]
+    page = (run / "report.html").read_text()
+    for name, alt in (("image", "the image"), ("mask", "the mask: white"), ("depth", "the depth map: near")):
+        read = name in NEEDED[kind]
+        assert (f'<img alt="{alt}' in page) == read
+        assert (f"--{name} {name}.png" in page) == read
+        assert (run / "samples" / "after" / f"input-{name}.png").is_file() == read
+    assert page.index("All of them are drawn from") < page.index("<h3>before</h3>") < page.index("<h3>after</h3>")
+    with Image.open(run / "samples" / "after" / "00-0.png") as image:
+        assert "SHA-256: " in image.info["parameters"]
+        assert str(run.parent) not in image.info["parameters"]
+
+
+def test_a_page_of_a_plain_base_has_no_such_line(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    recipe = {
+        "base": str(tiny_bases["sd1"]), "data": {"photos": str(photos), "class_noun": "mug"},
+        "method": {"kind": "lora", "rank": 2}, "optim": {"kind": "adamw"}, "run": {"steps": 1},
+        "sample": {"count": 1, "steps": 1, "prompts": ["a {noun}"]},
+    }  # fmt: skip
+    run = job.train(parse_recipe(recipe), tmp_path / "run")
+    page = (run / "report.html").read_text()
+    assert "All of them are drawn from" not in page
+    assert "--image" not in page
+    assert [file.name for file in (run / "samples" / "after").iterdir()] == ["00-0.png"]
