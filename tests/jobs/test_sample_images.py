@@ -1,9 +1,12 @@
-"""`finetune sample` on runs and adapters whose base reads images: against diffusers, what is recorded, what is refused."""
+"""`finetune sample` where the base reads images: against diffusers, what is recorded, what is refused."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +45,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def runs(wide_bases: dict, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def runs(
+    wide_bases: dict, tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """Kind -> a short run on a small base that reads it; trained when it is first asked for."""
     root = tmp_path_factory.mktemp("runs")
     photos = write_companions(write_photos(root / "photos"))
@@ -50,7 +55,7 @@ def runs(wide_bases: dict, tmp_path_factory: pytest.TempPathFactory) -> Callable
     def run(kind: str) -> Path:
         if not (root / kind).exists():
             recipe = {
-                "base": str(wide_bases[CASES[kind]]),
+                "base": str(tiny_bases["sd1"] if kind == "plain" else wide_bases[CASES[kind]]),
                 "data": {"photos": str(photos), "class_noun": "mug", "token": "zwx"},
                 "method": {"kind": "lora", "rank": 2},
                 "optim": {"kind": "adamw", "lr": 0.05},
@@ -164,3 +169,113 @@ def test_a_page_of_a_plain_base_has_no_such_line(tiny_bases: dict[str, Path], ph
     assert "All of them are drawn from" not in page
     assert "--image" not in page
     assert [file.name for file in (run / "samples" / "after").iterdir()] == ["00-0.png"]
+
+
+def header_of_a_huge_png() -> bytes:
+    """A PNG that says it has 60,000 x 60,000 pixels, and holds none."""
+    size = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", size), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    packed = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def corner_mask() -> Image.Image:
+    """White only at the left edge, which the crop in the middle leaves out."""
+    mask = Image.new("L", (96, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    return mask
+
+
+def spoilt(folder: Path, files: dict[str, Path]) -> dict[str, Path]:
+    """Files that can't be used, by name."""
+    images = {
+        "black.png": Image.new("L", (32, 32)), "faint.png": Image.new("L", (32, 32), 1),
+        "wide.png": Image.new("L", (64, 32), 255), "wide_rgb.png": Image.new("RGB", (96, 32), "red"),
+        "corner.png": corner_mask(), "flat.png": Image.new("L", (32, 32), 9), "little.png": Image.new("RGB", (8, 8)),
+        "strip.png": Image.new("RGB", (4000, 16)),
+    }  # fmt: skip
+    for name, image in images.items():
+        image.save(folder / name)
+    holes = np.full((32, 32), np.nan, dtype=np.float32)
+    holes[:16] = np.arange(32)
+    Image.fromarray(holes).save(folder / "holes.tiff")
+    (folder / "text.png").write_text("no image at all")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "huge.png").write_bytes(header_of_a_huge_png())
+    (folder / "cut.png").write_bytes(files["image"].read_bytes()[:900])
+    (folder / "script.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\nshowpage\n")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    return {file.name: file for file in folder.iterdir()}
+
+
+IMAGE, MASK, DEPTH = ("--image", "image"), ("--mask", "mask"), ("--depth", "depth")
+# what is sampled, the options, and the words of the sentence
+BAD: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "inpainting from nothing": ("inpaint", (), ("an image and a mask", "--image is missing")),
+    "inpainting without a mask": ("inpaint", IMAGE, ("--mask is missing", "white where it is painted anew")),
+    "a mask without its image": ("inpaint", MASK, ("--image is missing",)),
+    "a depth map to inpaint": ("inpaint", (*IMAGE, *MASK, *DEPTH), ("--depth is", "an image and a mask", "leave it")),
+    "depth from nothing": ("depth", (), ("--depth is missing", "near is bright")),
+    "depth from an image alone": ("depth", IMAGE, ("--depth is missing", "depth estimator")),
+    "a mask for a depth base": ("depth", (*DEPTH, *MASK), ("--mask is", "a depth map and an image", "leave it out")),
+    "editing nothing": ("edit", (), ("--image is missing", "it starts from")),
+    "a mask for an edit": ("edit", (*IMAGE, *MASK), ("--mask is", "draws from an image", "leave it out")),
+    "an image for a plain base": ("plain", IMAGE, ("--image is", "sd1", "a prompt alone", "inpainting")),
+    "a strength for a plain base": ("plain", ("--strength", "0"), ("--strength is 0.0", "a prompt alone")),
+    "no such image": ("edit", ("--image", "/nowhere.png"), ("--image /nowhere.png", "No such file")),
+    "a folder as image": ("edit", ("--image", "folder.png"), ("not a regular file",)),
+    "a pipe as image": ("edit", ("--image", "pipe.png"), ("not a regular file",)),
+    "text as image": ("edit", ("--image", "text.png"), ("--image", "text.png", "not an image")),
+    "an empty image": ("edit", ("--image", "empty.png"), ("empty file",)),
+    "a cut image": ("edit", ("--image", "cut.png"), ("cut.png", "truncated")),
+    "a bomb": ("edit", ("--image", "huge.png"), ("more than",)),
+    "a PostScript program": ("edit", ("--image", "script.eps"), ("not an image",)),
+    "a little image": ("edit", ("--image", "little.png"), ("8x8 pixels is too small",)),
+    "a strip": ("edit", ("--image", "strip.png"), ("4000x16", "crop it")),
+    "text as mask": ("inpaint", (*IMAGE, "--mask", "text.png"), ("--mask", "not an image")),
+    "a black mask": ("inpaint", (*IMAGE, "--mask", "black.png"), ("black.png is white nowhere", "0 of 255")),
+    "a mask of zeros and ones": ("inpaint", (*IMAGE, "--mask", "faint.png"), ("white nowhere", "1 of 255")),
+    "a mask of another shape": ("inpaint", (*IMAGE, "--mask", "wide.png"), ("64x32", "image.png is 32x32", "aspect")),
+    "a mask that is cropped away": (
+        "inpaint", ("--image", "wide_rgb.png", "--mask", "corner.png"), ("white nowhere", "in what is drawn"),
+    ),
+    "a flat depth map": ("depth", ("--depth", "flat.png"), ("9 everywhere", "no depth")),
+    "a depth map with holes": ("depth", ("--depth", "holes.tiff"), ("no finite numbers",)),
+    "a depth map of another shape": ("depth", (*IMAGE, "--depth", "wide.png"), ("64x32", "aspect ratio")),
+    "image guidance below 1": ("edit", (*IMAGE, "--image-guidance", "0.5"), ("is 0.5", "such as 1.5")),
+    "image guidance that is no number": ("edit", (*IMAGE, "--image-guidance", "nan"), ("nan", "such as 1.5")),
+    "image guidance without guidance": (
+        "edit", (*IMAGE, "--image-guidance", "2", "--guidance", "1"), ("--guidance is 1.0", "switches both"),
+    ),
+    "image guidance for a mask": ("inpaint", (*IMAGE, *MASK, "--image-guidance", "2"), ("--image-guidance is 2.0",)),
+    "strength 0": ("inpaint", (*IMAGE, *MASK, "--strength", "0"), ("--strength is 0.0", "above 0")),
+    "strength above 1": ("inpaint", (*IMAGE, *MASK, "--strength", "1.5"), ("--strength is 1.5", "1 at most")),
+    "strength that is no number": ("inpaint", (*IMAGE, *MASK, "--strength", "nan"), ("--strength is nan",)),
+    "strength that leaves no step": (
+        "inpaint", (*IMAGE, *MASK, "--strength", "0.3"), ("none of the 3 steps", "at least 0.34"),
+    ),
+    "strength without an image": ("depth", (*DEPTH, "--strength", "0.5"), ("--image is missing", "no effect")),
+    "strength of an edit": ("edit", (*IMAGE, "--strength", "0.5"), ("--strength is 0.5", "leave it out")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_sentence_and_leaves_nothing(
+    name: str, runs: Callable[[str], Path], files: dict[str, Path], tmp_path: Path
+) -> None:
+    kind, given, said = BAD[name]
+    (tmp_path / "files").mkdir()
+    known = {key: str(file) for key, file in (spoilt(tmp_path / "files", files) | files).items()}
+    words = ["sample", str(runs(kind)), "-p", "a mug", *STEPS, *[known.get(word, word) for word in given]]
+    code, message = finetune([*words, "--out", str(tmp_path / "out")])
+    assert code == 2, message
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    assert "Traceback" not in message
+    missing = [word for word in said if word not in message]
+    assert not missing, message
+    assert not (tmp_path / "out").exists()

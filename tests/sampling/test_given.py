@@ -140,10 +140,8 @@ def test_a_depth_map_alone_decides_by_itself(wide_bases: dict, files: dict[str, 
 
 
 @pytest.mark.parametrize("size", [(96, 64), (32, 80), (64, 64), (16, 16)])
-def test_other_sizes_are_cropped_as_diffusers_crops(
-    size: tuple[int, int], wide_bases: dict, tmp_path: Path
-) -> None:
-    """`resize_mode="crop"` of diffusers gives the same pixels (where it need not round); the mask follows its image."""
+def test_other_sizes_are_cropped_as_diffusers_crops(size: tuple[int, int], wide_bases: dict, tmp_path: Path) -> None:
+    """`resize_mode="crop"` of diffusers gives the same pixels, where it need not round; the mask follows."""
     made = np.random.default_rng(1)
     pixels = made.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
