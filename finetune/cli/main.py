@@ -157,12 +157,12 @@ def sample(
     guidance = guidance if guidance is not None else info.guidance
     sampling = Sampling(negative, sampler, steps, guidance, size or info.resolution or family.resolution, batch_size)
     check_sampling(family, sampling, "--")
-    given = Given(image, mask, depth, image_guidance, strength)
-    opened = open_given(family, given, sampling, "--", info.image_guidance)
+    read = open_given(family, Given(image, mask, depth, image_guidance, strength), sampling, "--", info.image_guidance)
     prompt = filled_prompts(prompt, info)
-    _note([*opened.notes, *name_cut_prompts(family, [*prompt, negative])])
-    seeds, model = range(seed, seed + count), info.base or base or "tiny"
-    request = ImageRequest(prompt, seeds, sampling, model, opened.condition, opened.origins)
+    _note([*read.notes, *name_cut_prompts(family, [*prompt, negative])])
+    request = ImageRequest(
+        prompt, range(seed, seed + count), sampling, info.base or base or "tiny", read.condition, read.origins
+    )
     drawn, page = draw_more(family, request, out)
     typer.echo(f"{drawn} images and {page.name} in {out}")
 

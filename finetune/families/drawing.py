@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+from PIL import Image
 from torch import Tensor
 
 from finetune.families.schedulers import make_scheduler
@@ -80,6 +81,12 @@ class Drawing(ABC):
     def wants(self) -> Wants:
         """What it draws from besides the prompt."""
         return Wants()
+
+    @property
+    def depth_estimator(self) -> Callable[[Image.Image], Tensor] | None:
+        """Makes the depth map [1, h, w] of an RGB image, near is large, by a model in the base's folder; None if there
+        is none. It raises BadInput if that model can't be used."""
+        return None
 
     def inputs(self, side: int, count: int, steps: int, given: ImageCondition | None) -> dict[str, Any]:
         """The pipeline's arguments for `count` square images of `side` pixels, drawn in `steps` steps. `given`: the

@@ -45,7 +45,7 @@ class Given:
     Attributes:
         image: the image to paint in (inpainting), to edit, or to start from (depth, SDXL refiner).
         mask: of the image's shape; white where inpainting paints anew. Transparent is black.
-        depth: a depth map; near is bright.
+        depth: a depth map; near is bright. Where only the image is given, a base with an estimator makes the map.
         image_guidance: how closely an edit follows its image, at least 1; None: 1.5, as diffusers' pipeline has it.
         strength: the share of the noise that the image gets, in (0, 1]: 1 leaves nothing of it. None: 1 for
             inpainting, 0.8 beside a depth map, 0.3 for the refiner.
@@ -64,7 +64,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Opened:
+class DrawnFrom:
     """What was given, read and cropped.
 
     `condition` is None if nothing was given. `origins` are the SHA-256 of the files: "image", "mask", "depth".
@@ -78,7 +78,7 @@ class Opened:
 
 def open_given(
     family: Family, given: Given, sampling: Sampling, section: str = "", image_guidance: float = IMAGE_GUIDANCE
-) -> Opened:
+) -> DrawnFrom:
     """Reads what is given for a base that draws from more than a prompt.
 
     `section` stands before a name in messages: "--" of a command's. `image_guidance` is taken where none is given.
@@ -89,10 +89,11 @@ def open_given(
     """
     wants = family.drawing.wants
     _refuse_unread(family, given, wants, section)
-    _refuse_missing(given, wants, section)
+    estimator = family.drawing.depth_estimator if given.depth is None and given.image is not None else None
+    _refuse_missing(given, wants, section, ("depth",) if estimator else ())
     _check_numbers(given, sampling, section)
     if not any(getattr(given, name) for name in FILES):
-        return Opened(notes=_without(wants, section))
+        return DrawnFrom(notes=_without(wants, section))
     photos = {name: _read(path, name, section) for name in FILES if (path := getattr(given, name))}
     side = sampling.size or family.resolution
     first = photos.get("image") or photos["depth"]
@@ -100,10 +101,12 @@ def open_given(
         _check_shape(first, photo, name)
     crop = make_crops(first, side, "center", 1, False, 0)[0]
     image = _pixels(crop) if "image" in photos else torch.full((3, side, side), PAINTED)
+    beside = unit_depth(estimator(crop.image())) if estimator else _beside(photos, crop)
     guidance = image_guidance if given.image_guidance is None else given.image_guidance
-    condition = ImageCondition(image, _beside(photos, crop), guidance, _strength(given))
+    condition = ImageCondition(image, beside, guidance, _strength(given, wants))
     notes = [note for photo in photos.values() if (note := _cropped(photo, side))]
-    return Opened(condition, {name: photo.digest for name, photo in photos.items()}, notes)
+    notes += [f"the depth map is made of {first.path.name} by the base's own estimator"] if estimator else []
+    return DrawnFrom(condition, {name: photo.digest for name, photo in photos.items()}, notes)
 
 
 def pictures(wants: Wants, condition: ImageCondition) -> dict[str, Image.Image]:
@@ -114,7 +117,9 @@ def pictures(wants: Wants, condition: ImageCondition) -> dict[str, Image.Image]:
     if "depth" not in wants.names or condition.strength is not None:
         found["image"] = _as_image(condition.image)
     if condition.beside is not None:
-        found["mask" if "mask" in wants.names else "depth"] = _as_image(condition.beside.expand(3, -1, -1))
+        height, width = condition.image.shape[-2:]
+        beside = _as_image(condition.beside.expand(3, -1, -1))
+        found["mask" if "mask" in wants.names else "depth"] = beside.resize((width, height))
     return found
 
 
@@ -135,9 +140,10 @@ def _refuse_unread(family: Family, given: Given, wants: Wants, section: str) -> 
         )
 
 
-def _refuse_missing(given: Given, wants: Wants, section: str) -> None:
+def _refuse_missing(given: Given, wants: Wants, section: str, made: tuple[str, ...]) -> None:
+    """`made`: what need not be given, because it is made of the image."""
     for name in wants.needed:
-        if getattr(given, name) is None:
+        if getattr(given, name) is None and name not in made:
             all_of = _listed(WORDS[needed] for needed in wants.needed)
             raise BadInput(f"this base draws from {all_of} and {section}{name} is missing: {ADVICE[name]}")
 
@@ -169,8 +175,8 @@ def _check_numbers(given: Given, sampling: Sampling, section: str) -> None:
         )
 
 
-def _strength(given: Given) -> float | None:
-    beside_depth = given.strength is None and given.depth is not None and given.image is not None
+def _strength(given: Given, wants: Wants) -> float | None:
+    beside_depth = given.strength is None and given.image is not None and "depth" in wants.names
     return OVER if beside_depth else given.strength
 
 

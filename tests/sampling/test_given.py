@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
@@ -18,7 +21,7 @@ from finetune.families.registry import FAMILIES
 from finetune.families.schedulers import make_scheduler
 from finetune.families.source import load_family
 from finetune.sampling.draw import draw
-from finetune.sampling.given import Given, Opened, open_given, pictures
+from finetune.sampling.given import Given, DrawnFrom, open_given, pictures
 from finetune.sampling.settings import Sampling
 
 SETTINGS = Sampling("blurry", sampler="ddim", steps=5, guidance=3.0, size=32)
@@ -187,6 +190,71 @@ def test_a_transparent_mask_is_black(wide_bases: dict, files: dict[str, Path]) -
 @pytest.mark.parametrize("name", ["sd1", "sd3", "flux"])
 def test_a_plain_base_draws_from_nothing_else(name: str, tiny_bases: dict[str, Path], files: dict[str, Path]) -> None:
     family = load_family(str(tiny_bases[name]))
-    assert open_given(family, Given(), SETTINGS) == Opened()
+    assert open_given(family, Given(), SETTINGS) == DrawnFrom()
     with pytest.raises(BadInput, match=rf"^image is .*image\.png but this base \({name}\) draws from a prompt alone"):
         open_given(family, Given(files["image"]), SETTINGS)
+
+
+def with_estimator(base: Path, folder: Path) -> Path:
+    """The depth base with a small DPT of random weights in it."""
+    shutil.copytree(base, folder)
+    torch.manual_seed(3)
+    config = transformers.DPTConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
+        use_batch_norm_in_fusion_residual=False, initializer_range=0.5,
+    )  # fmt: skip
+    transformers.DPTForDepthEstimation(config).save_pretrained(folder / "depth_estimator")
+    prepare = transformers.DPTImageProcessor(size={"height": 32, "width": 32})
+    prepare.save_pretrained(folder / "feature_extractor")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["depth_estimator"] = ["transformers", "DPTForDepthEstimation"]
+    index["feature_extractor"] = ["transformers", "DPTImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_a_base_with_an_estimator_makes_the_depth_map(
+    wide_bases: dict, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """From the image alone, as diffusers' pipeline does with the same folder."""
+    base = with_estimator(wide_bases["sd2", "depth"], tmp_path / "base")
+    pipeline = diffusers.StableDiffusionDepth2ImgPipeline.from_pretrained(base)
+    pipeline.scheduler = make_scheduler(pipeline.scheduler, "ddim")
+    wanted = pipeline(
+        "a mug", image=Image.open(files["image"]), negative_prompt="blurry", num_inference_steps=5, guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]  # fmt: skip
+    family = load_family(str(base))
+    opened = open_given(family, Given(files["image"]), SETTINGS)
+    assert opened.notes == ["the depth map is made of image.png by the base's own estimator"]
+    got = draw(family, ["a mug"], SETTINGS, seeds=[5], condition=opened.condition)[0]
+    assert np.abs(levels(got) - levels(wanted)).max() <= 1
+    given = open_given(family, Given(files["image"], depth=files["depth"]), SETTINGS).condition
+    assert np.abs(levels(draw(family, ["a mug"], SETTINGS, seeds=[5], condition=given)[0]) - levels(got)).max() > 1
+    assert opened.condition is not None
+    assert {image.size for image in pictures(family.drawing.wants, opened.condition).values()} == {(32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("depth_estimator/config.json", {"backbone": "resnet50"}, "a model to fetch"),
+        ("depth_estimator/config.json", {"num_hidden_layers": 10**9}, "more than the limit"),
+        (
+            "feature_extractor/preprocessor_config.json",
+            {"size": {"height": 10**6, "width": 32}},
+            "height is 1000000, more than the limit",
+        ),
+        ("feature_extractor/preprocessor_config.json", {"size": "large"}, "configs are wrong"),
+        ("feature_extractor/preprocessor_config.json", {"ensure_multiple_of": 10**6}, "more than the limit"),
+    ],
+)
+def test_an_estimator_that_would_do_harm_is_refused(
+    part: str, change: dict, said: str, wide_bases: dict, files: dict[str, Path], tmp_path: Path
+) -> None:
+    base = with_estimator(wide_bases["sd2", "depth"], tmp_path / "base")
+    (base / part).write_text(json.dumps(json.loads((base / part).read_text()) | change))
+    with pytest.raises(BadInput, match=said) as caught:
+        open_given(load_family(str(base)), Given(files["image"]), SETTINGS)
+    assert "\n" not in str(caught.value)
