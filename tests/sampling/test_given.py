@@ -21,7 +21,7 @@ from finetune.families.registry import FAMILIES
 from finetune.families.schedulers import make_scheduler
 from finetune.families.source import load_family
 from finetune.sampling.draw import draw
-from finetune.sampling.given import Given, DrawnFrom, open_given, pictures
+from finetune.sampling.given import DrawnFrom, Given, open_given, pictures
 from finetune.sampling.settings import Sampling
 
 SETTINGS = Sampling("blurry", sampler="ddim", steps=5, guidance=3.0, size=32)
