@@ -41,7 +41,8 @@ def commands(page: Path) -> list[str]:
 
 # recipes -> their base, where it is not Stable Diffusion 1.5
 BASES: dict[str, Any] = {
-    "sdxl-lora": "sdxl", "inpainting-lora": ("sd1", "inpaint"), "depth-lora": ("sd2", "depth"), "edit-lora": ("sd1", "edit"),
+    "sdxl-lora": "sdxl",
+    "inpainting-lora": ("sd1", "inpaint"), "depth-lora": ("sd2", "depth"), "edit-lora": ("sd1", "edit"),
 }  # fmt: skip
 NO_PRIOR = ("style-lora", "depth-lora", "edit-lora")
 
