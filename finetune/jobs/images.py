@@ -23,7 +23,7 @@ from finetune.jobs.prepare import Prepared
 from finetune.jobs.previews import from_file
 from finetune.runs.folder import RunFolder
 from finetune.sampling.draw import draw
-from finetune.sampling.given import pictures
+from finetune.sampling.given import DrawnFrom, pictures
 from finetune.sampling.images import grid, parameters, save_image
 from finetune.sampling.settings import Sampling
 
@@ -111,10 +111,15 @@ def draw_more(family: Family, request: ImageRequest, folder: Path) -> tuple[int,
 
 
 def _grid(wants: Wants, request: ImageRequest, images: Sequence[Image.Image]) -> Image.Image:
-    read = list(pictures(wants, request.condition).values()) if request.condition else []
+    read = list(_read(wants, request).values())
     count = len(request.seeds)
     rows = [[*read, *images[start : start + count]] for start in range(0, len(images), count)]
     return grid([image for row in rows for image in row], len(read) + count, request.prompts)
+
+
+def _read(wants: Wants, request: ImageRequest) -> dict[str, Image.Image]:
+    """What the base reads for a request, as images."""
+    return {} if request.condition is None else pictures(wants, request.condition)
 
 
 def unused(path: Path) -> Path:
@@ -137,12 +142,12 @@ def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = No
         range(sample.seed, sample.seed + (count or sample.count)),
         sample.sampling(job.resolution),
         job.recipe.base.source,
-        condition := image_condition(job),
-        {"image": job.photos[0].digest} if job.inputs is None else job.inputs.origins(job.photos[0]),
+        (drawn_from := what_is_drawn_from(job)).condition,
+        drawn_from.origins,
     )
     with replacing_folder(folder) as temporary:
         draw_files(job.family, request, temporary, title)
-        for name, image in pictures(job.family.drawing.wants, condition).items():
+        for name, image in _read(job.family.drawing.wants, request).items():
             image.save(temporary / f"input-{name}.png", format="PNG")
     emit(ImagesDrawn(folder))
 
@@ -158,7 +163,13 @@ def draw_preview(job: Prepared, run: RunFolder, step: int, idle: Sequence[str]) 
     job.family.parts.place([part for part in job.family.parts if part not in idle])
 
 
-def image_condition(job: Prepared) -> ImageCondition:
-    """Returns the input for bases that draw from an image: the first photo, and the files beside it."""
-    crop = make_crops(job.photos[0], (job.resolution, job.resolution), "center", 1, False, job.recipe.run.seed)[0]
-    return ImageCondition(unit(crop.pixels())) if job.inputs is None else job.inputs.condition(crop)
+def what_is_drawn_from(job: Prepared) -> DrawnFrom:
+    """Returns the input for bases that draw from an image: what the recipe names, or the first photo with the files
+    beside it."""
+    if job.drawn_from is not None:
+        return job.drawn_from
+    photo = job.photos[0]
+    crop = make_crops(photo, (job.resolution, job.resolution), "center", 1, False, job.recipe.run.seed)[0]
+    if job.inputs is None:
+        return DrawnFrom(ImageCondition(unit(crop.pixels())), {"image": photo.digest})
+    return DrawnFrom(job.inputs.condition(crop), job.inputs.origins(photo))

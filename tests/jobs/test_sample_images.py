@@ -5,22 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from conftest import write_companions, write_photos
-from PIL import Image
+from PIL import Image, ImageOps
 
 from finetune.cli.main import run as finetune
 from finetune.config.load import parse_recipe
+from finetune.core.errors import BadInput
 from finetune.families.schedulers import make_scheduler
 from finetune.jobs import train as job
+from finetune.jobs.prepare import prepare
 
 CASES = {"inpaint": ("sd1", "inpaint"), "depth": ("sd2", "depth"), "edit": ("sd1", "edit")}
 NEEDED = {"inpaint": ("image", "mask"), "depth": ("depth",), "edit": ("image",)}
@@ -169,6 +173,62 @@ def test_a_page_of_a_plain_base_has_no_such_line(tiny_bases: dict[str, Path], ph
     assert "All of them are drawn from" not in page
     assert "--image" not in page
     assert [file.name for file in (run / "samples" / "after").iterdir()] == ["00-0.png"]
+
+
+def named(base: Path, photos: Path, sample: dict[str, str], steps: int = 2) -> dict[str, Any]:
+    """A recipe whose images are drawn from files that it names."""
+    return {
+        "base": str(base),
+        "data": {"photos": str(photos), "class_noun": "mug", "token": "zwx"},
+        "method": {"kind": "lora", "rank": 2},
+        "optim": {"kind": "adamw"},
+        "run": {"steps": steps, "checkpoint_every": 1},
+        "sample": {"count": 1, "steps": 1, "prompts": ["a {noun}"], **sample},
+    }
+
+
+def test_a_run_draws_from_the_files_that_its_recipe_names(
+    wide_bases: dict, files: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """They are shown and recorded; moved ones are the same, others are refused."""
+    own = {name: shutil.copy(files[name], tmp_path / f"{name}.png") for name in ("image", "mask")}
+    recipe = named(wide_bases["sd1", "inpaint"], photos, {name: str(path) for name, path in own.items()})
+    run = job.train(parse_recipe(recipe), tmp_path / "run")
+    for name, path in own.items():
+        shown = Image.open(run / "samples" / "after" / f"input-{name}.png")
+        assert np.array_equal(levels(shown), levels(Image.open(path)))
+        said = Image.open(run / "samples" / "after" / "00-0.png").info["parameters"]
+        assert f"{name.capitalize()} SHA-256: {hashlib.sha256(path.read_bytes()).hexdigest()}" in said
+    record = json.loads((run / "run.json").read_text())
+    assert record["plan"]["images drawn from"] == ["image: image.png", "mask: mask.png"]
+    assert "image.png" not in (run / "report.html").read_text().partition("Next steps")[0]
+    moved = {name: str(path.rename(tmp_path / f"moved-{name}.png")) for name, path in own.items()}
+    longer = named(wide_bases["sd1", "inpaint"], photos, moved, steps=3)
+    job.train(parse_recipe(longer), run)
+    ImageOps.mirror(Image.open(moved["image"])).save(moved["image"])
+    with pytest.raises(BadInput, match=r"other inputs \(sample\.image changed\)"):
+        job.train(parse_recipe(named(wide_bases["sd1", "inpaint"], photos, moved, steps=4)), run)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sample", "said"),
+    [
+        ("plain", ("image",), r"sample\.image is .* draws from a prompt alone"),
+        ("inpaint", ("image",), r"sample\.mask is missing"),
+        ("depth", ("depth", "mask"), r"sample\.mask is .* leave it out"),
+        ("edit", ("nowhere",), r"sample\.image .*nowhere\.png can't be used: No such file"),
+    ],
+)
+def test_a_recipe_names_no_files_in_vain(
+    kind: str, sample: tuple[str, ...], said: str, tiny_bases: dict, wide_bases: dict, files: dict[str, Path],
+    photos: Path,
+) -> None:  # fmt: skip
+    write_companions(photos)
+    base = tiny_bases["sd1"] if kind == "plain" else wide_bases[CASES[kind]]
+    given = {"image": "/nowhere.png"} if sample == ("nowhere",) else {name: str(files[name]) for name in sample}
+    with pytest.raises(BadInput, match=said) as caught:
+        prepare(parse_recipe(named(base, photos, given)))
+    assert "\n" not in str(caught.value)
 
 
 def header_of_a_huge_png() -> bytes:
