@@ -15,11 +15,13 @@ from finetune.core.logging import quiet, quiet_bars
 
 quiet()
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from finetune.families.registry import FAMILIES
+from finetune.families.source import load_family
 from finetune.testing.tiny import write_tiny
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
@@ -50,6 +52,20 @@ def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in FAMILIES}
 
 
+@pytest.fixture(scope="session")
+def wide_bases(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """(family, extra inputs) -> a small base that has them, with weights of its own for them."""
+    root = tmp_path_factory.mktemp("wide")
+    kinds = [(name, kind) for name, family in FAMILIES.items() for kind in getattr(family, "pipelines", {}) if kind]
+    for name, kind in kinds:
+        family = load_family(str(tiny_bases[name]))
+        family.widen(kind)
+        with torch.no_grad():
+            family.parts["denoiser"].conv_in.weight.normal_(generator=torch.Generator().manual_seed(3))
+        family.drawing.pipeline().save_pretrained(root / f"{name}-{kind}")
+    return {(name, kind): root / f"{name}-{kind}" for name, kind in kinds}
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     return write_photos(tmp_path / "photos")
@@ -62,4 +78,13 @@ def write_photos(folder: Path) -> Path:
         image = Image.new("RGB", (48, 40), colour)
         image.paste((250, 250, 250), (8 * index, 8, 8 * index + 12, 24))
         image.save(folder / f"{index}.png")
+    return folder
+
+
+def write_companions(folder: Path) -> Path:
+    """A depth map and an image before an edit beside each photo of `write_photos`."""
+    for file in sorted(folder.glob("?.png")):
+        depth = np.add.outer(np.arange(40), np.arange(48)).astype(np.uint8)
+        Image.fromarray(depth).save(folder / f"{file.stem}.depth.png")
+        ImageOps.invert(Image.open(file)).save(folder / f"{file.stem}.before.png")
     return folder

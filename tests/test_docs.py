@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import write_companions
 
 from data_tools.__main__ import main as data_tools
 from finetune.adapters.inspection import open_adapter
@@ -36,17 +39,27 @@ def commands(page: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def shortened(line: str, photos: Path, bases: dict[str, Path]) -> list[str]:
+# recipes -> their base, where it is not Stable Diffusion 1.5
+BASES: dict[str, Any] = {
+    "sdxl-lora": "sdxl",
+    "inpainting-lora": ("sd1", "inpaint"), "depth-lora": ("sd2", "depth"), "edit-lora": ("sd1", "edit"),
+}  # fmt: skip
+NO_PRIOR = ("style-lora", "depth-lora", "edit-lora")
+
+
+def shortened(line: str, photos: Path, bases: dict[Any, Path]) -> list[str]:
     """The command on small things: the test's photos and random bases, two steps; everything else as it is written."""
-    words = shlex.split(line.replace("PHOTOS", str(photos)).replace("DRAWINGS", str(photos)))
+    for folder in ("PHOTOS", "DRAWINGS", "PAIRS"):
+        line = line.replace(folder, str(photos))
+    words = shlex.split(line)
     words = [word.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(bases["sd1"])) for word in words]
     words = [re.sub(r"run\.steps=\d+", "run.steps=3", word) for word in words]
-    if words[1:3] == ["train", "sdxl-lora"]:
-        words.append(f"base={bases['sdxl']}")
+    if words[1] == "train" and words[2] in BASES:
+        words.append(f"base={bases[BASES[words[2]]]}")
     if words[1] in ("train", "dreambooth") and not words[2].endswith("recipe.yaml"):
-        words += [*SHORT, *(() if words[2] == "style-lora" else FEW_CLASS_IMAGES)]
+        words += [*SHORT, *(() if words[2] in NO_PRIOR else FEW_CLASS_IMAGES)]
     if words[1] == "sample":
-        words += ["--steps", "1"]
+        words += ["--steps", "2" if "--strength" in words else "1"]
     return words
 
 
@@ -62,15 +75,19 @@ def run(words: list[str]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_runs(
-    page: Path, photos: Path, tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, photos: Path, tiny_bases: dict, wide_bases: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if page.name == "inputs.md":
+        write_companions(photos)
+        for name in ("photo", "mask", "depth"):
+            shutil.copy(photos / ("0.depth.png" if name == "depth" else "0.png"), f"{name}.png")
     for line in commands(page):
         if line in BY_MAKE:
             continue
         small = "data_tools check" in line  # the test's photos are smaller than 512 pixels
         expected = 1 if small or "tokens check sks" in line else 0
-        assert run(shortened(line, photos, tiny_bases)) == expected, line
+        assert run(shortened(line, photos, tiny_bases | wide_bases)) == expected, line
 
 
 def test_the_makefile_runs_the_lines_that_readme_shows() -> None:

@@ -126,6 +126,18 @@ def sample(
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
     sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
+    image: Annotated[
+        Path | None, typer.Option(help="inpainting, depth, editing, refiner: the image to start from")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="inpainting: white is painted anew")] = None,
+    depth: Annotated[Path | None, typer.Option(help="depth: a depth map, near is bright")] = None,
+    image_guidance: Annotated[
+        float | None, typer.Option(help="editing: how closely the image is followed; default: the run's own, or 1.5")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="with --image: share of noise it gets; default: inpainting 1, depth 0.8, refiner 0.3"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images drawn at once: fewer need less memory")] = 8,
     base: Annotated[str | None, typer.Option("--base", help="of an adapter file: tiny, a folder or a hub id")] = None,
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("samples"),
@@ -137,6 +149,7 @@ def sample(
     from finetune.jobs.open import open_result, refuse_base
     from finetune.jobs.words import filled_prompts
     from finetune.sampling.draw import check_sampling
+    from finetune.sampling.given import Given, open_given
     from finetune.sampling.settings import Sampling
 
     refuse_base(source, base)
@@ -144,9 +157,12 @@ def sample(
     guidance = guidance if guidance is not None else info.guidance
     sampling = Sampling(negative, sampler, steps, guidance, size or info.resolution or family.resolution, batch_size)
     check_sampling(family, sampling, "--")
+    read = open_given(family, Given(image, mask, depth, image_guidance, strength), sampling, "--", info.image_guidance)
     prompt = filled_prompts(prompt, info)
-    _note(name_cut_prompts(family, [*prompt, negative]))
-    request = ImageRequest(prompt, range(seed, seed + count), sampling, info.base or base or "tiny")
+    _note([*read.notes, *name_cut_prompts(family, [*prompt, negative])])
+    request = ImageRequest(
+        prompt, range(seed, seed + count), sampling, info.base or base or "tiny", read.condition, read.origins
+    )
     drawn, page = draw_more(family, request, out)
     typer.echo(f"{drawn} images and {page.name} in {out}")
 

@@ -160,7 +160,7 @@ def read_photo(file: Path) -> Photo:
     content = _content(file)
     width, height = _decode(file, content).size
     if min(width, height) < MIN_SIDE:
-        raise BadImage(file, f"{width}x{height} pixels is too small to learn from")
+        raise BadImage(file, f"{width}x{height} pixels is too small")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImage(file, f"{width}x{height} is more than {MAX_ASPECT} times as long as wide: crop it")
     return Photo(file, (width, height), hashlib.sha256(content).hexdigest())

@@ -15,10 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from finetune.families.drawing import ImageCondition
+from finetune.families.drawing import ImageCondition, Wants
 
 KINDS = ("inpaint", "depth", "edit")
 GREY = 0.5
+WANTS = {
+    "": Wants(),
+    "inpaint": Wants(("image", "mask"), ("strength",)),
+    "depth": Wants(("depth",), ("image", "strength")),
+    "edit": Wants(("image",), ("image_guidance",)),
+}
 
 
 def channels(kind: str, latent_channels: int = 4) -> int:
@@ -55,11 +61,15 @@ def pipeline_inputs(kind: str, side: int, count: int, given: ImageCondition | No
     if kind == "edit":
         return {"image": image, "image_guidance_scale": given.guidance}
     assert given.beside is not None
-    beside = _repeated(given.beside, side, count)
     if kind == "inpaint":
-        return {"image": image, "mask_image": beside, "strength": 1.0, "width": side, "height": side}
+        beside = _repeated(given.beside, side, count)
+        strength = 1.0 if given.strength is None else given.strength
+        return {"image": image, "mask_image": beside, "strength": strength, "width": side, "height": side}
+    depth = given.beside.repeat(count, 1, 1)  # of any size: the pipeline scales it to that of the latents
+    if given.strength is not None:
+        return {"image": image, "depth_map": depth, "strength": given.strength}
     # the depth pipeline starts from the image with most of the noise added: with grey, only the depth map matters
-    return {"image": torch.full_like(image, GREY), "depth_map": beside[:, 0], "strength": 1.0}
+    return {"image": torch.full_like(image, GREY), "depth_map": depth, "strength": 1.0}
 
 
 def nothing(kind: str, side: int) -> ImageCondition:

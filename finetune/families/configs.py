@@ -24,7 +24,9 @@ LIMITS = {
     "pos_embed_max_size": 4_096,
     "max_position_embeddings": 100_000,
     "extra_ids": 1_000,
+    **dict.fromkeys(("size", "height", "width", "shortest_edge", "ensure_multiple_of", "size_divisor"), 4_096),
 }
+CHECKED = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 # the libraries raise these if a config has a value of the wrong type
 UNFIT = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 # settings that make transformers and diffusers download and run other code
@@ -36,7 +38,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if not file.is_file():
         raise BadInput(f"{folder} has no {name}: the base must be a diffusers folder")
     config = read_json(file, dict, AGAIN)
-    if file.name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
+    if file.name in CHECKED:
         _check_values(file, config)
     return config
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+from PIL import Image
 from torch import Tensor
 
 from finetune.families.schedulers import make_scheduler
@@ -23,13 +24,30 @@ GUIDANCE_RESCALE = 0.7  # phi of arXiv:2305.08891 section 3.4
 class ImageCondition:
     """The input image for bases that draw from images.
 
-    `picture` [3, H, W] is the image, and `beside` [1, H, W] the inpainting mask or the depth map, both in [0, 1].
+    `image` [3, H, W] is the image, and `beside` [1, H, W] the inpainting mask or the depth map, both in [0, 1].
     `guidance` is the image guidance scale: how closely an edit follows the image (arXiv:2211.09800 eq. 3).
+    `strength`, in (0, 1], is the share of the noise that the image gets before it is drawn over (arXiv:2108.01073):
+    for inpainting, depth and the SDXL refiner. None: inpainting starts from noise alone (1), the refiner from the
+    image with .3, and a depth base does not see the image.
     """
 
     image: Tensor
     beside: Tensor | None = None
     guidance: float = 1.5
+    strength: float | None = None
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a base draws from besides the prompt. Names are of "image", "mask" and "depth", and of the numbers
+    "image_guidance" and "strength"; `needed` must be given and `also` may be."""
+
+    needed: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.needed + self.also
 
 
 class Drawing(ABC):
@@ -58,6 +76,17 @@ class Drawing(ABC):
     def particulars(self, negative: str) -> dict[str, Any]:
         """How this base is drawn in another way than most, by name. Images drawn otherwise are not taken for these."""
         return {}
+
+    @property
+    def wants(self) -> Wants:
+        """What it draws from besides the prompt."""
+        return Wants()
+
+    @property
+    def depth_estimator(self) -> Callable[[Image.Image], Tensor] | None:
+        """Makes the depth map [1, h, w] of an RGB image, near is large, by a model in the base's folder; None if there
+        is none. It raises BadInput if that model can't be used."""
+        return None
 
     def inputs(self, side: int, count: int, steps: int, given: ImageCondition | None) -> dict[str, Any]:
         """The pipeline's arguments for `count` square images of `side` pixels, drawn in `steps` steps. `given`: the

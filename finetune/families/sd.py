@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import diffusers
 import transformers
+from PIL import Image
 from torch import Tensor
 
 from finetune.core.batch import Geometry
+from finetune.families.estimator import estimate_depth, has_estimator
 from finetune.families.naming.base import Labels, SingleFile
 from finetune.families.naming.ldm import SD_READERS, UNetNaming
 from finetune.families.parts import PartSource
@@ -17,6 +20,12 @@ from finetune.families.unet import UNetDrawing, UNetFamily
 
 
 class SDDrawing(UNetDrawing):
+    @property
+    def depth_estimator(self) -> Callable[[Image.Image], Tensor] | None:
+        if self.family.inputs != "depth" or not has_estimator(self.family.folder):
+            return None
+        return partial(estimate_depth, self.family.folder, self.family.device)
+
     def extras(self) -> dict[str, Any]:
         if self.family.inputs == "depth":
             return {"depth_estimator": None, "feature_extractor": None}

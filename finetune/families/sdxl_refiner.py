@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from finetune.core.batch import Geometry
-from finetune.families.drawing import ImageCondition
+from finetune.families.drawing import ImageCondition, Wants
 from finetune.families.naming.base import Labels
 from finetune.families.naming.ldm import UNetNaming
 from finetune.families.parts import PartSource
@@ -32,7 +32,12 @@ class RefinerDrawing(SDXLDrawing):
             codec = self.family.codec
             latents = side // codec.factor
             return {"image": torch.zeros(count, codec.channels, latents, latents), "strength": 1.0}
-        return {"image": given.image.expand(count, -1, -1, -1), "strength": max(STRENGTH, 1 / steps)}
+        strength = max(STRENGTH, 1 / steps) if given.strength is None else given.strength
+        return {"image": given.image.expand(count, -1, -1, -1), "strength": strength}
+
+    @property
+    def wants(self) -> Wants:
+        return Wants((), ("image", "strength"))
 
     def extras(self) -> dict[str, Any]:
         left_out = {"text_encoder": None, "tokenizer": None}

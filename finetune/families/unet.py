@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from finetune.core.errors import BadInput
-from finetune.families.conditioning import channels, inputs_kind, pipeline_inputs, widen
+from finetune.families.conditioning import WANTS, channels, inputs_kind, pipeline_inputs, widen
 from finetune.families.configs import read_config
-from finetune.families.drawing import DiffusersDrawing, ImageCondition
+from finetune.families.drawing import DiffusersDrawing, ImageCondition, Wants
 from finetune.families.loading import DiffusersFamily
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -25,6 +25,10 @@ class UNetDrawing(DiffusersDrawing):
     def pipeline_name(self) -> str:
         assert isinstance(self.family, UNetFamily)
         return self.family.pipelines[self.family.inputs or ""]
+
+    @property
+    def wants(self) -> Wants:
+        return WANTS[self.family.inputs or ""]
 
     def inputs(self, side: int, count: int, steps: int, given: ImageCondition | None) -> dict[str, Any]:
         if self.family.inputs is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,12 +17,13 @@ from finetune.core.files import replacing, replacing_folder
 from finetune.data.conditioning.base import unit
 from finetune.data.crops import make_crops
 from finetune.families.base import Family
-from finetune.families.drawing import ImageCondition
+from finetune.families.drawing import ImageCondition, Wants
 from finetune.families.loading import DiffusersFamily
 from finetune.jobs.prepare import Prepared
 from finetune.jobs.previews import from_file
 from finetune.runs.folder import RunFolder
 from finetune.sampling.draw import draw
+from finetune.sampling.given import DrawnFrom, pictures
 from finetune.sampling.images import grid, parameters, save_image
 from finetune.sampling.settings import Sampling
 
@@ -31,13 +32,17 @@ NUMBERED = re.compile(r"(\d+)--?\d+\.png$")
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image for each prompt at each seed. `model` is the name of the base that is written into the files."""
+    """One image for each prompt at each seed. `model` is the name of the base that is written into the files.
+
+    `origins` are the SHA-256 of the files that `condition` was made from: "image", "mask", "depth".
+    """
 
     prompts: Sequence[str]
     seeds: Sequence[int]
     sampling: Sampling
     model: str
     condition: ImageCondition | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 def draw_files(
@@ -47,6 +52,7 @@ def draw_files(
 
     `title` names the phase in the events; `first` is the number of the first prompt.
     """
+    inputs = _written(family.drawing.wants, request)
     pairs = [(number, seed) for number in range(len(request.prompts)) for seed in request.seeds]
     with phase(title, len(pairs)) as advance:
         images = draw(
@@ -58,9 +64,24 @@ def draw_files(
             advance=lambda amount: advance(amount, ""),
         )
     for (number, seed), image in zip(pairs, images, strict=True):
-        about = parameters(request.prompts[number], seed, request.sampling, request.model)
+        about = parameters(request.prompts[number], seed, request.sampling, request.model, inputs)
         save_image(image, folder / f"{first + number:02d}-{seed}.png", about)
     return images
+
+
+def _written(wants: Wants, request: ImageRequest) -> dict[str, str | float]:
+    """What the images were drawn from, for their files; the numbers under A1111's names."""
+    given = request.condition
+    if given is None or not wants.names:
+        return {}
+    found: dict[str, str | float] = {
+        f"{name.capitalize()} SHA-256": hashed for name, hashed in request.origins.items()
+    }
+    if "image_guidance" in wants.names:
+        found["Image CFG scale"] = given.guidance
+    if given.strength is not None:
+        found["Denoising strength"] = given.strength
+    return found
 
 
 @torch.no_grad()
@@ -78,14 +99,27 @@ def name_cut_prompts(family: Family, prompts: Sequence[str]) -> list[str]:
 
 def draw_more(family: Family, request: ImageRequest, folder: Path) -> tuple[int, Path]:
     """Draws into a folder that may hold images of earlier calls, which stay: prompts are numbered on, and so are the
-    grids. Returns the number of images and the grid's file."""
+    grids. A row of a grid begins with what its images were drawn from. Returns the number of images and the grid's
+    file."""
     numbers = [int(found[1]) for path in folder.glob("*.png") if (found := NUMBERED.match(path.name))]
     first = max(numbers, default=-1) + 1
     images = draw_files(family, request, folder, first=first)
     page = unused(folder / "grid.png")
     with replacing(page) as temporary:
-        grid(images, len(request.seeds), request.prompts).save(temporary, format="PNG")
+        _grid(family.drawing.wants, request, images).save(temporary, format="PNG")
     return len(images), page
+
+
+def _grid(wants: Wants, request: ImageRequest, images: Sequence[Image.Image]) -> Image.Image:
+    read = list(_read(wants, request).values())
+    count = len(request.seeds)
+    rows = [[*read, *images[start : start + count]] for start in range(0, len(images), count)]
+    return grid([image for row in rows for image in row], len(read) + count, request.prompts)
+
+
+def _read(wants: Wants, request: ImageRequest) -> dict[str, Image.Image]:
+    """What the base reads for a request, as images."""
+    return {} if request.condition is None else pictures(wants, request.condition)
 
 
 def unused(path: Path) -> Path:
@@ -100,6 +134,7 @@ def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = No
     """Draws the sample prompts into `folder` (see `draw_files`), with the same seeds each time.
 
     Draws `count` images of each prompt, or `sample.count` if it is None. The folder appears only when it is complete.
+    It also holds what the base has read: input-image.png, input-mask.png, input-depth.png.
     """
     sample = job.recipe.sample
     request = ImageRequest(
@@ -107,10 +142,13 @@ def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = No
         range(sample.seed, sample.seed + (count or sample.count)),
         sample.sampling(job.resolution),
         job.recipe.base.source,
-        image_condition(job),
+        (drawn_from := what_is_drawn_from(job)).condition,
+        drawn_from.origins,
     )
     with replacing_folder(folder) as temporary:
         draw_files(job.family, request, temporary, title)
+        for name, image in _read(job.family.drawing.wants, request).items():
+            image.save(temporary / f"input-{name}.png", format="PNG")
     emit(ImagesDrawn(folder))
 
 
@@ -130,7 +168,13 @@ def draw_preview(job: Prepared, run: RunFolder, step: int, idle: Sequence[str]) 
     job.family.parts.place([part for part in job.family.parts if part not in idle])
 
 
-def image_condition(job: Prepared) -> ImageCondition:
-    """Returns the input for bases that draw from an image: the first photo, and the files beside it."""
-    crop = make_crops(job.photos[0], (job.resolution, job.resolution), "center", 1, False, job.recipe.run.seed)[0]
-    return ImageCondition(unit(crop.pixels())) if job.inputs is None else job.inputs.condition(crop)
+def what_is_drawn_from(job: Prepared) -> DrawnFrom:
+    """Returns the input for bases that draw from an image: what the recipe names, or the first photo with the files
+    beside it."""
+    if job.drawn_from is not None:
+        return job.drawn_from
+    photo = job.photos[0]
+    crop = make_crops(photo, (job.resolution, job.resolution), "center", 1, False, job.recipe.run.seed)[0]
+    if job.inputs is None:
+        return DrawnFrom(ImageCondition(unit(crop.pixels())), {"image": photo.digest})
+    return DrawnFrom(job.inputs.condition(crop), job.inputs.origins(photo))

@@ -85,6 +85,7 @@ def inputs_of(job: Prepared) -> RunInputs:
         base=base_files(job.family.folder),
         packages={name: version(name) for name in packages} | {"python": platform.python_version()},
         tokens=[subject.token for subject in job.subjects],
+        sample=dict(job.drawn_from.origins) if job.drawn_from else {},
     )
 
 

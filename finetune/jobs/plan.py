@@ -51,6 +51,7 @@ def plan(job: Prepared) -> Plan:
         mask_floor=recipe.data.mask_floor,
         inputs=family.inputs,
         widened=family.widened,
+        drawn_from=_drawn_from(job),
         enlarged=enlarged(job.photos, job.sizes if buckets else job.resolution),
         class_images=_class_images(job),
         prior=recipe.prior.cost(method, family, " or ".join(job.class_nouns)),
@@ -60,6 +61,12 @@ def plan(job: Prepared) -> Plan:
         precision=resolve_precision(recipe.run),
         repeatable=is_repeatable(family.device, recipe.run.deterministic),
     )
+
+
+def _drawn_from(job: Prepared) -> list[str]:
+    """The files that the recipe names to draw from, and how they are cropped."""
+    named = [f"{name}: {path.name}" for name, path in job.recipe.sample.files.items()]
+    return named + (job.drawn_from.notes if job.drawn_from else [])
 
 
 def _unused(job: Prepared) -> list[str]:

@@ -24,6 +24,7 @@ from finetune.jobs.subjects import Subject, caption_subjects, scan_subjects
 from finetune.jobs.words import refuse_words
 from finetune.objectives.registry import build_objective
 from finetune.sampling.draw import check_sampling
+from finetune.sampling.given import DrawnFrom, Given, open_given
 from finetune.sampling.settings import Sampling
 from finetune.training.accelerate import resolve_precision
 from finetune.training.priors.class_images import ClassImages
@@ -44,6 +45,7 @@ class Prepared:
     resolution: int
     masks: dict[Path, Mask] = field(default_factory=dict)  # for the photos that have one
     inputs: Inputs | None = None  # what the base reads besides its latents
+    drawn_from: DrawnFrom | None = None  # what `sample:` names to draw from
 
     @cached_property
     def photos(self) -> list[Photo]:
@@ -167,11 +169,20 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
         refuse_words(recipe, family, subjects)
     masks = {path: mask for subject in subjects for path, mask in subject.masks.items()}
     base_hash = base_hash_of(family.folder)
-    job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs)
+    named = _named_images(recipe, family, resolution)
+    job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs, drawn_from=named)
     if images is not None:
         for noun in job.class_nouns.values():
             check_set(class_set(job, images, noun), [] if begun else job.photos)
     return job
+
+
+def _named_images(recipe: Recipe, family: Family, resolution: int) -> DrawnFrom | None:
+    sample = recipe.sample
+    if not sample.files:
+        return None
+    given = Given(sample.image, sample.mask, sample.depth)
+    return open_given(family, given, sample.sampling(resolution), "sample.", sample.image_guidance)
 
 
 def class_set(job: Prepared, images: ClassImages, noun: str | None) -> ClassSet:

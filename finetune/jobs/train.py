@@ -253,6 +253,8 @@ def _info(job: Prepared) -> RunRecord:
         subjects=several if len(several) > 1 else [],
         prompts=job.sample_prompts(),
         guidance=job.recipe.sample.guidance,
+        image_guidance=job.recipe.sample.image_guidance,
+        reads=list(job.family.drawing.wants.needed),
         versions={name: version(name) for name in packages} | {"python": platform.python_version()},
     )
 

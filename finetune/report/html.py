@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.core.files import write_text
 from finetune.core.records import checks_of
 from finetune.export.settings import UNCHECKED
-from finetune.report.pictures import photo_tags, row
+from finetune.report.pictures import input_tags, photo_tags, row
 from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
 from finetune.runs.metrics import read_metrics
@@ -173,7 +173,7 @@ def _before_after(path: Path, info: RunRecord, step: int | None) -> str:
     before, after = path / "samples" / "before", path / "samples" / ("after" if step is None else f"step-{step:06d}")
     if not after.is_dir():
         return ""
-    rows = []
+    rows = [_drawn_from(after, path)]
     for number, prompt in enumerate(info.prompts):
         sides = [row(folder, number, path) for folder in (before, after)]
         rows.append(
@@ -185,6 +185,12 @@ def _before_after(path: Path, info: RunRecord, step: int | None) -> str:
         "like the photos; it is where the prompt puts it; the class without the token still looks as before.</p>"
         f"<div class=card>{''.join(rows)}</div>"
     )
+
+
+def _drawn_from(folder: Path, run: Path) -> str:
+    """What the base has read besides the prompts, where it reads anything."""
+    read = input_tags(folder, run)
+    return f"<p class=prompt>All of them are drawn from</p><div class=row>{read}</div>" if read else ""
 
 
 def _exports(path: Path, step: int | None) -> str:
@@ -222,9 +228,17 @@ def _shell_name(path: Path) -> str:
     return shlex.quote(path.as_posix() if path.parent == Path("runs") else path.absolute().name)
 
 
+def _prompt(info: RunRecord) -> str:
+    """A prompt for a command, with the options for what else the base must be given."""
+    edits = info.reads == ["image"]
+    text = f"make it {info.names[0]}" if edits else f"a photo of {info.names[0]} in the city"
+    read = [name for name in ("image", "mask", "depth") if name in info.reads]
+    return _typed(text) + "".join(f" --{name} {name}.png" for name in read)
+
+
 def _next_steps_of(path: Path, info: RunRecord, step: int) -> str:
     """What can be done with a checkpoint."""
-    run, prompt = _shell_name(path), _typed(f"a photo of {info.names[0]} in the city")
+    run, prompt = _shell_name(path), _prompt(info)
     commands = (
         "# pictures of this step",
         f"finetune sample {run} --step {step} -p {prompt}",
@@ -237,13 +251,12 @@ def _next_steps_of(path: Path, info: RunRecord, step: int) -> str:
 
 
 def _next_steps(path: Path, info: RunRecord) -> str:
-    thing = info.names[0]
     run = _shell_name(path)
     longer = ("# continue, or train longer", f"finetune train {run}/recipe.yaml run.dir={run} run.steps=N")
     commands = "\n".join(
         (
             "# more images",
-            f"finetune sample {run} -p {_typed(f'a photo of {thing} in the city')} --count 8",
+            f"finetune sample {run} -p {_prompt(info)} --count 8",
             "# write the exports again, or in another format",
             f"finetune export {run} --to {_a_format(path)}",
             *(longer if RunFolder(path).can_be_longer else ()),

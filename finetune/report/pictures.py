@@ -17,6 +17,7 @@ from finetune.runs.record import RunRecord
 
 SIDE = 160  # pixels: the shorter side of an image in the report
 SHOWN = 12  # photos of each subject
+INPUTS = {"image": "the image", "mask": "the mask: white is painted anew", "depth": "the depth map: near is bright"}
 NO_COPIES = "The run's folder has no copies of its photos: <code>finetune resume RUN</code> makes them."
 FORMATS = ("PNG", "JPEG", "WEBP")  # the formats that a run writes and browsers show
 
@@ -94,3 +95,9 @@ def row(folder: Path, number: int, run: Path) -> str:
     """Returns the first four images of prompt `number` as HTML."""
     files: Sequence[Path] = sorted(folder.glob(f"{number:02d}-*.png"))[:4]
     return "".join(tag(file, run, f"seed {file.stem.split('-')[1]}") for file in files)
+
+
+def input_tags(folder: Path, run: Path) -> str:
+    """Returns what a folder's images were drawn from (image, mask, depth map) as HTML; empty if prompts alone."""
+    files = {folder / f"input-{name}.png": alt for name, alt in INPUTS.items()}
+    return "".join(tag(file, run, alt) for file, alt in files.items() if file.is_file())

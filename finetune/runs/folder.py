@@ -297,13 +297,14 @@ def _advice(old: Recipe, changed: list[str]) -> str:
 
 
 def _placeless(recipe: Recipe) -> Recipe:
-    """Without the folders of photos and class images, and without the base's: a run that records what is in them is
-    compared by that."""
+    """Without the folders of photos and class images, without the base's and the files to draw from: a run that
+    records what is in them is compared by that."""
     nowhere = Path("pinned")
     subjects = [subject.model_copy(update={"photos": nowhere}) for subject in recipe.data.subjects]
     data = recipe.data.model_copy(update={"photos": nowhere, "subjects": subjects})
     base = recipe.base.model_copy(update={"source": "pinned", "like": None, "revision": None})
-    return recipe.model_copy(update={"data": data, "base": base})
+    sample = recipe.sample.model_copy(update=dict.fromkeys(recipe.sample.files, nowhere))
+    return recipe.model_copy(update={"data": data, "base": base, "sample": sample})
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

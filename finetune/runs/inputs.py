@@ -39,6 +39,7 @@ class RunInputs(Record):
     base: file of the base, below its folder -> SHA-256.
     packages: package -> version.
     tokens: of each subject.
+    sample: the files that the run's images are drawn from, where the recipe names some: "image", ... -> SHA-256.
     """
 
     photos: list[PinnedPhoto] = []
@@ -46,6 +47,7 @@ class RunInputs(Record):
     base: dict[str, str] = {}
     packages: dict[str, str] = {}
     tokens: list[str] = []
+    sample: dict[str, str] = {}
 
 
 class Accepted(Record):
@@ -108,6 +110,7 @@ def changes(recorded: RunInputs, now: RunInputs) -> list[str]:
         *_changed_files(recorded.base, now.base),
         *_changed_versions(recorded.packages, now.packages),
         *([f"the token {now.tokens} was {recorded.tokens}"] if recorded.tokens != now.tokens else []),
+        *(f"sample.{name} changed" for name in now.sample if recorded.sample.get(name) != now.sample[name]),
     ]
 
 

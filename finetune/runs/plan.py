@@ -58,10 +58,10 @@ class PlannedClassImages(Record):
 class Plan(Record):
     """What a run trains on, how often it sees it, and what it trains.
 
-    `base`, `prompts` and `unused` are private: they can hold a folder of this machine, captions, and the names of
-    files beside the photos that are not used. `resolution` is in pixels. `buckets` is empty if every crop is square.
-    `places` are the samples of an epoch with buckets; `repeats` of them are padding with weight 0. `enlarged`,
-    `prior` and `timesteps` are texts from the photos, the prior and the objective.
+    `base`, `prompts`, `unused` and `drawn_from` are private: they can hold a folder of this machine, captions, and the
+    names of files that are not used or that images are drawn from. `resolution` is in pixels. `buckets` is empty if
+    every crop is square. `places` are the samples of an epoch with buckets; `repeats` of them are padding with weight
+    0. `enlarged`, `prior` and `timesteps` are texts from the photos, the prior and the objective.
     """
 
     base: str
@@ -83,6 +83,7 @@ class Plan(Record):
     mask_floor: float = 0.0
     inputs: str | None = None
     widened: bool = False
+    drawn_from: list[str] = []
     enlarged: str | None = None
     class_images: PlannedClassImages | None = None
     prior: str = ""
@@ -100,8 +101,9 @@ class Plan(Record):
 
 def plan_rows(plan: Plan) -> PlanRows:
     """Returns the plan as rows (label -> text) for the user who runs it."""
-    unused: PlanRows = {"not used": plan.unused} if plan.unused else {}
-    return _rows(plan, plan.base, {"training prompts": plan.prompts, **unused})
+    others = {"not used": plan.unused, "images drawn from": plan.drawn_from}
+    named: PlanRows = {label: names for label, names in others.items() if names}
+    return _rows(plan, plan.base, {"training prompts": plan.prompts, **named})
 
 
 def shared_rows(plan: Plan) -> PlanRows:

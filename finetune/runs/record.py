@@ -29,7 +29,8 @@ class RunRecord(Record):
 
     `plan` holds the rows that were printed. `planned` is the plan as a record, or None in an older file. `captions`
     holds the captions of each photo, in the order of `photos` (paths). `subjects` is empty for a single subject;
-    `token` and `class_noun` belong to the first. `resolution` is in pixels.
+    `token` and `class_noun` belong to the first. `resolution` is in pixels. `reads` is what the base must be given
+    besides a prompt: "image", "mask", "depth".
     """
 
     token: str = ""
@@ -46,6 +47,8 @@ class RunRecord(Record):
     subjects: list[RecordedSubject] = []
     prompts: list[str] = []
     guidance: float = 5.0
+    image_guidance: float = 1.5
+    reads: list[str] = []
     versions: dict[str, str] = {}
 
     @property

@@ -68,7 +68,8 @@ def draw(
         prompts: one prompt for each image.
         sampling: sampler, steps, guidance, size and batch size.
         seeds: one seed for each prompt.
-        condition: the input image, for bases that draw from images.
+        condition: what bases that read images draw from (`finetune.sampling.given` reads it from files); None: a
+            neutral one, such as a grey image with all of it masked.
         advance: called after each batch with its number of images.
 
     Returns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, PngImagePlugin
@@ -28,8 +28,13 @@ def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] | 
     return page
 
 
-def parameters(prompt: str, seed: int, sampling: Sampling, model: str) -> str:
-    """The `parameters` text that A1111, Forge and ComfyUI's readers show, in A1111's layout and sampler names."""
+def parameters(
+    prompt: str, seed: int, sampling: Sampling, model: str, inputs: Mapping[str, str | float] | None = None
+) -> str:
+    """The `parameters` text that A1111, Forge and ComfyUI's readers show, in A1111's layout and sampler names.
+
+    `inputs`: what else the image was drawn from, label -> value.
+    """
     size = f"{sampling.size}x{sampling.size}" if sampling.size else None
     given = {
         "Steps": sampling.steps,
@@ -37,6 +42,7 @@ def parameters(prompt: str, seed: int, sampling: Sampling, model: str) -> str:
         "CFG scale": sampling.guidance,
         "Seed": seed,
         "Size": size,
+        **(inputs or {}),
     }
     settings = ", ".join(f"{key}: {value}" for key, value in given.items() if value is not None)
     middle = f"\nNegative prompt: {sampling.negative}" if sampling.negative else ""

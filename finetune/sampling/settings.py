@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from finetune.core.settings import Settings
+from finetune.core.settings import AnyPath, Settings
 
 Sampler = Literal["dpm++", "ddim", "euler", "unipc"]  # finetune.families.schedulers makes them
 
@@ -49,6 +50,21 @@ class SampleSettings(Settings):
     batch_size: int = Field(default=8, ge=1)  # images drawn together
     guidance: float = 5.0
     image_guidance: float = Field(default=1.5, ge=1)  # how closely an edit follows its image
+    # what bases that read images draw from; None: the first photo and what is beside it
+    image: AnyPath | None = None
+    mask: AnyPath | None = None
+    depth: AnyPath | None = None
+
+    @field_validator("image", "mask", "depth")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files to draw from that are named, by setting."""
+        named = {"image": self.image, "mask": self.mask, "depth": self.depth}
+        return {name: path for name, path in named.items() if path is not None}
 
     def sampling(self, size: int) -> Sampling:
         """The same settings as a `Sampling`, for square images of `size` pixels a side."""

@@ -29,19 +29,6 @@ every_case = pytest.mark.parametrize(("name", "kind"), CASES, ids=lambda value: 
 SQUARE = Geometry((32, 32), (0, 0), (32, 32))
 
 
-@pytest.fixture(scope="session")
-def wide_bases(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """(family, extra inputs) -> a small base that has them, with weights of its own for them."""
-    root = tmp_path_factory.mktemp("wide")
-    for name, kind in CASES:
-        family = load_family(str(tiny_bases[name]))
-        family.widen(kind)
-        with torch.no_grad():
-            family.parts["denoiser"].conv_in.weight.normal_(generator=torch.Generator().manual_seed(3))
-        family.drawing.pipeline().save_pretrained(root / f"{name}-{kind}")
-    return {(name, kind): root / f"{name}-{kind}" for name, kind in CASES}
-
-
 def test_these_are_all() -> None:
     assert CASES == [
         ("sd1", "inpaint"), ("sd1", "depth"), ("sd1", "edit"), ("sd2", "inpaint"), ("sd2", "depth"), ("sd2", "edit"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import write_companions
 from ends import metrics, resumed_is_the_unbroken_run
 from PIL import Image
 from safetensors.torch import load_file
@@ -135,20 +136,26 @@ def test_what_a_flow_has_not_is_refused_before_anything_is_drawn(
     assert not (tmp_path / "run").exists()
 
 
-# a word of a recipe's base -> its family; the first that is in it
+# a word of a recipe's base -> its family and extra inputs; the first that is in it
 STAND_INS = {
-    "refiner": "sdxl-refiner", "xl": "sdxl", "diffusion-v1": "sd1", "diffusion-2": "sd2", "diffusion-3": "sd3",
-    "FLUX": "flux",
+    "inpainting": ("sd1", "inpaint"), "-depth": ("sd2", "depth"), "pix2pix": ("sd1", "edit"),
+    "refiner": ("sdxl-refiner", None), "xl": ("sdxl", None), "diffusion-v1": ("sd1", None),
+    "diffusion-2": ("sd2", None), "diffusion-3": ("sd3", None), "FLUX": ("flux", None),
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipes.names())
-def test_every_shipped_recipe_trains(name: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
-    """Two steps of each recipe; where it names a real base, a small random one of that family stands in."""
+def test_every_shipped_recipe_trains(
+    name: str, tiny_bases: dict[str, Path], wide_bases: dict, photos: Path, tmp_path: Path
+) -> None:
+    """Two steps of each recipe; where it names a real base, a small random one of that family and inputs stands in."""
     source = load_recipe(name).base.source
-    kinds = [family for word, family in STAND_INS.items() if word in source]
-    stand_in = "tiny" if source == "tiny" else tiny_bases[kinds[0]]
+    bases: dict[Any, Path] = {(family, None): base for family, base in tiny_bases.items()} | wide_bases
+    kind = next((kind for word, kind in STAND_INS.items() if word in source), None)
+    stand_in = "tiny" if kind is None else bases[kind]
+    if kind is not None and kind[1]:
+        write_companions(photos)
     short = [
         f"data.photos={photos}", f"base={stand_in}", "run.steps=2", "sample.steps=1", "sample.count=1",
         "data.token=sks", "data.resolution=null",
@@ -159,6 +166,9 @@ def test_every_shipped_recipe_trains(name: str, tiny_bases: dict[str, Path], pho
     assert (run / "report.html").is_file()
     exported = json.loads((run / "exports.json").read_text())
     assert all(check.startswith("ok: ") for item in exported for check in item["checks"])
+    family = load_family(str(stand_in))
+    assert kind in (None, (family.name, family.inputs))
+    assert source == "tiny" or kind is not None
 
 
 def test_tensorboard_gets_every_step(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:

@@ -59,6 +59,10 @@ class Inputs(ABC):
         """What is read beside a photo: what it is -> its file. A run records them."""
         return {}
 
+    def origins(self, photo: Photo) -> dict[str, str]:
+        """What `condition` reads from files: "image", "mask" or "depth" -> the file's SHA-256."""
+        return {"image": photo.digest}
+
     def condition(self, crop: Crop) -> ImageCondition:
         """Returns the input for drawing an image like this crop."""
         return ImageCondition(unit(crop.pixels()))

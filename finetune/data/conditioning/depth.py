@@ -35,11 +35,7 @@ class Depth(Inputs):
         super().__init__(family, photos, choices)
         self.maps = companions(photos, self.kind, "depth")
         for found in self.maps.values():
-            values = open_values(found.path)
-            if float(values.max()) == float(values.min()):
-                raise BadInput(
-                    f"the depth image {found.path.name} is {values.max():g} everywhere, so it has no depth: replace it"
-                )
+            check_depth(found.path)
         self.entries: dict[str, Tensor] = {}
 
     def extra(self, crop: Crop, key: SampleKey, cache: Cache) -> Tensor:
@@ -53,15 +49,35 @@ class Depth(Inputs):
 
     def condition(self, crop: Crop) -> ImageCondition:
         """Returns the crop's pixels and its depth [1, H, W], both in [0, 1]."""
-        depth = self._cut(crop)
-        low, high = depth.min(), depth.max()
-        return ImageCondition(unit(crop.pixels()), (depth - low) / (high - low).clamp(min=1e-8))
+        return ImageCondition(unit(crop.pixels()), unit_depth(self._cut(crop)))
+
+    def origins(self, photo: Photo) -> dict[str, str]:
+        return {"depth": self.maps[photo.path].digest}
 
     def _cut(self, crop: Crop) -> Tensor:
-        """The depth of a crop, [1, H, W], in the values of the file."""
-        (left, top), (height, width) = crop.corner, crop.geometry.target
-        image = _resized(self.maps[crop.photo.path], crop.resized).crop((left, top, left + width, top + height))
-        return torch.from_numpy(np.array(ImageOps.mirror(image) if crop.flip else image, dtype=np.float32))[None]
+        return cut_depth(self.maps[crop.photo.path], crop)
+
+
+def check_depth(file: Path) -> None:
+    """Raises BadInput: a depth map without depth, or with values that are no numbers."""
+    values = open_values(file)
+    if not np.isfinite(values).all():
+        raise BadInput(f"the depth image {file.name} holds values that are no finite numbers: replace it")
+    if float(values.max()) == float(values.min()):
+        raise BadInput(f"the depth image {file.name} is {values.max():g} everywhere, so it has no depth: replace it")
+
+
+def cut_depth(depth: Photo, crop: Crop) -> Tensor:
+    """Returns the crop of a depth map that belongs to the crop of a photo, [1, H, W], in the values of the file."""
+    (left, top), (height, width) = crop.corner, crop.geometry.target
+    image = _resized(depth, crop.resized).crop((left, top, left + width, top + height))
+    return torch.from_numpy(np.array(ImageOps.mirror(image) if crop.flip else image, dtype=np.float32))[None]
+
+
+def unit_depth(depth: Tensor) -> Tensor:
+    """Returns depth [1, H, W] scaled to [0, 1]."""
+    low, high = depth.min(), depth.max()
+    return (depth - low) / (high - low).clamp(min=1e-8)
 
 
 def scaled(depth: Tensor, factor: int) -> Tensor:

@@ -43,6 +43,9 @@ class Edit(Inputs):
     def files(self, photo: Photo) -> dict[str, Path]:
         return {"image before": self.before[photo.path].path}
 
+    def origins(self, photo: Photo) -> dict[str, str]:
+        return {"image": self.before[photo.path].digest}
+
     def condition(self, crop: Crop) -> ImageCondition:
         """Returns the image before the edit, [3, H, W] in [0, 1], and the image guidance scale."""
         return ImageCondition(unit(self._before(crop).pixels()), guidance=self.choices.image_guidance)
