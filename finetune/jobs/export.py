@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from finetune.config.recipe import Recipe
+from finetune.core.events import one_step
 from finetune.core.files import write_json
 from finetune.export.adapter import adapter_from, export_adapter
 from finetune.export.base import (
@@ -139,7 +140,8 @@ def export_run(
 def _whole_model(call: _Call, export: ModelExport) -> Exported:
     request = call.request(call.place.name)
     path = export.path(request.folder, request.name, call.family.name)
-    return export.export(call.family, path, request, call.options.verify)
+    with one_step(f"Export {export.name}"):
+        return export.export(call.family, path, request, call.options.verify)
 
 
 def _as_lora(call: _Call, formats: Sequence[str]) -> list[Exported]:
@@ -162,7 +164,8 @@ def _reduced(call: _Call, formats: Sequence[str]) -> list[Exported]:
     exported: dict[str, Exported] = {}
     if isinstance(method, PeftAdapter) and native_form:
         path = EXPORTS[Peft.name]().path(call.place.folder, name, family.name)
-        exported[Peft.name] = export_native_form(method, family, path, own.prediction, call.bench)
+        with one_step(f"Export {Peft.name}"):
+            exported[Peft.name] = export_native_form(method, family, path, own.prediction, call.bench)
     discard(family)
     lora_name = name if method.is_adapter else f"{name}-lora"  # NAME.safetensors is the whole model
     request = call.request(lora_name, **({} if call.options.metadata == "minimal" else {"method": method.kind}))
@@ -179,7 +182,8 @@ def _embedding(call: _Call, rows: dict[str, Tensor], export: EmbeddingExport) ->
     request = call.request(name)
     about = request.about | {"trigger_phrase": name if request.about["trigger_phrase"] else ""}
     words = NewWords(recipe.method, rows, recipe.method.init or recipe.data.class_noun or "")
-    return export.export(words, call.family, replace(request, about=about), call.bench)
+    with one_step(f"Export {export.name}"):
+        return export.export(words, call.family, replace(request, about=about), call.bench)
 
 
 def _merged(place: ExportPlace, exported: Sequence[Exported]) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def draw_files(
     `title` names the phase in the events; `first` is the number of the first prompt.
     """
     pairs = [(number, seed) for number in range(len(request.prompts)) for seed in request.seeds]
-    with phase(title, len(pairs)) as advance:
+    with phase(title, len(pairs), "images") as advance:
         images = draw(
             family,
             [request.prompts[number] for number, _ in pairs],
