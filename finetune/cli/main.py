@@ -195,28 +195,11 @@ def export(
 ) -> None:
     """Write a run's result as files for other programs. They are in RUN/exports, and every file is checked."""
     loud()
-    from finetune.config.load import changed_recipe
-    from finetune.core.devices import machine
-    from finetune.export.registry import check_formats
-    from finetune.jobs.companions import write_companions
-    from finetune.jobs.export import ExportPlace, export_run
-    from finetune.jobs.open import open_run
-    from finetune.report.html import write_report
-    from finetune.runs.folder import RunFolder
+    from finetune.jobs.export import export_result
 
-    folder = RunFolder(run)
     given = {"export.rank": rank, "export.max_error": max_error, "export.verify": verify}
-    recipe = changed_recipe(folder.recipe, [f"{key}={value}" for key, value in given.items() if value is not None])
-    check_formats(to or [], recipe.method.artifacts)
-    if out is None:
-        folder.refuse_work()
-    place = ExportPlace(folder, folder.step_to_open(step), out)
-    family, _ = open_run(folder, machine()[0], step if place.step is None else place.step)
-    exported = export_run(folder, family, to or [], recipe.export, place=place)
-    if place.of_the_run:
-        write_companions(folder)
-        write_report(run)
-    say_exported(exported)
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    say_exported(export_result(run, to or [], step=step, out=out, overrides=overrides))
 
 
 @app.command()

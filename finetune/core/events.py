@@ -133,7 +133,8 @@ def emit(event: Event) -> None:
 def phase(title: str, total: int, unit: str = "") -> Iterator[Callable[[int, str], None]]:
     """Sends the events of a phase with `total` units, and gives the function that reports progress.
 
-    Example: `with phase("Training", 250, "steps") as advance: advance(1, "loss 0.12")`. `PhaseEnded` follows an error too.
+    Example: `with phase("Training", 250, "steps") as advance: advance(1, "loss 0.12")`. `PhaseEnded` follows an error
+    too.
     """
 
     def advance(amount: int, note: str = "") -> None:

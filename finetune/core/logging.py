@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 # their loggers: what they warn of is for whoever writes a loop with them, and nothing that a person here could change
-LOGGERS = ("accelerate", "bitsandbytes", "diffusers", "peft", "torchao", "transformers")
+LOGGERS = ("accelerate", "diffusers", "peft", "torchao", "transformers")
+BITSANDBYTES = ("bitsandbytes", "bitsandbytes.backends.cpu.ops")  # it reports an optional package as an error
 MODULES = r"(accelerate|bitsandbytes|diffusers|peft|transformers)(\.|$)"
 _LOCK = threading.Lock()
 _INSIDE: list[ExitStack] = []  # one for each thread that is inside `quieted`; the first holds what is put back
@@ -54,9 +55,23 @@ def _hush() -> ExitStack:
         if logger.level in (logging.NOTSET, logging.WARNING):
             restore.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
+    restore.enter_context(quiet_import())
     for category, module in ((Warning, MODULES), (FutureWarning, r"torch(\.|$)")):
         _ignore(category, module, restore)
     return restore
+
+
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    """Inside the block, libraries can be imported without a word of bitsandbytes about what is not installed."""
+    before = {name: logging.getLogger(name).level for name in BITSANDBYTES}
+    for name in BITSANDBYTES:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _ignore(category: type[Warning], module: str, restore: ExitStack) -> None:
@@ -83,7 +98,7 @@ def quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops"):
+    for name in BITSANDBYTES:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers|peft|torch")

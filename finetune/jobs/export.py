@@ -9,9 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from finetune.config.load import changed_recipe
 from finetune.config.recipe import Recipe
+from finetune.core.devices import machine
 from finetune.core.events import one_step
 from finetune.core.files import write_json
+from finetune.core.logging import quieted
 from finetune.export.adapter import adapter_from, export_adapter
 from finetune.export.base import (
     Bench,
@@ -35,9 +38,12 @@ from finetune.export.registry import (
 from finetune.export.settings import ExportTo
 from finetune.export.svd import export_native_form, native_formats, reduced, with_checks
 from finetune.families.base import Family
+from finetune.jobs.companions import write_companions
+from finetune.jobs.open import open_run
 from finetune.methods.embeddings import embeddings
 from finetune.methods.peft_adapter import PeftAdapter
 from finetune.methods.textual_inversion import Inversion
+from finetune.report.html import write_report
 from finetune.runs.about import about_run
 from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
@@ -134,6 +140,40 @@ def export_run(
     discard(family)
     exported += [_embedding(call, rows, item) for item in embedding_exports(chosen)]
     write_json(place.listing, _merged(place, exported))
+    return exported
+
+
+@quieted()
+def export_result(
+    run: Path | str,
+    formats: Sequence[str] = (),
+    *,
+    step: int | None = None,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> list[Exported]:
+    """Writes a run's result, or one of its checkpoints, as files for other programs, and checks every file.
+
+    Args:
+        formats: kohya, diffusers, peft, folder, checkpoint or embedding; none: those of the run's recipe.
+        step: of a checkpoint; None: the result, or the newest checkpoint of an unfinished run.
+        out: a folder; None: RUN/exports. There, the model card and the page are written too.
+        overrides: of the recipe's export settings, such as "export.rank=8".
+
+    Raises:
+        BadInput: this is no run, a format does not fit it, or there is no such checkpoint.
+    """
+    folder = RunFolder(Path(run))
+    recipe = changed_recipe(folder.recipe, overrides)
+    check_formats(formats, recipe.method.artifacts)
+    if out is None:
+        folder.refuse_work()
+    place = ExportPlace(folder, folder.step_to_open(step), out)
+    family, _ = open_run(folder, machine()[0], step if place.step is None else place.step)
+    exported = export_run(folder, family, formats, recipe.export, place=place)
+    if place.of_the_run:
+        write_companions(folder)
+        write_report(folder.path)
     return exported
 
 
