@@ -47,9 +47,8 @@ def _hush() -> ExitStack:
     for name in ("transformers", "diffusers"):
         library = importlib.import_module(f"{name}.utils.logging")
         library.get_verbosity()  # the first use sets the logger's level
-        if library.is_progress_bar_enabled():
-            restore.callback(library.enable_progress_bar)
-            library.disable_progress_bar()
+        restore.callback(setattr, library, "_tqdm_active", library.is_progress_bar_enabled())
+        library._tqdm_active = False  # `disable_progress_bar` would turn off the hub's bars of downloads too
     for name in LOGGERS:
         logger = logging.getLogger(name)
         if logger.level in (logging.NOTSET, logging.WARNING):

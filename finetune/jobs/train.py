@@ -49,7 +49,7 @@ from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.objectives.registry import build_objective
 from finetune.report.html import write_report
-from finetune.report.pictures import keep_photos
+from finetune.report.pictures import keep_class_images, keep_photos
 from finetune.runs.folder import RunFolder, next_folder
 from finetune.runs.metrics import MetricsFile
 from finetune.runs.plan import plan_rows
@@ -301,6 +301,8 @@ def fit_job(
     streams = make_streams(job, accelerator)
     if pins is not None and accelerator.is_main_process:
         pins.check_class_images(streams, folder.checkpoints.newest_step())
+    if accelerator.is_main_process and len(streams) > 1:
+        keep_class_images(folder.path, [sample.crops[0].photo.path for sample in streams[1]])
     cache = cache_latents(job, streams, accelerator)
     encode_prompts = make_prompt_encoder(job, streams, accelerator)
     idle = _idle_parts(job, encode_prompts)
