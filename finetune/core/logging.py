@@ -48,7 +48,8 @@ def _hush() -> ExitStack:
         library = importlib.import_module(f"{name}.utils.logging")
         library.get_verbosity()  # the first use sets the logger's level
         restore.callback(setattr, library, "_tqdm_active", library.is_progress_bar_enabled())
-        library._tqdm_active = False  # `disable_progress_bar` would turn off the hub's bars of downloads too
+        # `disable_progress_bar` would turn off the hub's bars of downloads too
+        setattr(library, "_tqdm_active", False)  # noqa: B010
     for name in LOGGERS:
         logger = logging.getLogger(name)
         if logger.level in (logging.NOTSET, logging.WARNING):

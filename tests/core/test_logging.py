@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -23,11 +24,11 @@ def usual() -> object:
     before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in LIBRARIES]
     for each in LIBRARIES:
         each.set_verbosity_warning()
-        each.enable_progress_bar()
+        each._tqdm_active = True
     yield
     for each, (verbosity, bars) in zip(LIBRARIES, before, strict=True):
         each.set_verbosity(verbosity)
-        (each.enable_progress_bar if bars else each.disable_progress_bar)()
+        each._tqdm_active = bars
 
 
 def states() -> list[tuple[int, bool]]:
@@ -95,6 +96,7 @@ def test_what_diffusers_says_of_an_adapter_without_texts_is_not_shown() -> None:
             capture_output=True,
             text=True,
             cwd=Path(__file__).parents[2],
+            env={name: value for name, value in os.environ.items() if name != "DIFFUSERS_VERBOSITY"},
             check=True,
         ).stderr
         for more in ([], ["quiet"])
