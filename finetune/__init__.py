@@ -1,7 +1,9 @@
 """Fine-tuning and personalisation of diffusion models, with proof.
 
-from finetune import load_recipe, train
-train(load_recipe("dreambooth-lora", ["data.photos=photos/", "data.class_noun=dog"]))
+from finetune import draw, load_recipe, open_result, train
+run = train(load_recipe("dreambooth-lora", ["data.photos=photos/", "data.class_noun=dog", "base=OWNER/NAME"]))
+family, about = open_result(run)
+images = draw(family, [f"a photo of {about.trigger}"], seeds=[0])
 """
 
 from __future__ import annotations
