@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+USUAL = 512  # pixels: of SD 1.x
+
 if TYPE_CHECKING:
     from data_tools.check import Findings
 
@@ -33,12 +35,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(options: argparse.Namespace) -> int:
     from data_tools.check import check
 
-    findings = check(options.photos, options.resolution)
+    resolution, why = _resolution(options)
+    findings = check(options.photos, resolution)
+    findings.notes.insert(0, f"checked for training at {resolution} pixels ({why})")
     if options.json:
         _print_json(findings)
     else:
         _print_table(findings)
     return 0 if findings.fine else 1
+
+
+def _resolution(options: argparse.Namespace) -> tuple[int, str]:
+    """The training resolution in pixels, and where it is from."""
+    if options.resolution:
+        return options.resolution, "--resolution"
+    if not options.base:
+        return USUAL, "SD 1.x's resolution; --base NAME takes another base's, --resolution any"
+    from finetune.core.logging import quiet_import
+
+    with quiet_import():
+        from finetune.families.configs import well_formed
+        from finetune.families.registry import family_of
+        from finetune.families.source import resolve_base
+
+    folder = resolve_base(options.base, weights=False)
+    with well_formed(folder):
+        family = family_of(folder)
+        return family.resolution_of(folder), f"the resolution of {options.base}, family {family.name}"
 
 
 def _unpack(options: argparse.Namespace) -> int:
@@ -58,8 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Check a folder of photos before training. Exit 0: no problems, 1: problems found, 2: bad input.",
     )
     command.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder of photos")
+    command.add_argument("--base", help="the base to train: tiny, a diffusers folder or a hub id; sets the resolution")
     command.add_argument(
-        "--resolution", type=_pixels, default=512, help="training resolution in pixels (default: 512)"
+        "--resolution", type=_pixels, help="training resolution in pixels (default: the base's, or 512)"
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(run=_check)

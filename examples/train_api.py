@@ -6,15 +6,12 @@ python examples/train_api.py [PHOTOS] [section.key=value ...]
 import sys
 from pathlib import Path
 
-from finetune import load_recipe, train
-from finetune.jobs.open import open_result
-from finetune.sampling.draw import draw
+from finetune import Sampling, draw, load_recipe, open_result, train
 from finetune.sampling.images import grid
-from finetune.sampling.settings import Sampling
 
 photos = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "subject_mug"
 recipe = load_recipe("demo", [f"data.photos={photos}", "data.class_noun=mug", "run.name=api", *sys.argv[2:]])
-run = train(recipe, say=print)
+run = train(recipe)
 
 family, info = open_result(run)
 prompt = f"a photo of {info.trigger} on the beach"

@@ -36,7 +36,10 @@ def inspect(
         str | None, typer.Option("--like", help="for a single file: a folder or hub id of the same model family")
     ] = None,
 ) -> None:
-    """Show what a base is: family, objective, schedule, resolution, encoders, sizes, licence."""
+    """Show what a base is, without reading its weights.
+
+    Family, objective, schedule, resolution, encoders, sizes, licence.
+    """
     from finetune.export.card import licence_of
     from finetune.families.facts import facts
     from finetune.families.source import resolve_base
@@ -63,7 +66,7 @@ def plan(
 
 
 def verify(file: File, base: BaseOption = "tiny") -> None:
-    """Show what a LoRA file is, what is wrong with it, and which programs read it. Exit 1 if something is wrong."""
+    """Show what a LoRA file is and which programs read it. Says what is wrong with it; the exit code is then 1."""
     from finetune.adapters.operations import verify_file
 
     found = verify_file(file, base)
@@ -107,7 +110,7 @@ def resize(
     energy: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="share to keep, such as 0.95")] = None,
     to: To = None, base: BaseOption = "tiny", dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
-    """Reduce a LoRA to a smaller rank with an SVD: to --rank, or to the rank that keeps --energy."""
+    """Reduce a LoRA to a smaller rank. An SVD does it: to --rank, or to the rank that keeps --energy."""
     from finetune.adapters.algebra import resize as smaller
     from finetune.adapters.inspection import open_adapter
     from finetune.adapters.operations import about_of, write
@@ -124,7 +127,7 @@ def merge(
     files: Annotated[list[str], typer.Argument(help="several of FILE or FILE:WEIGHT", metavar="FILE[:WEIGHT]...")],
     out: Out, to: To = None, rank: Rank = None, base: BaseOption = "tiny", dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
-    """Merge LoRAs into one (--to kohya, diffusers, peft) or into their base (--to folder, checkpoint)."""
+    """Merge LoRAs into one, or into their base. --to: kohya, diffusers or peft; or folder or checkpoint."""
     from finetune.adapters.operations import merged, merged_model, weighted, write
 
     pairs = [weighted(text) for text in files]
@@ -144,7 +147,7 @@ def extract(
     out: Out, rank: Annotated[int, typer.Option("--rank", min=1)] = 32, to: To = None, base: BaseOption = "tiny",
     dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
-    """Extract the difference between a fine-tuned model and its base as a LoRA, and report the error of that rank."""
+    """Write what a fine-tuned model changed as a LoRA. The error of that rank is printed."""
     from finetune.adapters.operations import extracted, write
 
     adapter, kept = extracted(model, base, rank)

@@ -67,7 +67,8 @@ def tokens_suggest(
     count: Annotated[int, typer.Option("-n", min=1)] = 10,
     class_noun: Annotated[str | None, typer.Option("--class-noun")] = None,
 ) -> None:
-    """Suggest rare tokens of a base: one piece, no known meaning, clear to the text encoders, a weak prior."""
+    """Suggest rare tokens of a base. They are one piece, without a known meaning, clear to the text encoders, and
+    have a weak prior."""
     loud()
     from finetune.data import tokens
     from finetune.families.source import load_family

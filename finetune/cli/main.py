@@ -11,22 +11,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetune import __version__
 from finetune.cli import lists
 from finetune.cli.adapters import BaseOption, register, say_exported
-from finetune.cli.output import is_main_process, loud, progress_bars
+from finetune.cli.help import HELP, Sections
+from finetune.cli.output import loud, progress_shown, say
 from finetune.core.errors import BadInput, CheckFailed, Stopped
 from finetune.core.logging import plain, printable, quiet
 from finetune.core.pickles import pickles_allowed
+from finetune.core.progress import is_main_process
 
 if TYPE_CHECKING:
     from finetune.config.recipe import Recipe
 
 app = typer.Typer(
     name="finetune",
-    help="Fine-tune and personalise diffusion models, and check the results.",
+    cls=Sections,
+    help=HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
 for part in (lists.recipes_app, lists.tokens_app):
@@ -46,6 +50,28 @@ StepOption = Annotated[
     int | None, typer.Option("--step", help="of a checkpoint; default: the result, or the newest of an unfinished run")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        say(f"finetune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="print the version and stop")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="show an error's traceback; may stand anywhere in a command")
+    ] = False,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="read pickled weights too, which can run code; may stand anywhere"),
+    ] = False,
+) -> None:
+    """`run` takes the last two out of the arguments: here they are for --help alone."""
 
 
 @app.command()
@@ -89,7 +115,7 @@ def dreambooth(
     skip_bad: SkipBad = False,
     processes: ProcessCount = None,
 ) -> None:
-    """Train a DreamBooth LoRA with class images from a folder of photos, without writing a recipe."""
+    """Train a LoRA of one subject from a folder of photos. It is DreamBooth with class images; no recipe is needed."""
     from finetune.config.load import load_recipe
 
     name = "demo" if base == "tiny" else "dreambooth-lora"
@@ -104,7 +130,7 @@ def dreambooth(
 
 @app.command()
 def demo(out: Annotated[Path | None, typer.Option("--out", help="the run folder")] = None) -> None:
-    """Run everything on the built-in tiny base in minutes: train an adapter from five images of a mug."""
+    """Train on five images of a mug in minutes, without a GPU. It uses the built-in tiny base."""
     from finetune.jobs.demo import run_demo
 
     loud()
@@ -142,7 +168,7 @@ def sample(
     base: Annotated[str | None, typer.Option("--base", help="of an adapter file: tiny, a folder or a hub id")] = None,
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("samples"),
 ) -> None:
-    """Draw images with a run, one of its checkpoints or an adapter file: PNG files and a grid."""
+    """Draw images with a run, a checkpoint or an adapter file. They are written as PNG files and a grid."""
     loud()
     from finetune.core.devices import machine
     from finetune.jobs.images import ImageRequest, draw_more, name_cut_prompts
@@ -183,30 +209,13 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", help="a folder; default: RUN/exports")] = None,
     verify: Annotated[str | None, typer.Option("--verify", help="full, deltas or off; default: the run's own")] = None,
 ) -> None:
-    """Export a run's result to RUN/exports in formats of other programs, and check every file."""
+    """Write a run's result as files for other programs. They are in RUN/exports, and every file is checked."""
     loud()
-    from finetune.config.load import changed_recipe
-    from finetune.core.devices import machine
-    from finetune.export.registry import check_formats
-    from finetune.jobs.companions import write_companions
-    from finetune.jobs.export import ExportPlace, export_run
-    from finetune.jobs.open import open_run
-    from finetune.report.html import write_report
-    from finetune.runs.folder import RunFolder
+    from finetune.jobs.export import export_result
 
-    folder = RunFolder(run)
     given = {"export.rank": rank, "export.max_error": max_error, "export.verify": verify}
-    recipe = changed_recipe(folder.recipe, [f"{key}={value}" for key, value in given.items() if value is not None])
-    check_formats(to or [], recipe.method.artifacts)
-    if out is None:
-        folder.refuse_work()
-    place = ExportPlace(folder, folder.step_to_open(step), out)
-    family, _ = open_run(folder, machine()[0], step if place.step is None else place.step)
-    exported = export_run(folder, family, to or [], recipe.export, place=place)
-    if place.of_the_run:
-        write_companions(folder)
-        write_report(run)
-    say_exported(exported)
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    say_exported(export_result(run, to or [], step=step, out=out, overrides=overrides))
 
 
 @app.command()
@@ -236,7 +245,7 @@ def doctor(
         bool, typer.Option("--rehash", help="forget the stored hashes of bases, and hash them again")
     ] = False,
 ) -> None:
-    """Check what works on this machine, and say how to fix what does not."""
+    """Check what works on this machine. It says how to fix what does not."""
     loud()
     if rehash:
         from finetune.families.digests import forget_hashes
@@ -265,6 +274,7 @@ def _train(
         _launch_or_check(processes, dry_run)
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"processes": None})})
     loud()
+    from finetune.families.toy import expectation
     from finetune.jobs import train as job
     from finetune.jobs.plan import plan
     from finetune.jobs.prepare import prepare
@@ -272,11 +282,14 @@ def _train(
 
     if dry_run:
         for name, value in plan_rows(plan(prepare(recipe))).items():
-            _say(f"{name:>16}  {value}")
+            say(f"{name:>16}  {value}")
         return
-    say = _say if is_main_process() else _silent
-    path = job.train(recipe, run, say, accept_changes=accept_changes)
-    say(f"done: look at {path}/report.html")
+    tell = say if is_main_process() else _silent
+    path = job.train(recipe, run, tell, accept_changes=accept_changes)
+    tell(f"done: look at {path}/report.html")
+    expected = expectation(recipe.base.source, [subject.class_noun for subject in recipe.data.all_subjects])
+    if expected:
+        tell(f"note: {expected}")
 
 
 def _file_name(noun: str) -> str:
@@ -297,15 +310,10 @@ def _launch_or_check(processes: int, dry_run: bool) -> None:
         )
 
 
-def _say(line: str) -> None:
-    """Prints a line without terminal control codes, which file names and captions can contain."""
-    typer.echo(plain(line))
-
-
 def _note(lines: list[str]) -> None:
     """What a person should know of what was asked for."""
     for line in lines:
-        _say(f"note: {line}")
+        say(f"note: {line}")
 
 
 def _silent(line: str) -> None:
@@ -332,9 +340,10 @@ def run(arguments: list[str]) -> tuple[int, str]:
     debug = "--debug" in arguments
     quiet()
     printable()
+    own = [argument for argument in arguments if argument not in ("--debug", "--allow-pickle")]
     try:
-        with pickles_allowed("--allow-pickle" in arguments), progress_bars():
-            app([argument for argument in arguments if argument not in ("--debug", "--allow-pickle")])
+        with pickles_allowed("--allow-pickle" in arguments), progress_shown():
+            app(own, prog_name="finetune")
     except SystemExit as end:
         return int(end.code or 0), ""
     except _Launch as wish:

@@ -1,30 +1,44 @@
-"""Progress on the command line: one bar for each phase of a run."""
+"""Progress on the command line: in a terminal one bar for each phase of a run, elsewhere plain lines."""
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from finetune.core.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted, sent_to
+import typer
+
+from finetune.core.events import Consumer, Event, PhaseAdvanced, PhaseEnded, PhaseStarted, sent_to
+from finetune.core.logging import plain
+from finetune.core.progress import LOGGER, ProgressLines, is_main_process
+
+
+class Progress:
+    """A consumer of events that shows how far they are. It shows nothing until a command calls `enable`."""
+
+    def __init__(self) -> None:
+        self._show: Consumer | None = None
+
+    def enable(self) -> None:
+        """Shows progress from now on: bars in a terminal, lines in a file, a pipe, a container's or a job's log."""
+        self._show = self._show or (ProgressBars() if in_terminal() else ProgressLines(say))
+
+    def __call__(self, event: Event) -> None:
+        if self._show is not None:
+            self._show(event)
 
 
 class ProgressBars:
-    """A consumer of events that shows progress bars. It shows nothing until a command calls `enable`."""
+    """A consumer of events that shows a bar for each phase."""
 
     def __init__(self) -> None:
-        self.is_enabled = False
         self._open: list[tuple[Any, Any]] = []  # (rich's Progress, its task), the innermost phase last
 
-    def enable(self) -> None:
-        """Shows progress bars from now on."""
-        self.is_enabled = True
-
     def __call__(self, event: Event) -> None:
-        if not self.is_enabled:
-            return
         if isinstance(event, PhaseStarted):
             self._start(event)
         elif isinstance(event, PhaseAdvanced) and self._open:
@@ -46,19 +60,31 @@ class ProgressBars:
         self._open.append((progress, progress.add_task(event.title, total=event.total, note="", rate="")))
 
 
-PROGRESS_BARS: ContextVar[ProgressBars | None] = ContextVar("finetune_progress_bars", default=None)
+PROGRESS: ContextVar[Progress | None] = ContextVar("finetune_progress", default=None)
 
 
 @contextmanager
-def progress_bars() -> Iterator[None]:
-    """Inside the block, events go to progress bars, which a command can enable."""
-    bars = ProgressBars()
-    token = PROGRESS_BARS.set(bars)
+def progress_shown() -> Iterator[None]:
+    """Inside the block, a command can show its progress. The log is told that the command does it."""
+    progress, handler = Progress(), logging.NullHandler()
+    token = PROGRESS.set(progress)
+    LOGGER.addHandler(handler)
     try:
-        with sent_to(bars):
+        with sent_to(progress):
             yield
     finally:
-        PROGRESS_BARS.reset(token)
+        LOGGER.removeHandler(handler)
+        PROGRESS.reset(token)
+
+
+def in_terminal() -> bool:
+    """Whether bars that are drawn over and over can be shown."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "") != "dumb"
+
+
+def say(line: str) -> None:
+    """Prints a line without terminal control codes, which file names and captions can contain."""
+    typer.echo(plain(line))
 
 
 def _bar() -> Any:
@@ -83,16 +109,11 @@ def _bar() -> Any:
     return Progress(*columns, refresh_per_second=4)
 
 
-def is_main_process() -> bool:
-    """Under torchrun, one process talks for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def loud() -> None:
-    """Turns off other libraries' progress bars and turns on ours."""
+    """Turns off other libraries' progress bars and shows ours."""
     from finetune.core.logging import quiet_bars
 
     quiet_bars()
-    bars = PROGRESS_BARS.get()
-    if bars is not None and is_main_process():
-        bars.enable()
+    progress = PROGRESS.get()
+    if progress is not None and is_main_process():
+        progress.enable()

@@ -15,10 +15,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class PhaseStarted:
-    """A phase of work began. `total` is its number of units, such as 250 steps or 96 images."""
+    """A phase of work began. `total` is its number of units, such as 250 steps or 96 images; `unit` is their name."""
 
     title: str
     total: int
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,26 @@ def emit(event: Event) -> None:
 
 
 @contextmanager
-def phase(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+def phase(title: str, total: int, unit: str = "") -> Iterator[Callable[[int, str], None]]:
     """Sends the events of a phase with `total` units, and gives the function that reports progress.
 
-    Example: `with phase("Training", 250) as advance: advance(1, "loss 0.12")`. `PhaseEnded` follows an error too.
+    Example: `with phase("Training", 250, "steps") as advance: advance(1, "loss 0.12")`. `PhaseEnded` follows an error
+    too.
     """
 
     def advance(amount: int, note: str = "") -> None:
         emit(PhaseAdvanced(title, amount, note))
 
-    emit(PhaseStarted(title, total))
+    emit(PhaseStarted(title, total, unit))
     try:
         yield advance
     finally:
         emit(PhaseEnded(title))
+
+
+@contextmanager
+def one_step(title: str) -> Iterator[None]:
+    """A phase of one unit, such as the reading of a base."""
+    with phase(title, 1) as advance:
+        yield
+        advance(1, "")

@@ -111,10 +111,11 @@ class PromptCache:
         self.entries: dict[str, list[dict[str, Tensor]]] = {}
 
     @torch.no_grad()
-    def fill(self, prompts: Sequence[str]) -> None:
+    def fill(self, prompts: Sequence[str], advance: Callable[[int], None] = lambda amount: None) -> None:
         """Reads the prompts' embeddings from disk, and encodes those that are missing.
 
-        Only one encoder is on the device at a time. The embeddings stay on the device.
+        Only one encoder is on the device at a time. The embeddings stay on the device. `advance` is told of each
+        prompt that an encoder is done with.
 
         Raises:
             OSError: a file can't be written.
@@ -124,6 +125,7 @@ class PromptCache:
             for prompt in prompts:
                 encoded = self._one(index, part, prompt)
                 self.entries[prompt].append({name: value.to(self.family.device) for name, value in encoded.items()})
+                advance(1)
 
     def __call__(self, prompts: Sequence[str], keep_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Returns the conditions of the prompts, as `Family.encode_prompts` does. Raises KeyError for a new prompt."""

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from finetune.core.errors import BadInput
+from finetune.core.events import phase
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 # Pillow's formats for these files, detected by content. Others stay off: for EPS, Pillow starts Ghostscript
@@ -128,11 +129,13 @@ def scan_lenient(folder: Path) -> Scan:
     if not files:
         raise BadInput(f"{folder} holds no images ({SUFFIXES_SHOWN}): {_where_photos_are(folder)}", path=folder)
     found = Scan([], [])
-    for file in files:
-        try:
-            found.photos.append(read_photo(file))
-        except BadImage as fault:
-            found.bad.append(fault)
+    with phase("Photos", len(files), "photos") as advance:
+        for file in files:
+            try:
+                found.photos.append(read_photo(file))
+            except BadImage as fault:
+                found.bad.append(fault)
+            advance(1, "")
     if not found.photos:
         raise BadInput(f"{folder} holds no images that can be used: {found.names}; fix them", path=folder)
     return found

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
+from finetune.core.events import one_step
 from finetune.export.base import Adapter, Bench, Exported, Request
 from finetune.export.metadata import adapter_metadata
 from finetune.export.registry import adapter_exports, check_formats
@@ -46,6 +47,8 @@ def export_adapter(adapter: Adapter, request: Request, formats: Sequence[str], b
             raise BadInput(f"{path} already exists: remove it, or pass --force")
         if path.is_dir():
             shutil.rmtree(path)
-        export.write(written, path, dtype, metadata)
-        exported.append(verify(adapter, export, path, dtype, bench))
+        with one_step(f"Export {wanted}"):
+            export.write(written, path, dtype, metadata)
+        with one_step(f"Check {wanted}"):
+            exported.append(verify(adapter, export, path, dtype, bench))
     return exported

@@ -14,6 +14,7 @@ from finetune.core.errors import BadInput
 from finetune.core.files import leads_out
 from finetune.core.reading import parse_yaml, read_bytes
 from finetune.families.registry import FAMILIES
+from finetune.families.toy import TINY
 
 TAGS = {"adapter": ["lora", "template:sd-lora"], "weights": [], "embedding": ["textual_inversion"]}  # the hub's
 
@@ -81,18 +82,29 @@ def model_card(card: Card) -> str:
 
 def _use(card: Card) -> str:
     prompt = card.images[0][0] if card.images else card.trigger
-    source = f"{card.title}-model" if "weights" in card.holds else card.base
     lora = f'pipeline.load_lora_weights(".", weight_name="{card.title}.safetensors")'
     lines = [
         "from diffusers import DiffusionPipeline",
-        "",
-        f"pipeline = DiffusionPipeline.from_pretrained({_quoted(source)})",
+        *_pipeline(card),
         *([lora] if "adapter" in card.holds else []),
         *card.loading,
         f"pipeline({_quoted(prompt)}).images[0]",
     ]
     code = "\n".join(lines)
     return f"## Use\n\n```python\n{code}\n```"
+
+
+def _pipeline(card: Card) -> list[str]:
+    """The lines that open the base, or the whole model that was exported."""
+    if "weights" in card.holds:
+        source, note = _quoted(f"{card.title}-model"), ""
+    elif card.base == TINY:
+        package = ["from finetune.families.source import resolve_base  # pip install finetune-diffusion"]
+        return [*package, "", f"pipeline = DiffusionPipeline.from_pretrained(resolve_base({_quoted(TINY)}))"]
+    else:
+        note = "" if card.base.count("/") == 1 else "  # the path of this folder on your machine"
+        source = _quoted(card.base)
+    return ["", f"pipeline = DiffusionPipeline.from_pretrained({source}){note}"]
 
 
 def _quoted(text: str) -> str:

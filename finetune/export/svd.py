@@ -83,7 +83,7 @@ def _deltas(method: PeftAdapter, family: Family) -> Iterator[tuple[str, str, Ten
 
 def _decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int, count: int) -> Decomposed:
     """`decompose` with a progress bar: SDXL's 700 modules take minutes."""
-    with phase("Singular values", count) as advance:
+    with phase("Singular values", count, "modules") as advance:
 
         def counted() -> Iterator[tuple[str, str, Tensor]]:
             for part, module, change in deltas:

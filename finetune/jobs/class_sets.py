@@ -185,7 +185,7 @@ def _refuse_changed(folder: Path, recorded: dict[str, Any]) -> None:
 
 
 def _draw_chunks(family: Family, wanted: ClassSet, files: list[Path], chunks: list[range]) -> None:
-    with phase("Class images", sum(len(chunk) for chunk in chunks)) as advance:
+    with phase("Class images", sum(len(chunk) for chunk in chunks), "images") as advance:
         for chunk in chunks:
             _draw_chunk(family, wanted, [files[index] for index in chunk], chunk)
             advance(len(chunk), "")

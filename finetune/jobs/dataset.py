@@ -32,7 +32,7 @@ def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]], accelerato
     images: list[Encodable] = list(seen)
     if job.inputs is not None:
         images += [image for crop in seen for image in job.inputs.images(crop)]
-    with phase("Latents", len(images)) as advance, accelerator.main_process_first():
+    with phase("Latents", len(images), "images") as advance, accelerator.main_process_first():
         cache.fill(job.family, images, lambda amount: advance(amount, ""))
     return cache
 
@@ -119,8 +119,10 @@ def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]], acce
     prompts = [text for stream in streams for sample in stream for text in sample.captions]
     prompts += job.class_nouns  # the class prompts
     cache = PromptCache(family, job.base_hash, cache_dir(), family.parts.dtype(family.text_encoders[0]))
-    with accelerator.main_process_first():
-        cache.fill(list(dict.fromkeys(["", *prompts])))
+    different = list(dict.fromkeys(["", *prompts]))
+    count = len(different) * len(family.text_encoders)
+    with phase("Prompts", count, "texts") as advance, accelerator.main_process_first():
+        cache.fill(different, lambda amount: advance(amount, ""))
     return cache
 
 

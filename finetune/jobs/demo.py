@@ -11,12 +11,12 @@ from finetune.jobs.train import train
 from finetune.runs.folder import RunFolder
 
 LOOK = """
-Look at {run}/report.html:
-  1. "{thing}" is the mug of the five images;
-  2. it appears on the beach and in the snow, though no image shows it there;
-  3. "a mug" without the token is still any mug.
+Look at {run}/report.html, and compare before and after:
+  1. "{thing}": is it teal above and orange below, as the mug of the five images? Its star comes out as a white mark.
+  2. The beach and the snow, which no image shows: most have its colours, a few stay another mug.
+  3. "a mug" without the token: most are mugs of any kind, and some take a little of its colours.
 
-With your own photos (about 5 of one subject, in different places):
+With your own photos (about 5 of one subject, in different places) take a real base; this one is a toy:
   finetune dreambooth PHOTOS --class-noun dog --base stable-diffusion-v1-5/stable-diffusion-v1-5
 """
 

@@ -21,6 +21,7 @@ from finetune.export.settings import UNCHECKED
 from finetune.families.base import Family
 from finetune.families.registry import family_of
 from finetune.families.source import resolve_base
+from finetune.families.toy import expectation
 from finetune.training.accelerate import resolve_precision
 
 
@@ -109,8 +110,10 @@ def report(recipe: Recipe) -> dict[str, str]:
     size = {"fp32": 4, "fp16": 2, "bf16": 2}[recipe.export.dtype]
     share = own.trained_parameters / whole
     kept = 4 + max(8, recipe.optim.state_bytes) + 4 * bool(recipe.run.ema)  # bytes of one parameter in a checkpoint
+    expected = expectation(recipe.base.source, [subject.class_noun for subject in recipe.data.all_subjects])
     return {
         "base": f"{recipe.base.source} ({family.name}), {_side(recipe, family)} pixels",
+        **({"expect": expected} if expected else {}),
         "parameters": ", ".join(f"{part} {_millions(count)}" for part, count in own.parameters.items()),
         "precision": _precision(recipe),
         "method": f"{recipe.method.kind} on {_trained_things(own)}",

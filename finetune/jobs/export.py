@@ -9,8 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from finetune.config.load import changed_recipe
 from finetune.config.recipe import Recipe
+from finetune.core.devices import machine
+from finetune.core.events import one_step
 from finetune.core.files import write_json
+from finetune.core.logging import quieted
 from finetune.export.adapter import adapter_from, export_adapter
 from finetune.export.base import (
     Bench,
@@ -34,9 +38,12 @@ from finetune.export.registry import (
 from finetune.export.settings import ExportTo
 from finetune.export.svd import export_native_form, native_formats, reduced, with_checks
 from finetune.families.base import Family
+from finetune.jobs.companions import write_companions
+from finetune.jobs.open import open_run
 from finetune.methods.embeddings import embeddings
 from finetune.methods.peft_adapter import PeftAdapter
 from finetune.methods.textual_inversion import Inversion
+from finetune.report.html import write_report
 from finetune.runs.about import about_run
 from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
@@ -136,10 +143,45 @@ def export_run(
     return exported
 
 
+@quieted()
+def export_result(
+    run: Path | str,
+    formats: Sequence[str] = (),
+    *,
+    step: int | None = None,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> list[Exported]:
+    """Writes a run's result, or one of its checkpoints, as files for other programs, and checks every file.
+
+    Args:
+        formats: kohya, diffusers, peft, folder, checkpoint or embedding; none: those of the run's recipe.
+        step: of a checkpoint; None: the result, or the newest checkpoint of an unfinished run.
+        out: a folder; None: RUN/exports. There, the model card and the page are written too.
+        overrides: of the recipe's export settings, such as "export.rank=8".
+
+    Raises:
+        BadInput: this is no run, a format does not fit it, or there is no such checkpoint.
+    """
+    folder = RunFolder(Path(run))
+    recipe = changed_recipe(folder.recipe, overrides)
+    check_formats(formats, recipe.method.artifacts)
+    if out is None:
+        folder.refuse_work()
+    place = ExportPlace(folder, folder.step_to_open(step), out)
+    family, _ = open_run(folder, machine()[0], step if place.step is None else place.step)
+    exported = export_run(folder, family, formats, recipe.export, place=place)
+    if place.of_the_run:
+        write_companions(folder)
+        write_report(folder.path)
+    return exported
+
+
 def _whole_model(call: _Call, export: ModelExport) -> Exported:
     request = call.request(call.place.name)
     path = export.path(request.folder, request.name, call.family.name)
-    return export.export(call.family, path, request, call.options.verify)
+    with one_step(f"Export {export.name}"):
+        return export.export(call.family, path, request, call.options.verify)
 
 
 def _as_lora(call: _Call, formats: Sequence[str]) -> list[Exported]:
@@ -162,7 +204,8 @@ def _reduced(call: _Call, formats: Sequence[str]) -> list[Exported]:
     exported: dict[str, Exported] = {}
     if isinstance(method, PeftAdapter) and native_form:
         path = EXPORTS[Peft.name]().path(call.place.folder, name, family.name)
-        exported[Peft.name] = export_native_form(method, family, path, own.prediction, call.bench)
+        with one_step(f"Export {Peft.name}"):
+            exported[Peft.name] = export_native_form(method, family, path, own.prediction, call.bench)
     discard(family)
     lora_name = name if method.is_adapter else f"{name}-lora"  # NAME.safetensors is the whole model
     request = call.request(lora_name, **({} if call.options.metadata == "minimal" else {"method": method.kind}))
@@ -179,7 +222,8 @@ def _embedding(call: _Call, rows: dict[str, Tensor], export: EmbeddingExport) ->
     request = call.request(name)
     about = request.about | {"trigger_phrase": name if request.about["trigger_phrase"] else ""}
     words = NewWords(recipe.method, rows, recipe.method.init or recipe.data.class_noun or "")
-    return export.export(words, call.family, replace(request, about=about), call.bench)
+    with one_step(f"Export {export.name}"):
+        return export.export(words, call.family, replace(request, about=about), call.bench)
 
 
 def _merged(place: ExportPlace, exported: Sequence[Exported]) -> list[dict[str, Any]]:

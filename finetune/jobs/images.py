@@ -54,7 +54,7 @@ def draw_files(
     """
     inputs = _written(family.drawing.wants, request)
     pairs = [(number, seed) for number in range(len(request.prompts)) for seed in request.seeds]
-    with phase(title, len(pairs)) as advance:
+    with phase(title, len(pairs), "images") as advance:
         images = draw(
             family,
             [request.prompts[number] for number, _ in pairs],

@@ -14,6 +14,7 @@ from finetune.adapters.inspection import open_adapter
 from finetune.config.recipe import Recipe
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
+from finetune.core.logging import quieted
 from finetune.export.base import Adapter, AdapterExport, Exported, ModelExport
 from finetune.export.lora.peft import Peft
 from finetune.export.registry import EXPORTS, artifact_of, embedding_exports
@@ -31,6 +32,7 @@ from finetune.training.checkpoint import State
 from finetune.training.ema import copy_into
 
 
+@quieted()
 def open_result(
     source: Path,
     base: str = "tiny",

@@ -11,6 +11,7 @@ import torch
 from finetune.config.recipe import Recipe
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
+from finetune.core.events import one_step
 from finetune.data.buckets import Size, bucket_table, nearest_bucket
 from finetune.data.conditioning.base import INPUTS, Choices, Inputs, make_inputs
 from finetune.data.masks import Mask
@@ -143,7 +144,8 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     scanned = scan_subjects(recipe.data)
     check_formats(recipe.export.formats, recipe.method.artifacts)
     precision = DTYPES[resolve_precision(recipe.run)]
-    family = recipe.base.load(recipe.method.weight_dtype(precision))
+    with one_step("Base"):
+        family = recipe.base.load(recipe.method.weight_dtype(precision))
     resolution = recipe.data.resolution or family.resolution
     _check_resolution(recipe, resolution, family)
     if recipe.data.encoder_dropout and len(family.text_encoders) == 1:

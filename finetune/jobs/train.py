@@ -34,6 +34,8 @@ from finetune.core.events import (
     emit,
     sent_to,
 )
+from finetune.core.logging import quieted
+from finetune.core.progress import log, logged
 from finetune.core.signals import Interrupted, Signals, Stop
 from finetune.data.cache import PromptCache
 from finetune.export.settings import UNCHECKED
@@ -47,7 +49,7 @@ from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.objectives.registry import build_objective
 from finetune.report.html import write_report
-from finetune.report.pictures import keep_photos
+from finetune.report.pictures import keep_class_images, keep_photos
 from finetune.runs.folder import RunFolder, next_folder
 from finetune.runs.metrics import MetricsFile
 from finetune.runs.plan import plan_rows
@@ -79,7 +81,7 @@ class Hooks:
 def train(
     recipe: Recipe,
     run_dir: Path | str | None = None,
-    say: Say = lambda line: None,
+    say: Say = log,
     *,
     events: Consumer = lambda event: None,
     stop: Stop | None = None,
@@ -87,11 +89,15 @@ def train(
 ) -> Path:
     """Runs a recipe from start to end, or continues an interrupted run of it.
 
+    What it does is logged to "finetune" with level INFO: a line when a phase begins and ends, and every 30 seconds
+    between, with step, loss, speed and time left. If the application has not configured logging, the lines are shown
+    while this runs (`finetune.core.progress.logged`). Other libraries' warnings and bars are hidden meanwhile.
+
     Args:
         recipe: what to run.
         run_dir: the run folder; None for `run.dir`, or else a new folder in runs/. If it holds a run of this recipe,
             that run continues.
-        say: gets lines of text for the user: the plan, the exported files.
+        say: gets lines of text for the user: the plan, the exported files. By default they are logged too.
         events: gets the typed events of `finetune.core.events`, on the main process.
         stop: `stop.request()`, from any thread, ends the run after its current step; outside the loop at the next
             unit of a phase, such as an image (with several processes: after the first step).
@@ -108,7 +114,7 @@ def train(
         Stopped: SIGINT, SIGTERM or `stop` ended the run; `resume` continues it.
         OSError: a file can't be written, for example because the disk is full.
     """
-    with _alone_in_this_process(), deterministic(recipe.run.deterministic):
+    with _alone_in_this_process(), deterministic(recipe.run.deterministic), quieted(), logged():
         return _train_here(recipe, run_dir, Hooks(say, events, stop or Stop(), accept_changes))
 
 
@@ -128,9 +134,9 @@ def _alone_in_this_process() -> Iterator[None]:
 def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Path:
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     main = accelerator.is_main_process
+    recipe.optim.check_device(accelerator.device.type)
+    job = prepare(recipe, accelerator.device, _begun(run_dir or recipe.run.dir))
     with sent_to(*([hooks.events] if main else [])):
-        recipe.optim.check_device(accelerator.device.type)
-        job = prepare(recipe, accelerator.device, _begun(run_dir or recipe.run.dir))
         chosen = [run_dir or recipe.run.dir or next_folder(recipe.run.name)]
         # processes that start at different moments would choose different folders
         path = Path(broadcast_object_list(chosen)[0])
@@ -215,7 +221,7 @@ def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: H
 
 def resume(
     run_dir: Path | str,
-    say: Say = lambda line: None,
+    say: Say = log,
     *,
     events: Consumer = lambda event: None,
     stop: Stop | None = None,
@@ -297,6 +303,8 @@ def fit_job(
     streams = make_streams(job, accelerator)
     if pins is not None and accelerator.is_main_process:
         pins.check_class_images(streams, folder.checkpoints.newest_step())
+    if accelerator.is_main_process and len(streams) > 1:
+        keep_class_images(folder.path, [sample.crops[0].photo.path for sample in streams[1]])
     cache = cache_latents(job, streams, accelerator)
     encode_prompts = make_prompt_encoder(job, streams, accelerator)
     idle = _idle_parts(job, encode_prompts)

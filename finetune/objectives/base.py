@@ -45,9 +45,9 @@ class Objective(ABC):
 
     def describe(self) -> str:
         """A description of how timesteps are drawn, for the plan."""
-        return (
-            f"{self.density.kind}{', stratified' * (self.settings.timesteps == 'stratified')}, shift {self.shift:.3g}"
-        )
+        spread = ", spread evenly in each step" * (self.settings.timesteps == "stratified")
+        shift = f", shift {self.shift:.3g} (above 1: more noise)" if self.shift != 1 else ""
+        return f"{self.density.kind} over the noise levels{spread}{shift}"
 
     def positions(self, uniform: Tensor) -> Tensor:
         """Uniform numbers [B] in [0, 1) -> noise positions [B] from 0 (image) to 1 (pure noise), by the density and

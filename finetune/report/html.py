@@ -10,9 +10,10 @@ from pathlib import Path
 from finetune.core.files import write_text
 from finetune.core.records import checks_of
 from finetune.export.settings import UNCHECKED
-from finetune.report.pictures import input_tags, photo_tags, row
+from finetune.report.pictures import class_image_tags, input_tags, photo_tags, row
 from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
+from finetune.runs.inputs import read_inputs
 from finetune.runs.metrics import read_metrics
 from finetune.runs.record import RunRecord
 
@@ -21,6 +22,8 @@ POLICY = (
     '<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
 )
+
+PREVIEWS = 8  # steps that are shown
 
 STYLE = """
 :root{--ink:#1d1d1f;--soft:#6b6b70;--line:#e3e3e6;--page:#fbfbfc;--card:#fff;--mark:#2f6fde;--good:#1f8a4c;--bad:#c23b2e}
@@ -36,8 +39,12 @@ img{display:inline-block;border-radius:8px;margin:0 6px 6px 0;vertical-align:top
 pre{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 18px;overflow-x:auto}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:18px}.pair h3{font-size:13px;color:var(--soft);margin:0 0 6px;font-weight:600}
 .prompt{font-weight:600;margin:22px 0 8px}.good{color:var(--good)}.bad{color:var(--bad)}
-.row img{width:calc(25% - 8px);max-width:160px;height:auto}svg{max-width:100%;height:auto}
-@media(max-width:700px){.pair{grid-template-columns:1fr}}
+.row img{width:calc(25% - 8px);max-width:160px;height:auto}svg{max-width:100%;height:auto}a{color:inherit}
+.row a{display:inline}.steps{display:flex;flex-wrap:wrap;gap:4px 10px}.steps figure{margin:0;width:120px}.steps img{width:100%;height:auto}
+figcaption{font-size:12px;color:var(--soft)}.small img{width:96px;height:auto}td,li,code,p{overflow-wrap:anywhere}
+@media(max-width:700px){.pair{grid-template-columns:1fr}.row img{width:calc(50% - 8px)}main{padding:20px 10px 60px}.card{padding:12px}tr:has(td+td){border-top:1px solid var(--line)}
+tr:has(td+td) td{display:block;padding:2px 0;border:0!important}tr:has(th+th){display:none}td[title]::before{content:attr(title) ": ";color:var(--soft)}
+.plan th,.plan td{display:block;padding:2px 0}.plan td{border:0!important;padding-bottom:8px}}
 """
 
 
@@ -55,13 +62,17 @@ def write_report(path: Path, with_captions: bool = False, *, step: int | None = 
     folder.refuse_links()
     info = folder.info
     metrics = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
+    target = out or path / "report.html"
+    linked = target.absolute().parent == path.absolute()  # elsewhere, a link would name folders of this machine
     sections = [
         _head(info),
         _standing(step, folder),
+        _accepted(path),
         _subject(path, info, with_captions),
+        _before_after(folder, info, step, linked),
+        _previews(path, info, step, linked),
         _plan(info),
         _curves([row for row in metrics if step is None or row["step"] <= step]),
-        _before_after(path, info, step),
         _exports(path, step),
         _next_steps(path, info) if step is None else _next_steps_of(path, info, step),
     ]
@@ -72,7 +83,6 @@ def write_report(path: Path, with_captions: bool = False, *, step: int | None = 
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><main>{body}</main></body></html>\n"
     )
-    target = out or path / "report.html"
     write_text(target, page)
     return target
 
@@ -82,6 +92,18 @@ def _standing(step: int | None, folder: RunFolder) -> str:
     if step is None:
         return ""
     return f"<p>This page shows the training after <b>step {step} of {folder.recipe.run.steps}</b>.</p>"
+
+
+def _accepted(path: Path) -> str:
+    """Changes between the run's begin and its end that somebody accepted: the result has two origins."""
+    record = read_inputs(path)
+    if record is None or not record.accepted:
+        return ""
+    items = "".join(f"<li>after step {each.step}: {escape('; '.join(each.changes))}</li>" for each in record.accepted)
+    return (
+        "<h2>Changed during the run</h2><div class=card><p><b>This run went on with other inputs than it began with"
+        f"</b> (<code>--accept-changes</code>):</p><ul>{items}</ul></div>"
+    )
 
 
 def _head(info: RunRecord) -> str:
@@ -100,9 +122,13 @@ def _subject(path: Path, info: RunRecord, with_captions: bool) -> str:
     prompts = f"the first training prompts:</p><ul>{listed}</ul>"
     if info.captions_from_files and not with_captions:
         prompts = "captions from caption files are not shown here (<code>finetune report RUN --captions</code>).</p>"
-    small = photo_tags(path, info)
+    small, drawn = photo_tags(path, info), class_image_tags(path)
+    planned = info.planned.class_images if info.planned else None
+    classes = f"{planned.count} of {' and of '.join(map(repr, planned.prompts))}" if planned else "some of them"
+    base = f"<p class=soft>Class images, drawn by the base before training: {escape(classes)}.</p>" if drawn else ""
     return (
-        f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} photos; {prompts}</div>"
+        f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} photos; {prompts}"
+        f"{base}<div class=small>{drawn}</div></div>"
     )
 
 
@@ -111,7 +137,7 @@ def _plan(info: RunRecord) -> str:
         f"<tr><th>{escape(str(name))}</th><td>{escape(', '.join(map(str, value)) if isinstance(value, list) else str(value))}</td></tr>"
         for name, value in info.public_plan.items()
     )
-    return f"<h2>The plan</h2><div class=card><table>{rows}</table></div>" if rows else ""
+    return f"<h2>The plan</h2><div class=card><table class=plan>{rows}</table></div>" if rows else ""
 
 
 def _curves(metrics: Sequence[dict[str, float]]) -> str:
@@ -125,7 +151,7 @@ def _curves(metrics: Sequence[dict[str, float]]) -> str:
         + curve("loss", steps, loss, smooth(loss))
         + curve("learning rate", steps, [row["lr"] for row in metrics])
         + f"<p class=soft>{int(steps[-1])} steps, {seconds:.2f} s a step. Loss at a random timestep is noisy: the thick "
-        "line is its running mean. The loss says little about likeness; compare the images below.</p></div>"
+        "line is its running mean. The loss says little about likeness; compare the images.</p></div>"
     )
 
 
@@ -169,19 +195,53 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float], smoothed:
     )
 
 
-def _before_after(path: Path, info: RunRecord, step: int | None) -> str:
+def _how_drawn(folder: RunFolder) -> str:
+    """Sampler, steps, guidance and seeds of the images; empty for a folder without a recipe."""
+    if not (folder.path / "recipe.yaml").is_file():
+        return ""
+    sample = folder.recipe.sample
+    last = sample.seed + sample.count - 1
+    seeds = f"seeds {sample.seed} to {last}" if sample.count > 1 else f"seed {sample.seed}"
+    negative = f", without {sample.negative!r}" if sample.negative else ""
+    return f"Drawn with {sample.sampler}, {sample.steps} steps, guidance {sample.guidance:g}, {seeds}{negative}."
+
+
+def _previews(path: Path, info: RunRecord, step: int | None, linked: bool) -> str:
+    """The first image of each prompt at each step where previews were drawn."""
+    folders = sorted((path / "samples").glob("step-*"))
+    numbered = [(int(folder.name[5:]), folder) for folder in folders if folder.name[5:].isdecimal()]
+    shown = _some([item for item in numbered if step is None or item[0] <= step])
+    rows = []
+    for number, prompt in enumerate(info.prompts if shown else []):
+        images = [(at, row(folder, number, path, linked, most=1)) for at, folder in shown]
+        cells = "".join(f"<figure>{image}<figcaption>step {at}</figcaption></figure>" for at, image in images if image)
+        rows.append(f"<p class=prompt>{escape(prompt)}</p><div class=steps>{cells}</div>")
+    return f"<h2>Over the steps</h2><div class=card>{''.join(rows)}</div>" if rows else ""
+
+
+def _some(items: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
+    """At most PREVIEWS of them, spread evenly, with the first and the last."""
+    if len(items) <= PREVIEWS:
+        return items
+    return [items[round(index * (len(items) - 1) / (PREVIEWS - 1))] for index in range(PREVIEWS)]
+
+
+def _before_after(folder: RunFolder, info: RunRecord, step: int | None, linked: bool) -> str:
+    path = folder.path
     before, after = path / "samples" / "before", path / "samples" / ("after" if step is None else f"step-{step:06d}")
     if not after.is_dir():
         return ""
     rows = [_drawn_from(after, path)]
     for number, prompt in enumerate(info.prompts):
-        sides = [row(folder, number, path) for folder in (before, after)]
+        sides = [row(side, number, path, linked) for side in (before, after)]
         rows.append(
             f"<p class=prompt>{escape(prompt)}</p><div class=pair><div><h3>before</h3><div class=row>{sides[0]}</div></div>"
             f"<div><h3>after</h3><div class=row>{sides[1]}</div></div></div>"
         )
+    click = " Click an image for its full size." if linked else ""
     return (
-        "<h2>Before and after</h2><p class=soft>The same prompts at the same seeds. Check three things: the subject looks "
+        f"<h2>Before and after</h2><p class=soft>The same prompts at the same seeds. {escape(_how_drawn(folder))}{click} "
+        "Check three things: the subject looks "
         "like the photos; it is where the prompt puts it; the class without the token still looks as before.</p>"
         f"<div class=card>{''.join(rows)}</div>"
     )
@@ -205,8 +265,9 @@ def _exports(path: Path, step: int | None) -> str:
         )
         size = item["size"] / 1e6
         rows.append(
-            f"<tr><td>{escape(item['format'])}</td><td><code>{escape(item['path'])}</code></td><td>{size:.2f} MB</td>"
-            f"<td>{escape(', '.join(item['read_by']))}</td><td>{checks or UNCHECKED}</td></tr>"
+            f"<tr><td title=format>{escape(item['format'])}</td><td title=file><code>{escape(item['path'])}</code></td>"
+            f"<td title=size>{size:.2f} MB</td><td title=for>{escape(', '.join(item['read_by'])) or '-'}</td>"
+            f"<td title=checks>{checks or UNCHECKED}</td></tr>"
         )
     head = "<tr><th>format</th><th>file</th><th>size</th><th>for</th><th>checks</th></tr>"
     return f"<h2>Files for other programs</h2><div class=card><table>{head}{''.join(rows)}</table></div>"

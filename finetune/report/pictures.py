@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -19,6 +20,7 @@ SIDE = 160  # pixels: the shorter side of an image in the report
 SHOWN = 12  # photos of each subject
 INPUTS = {"image": "the image", "mask": "the mask: white is painted anew", "depth": "the depth map: near is bright"}
 NO_COPIES = "The run's folder has no copies of its photos: <code>finetune resume RUN</code> makes them."
+CLASS_IMAGES = "class_images"  # the folder in the run's
 FORMATS = ("PNG", "JPEG", "WEBP")  # the formats that a run writes and browsers show
 
 
@@ -50,8 +52,10 @@ def photo_tags(run: Path, info: RunRecord) -> str:
     return "".join(tag(file, run, Path(info.photos[number]).name) for number, file in files.items() if file.is_file())
 
 
-def tag(file: Path, run: Path, alt: str) -> str:
+def tag(file: Path, run: Path, alt: str, linked: bool = False) -> str:
     """Returns an image file of the run folder as an <img>, or a line that says why it can't be shown.
+
+    `linked`: a click opens the file itself, at full size, as long as the page lies in the run folder.
 
     Raises:
         BadInput: the file is a link that leads out of the run folder.
@@ -64,7 +68,8 @@ def tag(file: Path, run: Path, alt: str) -> str:
             raise BadImage(file, f"{image.width}x{image.height} is not a plausible image size")
     except BadImage as fault:
         return f"<p class=soft>{escape(file.name)} can't be shown ({escape(fault.reason)})</p>"
-    return image_tag(image, alt)
+    shown = image_tag(image, alt)
+    return f'<a href="{quote(file.relative_to(run).as_posix())}">{shown}</a>' if linked else shown
 
 
 def small(image: Image.Image) -> Image.Image:
@@ -91,10 +96,22 @@ def image_tag(image: Image.Image, alt: str) -> str:
     )
 
 
-def row(folder: Path, number: int, run: Path) -> str:
-    """Returns the first four images of prompt `number` as HTML."""
-    files: Sequence[Path] = sorted(folder.glob(f"{number:02d}-*.png"))[:4]
-    return "".join(tag(file, run, f"seed {file.stem.split('-')[1]}") for file in files)
+def row(folder: Path, number: int, run: Path, linked: bool = False, most: int = 4) -> str:
+    """Returns the first `most` images of prompt `number` as HTML."""
+    files: Sequence[Path] = sorted(folder.glob(f"{number:02d}-*.png"))[:most]
+    return "".join(tag(file, run, f"seed {file.stem.split('-', 1)[1]}", linked) for file in files)
+
+
+def keep_class_images(run: Path, files: Sequence[Path]) -> None:
+    """Writes small copies of the first class images to the run folder: they are in a cache that may be emptied."""
+    for number, file in enumerate(files[:SHOWN]):
+        with replacing(run / CLASS_IMAGES / f"{number:04d}.png") as temporary:
+            small(open_image(file)).save(temporary, format="PNG")
+
+
+def class_image_tags(run: Path) -> str:
+    """Returns the small copies of class images as HTML; empty if the run has none."""
+    return "".join(tag(file, run, "class image") for file in sorted((run / CLASS_IMAGES).glob("*.png"))[:SHOWN])
 
 
 def input_tags(folder: Path, run: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from finetune.core.files import public_name
+from finetune.families.toy import expectation
 
 PlanRows = dict[str, Any]  # label -> a text, a number or a list of texts
 
@@ -112,15 +113,23 @@ def shared_rows(plan: Plan) -> PlanRows:
 
 
 def _rows(plan: Plan, base: str, prompts: PlanRows) -> PlanRows:
-    found: PlanRows = {"base": f"{base} ({plan.family}, {plan.prediction})", **_subject_rows(plan), **prompts}
+    found: PlanRows = {"base": f"{base} ({plan.family}, {plan.prediction})"}
+    expected = expectation(plan.base, [subject.noun for subject in plan.subjects])
+    found |= {"expect": expected} if expected else {}
+    found |= {**_subject_rows(plan), **prompts}
     if len(plan.subjects) == 1:
         subject = plan.subjects[0]
         found["token"] = f"{subject.token} (class noun: {subject.noun or 'none'})"
     found["resolution"] = plan.resolution
-    found["steps"] = f"{plan.steps} of {plan.batch_size} photo(s), {plan.accumulate} micro-batch(es)"
+    found["steps"] = _steps(plan)
     found["each photo"] = _times(plan)
     found |= _bucket_rows(plan) if plan.buckets else _square_rows(plan)
     return found | _data_rows(plan) | _training_rows(plan)
+
+
+def _steps(plan: Plan) -> str:
+    parts = f", computed in {plan.accumulate} parts" if plan.accumulate > 1 else ""
+    return f"{plan.steps}, each on {_photos_of(plan.batch_size)}{parts}"
 
 
 def _times(plan: Plan) -> str:

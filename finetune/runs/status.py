@@ -10,6 +10,7 @@ from pathlib import Path
 
 from finetune.core.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted, Restored, RunEnded, StepDone
 from finetune.core.files import write_json
+from finetune.core.progress import Pace
 
 EVERY = 1.0  # seconds between writes: a step can be shorter than a write
 SCHEMA = 1
@@ -39,14 +40,13 @@ class StatusFile:
 
     def __init__(self, run: Path, steps: int) -> None:
         self.file, self.status = run / "status.json", Status(steps=steps)
-        self._written = self._began = 0.0
-        self._skipped = 0  # units that a resumed phase did not have to do
+        self._written, self._pace = 0.0, Pace(0)
 
     def __call__(self, event: Event) -> None:
         status = self.status
         if isinstance(event, PhaseStarted):
             status.phase, status.done, status.total, status.eta = event.title, 0, event.total, None
-            self._began, self._skipped = time.monotonic(), 0
+            self._pace = Pace(event.total)
         elif isinstance(event, PhaseAdvanced):
             self._advance(event.amount)
         elif isinstance(event, StepDone):
@@ -60,13 +60,10 @@ class StatusFile:
             self.write()
 
     def _advance(self, amount: int) -> None:
-        status, now = self.status, time.monotonic()
-        if status.done == 0 and amount > 1 and now - self._began < EVERY:
-            self._skipped = amount
-        status.done += amount
-        worked = status.done - self._skipped
-        if worked > 0:
-            status.eta = round((now - self._began) / worked * (status.total - status.done), 1)
+        self._pace.advance(amount)
+        left = self._pace.left
+        self.status.done = self._pace.done
+        self.status.eta = self.status.eta if left is None else round(left, 1)
 
     def write(self) -> None:
         """Writes the file now."""

@@ -93,7 +93,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.checkpoints.check_space(self._checkpoint_bytes() * (self.run.keep + 1))
         self.model.train()
-        with phase("Training", self.run.steps) as advance, stop.deferred():
+        with phase("Training", self.run.steps, "steps") as advance, stop.deferred():
             advance(first, "")
             if first:
                 after_restore(first)

@@ -85,5 +85,15 @@ assert code == 2 and {said!r} in message, message
     assert heavy_after(code) == []
 
 
+def test_the_package_shows_what_it_has_without_loading_it() -> None:
+    code = """
+import finetune
+for name in ("train", "resume", "load_recipe", "Recipe", "open_result", "draw", "export_result", "Sampling", "Stop"):
+    assert name in dir(finetune) and name in finetune.__all__, name
+assert finetune.Recipe and finetune.load_recipe and finetune.BadInput
+"""
+    assert heavy_after(code) == []
+
+
 def test_what_it_looks_for_is_found_where_it_is() -> None:
     assert "torch" in heavy_after("import finetune.families.base")

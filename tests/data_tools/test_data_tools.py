@@ -156,3 +156,17 @@ def test_real_photos() -> None:
     findings = check(SHARED / "photos" / "dog")
     assert len(findings.files) == 5
     assert findings.fine
+
+
+def test_it_says_for_which_resolution_it_checked(tiny_bases: dict[str, Path]) -> None:
+    def told(*options: str) -> tuple[int, str]:
+        done = call("check", str(MUGS), "--json", *options)
+        return done.returncode, json.loads(done.stdout)["notes"][0]
+
+    assert told()[0] == 1, "256 pixels are few for 512"
+    assert told()[1].startswith("checked for training at 512 pixels (SD 1.x")
+    code, note = told("--base", "tiny")
+    assert (code, "64 pixels (the resolution of tiny, family sd1)" in note) == (0, True)
+    assert told("--base", "tiny", "--resolution", "600") == (1, "checked for training at 600 pixels (--resolution)")
+    wrong = call("check", str(MUGS), "--base", "/nowhere")
+    assert (wrong.returncode, "/nowhere" in wrong.stderr) == (2, True)

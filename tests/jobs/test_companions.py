@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from finetune import load_recipe, train
-from finetune.export.card import licence_of
+from finetune.export.card import Card, licence_of, model_card
 from finetune.jobs.open import open_result
 from finetune.sampling.draw import draw
 from finetune.sampling.settings import Sampling
@@ -114,3 +114,22 @@ def test_what_a_file_says_of_itself(level: str, base: Path, photos: Path, tmp_pa
     assert (said["ss_network_dim"], said["modelspec.architecture"]) == ("16", "stable-diffusion-v1/lora")
     assert ("modelspec.trigger_phrase" in said) == ("finetune_base_hash" in said) == (level != "minimal")
     assert ("night city" in json.dumps(said)) == (str(photos) in json.dumps(said)) == (level == "full")
+
+
+@pytest.mark.parametrize(
+    ("base", "said"), [("owner/model", '"owner/model")'), ("my-folder", "the path of this folder")]
+)
+def test_a_card_says_where_the_base_is(base: str, said: str) -> None:
+    assert said in model_card(card_of(base))
+
+
+def test_the_cards_snippet_opens_the_tiny_base() -> None:
+    """`tiny` is no hub id: the lines that are pasted must find it."""
+    code = model_card(card_of("tiny")).split("```python\n")[1].split("```")[0]
+    found: dict[str, object] = {}
+    exec("\n".join(line for line in code.splitlines() if not line.startswith("pipeline(")), found)
+    assert type(found["pipeline"]).__name__ == "StableDiffusionPipeline"
+
+
+def card_of(base: str) -> Card:
+    return Card("mine", "zwx mug", "sd1", base, None, (), {}, [], [])

@@ -56,7 +56,7 @@ def test_from_photos_to_page(
     recipe = parse_recipe(settings(tiny_bases[family], photos, method))
     run = job.train(recipe, tmp_path / "run", lines.append)
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img") == 3 + 2 * 2  # photos; before and after of two prompts
+    assert page.count("<img") == 3 + 2 * 2 + 2  # photos; before and after of two prompts; class images
     assert "http" not in page.replace("http-equiv", "")
     assert str(tmp_path) not in json.dumps([load_metadata(file) for file in (run / "exports").rglob("*.safetensors")])
     exported = json.loads((run / "exports.json").read_text())

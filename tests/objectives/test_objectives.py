@@ -169,8 +169,12 @@ def test_densities_have_the_closed_form_distribution(density: str, shift: float)
 
 
 def test_what_is_drawn_is_told() -> None:
-    assert RectifiedFlow(FlowSchedule(), shift=1.5).describe() == "logit_normal, shift 1.5"
-    assert any_objective("epsilon", timesteps="stratified").describe() == "uniform, stratified, shift 1"
+    assert RectifiedFlow(FlowSchedule(), shift=1.5).describe() == (
+        "logit_normal over the noise levels, shift 1.5 (above 1: more noise)"
+    )
+    assert any_objective("epsilon", timesteps="stratified").describe() == (
+        "uniform over the noise levels, spread evenly in each step"
+    )
 
 
 def test_a_positive_logit_mean_is_towards_noise() -> None:

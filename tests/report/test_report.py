@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from PIL import Image
 
+from finetune.config.load import dump_recipe, load_recipe
 from finetune.core.records import Check
 from finetune.report.html import curve, smooth, write_report
+from finetune.report.pictures import keep_class_images
+from finetune.runs.inputs import Accepted, InputsRecord, RunInputs, write_inputs
 
 
 @pytest.fixture
@@ -67,6 +72,46 @@ def test_nothing_is_fetched_and_nothing_is_let_through(run: Path) -> None:
 def test_a_run_that_has_only_begun_has_a_page_too(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     assert write_report(tmp_path).is_file()
+
+
+def test_changes_that_were_accepted_are_shown(run: Path) -> None:
+    assert "--accept-changes" not in write_report(run).read_text(encoding="utf-8")
+    accepted = [Accepted(step=40, changes=["the photo <a>.png is not the same image", "torch is 3 and was 2"])]
+    write_inputs(run, InputsRecord(inputs=RunInputs(), accepted=accepted))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "after step 40: the photo &lt;a&gt;.png is not the same image; torch is 3 and was 2" in page
+
+
+def links(page: str) -> list[str]:
+    return [unquote(target) for target in re.findall(r'<a href="([^"]*)"', page)]
+
+
+def test_a_click_opens_the_image_itself_while_the_page_is_in_its_run(run: Path, tmp_path: Path) -> None:
+    found = links(write_report(run).read_text(encoding="utf-8"))
+    assert found == [f"samples/{when}/{n:02d}-0.png" for n in range(2) for when in ("before", "after")]
+    assert all((run / target).is_file() for target in found)
+    elsewhere = write_report(run, out=tmp_path / "other" / "page.html").read_text(encoding="utf-8")
+    assert links(elsewhere) == []
+    assert elsewhere.count("<img") == 4
+
+
+def test_previews_class_images_and_how_they_were_drawn(run: Path) -> None:
+    for step in range(1, 13):
+        for prompt in range(2):
+            file = run / "samples" / f"step-{step * 10:06d}" / f"{prompt:02d}-0.png"
+            file.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (16, 16)).save(file)
+    recipe = load_recipe("demo", ["sample.sampler=euler", "sample.steps=7", "sample.guidance=2.5", "sample.seed=3"])
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    keep_class_images(run, sorted((run / "samples" / "before").glob("*.png")))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "Drawn with euler, 7 steps, guidance 2.5, seeds 3 to 6." in page
+    shown = [int(step) for step in re.findall("<figcaption>step ([0-9]+)<", page)]
+    assert shown[: len(shown) // 2] == shown[len(shown) // 2 :]
+    assert (len(shown), shown[0], shown[7]) == (16, 10, 120)
+    assert page.count('alt="class image"') == 2
+    early = write_report(run, step=30, out=run / "early.html").read_text(encoding="utf-8")
+    assert re.findall("<figcaption>step ([0-9]+)<", early) == ["10", "20", "30"] * 2
 
 
 def test_smoothing_keeps_a_constant_and_has_no_bias_at_the_start() -> None:

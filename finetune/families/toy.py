@@ -1,0 +1,23 @@
+"""What a person should expect of the built-in tiny base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+TINY = "tiny"
+KINDS = ("mug", "ball", "house", "car", "fish", "backpack")  # what examples/tiny_base/world.py draws
+REAL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def expectation(base: str, nouns: Iterable[str | None]) -> str | None:
+    """What a training on the tiny base is good for, or None for any other base. `nouns` are those of its subjects."""
+    if base != TINY:
+        return None
+    strange = [noun for noun in nouns if noun and not set(noun.lower().split()) & set(KINDS)]
+    unknown = (
+        f"It does not know {' or '.join(map(repr, strange))}: nothing will look like the photos. " if strange else ""
+    )
+    return (
+        f"tiny is a toy model that knows six kinds of things ({', '.join(KINDS)}), drawn at 64 pixels. {unknown}"
+        f"It is for trying the tool; for real photos choose a real base (dreambooth: --base {REAL}; train: base=...)"
+    )

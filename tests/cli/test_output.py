@@ -1,0 +1,127 @@
+"""What the command and `finetune.train` say where there is no terminal, and what stands in --help."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_photos
+
+from finetune import __version__
+from finetune.cli.help import SECTIONS
+from finetune.cli.main import run
+
+ROOT = Path(__file__).parents[2]
+SHORT = (
+    "run.steps=2", "prior.count=2", "prior.steps=1", "sample.steps=1", "sample.count=1", "sample.every=2",
+    "sample.prompts=['a photo of {token} {noun}']", "optim.warmup=0",
+)  # fmt: skip
+PHASES = ("photos", "base", "before", "class images", "latents", "prompts", "training", "preview", "export kohya",
+          "check kohya", "after")  # fmt: skip
+NOISE = re.compile(r"LoRA keys|open an issue|it/s|Loading|Warning|gemm_4bit|peft_config", re.IGNORECASE)
+
+
+def python(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("VERBOSITY")}
+    environment |= {"PYTHONPATH": str(ROOT), "FINETUNE_CACHE": str(cwd / "cache"), "COLUMNS": "80"}
+    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+def assert_every_phase_is_told(lines: list[str]) -> None:
+    for name in PHASES:
+        told = [line for line in lines if re.match(rf" *{name}  (\d|begins|done)", line)]
+        assert len(told) >= 2, f"{name} begins and ends: {told}"
+    training = [line for line in lines if line.startswith("        training  ")]
+    assert training[0].endswith("0 of 2 steps")
+    assert re.search(r"1 of 2 steps, loss \d\.\d+, .* left$", training[1])
+    assert re.search(r"2 of 2 steps, loss \d\.\d+, done after \d+:\d\d$", training[2])
+
+
+@pytest.mark.slow
+def test_a_run_into_a_file_is_told_in_plain_lines(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos")
+    done = python("-m", "finetune", "dreambooth", photos, "--class-noun", "corgi", *SHORT, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert_every_phase_is_told(lines)
+    assert "\x1b" not in done.stdout
+    assert "\r" not in done.stdout
+    assert not NOISE.search(done.stdout + done.stderr), done.stderr
+    expected = [line for line in lines if "six kinds of things" in line]
+    assert len(expected) == 2, "in the plan and at the end"
+    assert all("It does not know 'corgi'" in line and "--base stable-diffusion" in line for line in expected)
+    assert lines.index(expected[1]) == len(lines) - 1
+
+
+@pytest.mark.slow
+def test_python_logs_the_same_lines_without_noise_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos")
+    script = tmp_path / "work.py"
+    script.write_text(f"""
+import logging, finetune
+from finetune import load_recipe, open_result, draw, export_result, Sampling
+run = finetune.train(load_recipe("demo", ["data.photos={photos.as_posix()}", *{SHORT!r}]), "run")
+family, info = open_result(run)
+assert len(draw(family, ["a mug"], Sampling(steps=1), seeds=[0])) == 1
+assert [item.format for item in export_result(run, ["kohya"])] == ["kohya"]
+import transformers.utils.logging as t, diffusers.utils.logging as d
+print(t.is_progress_bar_enabled(), d.is_progress_bar_enabled(), t.get_verbosity(), d.get_verbosity())
+print(logging.getLogger("finetune").handlers, logging.getLogger("finetune").level, logging.getLogger("peft").level)
+""")
+    done = python(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert_every_phase_is_told(lines)
+    assert not NOISE.search(done.stderr), done.stderr
+    assert "    class images  2 of 'a photo of a mug', each seen" in done.stderr, "the plan"
+    assert done.stdout.splitlines() == ["True True 30 30", "[] 0 0"]
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert run(list(arguments)) == (0, "")
+    return capsys.readouterr().out
+
+
+def test_help_begins_with_an_example_and_what_is_needed_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    page = shown(capsys, "--help")
+    places = [page.index(f"\n  {name} ") for names in SECTIONS.values() for name in names]
+    assert places == sorted(places)
+    assert next(iter(SECTIONS.values()))[:5] == ("demo", "dreambooth", "train", "sample", "export")
+    assert page.index("finetune demo") < page.index("finetune dreambooth PHOTOS") < places[0]
+    for option in ("--version", "--debug", "--allow-pickle", "--install-completion", "-h, --help"):
+        assert page.index(option) > places[-1]
+    assert "More:" not in page, "every command has its section"
+    assert max(map(len, page.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("group", [[], ["recipes"], ["tokens"]])
+def test_no_sentence_of_help_is_cut_at_80_columns(
+    group: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    page = shown(capsys, *group, "-h")
+    assert not [line for line in page.splitlines() if line.endswith("...") and "Usage" not in line]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, "--version") == f"finetune {__version__}\n"
+
+
+def test_the_shell_completes_commands(tmp_path: Path) -> None:
+    code = "from finetune.cli.main import main; main()"
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "_FINETUNE_COMPLETE": "complete_bash", "COMP_WORDS": "finetune dr", "COMP_CWORD": "1"
+    }  # fmt: skip
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.stdout.split() == ["dreambooth"], done.stderr
