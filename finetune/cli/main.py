@@ -15,6 +15,7 @@ from finetune.cli import lists
 from finetune.cli.adapters import BaseOption, register, say_exported
 from finetune.cli.output import is_main_process, loud, progress_bars
 from finetune.core.errors import BadInput, CheckFailed, Stopped
+from finetune.core.launcher import end_with_launcher
 from finetune.core.logging import plain, printable, quiet
 from finetune.core.pickles import pickles_allowed
 
@@ -72,10 +73,9 @@ def resume(
     processes: ProcessCount = None,
 ) -> None:
     """Continue an interrupted run. The result is the same as without the interruption."""
-    from finetune.jobs.pins import with_photos
-    from finetune.runs.folder import RunFolder
+    from finetune.jobs.nodes import recipe_to_resume
 
-    recipe = with_photos(RunFolder(run).recipe, run, photos)
+    recipe = recipe_to_resume(run, photos)
     _train(recipe, False, processes, run, accept_changes)
 
 
@@ -314,6 +314,7 @@ def run(arguments: list[str]) -> tuple[int, str]:
         Exception: a bug in finetune; with `--debug` also the errors that are otherwise shown as one sentence.
     """
     debug = "--debug" in arguments
+    end_with_launcher()
     quiet()
     printable()
     try:

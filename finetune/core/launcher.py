@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 LOOK_EVERY = 1.0  # seconds
 LAST_WORDS: list[Callable[[str], None]] = []  # told to the other processes before this one ends
@@ -29,10 +29,8 @@ def end_with_launcher() -> None:
 def end_now(reason: str) -> None:
     """Ends this process at once, whatever its other threads wait for, with exit code 2 and one sentence."""
     sentence = f"error: {reason}; the last checkpoint is complete: go on with `finetune resume RUN`\n"
-    try:
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, sentence.encode())
-    except OSError:  # the terminal ended with the launcher
-        pass
+    with suppress(OSError):  # the terminal ended with the launcher
+        os.write(2, sentence.encode())
     for tell in LAST_WORDS:
         telling = threading.Thread(target=tell, args=(reason,), daemon=True)
         telling.start()

@@ -144,7 +144,9 @@ class Peers:
                 self._store.compare_set(f"{self._prefix}/failed", "", said)
             self._store.add(f"{self._prefix}/heard", 1)
             end = time.monotonic() + LINGER
-            while self.rank == 0 and time.monotonic() < end and self._store.add(f"{self._prefix}/heard", 0) < self.world:
+            while (
+                self.rank == 0 and time.monotonic() < end and self._store.add(f"{self._prefix}/heard", 0) < self.world
+            ):
                 time.sleep(0.05)
         except RuntimeError:  # the store is gone, and with it the process or the agent that held it
             return
@@ -224,15 +226,16 @@ def launch_store() -> Any:
 
 
 def _connect() -> Any:
-    from torch.distributed import TCPStore
+    from torch import distributed
 
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(*place, is_master=False, wait_for_workers=False, timeout=COLLECTIVE)
+    connect: Any = getattr(distributed, "TCPStore")  # noqa: B009 - it is not in the type information
+    return connect(*place, is_master=False, wait_for_workers=False, timeout=COLLECTIVE)
 
 
 def _join() -> Peers:
     from accelerate.state import PartialState
-    from torch.distributed import PrefixStore, broadcast_object_list
+    from torch.distributed.distributed_c10d import PrefixStore, broadcast_object_list
 
     from finetune.core.launcher import end_with_launcher
     from finetune.training.heartbeat import Heartbeat

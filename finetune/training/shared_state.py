@@ -37,7 +37,7 @@ def shared_state(read: Callable[[], State | None], device: torch.device) -> Stat
     return state or State(outline["step"], **parts, values=outline["values"])
 
 
-def refuse_other_states(state: State) -> None:
+def refuse_other_states(made: Callable[[], State]) -> None:
     """Compares step, weights, optimiser state and averages with the first process's.
 
     Raises:
@@ -46,6 +46,7 @@ def refuse_other_states(state: State) -> None:
     peers = joined()
     if peers.world == 1:
         return
+    state = made()
     told = peers.gather([state.step, fingerprint(state), platform.node()])
     for rank, (step, digest, host) in enumerate(told):
         if [step, digest] != told[0][:2]:

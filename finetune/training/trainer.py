@@ -130,7 +130,7 @@ class Trainer:
             emit(Restored(step))
         if state is not None:
             self._load(state)
-        refuse_other_states(self._state(step))
+        refuse_other_states(lambda: self._state(step))
         return step
 
     def _load(self, state: State) -> None:
