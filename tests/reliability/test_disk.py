@@ -130,6 +130,8 @@ def test_a_run_that_slips_in_before_the_lock_is_not_written_over(
 
 def test_a_folder_with_nothing_but_a_lock_is_empty(recipe: Recipe, tmp_path: Path) -> None:
     """A kill right after the lock was taken leaves that."""
-    (tmp_path / "run.lock").touch()
-    with RunFolder(tmp_path).held(recipe):
-        assert RunFolder(tmp_path).recipe == recipe
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    (folder.path / "run.lock").touch()
+    with folder.held(recipe):
+        assert folder.recipe == recipe
