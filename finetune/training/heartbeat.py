@@ -36,8 +36,7 @@ class Heartbeat:
         self._failing = 0.0
 
     def start(self) -> None:
-        """Starts both threads; they end with the process."""
-        self._sign(0)
+        """Starts both threads, once all processes have given a sign; they end with the process."""
         for work in (self._talk, self._guard):
             threading.Thread(target=work, name="heartbeat", daemon=True).start()
         LAST_WORDS.append(self._say_why)
@@ -51,7 +50,8 @@ class Heartbeat:
         """The run is over: the others may end."""
         self.prefix = None
 
-    def _sign(self, number: int) -> None:
+    def sign(self, number: int = 0) -> None:
+        """Leaves a sign of life; each has another number."""
         self.store.set(f"finetune/beat/{self.rank}", str(number))
 
     def _say_why(self, reason: str) -> None:
@@ -64,7 +64,7 @@ class Heartbeat:
         while True:
             number += 1
             try:
-                self._sign(number)
+                self.sign(number)
                 self._listen()
             except RuntimeError:  # the store is gone, with the process or the agent that held it
                 self.failure = self.failure or json.dumps(["lost", ""])
@@ -72,9 +72,8 @@ class Heartbeat:
             time.sleep(BEAT)
 
     def _listen(self) -> None:
-        for other in range(self.world):
-            key = f"finetune/beat/{other}"
-            beat = self.store.get(key) if self.store.check([key]) else b""
+        beats = self.store.multi_get([f"finetune/beat/{other}" for other in range(self.world)])
+        for other, beat in enumerate(beats):
             if beat != self._beats[other]:
                 self._beats[other], self._silent[other] = beat, 0.0
         prefix = self.prefix

@@ -246,5 +246,8 @@ def _join() -> Peers:
     broadcast_object_list(name, 0, device=state.device)
     own, theirs = (PrefixStore(name[0], _connect()) for _ in range(2))
     heartbeat = Heartbeat(theirs, state.process_index, state.num_processes)
+    peers = Peers(state.process_index, state.num_processes, own, heartbeat)
+    heartbeat.sign()
+    peers.wait()
     heartbeat.start()
-    return Peers(state.process_index, state.num_processes, own, heartbeat)
+    return peers

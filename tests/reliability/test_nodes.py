@@ -155,3 +155,42 @@ def test_a_machine_with_other_photos_or_another_recipe_is_refused_by_name(
         assert "data.flip is True and not False; the photo 1.png is not the same image" in said
         assert "process 1 on" in said
     assert not machines[0].run.exists()
+
+
+SILENT = """
+import time
+from finetune.training.peers import together
+with together() as peers:
+    peers.wait()
+    print("met", flush=True)
+    if peers.rank:
+        time.sleep(1000)
+    peers.wait()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_falls_silent_is_named_and_ends_the_others() -> None:
+    """Stopped, not killed: its connections stay, as those of a machine without power."""
+    port = str(free_port())
+    own = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", SILENT],
+            env=own | {"RANK": rank, "LOCAL_RANK": rank, "FINETUNE_PEER_TIMEOUT": "5"},
+            **pipes,
+        )
+        for rank in "01"
+    )
+    try:
+        assert second.stdout is not None
+        assert second.stdout.readline() == "met\n"
+        second.send_signal(signal.SIGSTOP)
+        _, error = first.communicate(timeout=LONG)
+        assert first.returncode == 2, error
+        assert "process 1 of 2 has not been heard of for 5 seconds" in error
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
