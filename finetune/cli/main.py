@@ -17,6 +17,7 @@ from finetune.cli.adapters import BaseOption, register, say_exported
 from finetune.cli.help import HELP, Sections
 from finetune.cli.output import loud, progress_shown, say
 from finetune.core.errors import BadInput, CheckFailed, Stopped
+from finetune.core.launcher import end_with_launcher
 from finetune.core.logging import plain, printable, quiet
 from finetune.core.pickles import pickles_allowed
 from finetune.core.progress import is_main_process
@@ -98,10 +99,9 @@ def resume(
     processes: ProcessCount = None,
 ) -> None:
     """Continue an interrupted run. The result is the same as without the interruption."""
-    from finetune.jobs.pins import with_photos
-    from finetune.runs.folder import RunFolder
+    from finetune.jobs.nodes import recipe_to_resume
 
-    recipe = with_photos(RunFolder(run).recipe, run, photos)
+    recipe = recipe_to_resume(run, photos)
     _train(recipe, False, processes, run, accept_changes)
 
 
@@ -338,6 +338,7 @@ def run(arguments: list[str]) -> tuple[int, str]:
         Exception: a bug in finetune; with `--debug` also the errors that are otherwise shown as one sentence.
     """
     debug = "--debug" in arguments
+    end_with_launcher()
     quiet()
     printable()
     own = [argument for argument in arguments if argument not in ("--debug", "--allow-pickle")]

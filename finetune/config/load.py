@@ -63,6 +63,15 @@ def read_recipe(path: Path) -> Recipe:
     return _parse(raw, (), str(path))
 
 
+def parse_run_recipe(values: Any, where: str) -> Recipe:
+    """Makes the recipe of a run from what another of its processes read: settings without effect are accepted.
+
+    Raises:
+        BadInput: an unknown key or a bad value.
+    """
+    return _parse(values, (), where)
+
+
 def _read(path: Path) -> Any:
     """The content of a recipe file as plain data. Raises BadInput if it is not YAML, or has a later schema."""
     schema = _schema_of(path)  # before parsing: the rest of a later version's recipe may not be readable

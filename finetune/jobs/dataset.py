@@ -5,34 +5,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from accelerate import Accelerator
 
+from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.core.files import cache_dir
-from finetune.core.processes import Processes
+from finetune.core.processes import ALONE, Processes
 from finetune.data.batches import Batches
 from finetune.data.cache import Encodable, LatentCache, PromptCache
 from finetune.data.crops import make_crops
 from finetune.data.masks import Masks
 from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
 from finetune.families.base import Family
-from finetune.jobs.class_sets import class_images
+from finetune.jobs.class_sets import ClassSet, class_images
 from finetune.jobs.prepare import Prepared, class_set
+from finetune.training.peers import joined
 from finetune.training.priors.class_images import ClassImages
 from finetune.training.step import PromptEncoder
 
 
-def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> LatentCache:
+def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]]) -> LatentCache:
     """Returns a cache with the latents of every crop in `streams` and of every extra input image.
 
-    Every process must call this: the main process encodes first, and the others then read its files.
+    Every process must call this: each encodes its share of what its disk lacks, then reads what the others encoded.
     """
     cache = LatentCache(cache_dir(), job.base_hash, _encoding_dtype(job.family))
     seen = [crop for stream in streams for sample in stream for crop in sample.crops]
     images: list[Encodable] = list(seen)
     if job.inputs is not None:
         images += [image for crop in seen for image in job.inputs.images(crop)]
-    with phase("Latents", len(images), "images") as advance, accelerator.main_process_first():
+    with phase("Latents", len(images), "images") as advance:
+        if joined().world > 1:
+            shares = joined().of_folder(cache.folder)
+            different = list({image.key: image for image in images}.values())
+            cache.fill(job.family, different[shares.rank :: shares.world])
+            shares.wait()
         cache.fill(job.family, images, lambda amount: advance(amount, ""))
     return cache
 
@@ -45,7 +51,7 @@ def load_masks(job: Prepared, streams: Sequence[Sequence[Sample]]) -> Masks | No
     return masks.fill([crop for sample in streams[0] for crop in sample.crops])
 
 
-def make_streams(job: Prepared, accelerator: Accelerator) -> list[list[Sample]]:
+def make_streams(job: Prepared) -> list[list[Sample]]:
     """Returns the streams of samples. Draws class images that are missing.
 
     Stream 0 holds the photos of all subjects. If the prior uses class images, stream 1 holds those of every noun, with
@@ -68,15 +74,13 @@ def make_streams(job: Prepared, accelerator: Accelerator) -> list[list[Sample]]:
     if images is None:
         return [subject]
     nouns = job.class_nouns.items()
-    return [subject, [sample for each in nouns for sample in _classes(job, images, *each, accelerator)]]
+    return [subject, [sample for each in nouns for sample in _classes(job, images, *each)]]
 
 
-def _classes(
-    job: Prepared, prior: ClassImages, prompt: str, noun: str | None, accelerator: Accelerator
-) -> list[Sample]:
+def _classes(job: Prepared, prior: ClassImages, prompt: str, noun: str | None) -> list[Sample]:
     """The class images of one noun, captioned with its class prompt."""
     wanted = class_set(job, prior, noun)
-    images = class_images(job.family, wanted, _processes(accelerator))
+    images = class_images(job.family, wanted, _shares(wanted))
     sizes = sorted(set(job.sizes))  # a class image is used in steps of every bucket
     of = f" of {noun}" if len(job.class_nouns) > 1 else ""
     return [
@@ -91,7 +95,23 @@ def _classes(
     ]
 
 
-def make_batches(job: Prepared, streams: list[list[Sample]], cache: LatentCache, accelerator: Accelerator) -> Batches:
+def _shares(wanted: ClassSet) -> Processes:
+    """The position of this process among those that draw into the same folder of class images.
+
+    Raises:
+        BadInput: not every machine has the user's own images.
+    """
+    peers = joined()
+    owned = peers.gather(wanted.is_users_own())
+    if any(owned) and not all(owned):
+        raise BadInput(
+            f"prior.folder {wanted.folder} has images for process {owned.index(True)} but none for process "
+            f"{owned.index(False)}: copy them to every machine"
+        )
+    return ALONE if owned[0] else peers.of_folder(wanted.folder)
+
+
+def make_batches(job: Prepared, streams: list[list[Sample]], cache: LatentCache) -> Batches:
     """Returns the batches of this process.
 
     Raises:
@@ -101,14 +121,11 @@ def make_batches(job: Prepared, streams: list[list[Sample]], cache: LatentCache,
     kind = BucketSampler if job.recipe.data.shape == "buckets" else ShuffleSampler
     sampler = kind(streams, run.seed, run.batch_size)
     masks = load_masks(job, streams)
-    return Batches(sampler, cache, run.accumulate, _processes(accelerator), masks=masks, inputs=job.inputs)
+    processes = Processes(joined().rank, joined().world, joined().wait)
+    return Batches(sampler, cache, run.accumulate, processes, masks=masks, inputs=job.inputs)
 
 
-def _processes(accelerator: Accelerator) -> Processes:
-    return Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-
-
-def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]], accelerator: Accelerator) -> PromptEncoder:
+def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]]) -> PromptEncoder:
     """Returns the function that encodes prompts in a training step.
 
     If the text encoders are frozen, it reads a cache with the embeddings of every prompt. If they train, it runs them.
@@ -121,7 +138,11 @@ def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]], acce
     cache = PromptCache(family, job.base_hash, cache_dir(), family.parts.dtype(family.text_encoders[0]))
     different = list(dict.fromkeys(["", *prompts]))
     count = len(different) * len(family.text_encoders)
-    with phase("Prompts", count, "texts") as advance, accelerator.main_process_first():
+    with phase("Prompts", count, "texts") as advance:
+        if joined().world > 1:
+            shares = joined().of_folder(cache.folder)
+            cache.fill(different[shares.rank :: shares.world])
+            shares.wait()
         cache.fill(different, lambda amount: advance(amount, ""))
     return cache
 

@@ -89,12 +89,9 @@ def inputs_of(job: Prepared) -> RunInputs:
     )
 
 
-def in_order(job: Prepared, run: Path) -> Prepared:
+def in_order(job: Prepared, recorded: RunInputs) -> Prepared:
     """The job with its photos in the order in which the run began: renamed ones keep their place."""
-    recorded = read_inputs(run)
-    if recorded is None:
-        return job
-    return replace(job, subjects=[_ordered(subject, recorded.inputs) for subject in job.subjects])
+    return replace(job, subjects=[_ordered(subject, recorded) for subject in job.subjects])
 
 
 def _ordered(subject: Subject, recorded: RunInputs) -> Subject:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from finetune.config.recipe import Recipe
@@ -43,19 +42,27 @@ from finetune.jobs.companions import write_companions
 from finetune.jobs.dataset import cache_latents, make_batches, make_prompt_encoder, make_streams
 from finetune.jobs.export import export_run
 from finetune.jobs.images import draw_preview, draw_samples, preview_folder
+from finetune.jobs.nodes import (
+    FolderChoice,
+    in_first_order,
+    recipe_of,
+    refuse_other_class_images,
+    refuse_other_inputs,
+)
 from finetune.jobs.open import open_exported
-from finetune.jobs.pins import Pins, in_order
+from finetune.jobs.pins import Pins
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.objectives.registry import build_objective
 from finetune.report.html import write_report
 from finetune.report.pictures import keep_class_images, keep_photos
-from finetune.runs.folder import RunFolder, next_folder
+from finetune.runs.folder import RunFolder
 from finetune.runs.metrics import MetricsFile
 from finetune.runs.plan import plan_rows
 from finetune.runs.record import RecordedSubject, RunRecord
 from finetune.runs.status import StatusFile
 from finetune.training.accelerate import make_accelerator
+from finetune.training.peers import joined, together
 from finetune.training.regularizers import PriorContext
 from finetune.training.step import PromptEncoder, Step, StepOptions, parts_of
 from finetune.training.trainer import Trainable, Trainer
@@ -114,7 +121,7 @@ def train(
         Stopped: SIGINT, SIGTERM or `stop` ended the run; `resume` continues it.
         OSError: a file can't be written, for example because the disk is full.
     """
-    with _alone_in_this_process(), deterministic(recipe.run.deterministic), quieted(), logged():
+    with _alone_in_this_process(), deterministic(recipe.run.deterministic), quieted(), logged(), together():
         return _train_here(recipe, run_dir, Hooks(say, events, stop or Stop(), accept_changes))
 
 
@@ -135,22 +142,23 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     main = accelerator.is_main_process
     recipe.optim.check_device(accelerator.device.type)
-    job = prepare(recipe, accelerator.device, _begun(run_dir or recipe.run.dir))
+    folder_choice = FolderChoice(recipe, run_dir, joined())
+    begun = joined().from_first(_begun(folder_choice.known()))
+    job = prepare(recipe, accelerator.device, begun)
     with sent_to(*([hooks.events] if main else [])):
-        chosen = [run_dir or recipe.run.dir or next_folder(recipe.run.name)]
-        # processes that start at different moments would choose different folders
-        path = Path(broadcast_object_list(chosen)[0])
+        path = folder_choice.chosen()
         accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(path)
         folder = RunFolder(path)
-        job = in_order(job, path)
+        job = in_first_order(job, path, joined())
+        refuse_other_inputs(job, joined())
         held = folder.held(recipe) if main else nullcontext()
         with Signals(hooks.stop), held, _followed(folder, accelerator, recipe, hooks):
             return _stages(job, folder, accelerator, hooks)
 
 
-def _begun(run_dir: Path | str | None) -> bool:
+def _begun(run_dir: Path | None) -> bool:
     """Whether this folder holds a run that can be continued."""
-    return run_dir is not None and (Path(run_dir) / "recipe.yaml").is_file()
+    return run_dir is not None and (run_dir / "recipe.yaml").is_file()
 
 
 @contextmanager
@@ -205,17 +213,18 @@ def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: H
         info = _info(job)
         folder.write_info(info)
         keep_photos(folder.path, info)
-    accelerator.wait_for_everyone()
+    joined().wait()
     hooks.say(f"{'run folder':>16}  {folder.path}")
     for name, value in plan_rows(plan(job)).items():
         hooks.say(f"{name:>16}  {value}")
-    if folder.finished(recipe.run.steps):
-        _load_result(job, folder)
+    if joined().from_first(accelerator.is_main_process and folder.finished(recipe.run.steps)):
+        if accelerator.is_main_process:
+            _load_result(job, folder)
     else:
         _train(job, folder, accelerator, hooks, pins)
     if accelerator.is_main_process:
         _finish(job, folder, accelerator.device, hooks.say)
-    accelerator.wait_for_everyone()
+    joined().wait()
     return folder.path
 
 
@@ -236,7 +245,8 @@ def resume(
         BadInput: `run_dir` is not a run folder; and as `train`.
         CheckFailed, Stopped, OSError: as `train`.
     """
-    recipe = RunFolder(Path(run_dir)).recipe
+    with together() as peers:
+        recipe = recipe_of(Path(run_dir), peers)
     return train(recipe, run_dir, say, events=events, stop=stop, accept_changes=accept_changes)
 
 
@@ -300,20 +310,21 @@ def fit_job(
         Interrupted: `stop` was requested, or a signal arrived.
     """
     recipe, family = job.recipe, job.family
-    streams = make_streams(job, accelerator)
+    streams = make_streams(job)
     if pins is not None and accelerator.is_main_process:
         pins.check_class_images(streams, folder.checkpoints.newest_step())
     if accelerator.is_main_process and len(streams) > 1:
         keep_class_images(folder.path, [sample.crops[0].photo.path for sample in streams[1]])
-    cache = cache_latents(job, streams, accelerator)
-    encode_prompts = make_prompt_encoder(job, streams, accelerator)
+    refuse_other_class_images(streams, joined())
+    cache = cache_latents(job, streams)
+    encode_prompts = make_prompt_encoder(job, streams)
     idle = _idle_parts(job, encode_prompts)
     family.parts.release(idle)
     family.parts.place([part for part in family.parts if part not in idle])
     trained = recipe.method.attach(family, recipe.run.seed)
     if recipe.run.gradient_checkpointing:
         family.enable_gradient_checkpointing(recipe.method.part_names(family))
-    batches = make_batches(job, streams, cache, accelerator)
+    batches = make_batches(job, streams, cache)
     trainer = Trainer(
         _make_step(job, trained, encode_prompts, batches.samples_per_step),
         Trainable(trained, recipe.method.windows(trained)),
@@ -324,16 +335,22 @@ def fit_job(
     )
 
     def preview(step: int) -> None:
-        if recipe.sample.every and step % recipe.sample.every == 0 and accelerator.is_main_process:
+        if accelerator.is_main_process:
             with trainer.result_weights():
                 draw_preview(job, folder, step, idle)
+        joined().wait()
+
+    def is_due(step: int) -> bool:
+        return bool(recipe.sample.every) and step % recipe.sample.every == 0
 
     def after_step(step: int) -> None:
-        preview(step)
+        if is_due(step):
+            preview(step)
         on_step(step)
 
     def after_restore(step: int) -> None:
-        if not preview_folder(folder, step).is_dir():  # a kill or a stop came between the checkpoint and its preview
+        # lost if a kill or a stop came between the checkpoint and its preview
+        if is_due(step) and joined().from_first(not preview_folder(folder, step).is_dir()):
             preview(step)
 
     trainer.fit(batches, after_step, stop, after_restore)

@@ -32,6 +32,7 @@ HOLDER = (
     "run.lock.txt"  # names the process that holds run.lock: Windows lets no other process read the lock file itself
 )
 
+LOCKS = ("run.lock", HOLDER)
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -139,7 +140,7 @@ class RunFolder:
         Raises:
             BadInput: as `check`; or the folder can't be created; or another process uses it.
         """
-        self.check(recipe)
+        self.check(recipe)  # leaves no lock behind in a folder that is not ours
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -147,6 +148,7 @@ class RunFolder:
                 f"the folder {self.path} could not be created ({error.strerror}): choose another with run.dir=PATH"
             ) from error
         with self._lock():
+            self.check(recipe)  # again: until the lock was taken, another run could begin here
             name = f"process {os.getpid()} on {platform.node()}\n"
             write_text(self.path / HOLDER, name)
             sweep(self.path)
@@ -191,7 +193,7 @@ class RunFolder:
                     f"{self.path} holds a run with another recipe (changed: {', '.join(changed)}): "
                     f"{_advice(both[0], changed)}"
                 )
-        elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+        elif self.path.is_file() or (self.path.is_dir() and any(x.name not in LOCKS for x in self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is not a run folder: choose another with run.dir=PATH")
 
     def refuse_links(self) -> None:
@@ -305,6 +307,12 @@ def _placeless(recipe: Recipe) -> Recipe:
     base = recipe.base.model_copy(update={"source": "pinned", "like": None, "revision": None})
     sample = recipe.sample.model_copy(update=dict.fromkeys(recipe.sample.files, nowhere))
     return recipe.model_copy(update={"data": data, "base": base, "sample": sample})
+
+
+def placeless_settings(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as "section.key" -> value, without what may differ from machine to machine: places and the launch."""
+    flat = _flat(_placeless(recipe).model_dump(mode="json"))
+    return {name: value for name, value in flat.items() if name not in ("run.dir", "run.processes")}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

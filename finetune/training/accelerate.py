@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from finetune.core.devices import auto_precision
 from finetune.core.errors import BadInput
 from finetune.data.batches import check_split
+from finetune.training.peers import joined, on_cpu
 from finetune.training.settings import Run
 
 
@@ -28,12 +29,13 @@ def make_accelerator(run: Run, adapter: bool) -> Accelerator:
         raise BadInput("run.precision is 'fp16' but there is no CUDA GPU here: set run.precision=fp32 or bf16")
     mixed = {"fp32": "no", "bf16": "no" if adapter else "bf16", "fp16": "fp16"}[precision]
     _allow_another_precision(mixed)
+    joined()  # sets up the process group, with the timeout of a step
     accelerator = Accelerator(
         mixed_precision=mixed,
         gradient_accumulation_steps=run.accumulate,
         log_with=list(run.trackers) or None,
         project_dir=".",  # trackers need one; `jobs.train` sets it once the run folder is known
-        cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        cpu=on_cpu(),
     )
     _check_launch(accelerator, run)
     return accelerator
@@ -49,6 +51,11 @@ def _check_launch(accelerator: Accelerator, run: Run) -> None:
     """Checks the launch: some launchers start fewer processes than requested, and some settings silently change the
     precision."""
     world = accelerator.num_processes
+    if world != joined().world:
+        raise BadInput(
+            f"{world} processes were started without WORLD_SIZE and MASTER_ADDR, as MPI does: start them with "
+            "`finetune train --processes N` or torchrun"
+        )
     if run.processes not in (None, world):
         raise BadInput(
             f"run.processes is {run.processes} but {world} process(es) were started: use `finetune train --processes "

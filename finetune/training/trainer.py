@@ -23,7 +23,9 @@ from finetune.optim.state import load_state_tensors, state_tensors
 from finetune.training import nonfinite
 from finetune.training.checkpoint import Checkpoints, State, to_cpu
 from finetune.training.ema import Ema, copy_into
+from finetune.training.peers import joined
 from finetune.training.settings import Run
+from finetune.training.shared_state import refuse_other_states, shared_state
 from finetune.training.step import MicroBatches, Step
 
 
@@ -62,6 +64,8 @@ class Trainer:
     ) -> None:
         self.step, self.trained, self.optim, self.run = step, trained.parameters, optim, run
         self.accelerator, self.checkpoints = accelerator, checkpoints
+        self.peers = joined()
+        self.peers.wait()  # for models that load slowly: the first collective operation has a timeout
         step.move_to(accelerator.device)  # the optimiser creates its state there
         optimizer = optim.build(trained.parameters, trained.windows)
         self.model, self.optimizer = accelerator.prepare(step, optimizer)
@@ -103,10 +107,9 @@ class Trainer:
                 if asked or (n + 1) % self.run.checkpoint_every == 0 or n + 1 == self.run.steps:
                     self.save(n + 1)
                 if asked:
-                    self.accelerator.wait_for_everyone()  # the launcher ends all processes as soon as one ends
                     raise Interrupted(asked)
                 after_step(n + 1)
-        self.accelerator.wait_for_everyone()
+        self.peers.wait()
         self.optim.to_result(self.optimizer)
         self.ema.copy_to_weights()
         self.accelerator.free_memory()  # it keeps references to the model and the optimiser
@@ -118,30 +121,41 @@ class Trainer:
             yield
 
     def restore(self) -> int:
-        """Loads the newest valid checkpoint, if any. Returns the number of completed steps."""
-        state = self.checkpoints.latest()
+        """Loads the newest valid checkpoint, if any. Returns the number of completed steps.
+
+        The first process's state counts: it is sent to the others, whatever their disks hold.
+
+        Raises:
+            BadInput: afterwards some process has another state than the first.
+        """
+        state = shared_state(self.checkpoints.latest, self.accelerator.device)
         step = state.step if state else 0
         if self.accelerator.is_main_process:
             emit(Restored(step))
-        if state is None:
-            return 0
+        if state is not None:
+            self._load(state)
+        refuse_other_states(lambda: self._state(step))
+        return step
+
+    def _load(self, state: State) -> None:
         copy_into(self.trained, state.trained)
         load_state_tensors(self.optimizer, state.optimizer, state.values.get("optimizer", {}))
         if self.accelerator.scaler is not None and "scaler" in state.values:
             self.accelerator.scaler.load_state_dict(state.values["scaler"])
         self.ema.load(state.ema)
-        return step
 
     def save(self, step: int) -> None:
-        """Writes the state after `step` steps as a checkpoint, on the main process only."""
-        if not self.accelerator.is_main_process:
-            return
+        """Writes the state after `step` steps as a checkpoint, on the main process; the others wait for it."""
+        if self.accelerator.is_main_process:
+            emit(CheckpointSaved(step, self.checkpoints.save(self._state(step), self.run.keep)))
+        self.peers.wait()
+
+    def _state(self, step: int) -> State:
         tensors, values = state_tensors(self.optimizer)
         extra: dict[str, Any] = {"optimizer": values}
         if self.accelerator.scaler is not None:
             extra["scaler"] = self.accelerator.scaler.state_dict()
-        state = State(step, to_cpu(self.trained), to_cpu(tensors), to_cpu(self.ema.averages), extra)
-        emit(CheckpointSaved(step, self.checkpoints.save(state, self.run.keep)))
+        return State(step, to_cpu(self.trained), to_cpu(tensors), to_cpu(self.ema.averages), extra)
 
     def _one_step(self, batches: MicroBatches, n: int) -> str:
         """Runs step n, from 0. Returns a text for the progress bar."""

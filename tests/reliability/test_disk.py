@@ -107,3 +107,31 @@ def test_a_second_run_on_a_folder_is_refused_and_a_dead_one_is_not_in_the_way(re
         other.kill()
     with folder.held(recipe):
         assert str(os.getpid()) in (folder.path / "run.lock.txt").read_text()
+
+
+def test_a_run_that_slips_in_before_the_lock_is_not_written_over(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another recipe's run begins and ends in the folder between the first look and the lock."""
+    other = recipe.model_copy(update={"run": recipe.run.model_copy(update={"seed": 7})})
+    folder, lock = RunFolder(tmp_path / "run"), RunFolder._lock
+
+    def late(self: RunFolder) -> object:
+        monkeypatch.setattr(RunFolder, "_lock", lock)
+        with RunFolder(self.path).held(other):
+            pass
+        return lock(self)
+
+    monkeypatch.setattr(RunFolder, "_lock", late)
+    with pytest.raises(BadInput, match=r"another recipe \(changed: run.seed\)"), folder.held(recipe):
+        pytest.fail("both hold it")
+    assert folder.recipe.run.seed == 7
+
+
+def test_a_folder_with_nothing_but_a_lock_is_empty(recipe: Recipe, tmp_path: Path) -> None:
+    """A kill right after the lock was taken leaves that."""
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    (folder.path / "run.lock").touch()
+    with folder.held(recipe):
+        assert folder.recipe == recipe

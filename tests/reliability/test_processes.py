@@ -73,6 +73,10 @@ def class_images(cache: Path) -> dict[str, str]:
     }
 
 
+def entries_of(cache: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in cache.rglob("*.safetensors")}
+
+
 @pytest.mark.slow
 def test_one_and_two_processes_end_equal(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
     """LoRA and full on every kind of family, DoRA (dropout in it, too) and LoKr on SD1; text encoders trained too: 20
@@ -91,9 +95,13 @@ def test_one_and_two_processes_end_equal(tiny_bases: dict[str, Path], photos: Pa
     assert len(images) == 5 * len(names)
     assert class_images(tmp_path / "2" / "cache") == images
     written = (tmp_path / "2" / "written.txt").read_text().splitlines()
-    shared = ("/cache/class-images", "file-hashes.json")  # its share of the pictures; a list of file hashes
+    shared = ("/cache/class-images", "/cache/latents", "/cache/prompts", "file-hashes.json")  # its share of the work
     odd = [line for line in written if not line.endswith("/cache") and not any(name in line for name in shared)]
-    assert written, "the second process draws its share of the class images"
+    for kind in ("latents", "prompts"):
+        entries = entries_of(tmp_path / "1" / "cache" / kind)
+        assert entries_of(tmp_path / "2" / "cache" / kind) == entries, "dealt out, they are the same bits"
+        own = [line for line in written if f"/cache/{kind}/" in line and line.startswith("os.rename")]
+        assert 0.3 * len(entries) < len(own) < 0.7 * len(entries)
     assert not odd, "the second process wrote what is the first one's to write"
 
 
