@@ -48,11 +48,24 @@ class PlannedBucket(Record):
 
 
 class PlannedClassImages(Record):
-    """`count` images for each prompt in `prompts`; training sees each image `times` times."""
+    """`count` images for each prompt in `prompts`; training sees each image `times` times.
+
+    With `captions`, there are `count` images for that many captions, which are without the words in `prompts`.
+    """
 
     prompts: list[str]
     count: int
     times: float
+    captions: int = 0
+
+    @property
+    def sets(self) -> str:
+        """The images in words, without any caption."""
+        if self.captions:
+            without = " or ".join(repr(words) for words in self.prompts)
+            few = f"the first {self.count} of " if self.count < self.captions else ""
+            return f"{self.count} for {few}{self.captions} different captions without {without}"
+        return " and ".join(f"{self.count} of {prompt!r}" for prompt in self.prompts)
 
 
 class Plan(Record):
@@ -169,8 +182,7 @@ def _data_rows(plan: Plan) -> PlanRows:
         found["enlarged"] = plan.enlarged
     if plan.class_images is not None:
         images = plan.class_images
-        sets = " and ".join(f"{images.count} of {prompt!r}" for prompt in images.prompts)
-        found["class images"] = f"{sets}, each seen {images.times:.1f} times"
+        found["class images"] = f"{images.sets}, each seen {images.times:.1f} times"
     return found
 
 
