@@ -31,10 +31,10 @@ class Data(SubjectSettings):
     Templates and caption files may contain {token} and {noun}. A caption that is too long for the text encoders is
     refused or cut, as `long_captions` says. A token of more than `token_pieces` pieces is refused, because each piece
     has a meaning of its own. `trigger` is for styles: words with {token} that call the style, such as "in {token}
-    style". They are added to every caption that has no token. `shape: buckets` crops each photo to a size near its own aspect ratio; the areas of these
-    sizes differ from the square's by at most the share `bucket_tolerance`. `masks` mark the subject in a photo, as
-    files beside it, as its alpha channel, or (`auto`) as either; the background has the loss weight `mask_floor`.
-    Settings that the further `subjects` do not have hold for them too.
+    style". They are added to every caption that has no token. `shape: buckets` crops each photo to a size near its own
+    aspect ratio; the areas of these sizes differ from the square's by at most the share `bucket_tolerance`. `masks`
+    mark the subject in a photo, as files beside it, as its alpha channel, or (`auto`) as either; the background has
+    the loss weight `mask_floor`. Settings that the further `subjects` do not have hold for them too.
     """
 
     subjects: list[SubjectSettings] = []

@@ -84,10 +84,8 @@ class ClassSet:
     def folder(self) -> Path:
         """The user's folder, or one in the cache with a hash of `made_of` in its name."""
         key = hashlib.sha256(json.dumps(self.made_of, sort_keys=True).encode()).hexdigest()[:12]
-        return (
-            self.prior.folder
-            or cache_dir() / "class-images" / f"{'captions' if self.captions else _slug(self.noun)}-{key}"
-        )
+        name = "captions" if self.captions else _slug(self.noun)
+        return self.prior.folder or cache_dir() / "class-images" / f"{name}-{key}"
 
     def is_users_own(self) -> bool:
         """Returns whether the folder holds the user's own images: images without a manifest."""
@@ -144,8 +142,8 @@ def check_set(wanted: ClassSet) -> None:
 def _users_own(wanted: ClassSet) -> list[Photo]:
     if wanted.captions:
         raise BadInput(
-            f"prior.folder {wanted.folder} holds images of your own, and prior.prompt has {{caption}}, which would draw "
-            "one for each caption: leave prior.folder out, or write the prompt that fits your images"
+            f"prior.folder {wanted.folder} holds images of your own, but prior.prompt has {{caption}}, and nothing "
+            "says which caption each image fits: leave prior.folder out, or write a prompt that fits them all"
         )
     return scan(wanted.folder)
 

@@ -196,7 +196,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
 
 
 def class_sets(job: Prepared) -> list[ClassSet]:
-    """The class images that the prior uses, as this base draws them: one set for each noun, or one for all captions."""
+    """The class images of the prior, as this base draws them: a set for each noun, or one for all captions."""
     images = job.recipe.prior.class_images
     if images is None:
         return []

@@ -129,9 +129,9 @@ def refuse_unclear(subjects: Sequence[Subject]) -> None:
         unclear = [item.photo.path.name for item in subject.captioned if None in item.plain]
         if unclear:
             raise BadInput(
-                f"the caption of {', '.join(unclear)} has the token {subject.token!r} but not the words of data.trigger "
-                f"({subject.trigger!r}), so prior.prompt can't leave these words out of it: write them as they are "
-                "there, or leave the token out of the caption"
+                f"the caption of {', '.join(unclear)} has the token {subject.token!r} but not the words of "
+                f"data.trigger ({subject.trigger!r}), so prior.prompt can't leave these words out of it: write them "
+                "exactly so, or leave the token out of the caption"
             )
 
 

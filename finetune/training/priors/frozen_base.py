@@ -18,9 +18,9 @@ class FrozenBase(PriorSettings):
     """Prior preservation without class images: the trained model must keep the base's prediction for the class prompt.
 
     The penalty is lambda w_t |pred(z_t, t, c_class) - stop_grad(pred_base(z_t, t, c_class))|^2 (arXiv:2506.06483),
-    with the subject's own noisy latents z_t. With `prompt: "{caption}"`, c_class is the photo's caption without the words
-    of `data.trigger`. `caption_dropout` replaces some class prompts by empty ones, so that the
-    prediction for the empty prompt, and with it guidance, stays too.
+    with the subject's own noisy latents z_t. With `prompt: "{caption}"`, c_class is the photo's caption without the
+    words of `data.trigger`. `caption_dropout` replaces some class prompts by empty ones, so that the prediction for
+    the empty prompt, and with it guidance, stays too.
     """
 
     predictions: ClassVar[int] = 2
