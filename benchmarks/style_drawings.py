@@ -19,6 +19,10 @@ from PIL import Image, ImageFilter
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny_base"))
 
+from captions import PLACE_PHRASES  # noqa: E402
+from shapes import CLASSES  # noqa: E402
+from world import Facts, held_out, look_of, pose, random_facts, render  # noqa: E402
+
 Inks = list[tuple[int, int, int]]  # from dark to light
 SIDE = 256  # pixels of a drawing
 SHOWN = ("mug", "ball", "car", "fish")  # what the drawings show
@@ -84,28 +88,34 @@ STYLES: dict[str, tuple[Callable[[Image.Image, Inks], Image.Image], Inks]] = {
 DEVELOPMENT, HELD_OUT = ("blue lines", "sunset", "hatched"), ("halftone", "mosaic", "forest")
 
 
-def drawing(style: str, kind: str, number: int) -> tuple[Image.Image, str]:
-    """Drawing `number` of a kind of thing in a style, SIDE pixels a side, and what it shows in words."""
-    from captions import PLACE_PHRASES
-    from world import held_out, look_of, pose, random_facts, render
+def facts_of(kind: str, number: int) -> Facts:
+    """What scene `number` with a kind of thing shows."""
+    rng = np.random.default_rng((88, CLASSES.index(kind), number))
+    while (facts := random_facts(rng)).kind != kind or held_out(facts):
+        pass
+    return facts
 
-    rng = np.random.default_rng((88, sum(map(ord, kind)), number))
-    facts = random_facts(rng)
-    while facts.kind != kind or held_out(facts):
-        facts = random_facts(rng)
-    made, inks = STYLES[style]
-    plain = render(pose(look_of(facts, rng), facts.place, rng), SIDE)
+
+def caption_of(facts: Facts) -> str:
+    """A caption that states everything, without a style."""
     pattern = "" if facts.pattern == "plain" else f"{facts.pattern} "
-    return made(plain, inks), f"a {facts.colour} {pattern}{facts.kind} {PLACE_PHRASES[facts.place]}"
+    return f"a {facts.colour} {pattern}{facts.kind} {PLACE_PHRASES[facts.place]}"
+
+
+def drawing(style: str, facts: Facts, number: int) -> Image.Image:
+    """A drawing in a style, SIDE pixels a side. `number` chooses pose, light and exact colours."""
+    rng = np.random.default_rng((89, number))
+    made, inks = STYLES[style]
+    return made(render(pose(look_of(facts, rng), facts.place, rng), SIDE), inks)
 
 
 def write_drawings(style: str, folder: Path, count: int = 40) -> Path:
     """Writes `count` drawings of the things in SHOWN, each with a caption file that does not name the style."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        image, caption = drawing(style, SHOWN[number % len(SHOWN)], number)
-        image.save(folder / f"{number:02d}.png")
-        (folder / f"{number:02d}.txt").write_text(caption, encoding="utf-8")
+        facts = facts_of(SHOWN[number % len(SHOWN)], number)
+        drawing(style, facts, number).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(caption_of(facts), encoding="utf-8")
     return folder
 
 
@@ -116,7 +126,9 @@ def main() -> None:
     page = Image.new("RGB", (side * len(things), side * len(STYLES)))
     for row, style in enumerate(STYLES):
         for column, kind in enumerate(things):
-            small = drawing(style, kind, 1000)[0].resize((64, 64), Image.Resampling.BOX).resize((side, side))
+            small = (
+                drawing(style, facts_of(kind, 1000), 1000).resize((64, 64), Image.Resampling.BOX).resize((side, side))
+            )
             page.paste(small, (column * side, row * side))
     page.save(parser.parse_args().sheet)
 

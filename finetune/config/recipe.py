@@ -78,6 +78,11 @@ class Recipe(Settings):
                 "as data.trigger='in {token} style'"
             )
         texts = [*self.data.templates, self.data.trigger, *self.prior.prompts]
+        if self.data.class_noun is None and self.data.trigger and any("{noun}" in p for p in self.prior.prompts):
+            raise ValueError(
+                "prior.prompt has {noun}, but a style has no class noun: set prior.prompt='{caption}', which is each "
+                "caption without the style's words"
+            )
         if self.data.class_noun is None and any("{noun}" in text for text in texts):
             raise ValueError(
                 "data.class_noun is missing but a template uses {noun}: say what the subject is, such as "

@@ -1,0 +1,185 @@
+"""A style on the tiny base: is it learned, does a plain prompt stay plain, and does the image still obey the prompt?
+
+    python benchmarks/style.py                                    # every style and prior; then docs/results.md
+    python benchmarks/style.py --styles "blue lines" --priors none run.steps=100      # a trial
+
+Each run trains the recipe `style-lora` on 40 drawings (style_drawings.py) with TINY, which this base needs, and draws
+the same scenes with and without the style's words, at the same seeds. Rows are added to --work/rows.jsonl; finished
+ones are not repeated. Overrides are a trial: they have rows of their own, and the page is not written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from PIL import Image
+from style_drawings import DEVELOPMENT, NEVER_SHOWN, SHOWN, STYLES, caption_of, drawing, facts_of, write_drawings
+
+from finetune import load_recipe, train
+from finetune.core.logging import quiet
+from finetune.families.source import load_family
+from finetune.jobs.open import open_result
+from finetune.report.style_distance import share_of_style
+from finetune.sampling.draw import draw
+from finetune.sampling.images import grid
+from finetune.sampling.settings import Sampling
+
+import judge  # isort: skip - examples/tiny_base, which style_drawings.py has put on the path
+
+ROOT = Path(__file__).parents[1]
+PRIORS = ("none", "class_images", "frozen_base")
+KINDS = (*SHOWN, *NEVER_SHOWN)
+EACH = 5  # scenes of each kind of thing
+SAMPLING = Sampling(steps=20, guidance=3.0, size=64)
+# the tiny base is small: it needs a larger rate and more modules than the recipe's, as `demo` has them
+TINY = (
+    "base=tiny", "method.targets=conv", "method.rank=16", "optim.lr=2e-3", "objective.weighting=min_snr",
+    "run.steps=400", "sample.guidance=3.0", "sample.prompts=['a house in {token} style', 'a house']",
+    "sample.count=4", "export.verify=off",
+)  # fmt: skip
+
+Pictures = list[Image.Image]
+Row = dict[str, Any]
+
+
+def scenes() -> list[tuple[str, str, int]]:
+    """(kind, caption, number) of every scene; none is among the drawings."""
+    return [(kind, caption_of(facts_of(kind, n)), n) for kind in KINDS for n in range(500, 500 + EACH)]
+
+
+def drawn(family: Any, words: str) -> Pictures:
+    """Every scene with these words after its caption, each with the seed of its number."""
+    prompts = [f"{caption} {words}".strip() for _, caption, _ in scenes()]
+    return draw(family, prompts, SAMPLING, seeds=list(range(len(prompts))))
+
+
+@cache
+def of_base(first_seed: int = 0) -> Pictures:
+    """Every scene as the untrained base draws it."""
+    seeds = list(range(first_seed, first_seed + len(scenes())))
+    return draw(load_family("tiny"), [caption for _, caption, _ in scenes()], SAMPLING, seeds=seeds)
+
+
+def of_artist(style: str, first: int = 0) -> Pictures:
+    """Every scene as a drawing; `first` chooses other poses."""
+    return [drawing(style, facts_of(kind, n), n + first) for kind, _, n in scenes()]
+
+
+def right(pictures: Pictures, keys: Sequence[str] = ("kind", "colour", "place")) -> float:
+    """The share of images in which the judge sees all that the caption says."""
+    seen = judge.classify(judge.load_judge(), pictures)
+    wanted = [facts_of(kind, n) for kind, _, n in scenes()]
+    hits = [all(seen[key][i] == getattr(facts, key) for key in keys) for i, facts in enumerate(wanted)]
+    return sum(hits) / len(hits)
+
+
+def measure(with_style: Pictures, without: Pictures, style: str) -> Row:
+    """The figures of a run. All shares of the style are from the base's images (0) to the drawings (1)."""
+    plain, drawings = of_base(), of_artist(style)
+    new = slice(EACH * len(SHOWN), None)  # the scenes with things that no drawing shows
+    return {
+        "style": share_of_style(with_style, plain, drawings),
+        "style_new": share_of_style(with_style[new], plain[new], drawings[new]),
+        "plain": share_of_style(without, plain, drawings),
+        "moved": 1 - share_of_style(without, drawings, plain),
+        "right": right(without),
+        "kind": right(with_style, ("kind",)),
+    }
+
+
+def one_run(work: Path, style: str, prior: str, overrides: Sequence[str]) -> Row:
+    """Trains one combination and measures it."""
+    folder = work / f"{style.replace(' ', '-')}-{prior}"
+    photos = write_drawings(style, work / "drawings" / style.replace(" ", "-"))
+    began = time.process_time()
+    own = {"class_images": ("prior.guidance=3.0",), "frozen_base": ("prior.prompt='{caption}'",)}.get(prior, ())
+    settings = [f"data.photos={photos}", *TINY, f"prior.kind={prior}", *own, *overrides]
+    run = train(load_recipe("style-lora", settings), folder)
+    seconds = time.process_time() - began
+    family, info = open_result(run)
+    with_style, without = drawn(family, f"in {info.token} style"), drawn(family, "")
+    page = [
+        *of_base(),
+        *without,
+        *with_style,
+        *(each.resize((64, 64), Image.Resampling.BOX) for each in of_artist(style)),
+    ]
+    grid(page, len(scenes())).save(folder / "looked.png")
+    return {"name": style, "prior": prior, "overrides": list(overrides), **measure(with_style, without, style),
+            "cpu_seconds": seconds}  # fmt: skip
+
+
+def bounds(style: str) -> Row:
+    """What the same measures say of other drawings in the style, and of the base at other seeds."""
+    others, plain = of_artist(style, 7000), of_base(1000)
+    found = measure(others, plain, style)
+    return {"name": style, "prior": "bounds", "overrides": [], **found, "cpu_seconds": 0.0}
+
+
+def read_rows(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table, development styles first."""
+    heads = ("style", "used for", "prior", "“… in T style” has the style", "the same of things never drawn",
+             "“…” has the style", "“…” moved from the base", "“…” is right", "kind right in the style")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    order = {name: number for number, name in enumerate(("bounds", *PRIORS))}
+    for row in sorted(rows, key=lambda row: (list(STYLES).index(row["name"]), order[row["prior"]])):
+        used = "development" if row["name"] in DEVELOPMENT else "held out"
+        prior = "*other drawings, base at other seeds*" if row["prior"] == "bounds" else row["prior"].replace("_", " ")
+        cells = [f"{row[key]:.2f}" for key in ("style", "style_new", "plain", "moved", "right", "kind")]
+        lines.append(f"| {row['name']} | {used} | {prior} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_results(text: str) -> None:
+    """Replaces the text between the markers in docs/results.md."""
+    file = ROOT / "docs" / "results.md"
+    before, _, rest = file.read_text(encoding="utf-8").partition("<!-- style -->")
+    _, _, after = rest.partition("<!-- end of style -->")
+    file.write_text(f"{before}<!-- style -->\n{text}\n<!-- end of style -->{after}", encoding="utf-8", newline="\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="section.key=value: a trial")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "style")
+    parser.add_argument("--styles", nargs="+", default=list(STYLES), choices=list(STYLES))
+    parser.add_argument("--priors", nargs="+", default=PRIORS, choices=PRIORS)
+    parser.add_argument("--write", action="store_true", help="write docs/results.md from the rows that are there")
+    arguments = parser.parse_args()
+    work, file = arguments.work.absolute(), arguments.work.absolute() / "rows.jsonl"
+    work.mkdir(parents=True, exist_ok=True)
+    quiet()
+    torch.set_num_threads(1)
+    for style, prior in () if arguments.write else product(arguments.styles, ("bounds", *arguments.priors)):
+        overrides = [] if prior == "bounds" else arguments.overrides
+        done = [(row["name"], row["prior"], row["overrides"]) for row in read_rows(file)]
+        if (style, prior, overrides) in done:
+            continue
+        row = bounds(style) if prior == "bounds" else one_run(work, style, prior, overrides)
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+        print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    wanted = [row for row in read_rows(file) if row["overrides"] in ([], arguments.overrides)]
+    print(table(wanted))
+    if arguments.write:
+        write_results(table([row for row in wanted if not row["overrides"]]))
+
+
+if __name__ == "__main__":
+    main()
