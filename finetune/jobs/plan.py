@@ -38,7 +38,8 @@ def plan(job: Prepared) -> Plan:
         family=family.name,
         prediction=family.schedule.prediction,
         subjects=[
-            PlannedSubject(token=s.token, noun=s.noun, photos=len(s.photos), captions=s.summary) for s in job.subjects
+            PlannedSubject(token=s.token, noun=s.noun, photos=len(s.photos), captions=s.summary, style=s.trigger)
+            for s in job.subjects
         ],
         prompts=list(dict.fromkeys(text for texts in job.captions for text in texts))[:5],
         unused=_unused(job),

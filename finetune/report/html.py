@@ -11,6 +11,7 @@ from finetune.core.files import write_text
 from finetune.core.records import checks_of
 from finetune.export.settings import UNCHECKED
 from finetune.report.pictures import photo_tags, row
+from finetune.report.styles import with_and_without
 from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
 from finetune.runs.metrics import read_metrics
@@ -41,6 +42,14 @@ pre{background:var(--card);border:1px solid var(--line);border-radius:12px;paddi
 """
 
 
+CHECK = {  # whether it is a style -> what to look at
+    False: "Check three things: the subject looks like the photos; it is where the prompt puts it; the class without "
+    "the token still looks as before.",
+    True: "Check three things: with the style's words, images look like the drawings; they still show what the prompt "
+    "says; prompts without these words look as before.",
+}
+
+
 def write_report(path: Path, with_captions: bool = False, *, step: int | None = None, out: Path | None = None) -> Path:
     """Builds the page of a run folder; whatever is missing there is left out.
 
@@ -60,6 +69,7 @@ def write_report(path: Path, with_captions: bool = False, *, step: int | None = 
         _standing(step, folder),
         _subject(path, info, with_captions),
         _plan(info),
+        with_and_without(path, info, _after(path, step)),
         _curves([row for row in metrics if step is None or row["step"] <= step]),
         _before_after(path, info, step),
         _exports(path, step),
@@ -87,9 +97,11 @@ def _standing(step: int | None, folder: RunFolder) -> str:
 def _head(info: RunRecord) -> str:
     words = [name or "?" for name in info.names]
     title = ", ".join(f"“{escape(name)}”" for name in words)
-    shown = " or ".join(f"<b>{escape(name)}</b>" for name in words)
+    prompts = [info.example(name) for name in words] if info.is_style else words
+    shown = " or ".join(f"<b>{escape(prompt)}</b>" for prompt in prompts)
+    what = f"Write {title} in a prompt to get the style: {shown}." if info.is_style else ""
     return (
-        f"<h1>{title}</h1><p class=soft>Write {shown} in a prompt to get the subject. Trained on "
+        f"<h1>{title}</h1><p class=soft>{what or f'Write {shown} in a prompt to get the subject.'} Trained on "
         f"{escape(info.public_base)} ({escape(info.family)}), {info.resolution} pixels.</p>"
     )
 
@@ -102,7 +114,8 @@ def _subject(path: Path, info: RunRecord, with_captions: bool) -> str:
         prompts = "captions from caption files are not shown here (<code>finetune report RUN --captions</code>).</p>"
     small = photo_tags(path, info)
     return (
-        f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} photos; {prompts}</div>"
+        f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} "
+        f"{'drawings' if info.is_style else 'photos'}; {prompts}</div>"
     )
 
 
@@ -170,7 +183,7 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float], smoothed:
 
 
 def _before_after(path: Path, info: RunRecord, step: int | None) -> str:
-    before, after = path / "samples" / "before", path / "samples" / ("after" if step is None else f"step-{step:06d}")
+    before, after = path / "samples" / "before", _after(path, step)
     if not after.is_dir():
         return ""
     rows = []
@@ -181,10 +194,14 @@ def _before_after(path: Path, info: RunRecord, step: int | None) -> str:
             f"<div><h3>after</h3><div class=row>{sides[1]}</div></div></div>"
         )
     return (
-        "<h2>Before and after</h2><p class=soft>The same prompts at the same seeds. Check three things: the subject looks "
-        "like the photos; it is where the prompt puts it; the class without the token still looks as before.</p>"
+        f"<h2>Before and after</h2><p class=soft>The same prompts at the same seeds. {CHECK[info.is_style]}</p>"
         f"<div class=card>{''.join(rows)}</div>"
     )
+
+
+def _after(path: Path, step: int | None) -> Path:
+    """The folder with the images after training, or after a step of it."""
+    return path / "samples" / ("after" if step is None else f"step-{step:06d}")
 
 
 def _exports(path: Path, step: int | None) -> str:
@@ -224,7 +241,7 @@ def _shell_name(path: Path) -> str:
 
 def _next_steps_of(path: Path, info: RunRecord, step: int) -> str:
     """What can be done with a checkpoint."""
-    run, prompt = _shell_name(path), _typed(f"a photo of {info.names[0]} in the city")
+    run, prompt = _shell_name(path), _typed(info.example(info.names[0]))
     commands = (
         "# pictures of this step",
         f"finetune sample {run} --step {step} -p {prompt}",
@@ -237,13 +254,12 @@ def _next_steps_of(path: Path, info: RunRecord, step: int) -> str:
 
 
 def _next_steps(path: Path, info: RunRecord) -> str:
-    thing = info.names[0]
     run = _shell_name(path)
     longer = ("# continue, or train longer", f"finetune train {run}/recipe.yaml run.dir={run} run.steps=N")
     commands = "\n".join(
         (
             "# more images",
-            f"finetune sample {run} -p {_typed(f'a photo of {thing} in the city')} --count 8",
+            f"finetune sample {run} -p {_typed(info.example(info.names[0]))} --count 8",
             "# write the exports again, or in another format",
             f"finetune export {run} --to {_a_format(path)}",
             *(longer if RunFolder(path).can_be_longer else ()),

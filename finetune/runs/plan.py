@@ -19,12 +19,23 @@ class Record(BaseModel):
 
 
 class PlannedSubject(Record):
-    """One subject of the plan. `captions` is a sentence about where its captions come from."""
+    """One subject of the plan. `captions` is a sentence about where its captions come from.
+
+    `style`: the words that call a style, such as "in zwx style"; empty for other subjects.
+    """
 
     token: str
     noun: str | None
     photos: int
     captions: str
+    style: str = ""
+
+    @property
+    def called(self) -> str:
+        """What to write in a prompt."""
+        if self.style:
+            return f"{self.token} (a style: write {self.style!r} in prompts, such as 'a house {self.style}')"
+        return f"{self.token} (class noun: {self.noun or 'none'})"
 
 
 class Cut(Record):
@@ -125,8 +136,7 @@ def shared_rows(plan: Plan) -> PlanRows:
 def _rows(plan: Plan, base: str, prompts: PlanRows) -> PlanRows:
     found: PlanRows = {"base": f"{base} ({plan.family}, {plan.prediction})", **_subject_rows(plan), **prompts}
     if len(plan.subjects) == 1:
-        subject = plan.subjects[0]
-        found["token"] = f"{subject.token} (class noun: {subject.noun or 'none'})"
+        found["token"] = plan.subjects[0].called
     found["resolution"] = plan.resolution
     found["steps"] = f"{plan.steps} of {plan.batch_size} photo(s), {plan.accumulate} micro-batch(es)"
     found["each photo"] = _times(plan)
@@ -146,8 +156,7 @@ def _subject_rows(plan: Plan) -> PlanRows:
     if len(plan.subjects) == 1:
         return {"subject": plan.subjects[0].captions}
     return {
-        f"subject {number}": f"{_photos_of(subject.photos)}, token {subject.token} (class noun: "
-        f"{subject.noun or 'none'}); {subject.captions}"
+        f"subject {number}": f"{_photos_of(subject.photos)}, token {subject.called}; {subject.captions}"
         for number, subject in enumerate(plan.subjects, 1)
     }
 
