@@ -1,7 +1,7 @@
 """A style on the tiny base: is it learned, does a plain prompt stay plain, and does the image still obey the prompt?
 
     python benchmarks/style.py                                    # every style and prior; then docs/results.md
-    python benchmarks/style.py --styles "blue lines" --priors none run.steps=100      # a trial
+    python benchmarks/style.py run.steps=100 --styles "blue lines" --priors none      # a trial
 
 Each run trains the recipe `style-lora` on 40 drawings (style_drawings.py) with TINY, which this base needs, and draws
 the same scenes with and without the style's words, at the same seeds. Rows are added to --work/rows.jsonl; finished
@@ -11,6 +11,7 @@ ones are not repeated. Overrides are a trial: they have rows of their own, and t
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import tempfile
@@ -41,7 +42,7 @@ import judge  # isort: skip - examples/tiny_base, which style_drawings.py has pu
 ROOT = Path(__file__).parents[1]
 PRIORS = ("none", "class_images", "frozen_base")
 KINDS = (*SHOWN, *NEVER_SHOWN)
-EACH = 5  # scenes of each kind of thing
+EACH = 4  # scenes of each kind of thing
 SAMPLING = Sampling(steps=20, guidance=3.0, size=64)
 # the tiny base is small: it needs a larger rate and more modules than the recipe's, as `demo` has them
 TINY = (
@@ -66,10 +67,16 @@ def drawn(family: Any, words: str) -> Pictures:
 
 
 @cache
-def of_base(first_seed: int = 0) -> Pictures:
-    """Every scene as the untrained base draws it."""
+def of_base(work: Path, first_seed: int = 0) -> Pictures:
+    """Every scene as the untrained base draws it; kept under `work`."""
     seeds = list(range(first_seed, first_seed + len(scenes())))
-    return draw(load_family("tiny"), [caption for _, caption, _ in scenes()], SAMPLING, seeds=seeds)
+    files = [work / "base" / f"{seed}.png" for seed in seeds]
+    if not all(file.is_file() for file in files):
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        images = draw(load_family("tiny"), [caption for _, caption, _ in scenes()], SAMPLING, seeds=seeds)
+        for image, file in zip(images, files, strict=True):
+            image.save(file)
+    return [Image.open(file).convert("RGB") for file in files]
 
 
 def of_artist(style: str, first: int = 0) -> Pictures:
@@ -85,9 +92,9 @@ def right(pictures: Pictures, keys: Sequence[str] = ("kind", "colour", "place"))
     return sum(hits) / len(hits)
 
 
-def measure(with_style: Pictures, without: Pictures, style: str) -> Row:
-    """The figures of a run. All shares of the style are from the base's images (0) to the drawings (1)."""
-    plain, drawings = of_base(), of_artist(style)
+def measure(with_style: Pictures, without: Pictures, plain: Pictures, style: str) -> Row:
+    """The figures of a run. All shares of the style are from the base's `plain` images (0) to the drawings (1)."""
+    drawings = of_artist(style)
     new = slice(EACH * len(SHOWN), None)  # the scenes with things that no drawing shows
     return {
         "style": share_of_style(with_style, plain, drawings),
@@ -101,7 +108,8 @@ def measure(with_style: Pictures, without: Pictures, style: str) -> Row:
 
 def one_run(work: Path, style: str, prior: str, overrides: Sequence[str]) -> Row:
     """Trains one combination and measures it."""
-    folder = work / f"{style.replace(' ', '-')}-{prior}"
+    tag = f"-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:6]}" if overrides else ""
+    folder = work / f"{style.replace(' ', '-')}-{prior}{tag}"
     photos = write_drawings(style, work / "drawings" / style.replace(" ", "-"))
     began = time.process_time()
     own = {"class_images": ("prior.guidance=3.0",), "frozen_base": ("prior.prompt='{caption}'",)}.get(prior, ())
@@ -110,21 +118,16 @@ def one_run(work: Path, style: str, prior: str, overrides: Sequence[str]) -> Row
     seconds = time.process_time() - began
     family, info = open_result(run)
     with_style, without = drawn(family, f"in {info.token} style"), drawn(family, "")
-    page = [
-        *of_base(),
-        *without,
-        *with_style,
-        *(each.resize((64, 64), Image.Resampling.BOX) for each in of_artist(style)),
-    ]
+    drawings = [each.resize((64, 64), Image.Resampling.BOX) for each in of_artist(style)]
+    page = [*of_base(work), *without, *with_style, *drawings]
     grid(page, len(scenes())).save(folder / "looked.png")
-    return {"name": style, "prior": prior, "overrides": list(overrides), **measure(with_style, without, style),
-            "cpu_seconds": seconds}  # fmt: skip
+    about = {"name": style, "prior": prior, "overrides": list(overrides)}
+    return about | measure(with_style, without, of_base(work), style) | {"cpu_seconds": seconds}
 
 
-def bounds(style: str) -> Row:
+def bounds(work: Path, style: str) -> Row:
     """What the same measures say of other drawings in the style, and of the base at other seeds."""
-    others, plain = of_artist(style, 7000), of_base(1000)
-    found = measure(others, plain, style)
+    found = measure(of_artist(style, 7000), of_base(work, 1000), of_base(work), style)
     return {"name": style, "prior": "bounds", "overrides": [], **found, "cpu_seconds": 0.0}
 
 
@@ -171,7 +174,7 @@ def main() -> None:
         done = [(row["name"], row["prior"], row["overrides"]) for row in read_rows(file)]
         if (style, prior, overrides) in done:
             continue
-        row = bounds(style) if prior == "bounds" else one_run(work, style, prior, overrides)
+        row = bounds(work, style) if prior == "bounds" else one_run(work, style, prior, overrides)
         with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
         print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
