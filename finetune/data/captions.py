@@ -132,11 +132,10 @@ def _captioned(photo: Photo, text: str | None, templates: Sequence[str], words: 
     if not words.trigger:
         return Captioned(photo, filled, source)
     trigger = words.fill(words.trigger)
-    lack = [not words.has_token(each) for each in filled]
-    captions = [with_trigger(each, trigger) if lacks else each for each, lacks in zip(filled, lack, strict=True)]
-    plain = [each if lacks else without_trigger(each, trigger) for each, lacks in zip(filled, lack, strict=True)]
-    found = tuple(None if each is not None and words.has_token(each) else each for each in plain)
-    return Captioned(photo, captions, source, found, any(lack))
+    captions = [each if words.has_token(each) else with_trigger(each, trigger) for each in filled]
+    plain = [without_trigger(each, trigger) for each in captions]
+    known = tuple(None if each is None or words.has_token(each) else each for each in plain)
+    return Captioned(photo, captions, source, known, captions != filled)
 
 
 def with_trigger(text: str, trigger: str) -> str:

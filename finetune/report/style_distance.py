@@ -23,7 +23,7 @@ WHITE = (0.95047, 1.0, 1.08883)  # D65
 
 
 @dataclass(frozen=True)
-class Distance:
+class StyleDistance:
     """Between two sets of images, in units of CIELAB. `strokes` come from the lightness alone."""
 
     colours: float
@@ -34,12 +34,12 @@ class Distance:
         return float(np.hypot(self.colours, self.strokes))
 
 
-def distance(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> Distance:
+def distance(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> StyleDistance:
     """Returns the distance of two sets of images. They may differ in number and size; larger images are made smaller,
     so that the shorter sides of all are equal."""
     side = min(SIDE, *(min(image.size) for image in (*images, *others)))
     one, other = ([lab(_shrunk(image, side)) for image in each] for each in (images, others))
-    return Distance(
+    return StyleDistance(
         sliced(*(np.concatenate([image.reshape(-1, 3) for image in each]) for each in (one, other))),
         sliced(*(np.concatenate([strokes(image[..., 0]) for image in each]) for each in (one, other))),
     )
