@@ -48,7 +48,7 @@ SAMPLING = Sampling(steps=20, guidance=3.0, size=64)
 TINY = (
     "base=tiny", "method.targets=conv", "method.rank=16", "optim.lr=2e-3", "objective.weighting=min_snr",
     "run.steps=400", "sample.guidance=3.0", "sample.prompts=['a house in {token} style', 'a house']",
-    "sample.count=4", "export.verify=off",
+    "sample.count=1", "export.verify=off",
 )  # fmt: skip
 
 Pictures = list[Image.Image]

@@ -67,7 +67,7 @@ def test_without_a_trigger_the_plan_says_what_becomes_of_the_style(
     ("sections", "said"),
     [
         ({"data": {"trigger": "in my style"}}, "has no {token}"),
-        ({"data": {"trigger": "{token} {stile}"}}, r"data.trigger has '{stile}'"),
+        ({"data": {"trigger": "{token} {stile}"}, "prior": {"kind": "none"}}, r"data.trigger has '{stile}'"),
         ({"data": {"trigger": ""}}, "which is each caption without the words of data.trigger"),
         ({"data": {"trigger": "by {token}"}}, r"the caption of 1\.png has the token 'zwx' but not the words"),
         ({"prior": {"kind": "class_images"}}, r"set prior\.prompt='{caption}'"),
