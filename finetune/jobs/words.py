@@ -86,11 +86,11 @@ def _refuse_templates_without_token(recipe: Recipe, subjects: Sequence[Subject])
 def _refuse_unknown(recipe: Recipe, subjects: Sequence[Subject]) -> None:
     """What is left in braces after {token} and {noun} were filled in."""
     for subject in subjects:
+        _refuse_braces("data.trigger", [subject.trigger])
         for item in subject.captioned:
             where = "data.templates" if item.source == "template" else f"the caption of {shown(item.photo.path.name)}"
             _refuse_braces(where, item.captions)
         _refuse_braces("sample.prompts", map(subject.fill, recipe.sample.prompts))
-        _refuse_braces("data.trigger", [subject.trigger])
         _refuse_braces("prior.prompt", [subject.fill(text).replace(CAPTION, "") for text in recipe.prior.prompts])
     _refuse_braces("sample.negative", [recipe.sample.negative])
     if recipe.prior.class_images is not None:
