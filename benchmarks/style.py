@@ -43,11 +43,11 @@ ROOT = Path(__file__).parents[1]
 PRIORS = ("none", "class_images", "frozen_base")
 KINDS = (*SHOWN, *NEVER_SHOWN)
 EACH = 4  # scenes of each kind of thing
-SAMPLING = Sampling(steps=20, guidance=3.0, size=64)
+SAMPLING = Sampling(steps=12, guidance=3.0, size=64)
 # the tiny base is small: it needs a larger rate and more modules than the recipe's, as `demo` has them
 TINY = (
     "base=tiny", "method.targets=conv", "method.rank=16", "optim.lr=2e-3", "objective.weighting=min_snr",
-    "run.steps=400", "sample.guidance=3.0", "sample.prompts=['a house in {token} style', 'a house']",
+    "run.steps=300", "sample.guidance=3.0", "sample.steps=12", "sample.prompts=['a house in {token} style', 'a house']",
     "sample.count=1", "export.verify=off",
 )  # fmt: skip
 
@@ -112,7 +112,10 @@ def one_run(work: Path, style: str, prior: str, overrides: Sequence[str]) -> Row
     folder = work / f"{style.replace(' ', '-')}-{prior}{tag}"
     photos = write_drawings(style, work / "drawings" / style.replace(" ", "-"))
     began = time.process_time()
-    own = {"class_images": ("prior.guidance=3.0",), "frozen_base": ("prior.prompt='{caption}'",)}.get(prior, ())
+    own = {
+        "class_images": ("prior.guidance=3.0", "prior.count=40", "prior.steps=12"),
+        "frozen_base": ("prior.prompt='{caption}'",),
+    }.get(prior, ())
     settings = [f"data.photos={photos}", *TINY, f"prior.kind={prior}", *own, *overrides]
     run = train(load_recipe("style-lora", settings), folder)
     seconds = time.process_time() - began
