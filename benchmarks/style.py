@@ -47,8 +47,8 @@ SAMPLING = Sampling(steps=12, guidance=3.0, size=64)
 # the tiny base is small: it needs a larger rate and more modules than the recipe's, as `demo` has them
 TINY = (
     "base=tiny", "method.targets=conv", "method.rank=16", "optim.lr=2e-3", "objective.weighting=min_snr",
-    "run.steps=300", "sample.guidance=3.0", "sample.steps=12", "sample.prompts=['a house in {token} style', 'a house']",
-    "sample.count=1", "export.verify=off",
+    "run.steps=300", "sample.guidance=3.0", "sample.steps=12", "sample.count=1", "export.verify=off",
+    "sample.prompts=['a house in {token} style', 'a house']",
 )  # fmt: skip
 
 Pictures = list[Image.Image]
