@@ -44,7 +44,7 @@ def shortened(line: str, photos: Path, bases: dict[str, Path]) -> list[str]:
     if words[1:3] == ["train", "sdxl-lora"]:
         words.append(f"base={bases['sdxl']}")
     if words[1] in ("train", "dreambooth") and not words[2].endswith("recipe.yaml"):
-        words += [*SHORT, *(() if words[2] == "style-lora" else FEW_CLASS_IMAGES)]
+        words += [*SHORT, *FEW_CLASS_IMAGES]
     if words[1] == "sample":
         words += ["--steps", "1"]
     return words
