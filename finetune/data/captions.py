@@ -140,7 +140,7 @@ def _captioned(photo: Photo, text: str | None, templates: Sequence[str], words: 
 
 def with_trigger(text: str, trigger: str) -> str:
     """Returns a caption with the trigger's words at its end: "a house" -> "a house in zwx style"."""
-    joint = "" if trigger[0] in ",;:" else " "
+    joint = "" if trigger[:1] in (",", ";", ":") else " "
     return f"{text.rstrip(' .,;:')}{joint}{trigger}".strip()
 
 

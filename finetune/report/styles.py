@@ -10,10 +10,13 @@ from PIL import Image
 
 from finetune.core.errors import BadInput
 from finetune.core.files import leads_out
-from finetune.data.photos import BadImage, open_image
+from finetune.data.photos import MAX_ASPECT, BadImage, open_image
 from finetune.report.pictures import FORMATS, copy_of, row, shown_photos
 from finetune.report.style_distance import share_of_style
 from finetune.runs.record import RunRecord
+
+
+SMALLEST = 16  # pixels: smaller images have no strokes to measure
 
 
 def with_and_without(path: Path, info: RunRecord, after: Path) -> str:
@@ -63,7 +66,7 @@ def _of(folder: Path, prompts: Iterable[int]) -> list[Path]:
 
 
 def _images(files: Iterable[Path], run: Path) -> list[Image.Image]:
-    """The images that can be read.
+    """The images that can be read and measured.
 
     Raises:
         BadInput: a file is a link that leads out of the run folder.
@@ -73,7 +76,9 @@ def _images(files: Iterable[Path], run: Path) -> list[Image.Image]:
         if leads_out(file, run):
             raise BadInput(f"{file} is a link that leads out of {run}: remove it")
         try:
-            found.append(open_image(file, formats=FORMATS).convert("RGB"))
+            image = open_image(file, formats=FORMATS).convert("RGB")
         except BadImage:  # the page says so where it would show it
             continue
+        if SMALLEST <= min(image.size) and max(image.size) <= MAX_ASPECT * min(image.size):
+            found.append(image)
     return found

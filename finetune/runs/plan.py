@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from finetune.core.files import public_name
+from finetune.data.captions import with_trigger
 
 PlanRows = dict[str, Any]  # label -> a text, a number or a list of texts
 
@@ -34,7 +35,9 @@ class PlannedSubject(Record):
     def called(self) -> str:
         """What to write in a prompt."""
         if self.style:
-            return f"{self.token} (a style: write {self.style!r} in prompts, such as 'a house {self.style}')"
+            return (
+                f"{self.token} (a style: write {self.style!r} in prompts, as {with_trigger('a house', self.style)!r})"
+            )
         return f"{self.token} (class noun: {self.noun or 'none'})"
 
 

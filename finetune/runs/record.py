@@ -57,7 +57,7 @@ class RunRecord(Record):
         """The words for each subject in a prompt, such as "zwx mug", or "in zwx style"."""
         called = [(subject.style, subject.token, subject.class_noun) for subject in self.subjects]
         called = called or [(self.style, self.token, self.class_noun)]
-        return [style or " ".join(text for text in pair if text) for style, *pair in called]
+        return [style.lstrip(" ,;:") or " ".join(text for text in pair if text) for style, *pair in called]
 
     @property
     def is_style(self) -> bool:
