@@ -15,7 +15,6 @@ from finetune.report.pictures import FORMATS, copy_of, row, shown_photos
 from finetune.report.style_distance import share_of_style
 from finetune.runs.record import RunRecord
 
-
 SMALLEST = 16  # pixels: smaller images have no strokes to measure
 
 
@@ -79,6 +78,6 @@ def _images(files: Iterable[Path], run: Path) -> list[Image.Image]:
             image = open_image(file, formats=FORMATS).convert("RGB")
         except BadImage:  # the page says so where it would show it
             continue
-        if SMALLEST <= min(image.size) and max(image.size) <= MAX_ASPECT * min(image.size):
+        if min(image.size) >= SMALLEST and max(image.size) <= MAX_ASPECT * min(image.size):
             found.append(image)
     return found
