@@ -42,6 +42,7 @@ import judge  # isort: skip - examples/tiny_base, which style_drawings.py has pu
 ROOT = Path(__file__).parents[1]
 PRIORS = ("none", "class_images", "frozen_base")
 KINDS = (*SHOWN, *NEVER_SHOWN)
+PICTURED = "forest"
 EACH = 4  # scenes of each kind of thing
 SAMPLING = Sampling(steps=12, guidance=3.0, size=64)
 # the tiny base is small: it needs a larger rate and more modules than the recipe's, as `demo` has them
@@ -152,6 +153,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def picture(work: Path, style: str) -> None:
+    """Writes docs/style.png. A column is a scene, one of each kind. The rows: the base; the plain prompt after training
+    without a prior; the same with class images; the prompt with the style's words; a drawing of that scene."""
+    none, kept = (Image.open(work / f"{style.replace(' ', '-')}-{prior}" / "looked.png") for prior in PRIORS[:2])
+    rows = [(none, 0), (none, 1), (kept, 1), (kept, 2), (kept, 3)]  # `one_run` puts them into the grids in this order
+    side = 64
+    page = Image.new("RGB", (side * len(KINDS), side * len(rows)))
+    for (source, line), row in zip(rows, range(len(rows)), strict=True):
+        for column in range(len(KINDS)):
+            left, top = (column * EACH + 1) * side, line * side
+            page.paste(source.crop((left, top, left + side, top + side)), (column * side, row * side))
+    page.resize((page.width * 2, page.height * 2), Image.Resampling.BICUBIC).save(ROOT / "docs" / "style.png")
+
+
 def write_results(text: str) -> None:
     """Replaces the text between the markers in docs/results.md."""
     file = ROOT / "docs" / "results.md"
@@ -185,6 +200,7 @@ def main() -> None:
     print(table(wanted))
     if arguments.write:
         write_results(table([row for row in wanted if not row["overrides"]]))
+        picture(work, PICTURED)
 
 
 if __name__ == "__main__":
