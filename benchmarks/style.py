@@ -154,10 +154,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def picture(work: Path, style: str) -> None:
-    """Writes docs/style.png. A column is a scene, one of each kind. The rows: the base; the plain prompt after training
+    """Writes docs/style.png. A column is a scene, one of each kind. The rows: the base; the plain prompt trained
     without a prior; the same with class images; the prompt with the style's words; a drawing of that scene."""
     none, kept = (Image.open(work / f"{style.replace(' ', '-')}-{prior}" / "looked.png") for prior in PRIORS[:2])
-    rows = [(none, 0), (none, 1), (kept, 1), (kept, 2), (kept, 3)]  # `one_run` puts them into the grids in this order
+    rows = [(none, 0), (none, 1), (kept, 1), (kept, 2), (kept, 3)]  # in the order of the grids of `one_run`
     side = 64
     page = Image.new("RGB", (side * len(KINDS), side * len(rows)))
     for (source, line), row in zip(rows, range(len(rows)), strict=True):
