@@ -44,7 +44,7 @@ BASES: dict[str, Any] = {
     "sdxl-lora": "sdxl",
     "inpainting-lora": ("sd1", "inpaint"), "depth-lora": ("sd2", "depth"), "edit-lora": ("sd1", "edit"),
 }  # fmt: skip
-NO_PRIOR = ("style-lora", "depth-lora", "edit-lora")
+NO_PRIOR = ("depth-lora", "edit-lora")
 
 
 def shortened(line: str, photos: Path, bases: dict[Any, Path]) -> list[str]:

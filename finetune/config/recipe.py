@@ -72,7 +72,17 @@ class Recipe(Settings):
                 f"prior.kind is {self.prior.kind}, which method.kind {self.method.kind} does not measure: use "
                 "prior.kind=frozen_base, or method.kind=lora"
             )
-        texts = [*self.data.templates, *self.prior.prompts]
+        if self.prior.of_captions and not self.data.trigger:
+            raise ValueError(
+                "prior.prompt has {caption}, which is each caption without the words of data.trigger: give them, such "
+                "as data.trigger='in {token} style'"
+            )
+        texts = [*self.data.templates, self.data.trigger, *self.prior.prompts]
+        if self.data.class_noun is None and self.data.trigger and any("{noun}" in p for p in self.prior.prompts):
+            raise ValueError(
+                "prior.prompt has {noun}, but a style has no class noun: set prior.prompt='{caption}', which is each "
+                "caption without the style's words"
+            )
         if self.data.class_noun is None and any("{noun}" in text for text in texts):
             raise ValueError(
                 "data.class_noun is missing but a template uses {noun}: say what the subject is, such as "

@@ -15,17 +15,45 @@ from finetune.core.reading import parse_json, read_utf8
 from finetune.data.photos import Photo, shown
 
 BESIDE = (".txt", ".caption")  # a photo's own caption, in any case: NAME.txt, NAME.caption
+NAMED = 5  # files that a warning names; the rest is counted
 LISTS = ("metadata.jsonl", "metadata.csv", "captions.csv")  # captions of a whole folder
 COLUMNS = ("text", "caption", "prompt")  # where metadata has the caption; the first that is there
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """A photo with its possible captions (each step draws one of them), and where they come from."""
+    """A photo with its possible captions (each step draws one of them), and where they come from.
+
+    `plain` holds each caption without the trigger's words, or None where they can't be told from the rest. `added`:
+    whether the trigger was added to a caption that had no token.
+    """
 
     photo: Photo
     captions: list[str]
     source: Literal["file", "template"]
+    plain: tuple[str | None, ...] = ()
+    added: bool = False
+
+
+@dataclass(frozen=True)
+class Words:
+    """What {token} and {noun} become, and `trigger`: words with {token} for captions that lack it, or empty."""
+
+    token: str
+    noun: str | None
+    trigger: str = ""
+
+    def fill(self, text: str) -> str:
+        """Returns a text with {token} and {noun} filled in.
+
+        Raises:
+            BadInput: the text uses {noun} but there is no class noun.
+        """
+        return fill(text, self.token, self.noun)
+
+    def has_token(self, text: str) -> bool:
+        """Whether the token is in a text as a word of its own."""
+        return re.search(rf"(?<!\w){re.escape(self.token)}(?!\w)", text) is not None
 
 
 def caption_photos(
@@ -33,12 +61,12 @@ def caption_photos(
     *,
     captions: Literal["auto", "files", "templates"],
     templates: Sequence[str],
-    token: str,
-    noun: str | None,
+    words: Words,
 ) -> list[Captioned]:
     """Finds the captions of every photo, in the order of `photos`. {token} and {noun} are filled in.
 
     `captions` says what to use: caption files, templates, or ("auto") files where they exist and templates elsewhere.
+    The trigger is added to every caption without the token.
 
     Raises:
         BadInput: `captions` is "files" and photos have none (the message names them all), a template or noun is
@@ -53,7 +81,7 @@ def caption_photos(
         )
     if missing and not templates:
         raise BadInput("data.templates is empty but some photos have no caption file: give at least one template")
-    return [_captioned(photo, found.get(photo.path.name), templates, token, noun) for photo in photos]
+    return [_captioned(photo, found.get(photo.path.name), templates, words) for photo in photos]
 
 
 def _refuse_orphans(folder: Path, found: dict[str, str]) -> None:
@@ -67,33 +95,60 @@ def _refuse_orphans(folder: Path, found: dict[str, str]) -> None:
         )
 
 
-def summarise(captioned: Sequence[Captioned], token: str) -> str:
-    """Returns a sentence about where the captions come from, with a warning for files without the token."""
+def summarise(captioned: Sequence[Captioned], words: Words) -> str:
+    """Returns a sentence about where the captions come from, with a warning for captions without the token."""
     by_file = [item for item in captioned if item.source == "file"]
     summary = (
         f"{len(by_file)} of {len(captioned)} photos captioned by files, {len(captioned) - len(by_file)} by templates"
     )
-    word = re.compile(rf"(?<!\w){re.escape(token)}(?!\w)")
-    without = [item.photo.path.name for item in by_file if not any(word.search(text) for text in item.captions)]
+    added = sum(item.added for item in captioned)
+    if added:
+        summary += f"; {words.fill(words.trigger)!r} is added to the captions of {added}, which have no token"
+    without = [item.photo.path.name for item in by_file if not any(map(words.has_token, item.captions))]
     if without:
         summary += (
-            f"; WARNING: the token {token!r} is not in the caption of {', '.join(without)}, so it learns nothing from "
-            "them: write {token} into the caption files"
+            f"; WARNING: the token {words.token!r} is not in the caption of {_some(without)}, so it learns nothing "
+            "from them, and what they show becomes part of every prompt: write {token} into the caption files, or set "
+            "data.trigger to words that are added to them, such as data.trigger='in {token} style'"
         )
-    return summary + _without_token(captioned, word)
+    return summary + _without_token(captioned, words)
 
 
-def _without_token(captioned: Sequence[Captioned], word: re.Pattern[str]) -> str:
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _without_token(captioned: Sequence[Captioned], words: Words) -> str:
     """A warning of templates that say nothing of the token."""
     texts = dict.fromkeys(text for item in captioned if item.source == "template" for text in item.captions)
-    without = [repr(text) for text in texts if not word.search(text)]
+    without = [repr(text) for text in texts if not words.has_token(text)]
     return f"; WARNING: no token in {', '.join(without)}: write {{token}} into data.templates" if without else ""
 
 
-def _captioned(photo: Photo, text: str | None, templates: Sequence[str], token: str, noun: str | None) -> Captioned:
-    if text is not None:
-        return Captioned(photo, [fill(text, token, noun)], "file")
-    return Captioned(photo, [fill(template, token, noun) for template in templates], "template")
+def _captioned(photo: Photo, text: str | None, templates: Sequence[str], words: Words) -> Captioned:
+    source: Literal["file", "template"] = "template" if text is None else "file"
+    filled = [words.fill(each) for each in (templates if text is None else [text])]
+    if not words.trigger:
+        return Captioned(photo, filled, source)
+    trigger = words.fill(words.trigger)
+    captions = [each if words.has_token(each) else with_trigger(each, trigger) for each in filled]
+    plain = [without_trigger(each, trigger) for each in captions]
+    known = tuple(None if each is None or words.has_token(each) else each for each in plain)
+    return Captioned(photo, captions, source, known, captions != filled)
+
+
+def with_trigger(text: str, trigger: str) -> str:
+    """Returns a caption with the trigger's words at its end: "a house" -> "a house in zwx style"."""
+    joint = "" if trigger[:1] in (",", ";", ":") else " "
+    return f"{text.rstrip(' .,;:')}{joint}{trigger}".strip()
+
+
+def without_trigger(text: str, trigger: str) -> str | None:
+    """Returns a caption without the trigger's words, as it would be without the style; None if they are not in it."""
+    if trigger not in text:
+        return None
+    return " ".join(text.replace(trigger, " ").split()).strip(" ,;:")
 
 
 def fill(text: str, token: str, noun: str | None) -> str:

@@ -30,10 +30,11 @@ class Data(SubjectSettings):
     and `templates` otherwise. `captions: files` requires a file for every photo, `captions: templates` ignores files.
     Templates and caption files may contain {token} and {noun}. A caption that is too long for the text encoders is
     refused or cut, as `long_captions` says. A token of more than `token_pieces` pieces is refused, because each piece
-    has a meaning of its own. `shape: buckets` crops each photo to a size near its own aspect ratio; the areas of these
-    sizes differ from the square's by at most the share `bucket_tolerance`. `masks` mark the subject in a photo, as
-    files beside it, as its alpha channel, or (`auto`) as either; the background has the loss weight `mask_floor`.
-    Settings that the further `subjects` do not have hold for them too.
+    has a meaning of its own. `trigger` is for styles: words with {token} that call the style, such as "in {token}
+    style". They are added to every caption that has no token. `shape: buckets` crops each photo to a size near its own
+    aspect ratio; the areas of these sizes differ from the square's by at most the share `bucket_tolerance`. `masks`
+    mark the subject in a photo, as files beside it, as its alpha channel, or (`auto`) as either; the background has
+    the loss weight `mask_floor`. Settings that the further `subjects` do not have hold for them too.
     """
 
     subjects: list[SubjectSettings] = []
@@ -41,6 +42,7 @@ class Data(SubjectSettings):
     token_pieces: int = Field(default=1, ge=1)
     captions: Literal["auto", "files", "templates"] = "auto"
     templates: list[str] = ["a photo of {token} {noun}"]
+    trigger: str = Field(default="", max_length=200)
     long_captions: Literal["refuse", "cut"] = "refuse"
     resolution: int | None = Field(default=None, ge=8, le=4096)  # pixels; None: the base's own
     shape: Literal["square", "buckets"] = "square"
@@ -58,6 +60,15 @@ class Data(SubjectSettings):
     edit_dropout: float = Field(
         default=0.05, ge=0, le=1 / 3
     )  # probability of dropping only the image, only the instruction, and both
+
+    @field_validator("trigger")
+    @classmethod
+    def _calls(cls, value: str) -> str:
+        if value.strip() and "{token}" not in value:
+            raise ValueError(
+                f"{value!r} has no {{token}}: write the words that call the style, such as 'in {{token}} style'"
+            )
+        return value.strip()
 
     @property
     def all_subjects(self) -> list[SubjectSettings]:

@@ -36,13 +36,18 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class ClassSet:
-    """The class images of one noun: what to draw, at `resolution` pixels a side, with the base of this hash."""
+    """The class images of one noun: what to draw, at `resolution` pixels a side, with the base of this hash.
+
+    `captions`: if there are any, image n is drawn for number n % len(captions) of them instead of the class prompt.
+    """
 
     prior: ClassImages
     noun: str
     resolution: int
     base_hash: str
     particulars: Mapping[str, Any] = field(default_factory=dict)  # `Drawing.particulars` of the base
+
+    captions: tuple[str, ...] = ()
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -55,12 +60,16 @@ class ClassSet:
         """The class prompt, with the noun filled in."""
         return self.prior.prompt.replace("{noun}", self.noun)
 
+    def prompt_of(self, index: int) -> str:
+        """Returns the prompt of image number `index`."""
+        return self.captions[index % len(self.captions)] if self.captions else self.prompt
+
     @cached_property
     def made_of(self) -> dict[str, Any]:
         """The settings that decide the images, for the manifest. The batch size (`chunk`) affects the last bits."""
         return {
             "base": self.base_hash,
-            "prompt": self.prompt,
+            **({"prompts": list(self.captions)} if self.captions else {"prompt": self.prompt}),
             "negative": self.prior.negative,
             "sampler": self.prior.sampler,
             "steps": self.prior.steps,
@@ -75,7 +84,8 @@ class ClassSet:
     def folder(self) -> Path:
         """The user's folder, or one in the cache with a hash of `made_of` in its name."""
         key = hashlib.sha256(json.dumps(self.made_of, sort_keys=True).encode()).hexdigest()[:12]
-        return self.prior.folder or cache_dir() / "class-images" / f"{_slug(self.noun)}-{key}"
+        name = "captions" if self.captions else _slug(self.noun)
+        return self.prior.folder or cache_dir() / "class-images" / f"{name}-{key}"
 
     def is_users_own(self) -> bool:
         """Returns whether the folder holds the user's own images: images without a manifest."""
@@ -96,7 +106,7 @@ def class_images(family: Family, wanted: ClassSet, processes: Processes = ALONE)
             changed afterwards.
     """
     if wanted.is_users_own():
-        return scan(wanted.folder)
+        return _users_own(wanted)
     folder, count, size = wanted.folder, wanted.prior.count, wanted.prior.batch_size
     manifest = _manifest(wanted)
     _refuse_changed(folder, manifest["pictures"])
@@ -129,13 +139,22 @@ def check_set(wanted: ClassSet, photos: Sequence[Photo] = ()) -> None:
         _refuse_changed(wanted.folder, _manifest(wanted)["pictures"])
         return
     subjects = {photo.digest for photo in photos}
-    shared = [photo.path.name for photo in scan(wanted.folder) if photo.digest in subjects]
+    shared = [photo.path.name for photo in _users_own(wanted) if photo.digest in subjects]
     if shared:
         raise BadInput(
             f"prior.folder={wanted.folder} holds photos of the subject ({', '.join(shared[:3])}"
             f"{', ...' if len(shared) > 3 else ''}), which would make the whole class look like it: give images of "
             f"other things of its kind, or leave prior.folder out and the base draws them"
         )
+
+
+def _users_own(wanted: ClassSet) -> list[Photo]:
+    if wanted.captions:
+        raise BadInput(
+            f"prior.folder {wanted.folder} holds images of your own, but prior.prompt has {{caption}}, and nothing "
+            "says which caption each image fits: leave prior.folder out, or write a prompt that fits them all"
+        )
+    return scan(wanted.folder)
 
 
 def seed_of(index: int) -> int:
@@ -193,7 +212,7 @@ def _draw_chunks(family: Family, wanted: ClassSet, files: list[Path], chunks: li
 
 def _draw_chunk(family: Family, wanted: ClassSet, files: list[Path], chunk: range) -> None:
     seeds = [seed_of(index) for index in chunk]
-    images = draw(family, [wanted.prompt] * len(chunk), wanted.sampling, seeds=seeds)
+    images = draw(family, [wanted.prompt_of(index) for index in chunk], wanted.sampling, seeds=seeds)
     for file, image in zip(files, images, strict=True):
         if file.is_file():
             continue

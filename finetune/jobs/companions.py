@@ -12,6 +12,7 @@ from finetune.export.settings import UNCHECKED
 from finetune.families.source import resolve_base
 from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
+from finetune.runs.record import RunRecord
 
 
 def write_companions(folder: RunFolder) -> None:
@@ -54,7 +55,7 @@ def _card(folder: RunFolder) -> Card:
     return Card(
         title=recipe.run.name if whole or recipe.method.is_adapter else f"{recipe.run.name}-lora",
         trigger=info.trigger,
-        activation=(info.model_copy(update={"token": Path(word).stem}) if words else info).trigger,
+        activation=(_called(info, Path(word).stem) if words else info).trigger,
         loading=loading,
         family=info.family,
         base=public_name(recipe.base.source),
@@ -68,6 +69,11 @@ def _card(folder: RunFolder) -> Card:
             for item in listed
         ],
     )
+
+
+def _called(info: RunRecord, token: str) -> RunRecord:
+    """The record with another token."""
+    return info.model_copy(update={"token": token, "style": info.style.replace(info.token, token)})
 
 
 def _pictures(folder: RunFolder, prompt: int) -> list[Path]:

@@ -17,9 +17,8 @@ from finetune.data.masks import Masks
 from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
 from finetune.families.base import Family
 from finetune.jobs.class_sets import ClassSet, class_images
-from finetune.jobs.prepare import Prepared, class_set
+from finetune.jobs.prepare import Prepared, class_sets
 from finetune.training.peers import joined
-from finetune.training.priors.class_images import ClassImages
 from finetune.training.step import PromptEncoder
 
 
@@ -73,25 +72,24 @@ def make_streams(job: Prepared) -> list[list[Sample]]:
     ]
     if images is None:
         return [subject]
-    nouns = job.class_nouns.items()
-    return [subject, [sample for each in nouns for sample in _classes(job, images, *each)]]
+    return [subject, [sample for wanted in class_sets(job) for sample in _classes(job, wanted)]]
 
 
-def _classes(job: Prepared, prior: ClassImages, prompt: str, noun: str | None) -> list[Sample]:
-    """The class images of one noun, captioned with its class prompt."""
-    wanted = class_set(job, prior, noun)
+def _classes(job: Prepared, wanted: ClassSet) -> list[Sample]:
+    """The class images of a set, captioned with what they were drawn for."""
+    prior = wanted.prior
     images = class_images(job.family, wanted, _shares(wanted))
     sizes = sorted(set(job.sizes))  # a class image is used in steps of every bucket
-    of = f" of {noun}" if len(job.class_nouns) > 1 else ""
+    of = f" of {wanted.noun or None}" if len(job.class_nouns) > 1 and not wanted.captions else ""
     return [
         Sample(
             [crop for size in sizes for crop in make_crops(image, size, "center", 1, prior.flip, job.recipe.run.seed)],
-            [prompt],
+            [wanted.prompt_of(number)],
             prior.weight,
             prior.caption_dropout,
             f"class image {image.path.name}{of}",
         )
-        for image in images
+        for number, image in enumerate(images)
     ]
 
 

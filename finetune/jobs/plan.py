@@ -18,6 +18,7 @@ from finetune.jobs.subjects import Subject
 from finetune.objectives.registry import build_objective
 from finetune.runs.plan import Cut, Plan, PlannedBucket, PlannedClassImages, PlannedSubject
 from finetune.training.accelerate import resolve_precision
+from finetune.training.priors.base import CAPTION
 
 CROPPED = 0.1  # the plan mentions a square crop that cuts away a larger share of a photo
 
@@ -37,7 +38,8 @@ def plan(job: Prepared) -> Plan:
         family=family.name,
         prediction=family.schedule.prediction,
         subjects=[
-            PlannedSubject(token=s.token, noun=s.noun, photos=len(s.photos), captions=s.summary) for s in job.subjects
+            PlannedSubject(token=s.token, noun=s.noun, photos=len(s.photos), captions=s.summary, style=s.trigger)
+            for s in job.subjects
         ],
         prompts=list(dict.fromkeys(text for texts in job.captions for text in texts))[:5],
         unused=_unused(job),
@@ -54,7 +56,7 @@ def plan(job: Prepared) -> Plan:
         drawn_from=_drawn_from(job),
         enlarged=enlarged(job.photos, job.sizes if buckets else job.resolution),
         class_images=_class_images(job),
-        prior=recipe.prior.cost(method, family, " or ".join(job.class_nouns)),
+        prior=recipe.prior.cost(method, family, CAPTION if recipe.prior.of_captions else " or ".join(job.class_nouns)),
         timesteps=objective.describe(),
         method=method.kind,
         parts=list(method.part_names(family)),
@@ -95,6 +97,10 @@ def _class_images(job: Prepared) -> PlannedClassImages | None:
     images = job.recipe.prior.class_images
     if images is None:
         return None
+    if job.class_captions:
+        triggers = list(dict.fromkeys(subject.trigger for subject in job.subjects))
+        several, times = len(job.class_captions), _seen(job) / images.count
+        return PlannedClassImages(prompts=triggers, count=images.count, times=times, captions=several)
     times = _seen(job) / images.count / len(job.class_nouns)
     return PlannedClassImages(prompts=list(job.class_nouns), count=images.count, times=times)
 

@@ -21,14 +21,14 @@ from finetune.families.base import Family
 from finetune.families.digests import base_hash as base_hash_of
 from finetune.jobs.base_effect import without_effect_on
 from finetune.jobs.class_sets import ClassSet, check_set
-from finetune.jobs.subjects import Subject, caption_subjects, scan_subjects
+from finetune.jobs.subjects import Subject, caption_subjects, refuse_unclear, scan_subjects
 from finetune.jobs.words import refuse_words
 from finetune.objectives.registry import build_objective
 from finetune.sampling.draw import check_sampling
 from finetune.sampling.given import DrawnFrom, Given, open_given
 from finetune.sampling.settings import Sampling
 from finetune.training.accelerate import resolve_precision
-from finetune.training.priors.class_images import ClassImages
+from finetune.training.priors.base import CAPTION
 
 
 @dataclass
@@ -87,9 +87,27 @@ class Prepared:
         """Returns the class prompt of a subject, or an empty text if the prior has none."""
         return subject.fill(next(iter(self.recipe.prior.prompts), ""))
 
+    @cached_property
+    def plain_captions(self) -> list[list[str]]:
+        """The prior's class prompts of each photo: its captions without the trigger. Empty without such a prior."""
+        if not self.recipe.prior.of_captions:
+            return []
+        return [
+            [self.class_prompt_of(subject).replace(CAPTION, text or "") for text in item.plain]
+            for subject in self.subjects
+            for item in subject.captioned
+        ]
+
+    @property
+    def class_captions(self) -> tuple[str, ...]:
+        """Every different one of `plain_captions`, sorted."""
+        return tuple(sorted({text for texts in self.plain_captions for text in texts}))
+
     @property
     def class_nouns(self) -> dict[str, str | None]:
         """Class prompt -> noun, for each different class prompt, in the order of the subjects."""
+        if self.recipe.prior.of_captions:
+            return dict.fromkeys(self.class_captions)
         nouns: dict[str, str | None] = {}
         for subject in self.subjects:
             nouns.setdefault(self.class_prompt_of(subject), subject.noun)
@@ -97,7 +115,9 @@ class Prepared:
 
     @property
     def class_prompts(self) -> dict[str, str]:
-        """Name of a photo (see `names`) -> class prompt of its subject."""
+        """Name of a photo (see `names`) -> class prompt of its subject, or of the photo itself."""
+        if self.recipe.prior.of_captions:
+            return {name: texts[0] for name, texts in zip(self.names, self.plain_captions, strict=True)}
         prompts = [self.class_prompt_of(subject) for subject in self.subjects for _ in subject.photos]
         return dict(zip(self.names, prompts, strict=True))
 
@@ -167,15 +187,16 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     if not begun:
         _refuse_useless(recipe, family)
     subjects = caption_subjects(recipe, family, scanned)
+    if recipe.prior.of_captions:
+        refuse_unclear(subjects)
     if not begun:
         refuse_words(recipe, family, subjects)
     masks = {path: mask for subject in subjects for path, mask in subject.masks.items()}
     base_hash = base_hash_of(family.folder)
     named = _named_images(recipe, family, resolution)
     job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs, drawn_from=named)
-    if images is not None:
-        for noun in job.class_nouns.values():
-            check_set(class_set(job, images, noun), [] if begun else job.photos)
+    for wanted in class_sets(job):
+        check_set(wanted, [] if begun else job.photos)
     return job
 
 
@@ -187,10 +208,16 @@ def _named_images(recipe: Recipe, family: Family, resolution: int) -> DrawnFrom 
     return open_given(family, given, sample.sampling(resolution), "sample.", sample.image_guidance)
 
 
-def class_set(job: Prepared, images: ClassImages, noun: str | None) -> ClassSet:
-    """The class images of one noun, as this base draws them."""
+def class_sets(job: Prepared) -> list[ClassSet]:
+    """The class images of the prior, as this base draws them: a set for each noun, or one for all captions."""
+    images = job.recipe.prior.class_images
+    if images is None:
+        return []
     particulars = job.family.drawing.particulars(images.negative)
-    return ClassSet(images, noun or "", job.resolution, job.base_hash, particulars)
+    common = (job.resolution, job.base_hash, particulars)
+    if job.class_captions:
+        return [ClassSet(images, "", *common, job.class_captions)]
+    return [ClassSet(images, noun or "", *common) for noun in job.class_nouns.values()]
 
 
 def _refuse_useless(recipe: Recipe, family: Family) -> None:

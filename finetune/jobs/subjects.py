@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
 from finetune.data import tokens
-from finetune.data.captions import Captioned, caption_photos, summarise
+from finetune.data.captions import Captioned, Words, caption_photos, summarise
 from finetune.data.masks import Mask, find_masks
 from finetune.data.photos import Photo, scan_lenient
 from finetune.data.settings import Data, SubjectSettings
@@ -31,13 +31,17 @@ class Scanned:
 
 @dataclass(frozen=True)
 class Subject:
-    """A subject with its token and captions. `summary` is a sentence about where the captions come from."""
+    """A subject with its token and captions. `summary` is a sentence about where the captions come from.
+
+    `trigger`: the words that call a style, with the token in them; empty for other subjects.
+    """
 
     token: str
     noun: str | None
     captioned: list[Captioned]
     masks: dict[Path, Mask]
     summary: str
+    trigger: str = ""
 
     @property
     def photos(self) -> list[Photo]:
@@ -112,12 +116,23 @@ def caption_subjects(recipe: Recipe, family: Family, scanned: Sequence[Scanned])
 def _caption(recipe: Recipe, family: Family, found: Scanned, token: str) -> Subject:
     data, noun = recipe.data, found.settings.class_noun
     with _in_folder(data, found.settings, found.folder):
-        captioned = caption_photos(
-            found.photos, captions=data.captions, templates=data.templates, token=token, noun=noun
-        )
+        words = Words(token, noun, data.trigger)
+        captioned = caption_photos(found.photos, captions=data.captions, templates=data.templates, words=words)
         _refuse_long(recipe, family, captioned)
-    summary = "; ".join(text for text in (summarise(captioned, token), found.left_out) if text)
-    return Subject(token, noun, captioned, found.masks, summary)
+    summary = "; ".join(text for text in (summarise(captioned, words), found.left_out) if text)
+    return Subject(token, noun, captioned, found.masks, summary, words.fill(data.trigger))
+
+
+def refuse_unclear(subjects: Sequence[Subject]) -> None:
+    """Raises: BadInput: a caption has the token but not the trigger, so its text without the trigger is not known."""
+    for subject in subjects:
+        unclear = [item.photo.path.name for item in subject.captioned if None in item.plain]
+        if unclear:
+            raise BadInput(
+                f"the caption of {', '.join(unclear)} has the token {subject.token!r} but not the words of "
+                f"data.trigger ({subject.trigger!r}), so prior.prompt can't leave these words out of it: write them "
+                "exactly so, or leave the token out of the caption"
+            )
 
 
 def _refuse_long(recipe: Recipe, family: Family, captioned: list[Captioned]) -> None:

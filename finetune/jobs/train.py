@@ -252,11 +252,14 @@ def resume(
 
 def _info(job: Prepared) -> RunRecord:
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
-    several = [RecordedSubject(token=s.token, class_noun=s.noun, photos=len(s.photos)) for s in job.subjects]
+    several = [
+        RecordedSubject(token=s.token, class_noun=s.noun, photos=len(s.photos), style=s.trigger) for s in job.subjects
+    ]
     planned = plan(job)
     return RunRecord(
         token=job.token,
         class_noun=job.noun,
+        style=job.subjects[0].trigger,
         family=job.family.name,
         base=job.recipe.base.source,
         base_hash=job.base_hash,

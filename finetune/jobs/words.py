@@ -12,6 +12,7 @@ from finetune.data.tokens import special_in
 from finetune.families.base import Family
 from finetune.jobs.subjects import Subject
 from finetune.runs.record import RunRecord
+from finetune.training.priors.base import CAPTION
 
 PLACEHOLDER = re.compile(r"\{\s*[\w-]+\s*\}")
 ADVICE = "write {token} or {noun}, or leave the braces out"
@@ -75,7 +76,7 @@ def _refuse_templates_without_token(recipe: Recipe, subjects: Sequence[Subject])
     """A method that learns a word learns nothing from a prompt without it."""
     used = any(item.source == "template" for subject in subjects for item in subject.captioned)
     without = [template for template in recipe.data.templates if "{token}" not in template]
-    if used and without:
+    if used and without and not recipe.data.trigger:
         raise BadInput(
             f"data.templates has {without[0]!r} without {{token}}, and method.kind {recipe.method.kind} learns "
             "nothing but that word: write {token} into it"
@@ -85,11 +86,12 @@ def _refuse_templates_without_token(recipe: Recipe, subjects: Sequence[Subject])
 def _refuse_unknown(recipe: Recipe, subjects: Sequence[Subject]) -> None:
     """What is left in braces after {token} and {noun} were filled in."""
     for subject in subjects:
+        _refuse_braces("data.trigger", [subject.trigger])
         for item in subject.captioned:
             where = "data.templates" if item.source == "template" else f"the caption of {shown(item.photo.path.name)}"
             _refuse_braces(where, item.captions)
         _refuse_braces("sample.prompts", map(subject.fill, recipe.sample.prompts))
-        _refuse_braces("prior.prompt", map(subject.fill, recipe.prior.prompts))
+        _refuse_braces("prior.prompt", [subject.fill(text).replace(CAPTION, "") for text in recipe.prior.prompts])
     _refuse_braces("sample.negative", [recipe.sample.negative])
     if recipe.prior.class_images is not None:
         _refuse_braces("prior.negative", [recipe.prior.class_images.negative])

@@ -11,6 +11,7 @@ from finetune.core.files import write_text
 from finetune.core.records import checks_of
 from finetune.export.settings import UNCHECKED
 from finetune.report.pictures import class_image_tags, input_tags, photo_tags, row
+from finetune.report.styles import with_and_without
 from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import read_inputs
@@ -48,6 +49,14 @@ tr:has(td+td) td{display:block;padding:2px 0;border:0!important}tr:has(th+th){di
 """
 
 
+CHECK = {  # whether it is a style -> what to look at
+    False: "Check three things: the subject looks like the photos; it is where the prompt puts it; the class without "
+    "the token still looks as before.",
+    True: "Check three things: with the style's words, images look like the drawings; they still show what the prompt "
+    "says; prompts without these words look as before.",
+}
+
+
 def write_report(path: Path, with_captions: bool = False, *, step: int | None = None, out: Path | None = None) -> Path:
     """Builds the page of a run folder; whatever is missing there is left out.
 
@@ -72,6 +81,7 @@ def write_report(path: Path, with_captions: bool = False, *, step: int | None = 
         _before_after(folder, info, step, linked),
         _previews(path, info, step, linked),
         _plan(info),
+        with_and_without(path, info, _after(path, step)),
         _curves([row for row in metrics if step is None or row["step"] <= step]),
         _exports(path, step),
         _next_steps(path, info) if step is None else _next_steps_of(path, info, step),
@@ -109,9 +119,11 @@ def _accepted(path: Path) -> str:
 def _head(info: RunRecord) -> str:
     words = [name or "?" for name in info.names]
     title = ", ".join(f"“{escape(name)}”" for name in words)
-    shown = " or ".join(f"<b>{escape(name)}</b>" for name in words)
+    prompts = [info.example(name) for name in words] if info.is_style else words
+    shown = " or ".join(f"<b>{escape(prompt)}</b>" for prompt in prompts)
+    what = f"Write {title} in a prompt to get the style: {shown}." if info.is_style else ""
     return (
-        f"<h1>{title}</h1><p class=soft>Write {shown} in a prompt to get the subject. Trained on "
+        f"<h1>{title}</h1><p class=soft>{what or f'Write {shown} in a prompt to get the subject.'} Trained on "
         f"{escape(info.public_base)} ({escape(info.family)}), {info.resolution} pixels.</p>"
     )
 
@@ -127,7 +139,8 @@ def _subject(path: Path, info: RunRecord, with_captions: bool) -> str:
     classes = f"{planned.count} of {' and of '.join(map(repr, planned.prompts))}" if planned else "some of them"
     base = f"<p class=soft>Class images, drawn by the base before training: {escape(classes)}.</p>" if drawn else ""
     return (
-        f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} photos; {prompts}"
+        f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} "
+        f"{'drawings' if info.is_style else 'photos'}; {prompts}"
         f"{base}<div class=small>{drawn}</div></div>"
     )
 
@@ -228,7 +241,7 @@ def _some(items: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
 
 def _before_after(folder: RunFolder, info: RunRecord, step: int | None, linked: bool) -> str:
     path = folder.path
-    before, after = path / "samples" / "before", path / "samples" / ("after" if step is None else f"step-{step:06d}")
+    before, after = path / "samples" / "before", _after(path, step)
     if not after.is_dir():
         return ""
     rows = [_drawn_from(after, path)]
@@ -241,8 +254,7 @@ def _before_after(folder: RunFolder, info: RunRecord, step: int | None, linked: 
     click = " Click an image for its full size." if linked else ""
     return (
         f"<h2>Before and after</h2><p class=soft>The same prompts at the same seeds. {escape(_how_drawn(folder))}{click} "
-        "Check three things: the subject looks "
-        "like the photos; it is where the prompt puts it; the class without the token still looks as before.</p>"
+        f"{CHECK[info.is_style]}</p>"
         f"<div class=card>{''.join(rows)}</div>"
     )
 
@@ -251,6 +263,11 @@ def _drawn_from(folder: Path, run: Path) -> str:
     """What the base has read besides the prompts, where it reads anything."""
     read = input_tags(folder, run)
     return f"<p class=prompt>All of them are drawn from</p><div class=row>{read}</div>" if read else ""
+
+
+def _after(path: Path, step: int | None) -> Path:
+    """The folder with the images after training, or after a step of it."""
+    return path / "samples" / ("after" if step is None else f"step-{step:06d}")
 
 
 def _exports(path: Path, step: int | None) -> str:
@@ -292,7 +309,7 @@ def _shell_name(path: Path) -> str:
 def _prompt(info: RunRecord) -> str:
     """A prompt for a command, with the options for what else the base must be given."""
     edits = info.reads == ["image"]
-    text = f"make it {info.names[0]}" if edits else f"a photo of {info.names[0]} in the city"
+    text = f"make it {info.names[0]}" if edits else info.example(info.names[0])
     read = [name for name in ("image", "mask", "depth") if name in info.reads]
     return _typed(text) + "".join(f" --{name} {name}.png" for name in read)
 

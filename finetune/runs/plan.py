@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from finetune.core.files import public_name
+from finetune.data.captions import with_trigger
 from finetune.families.toy import expectation
 
 PlanRows = dict[str, Any]  # label -> a text, a number or a list of texts
@@ -20,12 +21,25 @@ class Record(BaseModel):
 
 
 class PlannedSubject(Record):
-    """One subject of the plan. `captions` is a sentence about where its captions come from."""
+    """One subject of the plan. `captions` is a sentence about where its captions come from.
+
+    `style`: the words that call a style, such as "in zwx style"; empty for other subjects.
+    """
 
     token: str
     noun: str | None
     photos: int
     captions: str
+    style: str = ""
+
+    @property
+    def called(self) -> str:
+        """What to write in a prompt."""
+        if self.style:
+            return (
+                f"{self.token} (a style: write {self.style!r} in prompts, as {with_trigger('a house', self.style)!r})"
+            )
+        return f"{self.token} (class noun: {self.noun or 'none'})"
 
 
 class Cut(Record):
@@ -49,11 +63,24 @@ class PlannedBucket(Record):
 
 
 class PlannedClassImages(Record):
-    """`count` images for each prompt in `prompts`; training sees each image `times` times."""
+    """`count` images for each prompt in `prompts`; training sees each image `times` times.
+
+    With `captions`, there are `count` images for that many captions, which are without the words in `prompts`.
+    """
 
     prompts: list[str]
     count: int
     times: float
+    captions: int = 0
+
+    @property
+    def sets(self) -> str:
+        """The images in words, without any caption."""
+        if self.captions:
+            without = " or ".join(repr(words) for words in self.prompts)
+            few = f"the first {self.count} of " if self.count < self.captions else ""
+            return f"{self.count} for {few}{self.captions} different captions without {without}"
+        return " and ".join(f"{self.count} of {prompt!r}" for prompt in self.prompts)
 
 
 class Plan(Record):
@@ -118,8 +145,7 @@ def _rows(plan: Plan, base: str, prompts: PlanRows) -> PlanRows:
     found |= {"expect": expected} if expected else {}
     found |= {**_subject_rows(plan), **prompts}
     if len(plan.subjects) == 1:
-        subject = plan.subjects[0]
-        found["token"] = f"{subject.token} (class noun: {subject.noun or 'none'})"
+        found["token"] = plan.subjects[0].called
     found["resolution"] = plan.resolution
     found["steps"] = _steps(plan)
     found["each photo"] = _times(plan)
@@ -144,8 +170,7 @@ def _subject_rows(plan: Plan) -> PlanRows:
     if len(plan.subjects) == 1:
         return {"subject": plan.subjects[0].captions}
     return {
-        f"subject {number}": f"{_photos_of(subject.photos)}, token {subject.token} (class noun: "
-        f"{subject.noun or 'none'}); {subject.captions}"
+        f"subject {number}": f"{_photos_of(subject.photos)}, token {subject.called}; {subject.captions}"
         for number, subject in enumerate(plan.subjects, 1)
     }
 
@@ -180,8 +205,7 @@ def _data_rows(plan: Plan) -> PlanRows:
         found["enlarged"] = plan.enlarged
     if plan.class_images is not None:
         images = plan.class_images
-        sets = " and ".join(f"{images.count} of {prompt!r}" for prompt in images.prompts)
-        found["class images"] = f"{sets}, each seen {images.times:.1f} times"
+        found["class images"] = f"{images.sets}, each seen {images.times:.1f} times"
     return found
 
 

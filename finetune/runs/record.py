@@ -11,17 +11,19 @@ from finetune.core.errors import BadInput
 from finetune.core.files import public_name, write_json
 from finetune.core.reading import BadText, read_json
 from finetune.core.records import Values, migrated
+from finetune.data.captions import with_trigger, without_trigger
 from finetune.runs.plan import Plan, PlanRows, Record, shared_rows
 
 SCHEMA = 1
 
 
 class RecordedSubject(Record):
-    """One of several subjects. `photos` is its number of photos."""
+    """One of several subjects. `photos` is its number of photos, `style` the words that call it if it is a style."""
 
     token: str
     class_noun: str | None
     photos: int
+    style: str = ""
 
 
 class RunRecord(Record):
@@ -29,12 +31,14 @@ class RunRecord(Record):
 
     `plan` holds the rows that were printed. `planned` is the plan as a record, or None in an older file. `captions`
     holds the captions of each photo, in the order of `photos` (paths). `subjects` is empty for a single subject;
-    `token` and `class_noun` belong to the first. `resolution` is in pixels. `reads` is what the base must be given
+    `token`, `class_noun` and `style` belong to the first. `resolution` is in pixels. `style` holds the words that
+    call a style, such as "in zwx style"; it is empty for other subjects. `reads` is what the base must be given
     besides a prompt: "image", "mask", "depth".
     """
 
     token: str = ""
     class_noun: str | None = None
+    style: str = ""
     family: str = ""
     base: str = ""
     base_hash: str = ""
@@ -53,9 +57,30 @@ class RunRecord(Record):
 
     @property
     def names(self) -> list[str]:
-        """The words for each subject in a prompt, such as "zwx mug"."""
-        called = [(subject.token, subject.class_noun) for subject in self.subjects]
-        return [" ".join(text for text in pair if text) for pair in called or [(self.token, self.class_noun)]]
+        """The words for each subject in a prompt, such as "zwx mug", or "in zwx style"."""
+        called = [(subject.style, subject.token, subject.class_noun) for subject in self.subjects]
+        called = called or [(self.style, self.token, self.class_noun)]
+        return [style.lstrip(" ,;:") or " ".join(text for text in pair if text) for style, *pair in called]
+
+    @property
+    def is_style(self) -> bool:
+        """Whether the run learns styles, and no things."""
+        return bool(self.style)
+
+    def example(self, name: str) -> str:
+        """Returns a prompt with one of `names`."""
+        return with_trigger("a house", name) if self.is_style else f"a photo of {name} in the city"
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Returns the numbers of the prompts with a style that are there without it too: (with, without)."""
+        plain = {prompt: number for number, prompt in enumerate(self.prompts)}
+        styles = [name for name in self.names if self.is_style]
+        found = [
+            (number, plain.get(without_trigger(prompt, name) or ""))
+            for number, prompt in enumerate(self.prompts)
+            for name in styles
+        ]
+        return [(number, other) for number, other in found if other is not None]
 
     @property
     def trigger(self) -> str:

@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 
 from finetune.core.errors import BadInput
-from finetune.data.captions import Captioned, caption_photos, caption_rows, summarise
+from finetune.data.captions import Captioned, Words, caption_photos, caption_rows, summarise
 from finetune.data.photos import scan
 
 
 def captioned(
     folder: Path, mode: str = "auto", noun: str | None = "mug", template: str = "a {token}"
 ) -> list[Captioned]:
-    return caption_photos(scan(folder), captions=mode, templates=[template], token="sks", noun=noun)
+    return caption_photos(scan(folder), captions=mode, templates=[template], words=Words("sks", noun))
 
 
 def test_the_summary_counts_and_warns_of_a_missing_token(photos: Path) -> None:
-    assert summarise(captioned(photos), "sks") == "0 of 3 photos captioned by files, 3 by templates"
+    assert summarise(captioned(photos), Words("sks", "mug")) == "0 of 3 photos captioned by files, 3 by templates"
     (photos / "0.txt").write_text("a sks mug")
-    assert "WARNING" not in summarise(captioned(photos), "sks")
+    assert "WARNING" not in summarise(captioned(photos), Words("sks", "mug"))
     (photos / "1.txt").write_text("two tasks on a desk")  # the letters are there, the token is not
-    summary = summarise(captioned(photos), "sks")
+    summary = summarise(captioned(photos), Words("sks", "mug"))
     assert summary.startswith("2 of 3 photos captioned by files, 1 by templates; WARNING")
     assert "1.png" in summary
     assert "0.png" not in summary

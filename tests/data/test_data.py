@@ -13,7 +13,7 @@ from finetune.core.batch import Latents
 from finetune.core.errors import BadInput
 from finetune.core.processes import Processes
 from finetune.data.batches import Batches
-from finetune.data.captions import caption_photos
+from finetune.data.captions import Words, caption_photos
 from finetune.data.crops import Crop, make_crops
 from finetune.data.photos import open_image, read_photo, scan
 from finetune.data.samplers import Sample, ShuffleSampler
@@ -55,7 +55,7 @@ def test_no_folder_and_no_pictures(tmp_path: Path) -> None:
 
 
 def captioned(folder: Path, mode: str = "auto", templates: tuple[str, ...] = ("a photo of {token} {noun}",)) -> list:
-    return caption_photos(scan(folder), captions=mode, templates=templates, token="zwx", noun="mug")
+    return caption_photos(scan(folder), captions=mode, templates=templates, words=Words("zwx", "mug"))
 
 
 def test_captions_from_files_and_templates(photos: Path) -> None:

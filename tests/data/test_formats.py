@@ -14,7 +14,7 @@ from test_train import LORA, settings
 
 from finetune.config.load import parse_recipe
 from finetune.core.errors import BadInput
-from finetune.data.captions import Captioned, caption_photos, caption_sources
+from finetune.data.captions import Captioned, Words, caption_photos, caption_sources
 from finetune.data.leftovers import leftovers, listed
 from finetune.data.photos import BadImage, companion, image_files, open_image, read_photo, scan
 from finetune.data.settings import Data
@@ -31,7 +31,7 @@ HEIC = b"\0\0\0\x18ftypheic" + bytes(100)
 
 
 def captioned(folder: Path, mode: str = "auto") -> dict[str, Captioned]:
-    made = caption_photos(scan(folder), captions=mode, templates=["a {token}"], token="sks", noun="mug")
+    made = caption_photos(scan(folder), captions=mode, templates=["a {token}"], words=Words("sks", "mug"))
     return {item.photo.path.name: item for item in made}
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from finetune.training.regularizers import PriorContext, Regularizer
 
 
+CAPTION = "{caption}"  # in a class prompt: the photo's caption without the words of data.trigger
+
+
 class PriorSettings(Settings, ABC):
     """The settings of a prior, in a recipe's `prior:` section. A new one is a file with a subclass and its `kind`.
 
@@ -31,6 +34,11 @@ class PriorSettings(Settings, ABC):
     needs_distance: ClassVar[bool] = False
 
     kind: str
+
+    @property
+    def of_captions(self) -> bool:
+        """Whether the class prompt is made of each photo's caption without the trigger: `prompt` has {caption}."""
+        return any(CAPTION in prompt for prompt in self.prompts)
 
     @property
     def prompts(self) -> list[str]:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 class ClassImages(PriorSettings):
     """Prior preservation with class images (arXiv:2208.12242 eq. 2), drawn once by the frozen base.
 
+    With `prompt: "{caption}"`, `count` images are drawn for the captions of the photos without the words of
+    `data.trigger`, in turn. They keep prompts without a style as they were.
+
     `folder`: None stores the images in the cache, under a hash of all settings that determine them. A folder with the
     user's own images (without a manifest) is used unchanged. `caption_dropout` replaces some class captions by empty
     ones, so that the empty prompt does not learn the subject and guidance keeps the class unchanged.

@@ -18,8 +18,9 @@ class FrozenBase(PriorSettings):
     """Prior preservation without class images: the trained model must keep the base's prediction for the class prompt.
 
     The penalty is lambda w_t |pred(z_t, t, c_class) - stop_grad(pred_base(z_t, t, c_class))|^2 (arXiv:2506.06483),
-    with the subject's own noisy latents z_t. `caption_dropout` replaces some class prompts by empty ones, so that the
-    prediction for the empty prompt, and with it guidance, stays too.
+    with the subject's own noisy latents z_t. With `prompt: "{caption}"`, c_class is the photo's caption without the
+    words of `data.trigger`. `caption_dropout` replaces some class prompts by empty ones, so that the prediction for
+    the empty prompt, and with it guidance, stays too.
     """
 
     predictions: ClassVar[int] = 2
@@ -41,4 +42,5 @@ class FrozenBase(PriorSettings):
 
     def cost(self, method: Method, family: Family, class_prompt: str) -> str:
         extra = held("a frozen copy of the trained parts", method.reference_bytes(family))
-        return f"keeps the base's prediction for {class_prompt!r}: one more training and forward pass a step{extra}"
+        prompt = "each caption without the trigger" if self.of_captions else repr(class_prompt)
+        return f"keeps the base's prediction for {prompt}: one more training and forward pass a step{extra}"
