@@ -35,7 +35,7 @@ def target_of(out: str | Path, name: str) -> Target:
         BadInput: it is empty, has another ending, or leads through a file.
     """
     text, path = str(out), Path(out)
-    if not text.strip() or not path.name and not path.is_dir():
+    if not text.strip() or (not path.name and not path.is_dir()):
         raise BadInput(f"--out {text!r} names no file: give a path such as new{ENDING}")
     blocking = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
     if blocking is not None:
