@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,6 +24,9 @@ TITLES = {  # in the order in which equally fitting ones are chosen
     "sd3.5-medium": "SD3.5 medium", "sd3.5-large": "SD3.5 large", "flux-dev": "Flux.1 [dev]",
     "flux-schnell": "Flux.1 [schnell]",
 }  # fmt: skip
+# what only a UNet's names hold, and only a transformer's; a file of text encoders holds neither
+UNET = ("unet.", "unet_down_blocks", "unet_mid_block", "unet_up_blocks", "unet_input_", "unet_middle_", "unet_output_")
+TRANSFORMER = ("transformer.", "diffusion_model.", "unet_joint_", "unet_double_", "unet_single_", "unet_final_")
 LONE_ENCODER, MISNAMED_ENCODER = "lora_te", "lora_te1"  # kohya's names for the only text encoder of SD1, SD2
 BASE_HASH = "finetune_base_hash"  # in the headers of our own files
 Shapes = Mapping[str, Mapping[str, torch.Size]]  # module -> the shapes of its matrices, "a" and "b"
@@ -66,19 +70,16 @@ def chosen_base(path: Path, shapes: Shapes, metadata: Mapping[str, str], base: s
         return Compared(folder, f"the base {base}", _has_weights(folder))
     if metadata.get(BASE_HASH) and is_base_of(resolve_base("tiny"), metadata[BASE_HASH]):
         return Compared(resolve_base("tiny"), "the tiny base, which its header names")
-    fits = published_fits(shapes)
     named = named_family(metadata)
-    ours = {name: fit for name, fit in fits.items() if family_of(PUBLISHED / name).name == named}
-    for among in (ours, fits):
-        best = best_fits(among, len(shapes))
-        families = {family_of(PUBLISHED / name).name for name in best}
-        if len(families) == 1:
-            return published(best[0])
-        if families:
-            raise BadInput(
-                f"{path} fits several published models ({', '.join(TITLES[name] for name in best)}) and its header "
-                "names none: say which with --base BASE"
-            )
+    ours = published_fits(shapes, named) if named else {}
+    best = best_fits(ours, len(shapes)) or best_fits(published_fits(shapes), len(shapes))
+    if len({family_of(PUBLISHED / name).name for name in best}) > 1:
+        raise BadInput(
+            f"{path} fits several published models ({', '.join(TITLES[name] for name in best)}) and its header names "
+            "none: say which with --base BASE"
+        )
+    if best:
+        return published(best[0])
     if any(fit.known for fit in ours.values()):
         return published(max(ours, key=lambda name: (ours[name].fits, ours[name].known)))
     raise BadInput(
@@ -96,9 +97,16 @@ def compared_by_itself(folder: Path) -> str:
     return published(folder.name).line if folder.parent == PUBLISHED else ""
 
 
-def published_fits(shapes: Shapes) -> dict[str, Fit]:
-    """Published model -> how the file's modules fit it, in the order of preference."""
-    return {name: fit_of(shapes, PUBLISHED / name) for name in TITLES}
+def published_fits(shapes: Shapes, family: str | None = None) -> dict[str, Fit]:
+    """Published model, of one family or of all -> how the file's modules fit it, in the order of preference."""
+    unet, transformer = (any(mark in name for name in shapes for mark in marks) for marks in (UNET, TRANSFORMER))
+    marked = unet != transformer
+    return {
+        name: _fit(shapes, name)
+        for name in TITLES
+        if family in (None, family_of(PUBLISHED / name).name)
+        and (not marked or unet == (PUBLISHED / name / "unet").is_dir())
+    }
 
 
 def best_fits(fits: Mapping[str, Fit], modules: int) -> list[str]:
@@ -107,11 +115,17 @@ def best_fits(fits: Mapping[str, Fit], modules: int) -> list[str]:
     return [name for name, fit in fits.items() if fit.fits == most] if 2 * most > modules else []
 
 
-def fit_of(shapes: Shapes, folder: Path) -> Fit:
-    names, weights = accepted_names(folder), weight_shapes(folder)
-    known = [name for name in shapes if plain(name) in names]
-    fits = sum(_fits(shapes[name], weight_of(names[plain(name)], weights)) for name in known)
-    return Fit(fits, len(known))
+def _fit(shapes: Shapes, name: str) -> Fit:
+    sizes = _published_sizes(name)
+    known = [name for name in shapes if plain(name) in sizes]
+    return Fit(sum(_fits(shapes[name], sizes[plain(name)]) for name in known), len(known))
+
+
+@cache
+def _published_sizes(name: str) -> dict[str, torch.Size]:
+    """Every module name that trainers write for a published model -> the shape of its weight."""
+    weights = weight_shapes(PUBLISHED / name)
+    return {key: weight_of(place, weights) for key, place in accepted_names(PUBLISHED / name).items()}
 
 
 def weight_of(place: Place, weights: Mapping[str, Mapping[str, torch.Size]]) -> torch.Size:
