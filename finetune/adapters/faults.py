@@ -27,7 +27,7 @@ FAULTS = {
     "one-matrix": "modules without their {} matrix",
     "another-shape": "modules with another shape than in the base",
     "one-by-one": "3x3 convolutions whose down matrix is 1x1",
-    "exchanged": "modules whose down and up matrices are exchanged",
+    "exchanged": "modules whose down and up matrices are exchanged (or transposed, if square)",
     "transposed": "modules whose matrices are transposed",
     "twice": "modules that are in the file twice, under two names",
     "other-method": "keys of {}, which a reader of plain LoRA drops or misreads",

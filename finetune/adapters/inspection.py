@@ -15,7 +15,7 @@ from finetune.adapters.bases import accepted_names, chosen_base, weight_of
 from finetune.adapters.checks import another_base, header_family, mixed_names, odd_alphas
 from finetune.adapters.faults import BEARABLE, HEADER_ALPHA, HEADER_RANK, NO_ALPHA
 from finetune.adapters.header import HeaderScales
-from finetune.adapters.keys import Modules, by_module, is_lora, plain
+from finetune.adapters.keys import OLD_DIFFUSERS, Modules, by_module, is_lora, plain
 from finetune.adapters.pairs import Faulty, Pair, pair_of, scaled
 from finetune.adapters.peft_folder import inspect_folder
 from finetune.adapters.result import Inspection, dtype_name
@@ -96,6 +96,8 @@ def _inspect(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], b
     mixed_names(found, known)
     another_base(found, shapes, reader.sizes, reader.read)
     header_family(found)
+    if found.kind == OLD_DIFFUSERS:
+        found.notes.append("these keys have no alpha: the scripts that wrote them used the rank")
     found.judge(list(modules.held))
     return found
 
@@ -149,7 +151,8 @@ class _Reader:
                 self.found.fault(HEADER_RANK, name)
             if scale is not None and abs(scale - 1) > 1e-6:
                 self.header.append(name)
-        if scale is None and not FAMILIES[self.found.family].naming.scale_in_matrices:
+        settled = FAMILIES[self.found.family].naming.scale_in_matrices or self.found.kind == OLD_DIFFUSERS
+        if scale is None and not settled:
             self.found.fault(NO_ALPHA, name)
         scale = 1.0 if scale is None else scale  # some files carry their scale in the matrices
         self.found.scales[round(scale, 6)] += 1

@@ -27,6 +27,7 @@ OTHERS = {
 }  # fmt: skip
 # the oldest scripts name the attention's processor: X.attn1.processor.to_q_lora.down.weight
 PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+OLD_DIFFUSERS = "old diffusers"
 BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")  # a UNet's names, which old files have without "unet."
 
 
@@ -50,7 +51,7 @@ class Modules:
         dotted = sum("." in name for name in self.held)
         if dotted and dotted < len(self.held):
             return "a mixture of two formats"
-        return "old diffusers" if self.old else "diffusers" if dotted else "kohya"
+        return OLD_DIFFUSERS if self.old else "diffusers" if dotted else "kohya"
 
 
 def is_lora(keys: list[str]) -> bool:

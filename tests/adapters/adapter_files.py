@@ -17,7 +17,7 @@ from finetune.families.naming.clip import add_text_model
 from finetune.families.registry import family_of, weight_shapes
 
 Tensors = dict[str, Tensor]
-WORDS = ("to_q", "to_k", "to_out_0", "conv1", "self_attn_q_proj", "attn_qkv", "attn_proj", "linear1", "_mlp_fc1")
+WORDS = ("to_q", "to_k", "to_out_0", "conv1", "self_attn_q_proj", "attn_qkv", "attn2_qkv", "attn_proj", "linear1", "_mlp_fc1")
 
 
 def pair(shape: torch.Size, rank: int, made: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,8 @@ def saved(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) 
 
 def scales_header(prefix: str, rank: int, alpha: float) -> dict[str, str]:
     """The header in which diffusers keeps peft.LoraConfig."""
-    return {"lora_adapter_metadata": json.dumps({f"{prefix}.r": rank, f"{prefix}.lora_alpha": alpha})}
+    config = {"r": rank, "lora_alpha": alpha, "target_modules": ["to_q"]}
+    return {"lora_adapter_metadata": json.dumps({f"{prefix}.{key}": value for key, value in config.items()})}
 
 
 Spoil = Callable[[Tensors], object]

@@ -156,8 +156,8 @@ def test_convert_and_back_without_a_base(tmp_path: Path) -> None:
 
 
 def test_adapters_of_two_bases_are_not_merged(tmp_path: Path) -> None:
-    one = saved(kohya_file(published("sd3.5-medium"), 40), tmp_path / "m.safetensors")
-    other = saved(kohya_file(published("sd3.5-large"), 60), tmp_path / "l.safetensors")
+    one = saved(kohya_file(published("sd3.5-medium"), 7), tmp_path / "m.safetensors")
+    other = saved(kohya_file(published("sd3.5-large"), 7), tmp_path / "l.safetensors")
     code, message = run(["merge", str(one), str(other), "--out", str(tmp_path / "sum")])
     assert code == 2
     assert "SD3.5 medium" in message
