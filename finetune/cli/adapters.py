@@ -128,7 +128,7 @@ def resize(
     from finetune.adapters.operations import about_of, write
     from finetune.adapters.targets import check_adapter_formats, target_of
 
-    if (rank is None) == (energy is None) or energy != energy:
+    if (rank is None) == (energy is None):
         raise BadInput("resize needs either --rank or --energy: give one of them, such as --rank 8")
     target = target_of(out, _stem(file))
     check_adapter_formats(to or [])

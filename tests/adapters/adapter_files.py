@@ -17,7 +17,18 @@ from finetune.families.naming.clip import add_text_model
 from finetune.families.registry import family_of, weight_shapes
 
 Tensors = dict[str, Tensor]
-WORDS = ("to_q", "to_k", "to_out_0", "conv1", "self_attn_q_proj", "attn_qkv", "attn2_qkv", "attn_proj", "linear1", "_mlp_fc1")
+WORDS = (
+    "to_q",
+    "to_k",
+    "to_out_0",
+    "conv1",
+    "self_attn_q_proj",
+    "attn_qkv",
+    "attn2_qkv",
+    "attn_proj",
+    "linear1",
+    "_mlp_fc1",
+)
 
 
 def pair(shape: torch.Size, rank: int, made: torch.Generator) -> tuple[Tensor, Tensor]:
