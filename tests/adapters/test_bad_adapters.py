@@ -27,7 +27,7 @@ def base(tiny_bases: dict[str, Path]) -> Path:
 
 @pytest.fixture
 def sound(base: Path) -> Tensors:
-    return {key: value for key, value in kohya_file(base).items() if key.startswith((QUERY, "lora_te"))}
+    return {key: value for key, value in kohya_file(base).items() if "mid_block" in key}
 
 
 def header_of(text: bytes, claimed: int | None = None) -> bytes:
@@ -173,7 +173,6 @@ def test_values_beyond_a_precision_are_refused_before_writing(sound: Tensors, ba
     file = saved(sound, tmp_path / "large.safetensors")
     arguments = ["convert", str(file), "--dtype", "fp16", "--base", str(base), "--out", str(tmp_path / "out")]
     refused(arguments, "too large for fp16", tmp_path, {file})
-    assert run([*arguments[:2], *arguments[4:]])[0] == 0
 
 
 @pytest.mark.parametrize(
