@@ -67,7 +67,7 @@ def chosen_base(path: Path, shapes: Shapes, metadata: Mapping[str, str], base: s
     """
     if base is not None:
         folder = resolve_base(base)
-        return Compared(folder, f"the base {base}", _has_weights(folder))
+        return Compared(folder, f"the base {base}", has_weights(folder))
     if metadata.get(BASE_HASH) and is_base_of(resolve_base("tiny"), metadata[BASE_HASH]):
         return Compared(resolve_base("tiny"), "the tiny base, which its header names")
     named = named_family(metadata)
@@ -157,5 +157,6 @@ def _fits(held: Mapping[str, torch.Size], weight: torch.Size) -> bool:
     )
 
 
-def _has_weights(folder: Path) -> bool:
+def has_weights(folder: Path) -> bool:
+    """Whether a diffusers folder holds weights, and not configs alone."""
     return any(folder.glob("*/*.safetensors")) or any(folder.glob("*/*.bin"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from finetune.adapters.algebra import combine, extract, resize
+from finetune.adapters.bases import has_weights
 from finetune.adapters.faults import STATES, with_faults
 from finetune.adapters.header import predicts_v
 from finetune.adapters.inspection import inspect_adapter, open_adapter
@@ -93,7 +94,7 @@ def write(
     own = {"title": target.name, "trigger_phrase": "", "resolution": ""} | about
     v_prediction = own.pop("prediction", "") == "v" or scheduler.get("prediction_type") == "v_prediction"
     request = Request(target.folder, target.name, dtype, own, v_prediction, force=True)
-    bench = _bench(adapter, any(adapter.base_folder.glob("*/*.safetensors")))
+    bench = _bench(adapter, has_weights(adapter.base_folder))
     return [item for wanted, path in paths.items() for item in export_adapter(adapter, request, [wanted], bench, path)]
 
 
