@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from finetune.adapters.header import named_family
-from finetune.adapters.keys import plain
+from finetune.adapters.keys import without_wrapper
 from finetune.core.errors import BadInput
 from finetune.export.lora.diffusers import prefixes
 from finetune.export.lora.kohya import Place, key_of, places
@@ -117,8 +117,8 @@ def best_fits(fits: Mapping[str, Fit], modules: int) -> list[str]:
 
 def _fit(shapes: Shapes, name: str) -> Fit:
     sizes = _published_sizes(name)
-    known = [name for name in shapes if plain(name) in sizes]
-    return Fit(sum(_fits(shapes[name], sizes[plain(name)]) for name in known), len(known))
+    known = [name for name in shapes if without_wrapper(name) in sizes]
+    return Fit(sum(_fits(shapes[name], sizes[without_wrapper(name)]) for name in known), len(known))
 
 
 @cache

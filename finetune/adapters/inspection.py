@@ -15,13 +15,13 @@ from finetune.adapters.bases import accepted_names, chosen_base, weight_of
 from finetune.adapters.checks import another_base, header_family, mixed_names, odd_alphas
 from finetune.adapters.faults import BEARABLE, HEADER_ALPHA, HEADER_RANK, NO_ALPHA
 from finetune.adapters.header import HeaderScales
-from finetune.adapters.keys import OLD_DIFFUSERS, Modules, by_module, is_lora, plain
-from finetune.adapters.pairs import Faulty, Pair, pair_of, scaled
+from finetune.adapters.keys import OLD_DIFFUSERS, Modules, by_module, is_lora, without_wrapper
+from finetune.adapters.pairs import Faulty, pair_of, with_scale
 from finetune.adapters.peft_folder import inspect_folder
 from finetune.adapters.result import Inspection, dtype_name
 from finetune.core.errors import BadInput
 from finetune.export.base import Adapter
-from finetune.export.lora.kohya import ALPHA, Place, keys_of, split
+from finetune.export.lora.kohya import ALPHA, Pair, Place, keys_of, split
 from finetune.families.registry import FAMILIES, weight_shapes
 
 __all__ = ["accepted_names", "inspect_adapter", "open_adapter"]
@@ -75,7 +75,7 @@ def _inspect(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], b
     shapes = {name: {role: value.shape for role, value in held.items()} for name, held in modules.held.items()}
     compared = chosen_base(path, shapes, metadata, base)
     family, names = compared.family, accepted_names(compared.folder)
-    known = {name: names[plain(name)] for name in modules.held if plain(name) in names}
+    known = {name: names[without_wrapper(name)] for name in modules.held if without_wrapper(name) in names}
     found = Inspection(
         path=path,
         kind=modules.kind,
@@ -122,7 +122,7 @@ class _Reader:
             place = known[name]
             try:
                 pair = pair_of(modules.held[name], weight_of(place, weights))
-                pair = scaled(pair, self._scale(name, place, modules.held[name], len(pair[0])))
+                pair = with_scale(pair, self._scale(name, place, modules.held[name], len(pair[0])))
             except Faulty as error:
                 self.found.fault(error.fault, name, of=error.of)
                 self.sizes |= {name: error.sizes} if error.sizes else {}

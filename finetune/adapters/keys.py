@@ -78,7 +78,7 @@ def by_module(tensors: Mapping[str, Tensor]) -> Modules:
     return found
 
 
-def plain(name: str) -> str:
+def without_wrapper(name: str) -> str:
     """A diffusers name without the wrapper that some encoders have."""
     prefix, dot, rest = name.partition(".")
     return f"{prefix}.{strip_text_model(rest)}" if dot else name

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-Pair = tuple[Tensor, Tensor]
+from finetune.export.lora.kohya import Pair
 
 
 class Faulty(ValueError):
@@ -44,7 +44,7 @@ def pair_of(held: Mapping[str, Tensor], weight: torch.Size) -> Pair:
     return a.reshape(len(a), *weight[1:]), b.reshape(*b.shape[:2], *([1] * (len(weight) - 2)))
 
 
-def scaled(pair: Pair, scale: float) -> Pair:
+def with_scale(pair: Pair, scale: float) -> Pair:
     """The pair with its scale in B.
 
     Raises:
