@@ -8,13 +8,20 @@ from pathlib import Path
 import torch
 
 from finetune.adapters.algebra import combine, extract, resize
-from finetune.adapters.inspection import Inspection, inspect_adapter, open_adapter
+from finetune.adapters.bases import has_weights
+from finetune.adapters.faults import STATES, with_faults
+from finetune.adapters.header import predicts_v
+from finetune.adapters.inspection import inspect_adapter, open_adapter
+from finetune.adapters.keys import is_lora
+from finetune.adapters.result import Inspection
+from finetune.adapters.targets import Target, paths_of, target_of
 from finetune.core.devices import DTYPES, machine
 from finetune.core.errors import BadInput
 from finetune.export.adapter import export_adapter
 from finetune.export.base import Adapter, Bench, Exported, Request
 from finetune.export.decompose import Kept, unloaded
-from finetune.export.registry import EXPORTS, check_formats, model_exports
+from finetune.export.lora.kohya import keys_of
+from finetune.export.registry import model_exports
 from finetune.export.verify import BOUNDS, apply_adapter, read_by_diffusers
 from finetune.families.configs import read_config
 from finetune.families.registry import family_of
@@ -22,31 +29,42 @@ from finetune.families.source import load_family, resolve_base
 
 # diffusers raises these on files that it can't read
 READER_ERRORS = (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError)
+LARGEST_FP16 = 65504.0
 
 
-def verify_file(path: Path, base: str) -> Inspection:
-    """Runs `inspect_adapter`, and adds a verdict for diffusers, which loads the file into a clean base."""
+def verify_file(path: Path, base: str | None = None) -> Inspection:
+    """Runs `inspect_adapter`, and adds a verdict for diffusers, which loads the file into a clean base if there is one
+    with weights."""
     found = inspect_adapter(path, base)
-    if path.is_dir():
-        found.verdicts["diffusers"] = ("unknown", "it reads such folders part by part through PEFT: not tried here")
-        return found
-    if found.adapter is None:
-        found.verdicts["diffusers"] = ("refused", "nothing fits")
-        return found
-    try:
-        check = read_by_diffusers(found.adapter, found.adapter, path, _coarsest(found.dtypes), _bench(found.adapter))
-    except AssertionError:  # diffusers' reader of joined matrices only accepts the sizes of the real Flux.1
-        found.verdicts["diffusers"] = ("unknown", "its reader of such keys only accepts the full-size model")
-        return found
-    except READER_ERRORS as error:
-        found.verdicts["diffusers"] = ("refused", " ".join(str(error).split())[:160])
-        return found
-    found.verdicts["diffusers"] = ("fully" if check.passed else "partly", check.message)
+    state, why = _read_by_diffusers(found)
+    felt = with_faults({"diffusers": (state, why)}, found.by_name, found.header_scale)["diffusers"]
+    tried = state in ("partly", "refused")  # what the loader did counts more than what is known of it
+    found.verdicts["diffusers"] = (state, why) if tried and STATES.index(state) <= STATES.index(felt[0]) else felt
     return found
 
 
-def _bench(adapter: Adapter) -> Bench:
-    return Bench(*machine(), lambda dtype: load_family(str(adapter.base_folder), dtype=dtype))
+def _read_by_diffusers(found: Inspection) -> tuple[str, str]:
+    """What diffusers' own loader does with the file: ("fully", "partly", "refused" or "unknown"; the reason)."""
+    if found.kind == "peft":
+        return "unknown", "it reads such folders part by part through PEFT: not tried here"
+    if found.adapter is None or "another-base" in found.faults:
+        return "unknown", "not tried"
+    if not found.compared.weights:
+        return "unknown", "not tried: give --base, and it loads the file"
+    adapter = found.adapter
+    try:
+        check = read_by_diffusers(adapter, adapter, found.path, _coarsest(found.dtypes), _bench(adapter))
+    except AssertionError:  # diffusers' reader of joined matrices only accepts the sizes of the real Flux.1
+        return "unknown", "its reader of such keys only accepts the full-size model"
+    except READER_ERRORS as error:
+        return "refused", " ".join(str(error).split())[:160]
+    return "fully" if check.passed else "partly", check.message
+
+
+def _bench(adapter: Adapter, weights: bool = True) -> Bench:
+    """Without the base's weights, written files are read again and compared, and not loaded by diffusers."""
+    folder = str(adapter.base_folder)
+    return Bench(*machine(), lambda dtype: load_family(folder, dtype=dtype), "full" if weights else "deltas")
 
 
 def _coarsest(found: Sequence[str]) -> torch.dtype:
@@ -55,54 +73,68 @@ def _coarsest(found: Sequence[str]) -> torch.dtype:
 
 
 def write(
-    adapter: Adapter, out: Path, formats: Sequence[str], dtype: str, force: bool, about: dict[str, str]
+    adapter: Adapter, out: Path | Target, formats: Sequence[str], dtype: str, force: bool, about: dict[str, str]
 ) -> list[Exported]:
-    """Writes the adapter in each format and checks it. `out` is a path without ending; each format adds its own.
+    """Writes the adapter in each format and checks it. `out` is a target, or a path as `target_of` reads it.
 
     Raises:
-        BadInput: a format is unknown, or a file already exists and `force` is not set.
+        BadInput: a format is unknown, a file already exists and `force` is not set, or `dtype` can't hold the values.
+            Nothing is written then.
     """
-    scheduler = read_config(adapter.base_folder, "scheduler/scheduler_config.json")
-    folder = out.parent
-    for wanted in formats:
-        check_formats([wanted])
-        path = EXPORTS[wanted]().path(folder, out.name, adapter.family)
+    target = out if isinstance(out, Target) else target_of(out, adapter.family)
+    formats = list(dict.fromkeys(formats))
+    paths = paths_of(target, formats, adapter.family)
+    for path in paths.values():
         if path.exists() and not force:
             raise BadInput(f"{path} already exists: give another --out, or pass --force")
-    own = {"title": out.name, "trigger_phrase": "", "resolution": ""} | about
-    v_prediction = scheduler.get("prediction_type") == "v_prediction"
-    request = Request(folder, out.name, dtype, own, v_prediction, force=True)
-    return export_adapter(adapter, request, list(formats), _bench(adapter))
+        if path.is_dir() and path == target.file:
+            raise BadInput(f"{path} is a folder: give another --out")
+    _check_range(adapter, dtype)
+    scheduler = read_config(adapter.base_folder, "scheduler/scheduler_config.json")
+    own = {"title": target.name, "trigger_phrase": "", "resolution": ""} | about
+    v_prediction = own.pop("prediction", "") == "v" or scheduler.get("prediction_type") == "v_prediction"
+    request = Request(target.folder, target.name, dtype, own, v_prediction, force=True)
+    bench = _bench(adapter, has_weights(adapter.base_folder))
+    return [item for wanted, path in paths.items() for item in export_adapter(adapter, request, [wanted], bench, path)]
+
+
+def _check_range(adapter: Adapter, dtype: str) -> None:
+    """Raises BadInput if a matrix has values that `dtype` can't hold."""
+    limit = LARGEST_FP16 if dtype == "fp16" else float(torch.finfo(DTYPES[dtype]).max)
+    written = adapter.balanced() if dtype == "fp16" else adapter
+    for part, module, a, b in written.modules():
+        largest = max(float(a.abs().max()), float(b.abs().max()) * max(1.0, abs(adapter.scale)))
+        if not largest <= limit:
+            advice = "pass --dtype fp32" if dtype != "fp32" else "give smaller weights"
+            raise BadInput(f"{part} {module} would hold {largest:.1e}, too large for {dtype}: {advice}")
 
 
 def about_of(found: Inspection) -> dict[str, str]:
-    """The metadata that a converted file keeps: the trigger and the resolution, nothing private."""
+    """The metadata that a converted file keeps: the trigger, the resolution and what the base predicts, nothing
+    private."""
     metadata = found.metadata
     return {
         "trigger_phrase": metadata.get("modelspec.trigger_phrase", ""),
         "resolution": metadata.get("modelspec.resolution", ""),
-    }
+    } | ({"prediction": "v"} if predicts_v(metadata) else {})
 
 
-def weighted(text: str) -> tuple[Path, float]:
-    """Parses FILE or FILE:WEIGHT; the default weight is 1.
+def merged(files: Sequence[tuple[Path, float]], base: str | None, rank: int | None) -> tuple[Adapter, Kept | None]:
+    """The weighted sum of adapters as one adapter, reduced to `rank` if given, and how much of the sum it keeps (None
+    if nothing was reduced).
 
     Raises:
-        BadInput: there is no such file, and the text after the colon is not a number.
+        BadInput: a file can't be read without loss, or two are for different bases.
     """
-    name, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        return Path(name), float(number)
-    except ValueError as error:
-        raise BadInput(f"there is no file {text!r}, and {number!r} is not a weight: write FILE or FILE:0.7") from error
-
-
-def merged(files: Sequence[tuple[Path, float]], base: str, rank: int | None) -> tuple[Adapter, Kept | None]:
-    """The weighted sum of adapters as one adapter, reduced to `rank` if given, and how much of the sum it keeps (None
-    if nothing was reduced)."""
-    adapter = combine([(open_adapter(path, base)[0], weight) for path, weight in files])
+    opened = [(*open_adapter(path, base), weight) for path, weight in files]
+    (_, first, _), *others = opened
+    for _, found, _ in others:
+        if found.compared.folder != first.compared.folder:
+            raise BadInput(
+                f"{first.path} is for {first.compared.words} and {found.path} for {found.compared.words}: merge files "
+                "for one base, and name it with --base if these do fit it"
+            )
+    adapter = combine([(adapter, weight) for adapter, _, weight in opened])
     return resize(adapter, rank) if rank else (adapter, None)
 
 
@@ -115,7 +147,7 @@ def merged_model(
         BadInput: `out` already exists, or an adapter can't be read without loss.
     """
     if out.exists():
-        raise BadInput(f"{out} already exists: give another --out")
+        raise BadInput(f"{out} already exists, and a model is not overwritten: give another --out")
     adapters = [(open_adapter(path, base)[0], weight) for path, weight in files]
     family = load_family(base)
     for adapter, weight in adapters:
@@ -130,3 +162,17 @@ def extracted(model: str, base: str, rank: int) -> tuple[Adapter, Kept]:
     old, new = (resolve_base(source) for source in (base, model))
     unread, tuned = (unloaded(family_of(folder), folder, torch.float32) for folder in (old, new))
     return extract(unread, tuned, rank)
+
+
+def refuse_what_is_no_base(source: str) -> None:
+    """Raises:
+    BadInput: it is a LoRA or a run folder; the message names the command for it.
+    """
+    path = Path(source).expanduser()
+    if (path / "recipe.yaml").is_file():
+        raise BadInput(
+            f"{source} is a run folder, not a base: use `finetune report {source}`, or `finetune verify` for a file "
+            f"in {path / 'exports'}"
+        )
+    if any(path.glob("*/adapter_config.json")) or (path.is_file() and is_lora(keys_of(path))):
+        raise BadInput(f"{source} is a LoRA, not a base: use `finetune verify {source}`")

@@ -12,12 +12,16 @@ from finetune.core.logging import plain
 from finetune.export.settings import UNCHECKED
 
 if TYPE_CHECKING:
-    from finetune.export.base import Exported
+    from finetune.export.base import Adapter, Exported
     from finetune.export.decompose import Kept
 
+DTYPES = ("fp16", "fp32", "bf16")
 File = Annotated[Path, typer.Argument(help="a LoRA file from any trainer, or a PEFT folder", metavar="FILE")]
 BaseOption = Annotated[str, typer.Option("--base", help="tiny, a diffusers folder or a hub id")]
-Out = Annotated[Path, typer.Option("--out", help="output path and name, without a file extension")]
+Against = Annotated[
+    str | None, typer.Option("--base", help="tiny, a diffusers folder or a hub id; default: as the file tells")
+]
+Out = Annotated[str, typer.Option("--out", help="NEW.safetensors, FOLDER/ or a name without an ending")]
 To = Annotated[list[str] | None, typer.Option("--to", help="kohya, diffusers or peft; default: kohya")]
 Dtype = Annotated[str, typer.Option("--dtype", help="fp16, fp32 or bf16")]
 Force = Annotated[bool, typer.Option("--force", help="overwrite existing files")]
@@ -40,10 +44,12 @@ def inspect(
 
     Family, objective, schedule, resolution, encoders, sizes, licence.
     """
+    from finetune.adapters.operations import refuse_what_is_no_base
     from finetune.export.card import licence_of
     from finetune.families.facts import facts
     from finetune.families.source import resolve_base
 
+    refuse_what_is_no_base(source)
     folder = resolve_base(source, like=like)
     for name, value in (facts(folder) | {"licence": licence_of(folder) or "not stated in its folder"}).items():
         typer.echo(f"{name:>16}  {plain(str(value))}")
@@ -65,7 +71,7 @@ def plan(
         typer.echo(f"{name:>16}  {plain(str(value))}")
 
 
-def verify(file: File, base: BaseOption = "tiny") -> None:
+def verify(file: File, base: Against = None) -> None:
     """Show what a LoRA file is and which programs read it. Says what is wrong with it; the exit code is then 1."""
     from finetune.adapters.operations import verify_file
 
@@ -76,6 +82,7 @@ def verify(file: File, base: BaseOption = "tiny") -> None:
     )
     scales = ", ".join(f"{scale:g}" for scale in sorted(found.scales))
     typer.echo(f"{file}: {found.kind} LoRA for {found.family}, {found.size / 1e6:.2f} MB, {', '.join(found.dtypes)}")
+    typer.echo(f"  {found.compared.line}")
     for part, layers in (found.adapter.layers if found.adapter else {}).items():
         typer.echo(f"  {part}: {len(layers)} modules")
     typer.echo(f"  rank {ranks or 'unknown'}; scale (alpha / rank) {scales or 'unknown'}")
@@ -86,6 +93,8 @@ def verify(file: File, base: BaseOption = "tiny") -> None:
             typer.echo(f"  {key}: {plain(' '.join(found.metadata[key].split()))}")
     for reader, (state, why) in found.verdicts.items():
         typer.echo(f"  {reader:<12} {state}{f': {why}' if why else ''}")
+    for note in found.notes:
+        typer.echo(f"  note: {note}")
     for problem in found.problems:
         typer.echo(f"  PROBLEM: {problem.line}")
     if found.problems:
@@ -93,70 +102,105 @@ def verify(file: File, base: BaseOption = "tiny") -> None:
 
 
 def convert(
-    file: File, out: Out, to: To = None, base: BaseOption = "tiny",
+    file: File, out: Out, to: To = None, base: Against = None,
     dtype: Annotated[str | None, typer.Option(help="default: the file's own")] = None, force: Force = False,
 ) -> None:  # fmt: skip
     """Write a LoRA in other formats. Every written file is read back and compared."""
     from finetune.adapters.inspection import open_adapter
     from finetune.adapters.operations import about_of, write
+    from finetune.adapters.targets import check_adapter_formats, target_of
 
+    target = target_of(out, _stem(file))
+    check_adapter_formats(to or [])
+    wanted = _dtype(dtype or "fp32")
     adapter, found = open_adapter(file, base)
-    own = found.dtypes[0] if found.dtypes in (("fp32",), ("fp16",), ("bf16",)) else "fp32"
-    say_exported(write(adapter, out, to or ["kohya"], _dtype(dtype or own), force, about_of(found)))
+    if dtype is None and len(found.dtypes) == 1 and found.dtypes[0] in DTYPES:
+        wanted = found.dtypes[0]
+    _say_compared(adapter)
+    say_exported(write(adapter, target, to or ["kohya"], wanted, force, about_of(found)))
 
 
 def resize(
     file: File, out: Out, rank: Rank = None,
     energy: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="share to keep, such as 0.95")] = None,
-    to: To = None, base: BaseOption = "tiny", dtype: Dtype = "fp16", force: Force = False,
+    to: To = None, base: Against = None, dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
     """Reduce a LoRA to a smaller rank. An SVD does it: to --rank, or to the rank that keeps --energy."""
     from finetune.adapters.algebra import resize as smaller
     from finetune.adapters.inspection import open_adapter
     from finetune.adapters.operations import about_of, write
+    from finetune.adapters.targets import check_adapter_formats, target_of
 
     if (rank is None) == (energy is None):
         raise BadInput("resize needs either --rank or --energy: give one of them, such as --rank 8")
+    target = target_of(out, _stem(file))
+    check_adapter_formats(to or [])
+    _dtype(dtype)
     adapter, found = open_adapter(file, base)
     small, kept = smaller(adapter, rank, energy)
+    _say_compared(adapter)
     _say_kept(kept)
-    say_exported(write(small, out, to or ["kohya"], _dtype(dtype), force, about_of(found)))
+    say_exported(write(small, target, to or ["kohya"], dtype, force, about_of(found)))
 
 
 def merge(
     files: Annotated[list[str], typer.Argument(help="several of FILE or FILE:WEIGHT", metavar="FILE[:WEIGHT]...")],
-    out: Out, to: To = None, rank: Rank = None, base: BaseOption = "tiny", dtype: Dtype = "fp16", force: Force = False,
+    out: Out, to: To = None, rank: Rank = None, base: Against = None, dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
     """Merge LoRAs into one, or into their base. --to: kohya, diffusers or peft; or folder or checkpoint."""
-    from finetune.adapters.operations import merged, merged_model, weighted, write
+    from finetune.adapters.operations import merged, merged_model, write
+    from finetune.adapters.targets import check_adapter_formats, model_format, model_path, target_of, weighted
 
     pairs = [weighted(text) for text in files]
-    to = ["folder"] if to == ["diffusers-model"] else to  # the name that some users expect
-    if to in (["folder"], ["checkpoint"]):
-        path = out.with_name(f"{out.name}.safetensors") if to == ["checkpoint"] else out
-        say_exported([merged_model(pairs, base, path, _dtype(dtype), to[0])])
+    to = ["folder" if name == "diffusers-model" else name for name in to or ["kohya"]]  # a name that some expect
+    model, target = model_format(to, rank), target_of(out, "+".join(_stem(path) for path, _ in pairs))
+    _dtype(dtype)
+    if model is not None:
+        if base is None:
+            raise BadInput(f"--to {model} adds the LoRA to the base's weights: say where they are with --base BASE")
+        say_exported([merged_model(pairs, base, model_path(target, model), dtype, model)])
         return
+    check_adapter_formats(to)
     adapter, kept = merged(pairs, base, rank)
+    _say_compared(adapter)
     if kept:
         _say_kept(kept)
-    say_exported(write(adapter, out, to or ["kohya"], _dtype(dtype), force, {}))
+    say_exported(write(adapter, target, to, dtype, force, {}))
 
 
 def extract(
     model: Annotated[str, typer.Argument(help="a fine-tuned model: a diffusers folder or a hub id", metavar="MODEL")],
-    out: Out, rank: Annotated[int, typer.Option("--rank", min=1)] = 32, to: To = None, base: BaseOption = "tiny",
+    out: Out, rank: Annotated[int, typer.Option("--rank", min=1)] = 32, to: To = None, base: Against = None,
     dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
     """Write what a fine-tuned model changed as a LoRA. The error of that rank is printed."""
     from finetune.adapters.operations import extracted, write
+    from finetune.adapters.targets import check_adapter_formats, target_of
 
+    if base is None:
+        raise BadInput("extract subtracts the base's weights: say where they are with --base BASE")
+    target = target_of(out, _stem(Path(model)))
+    check_adapter_formats(to or [])
+    _dtype(dtype)
     adapter, kept = extracted(model, base, rank)
     _say_kept(kept)
-    say_exported(write(adapter, out, to or ["kohya"], _dtype(dtype), force, {}))
+    say_exported(write(adapter, target, to or ["kohya"], dtype, force, {}))
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".safetensors") or "adapter"
+
+
+def _say_compared(adapter: Adapter) -> None:
+    from finetune.adapters.bases import compared_by_itself
+
+    line = compared_by_itself(adapter.base_folder)
+    if line:
+        typer.echo(line)
 
 
 def _dtype(name: str) -> str:
-    if name not in ("fp16", "fp32", "bf16"):
+    if name not in DTYPES:
         raise BadInput(f"there is no --dtype {name!r}: use fp16, fp32 or bf16")
     return name
 

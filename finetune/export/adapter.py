@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -30,8 +31,10 @@ def adapter_from(method: Method, family: Family) -> Adapter:
     return Adapter(family.name, family.folder, layers, method.scale)
 
 
-def export_adapter(adapter: Adapter, request: Request, formats: Sequence[str], bench: Bench) -> list[Exported]:
-    """Writes each format, and checks it on `bench`.
+def export_adapter(
+    adapter: Adapter, request: Request, formats: Sequence[str], bench: Bench, file: Path | None = None
+) -> list[Exported]:
+    """Writes each format, and checks it on `bench`. `file`: the path in place of the one that the format chooses.
 
     Raises:
         BadInput: a format is unknown, or a file already exists and `request.force` is not set.
@@ -42,7 +45,7 @@ def export_adapter(adapter: Adapter, request: Request, formats: Sequence[str], b
     dtype, metadata = DTYPES[request.dtype], adapter_metadata(adapter, request.about, request.v_prediction)
     for wanted in formats:
         export = adapter_exports([wanted])[0]
-        path = export.path(request.folder, request.name, adapter.family)
+        path = file or export.path(request.folder, request.name, adapter.family)
         if path.exists() and not request.force:
             raise BadInput(f"{path} already exists: remove it, or pass --force")
         if path.is_dir():

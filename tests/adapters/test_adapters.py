@@ -21,7 +21,7 @@ from finetune.export.registry import EXPORTS, formats_for
 from finetune.export.verify import apply_adapter
 from finetune.families.configs import read_config
 from finetune.families.naming.ldm import unet_name
-from finetune.families.registry import FAMILIES
+from finetune.families.registry import FAMILIES, weight_shapes
 from finetune.families.source import load_family
 
 PARTS = ["denoiser", "text_encoders"]
@@ -78,19 +78,47 @@ def test_our_own_files_are_found_whole(name: str, tiny_bases: dict[str, Path], t
     assert inspect_adapter(tmp_path / paths(name)["peft"], str(tiny_bases[name])).verdicts["ComfyUI"][0] == "refused"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_form_for_uis_is_read_fully_by_all(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    written(tiny_bases[name], tmp_path, parts=["denoiser"])
-    found = verify_file(tmp_path / "x.safetensors", str(tiny_bases[name]))
-    assert found.kind == ("diffusers" if FAMILIES[name].naming.joined else "kohya")
-    known = FAMILIES[name].naming.readers is not None
-    assert {state for ui, (state, _) in found.verdicts.items() if ui != "diffusers"} == {
-        "fully" if known else "unknown"
-    }
-    assert found.verdicts["diffusers"][0] == "fully"
-    if FAMILIES[name].naming.joined:
-        joined = inspect_adapter(tmp_path / paths(name)["kohya"], str(tiny_bases[name]))
-        assert {state for state, _ in joined.verdicts.values()} == {"unknown"}
+# ComfyUI, Forge, A1111, InvokeAI, sdnext, as their loaders did (docs/exports.md)
+READ = {
+    ("sd1", "kohya"): "fully fully fully fully fully",
+    ("sd2", "kohya"): "fully fully fully fully fully",
+    ("sdxl", "kohya"): "fully fully fully fully fully",
+    ("sd1", "diffusers"): "partly refused unknown unknown unknown",
+    ("sdxl", "diffusers"): "partly refused unknown unknown unknown",
+    ("sdxl-refiner", "kohya"): "unknown unknown unknown unknown unknown",
+    ("flux", "kohya"): "fully fully refused fully fully",
+    ("flux", "diffusers"): "fully fully refused fully refused",
+    ("sd3", "kohya"): "fully fully refused refused refused",
+    ("sd3", "diffusers"): "fully refused partly refused refused",
+}
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in READ}))
+def test_each_ui_gets_the_verdict_of_its_loader(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    written(tiny_bases[name], tmp_path, ["kohya", "diffusers"], parts=["denoiser"], targets="attention")
+    for kind in [kind for named, kind in READ if named == name]:
+        found = inspect_adapter(tmp_path / paths(name)[kind], str(tiny_bases[name]))
+        assert " ".join(state for state, _ in found.verdicts.values()) == READ[name, kind], kind
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+def test_text_encoders_of_flux_cost_a_reader(kind: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """InvokeAI ends the generation at diffusers' keys of the encoder; sdnext drops kohya's whole file."""
+    written(tiny_bases["flux"], tmp_path, [kind], targets="attention")
+    verdicts = inspect_adapter(tmp_path / paths("flux")[kind], str(tiny_bases["flux"])).verdicts
+    assert verdicts["ComfyUI"][0] == verdicts["Forge"][0] == "fully"
+    assert verdicts["InvokeAI"][0] == ("refused" if kind == "diffusers" else "fully")
+    assert verdicts["sdnext"][0] == "refused"
+
+
+def test_a1111_loses_one_convolution_of_sdxl_under_diffusers_name(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    lost = "lora_unet_up_blocks_0_upsamplers_0_conv"
+    shape = weight_shapes(tiny_bases["sdxl"])["denoiser"]["up_blocks.0.upsamplers.0.conv"]
+    pair = {"lora_down.weight": torch.ones(2, *shape[1:]), "lora_up.weight": torch.ones(shape[0], 2, 1, 1)}
+    save_file({f"{lost}.{k}": v for k, v in (pair | {"alpha": torch.tensor(2.0)}).items()}, tmp_path / "x.safetensors")
+    verdicts = inspect_adapter(tmp_path / "x.safetensors", str(tiny_bases["sdxl"])).verdicts
+    assert verdicts["A1111"][0] == "partly"
+    assert {verdicts[ui][0] for ui in ("ComfyUI", "Forge", "InvokeAI", "sdnext")} == {"fully"}
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
@@ -193,7 +221,7 @@ def test_a_dropped_encoder_and_a_lost_prefix_are_told_by_reader(tiny_bases: dict
     found = inspect_adapter(tmp_path / "te1.safetensors", str(tiny_bases["sd1"]))
     assert found.problems == []
     assert {ui: state for ui, (state, _) in found.verdicts.items()} == {
-        "ComfyUI": "fully", "Forge/A1111": "fully", "InvokeAI": "partly", "sdnext": "partly",
+        "ComfyUI": "fully", "Forge": "fully", "A1111": "fully", "InvokeAI": "partly", "sdnext": "partly",
     }  # fmt: skip
     drop(tensors, "lora_te1_")
     save_file(tensors, tmp_path / "none.safetensors")
@@ -209,7 +237,7 @@ def test_unmatched_keys_by_reader(tiny_bases: dict[str, Path], tmp_path: Path) -
         if number == 11:
             few = inspect_adapter(tmp_path / "odd.safetensors", str(tiny_bases["sdxl"])).verdicts
     many = verify_file(tmp_path / "odd.safetensors", str(tiny_bases["sdxl"])).verdicts
-    assert (few["Forge/A1111"][0], many["Forge/A1111"][0]) == ("partly", "refused")
+    assert (few["Forge"][0], many["Forge"][0]) == ("partly", "refused")
     assert (few["ComfyUI"][0], few["InvokeAI"][0]) == ("partly", "refused")
 
 

@@ -1,0 +1,122 @@
+"""How well each UI reads a LoRA file without faults, by its family and its kind of keys.
+
+SD1, SD2, SDXL, Flux and SD3.5 medium were run against the loaders of ComfyUI (2025-10), Forge (2025-06), InvokeAI
+(2026-08), sdnext (2026-07) and a fork of A1111.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from finetune.adapters.bases import LONE_ENCODER, MISNAMED_ENCODER
+from finetune.adapters.faults import UIS, Verdict
+from finetune.families.registry import FAMILIES
+
+FORGE_LIMIT = 12  # with more unmatched keys, Forge ignores the whole file
+FULLY: Verdict = ("fully", "")
+UNETS = ("sd1", "sd2", "sdxl")
+TO_KOHYA = "convert it to kohya"
+LOST_BY_A1111 = "lora_unet_up_blocks_0_upsamplers_0_conv"  # of SDXL, under diffusers' name
+UNET_DIFFUSERS: tuple[Verdict, ...] = (
+    ("partly", f"it matches only some of these keys (measured on SDXL: 24 of 56): {TO_KOHYA}"),
+    ("refused", f"it does not read these keys: {TO_KOHYA}"),
+    ("unknown", f"not established for these keys: {TO_KOHYA}"),
+    ("unknown", f"not established for these keys: {TO_KOHYA}"),
+    ("unknown", f"not established for these keys: {TO_KOHYA}"),
+)
+NO_FLUX: Verdict = ("refused", "it has no Flux")
+NOTHING: Verdict = ("refused", f"it matches none of these keys: {TO_KOHYA}")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What a loader sees of a file: its family, the kind of its keys, its modules' names, the parts that they belong
+    to, the number of keys that fit nothing, and the scale of a header that says another than 1 ("")."""
+
+    family: str
+    kind: str
+    names: Sequence[str]
+    parts: Collection[str]
+    unknown: int = 0
+    header_scale: str = ""
+
+    @property
+    def has_texts(self) -> bool:
+        return any(part != "denoiser" for part in self.parts)
+
+
+def read_by(keys: Keys) -> dict[str, Verdict]:
+    """UI -> ("fully", "partly", "refused" or "unknown"; the reason)."""
+    if keys.kind == "peft":
+        return dict.fromkeys(UIS, ("refused", f"it reads single files: {TO_KOHYA}"))
+    rules: dict[str, Callable[[Keys], dict[str, Verdict]]] = {"flux": _flux, "sd3": _sd3}
+    rules |= dict.fromkeys(UNETS, _unet)
+    if keys.family not in rules:
+        return dict.fromkeys(UIS, ("unknown", f"not established for {keys.family}"))
+    if keys.kind not in ("kohya", "diffusers"):
+        return dict.fromkeys(UIS, ("unknown", f"not established for these keys: {TO_KOHYA}"))
+    return _without_unknown(keys, rules[keys.family](keys))
+
+
+def _without_unknown(keys: Keys, verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
+    """Corrects the verdicts for keys that fit nothing."""
+    if not keys.unknown:
+        return verdicts
+    found = {
+        ui: ("partly", f"{keys.unknown} keys are not loaded") if verdict[0] == "fully" else verdict
+        for ui, verdict in verdicts.items()
+    }
+    if keys.unknown > FORGE_LIMIT:
+        found["Forge"] = ("refused", f"{keys.unknown} keys are unmatched, more than {FORGE_LIMIT}")
+    naming = FAMILIES[keys.family].naming
+    for ui in naming.known_readers.refuse_unknown:
+        found[ui] = ("refused", f"unknown keys are an error for {naming.labels.sidecar}")
+    return found
+
+
+def _unet(keys: Keys) -> dict[str, Verdict]:
+    if keys.kind != "kohya":
+        found = dict(zip(UIS, UNET_DIFFUSERS, strict=True))
+        if keys.header_scale:
+            state, why = found["ComfyUI"]
+            found["ComfyUI"] = (state, f"{why}; and at scale 1 in place of the header's {keys.header_scale}")
+        return found
+    found = dict.fromkeys(UIS, FULLY)
+    lone = LONE_ENCODER in FAMILIES[keys.family].naming.prefixes.values()
+    silent = sum(name.startswith(f"{MISNAMED_ENCODER}_") for name in keys.names) if lone else 0
+    if silent:
+        wrong, right = f"{MISNAMED_ENCODER}_", f"{LONE_ENCODER}_"
+        why = f"it silently skips {silent} text-encoder modules ({wrong} instead of {right}): convert the file"
+        found["InvokeAI"] = found["sdnext"] = ("partly", why)
+    if keys.family == "sdxl" and LOST_BY_A1111 in keys.names:
+        found["A1111"] = ("partly", f"it does not load {LOST_BY_A1111}")
+    return found
+
+
+def _flux(keys: Keys) -> dict[str, Verdict]:
+    found = dict.fromkeys(UIS, FULLY) | {"A1111": NO_FLUX}
+    if keys.kind == "diffusers":
+        found["sdnext"] = NOTHING
+        if keys.has_texts:
+            found["InvokeAI"] = ("refused", "the text encoder's keys end the generation: convert it to kohya")
+    elif keys.has_texts:
+        found["sdnext"] = ("refused", "the text encoder's keys make it drop the whole file")
+    return found
+
+
+def _sd3(keys: Keys) -> dict[str, Verdict]:
+    found = dict.fromkeys(UIS, FULLY)
+    if keys.kind == "diffusers":
+        return found | {
+            "Forge": NOTHING,
+            "A1111": ("partly", "it loads only the attention of the image half"),
+            "InvokeAI": ("refused", "it takes the file for one of another model"),
+            "sdnext": NOTHING,
+        }
+    dual = any("attn2" in name for name in keys.names)
+    return found | {
+        "A1111": ("refused", "the alphas end the loading"),
+        "InvokeAI": ("refused", "it does not know such files"),
+        "sdnext": ("refused", "it does not know SD3.5's attn2") if dual else ("unknown", "not established for SD3"),
+    }
