@@ -165,7 +165,7 @@ def accepted_names(folder: Path) -> dict[str, Place]:
     for (part, name), place in places(folder).items():
         names[key_of(title, part, name)] = place
         if part == "denoiser":
-            names |= dict.fromkeys(family.naming.other_names(name, config), place)
+            names |= dict.fromkeys(family.naming.other_names(name, place.modules, config), place)
         elif family.naming.prefixes[part] == LONE_ENCODER:
             names[key_of(title, part, name).replace(f"{LONE_ENCODER}_", f"{MISNAMED_ENCODER}_", 1)] = place
     for part, modules in weight_shapes(folder).items():

@@ -59,6 +59,7 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
         ),
         {"denoiser": "lora_unet", "text_encoder_2": "lora_te2"},
         readers=None,
+        original=True,
     )
 
     def _time_ids(self, geometry: Sequence[Geometry]) -> Tensor:

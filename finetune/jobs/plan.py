@@ -57,9 +57,19 @@ def plan(job: Prepared) -> Plan:
         timesteps=objective.describe(),
         method=method.kind,
         parts=list(method.part_names(family)),
+        exports=_exports(job),
         precision=resolve_precision(recipe.run),
         repeatable=is_repeatable(family.device, recipe.run.deterministic),
     )
+
+
+def _exports(job: Prepared) -> str:
+    """What a LoRA file loses by its text encoders."""
+    recipe, family = job.recipe, job.family
+    lost = family.naming.known_readers.cost_of_texts
+    if "adapter" not in recipe.method.artifacts or set(recipe.method.part_names(family)) <= {"denoiser"} or not lost:
+        return ""
+    return f"because of the text encoder, {'; '.join(lost)}; method.parts=[denoiser] avoids it"
 
 
 def _unused(job: Prepared) -> list[str]:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from finetune.core.files import write_text
 from finetune.core.records import checks_of
@@ -200,10 +201,15 @@ def _exports(path: Path, step: int | None) -> str:
         size = item["size"] / 1e6
         rows.append(
             f"<tr><td>{escape(item['format'])}</td><td><code>{escape(item['path'])}</code></td><td>{size:.2f} MB</td>"
-            f"<td>{escape(', '.join(item['read_by']))}</td><td>{checks or UNCHECKED}</td></tr>"
+            f"<td>{'<br>'.join(escape(line) for line in _readers(item))}</td><td>{checks or UNCHECKED}</td></tr>"
         )
     head = "<tr><th>format</th><th>file</th><th>size</th><th>for</th><th>checks</th></tr>"
     return f"<h2>Files for other programs</h2><div class=card><table>{head}{''.join(rows)}</table></div>"
+
+
+def _readers(item: dict[str, Any]) -> list[str]:
+    """The programs that read a file, then a line for each that is known not to."""
+    return [", ".join(item["read_by"]), *item.get("limits", [])]
 
 
 def _a_format(path: Path) -> str:
@@ -250,7 +256,7 @@ def _next_steps(path: Path, info: RunRecord) -> str:
         )
     )
     places = (
-        "The kohya file goes to <code>ComfyUI/models/loras</code>, <code>stable-diffusion-webui/models/Lora</code> (A1111, "
+        "The kohya file (<code>NAME.safetensors</code>) goes to <code>ComfyUI/models/loras</code>, <code>stable-diffusion-webui/models/Lora</code> (A1111, "
         "Forge, sdnext) or InvokeAI's model manager. Use it with the base that it was trained on."
         if _a_format(path) != "embedding"
         else "The embedding goes to <code>ComfyUI/models/embeddings</code> or <code>stable-diffusion-webui/embeddings</code> "

@@ -29,7 +29,8 @@ class RunRecord(Record):
 
     `plan` holds the rows that were printed. `planned` is the plan as a record, or None in an older file. `captions`
     holds the captions of each photo, in the order of `photos` (paths). `subjects` is empty for a single subject;
-    `token` and `class_noun` belong to the first. `resolution` is in pixels.
+    `token` and `class_noun` belong to the first. `resolution` is in pixels. `started`: when the run began, in seconds
+    since 1970.
     """
 
     token: str = ""
@@ -47,6 +48,7 @@ class RunRecord(Record):
     prompts: list[str] = []
     guidance: float = 5.0
     versions: dict[str, str] = {}
+    started: float | None = None
 
     @property
     def names(self) -> list[str]:

@@ -5,24 +5,44 @@ The original code numbers all blocks in one sequence; diffusers nests them. Insi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune.families.naming.base import Naming, Readers
+from finetune.families.naming.base import Naming, Readers, Verdict
 
 SD_READERS = Readers(
     kohya=("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers"),
     embedding=("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers"),
 )
+SDXL_DIFFUSERS: Mapping[str, Verdict] = {
+    "ComfyUI": ("partly", "486 of 1,046 modules, 88 of them at a wrong strength"),
+    "Forge": ("refused", "too many unmatched keys"),
+}
+SDXL_READERS = replace(
+    SD_READERS,
+    refuse_unknown=("InvokeAI",),
+    others={"diffusers_format": SDXL_DIFFUSERS, "with_texts": SDXL_DIFFUSERS},
+)
 
 
 @dataclass(frozen=True)
 class UNetNaming(Naming):
-    """kohya's files use diffusers' names; other trainers write the original names in kohya's format."""
+    """kohya's files have diffusers' names for SD1 and SD2, and the original names for SDXL. Other trainers also write
+    the other way round.
 
-    def other_names(self, name: str, config: Mapping[str, Any]) -> list[str]:
-        return [f"{self.prefixes['denoiser']}_{unet_name(name, dict(config)).replace('.', '_')}"]
+    original: whether our files have the original names. With diffusers' names, A1111 loses a convolution of SDXL; a
+    file with both styles is refused by InvokeAI.
+    """
+
+    original: bool = False
+
+    def original_names(self, paths: Sequence[str], config: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {unet_name(path, dict(config)) if self.original else path: [path] for path in paths}
+
+    def other_names(self, name: str, modules: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+        other = modules[0] if self.original else unet_name(modules[0], dict(config))
+        return [f"{self.prefixes['denoiser']}_{other.replace('.', '_')}"]
 
 
 RESNET = {
