@@ -165,7 +165,7 @@ def accepted_names(folder: Path) -> dict[str, Place]:
     for (part, name), place in places(folder).items():
         names[key_of(title, part, name)] = place
         if part == "denoiser":
-            names |= dict.fromkeys(family.naming.other_names(name, place.modules, config), place)
+            names |= dict.fromkeys(family.naming.other_names(name, config), place)
         elif family.naming.prefixes[part] == LONE_ENCODER:
             names[key_of(title, part, name).replace(f"{LONE_ENCODER}_", f"{MISNAMED_ENCODER}_", 1)] = place
     for part, modules in weight_shapes(folder).items():
@@ -293,7 +293,7 @@ def _verdicts(found: Inspection, modules: list[str]) -> dict[str, tuple[str, str
     naming = FAMILIES[found.family].naming
     if naming.readers is None:
         return dict.fromkeys(uis, ("unknown", f"not established for {found.family}"))
-    if naming.ui_format == "diffusers":
+    if naming.joined:
         return _transformer_verdicts(found, uis)
     if found.kind != "kohya":
         return dict(zip(uis, NOT_KOHYA, strict=True))
@@ -316,19 +316,16 @@ def _verdicts(found: Inspection, modules: list[str]) -> dict[str, tuple[str, str
 
 
 def _transformer_verdicts(found: Inspection, uis: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-    """SD3 and Flux: all UIs read the diffusers format; each reads joined matrices in its own way."""
+    """SD3 and Flux: each UI has its own rules for each form."""
     lost, texts = (
         len(found.unknown_keys),
         len((found.adapter.layers.keys() if found.adapter else set()) - {"denoiser"}),
     )
-    if found.kind != "diffusers":
-        return dict.fromkeys(uis, ("unknown", "not established for these keys: convert it to diffusers"))
-    if lost or texts:
-        why = f"{lost} keys are not loaded" if lost else "not established for the text encoders of such files"
-        return dict.fromkeys(uis, ("partly" if lost else "unknown", why))
-    known = FAMILIES[found.family].naming.known_readers.diffusers_format
-    unknown = ("unknown", f"not established for {found.family}")
-    return {ui: ("fully", "") if ui.split("/")[0] in known else unknown for ui in uis}
+    if lost:
+        return dict.fromkeys(uis, ("partly", f"{lost} keys are not loaded"))
+    forms = ("diffusers_format", "with_texts") if found.kind == "diffusers" else ("kohya", "kohya_with_texts")
+    readers = FAMILIES[found.family].naming.known_readers
+    return {ui: readers.verdict(forms[bool(texts)], ui.split("/")[0]) for ui in uis}
 
 
 def _peft_folder(path: Path, family: str, folder: Path) -> Inspection:

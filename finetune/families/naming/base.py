@@ -138,11 +138,6 @@ class Naming:
         """
         return {path: [path] for path in paths}
 
-    def other_names(self, name: str, modules: Sequence[str], config: Mapping[str, Any]) -> list[str]:
-        """The names that other trainers use for one of the denoiser's matrices.
-
-        Args:
-            name: its name in our files, with dots; `modules`: the modules in it (both from `original_names`).
-            config: the denoiser's config.
-        """
+    def other_names(self, name: str, config: Mapping[str, Any]) -> list[str]:
+        """The names that other trainers use for the denoiser's matrix `name` (with dots, from `original_names`)."""
         return []

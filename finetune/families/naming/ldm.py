@@ -40,8 +40,8 @@ class UNetNaming(Naming):
     def original_names(self, paths: Sequence[str], config: Mapping[str, Any]) -> dict[str, list[str]]:
         return {unet_name(path, dict(config)) if self.original else path: [path] for path in paths}
 
-    def other_names(self, name: str, modules: Sequence[str], config: Mapping[str, Any]) -> list[str]:
-        other = modules[0] if self.original else unet_name(modules[0], dict(config))
+    def other_names(self, name: str, config: Mapping[str, Any]) -> list[str]:
+        other = (diffusers_name if self.original else unet_name)(name, dict(config))
         return [f"{self.prefixes['denoiser']}_{other.replace('.', '_')}"]
 
 
@@ -64,6 +64,9 @@ OUTSIDE = {
 }
 UP_BLOCKS = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)  # diffusers' default, which configs may omit
 MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
+FROM_RESNET, FROM_OUTSIDE, FROM_MIDDLE = (
+    {original: name for name, original in names.items()} for names in (RESNET, OUTSIDE, MIDDLE)
+)
 
 
 def unet_name(path: str, config: dict[str, Any]) -> str:
@@ -90,6 +93,34 @@ def unet_name(path: str, config: dict[str, Any]) -> str:
         attends = "CrossAttn" in config.get("up_block_types", UP_BLOCKS)[int(block)]
         return _join("output_blocks", str(first + layers), "12"[attends], *inside)
     return _join("output_blocks", str(first + int(number)), "01"[kind == "attentions"], _inside(kind, inside))
+
+
+def diffusers_name(name: str, config: dict[str, Any]) -> str:
+    """The inverse of `unet_name`: "input_blocks.4.1.proj_in" -> "down_blocks.1.attentions.0.proj_in".
+
+    Raises:
+        KeyError: the UNet has no such module.
+    """
+    if name in FROM_OUTSIDE:
+        return FROM_OUTSIDE[name]
+    head, number, *rest = name.split(".")
+    if head == "middle_block":
+        kind = FROM_MIDDLE[number]
+        return _join("mid_block", kind, _back(kind, rest))
+    slot, *inside = rest
+    layers = int(config.get("layers_per_block", 2)) + 1
+    block, layer = divmod(int(number) - (head == "input_blocks"), layers)
+    if head == "input_blocks" and layer == layers - 1:
+        return f"down_blocks.{block}.downsamplers.0.conv"
+    side = {"input_blocks": "down_blocks", "output_blocks": "up_blocks"}[head]
+    attends = "CrossAttn" in config.get("up_block_types", UP_BLOCKS)[block] or side == "down_blocks"
+    kind = "resnets" if slot == "0" else "attentions" if slot == "1" and attends else "upsamplers"
+    return _join(f"{side}.{block}", f"{kind}.{0 if kind == 'upsamplers' else layer}", _back(kind, inside))
+
+
+def _back(kind: str, inside: list[str]) -> str:
+    path = ".".join(inside)
+    return FROM_RESNET[path] if kind.startswith("resnets") and path else path
 
 
 def _inside(kind: str, inside: list[str]) -> str:

@@ -183,5 +183,5 @@ class JoinedNaming(Naming):
                 slots.setdefault(found[0], {})[found[1]] = path
         return {name: [held[slot] for slot in sorted(held)] for name, held in slots.items()}
 
-    def other_names(self, name: str, modules: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+    def other_names(self, name: str, config: Mapping[str, Any]) -> list[str]:
         return [f"diffusion_model.{name}"]
