@@ -75,7 +75,8 @@ def _card(folder: RunFolder) -> Card:
 def _line(item: dict[str, Any]) -> str:
     said = [check.line for check in checks_of(item)] or [UNCHECKED]
     readers = [f"read by {', '.join(item['read_by'])}"] if item["read_by"] else []
-    return f"`{_beside(item)}` ({item['format']}): {'; '.join([*said, *readers, *item.get('limits', [])])}"
+    told = "; ".join([*said, *readers, *item.get("limits", [])])
+    return f"`{_beside(item)}` ({item['format']}): {' '.join(told.split())}"
 
 
 def _beside(item: dict[str, Any]) -> str:

@@ -51,7 +51,8 @@ def _tags(captions: list[list[str]]) -> dict[str, int]:
     """Each part of a caption between commas -> the number of photos that have it, as kohya counts tags."""
     counted: Counter[str] = Counter()
     for texts in captions:
-        counted.update(dict.fromkeys(tag.strip().lower() for text in texts for tag in text.split(",") if tag.strip()))
+        tags = dict.fromkeys(tag.strip().lower() for text in texts for tag in text.split(",") if tag.strip())
+        counted.update(list(tags))
     return dict(counted)
 
 

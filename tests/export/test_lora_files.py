@@ -79,7 +79,7 @@ def test_the_header_says_what_the_tensors_hold(
 
 @pytest.mark.parametrize("name", ["sd1", "flux"])
 def test_hashes_are_those_of_the_bytes_on_disk(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    """Computed from the file itself, as A1111 does for a file without them. The old hash looks at 64 KiB from 1 MiB on."""
+    """Computed from the file itself. The old hash is of 64 KiB from 1 MiB on, here of nothing: the file is short."""
     written(tiny_bases[name], tmp_path, ["kohya"])
     content, said = (tmp_path / "x.safetensors").read_bytes(), header(tmp_path / "x.safetensors")
     whole = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
