@@ -67,7 +67,7 @@ def _exports(job: Prepared) -> str:
     """What a LoRA file loses by its text encoders."""
     recipe, family = job.recipe, job.family
     lost = family.naming.known_readers.cost_of_texts
-    if "adapter" not in recipe.method.artifacts or set(recipe.method.part_names(family)) <= {"denoiser"} or not lost:
+    if "adapter" not in recipe.method.artifacts or not recipe.method.adapter.trains_texts(family) or not lost:
         return ""
     return f"because of the text encoder, {'; '.join(lost)}; method.parts=[denoiser] avoids it"
 

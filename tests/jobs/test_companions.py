@@ -145,7 +145,7 @@ def test_a_flux_run_says_which_file_is_for_whom(flux: Path) -> None:
         assert "sdnext: refused, drops the whole file" in text
         assert "InvokeAI: refused, raises when it draws" in text
     planned = json.loads((flux / "run.json").read_text())["plan"]["exports"]
-    assert "sdnext drops the whole file" in planned
+    assert "sdnext drops the whole file; InvokeAI raises when it draws (diffusers file)" in planned
     assert "method.parts=[denoiser]" in planned
 
 

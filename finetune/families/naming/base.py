@@ -78,11 +78,10 @@ class Readers:
         lines = []
         for plain, full, called in (
             ("kohya", "kohya_with_texts", ""),
-            ("diffusers_format", "with_texts", "diffusers "),
+            ("diffusers_format", "with_texts", " (diffusers file)"),
         ):
-            lost = [program for program in self.of(plain) if program not in self.of(full)]
-            verdicts = {program: self.verdict(full, program) for program in lost}
-            lines += [f"{program} {why or state} ({called}file)" for program, (state, why) in verdicts.items() if why]
+            lost = {name: self.verdict(full, name) for name in self.of(plain) if name not in self.of(full)}
+            lines += [f"{program} {why}{called}" for program, (_, why) in lost.items() if why]
         return lines
 
 
