@@ -209,7 +209,7 @@ def _exports(path: Path, step: int | None) -> str:
 
 def _readers(item: dict[str, Any]) -> list[str]:
     """The programs that read a file, then a line for each that is known not to."""
-    return [", ".join(item["read_by"]), *item.get("limits", [])]
+    return [line for line in (", ".join(item["read_by"]), *item.get("limits", [])) if line]
 
 
 def _a_format(path: Path) -> str:
