@@ -1,7 +1,7 @@
 """How well each UI reads a LoRA file without faults, by its family and its kind of keys.
 
-SD1, SD2, SDXL, Flux and SD3.5 medium were run against the loaders of ComfyUI (2025-10), Forge (2025-06), InvokeAI
-(2026-08), sdnext (2026-07) and a fork of A1111.
+SD1, SD2, SDXL, Flux and SD3.5 medium were run against the loaders (docs/exports.md). What holds for a whole family
+stands in its `Readers`; here is what depends on a file's own keys.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ UNET_DIFFUSERS: tuple[Verdict, ...] = (
     ("unknown", f"not established for these keys: {TO_KOHYA}"),
     ("unknown", f"not established for these keys: {TO_KOHYA}"),
 )
-NO_FLUX: Verdict = ("refused", "it has no Flux")
 NOTHING: Verdict = ("refused", f"it matches none of these keys: {TO_KOHYA}")
 
 
@@ -50,7 +49,7 @@ def read_by(keys: Keys) -> dict[str, Verdict]:
     """UI -> ("fully", "partly", "refused" or "unknown"; the reason)."""
     if keys.kind == "peft":
         return dict.fromkeys(UIS, ("refused", f"it reads single files: {TO_KOHYA}"))
-    rules: dict[str, Callable[[Keys], dict[str, Verdict]]] = {"flux": _flux, "sd3": _sd3}
+    rules: dict[str, Callable[[Keys], dict[str, Verdict]]] = {"flux": _joined, "sd3": _joined}
     rules |= dict.fromkeys(UNETS, _unet)
     if keys.family not in rules:
         return dict.fromkeys(UIS, ("unknown", f"not established for {keys.family}"))
@@ -94,29 +93,12 @@ def _unet(keys: Keys) -> dict[str, Verdict]:
     return found
 
 
-def _flux(keys: Keys) -> dict[str, Verdict]:
-    found = dict.fromkeys(UIS, FULLY) | {"A1111": NO_FLUX}
-    if keys.kind == "diffusers":
-        found["sdnext"] = NOTHING
-        if keys.has_texts:
-            found["InvokeAI"] = ("refused", "the text encoder's keys end the generation: convert it to kohya")
-    elif keys.has_texts:
-        found["sdnext"] = ("refused", "the text encoder's keys make it drop the whole file")
+def _joined(keys: Keys) -> dict[str, Verdict]:
+    """SD3 and Flux: each UI has its own rules for each form."""
+    forms = ("diffusers_format", "with_texts") if keys.kind == "diffusers" else ("kohya", "kohya_with_texts")
+    readers = FAMILIES[keys.family].naming.known_readers
+    found = {ui: readers.verdict(forms[keys.has_texts], ui) for ui in UIS}
+    found = {ui: NOTHING if state == "nothing" else (state, why) for ui, (state, why) in found.items()}
+    if keys.family == "sd3" and keys.kind == "kohya" and not any("attn2" in name for name in keys.names):
+        found["sdnext"] = ("unknown", "not established for SD3 without attn2")
     return found
-
-
-def _sd3(keys: Keys) -> dict[str, Verdict]:
-    found = dict.fromkeys(UIS, FULLY)
-    if keys.kind == "diffusers":
-        return found | {
-            "Forge": NOTHING,
-            "A1111": ("partly", "it loads only the attention of the image half"),
-            "InvokeAI": ("refused", "it takes the file for one of another model"),
-            "sdnext": NOTHING,
-        }
-    dual = any("attn2" in name for name in keys.names)
-    return found | {
-        "A1111": ("refused", "the alphas end the loading"),
-        "InvokeAI": ("refused", "it does not know such files"),
-        "sdnext": ("refused", "it does not know SD3.5's attn2") if dual else ("unknown", "not established for SD3"),
-    }

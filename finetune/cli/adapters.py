@@ -221,7 +221,7 @@ def say_exported(exported: list[Exported]) -> None:
     for item in exported:
         readers = f"read by {', '.join(item.read_by) or 'no known program'}" if item.checks else UNCHECKED
         typer.echo(f"{item.format}: {item.path} ({item.size / 1e6:.2f} MB, {item.modules} modules), {readers}")
-        for check in item.checks:
-            typer.echo(f"  {check.line}")
+        for line in (*(check.line for check in item.checks), *item.limits):
+            typer.echo(f"  {line}")
     if not all(item.ok for item in exported):
         raise CheckFailed("a written file did not pass its checks: see the lines above")

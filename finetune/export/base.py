@@ -109,7 +109,8 @@ class Adapter:
         """The same deltas with every module padded with zeros to the largest rank, for formats with a single rank."""
         rank = self.rank
         layers = {
-            part: {path: _pad(a, b, rank) for path, (a, b) in modules.items()} for part, modules in self.layers.items()
+            part: {path: pad_rank(a, b, rank) for path, (a, b) in modules.items()}
+            for part, modules in self.layers.items()
         }
         return replace(self, layers=layers)
 
@@ -154,7 +155,8 @@ def _balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a / factor, b * factor
 
 
-def _pad(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of one module with zeros up to `rank`: the delta stays the same."""
     missing = rank - len(a)
     if not missing:
         return a, b
@@ -167,7 +169,8 @@ def _pad(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 class Exported:
     """One written file or folder, and the results of its checks.
 
-    `largest_error`: the largest relative error |read - trained| / |trained| of a module's delta.
+    `largest_error`: the largest relative error |read - trained| / |trained| of a module's delta. `limits`: what the
+    programs do that are known not to read all of it.
     """
 
     format: str
@@ -177,6 +180,7 @@ class Exported:
     largest_error: float | None  # None: not measured
     read_by: list[str]
     checks: list[Check] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -239,6 +243,10 @@ class AdapterExport(Export):
     def readers(self, adapter: Adapter) -> tuple[str, ...]:
         """The programs that are known to read all of this adapter."""
         return self.read_by
+
+    def limits(self, adapter: Adapter) -> list[str]:
+        """A line for each program that is known not to read all of this adapter."""
+        return []
 
     @abstractmethod
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:

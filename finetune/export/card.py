@@ -36,6 +36,7 @@ class Card:
     images: Sequence[tuple[str, str]]
     files: Sequence[str]
     activation: str = ""  # the word for prompts in UIs, if it differs from the trigger
+    lora: str = ""  # the LoRA file for diffusers, beside the card; "" if none is there that it reads
     loading: Sequence[str] = ()  # lines of Python that load the embeddings
 
 
@@ -82,11 +83,11 @@ def model_card(card: Card) -> str:
 
 def _use(card: Card) -> str:
     prompt = card.images[0][0] if card.images else card.trigger
-    lora = f'pipeline.load_lora_weights(".", weight_name="{card.title}.safetensors")'
+    lora = f'pipeline.load_lora_weights(".", weight_name="{card.lora}")'
     lines = [
         "from diffusers import DiffusionPipeline",
         *_pipeline(card),
-        *([lora] if "adapter" in card.holds else []),
+        *([lora] if card.lora else []),
         *card.loading,
         f"pipeline({_quoted(prompt)}).images[0]",
     ]

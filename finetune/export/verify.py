@@ -50,9 +50,8 @@ def verify(adapter: Adapter, export: AdapterExport, path: Path, dtype: torch.dty
     if theirs and all(check.passed for check in checks):
         checks.append(read_by_diffusers(adapter, again, path, dtype, bench))
     whole = all(check.passed for check in checks)
-    return Exported(
-        export.name, path, size, again.count, error, list(export.readers(adapter)) if whole else [], checks
-    )
+    readers, limits = (list(export.readers(adapter)), export.limits(adapter)) if whole else ([], [])
+    return Exported(export.name, path, size, again.count, error, readers, checks, limits)
 
 
 def _faint(adapter: Adapter) -> bool:

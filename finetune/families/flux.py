@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -14,13 +14,18 @@ from torch import Tensor
 from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
 from finetune.families.drawing import DiffusersDrawing
-from finetune.families.naming.base import Labels, Readers
-from finetune.families.naming.mmdit import DENOISER_UIS, FLUX_NAMES, JoinedNaming
+from finetune.families.naming.base import Labels
+from finetune.families.naming.mmdit import FLUX_NAMES, FLUX_READERS, JoinedNaming
 from finetune.families.parts import PartSource
 from finetune.families.transformer import TransformerFamily
 
 # [dev] reads its guidance scale as an input; for training on photos, which no guidance has changed, it is 1
 TRAINING_GUIDANCE = 1.0
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """[schnell] differs from [dev] only in that it does not read a guidance scale."""
+    return "flux-1-dev" if config.get("guidance_embeds") else "flux-1-schnell"
 
 
 class FluxDrawing(DiffusersDrawing):
@@ -40,11 +45,15 @@ class Flux(TransformerFamily):
         "text_encoder_2": PartSource("text_encoder_2", transformers.T5EncoderModel),
     }
     naming = JoinedNaming(
-        Labels("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux", "Flux", prediction=""),
+        Labels(
+            "flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux", "Flux", prediction="",
+            network="networks.lora_flux",
+        ),
         {"denoiser": "lora_unet", "text_encoder": "lora_te1"},
-        Readers(diffusers_format=DENOISER_UIS, embedding=("ComfyUI", "diffusers")),
+        FLUX_READERS,
         names=FLUX_NAMES,
-    )
+        architecture_of=_architecture,
+    )  # fmt: skip
     t5_length = 512
 
     @classmethod

@@ -5,7 +5,7 @@ T5 may be absent. Its tokens are then zeros, which the model has seen in trainin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -17,12 +17,19 @@ from torch import Tensor
 from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
 from finetune.families.drawing import DiffusersDrawing
-from finetune.families.naming.base import Labels, Readers
-from finetune.families.naming.mmdit import DENOISER_UIS, SD3_NAMES, JoinedNaming
+from finetune.families.naming.base import Labels
+from finetune.families.naming.mmdit import SD3_NAMES, SD3_READERS, JoinedNaming
 from finetune.families.parts import PartSource
 from finetune.families.transformer import TransformerFamily
 
 T5 = "text_encoder_3"
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """3.5 normalises queries and keys; 3.5 medium also has a second attention."""
+    if not config.get("qk_norm"):
+        return "stable-diffusion-3-medium"
+    return f"stable-diffusion-3-5-{'medium' if config.get('dual_attention_layers') else 'large'}"
 
 
 class SD3Drawing(DiffusersDrawing):
@@ -44,11 +51,15 @@ class StableDiffusion3(TransformerFamily):
         T5: PartSource(T5, transformers.T5EncoderModel, optional=True),
     }
     naming = JoinedNaming(
-        Labels("sd3", "stable-diffusion-3", "https://github.com/Stability-AI/sd3-ref", "SD3", prediction=""),
+        Labels(
+            "sd3", "stable-diffusion-3", "https://github.com/Stability-AI/sd3-ref", "SD3", prediction="",
+            network="networks.lora_sd3",
+        ),
         {"denoiser": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
-        Readers(diffusers_format=DENOISER_UIS, embedding=("ComfyUI",)),  # diffusers has no reader for its embeddings
+        SD3_READERS,
         names=SD3_NAMES,
-    )
+        architecture_of=_architecture,
+    )  # fmt: skip
 
     def _find_unused_parameters(self) -> dict[str, tuple[str, ...]]:
         last = f"transformer_blocks.{cast(Any, self.parts['denoiser']).config.num_layers - 1}.attn"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import diffusers
@@ -14,7 +13,7 @@ from torch import Tensor
 from finetune.core.batch import Geometry
 from finetune.families.configs import read_config
 from finetune.families.naming.base import Labels, SingleFile
-from finetune.families.naming.ldm import SD_READERS, UNetNaming
+from finetune.families.naming.ldm import SDXL_READERS, UNetNaming
 from finetune.families.parts import PartSource
 from finetune.families.unet import UNetDrawing, UNetFamily
 
@@ -61,7 +60,7 @@ class StableDiffusionXL(UNetFamily):
             "SDXL",
         ),
         {"denoiser": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
-        replace(SD_READERS, refuse_unknown=("InvokeAI",)),
+        SDXL_READERS,
         SingleFile(
             {
                 "text_encoder": ("conditioner.embedders.0.transformer.text_model.", False),
@@ -69,6 +68,7 @@ class StableDiffusionXL(UNetFamily):
             },
             "stabilityai/stable-diffusion-xl-base-1.0",
         ),
+        original=True,
     )
 
     def _find_unused_parameters(self) -> dict[str, tuple[str, ...]]:

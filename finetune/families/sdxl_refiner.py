@@ -64,7 +64,7 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
         ),
         {"denoiser": "lora_unet", "text_encoder_2": "lora_te2"},
         readers=None,
-    )
+    )  # diffusers' names: diffusers fails on the original ones, whose blocks have numbers above 9 here
 
     def _time_ids(self, geometry: Sequence[Geometry]) -> Tensor:
         """[B, 5]: original height and width, crop top and left, aesthetic score."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune.core.files import copy_plain, public_name, write_json, write_text
 from finetune.core.records import checks_of
 from finetune.export.card import Card, licence_of, model_card, sidecar
+from finetune.export.lora.diffusers import Diffusers
+from finetune.export.lora.kohya import Kohya
 from finetune.export.registry import artifact_of, embedding_exports
 from finetune.export.settings import UNCHECKED
+from finetune.families.registry import FAMILIES
 from finetune.families.source import resolve_base
 from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
@@ -63,17 +68,34 @@ def _card(folder: RunFolder) -> Card:
         holds=recipe.method.artifacts if whole or recipe.method.is_adapter else ("adapter",),
         settings=settings,
         images=[(prompt, f"images/{number:02d}.png") for number, prompt in enumerate(prompts)],
-        files=[
-            f"`{Path(item['path']).relative_to('exports').as_posix()}` ({item['format']}): "
-            f"{'; '.join(check.line for check in checks_of(item)) or UNCHECKED}"
-            for item in listed
-        ],
+        files=[_line(item) for item in listed],
+        lora=_for_diffusers(listed, info.family),
     )
 
 
 def _called(info: RunRecord, token: str) -> RunRecord:
     """The record with another token."""
     return info.model_copy(update={"token": token, "style": info.style.replace(info.token, token)})
+
+
+def _line(item: dict[str, Any]) -> str:
+    said = [check.line for check in checks_of(item)] or [UNCHECKED]
+    readers = [f"read by {', '.join(item['read_by'])}"] if item["read_by"] else []
+    told = "; ".join([*said, *readers, *item.get("limits", [])])
+    return f"`{_beside(item)}` ({item['format']}): {' '.join(told.split())}"
+
+
+def _beside(item: dict[str, Any]) -> str:
+    """An exported file's path from the card."""
+    return Path(item["path"]).relative_to("exports").as_posix()
+
+
+def _for_diffusers(listed: Sequence[dict[str, Any]], family: str) -> str:
+    """The LoRA file that diffusers reads, as a path from the card; "" if there is none."""
+    files = {item["format"]: _beside(item) for item in listed}
+    state, _ = FAMILIES[family].naming.known_readers.verdict(Kohya.name, "diffusers")
+    formats = {"fully": (Kohya.name, Diffusers.name), "unknown": (Diffusers.name, Kohya.name)}
+    return next((files[form] for form in formats.get(state, (Diffusers.name,)) if form in files), "")
 
 
 def _pictures(folder: RunFolder, prompt: int) -> list[Path]:

@@ -233,8 +233,9 @@ def _merged(place: ExportPlace, exported: Sequence[Exported]) -> list[dict[str, 
     root = run if inside else place.folder
     old = read_exports(run, place.listing) if inside else []
     new = [_listed(item, root) for item in exported]
-    formats = {item["format"] for item in new}
-    return [item for item in old if item["format"] not in formats and (root / item["path"]).exists()] + new
+    formats, paths = {item["format"] for item in new}, {item["path"] for item in new}
+    kept = [item for item in old if item["format"] not in formats and item["path"] not in paths]
+    return [item for item in kept if (root / item["path"]).exists()] + new
 
 
 def _listed(item: Exported, root: Path) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def plan(job: Prepared) -> Plan:
         timesteps=objective.describe(),
         method=method.kind,
         parts=list(method.part_names(family)),
+        exports=_exports(job),
         precision=resolve_precision(recipe.run),
         repeatable=is_repeatable(family.device, recipe.run.deterministic),
     )
@@ -69,6 +70,15 @@ def _drawn_from(job: Prepared) -> list[str]:
     """The files that the recipe names to draw from, and how they are cropped."""
     named = [f"{name}: {path.name}" for name, path in job.recipe.sample.files.items()]
     return named + (job.drawn_from.notes if job.drawn_from else [])
+
+
+def _exports(job: Prepared) -> str:
+    """What a LoRA file loses by its text encoders."""
+    recipe, family = job.recipe, job.family
+    lost = family.naming.known_readers.cost_of_texts
+    if "adapter" not in recipe.method.artifacts or not recipe.method.adapter.trains_texts(family) or not lost:
+        return ""
+    return f"because of the text encoder, {'; '.join(lost)}; method.parts=[denoiser] avoids it"
 
 
 def _unused(job: Prepared) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finetune.core.devices import DTYPES
 from finetune.export.adapter import adapter_from
-from finetune.export.base import Adapter
+from finetune.export.base import Adapter, pad_rank
 from finetune.export.metadata import adapter_metadata
 from finetune.export.registry import adapter_exports
 from finetune.families.base import Family
@@ -32,7 +32,7 @@ def from_file(folder: RunFolder, family: Family, step: int) -> Iterator[None]:
         yield
         return
     kept, trained = method.state_dict(family), adapter_from(method, family)
-    method.load_state_dict(family, _state(_written(folder, family, trained, step), trained.scale))
+    method.load_state_dict(family, _state(_written(folder, family, trained, step), trained))
     try:
         yield
     finally:
@@ -51,10 +51,13 @@ def _written(folder: RunFolder, family: Family, adapter: Adapter, step: int) -> 
     return export.read(path, family.name, family.folder)
 
 
-def _state(adapter: Adapter, scale: float) -> dict[str, Tensor]:
-    """The matrices of a file as state of the method, which multiplies them by its own `scale`."""
+def _state(adapter: Adapter, trained: Adapter) -> dict[str, Tensor]:
+    """The matrices of a file as state of the method, which multiplies them by its own scale."""
     state: dict[str, Tensor] = {}
-    for part, module, a, b in adapter.modules():
-        name = f"{part}.{module}"
-        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a, b * (adapter.scale / scale)
+    for part, module, a, b in trained.modules():
+        name, held = f"{part}.{module}", adapter.layers.get(part, {}).get(module)
+        found_a, found_b = held if held is not None else (a[:0], b[:, :0])
+        found_b = found_b * (adapter.scale / trained.scale)
+        # a joined matrix does not say which module a column of zeros belongs to, so some may be gone
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = pad_rank(found_a, found_b, len(a))
     return state

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -210,7 +211,7 @@ def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: H
     pins = Pins(folder.path, hooks.accept_changes)
     if accelerator.is_main_process:
         pins.check(job, folder.checkpoints.newest_step())
-        info = _info(job)
+        info = _info(job).model_copy(update={"started": _started(folder)})
         folder.write_info(info)
         keep_photos(folder.path, info)
     joined().wait()
@@ -248,6 +249,16 @@ def resume(
     with together() as peers:
         recipe = recipe_of(Path(run_dir), peers)
     return train(recipe, run_dir, say, events=events, stop=stop, accept_changes=accept_changes)
+
+
+def _started(folder: RunFolder) -> float | None:
+    """When the run began: its record says it, and a resumed run does not begin again. None where that is lost."""
+    if not (folder.path / "run.json").is_file():
+        return float(round(time.time()))
+    try:
+        return folder.info.started
+    except BadInput:  # it is damaged, and about to be written again
+        return None
 
 
 def _info(job: Prepared) -> RunRecord:
@@ -399,7 +410,8 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
     write_companions(folder)
     write_report(folder.path)
     for item in exported:
-        say(f"{item.format:>16}  {item.path}  {'; '.join(check.line for check in item.checks) or UNCHECKED}")
+        lines = [check.line for check in item.checks] or [UNCHECKED]
+        say(f"{item.format:>16}  {item.path}  {'; '.join([*lines, *item.limits])}")
     failed = [item.format for item in exported if not item.ok]
     if failed:
         raise CheckFailed(

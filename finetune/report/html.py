@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from finetune.core.files import write_text
 from finetune.core.records import checks_of
@@ -283,11 +284,16 @@ def _exports(path: Path, step: int | None) -> str:
         size = item["size"] / 1e6
         rows.append(
             f"<tr><td title=format>{escape(item['format'])}</td><td title=file><code>{escape(item['path'])}</code></td>"
-            f"<td title=size>{size:.2f} MB</td><td title=for>{escape(', '.join(item['read_by'])) or '-'}</td>"
+            f"<td title=size>{size:.2f} MB</td><td title=for>{'<br>'.join(escape(line) for line in _readers(item))}</td>"
             f"<td title=checks>{checks or UNCHECKED}</td></tr>"
         )
     head = "<tr><th>format</th><th>file</th><th>size</th><th>for</th><th>checks</th></tr>"
     return f"<h2>Files for other programs</h2><div class=card><table>{head}{''.join(rows)}</table></div>"
+
+
+def _readers(item: dict[str, Any]) -> list[str]:
+    """The programs that read a file, then a line for each that is known not to."""
+    return [line for line in (", ".join(item["read_by"]), *item.get("limits", [])) if line]
 
 
 def _a_format(path: Path) -> str:
@@ -341,7 +347,7 @@ def _next_steps(path: Path, info: RunRecord) -> str:
         )
     )
     places = (
-        "The kohya file goes to <code>ComfyUI/models/loras</code>, <code>stable-diffusion-webui/models/Lora</code> (A1111, "
+        "The kohya file (<code>NAME.safetensors</code>) goes to <code>ComfyUI/models/loras</code>, <code>stable-diffusion-webui/models/Lora</code> (A1111, "
         "Forge, sdnext) or InvokeAI's model manager. Use it with the base that it was trained on."
         if _a_format(path) != "embedding"
         else "The embedding goes to <code>ComfyUI/models/embeddings</code> or <code>stable-diffusion-webui/embeddings</code> "

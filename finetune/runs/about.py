@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from datetime import UTC, datetime
 
 from finetune import __version__
@@ -32,12 +33,27 @@ def about_run(folder: RunFolder) -> dict[str, str]:
         "steps": str(recipe.run.steps),
         "seed": str(recipe.run.seed),
         "version": __version__,
+        "train_images": str(len(info.photos)),
+        **({"started": str(info.started)} if info.started is not None else {}),
         **_date(folder),
     }
     if recipe.export.metadata == "standard":
         return standard
     captions = list(dict.fromkeys(text for texts in info.captions for text in texts))
-    return standard | {"recipe": dump_recipe(recipe), "captions": json.dumps(captions, ensure_ascii=False)}
+    return standard | {
+        "recipe": dump_recipe(recipe),
+        "captions": json.dumps(captions, ensure_ascii=False),
+        "tag_frequency": json.dumps({info.trigger: _tags(info.captions)}, ensure_ascii=False),
+    }
+
+
+def _tags(captions: list[list[str]]) -> dict[str, int]:
+    """Each part of a caption between commas -> the number of photos that have it, as kohya counts tags."""
+    counted: Counter[str] = Counter()
+    for texts in captions:
+        tags = dict.fromkeys(tag.strip().lower() for text in texts for tag in text.split(",") if tag.strip())
+        counted.update(list(tags))
+    return dict(counted)
 
 
 def _date(folder: RunFolder) -> dict[str, str]:

@@ -25,7 +25,8 @@ class Checked(Record):
 
 
 class Listed(Record):
-    """One exported file. `path` is relative to the run folder; `size` is in bytes.
+    """One exported file. `path` is relative to the run folder; `size` is in bytes. `limits`: what the programs do that
+    are known not to read all of it.
 
     `results` are the checks. An older file has only their lines, in `checks`.
     """
@@ -35,6 +36,7 @@ class Listed(Record):
     size: int
     read_by: list[str]
     checks: list[str] = []
+    limits: list[str] = []
     results: list[Checked] | None = None
 
 

@@ -89,7 +89,8 @@ class Plan(Record):
     `base`, `prompts`, `unused` and `drawn_from` are private: they can hold a folder of this machine, captions, and the
     names of files that are not used or that images are drawn from. `resolution` is in pixels. `buckets` is empty if
     every crop is square. `places` are the samples of an epoch with buckets; `repeats` of them are padding with weight
-    0. `enlarged`, `prior` and `timesteps` are texts from the photos, the prior and the objective.
+    0. `enlarged`, `prior` and `timesteps` are texts from the photos, the prior and the objective. `exports`: what the
+    trained parts cost when the files are read.
     """
 
     base: str
@@ -118,6 +119,7 @@ class Plan(Record):
     timesteps: str
     method: str
     parts: list[str]
+    exports: str = ""
     precision: str
     repeatable: bool
 
@@ -213,6 +215,8 @@ def _training_rows(plan: Plan) -> PlanRows:
     found: PlanRows = {"prior": plan.prior} if plan.prior else {}
     found["timesteps"] = plan.timesteps
     found["method"] = f"{plan.method} on {', '.join(plan.parts)}"
+    if plan.exports:
+        found["exports"] = plan.exports
     found["precision"] = plan.precision
     if not plan.repeatable:
         found["resume"] = "same batches and noise, but rounding may differ (set run.deterministic=true for equal bits)"

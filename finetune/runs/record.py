@@ -33,7 +33,7 @@ class RunRecord(Record):
     holds the captions of each photo, in the order of `photos` (paths). `subjects` is empty for a single subject;
     `token`, `class_noun` and `style` belong to the first. `resolution` is in pixels. `style` holds the words that
     call a style, such as "in zwx style"; it is empty for other subjects. `reads` is what the base must be given
-    besides a prompt: "image", "mask", "depth".
+    besides a prompt: "image", "mask", "depth". `started`: when the run began, in seconds since 1970.
     """
 
     token: str = ""
@@ -54,6 +54,7 @@ class RunRecord(Record):
     image_guidance: float = 1.5
     reads: list[str] = []
     versions: dict[str, str] = {}
+    started: float | None = None
 
     @property
     def names(self) -> list[str]:

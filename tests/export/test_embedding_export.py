@@ -153,7 +153,8 @@ def test_diffusers_gives_the_trained_models_conditions_and_pictures(
     else:
         path = run / "exports"
         pipeline.load_textual_inversion(str(path), weight_name="mine-embedding.safetensors", token="<zwx>")
-    pipeline.load_lora_weights(run / "exports", weight_name="mine.safetensors")
+    lora = "mine-diffusers/pytorch_lora_weights.safetensors" if name == "flux" else "mine.safetensors"
+    pipeline.load_lora_weights(run / "exports", weight_name=lora)
     t5 = {"prompt_2": "a photo of mug on the beach"} if name == "flux" else {}
     size = {"num_inference_steps": 2, "output_type": "np"} | trained.drawing.inputs(32, 1, 2, None)
     if name == "flux":

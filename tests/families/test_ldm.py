@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-from finetune.families.naming.ldm import unet_name
+from finetune.families.naming.ldm import diffusers_name, unet_name
 from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
 
@@ -25,3 +25,6 @@ def test_every_unet_weight_comes_back_under_its_own_name(name: str, tiny_bases: 
         original[f"model.diffusion_model.{unet_name(path, config)}.{leaf}"] = number
     again = convert_ldm_unet_checkpoint(original, config)
     assert {key: float(value) for key, value in again.items()} == {key: float(n) for key, n in numbered.items()}
+    for path, module in unet.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.Tensor):
+            assert diffusers_name(unet_name(path, config), config) == path

@@ -10,14 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_photos
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from finetune import load_recipe, train
+from finetune.cli.main import run as command
 from finetune.export.card import Card, licence_of, model_card
+from finetune.families.source import load_family
 from finetune.jobs.open import open_result
+from finetune.jobs.previews import from_file
+from finetune.runs.folder import RunFolder
 from finetune.sampling.draw import draw
 from finetune.sampling.settings import Sampling
 
@@ -88,8 +94,6 @@ def test_the_pictures_after_are_those_of_the_exported_file(
     run = runs(recipe)
     after = np.asarray(Image.open(run / "samples" / "after" / "00-0.png"), np.int16)
     exported = "mine.safetensors" if recipe == "dreambooth-lora" else "mine-model"
-    from finetune.families.source import load_family
-
     if recipe == "dreambooth-lora":
         family, _ = open_result(run / "exports" / exported, str(base))
     else:
@@ -114,6 +118,14 @@ def test_what_a_file_says_of_itself(level: str, base: Path, photos: Path, tmp_pa
     assert (said["ss_network_dim"], said["modelspec.architecture"]) == ("16", "stable-diffusion-v1/lora")
     assert ("modelspec.trigger_phrase" in said) == ("finetune_base_hash" in said) == (level != "minimal")
     assert ("night city" in json.dumps(said)) == (str(photos) in json.dumps(said)) == (level == "full")
+    assert (said.get("ss_num_train_images") == str(len(list(photos.glob("*.png"))))) == (level != "minimal")
+    assert ("ss_training_started_at" in said) == (level != "minimal")
+    tags = json.loads(said.get("ss_tag_frequency", "{}"))
+    assert tags.get("zwx mug", {}).get("zwx mug in night city") == (1 if level == "full" else None)
+    before = (run / "exports" / "mine.safetensors").read_bytes()
+    assert command(["resume", str(run)])[0] == 0  # writes run.json again
+    assert command(["export", str(run), "--to", "kohya", "--verify", "off"])[0] == 0
+    assert (run / "exports" / "mine.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -133,3 +145,74 @@ def test_the_cards_snippet_opens_the_tiny_base() -> None:
 
 def card_of(base: str) -> Card:
     return Card("mine", "zwx mug", "sd1", base, None, (), {}, [], [])
+
+
+@pytest.fixture(scope="module")
+def flux(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of Flux with its text encoder, and a preview."""
+    folder = tmp_path_factory.mktemp("flux")
+    more = ("method.parts=[denoiser,text_encoders]", "sample.every=2", "export.verify=deltas")
+    return made(tiny_bases["flux"], write_photos(folder / "photos"), folder / "run", "dreambooth-lora", *more)
+
+
+def test_a_flux_run_says_which_file_is_for_whom(flux: Path) -> None:
+    """UIs are pointed to the joined file, diffusers to its own; what the text encoder costs stands on each page."""
+    assert any(key.endswith("_qkv.alpha") for key in load_file(flux / "exports" / "mine.safetensors"))
+    card = ModelCard.load(flux / "exports" / "README.md").text
+    assert 'weight_name="mine-diffusers/pytorch_lora_weights.safetensors"' in card
+    for text in (card, (flux / "report.html").read_text()):
+        assert "sdnext: refused, drops the whole file" in text
+        assert "InvokeAI: refused, raises when it draws" in text
+    planned = json.loads((flux / "run.json").read_text())["plan"]["exports"]
+    assert "sdnext drops the whole file; InvokeAI raises when it draws (diffusers file)" in planned
+    assert "method.parts=[denoiser]" in planned
+
+
+def test_a_joined_preview_is_drawn_and_read_back(flux: Path) -> None:
+    held = load_file(flux / "previews" / "mine-000002.safetensors")
+    assert any(key.endswith("_linear1.lora_up.weight") for key in held)
+    assert list((flux / "samples" / "step-000002").glob("*.png"))
+
+
+def test_a_preview_bears_columns_of_zeros(flux: Path, tmp_path: Path, tiny_bases: dict[str, Path]) -> None:
+    """A joined matrix does not say whose a column of zeros is. The method still gets matrices of its own rank."""
+    folder = RunFolder(shutil.copytree(flux, tmp_path / "run"))
+    family, method = load_family(str(tiny_bases["flux"])), folder.recipe.method.adapter
+    parameters = method.attach(family, 0)
+    made = torch.Generator().manual_seed(0)
+    queries = next(name for name in parameters if name.endswith("to_q.lora_B.default.weight"))
+    with torch.no_grad():
+        for name, value in parameters.items():
+            if ".lora_B." in name:
+                value.copy_(torch.randn(value.shape, generator=made))
+        parameters[queries][:, 1:] = 0
+    before = {name: value.clone() for name, value in parameters.items()}
+    layer = family.parts["denoiser"].get_submodule(queries.split(".lora_B")[0].removeprefix("denoiser."))
+    wanted = layer.get_delta_weight("default")
+    with from_file(folder, family, 1):
+        assert torch.allclose(layer.get_delta_weight("default"), wanted, atol=5e-3)
+    assert all(torch.equal(value, before[name]) for name, value in parameters.items())
+
+
+def test_an_older_run_still_opens_and_is_exported_under_the_new_names(
+    flux: Path, tmp_path: Path, tiny_bases: dict[str, Path]
+) -> None:
+    """Before, the diffusers form was NAME.safetensors and the joined one NAME-kohya.safetensors."""
+    run = shutil.copytree(flux, tmp_path / "run")
+    exports = run / "exports"
+    (exports / "mine.safetensors").rename(exports / "mine-kohya.safetensors")
+    (exports / "mine-diffusers" / "pytorch_lora_weights.safetensors").rename(exports / "mine.safetensors")
+    (exports / "mine-diffusers").rmdir()
+    listed = json.loads((run / "exports.json").read_text())
+    old = {"kohya": "exports/mine-kohya.safetensors", "diffusers": "exports/mine.safetensors"}
+    for item in listed:
+        item.pop("limits")
+        item["path"] = old.get(item["format"], item["path"])
+    (run / "exports.json").write_text(json.dumps(listed))
+    for name in old.values():
+        open_result(run / name, str(tiny_bases["flux"]))
+    assert command(["report", str(run)])[0] == 0
+    assert "mine-kohya.safetensors" in (run / "report.html").read_text()
+    assert command(["export", str(run), "--to", "kohya", "--verify", "off"])[0] == 0
+    now = {item["format"]: item["path"] for item in json.loads((run / "exports.json").read_text())}
+    assert now == {"kohya": "exports/mine.safetensors", "peft": "exports/mine-peft"}

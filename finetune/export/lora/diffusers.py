@@ -1,7 +1,7 @@
 """diffusers' own LoRA file: PEFT keys per part, and the alpha as JSON in the header.
 
-Without that header diffusers assumes alpha = rank, which changes the adapter's strength. For SD3 and Flux the UIs read
-this format too, but not its header: there, the scale is multiplied into the matrices.
+Without that header diffusers assumes alpha = rank, which changes the adapter's strength. Some UIs read this
+format for SD3 and Flux too, but not its header: there, the scale is multiplied into the matrices.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors
 from finetune.core.reading import parse_json
 from finetune.export.base import Adapter, AdapterExport
+from finetune.export.metadata import with_numbers
 from finetune.families.naming.clip import add_text_model, strip_text_model
 from finetune.families.registry import FAMILIES
 
@@ -41,8 +42,10 @@ class Diffusers(AdapterExport):
         return folder / (f"{name}.safetensors" if main else f"{name}-diffusers/{FILE}")
 
     def readers(self, adapter: Adapter) -> tuple[str, ...]:
-        readers = FAMILIES[adapter.family].naming.known_readers
-        return readers.diffusers_format if adapter.layers.keys() == {"denoiser"} else readers.with_texts
+        return FAMILIES[adapter.family].naming.known_readers.of(_form(adapter))
+
+    def limits(self, adapter: Adapter) -> list[str]:
+        return FAMILIES[adapter.family].naming.known_readers.limits(_form(adapter))
 
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
         adapter, names = adapter.padded(), prefixes(adapter.family)
@@ -54,7 +57,8 @@ class Diffusers(AdapterExport):
             tensors[f"{key}.lora_A.weight"] = a.to(dtype)
             tensors[f"{key}.lora_B.weight"] = b.to(dtype)
         header = json.dumps(_header(adapter), indent=2, sort_keys=True)
-        save_tensors(path, tensors, metadata | {HEADER: header, "format": "pt"})
+        told = with_numbers(metadata, tensors, adapter.rank, adapter.alpha)
+        save_tensors(path, tensors, told | {HEADER: header, "format": "pt"})
 
     def read(self, path: Path, family: str, base_folder: Path) -> Adapter:
         with safe_open(path, "pt") as opened:
@@ -77,6 +81,10 @@ class Diffusers(AdapterExport):
         prefix = names[next(iter(layers))]
         rank, alpha = int(about[f"{prefix}.r"]), float(about[f"{prefix}.lora_alpha"])
         return Adapter(family, base_folder, layers, alpha / rank)
+
+
+def _form(adapter: Adapter) -> str:
+    return "diffusers_format" if adapter.layers.keys() == {"denoiser"} else "with_texts"
 
 
 def read_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

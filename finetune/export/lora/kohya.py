@@ -5,7 +5,7 @@ The prefixes are `lora_te_` for SD1 and SD2, and `lora_te1_` and `lora_te2_` for
 The whole file has one alpha, because diffusers' reader ignores a module's own alpha on attention projections.
 
 For SD3 and Flux the format joins q, k and v into one matrix: the down matrices are stacked, and the up matrices are
-placed on a diagonal. A joined matrix has a higher rank, and its own alpha.
+placed on a diagonal. A joined matrix has a higher rank; its up matrix carries the difference, so that alpha stays one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors
 from finetune.export.base import Adapter, AdapterExport
+from finetune.export.metadata import with_numbers
 from finetune.families.naming.clip import add_text_model
 from finetune.families.registry import FAMILIES, denoiser_config, family_of, weight_shapes
 
@@ -46,7 +47,10 @@ class Kohya(AdapterExport):
         return folder / (f"{name}.safetensors" if main else f"{name}-kohya.safetensors")
 
     def readers(self, adapter: Adapter) -> tuple[str, ...]:
-        return FAMILIES[adapter.family].naming.known_readers.kohya
+        return FAMILIES[adapter.family].naming.known_readers.of(_form(adapter))
+
+    def limits(self, adapter: Adapter) -> list[str]:
+        return FAMILIES[adapter.family].naming.known_readers.limits(_form(adapter))
 
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
         known = key_table(adapter.base_folder)
@@ -63,14 +67,13 @@ class Kohya(AdapterExport):
             if any(pair is not None for pair in pairs):
                 joined[key] = join(pairs, place.rows)
         largest = max(len(a) for a, _ in joined.values())
-        joined_form = FAMILIES[adapter.family].naming.joined
+        alpha = torch.tensor(float(adapter.scale * largest))
         tensors = {}
         for key, (a, b) in joined.items():
-            rank = len(a) if joined_form else largest
             tensors[key + DOWN] = a.to(dtype).contiguous()
-            tensors[key + UP] = (b * (len(a) / rank)).to(dtype)  # the readers divide alpha by each rank
-            tensors[key + ALPHA] = torch.tensor(float(adapter.scale * rank))
-        save_tensors(path, tensors, metadata)
+            tensors[key + UP] = (b * (len(a) / largest)).to(dtype)  # the readers divide alpha by each rank
+            tensors[key + ALPHA] = alpha.clone()
+        save_tensors(path, tensors, with_numbers(metadata, tensors, largest, float(alpha)))
 
     def read(self, path: Path, family: str, base_folder: Path) -> Adapter:
         tensors = load_file(path)
@@ -91,6 +94,10 @@ class Kohya(AdapterExport):
             for module, pair in split(a.float(), b.float() * (alpha / len(a) / scale), place).items():
                 layers.setdefault(place.part, {})[module] = pair
         return Adapter(family, base_folder, layers, scale)
+
+
+def _form(adapter: Adapter) -> str:
+    return "kohya" if adapter.layers.keys() == {"denoiser"} else "kohya_with_texts"
 
 
 def join(pairs: list[Pair | None], rows: tuple[int, ...]) -> Pair:

@@ -1,11 +1,11 @@
-"""The names of a family and its modules in other programs' files, and the programs that are known to read each file.
+"""The names of a family and its modules in other programs' files, and what each program does with such a file.
 
-Each family defines a `Naming`. Its facts come from the source code of the programs' loaders (docs/exports.md).
+Each family defines a `Naming`. Where its facts come from is in docs/exports.md; a test compares its tables with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Labels:
     """The names of a family in file headers: kohya's `ss_base_model_version` and `ss_v2`, modelspec's architecture and
-    implementation, and the "sd version" of Forge's sidecars. `v_*` apply to bases that predict v."""
+    implementation, and the "sd version" of Forge's sidecars. `v_*` apply to bases that predict v. `network` is kohya's
+    `ss_network_module`."""
 
     kohya: str
     architecture: str
@@ -23,21 +24,65 @@ class Labels:
     v_kohya: str = ""
     v_architecture: str = ""
     v2: bool = False
+    network: str = "networks.lora"
+
+
+Verdict = tuple[str, str]  # "fully", "partly", "refused", "nothing" or "unknown"; the reason, if there is one
+PROGRAMS = ("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers")
+UNKNOWN: Verdict = ("unknown", "")
 
 
 @dataclass(frozen=True)
 class Readers:
-    """The programs that are known to read a family's files, by format.
+    """The programs that are known to read all of a family's files, by form.
 
-    `diffusers_format` is for a LoRA of the denoiser alone, `with_texts` for one that includes text encoders.
-    `refuse_unknown`: programs that refuse a whole kohya file because of one unknown key.
+    `kohya` and `diffusers_format` are for a LoRA of the denoiser alone, `kohya_with_texts` (None: as `kohya`) and
+    `with_texts` for one that includes text encoders. `refuse_unknown`: programs that refuse a whole kohya file because
+    of one unknown key. `others`: form -> program -> what it does instead, if that is known.
     """
 
     kohya: tuple[str, ...] = ()
+    kohya_with_texts: tuple[str, ...] | None = None
     diffusers_format: tuple[str, ...] = ("diffusers",)
     with_texts: tuple[str, ...] = ("diffusers",)
     embedding: tuple[str, ...] = ()
     refuse_unknown: tuple[str, ...] = ()
+    others: Mapping[str, Mapping[str, Verdict]] = field(default_factory=dict)
+
+    def of(self, form: str) -> tuple[str, ...]:
+        """The programs that read all of a file of this form (the name of one of the fields above)."""
+        found: tuple[str, ...] | None = getattr(self, form)
+        return self.kohya if found is None else found
+
+    def verdict(self, form: str, program: str) -> Verdict:
+        """What a program does with a file of this form."""
+        if program in self.of(form):
+            return "fully", ""
+        held = self.others.get(form)
+        if held is None and form == "kohya_with_texts":
+            held = self.others.get("kohya")
+        return (held or {}).get(program, UNKNOWN)
+
+    def limits(self, form: str) -> list[str]:
+        """A line for each program that is known not to read all of a file of this form."""
+        found = {program: self.verdict(form, program) for program in PROGRAMS}
+        return [
+            f"{program}: {state}{f', {why}' if why else ''}"
+            for program, (state, why) in found.items()
+            if state not in ("fully", "unknown")
+        ]
+
+    @property
+    def cost_of_texts(self) -> list[str]:
+        """A line for each program that reads a file of the denoiser alone, but not one with text encoders."""
+        lines = []
+        for plain, full, called in (
+            ("kohya", "kohya_with_texts", ""),
+            ("diffusers_format", "with_texts", " (diffusers file)"),
+        ):
+            lost = {name: self.verdict(full, name) for name in self.of(plain) if name not in self.of(full)}
+            lines += [f"{program} {why}{called}" for program, (_, why) in lost.items() if why]
+        return lines
 
 
 ONLY_DIFFUSERS = Readers(kohya=("diffusers",), embedding=("diffusers",))
@@ -67,6 +112,7 @@ class Naming:
         ui_format: the LoRA format that UIs read; its file gets the plain name.
         joined: whether kohya's file joins several modules into one matrix, each with its own rank and alpha.
         scale_in_matrices: whether diffusers LoRA files without an alpha have alpha = rank.
+        architecture_of: the denoiser's config -> modelspec's architecture; None: that of the labels.
     """
 
     labels: Labels
@@ -76,6 +122,7 @@ class Naming:
     ui_format: str = "kohya"
     joined: bool = False
     scale_in_matrices: bool = False
+    architecture_of: Callable[[Mapping[str, Any]], str] | None = None
 
     @property
     def known_readers(self) -> Readers:

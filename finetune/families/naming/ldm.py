@@ -5,24 +5,44 @@ The original code numbers all blocks in one sequence; diffusers nests them. Insi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune.families.naming.base import Naming, Readers
+from finetune.families.naming.base import Naming, Readers, Verdict
 
 SD_READERS = Readers(
     kohya=("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers"),
     embedding=("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers"),
 )
+SDXL_DIFFUSERS: Mapping[str, Verdict] = {
+    "ComfyUI": ("partly", "486 of 1,046 modules, 88 of them at a wrong strength"),
+    "Forge": ("refused", "too many unmatched keys"),
+}
+SDXL_READERS = replace(
+    SD_READERS,
+    refuse_unknown=("InvokeAI",),
+    others={"diffusers_format": SDXL_DIFFUSERS, "with_texts": SDXL_DIFFUSERS},
+)
 
 
 @dataclass(frozen=True)
 class UNetNaming(Naming):
-    """kohya's files use diffusers' names; other trainers write the original names in kohya's format."""
+    """kohya's files have diffusers' names for SD1 and SD2, and the original names for SDXL. Other trainers also write
+    the other way round.
+
+    original: whether our files have the original names. With diffusers' names, A1111 loses a convolution of SDXL; a
+    file with both styles is refused by InvokeAI.
+    """
+
+    original: bool = False
+
+    def original_names(self, paths: Sequence[str], config: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {unet_name(path, dict(config)) if self.original else path: [path] for path in paths}
 
     def other_names(self, name: str, config: Mapping[str, Any]) -> list[str]:
-        return [f"{self.prefixes['denoiser']}_{unet_name(name, dict(config)).replace('.', '_')}"]
+        other = (diffusers_name if self.original else unet_name)(name, dict(config))
+        return [f"{self.prefixes['denoiser']}_{other.replace('.', '_')}"]
 
 
 RESNET = {
@@ -44,6 +64,9 @@ OUTSIDE = {
 }
 UP_BLOCKS = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)  # diffusers' default, which configs may omit
 MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
+FROM_RESNET, FROM_OUTSIDE, FROM_MIDDLE = (
+    {original: name for name, original in names.items()} for names in (RESNET, OUTSIDE, MIDDLE)
+)
 
 
 def unet_name(path: str, config: dict[str, Any]) -> str:
@@ -70,6 +93,34 @@ def unet_name(path: str, config: dict[str, Any]) -> str:
         attends = "CrossAttn" in config.get("up_block_types", UP_BLOCKS)[int(block)]
         return _join("output_blocks", str(first + layers), "12"[attends], *inside)
     return _join("output_blocks", str(first + int(number)), "01"[kind == "attentions"], _inside(kind, inside))
+
+
+def diffusers_name(name: str, config: dict[str, Any]) -> str:
+    """The inverse of `unet_name`: "input_blocks.4.1.proj_in" -> "down_blocks.1.attentions.0.proj_in".
+
+    Raises:
+        KeyError: the UNet has no such module.
+    """
+    if name in FROM_OUTSIDE:
+        return FROM_OUTSIDE[name]
+    head, number, *rest = name.split(".")
+    if head == "middle_block":
+        kind = FROM_MIDDLE[number]
+        return _join("mid_block", kind, _back(kind, rest))
+    slot, *inside = rest
+    layers = int(config.get("layers_per_block", 2)) + 1
+    block, layer = divmod(int(number) - (head == "input_blocks"), layers)
+    if head == "input_blocks" and layer == layers - 1:
+        return f"down_blocks.{block}.downsamplers.0.conv"
+    side = {"input_blocks": "down_blocks", "output_blocks": "up_blocks"}[head]
+    attends = "CrossAttn" in config.get("up_block_types", UP_BLOCKS)[block] or side == "down_blocks"
+    kind = "resnets" if slot == "0" else "attentions" if slot == "1" and attends else "upsamplers"
+    return _join(f"{side}.{block}", f"{kind}.{0 if kind == 'upsamplers' else layer}", _back(kind, inside))
+
+
+def _back(kind: str, inside: list[str]) -> str:
+    path = ".".join(inside)
+    return FROM_RESNET[path] if kind.startswith("resnets") and path else path
 
 
 def _inside(kind: str, inside: list[str]) -> str:

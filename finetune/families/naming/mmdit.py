@@ -11,9 +11,52 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.families.naming.base import Naming
+from finetune.families.naming.base import Naming, Readers, Verdict
 
-DENOISER_UIS = ("ComfyUI", "Forge", "InvokeAI", "sdnext", "diffusers")
+NO_FLUX: Verdict = ("nothing", "it has no Flux")
+CONVERTER: Verdict = ("unknown", "its converter gives the same weights, tested at full size")
+UNMATCHED: Verdict = ("nothing", "no key matches")
+FLUX_READERS = Readers(
+    kohya=("ComfyUI", "Forge", "InvokeAI", "sdnext"),
+    kohya_with_texts=("ComfyUI", "Forge", "InvokeAI"),
+    diffusers_format=("ComfyUI", "Forge", "InvokeAI", "diffusers"),
+    with_texts=("ComfyUI", "Forge", "diffusers"),
+    embedding=("diffusers",),
+    others={
+        "kohya": {"A1111": NO_FLUX, "diffusers": CONVERTER},
+        "kohya_with_texts": {
+            "A1111": NO_FLUX,
+            "diffusers": CONVERTER,
+            "sdnext": ("refused", "drops the whole file"),
+        },
+        "diffusers_format": {"A1111": NO_FLUX, "sdnext": UNMATCHED},
+        "with_texts": {"A1111": NO_FLUX, "InvokeAI": ("refused", "raises when it draws"), "sdnext": UNMATCHED},
+        "embedding": {"ComfyUI": ("partly", "hands T5 a tensor of the wrong width")},
+    },
+)
+SD3_READERS = Readers(
+    kohya=("ComfyUI", "Forge"),
+    diffusers_format=("ComfyUI", "diffusers"),
+    with_texts=("diffusers",),
+    others={
+        "kohya": {
+            "A1111": ("refused", "fails at .alpha"),
+            "InvokeAI": ("refused", "does not recognise it"),
+            "sdnext": ("nothing", "does not know attn2"),
+            "diffusers": ("refused", ""),
+        },
+        "diffusers_format": {
+            "Forge": ("refused", "672 unmatched keys"),
+            "A1111": ("partly", "only q, k, v and out of the image half"),
+            "InvokeAI": ("refused", "takes it for a Qwen-Image LoRA"),
+            "sdnext": UNMATCHED,
+        },
+        "embedding": {
+            "ComfyUI": ("partly", "hands T5 a tensor of the wrong width"),
+            "diffusers": ("refused", "its pipeline has no reader"),
+        },
+    },
+)
 
 # inside a block: diffusers -> (original, slot)
 FLUX_DOUBLE = {
@@ -124,9 +167,9 @@ SD3_NAMES = Names({"transformer_blocks": ("joint_blocks", SD3_BLOCK)}, SD3_OUTSI
 
 @dataclass(frozen=True)
 class JoinedNaming(Naming):
-    """UIs read diffusers' names; kohya's file has the original matrices, some of which join several modules."""
+    """kohya's file has the original matrices, some of which join several modules. More UIs read it than read
+    diffusers' names."""
 
-    ui_format: str = "diffusers"
     joined: bool = True
     scale_in_matrices: bool = True
     names: Names = Names()
