@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from PIL import Image
-from test_processes import environment, losses
+from test_processes import entries_of, environment, losses
 from work import wait_for_steps
 
 SETTINGS = (
@@ -141,6 +141,8 @@ def test_workers_that_torchrun_starts_again_continue_the_run_that_nobody_named(
     assert sorted(path.name for path in machine.run.parent.iterdir()) == ["dreambooth", "dreambooth-2"]
     assert "resumes  after step" in said
     assert digest(own) == digest(unbroken[0].run)
+    caches = [entries_of(one.folder / "cache") for one in (machine, unbroken[0])]
+    assert caches[0] == caches[1] != {}, "two shares of one cache are what one process alone makes"
 
 
 @pytest.mark.slow
