@@ -30,6 +30,7 @@ class Readers:
     """The programs that are known to read a family's files, by format.
 
     `diffusers_format` is for a LoRA of the denoiser alone, `with_texts` for one that includes text encoders.
+    `native` is for LoHa and LoKr in LyCORIS' format, `dora` for DoRA in it, at strength 1.
     `refuse_unknown`: programs that refuse a whole kohya file because of one unknown key.
     """
 
@@ -37,6 +38,8 @@ class Readers:
     diffusers_format: tuple[str, ...] = ("diffusers",)
     with_texts: tuple[str, ...] = ("diffusers",)
     embedding: tuple[str, ...] = ()
+    native: tuple[str, ...] = ()
+    dora: tuple[str, ...] = ()
     refuse_unknown: tuple[str, ...] = ()
 
 

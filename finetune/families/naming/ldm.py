@@ -14,6 +14,8 @@ from finetune.families.naming.base import Naming, Readers
 SD_READERS = Readers(
     kohya=("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers"),
     embedding=("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers"),
+    native=("ComfyUI", "Forge", "InvokeAI"),
+    dora=("ComfyUI", "Forge"),
 )
 
 
