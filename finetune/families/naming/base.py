@@ -51,11 +51,13 @@ class SingleFile:
     """A family's checkpoint in the original (LDM, SGM) layout.
 
     `texts`: text encoder -> (prefix in the file, whether the file uses OpenCLIP's layout for it). `like`: the hub id
-    with the configs and tokenizers for such a file.
+    with the configs and tokenizers for such a file. `marked`: whether UIs know a base that predicts v only by empty
+    tensors `v_pred` and `ztsnr` in it.
     """
 
     texts: Mapping[str, tuple[str, bool]]
     like: str
+    marked: bool = False
 
 
 @dataclass(frozen=True)
