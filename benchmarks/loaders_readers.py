@@ -66,6 +66,10 @@ class DiffusersReader(Reader):
     name = "diffusers"
     version = diffusers.__version__
 
+    def reads(self, case: Case) -> bool:
+        """Not Flux's joined form: its converter knows only Flux's own widths (tests/export has that at full size)."""
+        return super().reads(case) and (case.base.model, case.form) != ("Flux.1 dev", "kohya")
+
     def deltas(self, case: Case) -> Deltas:
         family = case.base.family()
         kind = getattr(diffusers, family.pipeline_class)
