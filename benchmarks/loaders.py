@@ -44,7 +44,7 @@ class Row:
 
     @property
     def line(self) -> str:
-        result = self.refused or f"error {self.error:.0e}"
+        result = self.refused or ("nothing applied" if self.error is None else f"error {self.error:.0e}")
         names = f"{self.base:13} {self.kind:24} {self.form:10} {self.reader:10} {self.version:8}"
         return f"{names} {self.applied:4} of {self.of:4}  {result}"
 

@@ -159,6 +159,10 @@ class InvokeAI(Sources):
 
     name = "InvokeAI"
 
+    def reads(self, case: Case) -> bool:
+        """Not Flux in diffusers' names: its converter knows only Flux's own widths."""
+        return super().reads(case) and (case.base.model, case.form) != ("Flux.1 dev", "diffusers")
+
     @cached_property
     def code(self) -> dict[str, Any]:
         root = self.folder / "invokeai"
