@@ -23,6 +23,7 @@ from finetune.export.settings import Verify
 from finetune.families.base import Family
 from finetune.families.settings import Base
 from finetune.methods.base import Artifact
+from finetune.methods.peft_adapter import PeftAdapter
 from finetune.methods.textual_inversion import Inversion
 
 SMALL = 2.0**-6  # `balanced` changes modules whose largest |B| is below this: larger values fit well in fp16
@@ -211,17 +212,19 @@ class Request:
 
 
 class Export(ABC):
-    """One file format. A new format derives from `AdapterExport`, `ModelExport` or `EmbeddingExport`.
+    """One file format. A new one derives from `AdapterExport`, `NativeExport`, `ModelExport` or `EmbeddingExport`.
 
     Class attributes:
         name: its name in recipes and in `--to`.
         artifact: the kind of training result that it stores (one of `Method.artifacts`).
         usual: whether it is written when the recipe names no format.
+        holds: the methods that it is for, for the sentence that refuses others; "" if `artifact` says it.
     """
 
     name: ClassVar[str]
     artifact: ClassVar[Artifact]
     usual: ClassVar[bool] = True
+    holds: ClassVar[str] = ""
 
     @abstractmethod
     def path(self, folder: Path, name: str, family: str) -> Path:
@@ -262,6 +265,44 @@ class AdapterExport(Export):
 
         Raises:
             BadInput: the file has another format, or a key, alpha or shape is wrong; the message names the key.
+        """
+
+
+class NativeExport(Export):
+    """A format that holds adapters of other kinds than LoRA as they were trained."""
+
+    artifact = "native"
+
+    def readers(self, method: PeftAdapter, family: str) -> tuple[str, ...]:
+        """The programs that are known to read all of this method's files exactly."""
+        return ()
+
+    def adds(self, method: PeftAdapter) -> bool:
+        """Whether readers add to the weights, so that a file's error is measured against the change; False where they
+        replace them (DoRA): there a change is the difference of nearly equal weights."""
+        return method.kind != "dora"
+
+    @abstractmethod
+    def write(self, method: PeftAdapter, family: Family, path: Path, request: Request) -> None:
+        """Writes the adapter that is attached to `family` to `path`.
+
+        Raises:
+            BadInput: the format has no name for one of its modules.
+        """
+
+    @abstractmethod
+    def read(self, path: Path, family: Family) -> dict[tuple[str, str], dict[str, Tensor]]:
+        """The tensors in a file: (part, module path without `text_model.`) -> name -> tensor.
+
+        Raises:
+            BadInput: the file has a module that the family does not have.
+        """
+
+    @abstractmethod
+    def change(self, tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        """The change of a base's weight by one module's tensors at strength 1, as its readers compute it.
+
+        Same shape as `weight` ([out, in] or [out, in, k, k]), float32.
         """
 
 

@@ -16,7 +16,12 @@ from finetune.core.reading import parse_yaml, read_bytes
 from finetune.families.registry import FAMILIES
 from finetune.families.toy import TINY
 
-TAGS = {"adapter": ["lora", "template:sd-lora"], "weights": [], "embedding": ["textual_inversion"]}  # the hub's
+TAGS = {
+    "adapter": ["lora", "template:sd-lora"],
+    "native": [],
+    "weights": [],
+    "embedding": ["textual_inversion"],
+}  # the hub's
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,26 @@ from typing import Any
 
 from finetune.core.errors import BadInput
 from finetune.core.registry import Registry
-from finetune.export.base import AdapterExport, EmbeddingExport, Export, ModelExport
+from finetune.export.base import AdapterExport, EmbeddingExport, Export, ModelExport, NativeExport
 
 EXPORTS: Registry[Export] = Registry(Export, "finetune.export", lambda item: item.name, nested=True)
 
-CALLED = {"adapter": "an adapter", "weights": "whole weights", "embedding": "new embeddings"}
+CALLED = {
+    "adapter": "an adapter",
+    "native": "an adapter in its own form",
+    "weights": "whole weights",
+    "embedding": "new embeddings",
+}
 
 
 def adapter_exports(names: Sequence[str]) -> list[AdapterExport]:
     """The LoRA formats among `names`, in the same order."""
     return _of_kind(names, AdapterExport)
+
+
+def native_exports(names: Sequence[str]) -> list[NativeExport]:
+    """The formats of other kinds of adapters among `names`."""
+    return _of_kind(names, NativeExport)
 
 
 def model_exports(names: Sequence[str]) -> list[ModelExport]:
@@ -67,10 +77,11 @@ def check_formats(formats: Sequence[str], artifacts: Sequence[str] = ("adapter",
         if wanted in known:
             continue
         if wanted in EXPORTS:
-            what = " or ".join(CALLED[item] for item in artifacts)
+            what = " or ".join(CALLED[item] for item in artifacts if item != "native")
+            only = f" (it is for {EXPORTS[wanted].holds})" if EXPORTS[wanted].holds else ""
             article = "an" if wanted[0] in "aeiou" else "a"
             raise BadInput(
-                f"{article} {wanted} file can't hold {what}, which this run trains: use {' or '.join(known)}"
+                f"{article} {wanted} file can't hold {what}, which this run trains{only}: use {' or '.join(known)}"
             )
         nearest = difflib.get_close_matches(wanted, known, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"

@@ -67,6 +67,7 @@ class StableDiffusionXL(UNetFamily):
                 "text_encoder_2": ("conditioner.embedders.1.model.", True),
             },
             "stabilityai/stable-diffusion-xl-base-1.0",
+            marked=True,
         ),
         original=True,
     )

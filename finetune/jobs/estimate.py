@@ -16,7 +16,7 @@ from finetune.config.recipe import Recipe
 from finetune.core.batch import Geometry
 from finetune.core.devices import DTYPES, gib
 from finetune.core.errors import BadInput
-from finetune.export.registry import adapter_exports, embedding_exports, formats_for, model_exports
+from finetune.export.registry import adapter_exports, embedding_exports, formats_for, model_exports, native_exports
 from finetune.export.settings import UNCHECKED
 from finetune.families.base import Family
 from finetune.families.registry import family_of
@@ -137,7 +137,7 @@ def _checks(recipe: Recipe, own: Estimate, family: type[Family]) -> str:
     lines = [item.checking(stored, recipe.export.verify) for item in model_exports(formats)]
     loaded = [line for line in lines if line]
     words = [item for item in embedding_exports(formats) if "diffusers" in item.readers(family.name)]
-    if recipe.export.verify == "full" and (words or adapter_exports(formats)):
+    if recipe.export.verify == "full" and (words or adapter_exports(formats) or native_exports(formats)):
         loaded.append(f"an unchanged base of {gib(own.clean)}, with no other model in memory")
     return "; ".join(loaded) or "files are read back; no second model is loaded"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from finetune.export.base import (
     EmbeddingExport,
     Exported,
     ModelExport,
+    NativeExport,
     NewWords,
     Request,
     discard,
 )
 from finetune.export.lora.peft import Peft
 from finetune.export.metadata import written_date
+from finetune.export.native import export_native, trained_prediction, with_prediction
 from finetune.export.registry import (
     EXPORTS,
     adapter_exports,
@@ -34,6 +37,7 @@ from finetune.export.registry import (
     embedding_exports,
     formats_for,
     model_exports,
+    native_exports,
 )
 from finetune.export.settings import ExportTo
 from finetune.export.svd import export_native_form, native_formats, reduced, with_checks
@@ -136,8 +140,10 @@ def export_run(
     call = _Call(place, family, options, Bench.of(family, recipe.base.load, options.verify))
     rows = {part: value.cpu() for part, value in embeddings(family).items()}
     exported = [_whole_model(call, item) for item in model_exports(chosen)]
+    native = _native(call, native_exports(chosen))
     exported += _as_lora(call, [item.name for item in adapter_exports(chosen)])
     discard(family)
+    exported += [finish() for finish in native]
     exported += [_embedding(call, rows, item) for item in embedding_exports(chosen)]
     write_json(place.listing, _merged(place, exported))
     return exported
@@ -182,6 +188,21 @@ def _whole_model(call: _Call, export: ModelExport) -> Exported:
     path = export.path(request.folder, request.name, call.family.name)
     with one_step(f"Export {export.name}"):
         return export.export(call.family, path, request, call.options.verify)
+
+
+def _native(call: _Call, exports: Sequence[NativeExport]) -> list[Callable[[], Exported]]:
+    """Writes other kinds of adapters in their own form. Each returned function completes the checks on a clean base,
+    and is to be called when the trained family has left memory."""
+    method, family = call.recipe.method, call.family
+    if not exports:
+        return []
+    assert isinstance(method, PeftAdapter)
+    prediction, request = trained_prediction(family), call.request(call.place.name)
+    checked = call.bench.verify != "off"
+    return [
+        partial(with_prediction, export_native(item, method, family, request, checked), item, prediction, call.bench)
+        for item in exports
+    ]
 
 
 def _as_lora(call: _Call, formats: Sequence[str]) -> list[Exported]:

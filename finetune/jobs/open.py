@@ -15,8 +15,9 @@ from finetune.config.recipe import Recipe
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.core.logging import quieted
-from finetune.export.base import Adapter, AdapterExport, Exported, ModelExport
+from finetune.export.base import Adapter, AdapterExport, Exported, ModelExport, NativeExport
 from finetune.export.lora.peft import Peft
+from finetune.export.native import open_native
 from finetune.export.registry import EXPORTS, artifact_of, embedding_exports
 from finetune.export.verify import apply_adapter
 from finetune.families.base import Family
@@ -152,6 +153,8 @@ def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.
     family, method, data = base.load(dtype), folder.recipe.method, folder.recipe.data
     method.add_subject_token(family, data.token, data.class_noun)
     _read_words(family, exported)
+    if isinstance(export, NativeExport):
+        open_native(export, item.path, family)
     if not isinstance(export, AdapterExport):
         return family
     if item.format == Peft.name and method.is_adapter and not method.adapter.low_rank:

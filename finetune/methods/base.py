@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from finetune.families.base import Family
 
 Part = Literal["denoiser", "text_encoders"]
-Artifact = Literal["adapter", "weights", "embedding"]
+Artifact = Literal["adapter", "native", "weights", "embedding"]
 
 
 class Method(Settings, ABC):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class DoRA(Ranked):
     """LoRA for the direction of the weights, and a trained magnitude m for each output."""
 
+    artifacts: ClassVar = ("adapter", "native")
     marks: ClassVar = (".lora_",)
     kind: Literal["dora"] = "dora"
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -42,6 +43,25 @@ class DoRA(Ranked):
         with torch.no_grad():
             norm = magnitude.get_weight_norm(weight, torch.zeros_like(weight), layer.scaling[ADAPTER])
         magnitude.weight.data = norm
+
+    def native_tensors(self, layer: Any) -> dict[str, Tensor]:
+        """`dora_scale` is m |W| / |W + s B A| for each output. ComfyUI and Forge divide it by |W|, where PEFT divides
+        m by |W + s B A|: at strength 1 both give the same weight."""
+        import torch
+
+        from finetune.core.devices import doubled
+
+        a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
+        scale, weight = layer.scaling[ADAPTER], doubled(layer.get_base_layer().weight.detach()).flatten(1)
+        moved = weight + scale * (doubled(b).flatten(1) @ doubled(a).flatten(1))
+        magnitude = doubled(layer.lora_magnitude_vector[ADAPTER].weight.detach()).view(-1, 1)
+        corrected = magnitude * weight.norm(dim=1, keepdim=True) / moved.norm(dim=1, keepdim=True)
+        return {
+            "lora_down.weight": a,
+            "lora_up.weight": b,
+            "alpha": torch.tensor(float(scale * len(a))),
+            "dora_scale": corrected.view(-1, *[1] * (a.ndim - 1)).float(),
+        }
 
     def delta(self, layer: Any) -> Tensor:
         """PEFT's merged weight minus the base weight, in float64 because the two are nearly equal."""

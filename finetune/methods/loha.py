@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.methods.peft_adapter import ADAPTER, Ranked
+from finetune.methods.peft_adapter import ADAPTER, Ranked, tensors_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LoHa(Ranked):
     """The elementwise product of two low-rank matrices: rank up to r * r with twice the weights of a LoRA."""
 
+    artifacts: ClassVar = ("adapter", "native")
     marks: ClassVar = (".hada_",)
     kind: Literal["loha"] = "loha"
     rank: int = Field(default=8, ge=1)
@@ -20,6 +24,11 @@ class LoHa(Ranked):
         import peft
 
         return peft.LoHaConfig(r=self.rank, alpha=self.peft_alpha, target_modules=targets)
+
+    def native_tensors(self, layer: Any) -> dict[str, Tensor]:
+        import torch
+
+        return tensors_of(layer) | {"alpha": torch.tensor(self.alpha_value)}
 
     def prepare(self, layer: Any) -> None:
         never_dropped(layer)

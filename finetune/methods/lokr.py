@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from finetune.methods.loha import never_dropped
-from finetune.methods.peft_adapter import Ranked
+from finetune.methods.peft_adapter import Ranked, tensors_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LoKr(Ranked):
@@ -17,6 +20,7 @@ class LoKr(Ranked):
     `factor`: approximate side of the small matrix; `null` splits each side near its square root.
     """
 
+    artifacts: ClassVar = ("adapter", "native")
     marks: ClassVar = (".lokr_",)
     kind: Literal["lokr"] = "lokr"
     factor: int | None = Field(default=None, ge=2)
@@ -27,6 +31,15 @@ class LoKr(Ranked):
         return peft.LoKrConfig(
             r=self.rank, alpha=self.peft_alpha, decompose_factor=self.factor or -1, target_modules=targets
         )
+
+    def native_tensors(self, layer: Any) -> dict[str, Tensor]:
+        """Readers ignore alpha where both matrices are whole, so the scale is multiplied into the second one there."""
+        import torch
+
+        held = tensors_of(layer)
+        if "lokr_w2" in held:
+            return held | {"lokr_w2": held["lokr_w2"] * self.scale}
+        return held | {"alpha": torch.tensor(self.alpha_value)}
 
     def prepare(self, layer: Any) -> None:
         never_dropped(layer)

@@ -48,6 +48,10 @@ class PeftAdapter(Method):
         delta: Tensor = layer.get_delta_weight(ADAPTER)
         return delta.float()
 
+    def native_tensors(self, layer: Any) -> dict[str, Tensor]:
+        """One adapted layer in LyCORIS' format, name -> tensor; empty for methods without the artifact "native"."""
+        return {}
+
     def prepare(self, layer: Any) -> None:
         """Corrects a new layer if PEFT's initial values would change the base or would not be reproducible."""
 
@@ -183,6 +187,12 @@ class Ranked(PeftAdapter):
     def peft_alpha(self) -> int:
         """`alpha_value` for PEFT, whose annotations require int although it also accepts floats."""
         return cast(int, self.alpha_value)
+
+
+def tensors_of(layer: Any) -> dict[str, Tensor]:
+    """The trained tensors of a LoHa or LoKr layer by their names, which PEFT took from LyCORIS."""
+    held = {name: getattr(layer, name) for name in layer.adapter_layer_names}
+    return {name: tensors[ADAPTER].detach() for name, tensors in held.items() if ADAPTER in tensors}
 
 
 def active_lora(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, float]]:

@@ -144,7 +144,6 @@ INPUT = "model.diffusion_model.input_blocks.0.0.weight"
         (lambda t: [t.pop(k) for k in list(t) if k.startswith("cond_stage")], "no known text encoder"),
         (lambda t: t.pop("first_stage_model.quant_conv.weight"), "has no first_stage_model.quant_conv.weight"),
         (lambda t: t.__setitem__("model.diffusion_model.out.2.weight", torch.ones(4, 3, 3, 3)), "choose a folder"),
-        (lambda t: t.__setitem__("v_pred", torch.ones(1)), "predicts v"),
         (
             lambda t: rename(t, "cond_stage_model.transformer", "conditioner.embedders.0.model"),
             "refiner",
@@ -179,13 +178,46 @@ def test_ema_copies_and_other_left_overs_do_not_matter(tiny_bases: dict[str, Pat
     assert load_family(str(file), like=str(tiny_bases["sd1"])).name == "sd1"
 
 
-def test_a_v_prediction_base_says_so(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheduler", "wanted"),
+    [
+        ({}, []),
+        ({"rescale_betas_zero_snr": True}, []),
+        ({"prediction_type": "v_prediction"}, ["v_pred"]),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, ["v_pred", "ztsnr"]),
+    ],
+)
+def test_an_sdxl_file_says_what_it_predicts(
+    scheduler: dict, wanted: list[str], tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """By the empty tensors of NoobAI's files. A base with another scheduler as `like` is then no obstacle: the file
+    decides. diffusers does not look at them, but reads the file."""
     base = tmp_path / "base"
     shutil.copytree(tiny_bases["sdxl"], base)
     config = base / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | scheduler))
     file = file_of(base, tmp_path / "x.safetensors")
     with safe_open(file, "pt") as opened:
-        assert opened.metadata()["modelspec.prediction_type"] == "v"
+        assert opened.metadata()["modelspec.prediction_type"] == ("v" if wanted else "epsilon")
+        marks = {key: opened.get_tensor(key) for key in opened.keys() if "." not in key}  # noqa: SIM118
+    assert sorted(marks) == wanted
+    assert all(value.shape == (0,) for value in marks.values())
+    ours = load_family(str(file), like=str(tiny_bases["sdxl"])).schedule
+    if wanted:
+        assert ours.prediction == "v_prediction"
+        assert torch.equal(ours.alphas_cumprod, load_family(str(base)).schedule.alphas_cumprod)
+        assert (float(ours.alphas_cumprod[-1]) == 0) == ("ztsnr" in wanted)
+    kind = diffusers.StableDiffusionXLPipeline
+    theirs = kind.from_single_file(str(file), config=str(base), local_files_only=True)
+    assert theirs.scheduler.config.prediction_type == scheduler.get("prediction_type", "epsilon")
+    blind = kind.from_single_file(str(file), config=str(tiny_bases["sdxl"]), local_files_only=True)
+    assert blind.scheduler.config.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_other_families_need_no_marks(name: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """SD2 predicts v; UIs know it by its weights. A file that has the mark is read by it."""
+    file = file_of(tiny_bases[name], tmp_path / "x.safetensors")
+    assert "v_pred" not in load_file(file)
     spoilt(file, lambda tensors: tensors.__setitem__("v_pred", torch.zeros(1)))
-    assert load_family(str(file), like=str(base)).schedule.prediction == "v_prediction"
+    assert load_family(str(file), like=str(tiny_bases[name])).schedule.prediction == "v_prediction"

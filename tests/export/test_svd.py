@@ -25,6 +25,7 @@ from finetune.core.records import Check
 from finetune.export.adapter import export_adapter
 from finetune.export.base import Request, delta
 from finetune.export.decompose import decompose
+from finetune.export.registry import formats_for
 from finetune.export.svd import export_native_form, native_formats, reduced
 from finetune.export.verify import apply_adapter
 from finetune.families.base import Family
@@ -34,6 +35,7 @@ from finetune.jobs.export import export_run
 from finetune.jobs.open import open_exported, open_result
 from finetune.methods.full import Full
 from finetune.methods.peft_adapter import read_native_form
+from finetune.methods.registry import METHODS
 from finetune.runs.folder import RunFolder
 
 PARTS = ["denoiser", "text_encoders"]
@@ -265,7 +267,7 @@ def test_a_whole_run_is_resumed_bit_for_bit_and_exported(
 ) -> None:
     whole = resumed_is_the_unbroken_run(recipe_of(tiny_bases["sd1"], photos, kind), tmp_path)
     listed = json.loads((whole / "exports.json").read_text())
-    assert [item["format"] for item in listed] == ["diffusers", "kohya", "peft"]
+    assert [item["format"] for item in listed] == formats_for(METHODS[kind].artifacts, usual=True)
     assert all(check.startswith("ok: ") for item in listed for check in item["checks"])
     with safe_open(whole / "exports" / "mine.safetensors", "pt") as opened:
         about = opened.metadata()

@@ -17,9 +17,10 @@ from finetune.export.metadata import checkpoint_metadata
 from finetune.export.settings import Verify
 from finetune.families.base import Family
 from finetune.families.naming.base import SingleFile
-from finetune.families.naming.single_file import pack, unpacked
+from finetune.families.naming.single_file import marks, pack, unpacked
 from finetune.families.settings import Base
 from finetune.families.source import load_family, resolve_base
+from finetune.objectives.schedule import Schedule
 
 READ_BY = ["ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers"]
 
@@ -65,6 +66,8 @@ def export_checkpoint(
         raise BadInput(f"this program has no single-file layout for {what}: use --to folder")
     family.parts.restore()
     tensors = pack(layout, family.parts, DTYPES[dtype])
+    if isinstance(family.schedule, Schedule):
+        tensors |= marks(layout, family.schedule)
     v_prediction = family.schedule.prediction == "v_prediction"
     save_tensors(path, tensors, checkpoint_metadata(family.name, about, v_prediction))
     written = len(tensors)

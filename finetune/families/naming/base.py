@@ -38,7 +38,8 @@ class Readers:
 
     `kohya` and `diffusers_format` are for a LoRA of the denoiser alone, `kohya_with_texts` (None: as `kohya`) and
     `with_texts` for one that includes text encoders. `refuse_unknown`: programs that refuse a whole kohya file because
-    of one unknown key. `others`: form -> program -> what it does instead, if that is known.
+    of one unknown key. `others`: form -> program -> what it does instead, if that is known. `native` is for LoHa
+    and LoKr in LyCORIS' format, `dora` for DoRA in it, at strength 1.
     """
 
     kohya: tuple[str, ...] = ()
@@ -46,6 +47,8 @@ class Readers:
     diffusers_format: tuple[str, ...] = ("diffusers",)
     with_texts: tuple[str, ...] = ("diffusers",)
     embedding: tuple[str, ...] = ()
+    native: tuple[str, ...] = ()
+    dora: tuple[str, ...] = ()
     refuse_unknown: tuple[str, ...] = ()
     others: Mapping[str, Mapping[str, Verdict]] = field(default_factory=dict)
 
@@ -93,11 +96,13 @@ class SingleFile:
     """A family's checkpoint in the original (LDM, SGM) layout.
 
     `texts`: text encoder -> (prefix in the file, whether the file uses OpenCLIP's layout for it). `like`: the hub id
-    with the configs and tokenizers for such a file.
+    with the configs and tokenizers for such a file. `marked`: whether UIs know a base that predicts v only by empty
+    tensors `v_pred` and `ztsnr` in it.
     """
 
     texts: Mapping[str, tuple[str, bool]]
     like: str
+    marked: bool = False
 
 
 @dataclass(frozen=True)

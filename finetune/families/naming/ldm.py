@@ -14,6 +14,8 @@ from finetune.families.naming.base import Naming, Readers, Verdict
 SD_READERS = Readers(
     kohya=("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers"),
     embedding=("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers"),
+    native=("ComfyUI", "Forge", "InvokeAI"),
+    dora=("ComfyUI", "Forge"),
 )
 SDXL_DIFFUSERS: Mapping[str, Verdict] = {
     "ComfyUI": ("partly", "486 of 1,046 modules, 88 of them at a wrong strength"),

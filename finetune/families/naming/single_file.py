@@ -7,7 +7,7 @@ The file holds only weights. Configs, tokenizers and the scheduler come from `li
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,14 +17,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from finetune.core.errors import BadInput
-from finetune.core.files import cache_dir, copy_plain, replacing_folder, save_tensors, sha256, sweep
+from finetune.core.files import cache_dir, copy_plain, replacing_folder, save_tensors, sha256, sweep, write_json
 from finetune.families.configs import read_config, refuse_links
 from finetune.families.naming.base import SingleFile
 from finetune.families.naming.clip import strip_text_model
 from finetune.families.naming.ldm import open_clip_name, unet_name, vae_name
 from finetune.families.parts import PartSources, skeletons
+from finetune.objectives.schedule import Schedule
 
+V, ZERO_SNR = "v_pred", "ztsnr"  # empty tensors that say what a file predicts, and that its last timestep is all noise
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,14 @@ def pack(layout: SingleFile, parts: Mapping[str, nn.Module], dtype: torch.dtype)
     return packed | joined
 
 
+def marks(layout: SingleFile, schedule: Schedule) -> dict[str, Tensor]:
+    """The empty tensors from which ComfyUI, Forge and sdnext know what a file predicts; NoobAI's files have them."""
+    if not layout.marked or schedule.prediction != "v_prediction":
+        return {}
+    zero_snr = float(schedule.alphas_cumprod[-1]) == 0
+    return {name: torch.tensor([]) for name in (V, *[ZERO_SNR] * zero_snr)}
+
+
 def _stored(entry: Entry, value: Tensor) -> Tensor:
     if entry.original.startswith(VAE) and ".mid.attn_1." in entry.original and value.ndim == 2:
         return value[:, :, None, None]  # the file stores it as a 1x1 convolution
@@ -103,12 +115,14 @@ def detect(keys: list[str], shapes: dict[str, torch.Size], layouts: Mapping[str,
 
 def unpack(file: Path, like: Path, sources: PartSources, layout: SingleFile) -> Path:
     """Converts the checkpoint to a diffusers folder in the cache, in the file's own precision. The folder is named by
-    the file's hash and reused.
+    the file's hash and reused. What the file says by `v_pred` and `ztsnr` replaces what the scheduler of `like` says.
 
     Raises:
         BadInput: a weight is missing, or its shape differs from the config of `like`.
     """
-    name = hashlib.sha256(f"{sha256(file)}{like}".encode()).hexdigest()[:16]
+    with safe_open(file, "pt") as opened:
+        said = _said_by({V, ZERO_SNR}.intersection(opened.keys()))
+    name = hashlib.sha256(f"{sha256(file)}{like}{said or ''}".encode()).hexdigest()[:16]
     folder = cache_dir() / "checkpoints" / name
     if folder.is_dir():
         return folder
@@ -116,10 +130,11 @@ def unpack(file: Path, like: Path, sources: PartSources, layout: SingleFile) -> 
     sweep(folder.parent, 86_400)  # keeps newer ones: another process may be writing there
     copied = {*like.glob("*.json"), *like.glob("*/*.json"), *like.glob("tokenizer*/*")}
     with replacing_folder(folder) as temporary, safe_open(file, "pt") as opened:
-        _check_prediction(opened.keys(), like)
         for source in sorted(copied):
             if not source.name.endswith(".index.json"):
                 copy_plain(source, temporary / source.relative_to(like), like)
+        if said:
+            write_json(temporary / SCHEDULER, read_config(like, SCHEDULER) | said)
         for part, skeleton in skeletons(sources, like, list(sources)).items():
             tensors = dict(unpacked(_Lazy(opened), layout, part, skeleton, file))
             title = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
@@ -175,11 +190,8 @@ def unpacked(
         yield entry.key, value.reshape(wanted).contiguous()
 
 
-def _check_prediction(keys: Any, like: Path) -> None:
-    """Some SDXL files mark v-prediction with an empty tensor of that name."""
-    config = read_config(like, "scheduler/scheduler_config.json")
-    if "v_pred" in keys and config.get("prediction_type") != "v_prediction":
-        raise BadInput(
-            f"the checkpoint predicts v, but the scheduler of {like} has {config.get('prediction_type', 'epsilon')}: "
-            "choose a folder whose scheduler predicts v with base.like"
-        )
+def _said_by(found: Set[str]) -> dict[str, Any]:
+    """The settings of a scheduler that a file's marks stand for. `ztsnr` alone says nothing in ComfyUI, and here."""
+    if V not in found:
+        return {}
+    return {"prediction_type": "v_prediction"} | ({"rescale_betas_zero_snr": True} if ZERO_SNR in found else {})
