@@ -5,18 +5,53 @@ from __future__ import annotations
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+)
 
+def _no_path(value: Any) -> Any:
+    if value == "" or "\0" in str(value):
+        raise ValueError("no file or folder can have that name: give a path")
+    return value
+
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what torch takes
+Batch = Annotated[int, Field(ge=1, le=65_536)]  # more is a slip
 # written to files with "/" on every system
-AnyPath = Annotated[Path, PlainSerializer(lambda path: path.as_posix(), return_type=str, when_used="json-unless-none")]
+AnyPath = Annotated[
+    Path,
+    BeforeValidator(_no_path),
+    PlainSerializer(lambda path: path.as_posix(), return_type=str, when_used="json-unless-none"),
+]
 
 
 class Settings(BaseModel):
     """A section of a recipe: typed and read-only. An unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`yes` for a number would be taken for 1."""
+        kinds = _plain_types(cls.model_fields[info.field_name].annotation if info.field_name else None)
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("give a number, which yes, no, on, off, true and false are not")
+        return value
+
+
+def _plain_types(annotation: Any) -> set[Any]:
+    """A type, or the types that a union or an `Annotated` is of."""
+    inside = get_args(annotation)
+    return {annotation}.union(*map(_plain_types, inside)) if inside else {annotation}
 
 
 def chosen_by_kind(*options: Any) -> Any:

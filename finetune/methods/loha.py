@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.methods.peft_adapter import ADAPTER, Ranked
+from finetune.methods.peft_adapter import ADAPTER, MOST_RANK, Ranked
 
 
 class LoHa(Ranked):
@@ -14,7 +14,7 @@ class LoHa(Ranked):
 
     marks: ClassVar = (".hada_",)
     kind: Literal["loha"] = "loha"
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=MOST_RANK)
 
     def config(self, targets: list[str]) -> Any:
         import peft

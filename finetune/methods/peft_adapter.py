@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 CROSS_KV = ("attn2.to_k", "attn2.to_v")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the names of PEFT's files
+MOST_RANK = 4096  # more than any layer of the families can use
 PREFIX = "base_model.model."
 MAGNITUDE = ".lora_magnitude_vector"  # in PEFT's files, without the `.weight` of the parameter
 
@@ -168,7 +169,7 @@ class PeftAdapter(Method):
 class Ranked(PeftAdapter):
     """Adapters with a rank and the scale alpha / rank. `alpha: null` means alpha = rank, so that the scale is 1."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=MOST_RANK)
     alpha: float | None = Field(default=None, gt=0)
 
     @property
