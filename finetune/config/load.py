@@ -148,10 +148,24 @@ def _parse(raw: Any, overrides: Overrides, where: str) -> tuple[Recipe, Mapping[
         key, value, typed = _typed(override)
         _override(values, key, value)
         given[key] = typed
+    _refuse_truths(values, where, given)
     try:
         return Recipe.model_validate(values), given
     except ValidationError as error:
         raise BadInput(_sentence(error, where, given)) from error
+
+
+def _refuse_truths(values: Mapping[str, Any], where: str, given: Mapping[str, str]) -> None:
+    """Refuses true and false (in YAML also yes, no, on and off) where a number belongs: pydantic takes them for 1 and
+    0."""
+    for section, inside in values.items():
+        for name, value in inside.items() if isinstance(inside, dict) else ():
+            fields = [option.model_fields[name] for option in _options(Recipe, section) if name in option.model_fields]
+            kinds = {kind for field in fields for kind in (field.annotation, *get_args(field.annotation))}
+            if isinstance(value, bool) and kinds & {int, float}:
+                key = f"{section}.{name}"
+                begin = "" if key in given else f"{where}: "
+                raise BadInput(f"{begin}{key} is {given.get(key) or value}: give a number")
 
 
 def _pairs(overrides: Any) -> list[Any]:

@@ -5,17 +5,10 @@ from __future__ import annotations
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
 
 def _no_path(value: Any) -> Any:
     if value == "" or "\0" in str(value):
@@ -37,21 +30,6 @@ class Settings(BaseModel):
     """A section of a recipe: typed and read-only. An unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """`yes` for a number would be taken for 1."""
-        kinds = _plain_types(cls.model_fields[info.field_name].annotation if info.field_name else None)
-        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
-            raise ValueError("give a number, which yes, no, on, off, true and false are not")
-        return value
-
-
-def _plain_types(annotation: Any) -> set[Any]:
-    """A type, or the types that a union or an `Annotated` is of."""
-    inside = get_args(annotation)
-    return {annotation}.union(*map(_plain_types, inside)) if inside else {annotation}
 
 
 def chosen_by_kind(*options: Any) -> Any:
