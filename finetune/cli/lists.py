@@ -47,7 +47,10 @@ def recipes_copy(name: str, to: Annotated[Path | None, typer.Argument(help="name
     target = to or Path(f"{name}.yaml")
     if target.exists():
         raise BadInput(f"{target} already exists: give another name")
-    target.write_bytes(recipes.find(name).read_bytes())
+    content = recipes.find(name).read_bytes()
+    if not target.parent.is_dir():
+        raise BadInput(f"there is no folder {target.parent}: make it first, or give another name")
+    target.write_bytes(content)
     typer.echo(f"wrote {target}; train it with: finetune train {target}")
 
 

@@ -269,15 +269,18 @@ def _sentence(error: ValidationError, where: str, given: Mapping[str, str]) -> s
     if first["type"].startswith("union_tag"):
         return f"{begin}{_wrong_kind(location, first.get('ctx', {}).get('tag'))}"
     if first["type"].startswith(("model_", "dataclass_")):
-        return f"{begin}{_no_section(key, location, given.get(key) or first['input'])}"
+        return f"{begin}{_no_section(key, location, given.get(key) or reprlib.repr(first['input']))}"
     message = what_to_do(first)
+    if any(item["type"].startswith("float_") and item["loc"][:-1] == first["loc"][:-1] for item in complaints[1:]):
+        message += " or a number"  # the other option of a union
     said = not key or message.startswith(f"{key}.")  # errors between settings already name the key
     return f"{begin}{'' if said else f'{key}{_value(key, first, given)}: '}{message}"
 
 
 def _was_given(key: str, fault: ErrorDetails, given: Iterable[str]) -> bool:
     """Whether an override set `key`, the section around it, its kind, or what the complaint is about."""
-    if any(_is_in(key, name) or name == f"{key}.kind" for name in given):
+    whole = fault["type"].startswith("union_tag")
+    if any(_is_in(key, name) or (whole and _is_in(name, key)) for name in given):
         return True
     return fault["type"] == "value_error" and any(name in fault["msg"] for name in given)
 
@@ -289,7 +292,7 @@ def _is_in(key: str, section: str) -> bool:
 def _value(key: str, fault: ErrorDetails, given: Mapping[str, str]) -> str:
     """" is VALUE", as it was typed or else as Python shows it. The whole of a section is not repeated."""
     typed, found = given.get(key), fault["input"]
-    if typed and not isinstance(found, str):
+    if typed and typed.strip() and not isinstance(found, str):
         return f" is {typed[:80]}"
     return "" if isinstance(found, dict) else f" is {reprlib.repr(found)[:80]}"
 
@@ -301,13 +304,13 @@ def _missing(key: str, location: Sequence[str]) -> str:
     return f"{key!r} is missing: {how}"
 
 
-def _no_section(key: str, location: list[str], value: Any) -> str:
+def _no_section(key: str, location: list[str], value: str) -> str:
     """Says that there must be settings where a plain value is."""
     known, _ = _keys_at(location)
     kinds = _kinds_at(location) if "kind" in known else []
     example = f"{key}={{{known[0]}: ...}}" if any(part.isdigit() for part in location) else f"{key}.{known[0]}=VALUE"
     how = f"give one of {', '.join(kinds)}" if kinds else f"it has settings of its own, such as {example}"
-    return f"{key} is {reprlib.repr(value)[:80]}: {how}"
+    return f"{key} is {value[:80]}: {how}"
 
 
 def _wrong_kind(location: list[str], tag: str | None) -> str:

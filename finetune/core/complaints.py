@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,9 +13,9 @@ OURS = "Value error, "  # pydantic puts it before the messages of our own valida
 WHOLE = "give a whole number"
 Context = Mapping[str, Any]
 BOUNDS: dict[str, Callable[[Context], str]] = {
-    "greater_than": lambda limits: f"give more than {limits['gt']:g}",
+    "greater_than": lambda limits: f"give more than {_shown(limits['gt'])}",
     "greater_than_equal": lambda limits: f"give at least {_shown(limits['ge'])}",
-    "less_than": lambda limits: f"give less than {limits['lt']:g}",
+    "less_than": lambda limits: f"give less than {_shown(limits['lt'])}",
     "less_than_equal": lambda limits: f"give at most {_shown(limits['le'])}",
     "too_short": lambda limits: f"give at least {limits['min_length']} of them",
     "too_long": lambda limits: f"give at most {limits['max_length']} of them",
@@ -24,7 +25,7 @@ BOUNDS: dict[str, Callable[[Context], str]] = {
 KINDS = {  # the beginning of pydantic's name of an error, and what to give
     "int_": WHOLE,
     "bool_": "write true or false",
-    "float_": "give a number, such as 0.5",
+    "float_": "give a number, such as 0.01",
     "finite_number": "give a number that is neither infinite nor NaN",
     "string_type": "give a text",
     "string_": "give a text of another form",
@@ -45,12 +46,18 @@ def what_to_do(fault: ErrorDetails) -> str:
     if kind.startswith("int_"):
         return f"{WHOLE}{_written_out(value)}"
     if kind.startswith(("list_", "set_")):
-        return f"write a list, such as [{value}]" if isinstance(value, str) and value else "write a list, such as [a]"
+        return f"write a list, such as {_listed(value)}"
     if kind == "literal_error":
         return _one_of(context["expected"], value)
     named = next((words for start, words in KINDS.items() if kind.startswith(start)), None)
     message = named or fault["msg"].removeprefix(OURS)
     return message[:1].lower() + message[1:]
+
+
+def _listed(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        return "[a, b]"
+    return f"[{value}]" if re.fullmatch(r"\w[\w ]*", value) else f"[{value[:80]!r}]"
 
 
 def _shown(limit: float) -> str:

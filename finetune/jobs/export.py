@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from finetune.config.recipe import Recipe
-from finetune.core.files import write_json
 from finetune.export.adapter import adapter_from, export_adapter
 from finetune.export.base import (
     Bench,
@@ -38,7 +37,7 @@ from finetune.methods.embeddings import embeddings
 from finetune.methods.peft_adapter import PeftAdapter
 from finetune.methods.textual_inversion import Inversion
 from finetune.runs.about import about_run
-from finetune.runs.exports import read_exports
+from finetune.runs.exports import read_exports, write_exports
 from finetune.runs.folder import RunFolder
 
 
@@ -126,13 +125,14 @@ def export_run(
     options, artifacts = options or recipe.export, recipe.method.artifacts
     chosen = list(formats or options.formats) or formats_for(artifacts, usual=True)
     check_formats(chosen, artifacts)
+    earlier = _earlier(place)  # before anything is written: it may be damaged
     call = _Call(place, family, options, Bench.of(family, recipe.base.load, options.verify))
     rows = {part: value.cpu() for part, value in embeddings(family).items()}
     exported = [_whole_model(call, item) for item in model_exports(chosen)]
     exported += _as_lora(call, [item.name for item in adapter_exports(chosen)])
     discard(family)
     exported += [_embedding(call, rows, item) for item in embedding_exports(chosen)]
-    write_json(place.listing, _merged(place, exported))
+    write_exports(place.listing, _merged(place, exported, earlier))
     return exported
 
 
@@ -182,12 +182,16 @@ def _embedding(call: _Call, rows: dict[str, Tensor], export: EmbeddingExport) ->
     return export.export(words, call.family, replace(request, about=about), call.bench)
 
 
-def _merged(place: ExportPlace, exported: Sequence[Exported]) -> list[dict[str, Any]]:
+def _earlier(place: ExportPlace) -> list[dict[str, Any]]:
+    """What was exported there before."""
+    return read_exports(place.run.path, place.listing) if place.out is None else []
+
+
+def _merged(place: ExportPlace, exported: Sequence[Exported], old: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What exports.json lists: the new files, and older ones of other formats that are still there."""
     run = place.run.path
     inside = place.out is None
     root = run if inside else place.folder
-    old = read_exports(run, place.listing) if inside else []
     new = [_listed(item, root) for item in exported]
     formats = {item["format"] for item in new}
     return [item for item in old if item["format"] not in formats and (root / item["path"]).exists()] + new

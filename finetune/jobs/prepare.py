@@ -151,6 +151,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
         )
     _refuse_inputs(recipe, family)
     _refuse_formats(recipe, family)
+    recipe.method.check_fits(family)
     check_sampling(family, recipe.sample.sampling(resolution), "sample.")
     images = recipe.prior.class_images
     if images is not None:

@@ -35,6 +35,7 @@ from finetune.core.events import (
     sent_to,
 )
 from finetune.core.signals import Interrupted, Signals, Stop
+from finetune.data.batches import check_split
 from finetune.data.cache import PromptCache
 from finetune.export.settings import UNCHECKED
 from finetune.jobs.companions import write_companions
@@ -129,7 +130,7 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     main = accelerator.is_main_process
     with sent_to(*([hooks.events] if main else [])):
-        recipe.optim.check_device(accelerator.device.type)
+        _check_machine(recipe, accelerator, run_dir or recipe.run.dir)
         job = prepare(recipe, accelerator.device, _begun(run_dir or recipe.run.dir))
         chosen = [run_dir or recipe.run.dir or next_folder(recipe.run.name)]
         # processes that start at different moments would choose different folders
@@ -140,6 +141,32 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
         held = folder.held(recipe) if main else nullcontext()
         with Signals(hooks.stop), held, _followed(folder, accelerator, recipe, hooks):
             return _stages(job, folder, accelerator, hooks)
+
+
+def _check_machine(recipe: Recipe, accelerator: Accelerator, run_dir: Path | str | None) -> None:
+    """Refuses what the optimiser can't do here: now rather than after minutes of drawing."""
+    recipe.optim.check_device(accelerator.device.type)
+    folder = RunFolder(Path(run_dir)) if run_dir is not None and _begun(run_dir) else None
+    if folder is None or not folder.finished(recipe.run.steps):
+        recipe.optim.try_on(accelerator.device)
+
+
+def check(recipe: Recipe, processes: int | None = None) -> Prepared:
+    """Prepares a run and refuses all that `train` would refuse before its first step, but writes nothing.
+
+    Args:
+        processes: how many the run will have, if it is to be launched with more than are running now.
+
+    Raises:
+        BadInput: as `train`, except for what shows only on the way: a changed input, a full disk.
+    """
+    accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
+    check_split(recipe.run.batch_size, recipe.run.accumulate, processes or accelerator.num_processes)
+    _check_machine(recipe, accelerator, recipe.run.dir)
+    if recipe.run.dir is not None:
+        RunFolder(recipe.run.dir).check(recipe)
+        RunFolder(recipe.run.dir).check_place()
+    return prepare(recipe, accelerator.device, _begun(recipe.run.dir))
 
 
 def _begun(run_dir: Path | str | None) -> bool:
@@ -260,7 +287,6 @@ def _info(job: Prepared) -> RunRecord:
 def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks, pins: Pins) -> None:
     """Draws the images from before training, trains, and saves the trained weights in RUN/adapter."""
     recipe = job.recipe
-    recipe.optim.try_on(accelerator.device)  # fails here rather than after minutes of drawing
     if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
         draw_samples(job, folder.path / "samples" / "before", "Before")
     if recipe.run.trackers:

@@ -71,6 +71,10 @@ class PeftAdapter(Method):
             )
         return found
 
+    def check_fits(self, family: Family) -> None:
+        for part in self.part_names(family):
+            self.target_modules(family, part)
+
     def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
         import peft
         import torch
@@ -114,7 +118,7 @@ class PeftAdapter(Method):
         return {name: parameter.detach().clone() for name, parameter in self._parameters(family)}
 
     def load_state_dict(self, family: Family, state: dict[str, Tensor]) -> None:
-        import torch
+        from finetune.core.fitting import copy_fitting
 
         own = dict(self._parameters(family))
         wrong = sorted(own.keys() ^ state.keys())
@@ -124,9 +128,7 @@ class PeftAdapter(Method):
                 f"{wrong[0]!r}: "
                 "use the run's own recipe"
             )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+        copy_fitting(own, state, "the adapter's weights")
 
     @contextmanager
     def disabled(self, family: Family) -> Iterator[None]:

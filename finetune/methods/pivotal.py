@@ -58,6 +58,9 @@ class Pivotal(Inversion):
         """The LoRA's parts, and the text encoders with the new embeddings."""
         return list(dict.fromkeys([*super().part_names(family), *family.trainable_text_encoders]))
 
+    def check_fits(self, family: Family) -> None:
+        self.adapter.check_fits(family)
+
     def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
         return self.adapter.attach(family, seed) | self.attach_rows(family)
 

@@ -44,7 +44,7 @@ class Run(Settings):
     def _fits_every_system(cls, value: str) -> str:
         if not re.fullmatch(r"\w[\w .+-]*", value):
             raise ValueError(
-                "file names begin with it: write letters, digits, spaces and . + - _ only, with a letter or digit first"
+                "file names begin with it: write letters, digits, spaces and . + - _ only, a letter or digit first"
             )
         if value.split(".")[0].strip().lower() in DEVICES or value.endswith((".", " ")):
             raise ValueError(
