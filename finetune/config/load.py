@@ -195,7 +195,7 @@ def _typed(override: Any) -> tuple[str, Any, str]:
         key, value = override
         return key, value, ""
     if not isinstance(override, str):
-        raise BadInput(f"{reprlib.repr(override)} is not a setting: write 'section.key=value', such as 'run.steps=400'")
+        raise BadInput(f"{reprlib.repr(override)} is not a setting: write 'run.steps=400', or give a dictionary")
     key, equals, text = override.partition("=")
     if not equals or not key.partition(".")[0] or key.endswith("."):
         raise BadInput(f"{override!r:.200} is not a setting: write section.key=value, such as run.steps=400")

@@ -28,6 +28,7 @@ KINDS = {  # the beginning of pydantic's name of an error, and what to give
     "float_": "give a number, such as 0.01",
     "finite_number": "give a number that is neither infinite nor NaN",
     "string_type": "give a text",
+    "string_unicode": "it has a character that no text can have: type it again",
     "string_": "give a text of another form",
     "path_": "give a path",
     "tuple_": "write a list of numbers, such as [0.9, 0.999]",

@@ -170,9 +170,22 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     base_hash = base_hash_of(family.folder)
     job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs)
     if images is not None:
+        _refuse_folder(images, recipe)
         for noun in job.class_nouns.values():
             check_set(class_set(job, images, noun))
     return job
+
+
+def _refuse_folder(images: ClassImages, recipe: Recipe) -> None:
+    """Refuses class images that are in no folder, or are the subject itself."""
+    folder = images.folder
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise BadInput(f"prior.folder is {str(folder)!r}, which is a file: give a folder of class images")
+    if folder is not None and any(folder.absolute() == subject.photos for subject in recipe.data.all_subjects):
+        raise BadInput(
+            f"prior.folder is {str(folder)!r}, which holds the subject's photos: give a folder with images of others "
+            "of its class, or leave it out, so that they are drawn"
+        )
 
 
 def class_set(job: Prepared, images: ClassImages, noun: str | None) -> ClassSet:

@@ -50,7 +50,7 @@ CASES: dict[str, Case] = {}
 
 def case(*words: str) -> Callable[[Callable[[Place], list[str]]], Callable[[Place], list[str]]]:
     def add(make: Callable[[Place], list[str]]) -> Callable[[Place], list[str]]:
-        assert make.__name__ not in CASES
+        assert make.__name__ not in CASES, make.__name__
         CASES[make.__name__] = (make, words)
         return make
 
@@ -59,5 +59,5 @@ def case(*words: str) -> Callable[[Callable[[Place], list[str]]], Callable[[Plac
 
 def setting(name: str, *overrides: str, words: tuple[str, ...]) -> None:
     """A case that is nothing but overrides of a good recipe."""
-    assert name not in CASES
+    assert name not in CASES, name
     CASES[name] = (lambda place: place.train(*overrides), words)
