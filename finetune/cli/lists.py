@@ -10,6 +10,7 @@ import typer
 from finetune.cli.adapters import BaseOption
 from finetune.cli.output import loud
 from finetune.core.errors import BadInput, CheckFailed
+from finetune.core.reading import read_utf8
 
 recipes_app = typer.Typer(
     name="recipes",
@@ -36,7 +37,7 @@ def recipes_show(name: str) -> None:
     """Print a recipe."""
     from finetune.config import recipes
 
-    typer.echo(recipes.find(name).read_text(encoding="utf-8"), nl=False)
+    typer.echo(read_utf8(recipes.find(name)), nl=False)
 
 
 @recipes_app.command("copy")

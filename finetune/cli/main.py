@@ -13,7 +13,7 @@ import typer
 
 from finetune.cli import lists
 from finetune.cli.adapters import BaseOption, register, say_exported
-from finetune.cli.output import is_main_process, loud, progress_bars
+from finetune.cli.output import PlainGroup, is_main_process, loud, progress_bars
 from finetune.core.errors import BadInput, CheckFailed, Stopped
 from finetune.core.logging import plain, printable, quiet
 from finetune.core.pickles import pickles_allowed
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="finetune",
+    cls=PlainGroup,
     help="Fine-tune and personalise diffusion models, and check the results.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -89,7 +90,7 @@ def resume(
 
 @app.command()
 def dreambooth(
-    photos: Annotated[Path, typer.Argument(help="a folder with 3-10 photos of the subject")],
+    photos: Annotated[str, typer.Argument(help="a folder with 3-10 photos of the subject")],
     class_noun: Annotated[str, typer.Option("--class-noun", help="what the subject is, such as dog")],
     overrides: KeyValues = None,
     base: BaseOption = "tiny",
@@ -128,13 +129,15 @@ def sample(
     step: StepOption = None,
     weight: Annotated[float, typer.Option(help="the strength of the LoRA")] = 1.0,
     negative: str = "",
-    seed: int = 0,
-    count: Annotated[int, typer.Option(min=1, help="images for each prompt")] = 4,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1)] = 0,
+    count: Annotated[int, typer.Option(min=1, max=1_000, help="images for each prompt")] = 4,
     size: Annotated[int | None, typer.Option(min=1, help="side length in pixels; default: as trained")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
     sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
-    batch_size: Annotated[int, typer.Option(min=1, help="images drawn at once: fewer need less memory")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=65_536, help="images drawn at once: fewer need less memory")
+    ] = 8,
     base: Annotated[str | None, typer.Option("--base", help="of an adapter file: tiny, a folder or a hub id")] = None,
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("samples"),
 ) -> None:

@@ -290,7 +290,7 @@ def _is_in(key: str, section: str) -> bool:
 
 
 def _value(key: str, fault: ErrorDetails, given: Mapping[str, str]) -> str:
-    """" is VALUE", as it was typed or else as Python shows it. The whole of a section is not repeated."""
+    """ " is VALUE", as it was typed or else as Python shows it. The whole of a section is not repeated."""
     typed, found = given.get(key), fault["input"]
     if typed and typed.strip() and not isinstance(found, str):
         return f" is {typed[:80]}"

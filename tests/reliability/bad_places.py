@@ -91,7 +91,7 @@ for task in ("resume", "export", "sample", "report"):
     text = "no schema of ours\n"
     spoilt(f"{task}_with_recipe_yaml_of_text", task, "recipe.yaml", content(text), ("recipe.yaml", "instead of"))
 spoilt("resume_with_recipe_yaml_empty", "resume", "recipe.yaml", content(""), ("recipe.yaml", "'data' is missing"))
-spoilt("resume_with_recipe_yaml_cut", "resume", "recipe.yaml", cut, ("recipe.yaml", "is missing"))
+spoilt("resume_with_recipe_yaml_cut", "resume", "recipe.yaml", cut, ("recipe.yaml", "correct that line"))
 spoilt(
     "resume_with_recipe_yaml_later", "resume", "recipe.yaml", content("# schema: 99\n"), ("99", "install the version")
 )
@@ -129,14 +129,14 @@ command("export_to_unknown", "export", "{run}", "--to", "kohia", words=("kohia",
 command("export_to_nothing", "export", "{run}", "--to", "", words=("''", "known are"))
 command("export_a_step_that_is_not", "export", "{run}", "--step", "77", words=("step 77", "kept are: 1, 2"))
 command("export_a_negative_step", "export", "{run}", "--step", "-1", words=("step -1", "--step"))
-command("export_an_odd_step", "export", "{run}", "--step", "last", words=("--step", "'last'", "integer"))
+command("export_an_odd_step", "export", "{run}", "--step", "last", words=("--step", "'last'", "whole number"))
 command("export_checked_somehow", "export", "{run}", "--verify", "maybe", words=("export.verify is 'maybe'", "'off'"))
 command("export_rank_of_a_lora", "export", "{run}", "--rank", "4", words=("export.rank is 4", "finetune resize"))
 command("export_out_is_a_file", "export", "{run}", "--out", "{photos}/0.png", words=("0.png",))
-command("export_error_is_nan", "export", "{run}", "--max-error", "nan", words=("export.max_error is nan", "NaN"))
+command("export_error_is_nan", "export", "{run}", "--max-error", "nan", words=("export.max_error is 'nan'", "NaN"))
 command("report_of_a_file", "report", "{photos}/0.png", words=("is not a run folder",))
 command("report_of_a_step", "report", "{run}", "--step", "5", words=("step 5", "kept are: 1, 2"))
-command("report_out_is_a_folder", "report", "{run}", "--out", "{photos}", words=("photos", "folder"))
+command("report_out_is_a_folder", "report", "{run}", "--out", "{photos}", words=("photos", "another path"))
 command("sample_without_prompts", "sample", "{run}", words=("--prompt",))
 command("sample_out_is_a_file", "sample", "{run}", "-p", "x", "--out", "{photos}/0.png", words=("is a file", "--out"))
 command(
@@ -144,17 +144,17 @@ command(
 )
 for option, value, said in (
     ("--seed", str(2**80), "at most"),
-    ("--seed", "1e23", "integer"),
-    ("--seed", "one", "integer"),
+    ("--seed", "1e23", "whole number"),
+    ("--seed", "one", "whole number"),
     ("--steps", "5000", "1,000"),
-    ("--steps", "2.5", "integer"),
+    ("--steps", "2.5", "whole number"),
     ("--size", "33", "multiples of"),
     ("--size", "100000", "multiples of"),
-    ("--count", "1000000000", "range"),
-    ("--batch-size", "0", "range"),
+    ("--count", "1000000000", "at most 1,000"),
+    ("--batch-size", "0", "at least 1"),
     ("--guidance", "nan", "give a number"),
     ("--guidance", "inf", "give a number"),
-    ("--guidance", "high", "float"),
+    ("--guidance", "high", "give a number"),
     ("--weight", "nan", "give a number"),
     ("--weight", "inf", "give a number"),
     ("--sampler", "", "euler"),
@@ -345,15 +345,15 @@ RECIPES = {
     "a_text": ("hello", "instead of sections"),
     "null": ("null", "'data' is missing"),
     "a_merge_of_nothing": ("data: {<<: 5, photos: x}\n", "not valid YAML"),
-    "numbers_as_keys": ("1: 2\n", "'1'"),
-    "null_as_a_key": ("null: 2\n", "'None'"),
+    "numbers_as_keys": ("1: 2\n", "'data' is missing"),
+    "null_as_a_key": ("null: 2\n", "'data' is missing"),
     "a_list_as_a_key": ("? [a]\n: b\n", "not valid YAML"),
     "a_date_as_photos": ("data: {photos: 2024-01-01}\nmethod: {kind: lora}\noptim: {kind: adamw}\n", "give a path"),
     "a_month_of_13": ("data: {photos: 2024-13-41}\n", "not valid YAML"),
     "an_unknown_alias": ("data: *nobody\n", "undefined alias"),
     "an_own_tag": ("data: !mine {photos: x}\n", "constructor"),
     "a_set": ("!!set {a, b}\n", "instead of sections"),
-    "a_nul": ("data: {photos: 'a\\0b'}\nmethod: {kind: lora}\noptim: {kind: adamw}\n", "give a path"),
+    "a_nul": ('data: {photos: "a\\0b", class_noun: x}\nmethod: {kind: lora}\noptim: {kind: adamw}\n', "give a path"),
     "a_loop": ("data: &a {photos: x, templates: [*a]}\n", "more values"),
     "true_for_a_number": (
         "data: {photos: x}\nmethod: {kind: lora, rank: yes}\noptim: {kind: adamw}\n",
