@@ -46,6 +46,8 @@ def load_recipe(source: str | Path, overrides: Overrides = ()) -> Recipe:
         BadInput: no such recipe, not YAML, an unknown key (the message suggests the nearest known one), a bad value,
             or a setting that has no effect with the other settings.
     """
+    if not isinstance(source, str | Path):
+        raise BadInput(f"{reprlib.repr(source)} is no recipe: give the name of a shipped one, or a YAML file's path")
     path = find(str(source))
     return parse_recipe(_read(path), overrides, where=str(path))
 
@@ -193,6 +195,8 @@ def _typed(override: Any) -> tuple[str, Any, str]:
     are, all else is YAML."""
     if isinstance(override, tuple) and len(override) == 2 and isinstance(override[0], str):
         key, value = override
+        if not key.partition(".")[0] or key.endswith("."):
+            raise BadInput(f"{key!r:.200} is not a setting: write section.key, such as run.steps")
         return key, value, ""
     if not isinstance(override, str):
         raise BadInput(f"{reprlib.repr(override)} is not a setting: write 'run.steps=400', or give a dictionary")
@@ -279,7 +283,9 @@ def _sentence(error: ValidationError, where: str, given: Mapping[str, str]) -> s
 
 def _was_given(key: str, fault: ErrorDetails, given: Iterable[str]) -> bool:
     """Whether an override set `key`, the section around it, its kind, or what the complaint is about."""
-    whole = fault["type"].startswith("union_tag")
+    if not key and given:  # settings that contradict each other; the sentence names them
+        return True
+    whole = fault["type"].startswith(("union_tag", "extra"))
     if any(_is_in(key, name) or (whole and _is_in(name, key)) for name in given):
         return True
     return fault["type"] == "value_error" and any(name in fault["msg"] for name in given)
@@ -320,7 +326,7 @@ def _wrong_kind(location: list[str], tag: str | None) -> str:
         return f"{key}.kind is missing: give one of {', '.join(kinds)}"
     nearest = difflib.get_close_matches(tag, kinds, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"there is no {key}.kind {tag!r}; {hint}known are {', '.join(kinds)}"
+    return f"there is no {key}.kind {tag!r:.100}; {hint}known are {', '.join(kinds)}"
 
 
 def _kinds_at(location: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -109,8 +110,18 @@ def train(
         Stopped: SIGINT, SIGTERM or `stop` ended the run; `resume` continues it.
         OSError: a file can't be written, for example because the disk is full.
     """
+    if not isinstance(recipe, Recipe):
+        raise BadInput(f"train needs a recipe, not {recipe!r:.80}: make one with finetune.load_recipe(NAME)")
+    _refuse_no_folder(run_dir, "run_dir")
     with _alone_in_this_process(), deterministic(recipe.run.deterministic):
         return _train_here(recipe, run_dir, Hooks(say, events, stop or Stop(), accept_changes))
+
+
+def _refuse_no_folder(value: Any, name: str, needed: bool = False) -> None:
+    """`needed`: None is refused too."""
+    good = isinstance(value, str | Path) and str(value) != "" and "\0" not in str(value)
+    if not good and (needed or value is not None):
+        raise BadInput(f"{name} is {value!r:.80}: give the folder of a run, as a text or a path")
 
 
 @contextmanager
@@ -257,6 +268,7 @@ def resume(
         BadInput: `run_dir` is not a run folder; and as `train`.
         CheckFailed, Stopped, OSError: as `train`.
     """
+    _refuse_no_folder(run_dir, "run_dir", needed=True)
     recipe = RunFolder(Path(run_dir)).recipe
     return train(recipe, run_dir, say, events=events, stop=stop, accept_changes=accept_changes)
 

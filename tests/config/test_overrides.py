@@ -79,7 +79,7 @@ def test_the_short_way_trains_the_folder_that_was_named(
     ("typed", "said"),
     [
         ("run.step=10", "there is no setting 'run.step'; did you mean 'run.steps'?"),
-        ("run.steps=0", "run.steps is 0: input should be greater than or equal to 1"),
+        ("run.steps=0", "run.steps is 0: give at least 1"),
     ],
 )
 def test_a_fault_in_what_was_typed_is_not_blamed_on_the_recipe_file(typed: str, said: str) -> None:

@@ -66,10 +66,10 @@ def dangling(file: Path) -> None:
 # what a run wrote, spoilt
 
 for where, broken in (("empty", content("")), ("cut", cut), ("a_list", content("[]")), ("null", content("null"))):
-    for task in ("resume", "export", "sample", "report"):
+    for task in ("resume", "export", "sample", "report") if where == "cut" else ("report",):
         spoilt(f"{task}_with_run_json_{where}", task, "run.json", broken, ("run.json is damaged", "restore"))
     if where != "a_list":
-        for task in ("resume", "export", "report"):
+        for task in ("resume", "export", "report") if where == "cut" else ("report",):
             spoilt(f"{task}_with_exports_json_{where}", task, "exports.json", broken, ("exports.json", "remove it"))
     spoilt(f"resume_with_inputs_json_{where}", "resume", "inputs.json", broken, ("inputs.json is damaged", "new run"))
 for where, text in (("number", "[1]"), ("later", '[{"schema": 99}]'), ("item", '[{"format": "kohya"}]')):
@@ -140,7 +140,14 @@ command("report_out_is_a_folder", "report", "{run}", "--out", "{photos}", words=
 command("sample_without_prompts", "sample", "{run}", words=("--prompt",))
 command("sample_out_is_a_file", "sample", "{run}", "-p", "x", "--out", "{photos}/0.png", words=("is a file", "--out"))
 command(
-    "sample_out_is_in_a_file", "sample", "{run}", "-p", "x", "--out", "{photos}/0.png/x", words=("0.png", "folder")
+    "sample_out_is_in_a_file",
+    "sample",
+    "{run}",
+    "-p",
+    "x",
+    "--out",
+    "{photos}/0.png/x",
+    words=("0.png/x", "another path"),
 )
 for option, value, said in (
     ("--seed", str(2**80), "at most"),

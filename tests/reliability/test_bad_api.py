@@ -74,7 +74,7 @@ def test_parse_recipe_wants_sections(name: str) -> None:
 
 @pytest.mark.parametrize("given", ["demo", None, 5, {}, RunFolder(Path("x"))], ids=str)
 def test_train_wants_a_recipe(given: Any) -> None:
-    with pytest.raises(BadInput, match=r"train needs a recipe .*load_recipe"):
+    with pytest.raises(BadInput, match=r"train needs a recipe, not .*load_recipe"):
         finetune.train(given)
 
 
