@@ -36,8 +36,10 @@ HOLDER = (
 
 # what a run writes, in its folder
 FOLDERS = ("adapter", "checkpoints", "exports", "photos", "samples", "samples/before", "samples/after")
-FILES = ("run.json", "inputs.json", "status.json", "metrics.jsonl", "exports.json", "report.html", "run.lock", HOLDER)
-FILES += ("adapter/trained.safetensors", "adapter/manifest.json")
+FILES = (
+    *("run.json", "inputs.json", "status.json", "metrics.jsonl", "exports.json", "report.html", "run.lock", HOLDER),
+    *("adapter/trained.safetensors", "adapter/manifest.json"),
+)
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 

@@ -45,7 +45,7 @@ LOADED: dict[str, tuple[tuple[Any, ...], str]] = {
     "a number as photos": (("demo", GOOD | {"data.photos": 5}), "data.photos is 5: give a path"),
     "photos with a NUL": (("demo", GOOD | {"data.photos": "a\0b"}), "give a path"),
     "a path as a noun": (("demo", {"data.photos": "x", "data.class_noun": 5}), "data.class_noun is 5: give a text"),
-    "a class as a method": (("demo", GOOD | {"method": Recipe}), "method is"),
+    "a class as a method": (("demo", GOOD | {"method": Recipe}), "method.kind is missing"),
     "a text as data": (("demo", {"data": "photos"}), "data is 'photos'"),
     "the base as a number": (("demo", GOOD | {"base": 5}), "base is 5"),
     "the base as a dictionary": (("demo", GOOD | {"base": {"source": None}}), "base.source is None: give a text"),
