@@ -265,7 +265,7 @@ def _train(
     from finetune.runs.plan import plan_rows
 
     if dry_run:
-        for name, value in plan_rows(plan(job.check(recipe, processes))).items():
+        for name, value in plan_rows(plan(job.check_run(recipe, processes))).items():
             _say(f"{name:>16}  {value}")
         return
     say = _say if is_main_process() else _silent

@@ -17,7 +17,7 @@ def _no_path(value: Any) -> Any:
 
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what torch takes
-Batch = Annotated[int, Field(ge=1, le=65_536)]  # more is a slip
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]  # more is a slip
 # written to files with "/" on every system
 AnyPath = Annotated[
     Path,

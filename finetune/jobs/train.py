@@ -162,7 +162,7 @@ def _check_machine(recipe: Recipe, accelerator: Accelerator, run_dir: Path | str
         recipe.optim.try_on(accelerator.device)
 
 
-def check(recipe: Recipe, processes: int | None = None) -> Prepared:
+def check_run(recipe: Recipe, processes: int | None = None) -> Prepared:
     """Prepares a run and refuses all that `train` would refuse before its first step, but writes nothing.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from finetune.core.settings import Batch, Seed, Settings
+from finetune.core.settings import BatchSize, Seed, Settings
 
 Sampler = Literal["dpm++", "ddim", "euler", "unipc"]  # finetune.families.schedulers makes them
 
@@ -46,7 +46,7 @@ class SampleSettings(Settings):
     seed: Seed = 0
     sampler: Sampler = "dpm++"
     steps: int = Field(default=25, ge=1)
-    batch_size: Batch = 8  # images drawn together
+    batch_size: BatchSize = 8  # images drawn together
     guidance: float = 5.0
     image_guidance: float = Field(default=1.5, ge=1)  # how closely an edit follows its image
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from finetune.core.settings import AnyPath, Batch, Seed, Settings
+from finetune.core.settings import AnyPath, BatchSize, Seed, Settings
 
 # names that Windows reserves for devices: no file can have one, whatever its ending
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
@@ -26,7 +26,7 @@ class Run(Settings):
     name: str = Field(default="run", max_length=100)  # part of file names
     seed: Seed = 0
     steps: int = Field(default=800, ge=1, le=999_999)  # checkpoints are numbered by six digits
-    batch_size: Batch = 1
+    batch_size: BatchSize = 1
     accumulate: int = Field(default=1, ge=1)
     processes: int | None = Field(default=None, ge=1)  # None: the number that was launched
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
