@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from typer.core import TyperGroup
+from finetune.cli.output import PlainGroup
 
 SECTIONS = {
     "Train, draw and export": ("demo", "dreambooth", "train", "sample", "export", "resume", "report"),
@@ -22,7 +22,7 @@ Your own photos:
 """
 
 
-class Sections(TyperGroup):
+class Sections(PlainGroup):
     """Commands in `SECTIONS`, before the options."""
 
     def list_commands(self, ctx: Any) -> list[str]:

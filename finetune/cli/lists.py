@@ -10,6 +10,7 @@ import typer
 from finetune.cli.adapters import BaseOption
 from finetune.cli.output import loud
 from finetune.core.errors import BadInput, CheckFailed
+from finetune.core.reading import read_utf8
 
 recipes_app = typer.Typer(
     name="recipes",
@@ -36,7 +37,7 @@ def recipes_show(name: str) -> None:
     """Print a recipe."""
     from finetune.config import recipes
 
-    typer.echo(recipes.find(name).read_text(encoding="utf-8"), nl=False)
+    typer.echo(read_utf8(recipes.find(name)), nl=False)
 
 
 @recipes_app.command("copy")
@@ -47,7 +48,10 @@ def recipes_copy(name: str, to: Annotated[Path | None, typer.Argument(help="name
     target = to or Path(f"{name}.yaml")
     if target.exists():
         raise BadInput(f"{target} already exists: give another name")
-    target.write_bytes(recipes.find(name).read_bytes())
+    content = recipes.find(name).read_bytes()
+    if not target.parent.is_dir():
+        raise BadInput(f"there is no folder {target.parent}: make it first, or give another name")
+    target.write_bytes(content)
     typer.echo(f"wrote {target}; train it with: finetune train {target}")
 
 

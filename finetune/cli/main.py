@@ -39,7 +39,15 @@ for part in (lists.recipes_app, lists.tokens_app):
 register(app)
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DISK_ERRORS = (*NO_SPACE, errno.EACCES, errno.EROFS, errno.EPERM)
+DENIED = (errno.EACCES, errno.EROFS, errno.EPERM)
+OTHER_THINGS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT, errno.ELOOP)
+NAMES = (errno.ENAMETOOLONG, errno.EINVAL)
+
+NO_MEMORY = "can't allocate memory"
+OUT_OF_MEMORY = (
+    "the memory was not enough: lower run.batch_size, method.rank, data.resolution or sample.batch_size; `finetune "
+    "plan RECIPE` estimates what a run needs"
+)
 
 ProcessCount = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
 KeyValues = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
@@ -107,7 +115,7 @@ def resume(
 
 @app.command()
 def dreambooth(
-    photos: Annotated[Path, typer.Argument(help="a folder with 3-10 photos of the subject")],
+    photos: Annotated[str, typer.Argument(help="a folder with 3-10 photos of the subject")],
     class_noun: Annotated[str, typer.Option("--class-noun", help="what the subject is, such as dog")],
     overrides: KeyValues = None,
     base: BaseOption = "tiny",
@@ -146,8 +154,8 @@ def sample(
     step: StepOption = None,
     weight: Annotated[float, typer.Option(help="the strength of the LoRA")] = 1.0,
     negative: str = "",
-    seed: int = 0,
-    count: Annotated[int, typer.Option(min=1, help="images for each prompt")] = 4,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1)] = 0,
+    count: Annotated[int, typer.Option(min=1, max=1_000, help="images for each prompt")] = 4,
     size: Annotated[int | None, typer.Option(min=1, help="side length in pixels; default: as trained")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
@@ -164,7 +172,9 @@ def sample(
         float | None,
         typer.Option(help="with --image: share of noise it gets; default: inpainting 1, depth 0.8, refiner 0.3"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="images drawn at once: fewer need less memory")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=65_536, help="images drawn at once: fewer need less memory")
+    ] = 8,
     base: Annotated[str | None, typer.Option("--base", help="of an adapter file: tiny, a folder or a hub id")] = None,
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("samples"),
 ) -> None:
@@ -277,11 +287,10 @@ def _train(
     from finetune.families.toy import expectation
     from finetune.jobs import train as job
     from finetune.jobs.plan import plan
-    from finetune.jobs.prepare import prepare
     from finetune.runs.plan import plan_rows
 
     if dry_run:
-        for name, value in plan_rows(plan(prepare(recipe))).items():
+        for name, value in plan_rows(plan(job.check_run(recipe, processes))).items():
             say(f"{name:>16}  {value}")
         return
     tell = say if is_main_process() else _silent
@@ -358,11 +367,32 @@ def run(arguments: list[str]) -> tuple[int, str]:
     except Stopped as stop:
         return 128 + stop.number, f"\n{stop}"
     except OSError as error:
-        if debug or error.errno not in DISK_ERRORS:
+        if debug or not _sentence(error):
             raise
-        advice = "free some space" if error.errno in NO_SPACE else "choose a folder that you may write to"
-        return 2, f"error: {error.filename or 'a file'} could not be written ({error.strerror}): {advice}"
+        return 2, f"error: {_sentence(error)}"
+    except (MemoryError, RuntimeError) as error:
+        if debug or not _is_out_of_memory(error):
+            raise
+        return 2, f"error: {OUT_OF_MEMORY}"
     return 0, ""
+
+
+def _sentence(error: OSError) -> str:
+    """What the disk refused, as a sentence; "" for an error that names no file, which may be a bug."""
+    place = error.filename2 or error.filename
+    if error.errno in NO_SPACE or error.errno in DENIED:
+        advice = "free some space" if error.errno in NO_SPACE else "choose a folder that you may write to"
+        return f"{place or 'a file'} could not be written ({error.strerror}): {advice}"
+    if place and error.errno in OTHER_THINGS:
+        return f"{place} could not be used ({error.strerror}): look what is there, or give another path"
+    if place and error.errno in NAMES:
+        return f"{str(place)[:80]!r} can't be the name of a file ({error.strerror}): give another"
+    return ""
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """torch has an error of its own for a GPU, and a RuntimeError with these words for main memory."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY in str(error)
 
 
 def main() -> None:

@@ -11,7 +11,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import typer
+from pydantic import ValidationError
+from typer.core import TyperGroup
 
+from finetune.core.complaints import what_to_do
 from finetune.core.events import Consumer, Event, PhaseAdvanced, PhaseEnded, PhaseStarted, sent_to
 from finetune.core.logging import plain
 from finetune.core.progress import LOGGER, ProgressLines, is_main_process
@@ -30,6 +33,19 @@ class Progress:
     def __call__(self, event: Event) -> None:
         if self._show is not None:
             self._show(event)
+
+
+class PlainGroup(TyperGroup):
+    """Says in plain words what is wrong with an option: typer repeats pydantic's."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if isinstance(error.__cause__, ValidationError):
+                fault = error.__cause__.errors(include_url=False)[0]
+                error.message = f"{str(fault['input'])[:80]!r}: {what_to_do(fault)}"
+            raise
 
 
 class ProgressBars:

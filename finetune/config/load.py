@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import difflib
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from finetune.config.effect import without_effect
 from finetune.config.recipe import Recipe
 from finetune.config.recipes import find
+from finetune.core.complaints import what_to_do
 from finetune.core.errors import BadInput
 from finetune.core.reading import parse_yaml, read_utf8
 from finetune.core.records import Values, check_schema, migrated
@@ -44,6 +46,8 @@ def load_recipe(source: str | Path, overrides: Overrides = ()) -> Recipe:
         BadInput: no such recipe, not YAML, an unknown key (the message suggests the nearest known one), a bad value,
             or a setting that has no effect with the other settings.
     """
+    if not isinstance(source, str | Path):
+        raise BadInput(f"{reprlib.repr(source)} is no recipe: give the name of a shipped one, or a YAML file's path")
     path = find(str(source))
     return parse_recipe(_read(path), overrides, where=str(path))
 
@@ -60,7 +64,7 @@ def read_recipe(path: Path) -> Recipe:
     if isinstance(raw, dict):
         raw = migrated(raw | {"schema": _schema_of(path) or 0}, path, SCHEMA, [_from_0, _from_1])
         del raw["schema"]
-    return _parse(raw, (), str(path))
+    return _parse(raw, (), str(path))[0]
 
 
 def parse_run_recipe(values: Any, where: str) -> Recipe:
@@ -69,7 +73,7 @@ def parse_run_recipe(values: Any, where: str) -> Recipe:
     Raises:
         BadInput: an unknown key or a bad value.
     """
-    return _parse(values, (), where)
+    return _parse(values, (), where)[0]
 
 
 def _read(path: Path) -> Any:
@@ -125,9 +129,9 @@ def parse_recipe(raw: Any, overrides: Overrides = (), where: str = "the recipe")
     Raises:
         BadInput: an unknown key, a bad value, or a setting that has no effect with the other settings.
     """
-    recipe = _parse(raw, overrides, where)
+    recipe, given = _parse(raw, overrides, where)
     for useless in without_effect(recipe):
-        raise BadInput(f"{where}: {useless}")
+        raise BadInput(useless if any(key in useless for key in given) else f"{where}: {useless}")
     return recipe
 
 
@@ -137,7 +141,7 @@ def changed_recipe(recipe: Recipe, overrides: Overrides, where: str = "the optio
     Raises:
         BadInput: an override is not valid, or has no effect.
     """
-    changed = _parse(recipe.model_dump(mode="json"), overrides, where)
+    changed, _ = _parse(recipe.model_dump(mode="json"), overrides, where)
     before = without_effect(recipe)
     for useless in without_effect(changed):
         if useless not in before:
@@ -145,19 +149,49 @@ def changed_recipe(recipe: Recipe, overrides: Overrides, where: str = "the optio
     return changed
 
 
-def _parse(raw: Any, overrides: Overrides, where: str) -> Recipe:
+def _parse(raw: Any, overrides: Overrides, where: str) -> tuple[Recipe, Mapping[str, str]]:
+    """The recipe, and the keys that were overridden, with their values as they were typed."""
     if not isinstance(raw, dict):
         raise BadInput(f"{where} holds a {type(raw).__name__} instead of sections such as 'data:': correct it")
     values = copy.deepcopy(raw)
-    given = []
-    for override in overrides.items() if isinstance(overrides, Mapping) else overrides:
-        key, value = override if isinstance(override, tuple) else _typed(override)
+    given: dict[str, str] = {}
+    for override in _pairs(overrides):
+        key, value, typed = _typed(override)
         _override(values, key, value)
-        given.append(key)
+        given[key] = typed
+    _refuse_truths(values, where, given)
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(values), given
     except ValidationError as error:
         raise BadInput(_sentence(error, where, given)) from error
+
+
+def _refuse_truths(values: Mapping[str, Any], where: str, given: Mapping[str, str]) -> None:
+    """Refuses true and false (in YAML also yes, no, on and off) where a number belongs: pydantic takes them for 1 and
+    0."""
+    for section, inside in values.items():
+        for name, value in inside.items() if isinstance(inside, dict) else ():
+            fields = [option.model_fields[name] for option in _options(Recipe, section) if name in option.model_fields]
+            kinds = {kind for field in fields for kind in (field.annotation, *get_args(field.annotation))}
+            if isinstance(value, bool) and kinds & {int, float}:
+                key = f"{section}.{name}"
+                begin = "" if key in given else f"{where}: "
+                raise BadInput(f"{begin}{key} is {given.get(key) or value}: give a number")
+
+
+def _pairs(overrides: Any) -> list[Any]:
+    """The overrides one by one. Python callers may give anything.
+
+    Raises:
+        BadInput: they are neither a list nor a dictionary.
+    """
+    if isinstance(overrides, Mapping):
+        return list(overrides.items())
+    if isinstance(overrides, str | bytes) or not isinstance(overrides, Iterable):
+        raise BadInput(
+            f"the overrides are {reprlib.repr(overrides)}: give a list such as ['run.steps=400'], or a dictionary"
+        )
+    return list(overrides)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -165,15 +199,23 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _typed(override: str) -> tuple[str, Any]:
-    """A `section.key=value` as a person types it: texts and paths are taken as they are, all else is YAML."""
+def _typed(override: Any) -> tuple[str, Any, str]:
+    """The key, the value and the value as it was typed. In `section.key=value`, texts and paths are taken as they
+    are, all else is YAML."""
+    if isinstance(override, tuple) and len(override) == 2 and isinstance(override[0], str):
+        key, value = override
+        if not key.partition(".")[0] or key.endswith("."):
+            raise BadInput(f"{key!r:.200} is not a setting: write section.key, such as run.steps")
+        return key, value, ""
+    if not isinstance(override, str):
+        raise BadInput(f"{reprlib.repr(override)} is not a setting: write 'run.steps=400', or give a dictionary")
     key, equals, text = override.partition("=")
-    if not equals or not key.partition(".")[0]:
-        raise BadInput(f"{override!r} is not a setting: write section.key=value, such as run.steps=400")
+    if not equals or not key.partition(".")[0] or key.endswith("."):
+        raise BadInput(f"{override!r:.200} is not a setting: write section.key=value, such as run.steps=400")
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if text in ("", "null", "~") or quoted or not _is_text(key, text):
-        return key, parse_yaml(text, f"the value of {reprlib.repr(override)}") if text else ""
-    return key, text
+        return key, parse_yaml(text, f"the value of {reprlib.repr(override)}") if text else "", text
+    return key, text, text
 
 
 def _is_text(key: str, text: str) -> bool:
@@ -197,6 +239,12 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     section, _, name = key.partition(".")
     if isinstance(value, Path):
         value = str(value)
+    if not name and _is_part(
+        section, value
+    ):  # what was given before stays: dreambooth gives run.name, data.photos, ...
+        for inner in sorted(value, key=lambda inner: inner != "kind"):
+            _override(values, f"{section}.{inner}", value[inner])
+        return
     if not name:
         values[section] = value
         return
@@ -211,6 +259,13 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     inside[name] = value
 
 
+def _is_part(section: str, value: Any) -> bool:
+    """Whether `value` holds some settings of a section, such as run={steps: 1}. Another base is another base."""
+    if not isinstance(value, dict) or not all(isinstance(inner, str) for inner in value):
+        return False
+    return bool(_options(Recipe, section)) and not (section == "base" and "source" in value)
+
+
 def _opened(values: dict[str, Any], name: str, shorthand: str) -> dict[str, Any]:
     """The dictionary at `name`. It is created if missing; a plain value becomes {`shorthand`: value}."""
     inside = values.setdefault(name, {})
@@ -219,32 +274,71 @@ def _opened(values: dict[str, Any], name: str, shorthand: str) -> dict[str, Any]
     return inside
 
 
-def _sentence(error: ValidationError, where: str, given: Sequence[str] = ()) -> str:
+def _sentence(error: ValidationError, where: str, given: Mapping[str, str]) -> str:
     """pydantic's first error as one sentence that names the key, the value and what to do.
 
     An unknown key comes first: a missing key is often only a misspelt one. `where` is
-    left out for a key in `given`, the overrides: it is not in that file.
+    left out for what comes from `given`, the overrides (key -> value as typed): it is not in that file.
     """
     complaints = error.errors(include_url=False)
     first = next((item for item in complaints if item["type"] == "extra_forbidden"), complaints[0])
-    location = [str(part) for part in first["loc"]]
+    location = [str(part) for part in first["loc"] if "[" not in str(part)]  # without the options of a union
     known, shown = _keys_at(location[:-1])
     key = ".".join([*shown, *location[-1:]])
-    begin = "" if key in given else f"{where}: "
+    begin = "" if _was_given(key, first, given) else f"{where}: "
     if first["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*shown, nearest[0]])!r}?" if nearest else f"known are {', '.join(known)}"
-        return f"{begin}there is no setting {key!r}; {hint}"
+        return f"{begin}there is no setting {key!r:.200}; {hint}"
     if first["type"] == "missing":
-        how = "give it in the recipe" + ("" if any(part.isdigit() for part in location) else f" or as {key}=VALUE")
-        return f"{where}: {key!r} is missing: {how}"
+        return f"{begin}{_missing(key, location)}"
     if first["type"].startswith("union_tag"):
-        return f"{where}: {_wrong_kind(location, first.get('ctx', {}).get('tag'))}"
-    message = first["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(first["input"], dict) else f" is {reprlib.repr(first['input'])[:80]}"
+        return f"{begin}{_wrong_kind(location, first.get('ctx', {}).get('tag'))}"
+    if first["type"].startswith(("model_", "dataclass_")):
+        return f"{begin}{_no_section(key, location, given.get(key) or reprlib.repr(first['input']))}"
+    message = what_to_do(first)
+    if any(item["type"].startswith("float_") and item["loc"][:-1] == first["loc"][:-1] for item in complaints[1:]):
+        message += " or a number"  # the other option of a union
     said = not key or message.startswith(f"{key}.")  # errors between settings already name the key
-    subject = "" if said else f"{key}{value}: "
-    return f"{begin}{subject}{message[0].lower()}{message[1:]}"
+    return f"{begin}{'' if said else f'{key}{_value(key, first, given)}: '}{message}"
+
+
+def _was_given(key: str, fault: ErrorDetails, given: Iterable[str]) -> bool:
+    """Whether an override set `key`, the section around it, its kind, or what the complaint is about."""
+    if not key and given:  # settings that contradict each other; the sentence names them
+        return True
+    whole = fault["type"].startswith(("union_tag", "extra"))
+    if any(_is_in(key, name) or (whole and _is_in(name, key)) for name in given):
+        return True
+    return fault["type"] == "value_error" and any(name in fault["msg"] for name in given)
+
+
+def _is_in(key: str, section: str) -> bool:
+    return f"{key}.".startswith(f"{section}.")
+
+
+def _value(key: str, fault: ErrorDetails, given: Mapping[str, str]) -> str:
+    """ " is VALUE", as it was typed or else as Python shows it. The whole of a section is not repeated."""
+    typed, found = given.get(key), fault["input"]
+    if typed and typed.strip() and not isinstance(found, str):
+        return f" is {typed[:80]}"
+    return "" if isinstance(found, dict) else f" is {reprlib.repr(found)[:80]}"
+
+
+def _missing(key: str, location: Sequence[str]) -> str:
+    number = location[-1].isdigit()
+    nested = any(part.isdigit() for part in location)
+    how = "give a value for it" if number else "give it in the recipe" + ("" if nested else f" or as {key}=VALUE")
+    return f"{key!r} is missing: {how}"
+
+
+def _no_section(key: str, location: list[str], value: str) -> str:
+    """Says that there must be settings where a plain value is."""
+    known, _ = _keys_at(location)
+    kinds = _kinds_at(location) if "kind" in known else []
+    example = f"{key}={{{known[0]}: ...}}" if any(part.isdigit() for part in location) else f"{key}.{known[0]}=VALUE"
+    how = f"give one of {', '.join(kinds)}" if kinds else f"it has settings of its own, such as {example}"
+    return f"{key} is {value[:80]}: {how}"
 
 
 def _wrong_kind(location: list[str], tag: str | None) -> str:
@@ -254,7 +348,7 @@ def _wrong_kind(location: list[str], tag: str | None) -> str:
         return f"{key}.kind is missing: give one of {', '.join(kinds)}"
     nearest = difflib.get_close_matches(tag, kinds, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"there is no {key}.kind {tag!r}; {hint}known are {', '.join(kinds)}"
+    return f"there is no {key}.kind {tag!r:.100}; {hint}known are {', '.join(kinds)}"
 
 
 def _kinds_at(location: list[str]) -> list[str]:

@@ -25,6 +25,8 @@ def find(source: str) -> Path:
     Raises:
         BadInput: there is neither such a file nor such a recipe; the message suggests the nearest name.
     """
+    if not source or "\0" in source:
+        raise BadInput(f"there is no recipe {source!r}: shipped are {', '.join(names())}")
     path = Path(source).expanduser()
     if path.is_file():
         return path

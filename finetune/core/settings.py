@@ -9,8 +9,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
+
+def _no_path(value: Any) -> Any:
+    if value == "" or "\0" in str(value):
+        raise ValueError("no file or folder can have that name: give a path")
+    return value
+
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what torch takes
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]  # more is a slip
 # written to files with "/" on every system
-AnyPath = Annotated[Path, PlainSerializer(lambda path: path.as_posix(), return_type=str, when_used="json-unless-none")]
+AnyPath = Annotated[
+    Path,
+    BeforeValidator(_no_path),
+    PlainSerializer(lambda path: path.as_posix(), return_type=str, when_used="json-unless-none"),
+]
 
 
 class Settings(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -229,17 +229,31 @@ def _jsonl(file: Path) -> dict[str, str]:
     """Reads the hub's imagefolder layout: one {"file_name": ..., "text": ...} in each line."""
     if not file.is_file():
         return {}
-    found = {}
+    found: list[tuple[str, str]] = []
     for number, line in enumerate(read_utf8(file).splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = parse_json(line, f"{file} line {number}", dict)
-            found[str(row["file_name"])] = str(row[next((key for key in COLUMNS if key in row), COLUMNS[0])])
+            column = next((key for key in COLUMNS if key in row), COLUMNS[0])
+            found.append((str(row["file_name"]), str(row[column])))
         except (BadInput, KeyError) as error:
             raise BadInput(
                 f'{file} line {number} is not {{"file_name": ..., "text": ...}}: correct it', path=file
             ) from error
+    return _by_name(file, found)
+
+
+def _by_name(file: Path, rows: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """File name -> caption. The same row twice counts once.
+
+    Raises:
+        BadInput: a photo has two different captions.
+    """
+    found: dict[str, str] = {}
+    for name, text in rows:
+        if found.setdefault(name, text) != text:
+            raise BadInput(f"{file} has two different captions for {shown(name)}: keep one of these lines", path=file)
     return found
 
 
@@ -250,7 +264,7 @@ def _csv(file: Path) -> dict[str, str]:
         raise BadInput(
             f"{file} must have two columns, file name and caption: put captions with commas in quotes", path=file
         )
-    return {name.strip(): text.strip() for name, text in rows if name != "file_name"}
+    return _by_name(file, ((name.strip(), text.strip()) for name, text in rows if name != "file_name"))
 
 
 def _metadata_csv(file: Path) -> dict[str, str]:
@@ -272,7 +286,7 @@ def _metadata_csv(file: Path) -> dict[str, str]:
             path=file,
         )
     name = header.index("file_name")
-    return {row[name].strip(): row[column].strip() for row in rows[1:]}
+    return _by_name(file, ((row[name].strip(), row[column].strip()) for row in rows[1:]))
 
 
 def _csv_rows(file: Path) -> list[list[str]]:

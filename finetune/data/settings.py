@@ -17,6 +17,13 @@ class SubjectSettings(Settings):
     class_noun: str | None = Field(default=None, max_length=200)
     token: str = Field(default="auto", min_length=1, max_length=100)
 
+    @field_validator("class_noun", "token")
+    @classmethod
+    def _a_word(cls, value: str | None) -> str | None:
+        if value and not value.strip():
+            raise ValueError("it is blank: give a word, such as dog for the class noun, or leave it out")
+        return value
+
     @field_validator("photos")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
@@ -48,7 +55,7 @@ class Data(SubjectSettings):
     shape: Literal["square", "buckets"] = "square"
     bucket_tolerance: float = Field(default=0.1, ge=0, le=0.5)
     crop: Literal["center", "random"] = "center"
-    crops: int = Field(default=4, ge=1)  # how many random crops of each photo are cached
+    crops: int = Field(default=4, ge=1, le=10_000)  # how many random crops of each photo are cached
     flip: bool = False
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
     encoder_dropout: float = Field(
@@ -56,7 +63,7 @@ class Data(SubjectSettings):
     )  # probability for each of several text encoders independently
     masks: Literal["none", "auto", "alpha", "files"] = "none"
     mask_floor: float = Field(default=0.0, ge=0, le=1)
-    mask_count: int = Field(default=8, ge=1)  # masks drawn for each crop, for inpainting
+    mask_count: int = Field(default=8, ge=1, le=10_000)  # masks drawn for each crop, for inpainting
     edit_dropout: float = Field(
         default=0.05, ge=0, le=1 / 3
     )  # probability of dropping only the image, only the instruction, and both

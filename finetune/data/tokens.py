@@ -108,6 +108,8 @@ def suggest(family: Family, count: int = 10, noun: str | None = None, measured: 
 def describe(tokenizers: Sequence[Any], text: str) -> Token:
     """Returns what the tokenizers say about a text, without measuring distance and strength."""
     pieces = [tokenizer.tokenize(text) for tokenizer in tokenizers]
+    if not all(pieces):
+        raise BadInput(f"the token {text!r} holds nothing that the base's tokenizer reads: give a word, such as sks")
     ranks = [
         tokenizer.convert_tokens_to_ids(split[0]) / len(tokenizer)
         for tokenizer, split in zip(tokenizers, pieces, strict=True)

@@ -48,6 +48,8 @@ class Base(Settings):
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
         """Makes the path absolute, since the run may be used from other folders."""
+        if value is not None and (not value.strip() or "\0" in value):
+            raise ValueError("it is blank: give 'tiny', a diffusers folder or a hub id")
         path = os.path.expanduser(value or "")
         return os.path.abspath(path) if value != "tiny" and os.path.exists(path) else value
 

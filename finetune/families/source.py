@@ -89,14 +89,14 @@ def _from_file(file: Path, like: str | None) -> Path:
 
 def _download(source: str, revision: str | None, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["README.md", "*.json", "*/*.json", "*/*.txt", "*/*.model"]
     if weights:
         patterns += ["*/*.safetensors", *(["*/*.bin"] if may_read_pickles() else [])]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(
             f"the base {source!r} is not a local folder, and can't be fetched from the hub ({reason}): check the "

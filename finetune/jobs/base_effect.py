@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from finetune.config.effect import at_default
 from finetune.config.recipe import Recipe
 from finetune.families.base import Family
@@ -24,6 +26,7 @@ def without_effect_on(family: Family, recipe: Recipe) -> list[str]:
             f"base.inputs is {recipe.base.inputs} but the base reads {family.inputs} inputs without it, so it has no "
             "effect: leave it out"
         )
+    found += _of_source(recipe)
     for key, inputs in OF_INPUTS.items():
         if family.inputs != inputs and not at_default(recipe, key):
             section, name = key.split(".")
@@ -33,6 +36,23 @@ def without_effect_on(family: Family, recipe: Recipe) -> list[str]:
             )
     found += _of_density(family, recipe)
     found += _of_negatives(family, recipe)
+    return found
+
+
+def _of_source(recipe: Recipe) -> list[str]:
+    """Settings of `base:` for another kind of base than the one that is named."""
+    base = recipe.base
+    is_folder = base.source == "tiny" or Path(base.source).is_dir()
+    found = []
+    if base.like is not None and (is_folder or not Path(base.source).is_file()):
+        found.append(
+            f"base.like is {base.like!r} but {base.source!r} is no single file, so it has no effect: leave it out"
+        )
+    if base.revision is not None and (is_folder or Path(base.source).is_file()):
+        found.append(
+            f"base.revision is {base.revision!r} but the base {base.source!r} is on this disk, so it has no effect: "
+            "leave it out"
+        )
     return found
 
 

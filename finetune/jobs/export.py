@@ -14,7 +14,6 @@ from finetune.config.load import changed_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.devices import machine
 from finetune.core.events import one_step
-from finetune.core.files import write_json
 from finetune.core.logging import quieted
 from finetune.export.adapter import adapter_from, export_adapter
 from finetune.export.base import (
@@ -49,7 +48,7 @@ from finetune.methods.peft_adapter import PeftAdapter
 from finetune.methods.textual_inversion import Inversion
 from finetune.report.html import write_report
 from finetune.runs.about import about_run
-from finetune.runs.exports import read_exports
+from finetune.runs.exports import read_exports, write_exports
 from finetune.runs.folder import RunFolder
 
 
@@ -137,6 +136,7 @@ def export_run(
     options, artifacts = options or recipe.export, recipe.method.artifacts
     chosen = list(formats or options.formats) or formats_for(artifacts, usual=True)
     check_formats(chosen, artifacts)
+    earlier = _earlier(place)  # before anything is written: it may be damaged
     call = _Call(place, family, options, Bench.of(family, recipe.base.load, options.verify))
     rows = {part: value.cpu() for part, value in embeddings(family).items()}
     exported = [_whole_model(call, item) for item in model_exports(chosen)]
@@ -145,7 +145,7 @@ def export_run(
     discard(family)
     exported += [finish() for finish in native]
     exported += [_embedding(call, rows, item) for item in embedding_exports(chosen)]
-    write_json(place.listing, _merged(place, exported))
+    write_exports(place.listing, _merged(place, exported, earlier))
     return exported
 
 
@@ -247,12 +247,16 @@ def _embedding(call: _Call, rows: dict[str, Tensor], export: EmbeddingExport) ->
         return export.export(words, call.family, replace(request, about=about), call.bench)
 
 
-def _merged(place: ExportPlace, exported: Sequence[Exported]) -> list[dict[str, Any]]:
+def _earlier(place: ExportPlace) -> list[dict[str, Any]]:
+    """What was exported there before."""
+    return read_exports(place.run.path, place.listing) if place.out is None else []
+
+
+def _merged(place: ExportPlace, exported: Sequence[Exported], old: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What exports.json lists: the new files, and older ones of other formats that are still there."""
     run = place.run.path
     inside = place.out is None
     root = run if inside else place.folder
-    old = read_exports(run, place.listing) if inside else []
     new = [_listed(item, root) for item in exported]
     formats, paths = {item["format"] for item in new}, {item["path"] for item in new}
     kept = [item for item in old if item["format"] not in formats and item["path"] not in paths]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from finetune.core.errors import PromptCut
+from finetune.core.errors import BadInput, PromptCut
 from finetune.core.events import ImagesDrawn, emit, phase
 from finetune.core.files import replacing, replacing_folder
 from finetune.data.conditioning.base import unit
@@ -101,6 +101,8 @@ def draw_more(family: Family, request: ImageRequest, folder: Path) -> tuple[int,
     """Draws into a folder that may hold images of earlier calls, which stay: prompts are numbered on, and so are the
     grids. A row of a grid begins with what its images were drawn from. Returns the number of images and the grid's
     file."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file: give a folder for the images with --out")
     numbers = [int(found[1]) for path in folder.glob("*.png") if (found := NUMBERED.match(path.name))]
     first = max(numbers, default=-1) + 1
     images = draw_files(family, request, folder, first=first)

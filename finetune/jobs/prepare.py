@@ -29,6 +29,7 @@ from finetune.sampling.given import DrawnFrom, Given, open_given
 from finetune.sampling.settings import Sampling
 from finetune.training.accelerate import resolve_precision
 from finetune.training.priors.base import CAPTION
+from finetune.training.priors.class_images import ClassImages
 
 
 @dataclass
@@ -175,6 +176,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
         )
     _refuse_inputs(recipe, family)
     _refuse_formats(recipe, family)
+    recipe.method.check_fits(family)
     check_sampling(family, recipe.sample.sampling(resolution), "sample.")
     images = recipe.prior.class_images
     if images is not None:
@@ -195,6 +197,8 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     base_hash = base_hash_of(family.folder)
     named = _named_images(recipe, family, resolution)
     job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs, drawn_from=named)
+    if images is not None:
+        _refuse_folder(images, recipe)
     for wanted in class_sets(job):
         check_set(wanted, [] if begun else job.photos)
     return job
@@ -206,6 +210,18 @@ def _named_images(recipe: Recipe, family: Family, resolution: int) -> DrawnFrom 
         return None
     given = Given(sample.image, sample.mask, sample.depth)
     return open_given(family, given, sample.sampling(resolution), "sample.", sample.image_guidance)
+
+
+def _refuse_folder(images: ClassImages, recipe: Recipe) -> None:
+    """Refuses class images that are in no folder, or are the subject itself."""
+    folder = images.folder
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise BadInput(f"prior.folder is {str(folder)!r}, which is a file: give a folder of class images")
+    if folder is not None and any(folder.absolute() == subject.photos for subject in recipe.data.all_subjects):
+        raise BadInput(
+            f"prior.folder is {str(folder)!r}, which holds the subject's photos: give a folder with images of others "
+            "of its class, or leave it out, so that they are drawn"
+        )
 
 
 def class_sets(job: Prepared) -> list[ClassSet]:

@@ -174,8 +174,9 @@ def _tokens(recipe: Recipe, family: Family) -> list[str]:
 def _refuse_pieces(family: Family, token: str, most: int) -> None:
     pieces = max(tokens.describe(family.word_tokenizers, token).pieces, key=len)
     if len(pieces) > most:
+        listed = " + ".join([*pieces[:12], *(["..."] if len(pieces) > 12 else [])])
         raise BadInput(
-            f"the token {token!r} is {len(pieces)} pieces for this base ({' + '.join(pieces)}), each with its "
+            f"the token {token!r} is {len(pieces)} pieces for this base ({listed}), each with its "
             f"own meaning: find one with `finetune tokens suggest`, or allow it with data.token_pieces={len(pieces)}"
         )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,6 +38,7 @@ from finetune.core.events import (
 from finetune.core.logging import quieted
 from finetune.core.progress import log, logged
 from finetune.core.signals import Interrupted, Signals, Stop
+from finetune.data.batches import check_split
 from finetune.data.cache import PromptCache
 from finetune.export.settings import UNCHECKED
 from finetune.jobs.companions import write_companions
@@ -122,8 +124,18 @@ def train(
         Stopped: SIGINT, SIGTERM or `stop` ended the run; `resume` continues it.
         OSError: a file can't be written, for example because the disk is full.
     """
+    if not isinstance(recipe, Recipe):
+        raise BadInput(f"train needs a recipe, not {recipe!r:.80}: make one with finetune.load_recipe(NAME)")
+    _refuse_no_folder(run_dir, "run_dir")
     with _alone_in_this_process(), deterministic(recipe.run.deterministic), quieted(), logged(), together():
         return _train_here(recipe, run_dir, Hooks(say, events, stop or Stop(), accept_changes))
+
+
+def _refuse_no_folder(value: Any, name: str, needed: bool = False) -> None:
+    """`needed`: None is refused too."""
+    good = isinstance(value, str | Path) and str(value) != "" and "\0" not in str(value)
+    if not good and (needed or value is not None):
+        raise BadInput(f"{name} is {value!r:.80}: give the folder of a run, as a text or a path")
 
 
 @contextmanager
@@ -142,8 +154,8 @@ def _alone_in_this_process() -> Iterator[None]:
 def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Path:
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     main = accelerator.is_main_process
-    recipe.optim.check_device(accelerator.device.type)
     folder_choice = FolderChoice(recipe, run_dir, joined())
+    _check_machine(recipe, accelerator, folder_choice.known())
     begun = joined().from_first(_begun(folder_choice.known()))
     job = prepare(recipe, accelerator.device, begun)
     with sent_to(*([hooks.events] if main else [])):
@@ -155,6 +167,32 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
         held = folder.held(recipe) if main else nullcontext()
         with Signals(hooks.stop), held, _followed(folder, accelerator, recipe, hooks):
             return _stages(job, folder, accelerator, hooks)
+
+
+def _check_machine(recipe: Recipe, accelerator: Accelerator, run_dir: Path | None) -> None:
+    """Refuses what the optimiser can't do here: now rather than after minutes of drawing."""
+    recipe.optim.check_device(accelerator.device.type)
+    folder = RunFolder(run_dir) if run_dir is not None and _begun(run_dir) else None
+    if folder is None or not folder.finished(recipe.run.steps):
+        recipe.optim.try_on(accelerator.device)
+
+
+def check_run(recipe: Recipe, processes: int | None = None) -> Prepared:
+    """Prepares a run and refuses all that `train` would refuse before its first step, but writes nothing.
+
+    Args:
+        processes: how many the run will have, if it is to be launched with more than are running now.
+
+    Raises:
+        BadInput: as `train`, except for what shows only on the way: a changed input, a full disk.
+    """
+    accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
+    check_split(recipe.run.batch_size, recipe.run.accumulate, processes or accelerator.num_processes)
+    _check_machine(recipe, accelerator, recipe.run.dir)
+    if recipe.run.dir is not None:
+        RunFolder(recipe.run.dir).check(recipe)
+        RunFolder(recipe.run.dir).check_place()
+    return prepare(recipe, accelerator.device, _begun(recipe.run.dir))
 
 
 def _begun(run_dir: Path | None) -> bool:
@@ -246,6 +284,7 @@ def resume(
         BadInput: `run_dir` is not a run folder; and as `train`.
         CheckFailed, Stopped, OSError: as `train`.
     """
+    _refuse_no_folder(run_dir, "run_dir", needed=True)
     with together() as peers:
         recipe = recipe_of(Path(run_dir), peers)
     return train(recipe, run_dir, say, events=events, stop=stop, accept_changes=accept_changes)
@@ -292,7 +331,6 @@ def _info(job: Prepared) -> RunRecord:
 def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks, pins: Pins) -> None:
     """Draws the images from before training, trains, and saves the trained weights in RUN/adapter."""
     recipe = job.recipe
-    recipe.optim.try_on(accelerator.device)  # fails here rather than after minutes of drawing
     if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
         draw_samples(job, folder.path / "samples" / "before", "Before")
     if recipe.run.trackers:

@@ -53,6 +53,13 @@ class Method(Settings, ABC):
         """
         return None
 
+    def check_fits(self, family: Family) -> None:
+        """Asked before a run writes anything.
+
+        Raises:
+            BadInput: the family has nothing that the method could train as it is set.
+        """
+
     @property
     def has_text_lr(self) -> bool:
         """Whether text-encoder weights are trained, so that `optim.text_lr` has an effect."""

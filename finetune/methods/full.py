@@ -46,7 +46,7 @@ class Full(Method):
         return {name: parameter.detach().clone() for name, parameter in self._parameters(family).items()}
 
     def load_state_dict(self, family: Family, state: dict[str, Tensor]) -> None:
-        import torch
+        from finetune.core.fitting import copy_fitting
 
         own = self._parameters(family)
         wrong = sorted(own.keys() ^ state.keys())
@@ -55,6 +55,4 @@ class Full(Method):
                 f"the weights do not fit the recipe: {len(wrong)} names are missing or unknown, such as {wrong[0]!r}: "
                 "use the run's own recipe"
             )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+        copy_fitting(own, state)

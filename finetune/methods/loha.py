@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.methods.peft_adapter import ADAPTER, Ranked, tensors_of
+from finetune.methods.peft_adapter import ADAPTER, MOST_RANK, Ranked, tensors_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ class LoHa(Ranked):
     artifacts: ClassVar = ("adapter", "native")
     marks: ClassVar = (".hada_",)
     kind: Literal["loha"] = "loha"
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=MOST_RANK)
 
     def config(self, targets: list[str]) -> Any:
         import peft

@@ -23,6 +23,7 @@ class LoKr(Ranked):
     artifacts: ClassVar = ("adapter", "native")
     marks: ClassVar = (".lokr_",)
     kind: Literal["lokr"] = "lokr"
+    rank: int = Field(default=16, ge=1, le=1_000_000)  # LyCORIS says 100,000 for a full matrix
     factor: int | None = Field(default=None, ge=2)
 
     def config(self, targets: list[str]) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from finetune.core.errors import BadInput
-from finetune.methods.peft_adapter import ADAPTER, PeftAdapter
+from finetune.methods.peft_adapter import ADAPTER, MOST_RANK, PeftAdapter
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,7 +27,7 @@ class OFT(PeftAdapter):
     marks: ClassVar = (".oft_R.",)
     kind: Literal["oft"] = "oft"
     targets: Literal["attention", "all-linear", "cross-kv"] = "all-linear"
-    block_size: int = Field(default=32, ge=2)
+    block_size: int = Field(default=32, ge=2, le=MOST_RANK)
 
     def config(self, targets: list[str]) -> Any:
         import peft

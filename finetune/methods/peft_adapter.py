@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 CROSS_KV = ("attn2.to_k", "attn2.to_v")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the names of PEFT's files
+MOST_RANK = 4096  # more than any layer of the families can use
 PREFIX = "base_model.model."
 MAGNITUDE = ".lora_magnitude_vector"  # in PEFT's files, without the `.weight` of the parameter
 
@@ -74,6 +75,10 @@ class PeftAdapter(Method):
             )
         return found
 
+    def check_fits(self, family: Family) -> None:
+        for part in self.part_names(family):
+            self.target_modules(family, part)
+
     def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
         import peft
         import torch
@@ -117,7 +122,7 @@ class PeftAdapter(Method):
         return {name: parameter.detach().clone() for name, parameter in self._parameters(family)}
 
     def load_state_dict(self, family: Family, state: dict[str, Tensor]) -> None:
-        import torch
+        from finetune.core.fitting import copy_fitting
 
         own = dict(self._parameters(family))
         wrong = sorted(own.keys() ^ state.keys())
@@ -127,9 +132,7 @@ class PeftAdapter(Method):
                 f"{wrong[0]!r}: "
                 "use the run's own recipe"
             )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+        copy_fitting(own, state, "the adapter's weights")
 
     @contextmanager
     def disabled(self, family: Family) -> Iterator[None]:
@@ -172,7 +175,7 @@ class PeftAdapter(Method):
 class Ranked(PeftAdapter):
     """Adapters with a rank and the scale alpha / rank. `alpha: null` means alpha = rank, so that the scale is 1."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=MOST_RANK)
     alpha: float | None = Field(default=None, gt=0)
 
     @property

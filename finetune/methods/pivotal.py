@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from finetune.methods.lora import LoRA
+from finetune.methods.peft_adapter import MOST_RANK
 from finetune.methods.textual_inversion import Inversion
 from finetune.optim.base import WHOLE, Window
 
@@ -32,7 +33,7 @@ class Pivotal(Inversion):
     kind: Literal["pivotal"] = "pivotal"
     pivot: float = Field(default=0.5, gt=0, lt=1)
     keep_training_token: bool = False
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=MOST_RANK)
     alpha: float | None = Field(default=None, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Literal["attention", "all-linear", "conv", "cross-kv"] = "all-linear"
@@ -56,6 +57,9 @@ class Pivotal(Inversion):
     def part_names(self, family: Family) -> list[str]:
         """The LoRA's parts, and the text encoders with the new embeddings."""
         return list(dict.fromkeys([*super().part_names(family), *family.trainable_text_encoders]))
+
+    def check_fits(self, family: Family) -> None:
+        self.adapter.check_fits(family)
 
     def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
         return self.adapter.attach(family, seed) | self.attach_rows(family)

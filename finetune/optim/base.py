@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Window = tuple[float, float]  # (start, end) as shares of a run's steps, 0 to 1
 
 
@@ -45,9 +46,9 @@ class Optimiser(Settings):
     if TYPE_CHECKING:
         kind: str  # a field of each subclass; as a field here it would come first in recipe.yaml
 
-    lr: float = Field(default=1e-4, gt=0)
-    text_lr: float | None = Field(default=None, gt=0)  # None: lr
-    max_grad_norm: float = 1.0  # 0: no clipping
+    lr: float = Field(default=1e-4, gt=0, le=1_000)
+    text_lr: float | None = Field(default=None, gt=0, le=1_000)  # None: lr
+    max_grad_norm: float = Field(default=1.0, ge=0)  # 0: no clipping
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     schedule_steps: int | None = Field(default=None, ge=1)  # None: run.steps
     warmup: int = Field(default=0, ge=0)  # steps
@@ -158,9 +159,9 @@ class Optimiser(Settings):
 class Adam(Optimiser):
     """The shared settings of Adam and its variants."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
 
 
 def not_installed(kind: str, package: str) -> BadInput:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from finetune.optim.base import Optimiser, Window
+from pydantic import Field
+
+from finetune.optim.base import Beta, Optimiser, Window
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,8 +21,8 @@ class Lion8bit(Optimiser):
     packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     min_8bit_size: ClassVar[int] = 4096
     kind: Literal["lion8bit"] = "lion8bit"
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    weight_decay: float = Field(default=0.01, ge=0)
 
     def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
         import bitsandbytes as bnb

@@ -23,7 +23,7 @@ class Prodigy(Adam):
     packages: ClassVar[tuple[str, ...]] = ("prodigyopt",)
     windows: ClassVar[bool] = False  # its single rate also changes groups whose rate is set to 0
     kind: Literal["prodigy"] = "prodigy"
-    lr: float = Field(default=1.0, gt=0)
+    lr: float = Field(default=1.0, gt=0, le=1_000)
     d0: float = Field(default=1e-6, gt=0)  # the initial estimate
     d_coef: float = Field(default=1.0, gt=0)  # a factor for the estimate
     bias_correction: bool = False

@@ -8,11 +8,13 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from finetune.core.errors import BadInput
-from finetune.core.files import leads_out
+from finetune.core.files import leads_out, write_json
 from finetune.core.reading import read_json
+from finetune.core.records import check_schema
 from finetune.runs.plan import Record
 
 NAME = "exports.json"
+SCHEMA = 1  # of each entry; schema 0 had the same keys, but no number
 
 
 class Checked(Record):
@@ -40,6 +42,11 @@ class Listed(Record):
     results: list[Checked] | None = None
 
 
+def write_exports(file: Path, listed: list[dict[str, Any]]) -> None:
+    """Writes an exports.json. Each entry has the schema number, so that the file is still the list it always was."""
+    write_json(file, [{"schema": SCHEMA, **item} for item in listed])
+
+
 def read_exports(run: Path, listing: Path | None = None) -> list[dict[str, Any]]:
     """What a run's exports.json lists, as it stands there; nothing where there is none. `listing`: that of a
     checkpoint's exports, in RUN/exports/step-000250.
@@ -53,6 +60,7 @@ def read_exports(run: Path, listing: Path | None = None) -> list[dict[str, Any]]
     advice = f"remove it, then `finetune export {run}` writes it again"
     listed = read_json(file, list, advice)
     for item in listed:
+        check_schema(item.get("schema", 0) if isinstance(item, dict) else 0, file, SCHEMA)
         try:
             path = Listed.model_validate(item).path
         except ValidationError as error:

@@ -24,6 +24,7 @@ from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
 from finetune.core.files import find_link_out, load_tensors, save_tensors, sha256, sweep, write_json, write_text
 from finetune.core.reading import read_json
+from finetune.runs.exports import read_exports
 from finetune.runs.inputs import FILE as INPUTS
 from finetune.runs.record import RunRecord, read_record, write_record
 from finetune.training.checkpoint import Checkpoints
@@ -34,6 +35,12 @@ HOLDER = (
 
 LOCKS = ("run.lock", HOLDER)
 
+# what a run writes, in its folder
+FOLDERS = ("adapter", "checkpoints", "exports", "photos", "samples", "samples/before", "samples/after")
+FILES = (
+    *("run.json", "inputs.json", "status.json", "metrics.jsonl", "exports.json", "report.html", "run.lock", HOLDER),
+    *("adapter/trained.safetensors", "adapter/manifest.json"),
+)
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -124,8 +131,9 @@ class RunFolder:
 
     def refuse_work(self) -> None:
         """Raises:
-        BadInput: a process trains here: the folder is its alone to write to.
+        BadInput: a process trains here: the folder is its alone to write to. Or something odd is there.
         """
+        self.refuse_odd()
         if self.at_work():
             raise BadInput(
                 f"{self.path} is at work, and is only read until it ends: write somewhere else with --out PATH"
@@ -184,6 +192,8 @@ class RunFolder:
         file = self.path / "recipe.yaml"
         self.refuse_links()
         if file.is_file():
+            self.refuse_odd()
+            read_exports(self.path)
             self.info  # noqa: B018 - refuses a later version's run before it overwrites anything
             pinned = (self.path / INPUTS).is_file()  # by content, so that their places may change
             both = [_placeless(one) if pinned else one for one in (self.recipe, recipe)]
@@ -195,6 +205,30 @@ class RunFolder:
                 )
         elif self.path.is_file() or (self.path.is_dir() and any(x.name not in LOCKS for x in self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is not a run folder: choose another with run.dir=PATH")
+
+    def refuse_odd(self) -> None:
+        """Refuses a file where a run keeps a folder, and the reverse, before hours of work meet it.
+
+        Raises:
+            BadInput: there is such a thing.
+        """
+        for names, wrong, kinds in ((FOLDERS, Path.is_file, "a file"), (FILES, Path.is_dir, "a folder")):
+            odd = next((self.path / name for name in names if wrong(self.path / name)), None)
+            if odd is not None:
+                other = "a folder" if kinds == "a file" else "a file"
+                raise BadInput(f"{odd} is {kinds}, where a run keeps {other}: move it away")
+
+    def check_place(self) -> None:
+        """
+        Raises:
+            BadInput: the folder is not there, and can't be made.
+        """
+        there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            reason = "not a folder" if not there.is_dir() else "not yours to write to"
+            raise BadInput(
+                f"the folder {self.path} could not be created ({there} is {reason}): choose another with run.dir=PATH"
+            )
 
     def refuse_links(self) -> None:
         """Refuses links out of the folder: in a folder from somebody else, they could expose or overwrite other files.

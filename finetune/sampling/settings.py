@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from finetune.core.settings import AnyPath, Settings
+from finetune.core.settings import AnyPath, BatchSize, Seed, Settings
 
 Sampler = Literal["dpm++", "ddim", "euler", "unipc"]  # finetune.families.schedulers makes them
 
@@ -43,11 +43,11 @@ class SampleSettings(Settings):
     ]
     negative: str = ""
     every: int = Field(default=0, ge=0)
-    count: int = Field(default=4, ge=1)
-    seed: int = 0
+    count: int = Field(default=4, ge=1, le=1_000)
+    seed: Seed = 0
     sampler: Sampler = "dpm++"
     steps: int = Field(default=25, ge=1)
-    batch_size: int = Field(default=8, ge=1)  # images drawn together
+    batch_size: BatchSize = 8  # images drawn together
     guidance: float = 5.0
     image_guidance: float = Field(default=1.5, ge=1)  # how closely an edit follows its image
     # what bases that read images draw from; None: the first photo and what is beside it

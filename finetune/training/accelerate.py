@@ -7,6 +7,7 @@ import os
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 
 from finetune.core.devices import auto_precision
 from finetune.core.errors import BadInput
@@ -25,8 +26,7 @@ def make_accelerator(run: Run, adapter: bool) -> Accelerator:
         BadInput: the machine or the launcher can't do what the recipe asks for.
     """
     precision = resolve_precision(run)
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise BadInput("run.precision is 'fp16' but there is no CUDA GPU here: set run.precision=fp32 or bf16")
+    check_machine(run)
     mixed = {"fp32": "no", "bf16": "no" if adapter else "bf16", "fp16": "fp16"}[precision]
     _allow_another_precision(mixed)
     joined()  # sets up the process group, with the timeout of a step
@@ -39,6 +39,19 @@ def make_accelerator(run: Run, adapter: bool) -> Accelerator:
     )
     _check_launch(accelerator, run)
     return accelerator
+
+
+def check_machine(run: Run) -> None:
+    """
+    Raises:
+        BadInput: this machine lacks what the recipe asks for.
+    """
+    if resolve_precision(run) == "fp16" and not torch.cuda.is_available():
+        raise BadInput("run.precision is 'fp16' but there is no CUDA GPU here: set run.precision=fp32 or bf16")
+    installed = {str(tracker.value) for tracker in get_available_trackers()}
+    missing = next((name for name in run.trackers if name not in installed), None)
+    if missing is not None:  # Accelerate would leave it out in silence
+        raise BadInput(f"run.trackers has {missing!r}, which is not installed: pip install {missing}, or leave it out")
 
 
 def _allow_another_precision(mixed: str) -> None:

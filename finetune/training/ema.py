@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from finetune.core.fitting import copy_fitting
+
 
 class Ema:
     """ema += (1 - d) (weights - ema) after step n, with d = min(decay, (1 + n) / (10 + n)): the smaller d at the start
@@ -51,6 +53,8 @@ class Ema:
 
 
 def copy_into(trained: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            trained[name].copy_(value)
+    """
+    Raises:
+        BadInput: the values are of other weights.
+    """
+    copy_fitting(trained, values)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from finetune.core.settings import AnyPath, Settings
+from finetune.core.settings import AnyPath, BatchSize, Seed, Settings
 
 # names that Windows reserves for devices: no file can have one, whatever its ending
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
@@ -22,10 +23,10 @@ class Run(Settings):
     """
 
     dir: AnyPath | None = None  # None: runs/<name>-<n>
-    name: str = Field(default="run", pattern=r"^\w[\w .+-]*$", max_length=100)  # part of file names
-    seed: int = 0
+    name: str = Field(default="run", max_length=100)  # part of file names
+    seed: Seed = 0
     steps: int = Field(default=800, ge=1, le=999_999)  # checkpoints are numbered by six digits
-    batch_size: int = Field(default=1, ge=1)
+    batch_size: BatchSize = 1
     accumulate: int = Field(default=1, ge=1)
     processes: int | None = Field(default=None, ge=1)  # None: the number that was launched
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -41,6 +42,10 @@ class Run(Settings):
     @field_validator("name")
     @classmethod
     def _fits_every_system(cls, value: str) -> str:
+        if not re.fullmatch(r"\w[\w .+-]*", value):
+            raise ValueError(
+                "file names begin with it: write letters, digits, spaces and . + - _ only, a letter or digit first"
+            )
         if value.split(".")[0].strip().lower() in DEVICES or value.endswith((".", " ")):
             raise ValueError(
                 "no file can have that name on Windows (a device, or a dot or space at its end): change it"

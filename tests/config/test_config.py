@@ -42,7 +42,7 @@ def test_another_kind_does_not_inherit_the_old_kinds_keys() -> None:
         (["method.rnk=4"], "'method.rnk'; did you mean 'method.rank'"),
         (["runn.steps=4"], "'runn'; did you mean 'run'"),
         (["run.stesp=4"], "'run.stesp'; did you mean 'run.steps'"),
-        (["optim.lr=-1"], "optim.lr is -1: input should be greater than 0"),
+        (["optim.lr=-1"], "optim.lr is -1: give more than 0"),
         (["prior.kind=class_image"], "prior"),
         (["run.steps=many"], "run.steps is 'many'"),
         (["nonsense"], "section.key=value"),

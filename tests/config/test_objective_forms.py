@@ -103,8 +103,8 @@ def test_overrides_leave_the_callers_dictionary_as_it_was() -> None:
     [
         ({"weighting": {"kind": "debiased", "gamma": 3}}, [], "there is no setting 'objective.weighting.gamma'"),
         ({"weighting": {"kind": "min_snr", "gama": 3}}, [], "did you mean 'objective.weighting.gamma'?"),
-        ({"weighting": {"kind": "min_snr", "gamma": -1}}, [], "objective.weighting.gamma is -1: input should be gre"),
-        ({"weighting": "min_snr", "gamma": -1}, [], "objective.weighting.gamma is -1: input should be greater"),
+        ({"weighting": {"kind": "min_snr", "gamma": -1}}, [], "objective.weighting.gamma is -1: give more than 0"),
+        ({"weighting": "min_snr", "gamma": -1}, [], "objective.weighting.gamma is -1: give more than 0"),
         ({"weighting": "min_sn"}, [], "there is no objective.weighting.kind 'min_sn'; did you mean 'min_snr'?"),
         ({"weighting": "min_sn", "gamma": 3}, [], "there is no objective.weighting.kind 'min_sn'; did you mean 'min"),
         ({"loss": "absolute"}, [], "there is no objective.loss.kind 'absolute'; known are l2, huber"),

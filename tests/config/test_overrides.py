@@ -79,7 +79,7 @@ def test_the_short_way_trains_the_folder_that_was_named(
     ("typed", "said"),
     [
         ("run.step=10", "there is no setting 'run.step'; did you mean 'run.steps'?"),
-        ("run.steps=0", "run.steps is 0: input should be greater than or equal to 1"),
+        ("run.steps=0", "run.steps is 0: give at least 1"),
     ],
 )
 def test_a_fault_in_what_was_typed_is_not_blamed_on_the_recipe_file(typed: str, said: str) -> None:
@@ -100,3 +100,12 @@ def test_a_folder_as_a_recipe_is_told_what_to_do_with_it(tmp_path: Path) -> None
         BadInput, match=r"is a folder and no recipe: .*finetune dreambooth FOLDER.*finetune resume RUN"
     ):
         load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["run={steps: 7, ema: 0.9}", ("run", {"steps": 7, "ema": 0.9})])
+def test_a_section_that_is_given_whole_keeps_what_was_given_before(given: object) -> None:
+    """`run={steps: 7}` dropped the `run.dir` before it, and the recipe's own keys."""
+    recipe = load_recipe("demo", ["data.photos=x", "data.class_noun=mug", "run.dir=somewhere", given])  # type: ignore[list-item]
+    assert (recipe.run.dir, recipe.run.steps, recipe.run.ema) == (Path("somewhere").absolute(), 7, 0.9)
+    other = load_recipe("demo", ["data.photos=x", "data.class_noun=mug", "method={rank: 3, kind: lokr}"])
+    assert (other.method.kind, other.method.rank) == ("lokr", 3)  # type: ignore[attr-defined]

@@ -360,8 +360,8 @@ def lora_run(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     ("options", "words"),
     [
         (["--rank", "4"], ("export.rank is 4", "a lora is exported exactly as it was trained", "finetune resize")),
-        (["--rank", "0"], ("export.rank is 0", "greater than or equal to 1")),
-        (["--max-error", "-1"], ("export.max_error is -1", "greater than 0")),
+        (["--rank", "0"], ("export.rank is 0", "at least 1")),
+        (["--max-error", "-1"], ("export.max_error is -1", "more than 0")),
         (["--to", "folder"], ("a folder file can't hold an adapter", "kohya")),
     ],
 )

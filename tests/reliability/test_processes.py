@@ -212,7 +212,7 @@ def test_a_launch_that_does_not_fit_the_batch_is_refused_once(
     ("more", "words"),
     [
         (["run.processes=2"], ("run.processes is 2 but 1 process", "--processes 2")),
-        (["--processes", "0"], ("--processes", "greater than or equal to 1")),
+        (["--processes", "0"], ("--processes", "at least 1")),
     ],
 )
 def test_a_launch_that_is_not_what_was_asked_for_is_refused(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune.core.settings import AnyPath
+from finetune.core.settings import AnyPath, BatchSize
 from finetune.sampling.settings import Sampler
 from finetune.training.priors.base import PriorSettings
 
@@ -36,7 +36,7 @@ class ClassImages(PriorSettings):
     sampler: Sampler = "dpm++"
     steps: int = Field(default=20, ge=1)
     guidance: float = 4.0
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: BatchSize = 8
     caption_dropout: float = Field(default=0.25, ge=0, le=1)
     flip: bool = True
 
