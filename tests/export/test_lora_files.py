@@ -201,4 +201,4 @@ def test_a_read_back_joined_file_has_one_alpha_and_no_other_delta(tiny_bases: di
             for pair, rows in zip(pairs, place.rows, strict=True)
         ]
         assert torch.allclose(found, torch.cat(wanted), atol=5e-3), key
-    assert len(ranks) > 1
+    assert ranks == {3, 12}  # doublings of the rank: what is moved into the up matrices is exact in fp16

@@ -6,6 +6,7 @@ The whole file has one alpha, because diffusers' reader ignores a module's own a
 
 For SD3 and Flux the format joins q, k and v into one matrix: the down matrices are stacked, and the up matrices are
 placed on a diagonal. A joined matrix has a higher rank; its up matrix carries the difference, so that alpha stays one.
+Zeros fill its rank up to a doubling of the lowest rank: the difference is then a power of two, exact in fp16.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors
-from finetune.export.base import Adapter, AdapterExport
+from finetune.export.base import Adapter, AdapterExport, pad_rank
 from finetune.export.metadata import with_numbers
 from finetune.families.naming.clip import add_text_model
 from finetune.families.registry import FAMILIES, denoiser_config, family_of, weight_shapes
@@ -66,13 +67,18 @@ class Kohya(AdapterExport):
             pairs = [adapter.layers.get(place.part, {}).get(module) for module in place.modules]
             if any(pair is not None for pair in pairs):
                 joined[key] = join(pairs, place.rows)
-        largest = max(len(a) for a, _ in joined.values())
-        alpha = torch.tensor(float(adapter.scale * largest))
+        ranks = [len(a) for a, _ in joined.values()]
+        own = max(ranks)
+        if FAMILIES[adapter.family].naming.joined:
+            own = min(ranks)
+            joined = {key: pad_rank(a, b, _doubled(own, len(a))) for key, (a, b) in joined.items()}
+        alpha = torch.tensor(float(adapter.scale * own))
         tensors = {}
         for key, (a, b) in joined.items():
             tensors[key + DOWN] = a.to(dtype).contiguous()
-            tensors[key + UP] = (b * (len(a) / largest)).to(dtype)  # the readers divide alpha by each rank
+            tensors[key + UP] = (b * (len(a) / own)).to(dtype)  # the readers divide alpha by each rank
             tensors[key + ALPHA] = alpha.clone()
+        largest = max(len(a) for a, _ in joined.values())
         save_tensors(path, tensors, with_numbers(metadata, tensors, largest, float(alpha)))
 
     def read(self, path: Path, family: str, base_folder: Path) -> Adapter:
@@ -100,6 +106,13 @@ def _form(adapter: Adapter) -> str:
     return "kohya" if adapter.layers.keys() == {"denoiser"} else "kohya_with_texts"
 
 
+def _doubled(rank: int, least: int) -> int:
+    """`rank`, doubled until it is at least `least`."""
+    while rank < least:
+        rank *= 2
+    return rank
+
+
 def join(pairs: list[Pair | None], rows: tuple[int, ...]) -> Pair:
     """Joins modules that share one matrix in the file into one (A, B): A is stacked and B is block-diagonal. A module
     without an adapter gets rows of zeros."""
@@ -125,7 +138,8 @@ def split(a: Tensor, b: Tensor, place: Place) -> dict[str, Pair]:
         return {place.modules[0]: (a, b)}
     parts = dict(zip(place.modules, b.split(list(place.rows)), strict=True))
     used = {module: rows.flatten(1).any(0) for module, rows in parts.items()}
-    left = torch.stack(list(used.values())).logical_not().all(0).nonzero().flatten()
+    filled = a.flatten(1).any(1)  # other ranks are padding
+    left = (torch.stack(list(used.values())).logical_not().all(0) & filled).nonzero().flatten()
     silent = [module for module, columns in used.items() if not bool(columns.any())]
     for module, columns in zip(silent, left.chunk(len(silent)) if len(left) and silent else [], strict=False):
         used[module] = torch.zeros(len(a), dtype=torch.bool).index_fill(0, columns, True)
