@@ -260,7 +260,7 @@ class ComfyUI(Sources):
             if part in clip:
                 table[f"{clip[part]}.transformer.text_model.{name}.weight"] = (part, place.modules)
             elif part == "denoiser":
-                other = unet_name(name, config) if family.naming.single_file else name
+                other = unet_name(place.modules[0], config) if family.naming.single_file else name
                 table[f"diffusion_model.{other}.weight"] = (part, place.modules)
         return table
 
