@@ -160,8 +160,10 @@ class InvokeAI(Sources):
     name = "InvokeAI"
 
     def reads(self, case: Case) -> bool:
-        """Not Flux in diffusers' names: its converter knows only Flux's own widths."""
-        return super().reads(case) and (case.base.model, case.form) != ("Flux.1 dev", "diffusers")
+        """Not SD3, for which its source has no loader, nor Flux in diffusers' names: that converter knows only Flux's
+        own widths."""
+        known = case.base.model != "SD3.5 medium" and (case.base.model, case.form) != ("Flux.1 dev", "diffusers")
+        return super().reads(case) and known
 
     @cached_property
     def code(self) -> dict[str, Any]:
@@ -258,7 +260,7 @@ class ComfyUI(Sources):
             if part in clip:
                 table[f"{clip[part]}.transformer.text_model.{name}.weight"] = (part, place.modules)
             elif part == "denoiser":
-                other = unet_name(name, config) if family.naming.single_file else name
+                other = unet_name(place.modules[0], config) if family.naming.single_file else name
                 table[f"diffusion_model.{other}.weight"] = (part, place.modules)
         return table
 
