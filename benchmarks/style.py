@@ -164,7 +164,7 @@ def picture(work: Path, style: str) -> None:
         for column in range(len(KINDS)):
             left, top = (column * EACH + 1) * side, line * side
             page.paste(source.crop((left, top, left + side, top + side)), (column * side, row * side))
-    page.resize((page.width * 2, page.height * 2), Image.Resampling.BICUBIC).save(ROOT / "docs" / "style.png")
+    page.resize((page.width * 2, page.height * 2), Image.Resampling.NEAREST).save(ROOT / "docs" / "style.png")
 
 
 def write_results(text: str) -> None:
