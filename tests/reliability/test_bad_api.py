@@ -72,7 +72,7 @@ def test_parse_recipe_wants_sections(name: str) -> None:
         parse_recipe(PARSED[name])
 
 
-@pytest.mark.parametrize("given", ["demo", None, 5, {}, RunFolder(Path("x"))], ids=str)
+@pytest.mark.parametrize("given", ["demo", None, 5, {}, RunFolder(Path("x"))], ids=lambda given: type(given).__name__)
 def test_train_wants_a_recipe(given: Any) -> None:
     with pytest.raises(BadInput, match=r"train needs a recipe, not .*load_recipe"):
         finetune.train(given)
