@@ -53,7 +53,11 @@ class Words:
 
     def has_token(self, text: str) -> bool:
         """Whether the token is in a text as a word of its own."""
-        return re.search(rf"(?<!\w){re.escape(self.token)}(?!\w)", text) is not None
+        return _as_words(self.token).search(text) is not None
+
+    def names_token(self, text: str) -> bool:
+        """Whether the token is in a text in any case: CLIP's tokenizers make sks of SKS."""
+        return _as_words(self.token.lower()).search(text.lower()) is not None
 
 
 def caption_photos(
@@ -134,7 +138,7 @@ def _captioned(photo: Photo, text: str | None, templates: Sequence[str], words: 
     trigger = words.fill(words.trigger)
     captions = [each if words.has_token(each) else with_trigger(each, trigger) for each in filled]
     plain = [without_trigger(each, trigger) for each in captions]
-    known = tuple(None if each is None or words.has_token(each) else each for each in plain)
+    known = tuple(None if each is None or words.names_token(each) else each for each in plain)
     return Captioned(photo, captions, source, known, captions != filled)
 
 
@@ -146,9 +150,16 @@ def with_trigger(text: str, trigger: str) -> str:
 
 def without_trigger(text: str, trigger: str) -> str | None:
     """Returns a caption without the trigger's words, as it would be without the style; None if they are not in it."""
-    if trigger not in text:
+    words = _as_words(trigger)
+    if not words.search(text):
         return None
-    return " ".join(text.replace(trigger, " ").split()).strip(" ,;:")
+    return " ".join(words.sub(" ", text).split()).strip(" ,;:")
+
+
+def _as_words(text: str) -> re.Pattern[str]:
+    """Finds a text, but not inside of longer words: "sks" is not in "two desks"."""
+    begin, end = (r"(?<!\w)" if re.match(r"\w", text) else "", r"(?!\w)" if re.search(r"\w$", text) else "")
+    return re.compile(f"{begin}{re.escape(text)}{end}")
 
 
 def fill(text: str, token: str, noun: str | None) -> str:

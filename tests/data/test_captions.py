@@ -65,3 +65,20 @@ def test_captions_in_another_encoding_are_named(photos: Path, name: str) -> None
     (photos / name).write_bytes("ein schönes Bild".encode("latin-1"))
     with pytest.raises(BadInput, match=f"{name} is not UTF-8"):
         captioned(photos)
+
+
+@pytest.mark.parametrize(
+    ("text", "trained", "plain"),
+    [
+        ("two desks", "two desks sks", "two desks"),
+        ("masks, sks and desks", "masks, sks and desks", "masks, and desks"),
+        ("a house, SKS", "a house, SKS sks", None),  # CLIP's tokenizers read SKS as sks
+    ],
+)
+def test_only_the_trigger_as_a_word_of_its_own_is_left_out(
+    text: str, trained: str, plain: str | None, photos: Path
+) -> None:
+    (photos / "0.txt").write_text(text)
+    words = Words("sks", None, "{token}")
+    found = caption_photos(scan(photos), captions="auto", templates=["a {token}"], words=words)[0]
+    assert (found.captions, found.plain) == ([trained], (plain,))
