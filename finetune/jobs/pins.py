@@ -90,8 +90,16 @@ def inputs_of(job: Prepared) -> RunInputs:
 
 
 def in_order(job: Prepared, recorded: RunInputs) -> Prepared:
-    """The job with its photos in the order in which the run began: renamed ones keep their place."""
-    return replace(job, subjects=[_ordered(subject, recorded) for subject in job.subjects])
+    """The job with its photos in the order in which the run began: renamed ones keep their place.
+
+    Each subject is compared with its own part of the record: a photo of two subjects is in both.
+    """
+    records, first = [recorded] * len(job.subjects), 0
+    if len(recorded.photos) == len(job.photos):
+        for number, subject in enumerate(job.subjects):
+            own = recorded.photos[first : first + len(subject.photos)]
+            records[number], first = recorded.model_copy(update={"photos": own}), first + len(own)
+    return replace(job, subjects=[_ordered(*pair) for pair in zip(job.subjects, records, strict=True)])
 
 
 def _ordered(subject: Subject, recorded: RunInputs) -> Subject:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from finetune.data.photos import scan
 from finetune.data.samplers import Sample, ShuffleSampler
 from finetune.jobs import train as job
 from finetune.jobs.class_sets import ClassSet, class_images
+from finetune.jobs.pins import in_order, inputs_of
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.runs.folder import RunFolder
+from finetune.runs.inputs import changes
 from finetune.runs.plan import plan_rows
 from finetune.training.accelerate import make_accelerator
 from finetune.training.priors.class_images import ClassImages
@@ -266,3 +269,17 @@ def test_a_base_with_extra_inputs_is_refused(tiny_bases: dict[str, Path], photos
     recipe |= {"base": {"source": str(tiny_bases["sd1"]), "inputs": "inpaint"}, "method": {"kind": "full"}}
     with pytest.raises(BadInput, match=r"data\.subjects has further subjects but the base reads inpaint"):
         prepare(parse_recipe(recipe))
+
+
+def test_a_photo_of_two_subjects_keeps_its_place_in_each(
+    tiny_bases: dict[str, Path], photos: Path, balls: Path
+) -> None:
+    """One photo shows both: it lies in both folders, at another place, and the record has it twice."""
+    shutil.copy(balls / "wide.png", photos / "00.png")
+    job_now = prepare(parse_recipe(two(tiny_bases["sd1"], photos, balls)))
+    recorded = inputs_of(job_now)
+    assert inputs_of(in_order(job_now, recorded)) == recorded
+    (balls / "0.png").rename(balls / "z.png")
+    renamed = prepare(parse_recipe(two(tiny_bases["sd1"], photos, balls)))
+    found = inputs_of(in_order(renamed, recorded))
+    assert changes(recorded, found) == []
