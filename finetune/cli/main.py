@@ -313,7 +313,7 @@ def _launch_or_check(processes: int, dry_run: bool) -> None:
     launched = os.environ.get("WORLD_SIZE")
     if launched is None and processes > 1 and not dry_run:
         raise _Launch(processes)
-    if launched is not None and int(launched) != processes:
+    if launched is not None and launched != str(processes):
         raise BadInput(
             f"--processes is {processes} but {launched} processes were started: leave --processes out under torchrun"
         )

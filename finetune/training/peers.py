@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from finetune.core.signals import Interrupted
 
 COLLECTIVE = timedelta(minutes=10)  # the longest that one process may be behind another within a step
 LINGER = 3.0  # seconds for the others to hear of a failure before the process that holds the store ends
+LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and `--processes` set
+NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
 CUT = ("connection", "timed out", "nccl", "gloo", "socket", "broken pipe")  # words of a group that lost a member
 
 
@@ -192,12 +195,34 @@ _JOINED: list[Peers] = []
 
 
 def joined() -> Peers:
-    """This process among those that the launcher started. The first call joins them, and waits until all have come."""
+    """This process among those that the launcher started. The first call joins them, and waits until all have come.
+
+    Raises:
+        BadInput: the environment has some of a launcher's variables, but not all.
+    """
+    _refuse_half_a_launch()
     if int(os.environ.get("WORLD_SIZE") or 1) < 2:
         return _ALONE
     if not _JOINED:
         _JOINED.append(_join())
     return _JOINED[0]
+
+
+def _refuse_half_a_launch() -> None:
+    """Notebooks and job schedulers leave variables behind that torch and Accelerate take for a launch of several."""
+    world, local = os.environ.get("WORLD_SIZE") or "1", os.environ.get("LOCAL_RANK") or "-1"
+    if world in ("0", "1") and local == "-1":
+        return
+    missing = [name for name in LAUNCH if not os.environ.get(name)]
+    wrong = [name for name in NUMBERS if not re.fullmatch(r"-?\d+", os.environ.get(name) or "0")]
+    if missing or wrong:
+        name = "LOCAL_RANK" if world in ("0", "1") else "WORLD_SIZE"
+        fault = f"{wrong[0]} is no number" if wrong else f"without {' and '.join(missing)}"
+        raise BadInput(
+            f"the environment has {name}={os.environ[name]}, as of a launch of several processes, but {fault}: for a "
+            "single process `unset WORLD_SIZE RANK LOCAL_RANK`, for several use `finetune train --processes N` or "
+            "torchrun"
+        )
 
 
 @contextmanager

@@ -15,11 +15,12 @@ from torch.distributed import HashStore
 
 from finetune.config.load import load_recipe
 from finetune.core.errors import BadInput, CheckFailed
+from finetune.core.progress import is_main_process
 from finetune.core.signals import Interrupted
 from finetune.jobs.nodes import FolderChoice
 from finetune.training.checkpoint import Checkpoints, State
 from finetune.training.heartbeat import Heartbeat
-from finetune.training.peers import Peers
+from finetune.training.peers import LAUNCH, Peers, joined
 from finetune.training.shared_state import fingerprint
 
 Work = Callable[[Peers], Any]
@@ -127,3 +128,35 @@ def test_a_fingerprint_tells_one_bit_one_name_and_one_step() -> None:
     ]
     assert fingerprint(state()) == fingerprint(state())
     assert len({fingerprint(one) for one in [state(), *others]}) == 7
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, .* without RANK and MASTER_ADDR and MASTER_PORT"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x, .* WORLD_SIZE is no number"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0, .* without RANK and WORLD_SIZE"),
+        ({"WORLD_SIZE": "1", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "here"}, "without MASTER_PORT"),
+    ],
+)
+def test_variables_that_another_program_left_are_refused(
+    left: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch and Accelerate would raise errors of their own, or wait for processes that nobody started."""
+    for name in LAUNCH:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match=said) as refused:
+        joined()
+    assert "unset WORLD_SIZE RANK LOCAL_RANK" in str(refused.value)
+
+
+@pytest.mark.parametrize("left", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "", "RANK": "1"}, {"LOCAL_RANK": "-1"}])
+def test_a_process_alone_never_joins(left: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*LAUNCH, "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert joined().world == 1
+    assert is_main_process()  # it says what it does
