@@ -15,6 +15,14 @@ from finetune.data.batches import check_split
 from finetune.training.peers import joined, on_cpu
 from finetune.training.settings import Run
 
+OTHERS = {
+    "ACCELERATE_USE_FSDP": "weights are not sharded",
+    "ACCELERATE_USE_DEEPSPEED": "weights are not sharded",
+    "ACCELERATE_USE_MEGATRON_LM": "weights are not sharded",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "weights are not sharded",
+}
+ACCUMULATED, COMPILER = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND"
+
 
 def make_accelerator(run: Run, adapter: bool) -> Accelerator:
     """An Accelerator with the recipe's device, precision, accumulation and processes.
@@ -29,6 +37,7 @@ def make_accelerator(run: Run, adapter: bool) -> Accelerator:
     check_machine(run)
     mixed = {"fp32": "no", "bf16": "no" if adapter else "bf16", "fp16": "fp16"}[precision]
     _allow_another_precision(mixed)
+    _refuse_environment(run)
     joined()  # sets up the process group, with the timeout of a step
     accelerator = Accelerator(
         mixed_precision=mixed,
@@ -74,9 +83,24 @@ def _check_launch(accelerator: Accelerator, run: Run) -> None:
             f"run.processes is {run.processes} but {world} process(es) were started: use `finetune train --processes "
             f"{run.processes}` or torchrun (`accelerate launch --cpu` always starts one)"
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        raise BadInput("ACCELERATE_USE_FSDP is set, but weights are not sharded here: unset it")
     check_split(run.batch_size, run.accumulate, world)
+
+
+def _refuse_environment(run: Run) -> None:
+    """Refuses variables by which Accelerate would train another thing than the recipe says, without a word: it takes
+    them before its arguments."""
+    for name, what in OTHERS.items():
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            raise BadInput(f"{name} is set, but {what} here: unset it")
+    counted = os.environ.get(ACCUMULATED) or str(run.accumulate)
+    if counted != str(run.accumulate):
+        raise BadInput(
+            f"{ACCUMULATED} is {counted!r} in the environment but run.accumulate is {run.accumulate}: unset it, or "
+            "give the number as run.accumulate"
+        )
+    compiler = os.environ.get(COMPILER) or "no"
+    if compiler.lower() != "no":
+        raise BadInput(f"{COMPILER} is {compiler!r}, but models are not compiled here: unset it")
 
 
 def resolve_precision(run: Run) -> str:

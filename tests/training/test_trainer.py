@@ -17,7 +17,7 @@ from ends import metrics
 from safetensors.torch import load_file
 
 from finetune.core.batch import Batch, Geometry, Latents
-from finetune.core.errors import CheckFailed
+from finetune.core.errors import BadInput, CheckFailed
 from finetune.core.events import sent_to
 from finetune.core.rng import SampleKey, normal, uniform
 from finetune.families.source import load_family
@@ -280,3 +280,29 @@ def test_under_fp16_an_overflow_is_the_scalers_to_handle(tiny_bases: dict[str, P
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
     start = LoRA(rank=2).attach(load_family(str(tiny_bases["sd1"])), 0)
     assert any(not torch.equal(start[name], unbroken[name]) for name in unbroken)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),  # three of four steps would change no weight
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("ACCELERATE_USE_DEEPSPEED", "1"),
+    ],
+)
+def test_accelerates_variables_do_not_change_what_is_trained(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match=f"^{name} is .*unset it"):
+        make_accelerator(Run(), True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"), ("ACCELERATE_DYNAMO_BACKEND", "NO")],
+)
+def test_variables_that_say_the_same_are_no_fault(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert make_accelerator(Run(), True).gradient_accumulation_steps == 1
