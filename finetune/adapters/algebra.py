@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from finetune.export.base import Adapter
 from finetune.export.decompose import (
     Difference,
     Kept,
+    beyond,
     decompose,
     factors_at_rank,
     kept_energy,
@@ -62,7 +64,11 @@ def extract(base: Family, tuned: Family, rank: int) -> tuple[Adapter, Kept]:
     Raises:
         BadInput: the models have different families or shapes, or the same weights.
     """
-    found = decompose(Difference(base, tuned).layers(), rank)
+    moved = Difference(base, tuned)
+    found = decompose(moved.layers(), rank)
+    left_out, _ = beyond(moved, found)
     if not found.spectra:
-        raise BadInput("the model and the base have the same weights: there is nothing to extract")
-    return Adapter(base.name, base.folder, found.layers(rank), 1.0), found.kept(rank)
+        same = left_out or "the model and the base have the same weights"
+        raise BadInput(f"{same}: there is nothing to extract")
+    kept = replace(found.kept(rank), left_out=left_out)
+    return Adapter(base.name, base.folder, found.layers(rank), 1.0), kept

@@ -210,6 +210,8 @@ def _say_kept(kept: Kept) -> None:
         f"kept {kept.energy:.2%} of the energy; relative error {kept.error:.1e}, of the worst module {kept.worst:.1e} "
         f"({kept.worst_module})"
     )
+    if kept.left_out:
+        typer.echo(f"not in the file: {kept.left_out}")
 
 
 def say_exported(exported: list[Exported]) -> None:

@@ -25,13 +25,14 @@ class Kept:
     """How much of the deltas an approximation holds.
 
     `energy`: the share of the squared singular values. `error`: |approximation - delta| / |delta| over all modules.
-    `worst`: the same for the worst module.
+    `worst`: the same for the worst module. `left_out`: a sentence about what a LoRA can't hold at all, or empty.
     """
 
     energy: float
     error: float
     worst: float
     worst_module: str
+    left_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,18 @@ class Difference:
         change. Call it after `layers` is exhausted."""
         energies = [value for part in self.base.parts for value in self.beyond[part]]
         return len(energies), sum(energies) ** 0.5
+
+
+def beyond(moved: Difference, found: Decomposed) -> tuple[str, float]:
+    """A sentence about the changes that a LoRA can't hold, and their share of all changes; ("", 0) without any. Call
+    it after `moved.layers` is exhausted."""
+    count, change = moved.beyond_lora
+    if not count:
+        return "", 0.0
+    held = sum(float(s.double().square().sum()) for s in found.spectra.values())
+    share = change**2 / max(change**2 + held, 1e-30)
+    line = f"{count} biases, norms and embeddings changed too ({share:.1%} of the change): a LoRA can't hold them"
+    return line, share
 
 
 def unloaded(kind: type[Family], folder: Path, dtype: torch.dtype, without: Sequence[str] = ()) -> Family:

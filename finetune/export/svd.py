@@ -21,7 +21,7 @@ from finetune.core.files import save_tensors, write_json
 from finetune.core.records import Check
 from finetune.core.rng import generator
 from finetune.export.base import Adapter, Bench, Exported, discard, full_fp32, unchecked
-from finetune.export.decompose import LAYERS, Decomposed, Difference, decompose, unloaded_base
+from finetune.export.decompose import LAYERS, Decomposed, Difference, beyond, decompose, unloaded_base
 from finetune.export.lora.peft import Peft
 from finetune.export.verify import BOUNDS, apply_adapter, moved_check, probe, relative, same_prediction
 from finetune.families.base import Family
@@ -58,7 +58,7 @@ def reduced(method: Method, family: Family, bench: Bench, rank: int | None, max_
         moved = Difference(unloaded_base(family, bench.dtype), family)
         layers = [child for part in family.trainable_parts() for child in family.parts[part].modules()]
         found = _decompose(moved.layers(), rank or MOST, sum(isinstance(child, LAYERS) for child in layers))
-        lost = _not_held(*moved.beyond_lora, found)
+        lost = _not_held(moved, found)
     if not found.spectra:
         raise BadInput(
             "training changed no linear layer and no convolution, so there is no LoRA to write: train for more steps"
@@ -142,13 +142,9 @@ def _above(error: float) -> str:
     return f"{min(1.0, error + 0.005):.2f}"
 
 
-def _not_held(count: int, change: float, found: Decomposed) -> list[Check]:
-    if not count:
-        return []
-    held = sum(float(s.double().square().sum()) for s in found.spectra.values())
-    share = change**2 / max(change**2 + held, 1e-30)
-    line = f"{count} biases, norms and embeddings changed too ({share:.1%} of the change): a LoRA can't hold them"
-    return [Check("not-held", True, line, share)]
+def _not_held(moved: Difference, found: Decomposed) -> list[Check]:
+    line, share = beyond(moved, found)
+    return [Check("not-held", True, line, share)] if line else []
 
 
 def _settled(family: Family) -> Family:

@@ -379,6 +379,24 @@ def test_extraction_says_what_a_rank_costs(tiny_bases: dict[str, Path], tmp_path
     assert low.energy == pytest.approx(1 - low.error**2)
 
 
+def test_extraction_names_what_a_lora_cant_hold(
+    tiny_bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the squared change is in a norm: the error of the matrices alone says nothing of it."""
+    from finetune.export.model.model_folder import export_folder
+
+    family = load_family(str(tiny_bases["sd1"]))
+    linear = family.parts["denoiser"].get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    norm = family.parts["denoiser"].get_submodule("mid_block.attentions.0.transformer_blocks.0.norm1")
+    with torch.no_grad():
+        norm.weight += 0.1
+        linear.weight[0, 0] += 0.1 * len(norm.weight) ** 0.5
+    export_folder(family, tmp_path / "model", "fp32")
+    arguments = ["--base", str(tiny_bases["sd1"]), "--out", str(tmp_path / "back")]
+    assert run(["extract", str(tmp_path / "model"), "--rank", "3", *arguments])[0] == 0
+    assert "not in the file: 1 biases, norms and embeddings changed too (50.0%" in capsys.readouterr().out
+
+
 def test_the_commands(tiny_bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["--base", str(tiny_bases["sd1"])]
     written(tiny_bases["sd1"], tmp_path, ["kohya"])

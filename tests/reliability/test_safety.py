@@ -844,7 +844,7 @@ def test_there_is_one_reader_of_each_kind_of_file(name: str) -> None:
 PEFT = {
     "no rank": ({"r": None}, {}), "rank 0": ({"r": 0}, {}), "another rank": ({"r": 3}, {}),
     "no alpha": ({"lora_alpha": None}, {}), "no B": ({}, {"B": None}), "a number": ({}, {"A": torch.tensor(1.0)}),
-    "nothing": ({}, {"A": None, "B": None}),
+    "nothing": ({}, {"A": None, "B": None}), "another tensor": ({}, {"C": torch.ones(1)}),
 }  # fmt: skip
 
 
@@ -856,7 +856,7 @@ def test_a_broken_folder_of_peft_is_named(fault: str, base: Path, tmp_path: Path
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2} | config))
     path = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    held = {"A": down, "B": up, "C": torch.ones(1)} | change
+    held = {"A": down, "B": up} | change
     tensors = {f"{path}.lora_{name}.weight": value for name, value in held.items() if value is not None}
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(BadInput, match="not a complete PEFT LoRA"):

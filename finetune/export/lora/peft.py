@@ -79,8 +79,12 @@ class Peft(AdapterExport):
 
 
 def _pairs(file: Path, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Module -> (A, B), fp32. Raises ValueError or KeyError if a matrix is missing or has another rank."""
+    """Module -> (A, B), fp32. Raises ValueError or KeyError if a matrix is missing or has another rank, or if there
+    are other tensors: trained biases, or whole modules (`modules_to_save`)."""
     tensors, pairs = load_file(file), {}
+    other = next((key for key in sorted(tensors) if not key.endswith((".lora_A.weight", ".lora_B.weight"))), None)
+    if other is not None:
+        raise ValueError(f"{other[:100]!r} is no matrix of a LoRA, and would be lost")
     for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
         a, b = tensors[key].float(), tensors[key.replace(".lora_A.", ".lora_B.")].float()
         if not key.isprintable() or a.ndim < 2 or b.ndim < 2 or not rank == len(a) == b.shape[1] >= 1:
