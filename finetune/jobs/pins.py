@@ -26,8 +26,9 @@ from finetune.runs.inputs import (
     refusal,
     write_inputs,
 )
+from finetune.training.accelerate import resolve_precision
 
-PACKAGES = ("finetune-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
+PACKAGES = ("finetune-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate", "tokenizers", "pillow")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def inputs_of(job: Prepared) -> RunInputs:
         packages={name: version(name) for name in packages} | {"python": platform.python_version()},
         tokens=[subject.token for subject in job.subjects],
         sample=dict(job.drawn_from.origins) if job.drawn_from else {},
+        precision=resolve_precision(job.recipe.run),
     )
 
 

@@ -40,6 +40,7 @@ class RunInputs(Record):
     packages: package -> version.
     tokens: of each subject.
     sample: the files that the run's images are drawn from, where the recipe names some: "image", ... -> SHA-256.
+    precision: what run.precision=auto became; empty in records of older versions.
     """
 
     photos: list[PinnedPhoto] = []
@@ -48,6 +49,7 @@ class RunInputs(Record):
     packages: dict[str, str] = {}
     tokens: list[str] = []
     sample: dict[str, str] = {}
+    precision: str = ""
 
 
 class Accepted(Record):
@@ -111,6 +113,7 @@ def changes(recorded: RunInputs, now: RunInputs) -> list[str]:
         *_changed_versions(recorded.packages, now.packages),
         *([f"the token {now.tokens} was {recorded.tokens}"] if recorded.tokens != now.tokens else []),
         *(f"sample.{name} changed" for name in now.sample if recorded.sample.get(name) != now.sample[name]),
+        *_changed_precision(recorded.precision, now.precision),
     ]
 
 
@@ -173,6 +176,12 @@ def _changed_files(recorded: Mapping[str, str], now: Mapping[str, str]) -> Itera
 
 
 def _changed_versions(recorded: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
-    for name in sorted(recorded.keys() | now.keys()):
-        if recorded.get(name) != now.get(name):
-            yield f"{name} is {now.get(name, 'not installed')} and was {recorded.get(name, 'not installed')}"
+    """Of the packages in the record: older versions recorded fewer."""
+    for name in sorted(recorded):
+        if recorded[name] != now.get(name):
+            yield f"{name} is {now.get(name, 'not installed')} and was {recorded[name]}"
+
+
+def _changed_precision(recorded: str, now: str) -> Iterator[str]:
+    if recorded and recorded != now:
+        yield f"the precision is {now} here and was {recorded}"

@@ -34,7 +34,8 @@ def begun(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         (folder / kind).mkdir()
         for number, colour in enumerate(((200, 30, 30), (30, 200, 30), (30, 30, 200))):
             image = Image.new("RGB", (48, 40), colour)
-            image.paste((250, 250, 250), (8 * number, 8, 8 * number + 12, 24))
+            ink = (250, 250, 250) if kind == "photos" else (20, 20, 20)
+            image.paste(ink, (8 * number, 8, 8 * number + 12, 24))
             image.save(folder / kind / f"{number}.png")
     Image.new("L", (48, 40), 255).save(folder / "photos" / "1.mask.png")
     (folder / "photos" / "0.txt").write_text("a photo of {token} mug in red", encoding="utf-8")
@@ -119,6 +120,13 @@ def test_another_package_is_refused_by_name(place: Path, monkeypatch: pytest.Mon
     real = job.version
     monkeypatch.setattr("finetune.jobs.pins.version", lambda name: "0.1" if name == "peft" else real(name))
     with pytest.raises(BadInput, match=r"peft is 0\.1 and was"):
+        job.resume(place / "stopped")
+
+
+def test_another_precision_of_auto_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a machine with another GPU has it: the base would be held in another precision."""
+    monkeypatch.setattr("finetune.training.accelerate.auto_precision", lambda: "bf16")
+    with pytest.raises(BadInput, match=r"the precision is bf16 here and was fp32"):
         job.resume(place / "stopped")
 
 

@@ -31,6 +31,7 @@ WHOLE = RunInputs(
     class_images={"a dog": ["1", "2", "3"]},
     base={"unet/config.json": "1", "vae/config.json": "2"},
     packages={"torch": "2.13.0"},
+    precision="fp32",
     tokens=["zwx"],
 )
 
@@ -53,6 +54,9 @@ WHOLE = RunInputs(
         ({"base": {"vae/config.json": "2"}}, ["the base's file unet/config.json is gone"]),
         ({"base": {**WHOLE.base, "more.json": "1"}}, ["the base's file more.json is new"]),
         ({"packages": {"torch": "2.12.0"}}, ["torch is 2.12.0 and was 2.13.0"]),
+        ({"packages": {"torch": "2.13.0", "pillow": "12"}}, []),  # an older version recorded fewer
+        ({"packages": {}}, ["torch is not installed and was 2.13.0"]),
+        ({"precision": "bf16"}, ["the precision is bf16 here and was fp32"]),
         ({"tokens": ["sks"]}, ["the token ['sks'] was ['zwx']"]),
     ],
 )
@@ -94,3 +98,7 @@ def test_the_refusal_counts_what_it_does_not_name(tmp_path: Path) -> None:
     assert "0.png" in said
     assert "and 4 more" in said
     assert "--accept-changes" in said
+
+
+def test_a_record_without_a_precision_is_of_an_older_version() -> None:
+    assert changes(WHOLE.model_copy(update={"precision": ""}), WHOLE) == []
