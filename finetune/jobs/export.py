@@ -13,6 +13,7 @@ from torch import Tensor
 from finetune.config.load import changed_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.devices import machine
+from finetune.core.errors import BadInput
 from finetune.core.events import one_step
 from finetune.core.logging import quieted
 from finetune.export.adapter import adapter_from, export_adapter
@@ -86,10 +87,9 @@ class ExportPlace:
         """The file that lists what was written: RUN/exports.json, or one beside the files."""
         return (self.run.path if self.of_the_run else self.folder) / "exports.json"
 
-    @property
-    def about(self) -> dict[str, str]:
-        """What every export says of the run, with the checkpoint's own step and date."""
-        told = about_run(self.run) | {"title": self.name}
+    def about(self, metadata: str) -> dict[str, str]:
+        """What every export says of the run, with the checkpoint's own step and date; `metadata` says how much."""
+        told = about_run(self.run, metadata) | {"title": self.name}
         if self.step is None:
             return told
         date = {"date": written_date(self.run.checkpoints.date(self.step))} if told.get("date") != "" else {}
@@ -116,7 +116,7 @@ class _Call:
     def request(self, name: str, **more: str) -> Request:
         """`more` adds to, or replaces, the metadata that every export of the run carries."""
         v_prediction = self.family.schedule.prediction == "v_prediction"
-        about = self.place.about | more
+        about = self.place.about(self.options.metadata) | more
         return Request(self.place.folder, name, self.options.dtype, about, v_prediction, force=True)
 
 
@@ -167,10 +167,14 @@ def export_result(
         overrides: of the recipe's export settings, such as "export.rank=8".
 
     Raises:
-        BadInput: this is no run, a format does not fit it, or there is no such checkpoint.
+        BadInput: this is no run, a format does not fit it, there is no such checkpoint, or an override is of
+            something else than the export.
     """
     folder = RunFolder(Path(run))
     recipe = changed_recipe(folder.recipe, overrides)
+    own = changed_recipe(folder.recipe, ())
+    if recipe.model_copy(update={"export": own.export}) != own:
+        raise BadInput(f"the overrides {overrides!r:.200} change the training, which is over: give those of export.*")
     check_formats(formats, recipe.method.artifacts)
     if out is None:
         folder.refuse_work()

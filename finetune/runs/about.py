@@ -12,18 +12,19 @@ from finetune.export.metadata import written_date
 from finetune.runs.folder import RunFolder
 
 
-def about_run(folder: RunFolder) -> dict[str, str]:
-    """Returns the metadata that exports of this run carry, as `export.metadata` asks: name -> text.
+def about_run(folder: RunFolder, metadata: str | None = None) -> dict[str, str]:
+    """Returns the metadata that exports of this run carry, as `metadata` asks (None: the recipe's `export.metadata`):
+    name -> text.
 
-    Paths and captions are in it only if `export.metadata` is "full". The resolution is in pixels.
+    Paths and captions are in it only if that is "full". The resolution is in pixels.
 
     Raises:
         BadInput: the run's recipe or record is missing or damaged.
     """
     recipe, info = folder.recipe, folder.info
-    side = info.resolution
+    side, wanted = info.resolution, metadata or recipe.export.metadata
     needed = {"title": recipe.run.name, "resolution": f"{side}x{side}", "trigger_phrase": "", "date": ""}
-    if recipe.export.metadata == "minimal":
+    if wanted == "minimal":
         return needed
     standard = {
         "title": recipe.run.name,
@@ -37,7 +38,7 @@ def about_run(folder: RunFolder) -> dict[str, str]:
         **({"started": str(info.started)} if info.started is not None else {}),
         **_date(folder),
     }
-    if recipe.export.metadata == "standard":
+    if wanted == "standard":
         return standard
     captions = list(dict.fromkeys(text for texts in info.captions for text in texts))
     return standard | {

@@ -18,7 +18,7 @@ from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
 from finetune.families.source import load_family
 from finetune.jobs import train as job
-from finetune.jobs.export import ExportPlace, export_run
+from finetune.jobs.export import ExportPlace, export_result, export_run
 from finetune.jobs.open import open_result, open_run
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import prepare
@@ -294,3 +294,18 @@ def test_photos_that_are_never_seen_are_told(tiny_bases: dict[str, Path], photos
         ):
             job_plan = plan(prepare(recipe_of(tiny_bases["sd1"], photos, steps, data=data)))
             assert plan_rows(job_plan)["each photo"] == words
+
+
+def test_overrides_of_an_export_count_or_are_refused(stopped: Path, tmp_path: Path) -> None:
+    """Also that of the metadata: what must not leave the house is not in the file."""
+    headers = {}
+    for metadata in ("standard", "minimal"):
+        chosen = ["export.verify=off", f"export.metadata={metadata}"]
+        (item,) = export_result(stopped, ["kohya"], out=tmp_path / metadata, overrides=chosen)
+        with safe_open(item.path, "pt") as opened:
+            headers[metadata] = opened.metadata()
+    assert headers["standard"]["finetune_seed"] == "0"
+    assert headers["standard"]["modelspec.trigger_phrase"]
+    assert not [key for key in headers["minimal"] if key.startswith("finetune_") or key.endswith("trigger_phrase")]
+    with pytest.raises(BadInput, match=r"give those of export\.\*"):
+        export_result(stopped, ["kohya"], out=tmp_path / "other", overrides=["method.rank=1"])
