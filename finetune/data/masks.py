@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from finetune.core.errors import BadInput
+from finetune.core.files import sha256
 from finetune.data.buckets import Size
 from finetune.data.crops import Crop
 from finetune.data.photos import MASK, Photo, alpha_channel, image_files, open_image, shown
@@ -152,12 +153,13 @@ class Masks:
         return torch.ones(1, crop.size[1] // self.factor, crop.size[0] // self.factor)
 
     def _make(self, crop: Crop, mask: Mask) -> Tensor:
-        values = np.asarray(crop.cut(_resized(mask, crop.resized)), dtype=np.float32) / 255
+        values = np.asarray(crop.cut(_resized(mask, crop.resized, sha256(mask.file))), dtype=np.float32) / 255
         share = avg_pool2d(torch.from_numpy(values)[None], self.factor)
         return self.floor + (1 - self.floor) * share
 
 
 @lru_cache(maxsize=1)
-def _resized(mask: Mask, size: Size) -> Image.Image:
-    """Resized like the photo, but with a filter that does not overshoot at edges."""
+def _resized(mask: Mask, size: Size, digest: str) -> Image.Image:
+    """Resized like the photo, but with a filter that does not overshoot at edges. `digest` is the file's: a later run
+    in this process has the mask as it is then."""
     return mask.open().resize(size, Image.Resampling.BILINEAR)

@@ -301,3 +301,16 @@ def test_a_mask_of_other_size_but_the_same_shape_is_taken(photos: Path) -> None:
     half((24, 24)).save(photos / "0.mask.png")
     with pytest.raises(BadInput, match=r"0\.mask\.png is 24x24 but its photo is 48x40"):
         find_masks(photos, [photo], "files")
+
+
+def test_a_later_run_in_this_process_has_the_mask_as_it_is_then(photos: Path) -> None:
+    """As in a notebook: the only mask is corrected, and the training is started again."""
+    held, file = [], photos / "0.mask.png"
+    for side in ((0, 0, 24, 40), (24, 0, 48, 40)):
+        image = Image.new("L", (48, 40), 0)
+        image.paste(255, side)
+        image.save(file)
+        found = scan(photos)
+        (crop,) = make_crops(found[0], (40, 40), "center", 1, False, 0)
+        held.append(Masks(find_masks(photos, found, "auto"), 8, 0.0).fill([crop]).mask(crop))
+    assert torch.allclose(held[0] + held[1], torch.ones(1, 5, 5), atol=1e-6)
