@@ -123,6 +123,14 @@ class Prepared:
         return dict(zip(self.names, prompts, strict=True))
 
     @property
+    def class_prompt_of_caption(self) -> dict[tuple[str, str], str]:
+        """(name of a photo, one of its captions) -> that caption without the trigger. Empty without such a prior."""
+        if not self.recipe.prior.of_captions:
+            return {}
+        photos = zip(self.names, self.captions, self.plain_captions, strict=True)
+        return {(name, text): bare for name, texts, plain in photos for text, bare in zip(texts, plain, strict=True)}
+
+    @property
     def class_prompt(self) -> str:
         """The class prompt of the first subject."""
         return self.class_prompt_of(self.subjects[0])

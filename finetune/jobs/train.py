@@ -414,7 +414,8 @@ def _make_step(
 ) -> Step:
     """The forward pass of the recipe: objective, regularizers, dropout of text encoders."""
     recipe, family = job.recipe, job.family
-    context = PriorContext(family, recipe.method, trained, encode_prompts, job.class_prompt, job.class_prompts)
+    class_prompts = job.class_prompt, job.class_prompts, job.class_prompt_of_caption
+    context = PriorContext(family, recipe.method, trained, encode_prompts, *class_prompts)
     options = StepOptions(
         recipe.data.encoder_dropout,
         recipe.prior.regularizers(context),

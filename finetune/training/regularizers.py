@@ -50,6 +50,7 @@ class PriorContext:
     so the weights still have their initial values.
 
     `class_prompts`: sample name -> class prompt, for samples whose subject has another one than `class_prompt`.
+    `plain_captions`: (sample name, caption) -> class prompt, where each caption has its own.
     """
 
     family: Family
@@ -58,6 +59,7 @@ class PriorContext:
     encode_prompts: Callable[..., dict[str, Tensor]]
     class_prompt: str
     class_prompts: Mapping[str, str] = field(default_factory=dict)
+    plain_captions: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 class KeepPrediction:
@@ -65,6 +67,7 @@ class KeepPrediction:
 
     def __init__(self, settings: FrozenBase, attached: PriorContext) -> None:
         self.settings, self.prompt, self.own_prompts = settings, attached.class_prompt, attached.class_prompts
+        self.plain = attached.plain_captions
         self.family, self.encode = attached.family, attached.encode_prompts
         self.base: ReferenceModel = attached.method.base_of(attached.family)
         self.texts_train = attached.method.trains_texts(attached.family)
@@ -80,7 +83,9 @@ class KeepPrediction:
     def prompts(self, batch: Batch) -> list[str]:
         """The class prompt of each sample's subject, or the empty prompt."""
         empty = uniform(batch.keys, "class prompt") < self.settings.caption_dropout
-        own = [self.own_prompts.get(name, self.prompt) for name in batch.names]
+        usual = [self.own_prompts.get(name, self.prompt) for name in batch.names]
+        drawn = zip(batch.names, batch.prompts, strict=True)  # a template of several; the first one if it was dropped
+        own = [self.plain.get(pair, prompt) for pair, prompt in zip(drawn, usual, strict=True)]
         return ["" if nothing else prompt for nothing, prompt in zip(empty.tolist(), own, strict=True)]
 
     @torch.no_grad()

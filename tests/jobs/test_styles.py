@@ -128,10 +128,12 @@ def test_other_captions_have_another_set_and_another_order_has_the_same(
 def test_frozen_base_holds_each_drawing_to_its_own_caption(
     tiny_bases: dict[str, Path], drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where a drawing has several templates: the one that the step draws counts."""
     prior = {"kind": "frozen_base", "prompt": "{caption}", "caption_dropout": 0}
-    _, given = fitted(style(tiny_bases["sd1"], drawings, prior=prior), tmp_path / "run", monkeypatch)
+    data = {"templates": ["a drawing", "a picture", "a sketch"]}
+    _, given = fitted(style(tiny_bases["sd1"], drawings, prior=prior, data=data), tmp_path / "run", monkeypatch)
     (keep,) = given["step"].options.regularizers
-    for batch in (given["batches"].micro(step, 0) for step in range(3)):
+    for batch in (given["batches"].micro(step, 0) for step in range(20)):
         plain = [text.replace(" in zwx style", "").rstrip(",") for text in batch.prompts]
         assert keep.prompts(batch) == plain
         assert given["step"].encode_prompts(plain, None)
