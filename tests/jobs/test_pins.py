@@ -214,3 +214,19 @@ def test_doctor_forgets_stored_hashes(place: Path, monkeypatch: pytest.MonkeyPat
     assert base_files(place / "base")[name] == "0" * 64
     forget_hashes()
     assert base_files(place / "base") == honest
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"a": "', b"[]", b"null", b"\xff\xfe\0", b'{"a": 5, "b": "x"}', b"[" * 5000],
+    ids=["empty", "cut", "a list", "null", "binary", "other values", "nested"],
+)
+def test_damaged_stored_hashes_are_made_again(content: bytes, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand in nobody's way: they are only there to save time."""
+    stored = place / "cache" / "file-hashes.json"
+    monkeypatch.setenv("FINETUNE_CACHE", str(stored.parent))
+    honest = base_files(place / "base")
+    whole = stored.read_bytes()
+    stored.write_bytes(content)
+    assert base_files(place / "base") == honest
+    assert stored.read_bytes() == whole

@@ -689,7 +689,7 @@ def adapter_without_up(place: Place) -> list[str]:
     return adapter(place, {key: value for key, value in kohya(place).items() if "lora_up" not in key})
 
 
-@case("to_q", "shape")
+@case("to_q", "99 to 32", "--base")
 def adapter_of_another_width(place: Place) -> list[str]:
     tensors = kohya(place)
     key = next(key for key in tensors if "lora_down" in key)
