@@ -30,11 +30,11 @@ def begun(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     killed at its third step."""
     folder = tmp_path_factory.mktemp("begun")
     shutil.copytree(tiny_bases["sd1"], folder / "base")
-    for kind in ("photos", "classes"):
+    for kind, bright in (("photos", 250), ("classes", 90)):
         (folder / kind).mkdir()
         for number, colour in enumerate(((200, 30, 30), (30, 200, 30), (30, 30, 200))):
             image = Image.new("RGB", (48, 40), colour)
-            image.paste((250, 250, 250), (8 * number, 8, 8 * number + 12, 24))
+            image.paste((bright, bright, bright), (8 * number, 8, 8 * number + 12, 24))
             image.save(folder / kind / f"{number}.png")
     Image.new("L", (48, 40), 255).save(folder / "photos" / "1.mask.png")
     (folder / "photos" / "0.txt").write_text("a photo of {token} mug in red", encoding="utf-8")
