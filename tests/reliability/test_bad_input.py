@@ -946,6 +946,15 @@ def test_skip_bad_goes_on_and_says_how_many(
     assert len(json.loads((tmp_path / "run" / "run.json").read_text())["photos"]) == 3
 
 
+def test_without_prompts_nothing_is_drawn(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    place = Place(tmp_path, photos, tiny_bases, tiny_bases["sd1"], tmp_path)
+    options = ("run.steps=1", "prior.kind=none", "sample.prompts=[]", "export.verify=off", "export.formats=[kohya]")
+    assert run(place.train(*options)) == (0, "")
+    assert list((tmp_path / "run").rglob("*.safetensors"))
+    assert not list((tmp_path / "run" / "samples").rglob("*.png"))
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_allow_pickle_reads_a_pickled_base(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
     """Tensors only: torch.load(weights_only=True) runs no code (the next test)."""
     place = Place(tmp_path, photos, tiny_bases, tiny_bases["sd1"], tmp_path)
