@@ -157,9 +157,11 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     main = accelerator.is_main_process
     folder_choice = FolderChoice(recipe, run_dir, joined())
-    _check_machine(recipe, accelerator, folder_choice.known())
-    _check_folder(recipe, folder_choice.known() if main else None)
-    begun = joined().from_first(_begun(folder_choice.known()))
+    known = folder_choice.known()
+    _check_machine(recipe, accelerator, known)
+    if main:  # other machines need not have the folder
+        _check_folder(recipe, known)
+    begun = joined().from_first(_begun(known))
     job = prepare(recipe, accelerator.device, begun)
     with sent_to(*([hooks.events] if main else [])):
         path = folder_choice.chosen()

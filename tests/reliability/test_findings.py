@@ -31,7 +31,8 @@ FOUND: dict[str, Tests] = {
     },
     "A2 resume on changed, added, renamed or moved photos": {
         PINS: "test_a_change_is_refused_by_name_and_nothing_is_written_over "
-        "test_what_moved_or_was_renamed_is_found_by_its_content test_accepted_changes_are_written_down_and_trained_with",
+        "test_what_moved_or_was_renamed_is_found_by_its_content "
+        "test_accepted_changes_are_written_down_and_trained_with",
         "runs/test_inputs.py": "test_every_change_is_named test_two_equal_photos_are_two",
     },
     "A3 resume on a changed base; a hash by size and time": {
@@ -48,7 +49,8 @@ FOUND: dict[str, Tests] = {
     },
     "A6 several machines without a shared folder": {
         "reliability/test_nodes.py": "test_each_machine_has_what_it_needs_on_its_own_disk "
-        "test_a_run_of_two_machines_survives_a_killed_agent test_a_process_that_falls_silent_is_named_and_ends_the_others",
+        "test_a_run_of_two_machines_survives_a_killed_agent "
+        "test_a_process_that_falls_silent_is_named_and_ends_the_others",
         "training/test_peers.py": "test_a_run_whose_checkpoints_are_on_another_machine_is_refused "
         "test_a_fingerprint_tells_one_bit_one_name_and_one_step",
     },
@@ -113,7 +115,7 @@ FOUND: dict[str, Tests] = {
     },
     # C. tracebacks and other faults of bad input
     "C numbers that are too large or too long": {
-        TABLE: "'run.seed=1e23' 'run.seed=1208925819614629174706176' sample_with_--seed 'method.rank=1000000000' "
+        TABLE: "'run.seed=1e23' 'run.seed=1208925819614629174706176' sample_with_seed_1e23 'method.rank=1000000000' "
         "plan_of_a_huge_rank 'optim.betas=[.9,_1.5]' 'optim.eps=-1' a_number_of_6000_digits "
         "recipe_of_a_6000_digit_number a_thousand_brackets recipe_of_1000_brackets a_noun_of_a_megabyte "
         "dreambooth_a_huge_noun",
@@ -238,7 +240,7 @@ DECLINED: dict[str, str] = {
 }
 
 
-def tests_of(file: Path) -> set[str]:
+def functions_of(file: Path) -> set[str]:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
@@ -248,7 +250,7 @@ def test_each_finding_has_its_tests(finding: str) -> None:
     """A name without `test_` is a case of the table of bad input."""
     assert FOUND[finding]
     for file, names in FOUND[finding].items():
-        known = tests_of(TESTS / file) | (set(CASES) if file == TABLE else set())
+        known = functions_of(TESTS / file) | (set(CASES) if file == TABLE else set())
         gone = [name for name in names.split() if name not in known]
         assert not gone, f"{finding}: not in {file}"
 
