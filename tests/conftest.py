@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,7 @@ quiet()
 import numpy as np
 import pytest
 import torch
+import typer.main
 from PIL import Image, ImageOps
 
 from finetune.families.registry import FAMILIES
@@ -39,6 +41,7 @@ def _calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     quiet_bars()
     os.environ["FINETUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))  # else built anew for 800 commands
         patch.setattr(os, "fsync", os.fstat)  # no test cuts the power; a run would wait for the disk forty times
         yield
 

@@ -66,7 +66,7 @@ def open_adapter(path: Path, base: str | None = None) -> tuple[Adapter, Inspecti
     grave = [problem.line for problem in found.problems if problem.name not in BEARABLE]
     if found.adapter is None or grave:
         named = f" --base {base}" if base else ""
-        raise BadInput(f"{path} can't be read without loss: {'; '.join(grave)}: see `finetune verify {path}{named}`")
+        raise BadInput(f"{path} can't be read without loss: {'; '.join(grave)}: see `finetune verify FILE{named}`")
     return found.adapter, found
 
 

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from finetune.config.effect import without_effect
 from finetune.config.recipe import Recipe
-from finetune.config.recipes import find
+from finetune.config.recipes import examples, find, folder
 from finetune.core.complaints import what_to_do
 from finetune.core.errors import BadInput
 from finetune.core.reading import parse_yaml, read_utf8
@@ -49,7 +49,16 @@ def load_recipe(source: str | Path, overrides: Overrides = ()) -> Recipe:
     if not isinstance(source, str | Path):
         raise BadInput(f"{reprlib.repr(source)} is no recipe: give the name of a shipped one, or a YAML file's path")
     path = find(str(source))
-    return parse_recipe(_read(path), overrides, where=str(path))
+    raw = _read(path)
+    return parse_recipe(_with_examples(raw) if path.parent == folder() else raw, overrides, where=str(path))
+
+
+def _with_examples(raw: dict[str, Any]) -> dict[str, Any]:
+    """A shipped recipe whose photos are the examples, which come with the package, in whatever folder one is."""
+    photos = Path(raw["data"]["photos"])
+    if photos.parts[0] != "examples" or photos.is_dir():
+        return raw
+    return raw | {"data": raw["data"] | {"photos": str(examples() / Path(*photos.parts[1:]))}}
 
 
 def read_recipe(path: Path) -> Recipe:

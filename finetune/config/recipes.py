@@ -14,6 +14,12 @@ def folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
+def examples() -> Path:
+    """The folder of the example photos: beside the package in a checkout, inside the package in a wheel."""
+    inside = Path(__file__).parents[1] / "_examples"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "examples"
+
+
 def names() -> list[str]:
     """Returns the names of the shipped recipes, sorted."""
     return sorted(file.stem for file in folder().glob("*.yaml"))

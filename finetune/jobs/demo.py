@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune.config.load import load_recipe
+from finetune.config.recipes import examples
 from finetune.core.determinism import threads_at_most
 from finetune.jobs.train import train
 from finetune.runs.folder import RunFolder
@@ -22,9 +23,8 @@ With your own photos (about 5 of one subject, in different places) take a real b
 
 
 def demo_images() -> Path:
-    """Returns the folder of the demo's images: beside the package in a checkout, inside the package in a wheel."""
-    inside = Path(__file__).parents[1] / "_examples" / "subject_mug"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "examples" / "subject_mug"
+    """Returns the folder of the demo's images."""
+    return examples() / "subject_mug"
 
 
 def run_demo(out: Path | None, say: Callable[[str], None]) -> Path:

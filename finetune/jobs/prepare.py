@@ -171,6 +171,9 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
         BadInput: the photos, captions, base or token can't be used, or a setting has no effect with this base.
     """
     scanned = scan_subjects(recipe.data)
+    images = recipe.prior.class_images
+    if images is not None:
+        _refuse_folder(images, recipe)
     check_formats(recipe.export.formats, recipe.method.artifacts)
     precision = DTYPES[resolve_precision(recipe.run)]
     with one_step("Base"):
@@ -186,7 +189,6 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     _refuse_formats(recipe, family)
     recipe.method.check_fits(family)
     check_sampling(family, recipe.sample.sampling(resolution), "sample.")
-    images = recipe.prior.class_images
     if images is not None:
         check_sampling(family, Sampling("", images.sampler, images.steps, images.guidance, resolution), "prior.")
     choices = Choices(recipe.run.seed, recipe.data.mask_count, recipe.data.edit_dropout, recipe.sample.image_guidance)
@@ -205,8 +207,6 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     base_hash = base_hash_of(family.folder)
     named = _named_images(recipe, family, resolution)
     job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs, drawn_from=named)
-    if images is not None:
-        _refuse_folder(images, recipe)
     for wanted in class_sets(job):
         check_set(wanted, [] if begun else job.photos)
     return job

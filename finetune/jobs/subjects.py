@@ -57,7 +57,7 @@ def scan_subjects(data: Data) -> list[Scanned]:
     """Reads the photos and masks of every subject, in the order of the recipe.
 
     Raises:
-        BadInput: the photos or masks of a subject can't be used; the message names the folder.
+        BadInput: the photos, masks or caption files of a subject can't be used; the message names the folder.
     """
     return [_scan(data, subject) for subject in data.all_subjects]
 
@@ -67,7 +67,10 @@ def _scan(data: Data, subject: SubjectSettings) -> Scanned:
     with _in_folder(data, subject, opened.folder):
         photos, bad = _photos(opened.folder, data.skip_bad)
         left_out = "; ".join(text for text in (bad, opened.unused) if text)
-        return Scanned(subject, opened.folder, photos, find_masks(opened.folder, photos, data.masks), left_out)
+        masks = find_masks(opened.folder, photos, data.masks)
+        words = Words("token", subject.class_noun, data.trigger)  # any word: the token is chosen with the base
+        caption_photos(photos, captions=data.captions, templates=data.templates, words=words)
+        return Scanned(subject, opened.folder, photos, masks, left_out)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from finetune.core.events import (
     Consumer,
     Event,
     PhaseAdvanced,
+    PhaseStarted,
     Restored,
     RunEnded,
     RunStarted,
@@ -60,6 +61,7 @@ from finetune.objectives.registry import build_objective
 from finetune.report.html import write_report
 from finetune.report.pictures import keep_class_images, keep_photos
 from finetune.runs.folder import RunFolder
+from finetune.runs.inputs import read_inputs
 from finetune.runs.metrics import MetricsFile
 from finetune.runs.plan import plan_rows
 from finetune.runs.record import RecordedSubject, RunRecord
@@ -155,8 +157,11 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     main = accelerator.is_main_process
     folder_choice = FolderChoice(recipe, run_dir, joined())
-    _check_machine(recipe, accelerator, folder_choice.known())
-    begun = joined().from_first(_begun(folder_choice.known()))
+    known = folder_choice.known()
+    _check_machine(recipe, accelerator, known)
+    if main:  # other machines need not have the folder
+        _check_folder(recipe, known)
+    begun = joined().from_first(_begun(known))
     job = prepare(recipe, accelerator.device, begun)
     with sent_to(*([hooks.events] if main else [])):
         path = folder_choice.chosen()
@@ -177,6 +182,14 @@ def _check_machine(recipe: Recipe, accelerator: Accelerator, run_dir: Path | Non
         recipe.optim.try_on(accelerator.device)
 
 
+def _check_folder(recipe: Recipe, run_dir: Path | None) -> None:
+    """Refuses what the run folder can't take: now rather than after a base of gigabytes was loaded."""
+    if run_dir is not None:
+        RunFolder(run_dir).check(recipe)
+        RunFolder(run_dir).check_place()
+        read_inputs(run_dir)
+
+
 def check_run(recipe: Recipe, processes: int | None = None) -> Prepared:
     """Prepares a run and refuses all that `train` would refuse before its first step, but writes nothing.
 
@@ -189,9 +202,7 @@ def check_run(recipe: Recipe, processes: int | None = None) -> Prepared:
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     check_split(recipe.run.batch_size, recipe.run.accumulate, processes or accelerator.num_processes)
     _check_machine(recipe, accelerator, recipe.run.dir)
-    if recipe.run.dir is not None:
-        RunFolder(recipe.run.dir).check(recipe)
-        RunFolder(recipe.run.dir).check_place()
+    _check_folder(recipe, recipe.run.dir)
     return prepare(recipe, accelerator.device, _begun(recipe.run.dir))
 
 
@@ -206,7 +217,8 @@ def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe, hooks
     consumers: list[Consumer] = []
     if accelerator.is_main_process:
         logged = (folder.path / "metrics.jsonl").is_file()
-        consumers = [MetricsFile(folder.path), StatusFile(folder.path, recipe.run.steps)]
+        consumers = [partial(_refuse_gone, folder.path)]
+        consumers += [MetricsFile(folder.path), StatusFile(folder.path, recipe.run.steps)]
         consumers += [partial(_say_restored, hooks.say, logged)]
         consumers += [partial(_track, accelerator)] if recipe.run.trackers else []
     if accelerator.num_processes == 1:  # of several, one alone must not leave: the loop agrees on it
@@ -222,6 +234,15 @@ def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe, hooks
             raise Stopped(folder.path, stop.number) from stop
         finally:
             emit(RunEnded(folder.path, outcome))
+
+
+def _refuse_gone(run: Path, event: Event) -> None:
+    """Ends a run whose folder is no longer there: else it would train on, and have nowhere to go on from."""
+    if isinstance(event, StepDone | PhaseStarted | PhaseAdvanced) and not (run / "recipe.yaml").is_file():
+        raise BadInput(
+            f"{run} was removed or moved while its run was at work: put it back and go on with `finetune resume`, or "
+            "begin again"
+        )
 
 
 def _heed(stop: Stop, event: Event) -> None:

@@ -68,5 +68,7 @@ class StatusFile:
     def write(self) -> None:
         """Writes the file now."""
         self._written = time.monotonic()
+        if not self.file.parent.is_dir():
+            return  # a run whose folder was removed: a new one with nothing but a status would stand in the way
         process = {"process": os.getpid(), "host": platform.node(), "time": round(time.time(), 1)}
         write_json(self.file, {"schema": SCHEMA, **asdict(self.status), **process})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,18 @@ def test_a_wrong_entry_is_made_again(damage: str, family: Family, photos: Path, 
         assert torch.equal(again.latents(crop).std, latents.latents(crop).std)
     for name, value in texts(prompts).items():
         assert torch.equal(texts_again(prompts)[name], value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="counts this process's memory maps")
+def test_entries_that_were_read_hold_no_map_and_no_file(family: Family, photos: Path, tmp_path: Path) -> None:
+    """A process may have 65,530 maps, and fewer open files: as many images would be the end of it."""
+    wanted = all_views(photos)
+    prompts = [f"a mug {number}" for number in range(9)]
+    for _ in range(2):  # made, then read
+        latents, texts = LatentCache(tmp_path, "base"), PromptCache(family, "base", tmp_path)
+        latents.fill(family, wanted)
+        texts.fill(prompts)
+    assert len(latents.entries) == len(wanted)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    opened = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [file for file in opened if file.startswith(str(tmp_path))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -194,3 +195,21 @@ def test_the_status_of_a_run_that_goes_on_knows_its_step(
 
 def status_of(run: Path) -> dict:
     return json.loads((run / "status.json").read_text())
+
+
+@pytest.mark.parametrize("moment", [StepDone, ImagesDrawn])
+def test_a_run_whose_folder_is_removed_ends_at_once(
+    moment: type[Event], tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """And leaves nothing that would stand in the way of a new one."""
+    steps: list[int] = []
+
+    def remove(event: Event) -> None:
+        steps.extend([event.step] if isinstance(event, StepDone) else [])
+        if isinstance(event, moment) and (tmp_path / "run").is_dir():
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(BadInput, match="was removed or moved while its run was at work"):
+        train(recipe(tiny_bases["sd1"], photos, steps=4), tmp_path / "run", events=remove)
+    assert len(steps) <= 1
+    assert not (tmp_path / "run").exists()

@@ -30,7 +30,7 @@ def begun(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     killed at its third step."""
     folder = tmp_path_factory.mktemp("begun")
     shutil.copytree(tiny_bases["sd1"], folder / "base")
-    for kind in ("photos", "classes"):
+    for kind, bright in (("photos", 250), ("classes", 90)):
         (folder / kind).mkdir()
         for number, colour in enumerate(((200, 30, 30), (30, 200, 30), (30, 30, 200))):
             image = Image.new("RGB", (48, 40), colour)
@@ -222,3 +222,19 @@ def test_doctor_forgets_stored_hashes(place: Path, monkeypatch: pytest.MonkeyPat
     assert base_files(place / "base")[name] == "0" * 64
     forget_hashes()
     assert base_files(place / "base") == honest
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"a": "', b"[]", b"null", b"\xff\xfe\0", b'{"a": 5, "b": "x"}', b"[" * 5000],
+    ids=["empty", "cut", "a list", "null", "binary", "other values", "nested"],
+)
+def test_damaged_stored_hashes_are_made_again(content: bytes, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand in nobody's way: they are only there to save time."""
+    stored = place / "cache" / "file-hashes.json"
+    monkeypatch.setenv("FINETUNE_CACHE", str(stored.parent))
+    honest = base_files(place / "base")
+    whole = stored.read_bytes()
+    stored.write_bytes(content)
+    assert base_files(place / "base") == honest
+    assert stored.read_bytes() == whole

@@ -97,7 +97,7 @@ def test_two_subjects_from_photos_to_page(
         assert sorted(file.name for file in (run / "samples" / name).iterdir()) == [f"{n:02d}-0.png" for n in range(5)]
     words = f"{one} mug, {other} ball"
     page = (run / "report.html").read_text()
-    assert page.count("<img") == 5 + 2 * 5
+    assert page.count("<img") == 5 + 2 * 5 + 2 * 2  # photos; before and after; class images of two nouns
     assert f"<b>{one} mug</b> or <b>{other} ball</b>" in page
     front = yaml.safe_load((run / "exports" / "README.md").read_text().split("---")[1])
     assert front["instance_prompt"] == words

@@ -56,7 +56,8 @@ def test_from_photos_to_page(
     recipe = parse_recipe(settings(tiny_bases[family], photos, method))
     run = job.train(recipe, tmp_path / "run", lines.append)
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img") == 3 + 2 * 2 + 2  # photos; before and after of two prompts; class images
+    read = family == "sdxl-refiner"  # which draws from an image
+    assert page.count("<img") == 3 + 2 * 2 + 2 + read  # photos; before and after of two prompts; class images; read
     assert "http" not in page.replace("http-equiv", "")
     assert str(tmp_path) not in json.dumps([load_metadata(file) for file in (run / "exports").rglob("*.safetensors")])
     exported = json.loads((run / "exports.json").read_text())
@@ -64,7 +65,8 @@ def test_from_photos_to_page(
     assert {item["format"] for item in exported} == ({"kohya", "diffusers", "peft"} if method is LORA else {"folder"})
     assert any("class images" in line for line in lines)
     for name in ("before", "after"):
-        assert sorted(file.name for file in (run / "samples" / name).iterdir()) == ["00-0.png", "01-0.png"]
+        names = ["00-0.png", "01-0.png", *(["input-image.png"] if read else [])]
+        assert sorted(file.name for file in (run / "samples" / name).iterdir()) == names
 
 
 def load_metadata(file: Path) -> dict[str, str]:

@@ -189,7 +189,7 @@ command("recipes_schema_onto_a_folder", "recipes", "schema", "{photos}", words=(
 command("inspect_nowhere", "inspect", "/nowhere", words=("'/nowhere' is not a folder", "hub id"))
 command("inspect_photos", "inspect", "{photos}", words=("model_index.json",))
 command("inspect_a_photo", "inspect", "{photos}/0.png", words=("0.png", "safetensors"))
-command("inspect_a_run", "inspect", "{run}", words=("model_index.json",))
+command("inspect_a_run", "inspect", "{run}", words=("is a run folder, not a base", "finetune report"))
 command("inspect_nothing", "inspect", "", words=("base",))
 command("plan_nothing", "plan", "", words=("recipe",))
 command("plan_a_photo", "plan", "{photos}/0.png", words=("0.png", "UTF-8"))
@@ -209,6 +209,7 @@ command("dreambooth_a_blank_noun", "dreambooth", "{photos}", "--class-noun", "  
 command("dreambooth_no_noun", "dreambooth", "{photos}", "--class-noun", "", words=("class noun",))
 command("dreambooth_braces", "dreambooth", "{photos}", "--class-noun", "{noun}", words=("'{noun}'", "without braces"))
 command("dreambooth_a_long_noun", "dreambooth", "{photos}", "--class-noun", "x" * 999, words=("at most 200",))
+command("dreambooth_a_huge_noun", "dreambooth", "{photos}", "--class-noun", "x" * 1_000_000, words=("at most 200",))
 command("dreambooth_no_base", "dreambooth", "{photos}", "--class-noun", "mug", "--base", "", words=("base", "blank"))
 command("demo_onto_a_file", "demo", "--out", "{photos}/0.png", words=("0.png",))
 command("demo_onto_photos", "demo", "--out", "{photos}", words=("photos", "not a run folder"))
@@ -362,6 +363,8 @@ RECIPES = {
     "a_set": ("!!set {a, b}\n", "instead of sections"),
     "a_nul": ('data: {photos: "a\\0b", class_noun: x}\nmethod: {kind: lora}\noptim: {kind: adamw}\n', "give a path"),
     "a_loop": ("data: &a {photos: x, templates: [*a]}\n", "more values"),
+    "a_6000_digit_number": (f"run: {{steps: {'9' * 6000}}}\n", "4300 digits"),
+    "1000_brackets": (f"data: {{templates: {'[' * 1000}{']' * 1000}}}\n", "nested too deeply"),
     "true_for_a_number": (
         "data: {photos: x}\nmethod: {kind: lora, rank: yes}\noptim: {kind: adamw}\n",
         "method.rank is True: give a number",

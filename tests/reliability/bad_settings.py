@@ -309,4 +309,5 @@ for text, words in SETTINGS:
 for key, words in LONG.items():
     setting(f"{key}_of_5000_letters", f"{key}={'x' * 5000}", words=(words,))
 setting("a_number_of_6000_digits", f"run.steps={'9' * 6000}", words=("run.steps", "4300 digits"))
+setting("a_noun_of_a_megabyte", f"data.class_noun={'dog ' * 250_000}", words=("data.class_noun", "at most 200"))
 setting("a_thousand_brackets", f"data.templates={'[' * 1000}{']' * 1000}", words=("data.templat", "nested too deeply"))

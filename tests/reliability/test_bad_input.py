@@ -689,7 +689,7 @@ def adapter_without_up(place: Place) -> list[str]:
     return adapter(place, {key: value for key, value in kohya(place).items() if "lora_up" not in key})
 
 
-@case("to_q", "shape")
+@case("to_q", "99 to 32", "--base")
 def adapter_of_another_width(place: Place) -> list[str]:
     tensors = kohya(place)
     key = next(key for key in tensors if "lora_down" in key)
@@ -944,6 +944,15 @@ def test_skip_bad_goes_on_and_says_how_many(
     assert "2 of 5 files" in said
     assert "a.png" in said
     assert len(json.loads((tmp_path / "run" / "run.json").read_text())["photos"]) == 3
+
+
+def test_without_prompts_nothing_is_drawn(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    place = Place(tmp_path, photos, tiny_bases, tiny_bases["sd1"], tmp_path)
+    options = ("run.steps=1", "prior.kind=none", "sample.prompts=[]", "export.verify=off", "export.formats=[kohya]")
+    assert run(place.train(*options)) == (0, "")
+    assert list((tmp_path / "run").rglob("*.safetensors"))
+    assert not list((tmp_path / "run" / "samples").rglob("*.png"))
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_allow_pickle_reads_a_pickled_base(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:

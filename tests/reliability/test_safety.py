@@ -807,6 +807,14 @@ def test_odd_metrics_draw_no_curve_and_stop_no_page(row: dict, received: Path) -
     assert "inf" not in "".join(re.findall(r'points="([^"]*)"', page))
 
 
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x89PNG\r\n\x1a\n" + bytes(50)], ids=["empty", "text", "cut"])
+def test_a_broken_image_is_named_on_the_page_and_stops_nothing(content: bytes, received: Path) -> None:
+    (received / "samples" / "after" / "00-0.png").write_bytes(content)
+    page = write_report(received).read_text(encoding="utf-8")
+    assert "00-0.png can't be shown (" in page
+    assert page.count("<img") == 1
+
+
 def test_class_images_of_others_name_their_own_files(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"pictures": {"../../x.png": {"sha256": "0"}}}))
     with pytest.raises(BadInput, match=r"manifest\.json"):

@@ -69,6 +69,12 @@ def test_the_rows_of_a_full_plan() -> None:
     assert rows["class images"] == "10 of 'a photo of a mug', each seen 8.0 times"
 
 
+def test_the_plan_is_in_plain_words() -> None:
+    for changes in ({}, FULL):
+        said = "; ".join(f"{name} {value}" for name, value in plan_rows(planned(**changes)).items())
+        assert not [word for word in ("(s)", "(es)", "micro", "shift 1", "None", "{") if word in said], said
+
+
 def test_a_page_gets_neither_captions_nor_folders() -> None:
     """Every row else is there, and as it was."""
     own, shared = plan_rows(planned(**FULL)), shared_rows(planned(**FULL))

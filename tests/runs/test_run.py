@@ -14,7 +14,7 @@ from finetune.core.errors import BadInput
 from finetune.core.events import Restored, StepDone
 from finetune.core.files import save_tensors
 from finetune.runs.folder import RunFolder, next_folder
-from finetune.runs.metrics import MetricsFile
+from finetune.runs.metrics import MetricsFile, read_metrics
 from finetune.training.checkpoint import State
 
 
@@ -162,6 +162,23 @@ def test_metrics_rewind_to_the_checkpoint_and_drop_a_cut_line(folder: RunFolder)
         file.write('{"step": 4, "lo')
     metrics(Restored(2))
     assert [json.loads(line)["step"] for line in (folder.path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [b"\xff\xfe\0\1" * 20, b"\0" * 100, b'{"step": 2, "loss": NaN, "lr": 1, "seconds": 1}\n', b'{"step": 2}\n',
+     b'{"step": "2"}\n', b"[1]\n", b'{"step": 2, "lo'],
+    ids=["binary", "zeros", "NaN", "no loss", "a text", "a list", "cut"],
+)  # fmt: skip
+def test_odd_lines_of_metrics_stop_neither_a_page_nor_a_resumed_run(odd: bytes, folder: RunFolder) -> None:
+    metrics = MetricsFile(folder.path)
+    metrics(StepDone(1, 0.5, 1e-4, 1.0, 0.1))
+    with (folder.path / "metrics.jsonl").open("ab") as file:
+        file.write(odd)
+    assert [row["step"] for row in read_metrics(metrics.file)] == [1]
+    metrics(Restored(1))
+    metrics(StepDone(2, 0.25, 1e-4, 1.0, 0.1))
+    assert [row["loss"] for row in read_metrics(metrics.file)] == [0.5, 0.25]
 
 
 def test_a_second_run_gets_a_folder_of_its_own(tmp_path: Path) -> None:
