@@ -175,7 +175,9 @@ def sample(
     batch_size: Annotated[
         int, typer.Option(min=1, max=65_536, help="images drawn at once: fewer need less memory")
     ] = 8,
-    base: Annotated[str | None, typer.Option("--base", help="of an adapter file: a folder or a hub id; not needed for files of tiny")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="of an adapter file: a folder or a hub id; default: tiny, if it fits")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("samples"),
 ) -> None:
     """Draw images with a run, a checkpoint or an adapter file. They are written as PNG files and a grid."""

@@ -231,7 +231,7 @@ def test_old_keys_that_diffusers_no_longer_reads_are_converted(tiny_bases: dict[
 
 @pytest.mark.parametrize("base", [None, "sd1"])
 def test_a_file_of_another_method_is_named_once_and_not_called_refused(base: str | None, tmp_path: Path) -> None:
-    """UIs read LoHa: its alphas fit, and only this command does not judge it. The header is enough to know the base."""
+    """UIs read LoHa: its alphas fit, and only this command does not judge it. The header alone tells the base."""
     names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     tensors = {f"{QUERY}.{name}": torch.ones(4, 4) for name in names} | {QUERY + ALPHA: torch.tensor(4.0)}
     file = saved(tensors, tmp_path / "loha.safetensors", {"ss_base_model_version": "sd_v1"})
