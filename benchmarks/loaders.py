@@ -87,7 +87,7 @@ def main(given: Sequence[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     readers = readers_of(arguments)
-    with tempfile.TemporaryDirectory() as work, arguments.out.open("a", encoding="utf-8") as out:
+    with tempfile.TemporaryDirectory() as work, arguments.out.open("a", encoding="utf-8", newline="\n") as out:
         for model in arguments.base or BASES:
             base = Base.written(model, Path(work) / model.replace(" ", "-"))
             for case in cases(base, Path(work)):

@@ -64,8 +64,9 @@ class Base:
         for part, widths in (dict.fromkeys(texts, CLIP) | BASES[model]).items():
             file = folder / part / "config.json"
             if file.is_file():
-                held = json.loads(file.read_text())
-                file.write_text(json.dumps(held | ({"d_model": 64} if "d_model" in held else widths)))
+                held = json.loads(file.read_text(encoding="utf-8"))
+                text = json.dumps(held | ({"d_model": 64} if "d_model" in held else widths))
+                file.write_text(text, encoding="utf-8", newline="\n")
         return Base(model, folder)
 
     @cached_property

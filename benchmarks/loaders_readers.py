@@ -182,7 +182,9 @@ class InvokeAI(Sources):
         about = next(self.folder.glob("[iI]nvoke[aA][iI]-*.dist-info/METADATA"), None)
         if about is None:
             return super().version
-        return next(line.split()[1] for line in about.read_text().splitlines() if line.startswith("Version:"))
+        return next(
+            line.split()[1] for line in about.read_text(encoding="utf-8").splitlines() if line.startswith("Version:")
+        )
 
     def deltas(self, case: Case) -> Deltas:
         family = case.base.family()

@@ -193,7 +193,7 @@ def main() -> None:
         if (style, prior, overrides) in done:
             continue
         row = bounds(work, style) if prior == "bounds" else one_run(work, style, prior, overrides)
-        with file.open("a", encoding="utf-8") as out:
+        with file.open("a", encoding="utf-8", newline="\n") as out:
             out.write(json.dumps(row) + "\n")
         print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     wanted = [row for row in read_rows(file) if row["overrides"] in ([], arguments.overrides)]

@@ -115,7 +115,7 @@ def write_drawings(style: str, folder: Path, count: int = 40) -> Path:
     for number in range(count):
         facts = facts_of(SHOWN[number % len(SHOWN)], number)
         drawing(style, facts, number).save(folder / f"{number:02d}.png")
-        (folder / f"{number:02d}.txt").write_text(caption_of(facts), encoding="utf-8")
+        (folder / f"{number:02d}.txt").write_text(caption_of(facts), encoding="utf-8", newline="\n")
     return folder
 
 

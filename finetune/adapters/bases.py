@@ -72,6 +72,8 @@ def chosen_base(path: Path, shapes: Shapes, metadata: Mapping[str, str], base: s
         return Compared(resolve_base("tiny"), "the tiny base, which its header names")
     named = named_family(metadata)
     ours = published_fits(shapes, named) if named else {}
+    if ours and not shapes:  # no matrices of a plain LoRA: there are no sizes to compare
+        return published(next(iter(ours)))
     best = best_fits(ours, len(shapes)) or best_fits(published_fits(shapes), len(shapes))
     if len({family_of(PUBLISHED / name).name for name in best}) > 1:
         raise BadInput(

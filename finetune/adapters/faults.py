@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from finetune.families.naming.base import Verdict
+
 UIS = ("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext")
-STATES = ("fully", "rightly", "unknown", "partly", "wrongly", "refused")  # from the best to the worst
-Verdict = tuple[str, str]  # one of STATES, and the reason
+STATES = ("fully", "rightly", "unknown", "partly", "wrongly", "refused")  # of a Verdict, from the best to the worst
 
 NO_ALPHA, HEADER_ALPHA, ODD_ALPHA, ANOTHER_BASE = "no-alpha", "header-alpha", "odd-alpha", "another-base"
-MIXED_NAMES, HEADER_RANK = "mixed-names", "header-rank"
+MIXED_NAMES, HEADER_RANK, OTHER_METHOD = "mixed-names", "header-rank", "other-method"
 BEARABLE = {NO_ALPHA, HEADER_ALPHA, ODD_ALPHA, MIXED_NAMES, HEADER_RANK}  # the adapter itself is whole
 FAULTS = {
     NO_ALPHA: "modules without alpha: readers take scale 1, right only if the trainer's alpha was the rank",
@@ -30,7 +31,7 @@ FAULTS = {
     "exchanged": "modules whose down and up matrices are exchanged (or transposed, if square)",
     "transposed": "modules whose matrices are transposed",
     "twice": "modules that are in the file twice, under two names",
-    "other-method": "keys of {}, which a reader of plain LoRA drops or misreads",
+    OTHER_METHOD: "keys of {}, which are not checked here and which a reader of plain LoRA drops or misreads",
 }
 
 
@@ -98,8 +99,8 @@ def with_faults(verdicts: Mapping[str, Verdict], faults: Mapping[str, Problem], 
         felt = [(state, why)] if why or not faults else []
         for name, problem in faults.items():
             effect = EFFECTS.get(name, {}).get(reader)
-            if effect is None and name.startswith("other-method"):
-                effect = ("unknown", "not established for keys of another method")
+            if effect is None and name.startswith(OTHER_METHOD):
+                effect = ("unknown", "not judged for other methods than LoRA")
             if effect is not None:
                 felt.append((effect[0], effect[1].format(n=len(problem.modules), scale=scale)))
         if state == "fully":

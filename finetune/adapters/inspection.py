@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finetune.adapters.bases import accepted_names, chosen_base, weight_of
 from finetune.adapters.checks import another_base, header_family, mixed_names, odd_alphas
-from finetune.adapters.faults import BEARABLE, HEADER_ALPHA, HEADER_RANK, NO_ALPHA
+from finetune.adapters.faults import BEARABLE, HEADER_ALPHA, HEADER_RANK, NO_ALPHA, OTHER_METHOD
 from finetune.adapters.header import HeaderScales
 from finetune.adapters.keys import OLD_DIFFUSERS, Modules, by_module, is_lora, without_wrapper
 from finetune.adapters.pairs import Faulty, pair_of, with_scale
@@ -87,7 +87,7 @@ def _inspect(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], b
         unknown_keys=sorted(modules.odd) + sorted(name for name in modules.held if name not in known),
     )
     for key, what in modules.others.items():
-        found.fault("other-method", key, of=what)
+        found.fault(OTHER_METHOD, key, of=what)
     reader = _Reader(found, HeaderScales(path, metadata, family))
     layers = reader.layers(modules, known)
     if layers:

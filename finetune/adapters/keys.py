@@ -74,7 +74,8 @@ def by_module(tensors: Mapping[str, Tensor]) -> Modules:
             held.setdefault(place[0], {})[place[1]] = value
             found.old |= key.endswith(tuple(OLD_ENDINGS)) or PROCESSOR.fullmatch(key) is not None
     found.held = {name: roles for name, roles in held.items() if roles.keys() & {"a", "b"}}
-    found.odd += [f"{name}{ALPHA}" for name in held if name not in found.held]
+    theirs = {key.removesuffix(ending) for key in found.others for ending in OTHERS if key.endswith(ending)}
+    found.odd += [f"{name}{ALPHA}" for name in held if name not in found.held and name not in theirs]
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.adapters.bases import Compared
-from finetune.adapters.faults import ANOTHER_BASE, FAULTS, Problem, Verdict, with_faults
+from finetune.adapters.faults import ANOTHER_BASE, FAULTS, OTHER_METHOD, Problem, Verdict, with_faults
 from finetune.adapters.readers import Keys, read_by
 from finetune.export.base import Adapter
 from finetune.export.lora.diffusers import HEADER
@@ -49,7 +49,7 @@ class Inspection:
         if self.unknown_keys:
             message = f"keys that fit nothing in {self.family}"
             found["unknown-keys"] = Problem("unknown-keys", message, tuple(self.unknown_keys))
-        if self.adapter is None and ANOTHER_BASE not in found:
+        if self.adapter is None and ANOTHER_BASE not in found and not self.other_methods:
             message = f"the file has no readable module for {self.family}"
             found["nothing-fits"] = Problem("nothing-fits", message)
         elif self.adapter is not None and self.zero and len(self.zero) == self.adapter.count:
@@ -60,6 +60,11 @@ class Inspection:
     def problems(self) -> list[Problem]:
         """All problems, one for each kind."""
         return list(self.by_name.values())
+
+    @property
+    def other_methods(self) -> bool:
+        """Whether some keys are those of DoRA, LoHa, LoKr, OFT or the like."""
+        return any(problem.name == OTHER_METHOD for problem in self.faults.values())
 
     @property
     def header_scale(self) -> str:

@@ -175,21 +175,23 @@ def sample(
     batch_size: Annotated[
         int, typer.Option(min=1, max=65_536, help="images drawn at once: fewer need less memory")
     ] = 8,
-    base: Annotated[str | None, typer.Option("--base", help="of an adapter file: tiny, a folder or a hub id")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="of an adapter file: a folder or a hub id; default: tiny, if it fits")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder for the images")] = Path("samples"),
 ) -> None:
     """Draw images with a run, a checkpoint or an adapter file. They are written as PNG files and a grid."""
     loud()
     from finetune.core.devices import machine
     from finetune.jobs.images import ImageRequest, draw_more, name_cut_prompts
-    from finetune.jobs.open import open_result, refuse_base
+    from finetune.jobs.open import base_to_draw, open_result
     from finetune.jobs.words import filled_prompts
     from finetune.sampling.draw import check_sampling
     from finetune.sampling.given import Given, open_given
     from finetune.sampling.settings import Sampling
 
-    refuse_base(source, base)
-    family, info = open_result(source, base or "tiny", *machine(), weight=weight, step=step)
+    base = base_to_draw(source, base)
+    family, info = open_result(source, base, *machine(), weight=weight, step=step)
     guidance = guidance if guidance is not None else info.guidance
     sampling = Sampling(negative, sampler, steps, guidance, size or info.resolution or family.resolution, batch_size)
     check_sampling(family, sampling, "--")
@@ -197,7 +199,7 @@ def sample(
     prompt = filled_prompts(prompt, info)
     _note([*read.notes, *name_cut_prompts(family, [*prompt, negative])])
     request = ImageRequest(
-        prompt, range(seed, seed + count), sampling, info.base or base or "tiny", read.condition, read.origins
+        prompt, range(seed, seed + count), sampling, info.base or base, read.condition, read.origins
     )
     drawn, page = draw_more(family, request, out)
     typer.echo(f"{drawn} images and {page.name} in {out}")
@@ -207,7 +209,7 @@ def sample(
 def export(
     run: Annotated[Path, typer.Argument(help="a run's folder")],
     to: Annotated[
-        list[str] | None, typer.Option("--to", help="kohya, diffusers, peft, folder, checkpoint or embedding")
+        list[str] | None, typer.Option("--to", help="kohya, diffusers, peft, lycoris, folder, checkpoint or embedding")
     ] = None,
     rank: Annotated[
         int | None, typer.Option("--rank", help="rank of the LoRA, if the trained weights must be converted into one")

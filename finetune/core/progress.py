@@ -115,7 +115,7 @@ class _Phase:
         unit = self.unit or "units"
         if left is None or speed <= 0:
             return self.standing
-        pace = f"{speed:.1f} {unit} a second" if speed >= 1 else f"{1 / speed:.1f} s for each of the {unit}"
+        pace = f"{speed:.1f} {unit} a second" if speed >= 1 else f"{1 / speed:.1f} s for each {unit.removesuffix('s')}"
         return f"{self.standing}, {pace}, {clock(left)} left"
 
     @property

@@ -22,6 +22,8 @@ TAGS = {
     "weights": [],
     "embedding": ["textual_inversion"],
 }  # the hub's
+# without it transformers keeps the precision of the files and diffusers does not: fp16 embeddings at an fp32 UNet
+SAME = ".to(torch.float32)"  # any version of diffusers reads it
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def _use(card: Card) -> str:
     prompt = card.images[0][0] if card.images else card.trigger
     lora = f'pipeline.load_lora_weights(".", weight_name="{card.lora}")'
     lines = [
+        "import torch",
         "from diffusers import DiffusionPipeline",
         *_pipeline(card),
         *([lora] if card.lora else []),
@@ -106,11 +109,11 @@ def _pipeline(card: Card) -> list[str]:
         source, note = _quoted(f"{card.title}-model"), ""
     elif card.base == TINY:
         package = ["from finetune.families.source import resolve_base  # pip install finetune-diffusion"]
-        return [*package, "", f"pipeline = DiffusionPipeline.from_pretrained(resolve_base({_quoted(TINY)}))"]
+        return [*package, "", f"pipeline = DiffusionPipeline.from_pretrained(resolve_base({_quoted(TINY)})){SAME}"]
     else:
         note = "" if card.base.count("/") == 1 else "  # the path of this folder on your machine"
         source = _quoted(card.base)
-    return ["", f"pipeline = DiffusionPipeline.from_pretrained({source}){note}"]
+    return ["", f"pipeline = DiffusionPipeline.from_pretrained({source}){SAME}{note}"]
 
 
 def _quoted(text: str) -> str:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from safetensors.torch import save
 from torch import Tensor
 
+from finetune.core.reading import parse_json
 from finetune.export.base import Adapter
 from finetune.families.naming.base import Naming
 from finetune.families.registry import FAMILIES, denoiser_config
@@ -78,7 +79,7 @@ def _legacy_hash(content: bytes, size: int) -> str:
     """safetensors writes the metadata in random order: it is sorted here, so that the hash does not change by it."""
     start, length = LEGACY
     if 8 + size > start:
-        header = json.loads(content[8 : 8 + size])
+        header = parse_json(content[8 : 8 + size].decode(), "the header", dict)
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         content = content[:8] + text.ljust(size) + content[8 + size :]

@@ -78,11 +78,11 @@ def check_formats(formats: Sequence[str], artifacts: Sequence[str] = ("adapter",
             continue
         if wanted in EXPORTS:
             what = " or ".join(CALLED[item] for item in artifacts if item != "native")
-            only = f" (it is for {EXPORTS[wanted].holds})" if EXPORTS[wanted].holds else ""
             article = "an" if wanted[0] in "aeiou" else "a"
-            raise BadInput(
-                f"{article} {wanted} file can't hold {what}, which this run trains{only}: use {' or '.join(known)}"
-            )
+            lacks = f"can't hold {what}, which this run trains"
+            if EXPORTS[wanted].holds:
+                lacks = f"holds {EXPORTS[wanted].holds}, which this run does not train"
+            raise BadInput(f"{article} {wanted} file {lacks}: use {' or '.join(known)}")
         nearest = difflib.get_close_matches(wanted, known, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
         raise BadInput(f"there is no export format {wanted!r}; {hint}")

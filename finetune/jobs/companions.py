@@ -44,9 +44,10 @@ def _card(folder: RunFolder) -> Card:
     listed = read_exports(folder.path)
     base = resolve_base(recipe.base.source, recipe.base.revision, recipe.base.like)
     prompts = [prompt for number, prompt in enumerate(info.prompts) if _pictures(folder, number)]
+    photos = recipe.run.batch_size
     settings = {
         "method": recipe.method.kind,
-        "steps": f"{recipe.run.steps} of {recipe.run.batch_size}",
+        "steps": f"{recipe.run.steps}, each on {photos} photo{'s' if photos > 1 else ''}",
         "learning rate": f"{recipe.optim.lr:g}",
         "resolution": str(info.resolution),
         "prior preservation": recipe.prior.kind,

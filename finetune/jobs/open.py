@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from finetune.adapters.inspection import open_adapter
+from finetune.adapters.inspection import inspect_adapter, open_adapter
 from finetune.config.recipe import Recipe
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
@@ -23,6 +23,7 @@ from finetune.export.verify import apply_adapter
 from finetune.families.base import Family
 from finetune.families.digests import is_base_of
 from finetune.families.source import load_family
+from finetune.families.toy import TINY
 from finetune.methods.embeddings import set_embeddings
 from finetune.methods.peft_adapter import read_native_form
 from finetune.optim.state import load_state_tensors
@@ -68,12 +69,27 @@ def open_result(
     return family, RunRecord()
 
 
-def refuse_base(source: Path, base: str | None) -> None:
-    """Raises:
-    BadInput: a base was named beside a run, which has its own.
+def base_to_draw(source: Path, base: str | None) -> str:
+    """The base that an adapter file is opened with; a run has its own, and then this is not used.
+
+    Raises:
+        BadInput: a base was named beside a run, or none beside a file that was not trained on the tiny base.
     """
-    if base is not None and (source / "recipe.yaml").is_file():
-        raise BadInput(f"--base {base} is for adapter files and the run {source} has its own base: leave --base out")
+    if (source / "recipe.yaml").is_file():
+        if base is not None:
+            raise BadInput(
+                f"--base {base} is for adapter files and the run {source} has its own base: leave --base out"
+            )
+        return TINY
+    if base is not None:
+        return base
+    compared = inspect_adapter(source).compared
+    if compared.weights:  # of what a file can name by itself, only the tiny base is here with its weights
+        return TINY
+    raise BadInput(
+        f"{source} is not for tiny: its header or its modules tell of {compared.words}: name the base to draw with, "
+        "a folder or a hub id, with --base BASE"
+    )
 
 
 def _weaken(folder: RunFolder, family: Family, weight: float) -> None:

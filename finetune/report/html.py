@@ -43,7 +43,7 @@ pre{background:var(--card);border:1px solid var(--line);border-radius:12px;paddi
 .prompt{font-weight:600;margin:22px 0 8px}.good{color:var(--good)}.bad{color:var(--bad)}
 .row img{width:calc(25% - 8px);max-width:160px;height:auto}svg{max-width:100%;height:auto}a{color:inherit}
 .row a{display:inline}.steps{display:flex;flex-wrap:wrap;gap:4px 10px}.steps figure{margin:0;width:120px}.steps img{width:100%;height:auto}
-figcaption{font-size:12px;color:var(--soft)}.small img{width:96px;height:auto}td,li,code,p{overflow-wrap:anywhere}
+figcaption{font-size:12px;color:var(--soft)}.small img{width:96px;height:auto}td,li,code,p{overflow-wrap:anywhere}td[title=format],td[title=size]{white-space:nowrap}
 @media(max-width:700px){.pair{grid-template-columns:1fr}.row img{width:calc(50% - 8px)}main{padding:20px 10px 60px}.card{padding:12px}tr:has(td+td){border-top:1px solid var(--line)}
 tr:has(td+td) td{display:block;padding:2px 0;border:0!important}tr:has(th+th){display:none}td[title]::before{content:attr(title) ": ";color:var(--soft)}
 .plan th,.plan td{display:block;padding:2px 0}.plan td{border:0!important;padding-bottom:8px}}
@@ -137,7 +137,7 @@ def _subject(path: Path, info: RunRecord, with_captions: bool) -> str:
         prompts = "captions from caption files are not shown here (<code>finetune report RUN --captions</code>).</p>"
     small, drawn = photo_tags(path, info), class_image_tags(path)
     planned = info.planned.class_images if info.planned else None
-    classes = f"{planned.count} of {' and of '.join(map(repr, planned.prompts))}" if planned else "some of them"
+    classes = planned.sets if planned else "some of them"
     base = f"<p class=soft>Class images, drawn by the base before training: {escape(classes)}.</p>" if drawn else ""
     return (
         f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} "

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from finetune.core.errors import BadInput, CheckFailed, Stopped
 from finetune.core.processes import ALONE, Processes
+from finetune.core.reading import parse_json
 from finetune.core.signals import Interrupted
 
 COLLECTIVE = timedelta(minutes=10)  # the longest that one process may be behind another within a step
@@ -60,9 +61,9 @@ class Peers:
         if self.world == 1:
             return [value]
         key = self._key("gather")
-        self._store.set(f"{key}/{self.rank}", json.dumps(value))
+        self._store.set(f"{key}/{self.rank}", json.dumps([value]))
         self.wait()
-        found = [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world)]
+        found = [_sent(self._store.get(f"{key}/{rank}")) for rank in range(self.world)]
         self.wait()
         return found
 
@@ -72,9 +73,9 @@ class Peers:
             return value
         key = self._key("first")
         if self.rank == 0:
-            self._store.set(key, json.dumps(value))
+            self._store.set(key, json.dumps([value]))
         self.wait()
-        found = json.loads(self._store.get(key)) if self.rank else value
+        found = _sent(self._store.get(key)) if self.rank else value
         self.wait()
         return found
 
@@ -168,9 +169,13 @@ class Peers:
         raise _lost() from error
 
 
+def _sent(value: bytes) -> Any:
+    return parse_json(value.decode(), "what another process sent", list)[0]
+
+
 def _raise(said: str, cause: BaseException | None = None) -> NoReturn:
     """What another process announced, as an error of this one."""
-    kind, what, *host = json.loads(said)
+    kind, what, *host = parse_json(said, "what another process announced", list)
     elsewhere = f"on {host[0]}: " if host and host[0] != platform.node() else ""
     error: BaseException = BadInput(f"{elsewhere}{what}")
     if kind == "stopped":

@@ -63,7 +63,7 @@ def test_slow_steps_are_told_in_seconds_and_an_early_end_is_told(now: list[float
 
     with pytest.raises(KeyError), sent_to(ProgressLines(lines.append)):
         work()
-    assert lines[1].strip() == "training  1 of 100 steps, 40.0 s for each of the steps, 1:06:00 left"
+    assert lines[1].strip() == "training  1 of 100 steps, 40.0 s for each step, 1:06:00 left"
     assert lines[2].strip() == "training  1 of 100 steps, ended early, after 0:40"
 
 

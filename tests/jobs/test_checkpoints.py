@@ -10,7 +10,7 @@ import torch
 from ends import metrics, weights
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from finetune.cli.main import run as command
 from finetune.config.load import parse_recipe
@@ -19,7 +19,7 @@ from finetune.core.errors import BadInput
 from finetune.families.source import load_family
 from finetune.jobs import train as job
 from finetune.jobs.export import ExportPlace, export_result, export_run
-from finetune.jobs.open import open_result, open_run
+from finetune.jobs.open import base_to_draw, open_result, open_run
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import prepare
 from finetune.runs.folder import RunFolder
@@ -309,3 +309,21 @@ def test_overrides_of_an_export_count_or_are_refused(stopped: Path, tmp_path: Pa
     assert not [key for key in headers["minimal"] if key.startswith("finetune_") or key.endswith("trigger_phrase")]
     with pytest.raises(BadInput, match=r"give those of export\.\*"):
         export_result(stopped, ["kohya"], out=tmp_path / "other", overrides=["method.rank=1"])
+
+
+def test_a_file_without_a_base_is_drawn_on_tiny_only_if_it_is_for_tiny(photos: Path, tmp_path: Path) -> None:
+    """Otherwise one sentence says what the file tells and asks for a base; nothing is drawn."""
+    name = "lora_unet_middle_block_1_proj_in"
+    other = {f"{name}.lora_down.weight": torch.ones(2, 1280), f"{name}.lora_up.weight": torch.ones(1280, 2)}
+    file = tmp_path / "other.safetensors"
+    save_file(other | {f"{name}.alpha": torch.tensor(2.0)}, file, {"ss_base_model_version": "sdxl_base_v1-0"})
+    code, said = command(["sample", str(file), "-p", "a mug", "--out", str(tmp_path / "o")])
+    assert code == 2
+    assert all(word in said for word in ("is not for tiny", "SDXL", "--base BASE")), said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+    recipe = recipe_of(Path("tiny"), photos, 1, sample=LOOK | {"count": 1}, export={"verify": "off"})
+    job.train(recipe, tmp_path / "run")
+    ours = next((tmp_path / "run" / "exports").glob("*.safetensors"))
+    assert base_to_draw(ours, None) == "tiny"
+    assert base_to_draw(ours, "elsewhere") == "elsewhere"

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,18 +130,19 @@ def test_what_a_file_says_of_itself(level: str, base: Path, photos: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("base", "said"), [("owner/model", '"owner/model")'), ("my-folder", "the path of this folder")]
+    ("base", "said"), [("owner/model", '"owner/model").to('), ("my-folder", "the path of this folder")]
 )
 def test_a_card_says_where_the_base_is(base: str, said: str) -> None:
     assert said in model_card(card_of(base))
 
 
-def test_the_cards_snippet_opens_the_tiny_base() -> None:
-    """`tiny` is no hub id: the lines that are pasted must find it."""
+def test_the_cards_snippet_draws_with_the_tiny_base() -> None:
+    """`tiny` is no hub id, and its files are fp16: the lines that are pasted must find it, and must draw."""
     code = model_card(card_of("tiny")).split("```python\n")[1].split("```")[0]
-    found: dict[str, object] = {}
-    exec("\n".join(line for line in code.splitlines() if not line.startswith("pipeline(")), found)
-    assert type(found["pipeline"]).__name__ == "StableDiffusionPipeline"
+    found: dict[str, Any] = {}
+    assert code.count('pipeline("zwx mug")') == 1
+    exec(code.replace('pipeline("zwx mug")', 'drawn = pipeline("zwx mug", num_inference_steps=1)'), found)
+    assert found["drawn"].size == (64, 64)
 
 
 def card_of(base: str) -> Card:

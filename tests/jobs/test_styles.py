@@ -154,6 +154,8 @@ def test_a_style_resumes_bit_for_bit_and_its_page_speaks_of_the_style(
     assert "Write “in zwx style” in a prompt to get the style: <b>a house in zwx style</b>" in page
     assert "3 drawings" in page
     assert page.count("With and without the style") == 1
+    told = "drawn by the base before training: 4 for 3 different captions without &#x27;in zwx style&#x27;."
+    assert (told in page) == (prior["kind"] == "class_images")  # the plan's words: not 4 of "in zwx style"
     assert page.count("Measured by colours and strokes") == 1
     assert "to get the subject" not in page
     assert "a red house" not in page  # captions of files are private, also without the style
