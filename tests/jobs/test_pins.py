@@ -30,7 +30,7 @@ def begun(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     killed at its third step."""
     folder = tmp_path_factory.mktemp("begun")
     shutil.copytree(tiny_bases["sd1"], folder / "base")
-    for kind, bright in (("photos", 250), ("classes", 90)):
+    for kind in ("photos", "classes"):
         (folder / kind).mkdir()
         for number, colour in enumerate(((200, 30, 30), (30, 200, 30), (30, 30, 200))):
             image = Image.new("RGB", (48, 40), colour)
