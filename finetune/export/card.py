@@ -23,7 +23,7 @@ TAGS = {
     "embedding": ["textual_inversion"],
 }  # the hub's
 # without it transformers keeps the precision of the files and diffusers does not: fp16 embeddings at an fp32 UNet
-SAME = ".to(torch.float32)"  # any version of diffusers reads it
+ONE_PRECISION = ".to(torch.float32)"  # any version of diffusers reads it
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,15 @@ def _pipeline(card: Card) -> list[str]:
         source, note = _quoted(f"{card.title}-model"), ""
     elif card.base == TINY:
         package = ["from finetune.families.source import resolve_base  # pip install finetune-diffusion"]
-        return [*package, "", f"pipeline = DiffusionPipeline.from_pretrained(resolve_base({_quoted(TINY)})){SAME}"]
+        return [
+            *package,
+            "",
+            f"pipeline = DiffusionPipeline.from_pretrained(resolve_base({_quoted(TINY)})){ONE_PRECISION}",
+        ]
     else:
         note = "" if card.base.count("/") == 1 else "  # the path of this folder on your machine"
         source = _quoted(card.base)
-    return ["", f"pipeline = DiffusionPipeline.from_pretrained({source}){SAME}{note}"]
+    return ["", f"pipeline = DiffusionPipeline.from_pretrained({source}){ONE_PRECISION}{note}"]
 
 
 def _quoted(text: str) -> str:
