@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from finetune.families.naming.base import Verdict
+
 UIS = ("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext")
 STATES = ("fully", "rightly", "unknown", "partly", "wrongly", "refused")  # from the best to the worst
-Verdict = tuple[str, str]  # one of STATES, and the reason
 
 NO_ALPHA, HEADER_ALPHA, ODD_ALPHA, ANOTHER_BASE = "no-alpha", "header-alpha", "odd-alpha", "another-base"
 MIXED_NAMES, HEADER_RANK = "mixed-names", "header-rank"

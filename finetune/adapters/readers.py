@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from finetune.adapters.bases import LONE_ENCODER, MISNAMED_ENCODER
-from finetune.adapters.faults import UIS, Verdict
+from finetune.adapters.faults import UIS
+from finetune.families.naming.base import Verdict
 from finetune.families.registry import FAMILIES
 
 FORGE_LIMIT = 12  # with more unmatched keys, Forge ignores the whole file

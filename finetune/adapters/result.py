@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from finetune.adapters.bases import Compared
-from finetune.adapters.faults import ANOTHER_BASE, FAULTS, Problem, Verdict, with_faults
+from finetune.adapters.faults import ANOTHER_BASE, FAULTS, Problem, with_faults
 from finetune.adapters.readers import Keys, read_by
 from finetune.export.base import Adapter
 from finetune.export.lora.diffusers import HEADER
+from finetune.families.naming.base import Verdict
 
 
 @dataclass

@@ -27,7 +27,7 @@ class Labels:
     network: str = "networks.lora"
 
 
-Verdict = tuple[str, str]  # "fully", "partly", "refused", "nothing" or "unknown"; the reason, if there is one
+Verdict = tuple[str, str]  # such as "fully", "partly" or "refused"; the reason, if there is one
 PROGRAMS = ("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers")
 UNKNOWN: Verdict = ("unknown", "")
 
