@@ -277,6 +277,10 @@ class NativeExport(Export):
         """The programs that are known to read all of this method's files exactly."""
         return ()
 
+    def limits(self, method: PeftAdapter, family: str) -> list[str]:
+        """A line for each program that is known not to read this method's files rightly."""
+        return []
+
     def adds(self, method: PeftAdapter) -> bool:
         """Whether readers add to the weights, so that a file's error is measured against the change; False where they
         replace them (DoRA): there a change is the difference of nearly equal weights."""

@@ -39,11 +39,10 @@ class Lycoris(NativeExport):
         return folder / f"{name}-lycoris.safetensors"
 
     def readers(self, method: PeftAdapter, family: str) -> tuple[str, ...]:
-        naming = FAMILIES[family].naming
-        if naming.joined:
-            return ("ComfyUI",)  # read from its source: it maps `lycoris_` names to the rows of its joined matrices
-        known = naming.known_readers
-        return known.dora if method.kind == "dora" else known.native
+        return FAMILIES[family].naming.known_readers.of(method.kind)
+
+    def limits(self, method: PeftAdapter, family: str) -> list[str]:
+        return FAMILIES[family].naming.known_readers.limits(method.kind)
 
     def write(self, method: PeftAdapter, family: Family, path: Path, request: Request) -> None:
         """Always in fp32: in fp16, DoRA's magnitudes would lose what was learned."""
