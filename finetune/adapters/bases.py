@@ -14,6 +14,7 @@ from finetune.adapters.keys import without_wrapper
 from finetune.core.errors import BadInput
 from finetune.export.lora.diffusers import prefixes
 from finetune.export.lora.kohya import Place, key_of, places
+from finetune.export.lora.lycoris import module_names
 from finetune.families.digests import is_base_of
 from finetune.families.registry import denoiser_config, family_of, weight_shapes
 from finetune.families.source import resolve_base
@@ -127,7 +128,7 @@ def _fit(shapes: Shapes, name: str) -> Fit:
 def _published_sizes(name: str) -> dict[str, torch.Size]:
     """Every module name that trainers write for a published model -> the shape of its weight."""
     weights = weight_shapes(PUBLISHED / name)
-    return {key: weight_of(place, weights) for key, place in accepted_names(PUBLISHED / name).items()}
+    return {key: weight_of(place, weights) for key, place in accepted_names(PUBLISHED / name, native=True).items()}
 
 
 def weight_of(place: Place, weights: Mapping[str, Mapping[str, torch.Size]]) -> torch.Size:
@@ -135,11 +136,15 @@ def weight_of(place: Place, weights: Mapping[str, Mapping[str, torch.Size]]) -> 
     return torch.Size([sum(place.rows), *weights[place.part][place.modules[0]][1:]])
 
 
-def accepted_names(folder: Path) -> dict[str, Place]:
-    """Every module name that trainers write for this base -> the modules that it stands for."""
+def accepted_names(folder: Path, native: bool = False) -> dict[str, Place]:
+    """Every module name that trainers write for this base -> the modules that it stands for.
+
+    `native`: also those that only LyCORIS' format has.
+    """
     family = family_of(folder)
     title, prefix, config = family.name, prefixes(family.name), denoiser_config(folder)
     names: dict[str, Place] = {}
+    lycoris = module_names(folder) if native else {}
     for (part, name), place in places(folder).items():
         names[key_of(title, part, name)] = place
         if part == "denoiser":
@@ -148,6 +153,9 @@ def accepted_names(folder: Path) -> dict[str, Place]:
             names[key_of(title, part, name).replace(f"{LONE_ENCODER}_", f"{MISNAMED_ENCODER}_", 1)] = place
     for part, modules in weight_shapes(folder).items():
         names |= {f"{prefix[part]}.{path}": Place(part, (path,), (shape[0],)) for path, shape in modules.items()}
+        if native:
+            own = {path: lycoris[part, path] for path in modules if (part, path) in lycoris}
+            names |= {own[path]: Place(part, (path,), (modules[path][0],)) for path in own if own[path] not in names}
     return names
 
 

@@ -56,7 +56,7 @@ class Readers:
     others: Mapping[str, Mapping[str, Verdict]] = field(default_factory=dict)
 
     def of(self, form: str) -> tuple[str, ...]:
-        """The programs that read all of a file of this form (the name of one of the fields above, "loha" or "lokr")."""
+        """The programs that read all of a file of this form (a field above, "loha" or "lokr")."""
         found: tuple[str, ...] | None = getattr(self, form, None)
         return self.of(LIKE[form]) if found is None else found
 
