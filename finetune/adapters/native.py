@@ -101,8 +101,9 @@ def inspect_native(
 
 
 def _check_modules(found: Inspection, native: Native, known: Mapping[str, Place]) -> dict[str, tuple[str, str]]:
-    """Records each module's part, rank and scale, or its fault. Returns the modules of other sizes than in the base."""
-    weights, sizes = weight_shapes(found.compared.folder), {}
+    """Records each module's part, rank and scale, or its fault. Returns those of other sizes than in the base."""
+    weights = weight_shapes(found.compared.folder)
+    sizes: dict[str, tuple[str, str]] = {}
     for name, place in sorted(known.items()):
         held = native.held[name]
         try:
