@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -29,17 +29,20 @@ TITLES = {  # in the order in which equally fitting ones are chosen
 UNET = ("unet.", "unet_down_blocks", "unet_mid_block", "unet_up_blocks", "unet_input_", "unet_middle_", "unet_output_")
 TRANSFORMER = ("transformer.", "diffusion_model.", "unet_joint_", "unet_double_", "unet_single_", "unet_final_")
 LONE_ENCODER, MISNAMED_ENCODER = "lora_te", "lora_te1"  # kohya's names for the only text encoder of SD1, SD2
+ARCHITECTURE = "modelspec.architecture"
 BASE_HASH = "finetune_base_hash"  # in the headers of our own files
 Shapes = Mapping[str, Mapping[str, torch.Size]]  # module -> the shapes of its matrices, "a" and "b"
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A base to compare with. `words` names it. `weights`: whether the folder has weights, not configs alone."""
+    """A base to compare with. `words` names it. `weights`: whether the folder has weights, not configs alone.
+    `alike`: other published models that the file fits as well, where its header names none of them."""
 
     folder: Path
     words: str
     weights: bool = True
+    alike: tuple[str, ...] = ()
 
     @property
     def family(self) -> str:
@@ -49,7 +52,7 @@ class Compared:
     def line(self) -> str:
         """A sentence for people."""
         advice = "" if self.weights else "; give --base to compare with your own"
-        return f"compared with {self.words}{advice}"
+        return f"compared with {self.words}{doubt(self.alike)}{advice}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def chosen_base(path: Path, shapes: Shapes, metadata: Mapping[str, str], base: s
             "none: say which with --base BASE"
         )
     if best:
-        return published(best[0])
+        return _of_alike(best, metadata)
     if any(fit.known for fit in ours.values()):
         return published(max(ours, key=lambda name: (ours[name].fits, ours[name].known)))
     raise BadInput(
@@ -95,9 +98,37 @@ def published(name: str) -> Compared:
     return Compared(PUBLISHED / name, f"the published {TITLES[name]} configuration", weights=False)
 
 
-def compared_by_itself(folder: Path) -> str:
+def _of_alike(best: Sequence[str], metadata: Mapping[str, str]) -> Compared:
+    """Of published models of one family that a file fits equally well, the one whose architecture its header names, or
+    else the first."""
+    kinds = {name: _architecture(name) for name in best}
+    said = metadata.get(ARCHITECTURE, "").strip().lower().removesuffix("/lora").replace(".", "-")
+    named = next((name for name, kind in kinds.items() if said and said == kind), None)
+    if named is not None:
+        return published(named)
+    alike = tuple(TITLES[name] for name, kind in kinds.items() if kind != kinds[best[0]])
+    return replace(published(best[0]), alike=alike)
+
+
+def _architecture(name: str) -> str:
+    """modelspec's name of a published model."""
+    naming, folder = family_of(PUBLISHED / name).naming, PUBLISHED / name
+    return naming.architecture_of(denoiser_config(folder)) if naming.architecture_of else naming.labels.architecture
+
+
+def doubt(alike: Sequence[str]) -> str:
+    """Why a base was taken where several fit, as the end of a sentence; "" where only one does."""
+    if not alike:
+        return ""
+    return (
+        f", the first of those that the file fits (also {', '.join(alike)}; its header names none, and written files "
+        "state no architecture)"
+    )
+
+
+def compared_by_itself(folder: Path, alike: Sequence[str] = ()) -> str:
     """A sentence on the published configuration that was chosen for a file; "" if it was compared with a base."""
-    return published(folder.name).line if folder.parent == PUBLISHED else ""
+    return replace(published(folder.name), alike=tuple(alike)).line if folder.parent == PUBLISHED else ""
 
 
 def published_fits(shapes: Shapes, family: str | None = None) -> dict[str, Fit]:

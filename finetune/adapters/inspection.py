@@ -116,7 +116,7 @@ def _inspect(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], b
     reader = _Reader(found, HeaderScales(path, metadata, family))
     layers = reader.layers(modules, known)
     if layers:
-        found.adapter = Adapter(family, compared.folder, layers, 1.0)
+        found.adapter = Adapter(family, compared.folder, layers, 1.0, compared.alike)
     odd_alphas(found, modules.held, known)
     mixed_names(found, known)
     another_base(found, shapes, reader.sizes, reader.read)

@@ -200,7 +200,7 @@ def _stem(path: Path) -> str:
 def _say_compared(adapter: Adapter) -> None:
     from finetune.adapters.bases import compared_by_itself
 
-    line = compared_by_itself(adapter.base_folder)
+    line = compared_by_itself(adapter.base_folder, adapter.alike)
     if line:
         typer.echo(line)
 

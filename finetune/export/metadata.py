@@ -42,7 +42,9 @@ def adapter_metadata(adapter: Adapter, about: dict[str, str], v_prediction: bool
     }
     spec = checkpoint_metadata(adapter.family, about, v_prediction, kind="/lora")
     special = _architecture(naming, adapter)
-    if special:
+    if adapter.alike:
+        del spec["modelspec.architecture"]  # nothing tells which of several it is
+    elif special:
         spec["modelspec.architecture"] = f"{special}/lora"
     return {key: value for key, value in kohya.items() if value} | spec
 
