@@ -114,7 +114,7 @@ def _decomposed(held: Mapping[str, Tensor], base: Tensor) -> Tensor:
 
 def _numbers(tensors: Mapping[str, Tensor]) -> tuple[int | None, float | None]:
     """The largest rank in the file and its module's alpha; None for LoKr of whole matrices alone."""
-    found = {}
+    found: dict[int, float] = {}
     for key, value in tensors.items():
         if key.endswith(DOWNS):
             alpha = float(tensors[f"{key.partition('.')[0]}.alpha"])
