@@ -13,10 +13,10 @@ from torch import Tensor
 
 from finetune.adapters.bases import accepted_names, chosen_base, weight_of
 from finetune.adapters.checks import another_base, header_family, mixed_names, odd_alphas
+from finetune.adapters.exact_forms import inspect_native, native_of
 from finetune.adapters.faults import BEARABLE, HEADER_ALPHA, HEADER_RANK, NO_ALPHA, OTHER_METHOD
 from finetune.adapters.header import HeaderScales
 from finetune.adapters.keys import OLD_DIFFUSERS, Modules, by_module, is_lora, without_wrapper
-from finetune.adapters.exact_forms import inspect_native, native_of
 from finetune.adapters.pairs import Faulty, pair_of, with_scale
 from finetune.adapters.peft_folder import inspect_folder
 from finetune.adapters.result import Inspection, dtype_name
