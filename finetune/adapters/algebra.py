@@ -33,7 +33,7 @@ def resize(adapter: Adapter, rank: int | None = None, energy: float | None = Non
         r = rank_for_energy(s, rank, energy)
         layers.setdefault(part, {})[module] = factors_at_rank(u, s, v, r, a, b)
         spectra[f"{part}.{module}"] = (s, r)
-    return Adapter(adapter.family, adapter.base_folder, layers, 1.0), kept_energy(spectra)
+    return replace(adapter, layers=layers, scale=1.0), kept_energy(spectra)
 
 
 def combine(weighted: Sequence[tuple[Adapter, float]]) -> Adapter:
@@ -53,7 +53,9 @@ def combine(weighted: Sequence[tuple[Adapter, float]]) -> Adapter:
             if module in held:
                 pair = (torch.cat([held[module][0], pair[0]]), torch.cat([held[module][1], pair[1]], 1))
             held[module] = pair
-    return Adapter(weighted[0][0].family, weighted[0][0].base_folder, layers, 1.0)
+    known = any(not adapter.alike for adapter, _ in weighted)  # one that tells its base tells it for all
+    first = weighted[0][0]
+    return replace(first, layers=layers, scale=1.0, alike=() if known else first.alike)
 
 
 def extract(base: Family, tuned: Family, rank: int) -> tuple[Adapter, Kept]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from finetune.adapters.keys import without_wrapper
 from finetune.core.errors import BadInput
 from finetune.export.lora.diffusers import prefixes
 from finetune.export.lora.kohya import Place, key_of, places
+from finetune.export.lora.lycoris import module_names
 from finetune.families.digests import is_base_of
 from finetune.families.registry import denoiser_config, family_of, weight_shapes
 from finetune.families.source import resolve_base
@@ -28,17 +29,20 @@ TITLES = {  # in the order in which equally fitting ones are chosen
 UNET = ("unet.", "unet_down_blocks", "unet_mid_block", "unet_up_blocks", "unet_input_", "unet_middle_", "unet_output_")
 TRANSFORMER = ("transformer.", "diffusion_model.", "unet_joint_", "unet_double_", "unet_single_", "unet_final_")
 LONE_ENCODER, MISNAMED_ENCODER = "lora_te", "lora_te1"  # kohya's names for the only text encoder of SD1, SD2
+ARCHITECTURE = "modelspec.architecture"
 BASE_HASH = "finetune_base_hash"  # in the headers of our own files
 Shapes = Mapping[str, Mapping[str, torch.Size]]  # module -> the shapes of its matrices, "a" and "b"
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A base to compare with. `words` names it. `weights`: whether the folder has weights, not configs alone."""
+    """A base to compare with. `words` names it. `weights`: whether the folder has weights, not configs alone.
+    `alike`: other published models that the file fits as well, where its header names none of them."""
 
     folder: Path
     words: str
     weights: bool = True
+    alike: tuple[str, ...] = ()
 
     @property
     def family(self) -> str:
@@ -48,7 +52,7 @@ class Compared:
     def line(self) -> str:
         """A sentence for people."""
         advice = "" if self.weights else "; give --base to compare with your own"
-        return f"compared with {self.words}{advice}"
+        return f"compared with {self.words}{doubt(self.alike)}{advice}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def chosen_base(path: Path, shapes: Shapes, metadata: Mapping[str, str], base: s
             "none: say which with --base BASE"
         )
     if best:
-        return published(best[0])
+        return _of_alike(best, metadata)
     if any(fit.known for fit in ours.values()):
         return published(max(ours, key=lambda name: (ours[name].fits, ours[name].known)))
     raise BadInput(
@@ -94,9 +98,37 @@ def published(name: str) -> Compared:
     return Compared(PUBLISHED / name, f"the published {TITLES[name]} configuration", weights=False)
 
 
-def compared_by_itself(folder: Path) -> str:
+def _of_alike(best: Sequence[str], metadata: Mapping[str, str]) -> Compared:
+    """Of published models of one family that a file fits equally well, the one whose architecture its header names, or
+    else the first."""
+    kinds = {name: _architecture(name) for name in best}
+    said = metadata.get(ARCHITECTURE, "").strip().lower().removesuffix("/lora").replace(".", "-")
+    named = next((name for name, kind in kinds.items() if said and said == kind), None)
+    if named is not None:
+        return published(named)
+    alike = tuple(TITLES[name] for name, kind in kinds.items() if kind != kinds[best[0]])
+    return replace(published(best[0]), alike=alike)
+
+
+def _architecture(name: str) -> str:
+    """modelspec's name of a published model."""
+    naming, folder = family_of(PUBLISHED / name).naming, PUBLISHED / name
+    return naming.architecture_of(denoiser_config(folder)) if naming.architecture_of else naming.labels.architecture
+
+
+def doubt(alike: Sequence[str]) -> str:
+    """Why a base was taken where several fit, as the end of a sentence; "" where only one does."""
+    if not alike:
+        return ""
+    return (
+        f", the first of those that the file fits (also {', '.join(alike)}; its header names none, and written files "
+        "state no architecture)"
+    )
+
+
+def compared_by_itself(folder: Path, alike: Sequence[str] = ()) -> str:
     """A sentence on the published configuration that was chosen for a file; "" if it was compared with a base."""
-    return published(folder.name).line if folder.parent == PUBLISHED else ""
+    return replace(published(folder.name), alike=tuple(alike)).line if folder.parent == PUBLISHED else ""
 
 
 def published_fits(shapes: Shapes, family: str | None = None) -> dict[str, Fit]:
@@ -127,7 +159,7 @@ def _fit(shapes: Shapes, name: str) -> Fit:
 def _published_sizes(name: str) -> dict[str, torch.Size]:
     """Every module name that trainers write for a published model -> the shape of its weight."""
     weights = weight_shapes(PUBLISHED / name)
-    return {key: weight_of(place, weights) for key, place in accepted_names(PUBLISHED / name).items()}
+    return {key: weight_of(place, weights) for key, place in accepted_names(PUBLISHED / name, native=True).items()}
 
 
 def weight_of(place: Place, weights: Mapping[str, Mapping[str, torch.Size]]) -> torch.Size:
@@ -135,11 +167,15 @@ def weight_of(place: Place, weights: Mapping[str, Mapping[str, torch.Size]]) -> 
     return torch.Size([sum(place.rows), *weights[place.part][place.modules[0]][1:]])
 
 
-def accepted_names(folder: Path) -> dict[str, Place]:
-    """Every module name that trainers write for this base -> the modules that it stands for."""
+def accepted_names(folder: Path, native: bool = False) -> dict[str, Place]:
+    """Every module name that trainers write for this base -> the modules that it stands for.
+
+    `native`: also those that only LyCORIS' format has.
+    """
     family = family_of(folder)
     title, prefix, config = family.name, prefixes(family.name), denoiser_config(folder)
     names: dict[str, Place] = {}
+    lycoris = module_names(folder) if native else {}
     for (part, name), place in places(folder).items():
         names[key_of(title, part, name)] = place
         if part == "denoiser":
@@ -148,6 +184,9 @@ def accepted_names(folder: Path) -> dict[str, Place]:
             names[key_of(title, part, name).replace(f"{LONE_ENCODER}_", f"{MISNAMED_ENCODER}_", 1)] = place
     for part, modules in weight_shapes(folder).items():
         names |= {f"{prefix[part]}.{path}": Place(part, (path,), (shape[0],)) for path, shape in modules.items()}
+        if native:
+            own = {path: lycoris[part, path] for path in modules if (part, path) in lycoris}
+            names |= {own[path]: Place(part, (path,), (modules[path][0],)) for path in own if own[path] not in names}
     return names
 
 

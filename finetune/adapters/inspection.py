@@ -5,7 +5,7 @@ The rules for the UIs come from the source code of their loaders (docs/exports.m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finetune.adapters.bases import accepted_names, chosen_base, weight_of
 from finetune.adapters.checks import another_base, header_family, mixed_names, odd_alphas
+from finetune.adapters.exact_forms import inspect_native, native_of
 from finetune.adapters.faults import BEARABLE, HEADER_ALPHA, HEADER_RANK, NO_ALPHA, OTHER_METHOD
 from finetune.adapters.header import HeaderScales
 from finetune.adapters.keys import OLD_DIFFUSERS, Modules, by_module, is_lora, without_wrapper
@@ -23,6 +24,8 @@ from finetune.core.errors import BadInput
 from finetune.export.base import Adapter
 from finetune.export.lora.kohya import ALPHA, Pair, Place, keys_of, split
 from finetune.families.registry import FAMILIES, weight_shapes
+
+EMBEDDINGS = {"emb_params", "clip_l", "clip_g", "t5xxl"}  # the keys of embedding files
 
 __all__ = ["accepted_names", "inspect_adapter", "open_adapter"]
 
@@ -42,6 +45,9 @@ def inspect_adapter(path: Path, base: str | None = None) -> Inspection:
     if path.suffix != ".safetensors":
         raise BadInput(f"{path} is not a .safetensors file: other kinds are refused because they can run code")
     keys = keys_of(path)
+    widths = embedding_widths(path, keys)
+    if widths:
+        raise BadInput(f"{path} is an embedding (textual inversion) of {widths}: give a LoRA file")
     if not is_lora(keys):
         raise BadInput(
             f"{path} is not a LoRA: none of its {len(keys)} keys (such as {', '.join(keys[:1])}) belongs to one: "
@@ -53,7 +59,22 @@ def inspect_adapter(path: Path, base: str | None = None) -> Inspection:
     with safe_open(path, "pt") as opened:
         metadata = dict(opened.metadata() or {})
         tensors = {key: opened.get_tensor(key).clone() for key in keys}  # a copy: the file may be replaced later
-    return _inspect(path, tensors, metadata, base)
+    native = native_of(tensors)
+    return inspect_native(path, native, tensors, metadata, base) if native else _inspect(path, tensors, metadata, base)
+
+
+def embedding_widths(path: Path, keys: Sequence[str]) -> str:
+    """The tensors of a file of embeddings, with their sizes, as text; "" for other files."""
+    if not keys or not set(keys) <= EMBEDDINGS:
+        return ""
+    with safe_open(path, "pt") as opened:
+        shapes = {key: opened.get_slice(key).get_shape() for key in sorted(keys)}
+    return ", ".join(
+        f"{key} ({' x '.join(map(str, shape[:-1]))} vectors of width {shape[-1]})"
+        if len(shape) > 1
+        else f"{key} {shape}"
+        for key, shape in shapes.items()
+    ).replace("(1 vectors", "(1 vector")
 
 
 def open_adapter(path: Path, base: str | None = None) -> tuple[Adapter, Inspection]:
@@ -63,6 +84,10 @@ def open_adapter(path: Path, base: str | None = None) -> tuple[Adapter, Inspecti
         BadInput: some keys or modules can't be read; the message names them.
     """
     found = inspect_adapter(path, base)
+    if found.native:
+        raise BadInput(
+            f"{path} is {found.called}, and not a plain LoRA: export its run with --to kohya, and give that"
+        )
     grave = [problem.line for problem in found.problems if problem.name not in BEARABLE]
     if found.adapter is None or grave:
         named = f" --base {base}" if base else ""
@@ -91,7 +116,7 @@ def _inspect(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], b
     reader = _Reader(found, HeaderScales(path, metadata, family))
     layers = reader.layers(modules, known)
     if layers:
-        found.adapter = Adapter(family, compared.folder, layers, 1.0)
+        found.adapter = Adapter(family, compared.folder, layers, 1.0, compared.alike)
     odd_alphas(found, modules.held, known)
     mixed_names(found, known)
     another_base(found, shapes, reader.sizes, reader.read)

@@ -36,6 +36,8 @@ def verify_file(path: Path, base: str | None = None) -> Inspection:
     """Runs `inspect_adapter`, and adds a verdict for diffusers, which loads the file into a clean base if there is one
     with weights."""
     found = inspect_adapter(path, base)
+    if found.native:
+        return found
     state, why = _read_by_diffusers(found)
     felt = with_faults({"diffusers": (state, why)}, found.by_name, found.header_scale)["diffusers"]
     tried = state in ("partly", "refused")  # what the loader did counts more than what is known of it

@@ -45,7 +45,7 @@ def inspect_folder(path: Path, base: str | None) -> Inspection:
         dtypes=(dtype,),
         size=sum(file.stat().st_size for file in files),
         metadata={},
-        adapter=replace(adapter, family=compared.family, base_folder=compared.folder),
+        adapter=replace(adapter, family=compared.family, base_folder=compared.folder, alike=compared.alike),
         ranks=Counter(len(a) for _, _, a, _ in adapter.modules()),
         scales=Counter({round(adapter.scale, 6): adapter.count}),
     )

@@ -23,8 +23,9 @@ class Inspection:
 
     `compared`: the base that the file was compared with. `dtypes`: precisions of the matrices, such as "fp16".
     `size`: bytes. `ranks`, `scales`: value -> number of modules. `zero`: modules whose delta is zero. `faults`: kind
-    of problem -> the problem. `notes`: what is worth knowing and no fault. `verdicts`: reader -> ("fully", "rightly"
-    in spite of a fault that does not concern it, "partly", "wrongly", "refused" or "unknown"; the reason).
+    of problem -> the problem. `native`: "LoHa", "LoKr" or "DoRA" for a file in LyCORIS' format, and `parts` the number
+    of its sound modules in each part. `notes`: what is worth knowing and no fault. `verdicts`: reader -> ("fully",
+    "rightly" in spite of a fault that does not concern it, "partly", "wrongly", "refused" or "unknown"; the reason).
     """
 
     path: Path
@@ -40,8 +41,15 @@ class Inspection:
     zero: list[str] = field(default_factory=list)
     unknown_keys: list[str] = field(default_factory=list)
     faults: dict[str, Problem] = field(default_factory=dict)
+    native: str = ""
+    parts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+    @property
+    def called(self) -> str:
+        """What the file is, in words."""
+        return f"{self.native} in LyCORIS' format" if self.native else f"{self.kind} LoRA"
 
     @property
     def by_name(self) -> dict[str, Problem]:
@@ -50,10 +58,11 @@ class Inspection:
         if self.unknown_keys:
             message = f"keys that fit nothing in {self.family}"
             found["unknown-keys"] = Problem("unknown-keys", message, tuple(self.unknown_keys))
-        if self.adapter is None and ANOTHER_BASE not in found and not self.other_methods:
+        count = self.adapter.count if self.adapter else self.parts.total()
+        if not count and ANOTHER_BASE not in found and not self.other_methods:
             message = f"the file has no readable module for {self.family}"
             found["nothing-fits"] = Problem("nothing-fits", message)
-        elif self.adapter is not None and self.zero and len(self.zero) == self.adapter.count:
+        elif self.zero and len(self.zero) == count:
             found["all-zero"] = Problem("all-zero", "every module is zero: the adapter changes nothing")
         return found
 

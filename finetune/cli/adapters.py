@@ -81,11 +81,15 @@ def verify(file: File, base: Against = None) -> None:
         for rank, count in sorted(found.ranks.items())
     )
     scales = ", ".join(f"{scale:g}" for scale in sorted(found.scales))
-    typer.echo(f"{file}: {found.kind} LoRA for {found.family}, {found.size / 1e6:.2f} MB, {', '.join(found.dtypes)}")
+    typer.echo(f"{file}: {found.called} for {found.family}, {found.size / 1e6:.2f} MB, {', '.join(found.dtypes)}")
     typer.echo(f"  {found.compared.line}")
-    for part, layers in (found.adapter.layers if found.adapter else {}).items():
-        typer.echo(f"  {part}: {len(layers)} modules")
-    typer.echo(f"  rank {ranks or 'unknown'}; scale (alpha / rank) {scales or 'unknown'}")
+    if found.native:
+        typer.echo("  its names, shapes and values are checked; it is not compared with a LoRA")
+    parts = {part: len(layers) for part, layers in found.adapter.layers.items()} if found.adapter else found.parts
+    for part, count in parts.items():
+        typer.echo(f"  {part}: {count} modules")
+    if ranks or not found.native:  # LoKr of whole matrices has neither
+        typer.echo(f"  rank {ranks or 'unknown'}; scale (alpha / rank) {scales or 'unknown'}")
     if found.zero:
         typer.echo(f"  {len(found.zero)} modules are zero, such as {found.zero[0]}")
     for key in ("modelspec.title", "modelspec.trigger_phrase", "ss_base_model_version", "modelspec.architecture"):
@@ -98,7 +102,9 @@ def verify(file: File, base: Against = None) -> None:
     for problem in found.problems:
         typer.echo(f"  PROBLEM: {problem.line}")
     if found.problems:
-        raise CheckFailed(f"{file} has {len(found.problems)} kind(s) of problem: see the lines above")
+        raise CheckFailed(
+            f"{file} has {len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}: see the lines above"
+        )
 
 
 def convert(
@@ -194,7 +200,7 @@ def _stem(path: Path) -> str:
 def _say_compared(adapter: Adapter) -> None:
     from finetune.adapters.bases import compared_by_itself
 
-    line = compared_by_itself(adapter.base_folder)
+    line = compared_by_itself(adapter.base_folder, adapter.alike)
     if line:
         typer.echo(line)
 

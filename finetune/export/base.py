@@ -94,12 +94,14 @@ class Adapter:
     `layers`: part ("denoiser", "text_encoder", "text_encoder_2") -> module path inside the part, without
     `text_model.` -> (A, B). A [r, in] and B [out, r] are fp32; for a convolution A [r, in, k, k] and B [out, r, 1, 1].
     A module's delta is scale * B A (arXiv:2106.09685 section 4.1). Each module has its own rank r.
+    `alike`: other published models that its file fits as well, where nothing tells which one it is for.
     """
 
     family: str  # Family.name
     base_folder: Path
     layers: dict[str, dict[str, tuple[Tensor, Tensor]]]
     scale: float  # alpha / rank, or alpha / sqrt(rank) for rsLoRA
+    alike: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -276,6 +278,10 @@ class NativeExport(Export):
     def readers(self, method: PeftAdapter, family: str) -> tuple[str, ...]:
         """The programs that are known to read all of this method's files exactly."""
         return ()
+
+    def limits(self, method: PeftAdapter, family: str) -> list[str]:
+        """A line for each program that is known not to read this method's files rightly."""
+        return []
 
     def adds(self, method: PeftAdapter) -> bool:
         """Whether readers add to the weights, so that a file's error is measured against the change; False where they

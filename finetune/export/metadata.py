@@ -42,7 +42,9 @@ def adapter_metadata(adapter: Adapter, about: dict[str, str], v_prediction: bool
     }
     spec = checkpoint_metadata(adapter.family, about, v_prediction, kind="/lora")
     special = _architecture(naming, adapter)
-    if special:
+    if adapter.alike:
+        del spec["modelspec.architecture"]  # nothing tells which of several it is
+    elif special:
         spec["modelspec.architecture"] = f"{special}/lora"
     return {key: value for key, value in kohya.items() if value} | spec
 
@@ -52,7 +54,7 @@ def _architecture(naming: Naming, adapter: Adapter) -> str:
 
 
 def with_numbers(
-    metadata: Mapping[str, str], tensors: Mapping[str, Tensor], rank: int, alpha: float
+    metadata: Mapping[str, str], tensors: Mapping[str, Tensor], rank: int | None, alpha: float | None
 ) -> dict[str, str]:
     """The metadata with what the tensors of the file say: rank and alpha, and the hashes by which UIs know a file.
 
@@ -60,10 +62,11 @@ def with_numbers(
     64 KiB at 1 MiB of a file with only the `ss_*` strings. modelspec's hash is the first of them.
 
     Args:
-        rank: the largest in the file; alpha: the file's.
+        rank: the largest in the file; alpha: the file's, or that of a module of this rank. None if it has none.
     """
     ss = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    ss |= {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
+    numbers = {"ss_network_dim": rank, "ss_network_alpha": alpha}
+    ss |= {key: str(value) for key, value in numbers.items() if value is not None}
     content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, ss)
     size = int.from_bytes(content[:8], "little")
     whole = hashlib.sha256(memoryview(content)[8 + size :]).hexdigest()

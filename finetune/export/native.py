@@ -47,8 +47,10 @@ def export_native(
         error, check = _compared(export, method, family, path)
     except BadInput as fault:
         error, check = float("inf"), Check("file", False, str(fault))
-    readers = list(export.readers(method, family.name)) if check.passed else []
-    return Exported(export.name, path, path.stat().st_size, count, error, readers, [check])
+    readers, limits = [], []
+    if check.passed:
+        readers, limits = list(export.readers(method, family.name)), export.limits(method, family.name)
+    return Exported(export.name, path, path.stat().st_size, count, error, readers, [check], limits)
 
 
 def _compared(export: NativeExport, method: PeftAdapter, family: Family, path: Path) -> tuple[float, Check]:

@@ -6,7 +6,7 @@ Paths are not compared: photos may move, and are put into the recorded order by 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -135,16 +135,30 @@ def _changed_photos(recorded: Sequence[PinnedPhoto], now: Sequence[PinnedPhoto])
     yield from (f"the photo {name} is not the same image" for name in edited)
     yield from (f"the photo {name} is gone" for name in gone if name not in edited)
     yield from (f"the photo {name} is new" for name in new if name not in edited)
-    if before != after:
-        return
-    if [p.sha256 for p in recorded] != [p.sha256 for p in now]:
+    if before == after and [p.sha256 for p in recorded] != [p.sha256 for p in now]:
         yield "the photos come in another order"
-        return
-    for old, photo in zip(recorded, now, strict=True):
+    for old, photo in _pairs(recorded, now, set(edited)):
         if old.captions != photo.captions:
             yield f"the caption of {photo.name} changed"
         kinds = sorted(old.beside.keys() | photo.beside.keys())
         yield from (f"the {k} of {photo.name} changed" for k in kinds if old.beside.get(k) != photo.beside.get(k))
+
+
+def _pairs(
+    recorded: Sequence[PinnedPhoto], now: Sequence[PinnedPhoto], edited: Collection[str]
+) -> Iterator[tuple[PinnedPhoto, PinnedPhoto]]:
+    """Each recorded photo that is still there, with what it is now: found by content, an `edited` one by its name."""
+    left = list(now)
+    found: dict[int, PinnedPhoto] = {}
+    for field, wanted in (("sha256", None), ("name", edited)):
+        for number, old in enumerate(recorded):
+            if number in found or (wanted is not None and old.name not in wanted):
+                continue
+            same = next((photo for photo in left if getattr(photo, field) == getattr(old, field)), None)
+            if same is not None:
+                left.remove(same)
+                found[number] = same
+    yield from ((recorded[number], found[number]) for number in sorted(found))
 
 
 def _names(photos: Sequence[PinnedPhoto], digests: Counter[str]) -> list[str]:

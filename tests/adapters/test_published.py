@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from adapter_files import diffusers_file, kohya_file, published, saved
+from safetensors import safe_open
 
 from finetune.adapters.bases import TITLES
 from finetune.adapters.inspection import inspect_adapter, open_adapter
@@ -169,3 +170,45 @@ def test_a_published_configuration_has_no_weights_to_load() -> None:
     """It is for comparing: a command that needs weights says so."""
     with pytest.raises(BadInput):
         load_family(str(published("sd1")))
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "architectures"),
+    [
+        ("flux-dev", "flux", {"flux-1-dev": "flux-dev", "flux-1-schnell": "flux-schnell"}),
+        (
+            "sd3-medium",
+            "sd3",
+            {"stable-diffusion-3-medium": "sd3-medium", "stable-diffusion-3.5-medium": "sd3.5-medium"},
+        ),
+    ],
+)
+def test_only_a_known_architecture_is_written(
+    name: str, family: str, architectures: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of modules that two published models have alike: the header decides, or no label is written."""
+    tensors = {key: value for key, value in kohya_file(published(name), 23).items() if "attn2" not in key}
+    out = str(tmp_path / "new.safetensors")
+    file = saved(tensors, tmp_path / "x.safetensors")
+    for command in (["convert", str(file)], ["merge", f"{file}:0.5"], ["resize", str(file), "--rank", "1"]):
+        assert run([*command, "--out", out, "--force"]) == (0, "")
+        said = capsys.readouterr().out.splitlines()[0]
+        assert (
+            f"compared with the published {TITLES[name]} configuration, the first of those that the file fits" in said
+        )
+        assert "state no architecture" in said
+        assert TITLES[list(architectures.values())[1]] in said
+        with safe_open(out, "pt") as opened:
+            assert "modelspec.architecture" not in opened.metadata()
+            assert opened.metadata()["ss_base_model_version"].startswith(family)
+    for architecture, chosen in architectures.items():
+        told = saved(tensors, tmp_path / f"{chosen}.safetensors", {"modelspec.architecture": f"{architecture}/lora"})
+        assert run(["convert", str(told), "--out", out, "--force"]) == (0, "")
+        said = capsys.readouterr().out.splitlines()[0]
+        assert f"the published {TITLES[chosen]} configuration; give --base" in said
+        with safe_open(out, "pt") as opened:
+            assert opened.metadata()["modelspec.architecture"] == f"{architecture.replace('.', '-')}/lora"
+    decided = tmp_path / f"{name}.safetensors"
+    assert run(["merge", str(file), str(decided), "--out", out, "--force"]) == (0, "")
+    with safe_open(out, "pt") as opened:
+        assert opened.metadata()["modelspec.architecture"] == f"{next(iter(architectures))}/lora"

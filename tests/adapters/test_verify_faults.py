@@ -231,14 +231,13 @@ def test_old_keys_that_diffusers_no_longer_reads_are_converted(tiny_bases: dict[
 
 @pytest.mark.parametrize("base", [None, "sd1"])
 def test_a_file_of_another_method_is_named_once_and_not_called_refused(base: str | None, tmp_path: Path) -> None:
-    """UIs read LoHa: its alphas fit, and only this command does not judge it. The header alone tells the base."""
-    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    tensors = {f"{QUERY}.{name}": torch.ones(4, 4) for name in names} | {QUERY + ALPHA: torch.tensor(4.0)}
-    file = saved(tensors, tmp_path / "loha.safetensors", {"ss_base_model_version": "sd_v1"})
+    """UIs read OFT, and only this command does not judge it. The header alone tells the base."""
+    tensors = {f"{QUERY}.oft_blocks": torch.ones(4, 4, 4), QUERY + ALPHA: torch.tensor(4.0)}
+    file = saved(tensors, tmp_path / "oft.safetensors", {"ss_base_model_version": "sd_v1"})
     found = inspect_adapter(file, str(published(base)) if base else None)
     assert found.family == "sd1"
     assert [problem.name for problem in found.problems] == ["other-method"]
-    assert "LoHa" in found.problems[0].line
+    assert "OFT" in found.problems[0].line
     assert {state for state, _ in found.verdicts.values()} == {"unknown"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,30 @@ def test_every_module_of_the_file_is_the_trained_weight(
     clean = load_family(str(tiny_bases[name]))
     open_native(Lycoris(), item.path, clean)
     assert torch.allclose(probe_trained(clean), prediction, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "numbers"),
+    [
+        ("dora", {"rank": 4, "alpha": 4, "rank_stabilised": True}, ("4", "8.0")),  # alpha / sqrt(4) is 8 / 4
+        ("dora", {"rank": 4}, ("4", "4.0")),
+        ("loha", {"rank": 4, "alpha": 2}, ("4", "2.0")),
+        ("lokr", {"rank": 3, "alpha": 6, "factor": 2}, ("3", "6.0")),
+        ("lokr", {"rank": 1000, "alpha": 6}, (None, None)),  # whole matrices alone
+    ],
+)
+def test_the_header_says_what_the_tensors_hold(
+    kind: str, settings: dict[str, Any], numbers: tuple[str | None, str | None], tiny_bases: dict[str, Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    method, family = attached(tiny_bases["sd1"], kind, parts=["denoiser"], **settings)
+    item = export_native(Lycoris(), method, family, Request(tmp_path, "x", "fp16", ABOUT))
+    with safe_open(item.path, "pt") as opened:
+        about = opened.metadata()
+    assert (about.get("ss_network_dim"), about.get("ss_network_alpha")) == numbers
+    content = item.path.read_bytes()
+    whole = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    assert (about["sshs_model_hash"], about["modelspec.hash_sha256"]) == (whole, f"0x{whole}")
 
 
 def test_names_are_those_that_uis_know(tiny_bases: dict[str, Path], tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 from test_export import ABOUT, bench_of, trained
+from test_peft_kinds import SETTINGS, attached
 
 from finetune.export.adapter import adapter_from, export_adapter
 from finetune.export.base import Exported, Request
-from finetune.families.naming.base import PROGRAMS, Readers
+from finetune.export.lora.lycoris import Lycoris
+from finetune.export.native import export_native
+from finetune.families.naming.base import LYCORIS, PROGRAMS, Readers
 from finetune.families.registry import FAMILIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "exports.md"
@@ -41,6 +44,13 @@ ROWS = {
         "Flux (`clip_l`)": (["flux"], ["embedding"]),
         "SD3 (`clip_l`, `clip_g`)": (["sd3"], ["embedding"]),
     },
+    "### The exact forms": {
+        "LoHa (SD1, SD2, SDXL)": (["sd1", "sd2", "sdxl"], ["loha"]),
+        "LoKr (SD1, SD2, SDXL)": (["sd1", "sd2", "sdxl"], ["lokr"]),
+        "DoRA (SD1, SD2, SDXL), at strength 1": (["sd1", "sd2", "sdxl"], ["dora"]),
+        "Flux": (["flux"], ["loha", "lokr", "dora"]),
+        "SD3": (["sd3"], ["loha", "lokr", "dora"]),
+    },
 }
 
 
@@ -59,14 +69,15 @@ def table(heading: str) -> list[list[str]]:
 @pytest.mark.parametrize("heading", ROWS)
 def test_the_page_says_what_the_code_says(heading: str) -> None:
     head, *rows = table(heading)
-    assert tuple(head[1:7]) == PROGRAMS
+    programs = head[1:-1]
+    assert tuple(programs) in (PROGRAMS, (*PROGRAMS, LYCORIS))
     assert [row[0] for row in rows] == list(ROWS[heading])
     for name, *cells, _ in rows:
         families, forms = ROWS[heading][name]
         for family in families:
             for form in forms:
                 readers = FAMILIES[family].naming.known_readers
-                told = [": ".join(text for text in readers.verdict(form, program) if text) for program in PROGRAMS]
+                told = [": ".join(text for text in readers.verdict(form, program) if text) for program in programs]
                 assert cells == told, (name, form)
 
 
@@ -111,3 +122,18 @@ def test_flux_with_clip_says_what_it_costs(exported: dict[str, Exported]) -> Non
     assert exported["kohya"].read_by == ["ComfyUI", "Forge", "InvokeAI"]
     assert "sdnext: refused, drops the whole file" in exported["kohya"].limits
     assert "InvokeAI: refused, raises when it draws" in exported["diffusers"].limits
+
+
+def test_a_dora_file_names_who_does_not_read_it(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    method, family = attached(tiny_bases["sd1"], "dora", parts=["denoiser"], **SETTINGS["dora"])
+    item = export_native(Lycoris(), method, family, Request(tmp_path, "x", "fp16", ABOUT))
+    assert item.read_by == ["ComfyUI", "Forge"]
+    assert [line.partition(": ")[0] for line in item.limits] == [*PROGRAMS[2:], LYCORIS]
+    assert all(line.partition(": ")[2].startswith("wrongly, ") for line in item.limits)
+    assert "diffusers: wrongly, it drops dora_scale" in item.limits
+
+
+def test_a_lokr_file_is_refused_by_what_needs_its_alpha() -> None:
+    limits = FAMILIES["sdxl"].naming.known_readers.limits("lokr")
+    assert limits == ["diffusers: refused", f"{LYCORIS}: refused, fails where there is no alpha"]
+    assert FAMILIES["sdxl"].naming.known_readers.limits("loha") == ["diffusers: refused"]

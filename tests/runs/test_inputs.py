@@ -48,6 +48,30 @@ WHOLE = RunInputs(
         ({"photos": [photo("a.png", caption="a cat"), *WHOLE.photos[1:]]}, ["the caption of a.png changed"]),
         ({"photos": [WHOLE.photos[0], photo("b.png", mask="2"), WHOLE.photos[2]]}, ["the mask of b.png changed"]),
         ({"photos": [WHOLE.photos[0], photo("b.png"), WHOLE.photos[2]]}, ["the mask of b.png changed"]),
+        (
+            {
+                "photos": [
+                    photo("a.png", "edited", "a cat"),
+                    photo("b.png", mask="2"),
+                    photo("d.png", "c.png", "a cow"),
+                ]
+            },
+            [
+                "the photo a.png is not the same image",
+                "the caption of a.png changed",
+                "the mask of b.png changed",
+                "the caption of d.png changed",
+            ],
+        ),
+        (
+            {"photos": [photo("b.png", mask="2"), photo("d.png")]},
+            [
+                "the photo a.png is gone",
+                "the photo c.png is gone",
+                "the photo d.png is new",
+                "the mask of b.png changed",
+            ],
+        ),
         ({"class_images": {"a dog": ["1", "x", "3"]}}, ["1 of the class images of 'a dog' changed"]),
         ({"class_images": {}}, []),
         ({"base": {"unet/config.json": "9", "vae/config.json": "2"}}, ["the base's file unet/config.json changed"]),
@@ -67,6 +91,12 @@ def test_every_change_is_named(update: dict[str, object], named: list[str]) -> N
 def test_two_equal_photos_are_two() -> None:
     twice = RunInputs(photos=[photo("a.png", "same"), photo("b.png", "same")])
     assert changes(twice, RunInputs(photos=[photo("a.png", "same")])) == ["the photo a.png is gone"]
+
+
+def test_photos_of_one_name_are_found_by_content_first() -> None:
+    before = RunInputs(photos=[photo("1.png", "x"), photo("1.png", "y", mask="1")])
+    after = RunInputs(photos=[photo("1.png", "y", mask="1"), photo("1.png", "z", "a cat")])
+    assert changes(before, after) == ["the photo 1.png is not the same image", "the caption of 1.png changed"]
 
 
 def test_photos_that_moved_are_put_into_the_recorded_order() -> None:

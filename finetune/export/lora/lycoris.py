@@ -22,13 +22,14 @@ from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors
 from finetune.export.base import NativeExport, Request
 from finetune.export.lora.kohya import key_table
-from finetune.export.metadata import checkpoint_metadata
+from finetune.export.metadata import checkpoint_metadata, with_numbers
 from finetune.families.base import Family
 from finetune.families.registry import FAMILIES
 from finetune.methods.peft_adapter import PeftAdapter
 
 ALGORITHMS = {"dora": "lora", "loha": "loha", "lokr": "lokr"}  # LyCORIS' names: DoRA is a setting of its lora
 LOHA, DORA = "hada_w1_a", "dora_scale"
+DOWNS = (".lora_down.weight", ".hada_w1_b", ".lokr_w2_b")  # matrices with a row for each rank
 
 
 class Lycoris(NativeExport):
@@ -39,11 +40,10 @@ class Lycoris(NativeExport):
         return folder / f"{name}-lycoris.safetensors"
 
     def readers(self, method: PeftAdapter, family: str) -> tuple[str, ...]:
-        naming = FAMILIES[family].naming
-        if naming.joined:
-            return ("ComfyUI",)  # read from its source: it maps `lycoris_` names to the rows of its joined matrices
-        known = naming.known_readers
-        return known.dora if method.kind == "dora" else known.native
+        return FAMILIES[family].naming.known_readers.of(method.kind)
+
+    def limits(self, method: PeftAdapter, family: str) -> list[str]:
+        return FAMILIES[family].naming.known_readers.limits(method.kind)
 
     def write(self, method: PeftAdapter, family: Family, path: Path, request: Request) -> None:
         """Always in fp32: in fp16, DoRA's magnitudes would lose what was learned."""
@@ -53,7 +53,7 @@ class Lycoris(NativeExport):
                 raise BadInput(f"LyCORIS' format has no name for {part} {module}: use --to peft")
             for name, value in method.native_tensors(layer).items():
                 tensors[f"{names[part, module]}.{name}"] = value.float().cpu().contiguous()
-        save_tensors(path, tensors, _metadata(method, family, request))
+        save_tensors(path, tensors, with_numbers(_metadata(method, family, request), tensors, *_numbers(tensors)))
 
     def read(self, path: Path, family: Family) -> dict[tuple[str, str], dict[str, Tensor]]:
         places = {name: place for place, name in module_names(family.folder).items()}
@@ -112,6 +112,16 @@ def _decomposed(held: Mapping[str, Tensor], base: Tensor) -> Tensor:
     return (held[DORA].view(-1, 1) / norm * moved).view_as(base)
 
 
+def _numbers(tensors: Mapping[str, Tensor]) -> tuple[int | None, float | None]:
+    """The largest rank in the file and its module's alpha; None for LoKr of whole matrices alone."""
+    found: dict[int, float] = {}
+    for key, value in tensors.items():
+        if key.endswith(DOWNS):
+            alpha = float(tensors[f"{key.partition('.')[0]}.alpha"])
+            found[len(value)] = max(alpha, found.get(len(value), alpha))
+    return max(found.items()) if found else (None, None)
+
+
 def _metadata(method: PeftAdapter, family: Family, request: Request) -> dict[str, str]:
     labels = family.naming.labels
     settings = {"algo": ALGORITHMS[method.kind]} | ({"dora_wd": "True"} if method.kind == "dora" else {})
@@ -121,9 +131,5 @@ def _metadata(method: PeftAdapter, family: Family, request: Request) -> dict[str
         "ss_network_module": "lycoris.kohya",
         "ss_network_args": json.dumps(settings),
         "ss_output_name": request.about["title"],
-    }
-    dump = method.model_dump()
-    kohya |= {
-        f"ss_network_{key}": str(dump[name]) for key, name in (("dim", "rank"), ("alpha", "alpha")) if dump[name]
     }
     return kohya | checkpoint_metadata(family.name, request.about, request.v_prediction, kind="/lora")

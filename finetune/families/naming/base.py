@@ -30,6 +30,9 @@ class Labels:
 Verdict = tuple[str, str]  # "fully", "partly", "refused", "nothing", "unknown" or another state; the reason, if any
 PROGRAMS = ("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers")
 UNKNOWN: Verdict = ("unknown", "")
+LYCORIS = "lycoris-lora"  # the package LyCORIS, a program only for files in its own format
+# forms that share another's facts, as far as they have none of their own
+LIKE = {"kohya_with_texts": "kohya", "loha": "native", "lokr": "native"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Readers:
     `kohya` and `diffusers_format` are for a LoRA of the denoiser alone, `kohya_with_texts` (None: as `kohya`) and
     `with_texts` for one that includes text encoders. `refuse_unknown`: programs that refuse a whole kohya file because
     of one unknown key. `others`: form -> program -> what it does instead, if that is known. `native` is for LoHa
-    and LoKr in LyCORIS' format, `dora` for DoRA in it, at strength 1.
+    and LoKr in LyCORIS' format (forms "loha" and "lokr"), `dora` for DoRA in it, at strength 1.
     """
 
     kohya: tuple[str, ...] = ()
@@ -53,22 +56,22 @@ class Readers:
     others: Mapping[str, Mapping[str, Verdict]] = field(default_factory=dict)
 
     def of(self, form: str) -> tuple[str, ...]:
-        """The programs that read all of a file of this form (the name of one of the fields above)."""
-        found: tuple[str, ...] | None = getattr(self, form)
-        return self.kohya if found is None else found
+        """The programs that read all of a file of this form (a field above, "loha" or "lokr")."""
+        found: tuple[str, ...] | None = getattr(self, form, None)
+        return self.of(LIKE[form]) if found is None else found
 
     def verdict(self, form: str, program: str) -> Verdict:
         """What a program does with a file of this form."""
         if program in self.of(form):
             return "fully", ""
         held = self.others.get(form)
-        if held is None and form == "kohya_with_texts":
-            held = self.others.get("kohya")
+        if held is None and form in LIKE:
+            held = self.others.get(LIKE[form])
         return (held or {}).get(program, UNKNOWN)
 
     def limits(self, form: str) -> list[str]:
         """A line for each program that is known not to read all of a file of this form."""
-        found = {program: self.verdict(form, program) for program in PROGRAMS}
+        found = {program: self.verdict(form, program) for program in (*PROGRAMS, LYCORIS)}
         return [
             f"{program}: {state}{f', {why}' if why else ''}"
             for program, (state, why) in found.items()

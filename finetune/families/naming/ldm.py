@@ -9,22 +9,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune.families.naming.base import Naming, Readers, Verdict
+from finetune.families.naming.base import LYCORIS, Naming, Readers, Verdict
 
+OTHER_SIDE = "it takes the norms over the other side of the matrix"
+CHANGED = "it divides by the norm of the changed weight"
+EXACT: Mapping[str, Mapping[str, Verdict]] = {  # LoHa, LoKr and DoRA in LyCORIS' format
+    "loha": {"diffusers": ("refused", ""), LYCORIS: ("fully", "")},
+    "lokr": {"diffusers": ("refused", ""), LYCORIS: ("refused", "fails where there is no alpha")},
+    "dora": {
+        "A1111": ("wrongly", OTHER_SIDE),
+        "InvokeAI": ("wrongly", f"an error of 10 times the change, {OTHER_SIDE}"),
+        "sdnext": ("wrongly", CHANGED),
+        "diffusers": ("wrongly", "it drops dora_scale"),
+        LYCORIS: ("wrongly", f"an error of 0.2 of the change, {CHANGED}"),
+    },
+}
 SD_READERS = Readers(
     kohya=("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers"),
     embedding=("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers"),
     native=("ComfyUI", "Forge", "InvokeAI"),
     dora=("ComfyUI", "Forge"),
+    others=EXACT,
 )
 SDXL_DIFFUSERS: Mapping[str, Verdict] = {
-    "ComfyUI": ("partly", "486 of 1,046 modules, 88 of them at a wrong strength"),
+    "ComfyUI": ("partly", "it matches only part of such keys (measured: 486 of 1,046, 88 at a wrong strength)"),
     "Forge": ("refused", "too many unmatched keys"),
 }
 SDXL_READERS = replace(
     SD_READERS,
     refuse_unknown=("InvokeAI",),
-    others={"diffusers_format": SDXL_DIFFUSERS, "with_texts": SDXL_DIFFUSERS},
+    others={**EXACT, "diffusers_format": SDXL_DIFFUSERS, "with_texts": SDXL_DIFFUSERS},
 )
 
 

@@ -16,13 +16,26 @@ from finetune.families.naming.base import Naming, Readers, Verdict
 NO_FLUX: Verdict = ("nothing", "it has no Flux")
 CONVERTER: Verdict = ("unknown", "its converter gives the same weights, tested at full size")
 UNMATCHED: Verdict = ("nothing", "no key matches")
+EXACT_FLUX: Mapping[str, Verdict] = {  # LoHa, LoKr and DoRA in LyCORIS' format
+    "A1111": NO_FLUX,
+    "InvokeAI": ("refused", "it has no loader for such a file"),
+    "diffusers": ("refused", ""),
+}
+EXACT_SD3: Mapping[str, Verdict] = {
+    "InvokeAI": ("refused", "it has no LoRA loader for SD3"),
+    "diffusers": ("refused", ""),
+}
 FLUX_READERS = Readers(
     kohya=("ComfyUI", "Forge", "InvokeAI", "sdnext"),
     kohya_with_texts=("ComfyUI", "Forge", "InvokeAI"),
     diffusers_format=("ComfyUI", "Forge", "InvokeAI", "diffusers"),
     with_texts=("ComfyUI", "Forge", "diffusers"),
     embedding=("diffusers",),
+    native=("ComfyUI",),  # read from its source: it maps `lycoris_` names to the rows of its joined matrices
+    dora=("ComfyUI",),
     others={
+        "native": EXACT_FLUX,
+        "dora": EXACT_FLUX,
         "kohya": {"A1111": NO_FLUX, "diffusers": CONVERTER},
         "kohya_with_texts": {
             "A1111": NO_FLUX,
@@ -38,7 +51,11 @@ SD3_READERS = Readers(
     kohya=("ComfyUI", "Forge"),
     diffusers_format=("ComfyUI", "diffusers"),
     with_texts=("diffusers",),
+    native=("ComfyUI",),
+    dora=("ComfyUI",),
     others={
+        "native": EXACT_SD3,
+        "dora": EXACT_SD3,
         "kohya": {
             "A1111": ("refused", "fails at .alpha"),
             "InvokeAI": ("refused", "does not recognise it"),
