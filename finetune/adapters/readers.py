@@ -23,7 +23,7 @@ UNET_DIFFUSERS: tuple[Verdict, ...] = (
     ("partly", f"it matches only some of these keys (measured on SDXL: 24 of 56): {TO_KOHYA}"),
     ("refused", f"it does not read these keys: {TO_KOHYA}"),
     ("unknown", f"not established for these keys: {TO_KOHYA}"),
-    ("unknown", f"not established for these keys: {TO_KOHYA}"),
+    ("refused", f"it has no loader for these keys: {TO_KOHYA}"),
     ("unknown", f"not established for these keys: {TO_KOHYA}"),
 )
 NOTHING: Verdict = ("refused", f"it matches none of these keys: {TO_KOHYA}")

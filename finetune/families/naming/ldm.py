@@ -24,16 +24,18 @@ EXACT: Mapping[str, Mapping[str, Verdict]] = {  # LoHa, LoKr and DoRA in LyCORIS
         LYCORIS: ("wrongly", f"an error of 0.2 of the change, {CHANGED}"),
     },
 }
+NOT_DIFFUSERS = {"InvokeAI": ("refused", "it has no loader for these keys")}
 SD_READERS = Readers(
     kohya=("ComfyUI", "Forge", "A1111", "InvokeAI", "sdnext", "diffusers"),
     embedding=("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers"),
     native=("ComfyUI", "Forge", "InvokeAI"),
     dora=("ComfyUI", "Forge"),
-    others=EXACT,
+    others={**EXACT, "diffusers_format": NOT_DIFFUSERS, "with_texts": NOT_DIFFUSERS},
 )
 SDXL_DIFFUSERS: Mapping[str, Verdict] = {
     "ComfyUI": ("partly", "it matches only part of such keys (measured: 486 of 1,046, 88 at a wrong strength)"),
     "Forge": ("refused", "too many unmatched keys"),
+    **NOT_DIFFUSERS,
 }
 SDXL_READERS = replace(
     SD_READERS,
