@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from finetune.adapters.algebra import combine, extract, resize
-from finetune.adapters.bases import has_weights
+from finetune.adapters.bases import BASE_HASH, has_weights
 from finetune.adapters.faults import STATES, with_faults
 from finetune.adapters.header import predicts_v
 from finetune.adapters.inspection import inspect_adapter, open_adapter
@@ -112,13 +112,16 @@ def _check_range(adapter: Adapter, dtype: str) -> None:
 
 
 def about_of(found: Inspection) -> dict[str, str]:
-    """The metadata that a converted file keeps: the trigger, the resolution and what the base predicts, nothing
-    private."""
+    """The metadata that a converted file keeps: the trigger, the resolution, what the base predicts and the base's
+    hash, nothing private."""
     metadata = found.metadata
     return {
         "trigger_phrase": metadata.get("modelspec.trigger_phrase", ""),
         "resolution": metadata.get("modelspec.resolution", ""),
-    } | ({"prediction": "v"} if predicts_v(metadata) else {})
+    } | {
+        **({"prediction": "v"} if predicts_v(metadata) else {}),
+        **({"base_hash": metadata[BASE_HASH]} if BASE_HASH in metadata else {}),
+    }
 
 
 def merged(files: Sequence[tuple[Path, float]], base: str | None, rank: int | None) -> tuple[Adapter, Kept | None]:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_export import ABOUT, NAMES, bench_of, probe_trained, trained
 
 from finetune.adapters.algebra import combine, resize
+from finetune.adapters.bases import BASE_HASH
 from finetune.adapters.inspection import inspect_adapter, open_adapter
 from finetune.adapters.operations import extracted, merged, merged_model, verify_file, write
 from finetune.cli.main import run
@@ -20,9 +22,10 @@ from finetune.export.base import Adapter, Request, delta
 from finetune.export.registry import EXPORTS, formats_for
 from finetune.export.verify import apply_adapter
 from finetune.families.configs import read_config
+from finetune.families.digests import base_hash
 from finetune.families.naming.ldm import unet_name
 from finetune.families.registry import FAMILIES, weight_shapes
-from finetune.families.source import load_family
+from finetune.families.source import load_family, resolve_base
 
 PARTS = ["denoiser", "text_encoders"]
 
@@ -418,6 +421,20 @@ def test_the_commands(tiny_bases: dict[str, Path], tmp_path: Path, capsys: pytes
     model = tmp_path / "model"
     assert run(["merge", f"{file}:0.5", "--to", "folder", "--out", str(model), *base])[0] == 0
     assert run(["extract", str(model), "--rank", "3", "--out", str(tmp_path / "back"), *base])[0] == 0
+
+
+def test_a_converted_file_still_names_its_base(tmp_path: Path) -> None:
+    """It can be converted again without --base, also over itself: the first output compared with SD 1.5."""
+    tiny = resolve_base("tiny")
+    file, out = tmp_path / "x.safetensors", str(tmp_path / "y")
+    written(tiny, tmp_path, ["kohya"])
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() | {BASE_HASH: base_hash(tiny)}
+    save_file(load_file(file), file, metadata)
+    for given in (file, f"{out}.safetensors"):
+        assert run(["convert", str(given), "--to", "kohya", "--out", out, "--force"]) == (0, "")
+    with safe_open(f"{out}.safetensors", "pt") as opened:
+        assert opened.metadata()[BASE_HASH] == base_hash(tiny)
 
 
 @pytest.mark.parametrize(
