@@ -4,8 +4,8 @@
     python benchmarks/style.py run.steps=100 --styles "blue lines" --priors none      # a trial
 
 Each run trains the recipe `style-lora` on 40 drawings (style_drawings.py) with TINY, which this base needs, and draws
-the same scenes with and without the style's words, at the same seeds. Rows are added to --work/rows.jsonl; finished
-ones are not repeated. Overrides are a trial: they have rows of their own, and the page is not written.
+the same scenes with and without the style's words, at the same seeds. Rows are added to style.jsonl beside this file;
+finished ones are not repeated. Overrides are a trial: they have rows of their own, and the page is not written.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SAMPLING = Sampling(steps=12, guidance=3.0, size=64)
 # the tiny base is small: it needs a larger rate and more modules than the recipe's, as `demo` has them
 TINY = (
     "base=tiny", "method.targets=conv", "method.rank=16", "optim.lr=2e-3", "objective.weighting=min_snr",
-    "run.steps=300", "sample.guidance=3.0", "sample.steps=12", "sample.count=1", "export.verify=off",
+    "run.steps=900", "sample.guidance=3.0", "sample.steps=12", "sample.count=1", "export.verify=off",
     "sample.prompts=['a house in {token} style', 'a house']",
 )  # fmt: skip
 
@@ -179,11 +179,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="section.key=value: a trial")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "style")
+    parser.add_argument("--rows", type=Path, default=Path(__file__).with_name("style.jsonl"), help="the results' file")
     parser.add_argument("--styles", nargs="+", default=list(STYLES), choices=list(STYLES))
     parser.add_argument("--priors", nargs="+", default=PRIORS, choices=PRIORS)
     parser.add_argument("--write", action="store_true", help="write docs/results.md from the rows that are there")
     arguments = parser.parse_args()
-    work, file = arguments.work.absolute(), arguments.work.absolute() / "rows.jsonl"
+    work, file = arguments.work.absolute(), arguments.rows.absolute()
     work.mkdir(parents=True, exist_ok=True)
     quiet()
     torch.set_num_threads(1)
