@@ -102,7 +102,8 @@ print(logging.getLogger("finetune").handlers, logging.getLogger("finetune").leve
         ("logging.basicConfig()", False),  # the application wants warnings
         ("logging.getLogger('finetune').setLevel('ERROR')", False),
         ("logging.getLogger('finetune').addHandler(logging.NullHandler())", False),
-        ("import os; os.environ['RANK'] = '1'", False),  # not the main process
+        ("import os; os.environ['RANK'] = '1'", True),  # left behind by a launcher: there is one process
+        ("import os; os.environ.update(RANK='1', WORLD_SIZE='2')", False),  # not the main process
     ],
 )
 def test_the_application_decides_what_is_shown(before: str, shown: bool) -> None:

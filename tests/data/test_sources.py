@@ -86,8 +86,8 @@ def test_a_zip_gives_the_folders_files(inside: str, captioned: Path, tmp_path: P
     assert {file.name: file.read_bytes() for file in opened.folder.iterdir()} == {
         file.name: file.read_bytes() for file in captioned.iterdir()
     }
-    (scanned,) = scan_subjects(Data(photos=tmp_path / "photos.zip"))
-    (plain,) = scan_subjects(Data(photos=captioned))
+    (scanned,) = scan_subjects(Data(photos=tmp_path / "photos.zip", class_noun="mug"))
+    (plain,) = scan_subjects(Data(photos=captioned, class_noun="mug"))
     assert [photo.digest for photo in scanned.photos] == [photo.digest for photo in plain.photos]
 
 
@@ -135,7 +135,7 @@ def test_the_run_is_the_folders_and_goes_on_without_the_cache(
 def test_what_is_no_photo_is_named(captioned: Path, tmp_path: Path) -> None:
     (captioned / "notes.pdf").write_bytes(b"x")
     (captioned / "film.mp4").write_bytes(b"x")
-    (scanned,) = scan_subjects(Data(photos=zipped(captioned, tmp_path / "photos.zip")))
+    (scanned,) = scan_subjects(Data(photos=zipped(captioned, tmp_path / "photos.zip"), class_noun="mug"))
     assert scanned.left_out == "not used from photos.zip: film.mp4, notes.pdf"
 
 
@@ -148,7 +148,7 @@ def damaged(file: Path) -> None:
 
 def refused(file: Path, *words: str) -> None:
     with pytest.raises(BadInput) as raised:
-        scan_subjects(Data(photos=file))
+        scan_subjects(Data(photos=file, class_noun="mug"))
     assert all(word in str(raised.value) for word in words), raised.value
 
 

@@ -225,7 +225,7 @@ FOUND: dict[str, Tests] = {
         OVERRIDES: "test_folders_are_taken_as_they_are_in_every_form test_a_dictionary_with_an_unknown_key_is_refused",
     },
     "E8 the model card's snippet; a command that no page names": {
-        "jobs/test_companions.py": "test_the_cards_snippet_opens_the_tiny_base",
+        "jobs/test_companions.py": "test_the_cards_snippet_draws_with_the_tiny_base",
         "test_docs.py": "test_every_tool_for_photos_is_named_on_a_page",
     },
     "E9 the demo promises more than is seen": {

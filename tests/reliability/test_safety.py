@@ -831,9 +831,7 @@ def test_a_tokenizer_of_another_base_is_named(base: Path) -> None:
 
 READERS = {
     "json.load": (),
-    "json.loads": (
-        "core/reading.py", "core/files.py", "testing/random_base.py", "export/metadata.py", "training/peers.py"
-    ),
+    "json.loads": ("core/reading.py", "core/files.py", "testing/random_base.py"),
     "Image.open": ("data/photos.py",), "yaml.load": ("core/reading.py",), "yaml.safe_load": (),
     "torch.load": (), "pickle.load": (), "pickle.loads": (), "shutil.copy": (), "shutil.copytree": (),
 }  # fmt: skip
@@ -841,8 +839,7 @@ READERS = {
 
 @pytest.mark.parametrize("name", READERS)
 def test_there_is_one_reader_of_each_kind_of_file(name: str) -> None:
-    """Others read what was just written: the header of safetensors (`core/files.py`, `export/metadata.py`), a base
-    (`testing`), and what the processes of a run tell each other (`training/peers.py`)."""
+    """`core/files.py` sorts the header that safetensors has just written; `testing` reads what it wrote."""
     calls = {
         (file, ast.unparse(node.func))
         for package in (ROOT / "finetune", ROOT / "data_tools")
