@@ -263,6 +263,18 @@ def _connect() -> Any:
     return connect(*place, is_master=False, wait_for_workers=False, timeout=COLLECTIVE)
 
 
+def _own_place() -> dict[str, Any]:
+    """Where restarted workers meet. torchrun's static rendezvous keeps its store over restarts, with the addresses of
+    the workers that are gone; torch takes the store to be a new one, and would connect to them."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    store = PrefixStore(f"finetune/attempt-{attempt}", _connect())
+    return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+
+
 def _join() -> Peers:
     from accelerate.state import PartialState
     from torch.distributed.distributed_c10d import PrefixStore, broadcast_object_list
@@ -271,7 +283,7 @@ def _join() -> Peers:
     from finetune.training.heartbeat import Heartbeat
 
     end_with_launcher()
-    state = PartialState(cpu=on_cpu(), timeout=COLLECTIVE)
+    state = PartialState(cpu=on_cpu(), timeout=COLLECTIVE, **_own_place())
     name = [secrets.token_hex(8)]  # restarted workers meet in the same store
     broadcast_object_list(name, 0, device=state.device)
     own, theirs = (PrefixStore(name[0], _connect()) for _ in range(2))
