@@ -35,8 +35,10 @@ from finetune.jobs.pins import Pins
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.jobs.record import record_of, started
+from finetune.jobs.timestep_loss import measure_base, measure_trained
 from finetune.report.html import write_report
 from finetune.report.pictures import keep_photos
+from finetune.runs.attention import FOLDER as ATTENTION
 from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import read_inputs
 from finetune.runs.plan import plan_rows
@@ -217,6 +219,7 @@ def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Ho
     """Draws the images from before training, trains, and saves the trained weights in RUN/adapter."""
     recipe = job.recipe
     if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
+        measure_base(job, folder.path)
         draw_samples(job, folder.path / "samples" / "before", "Before")
     if recipe.run.trackers:
         accelerator.init_trackers("finetune", config={"recipe": recipe.model_dump_json()})
@@ -242,7 +245,8 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
     if shown is not None:  # the report shows what the exported file draws, not the weights in memory
         shown.parts.device = device
         job.family = shown
-        draw_samples(job, after, "After")
+        measure_trained(job, folder.path)
+        draw_samples(job, after, "After", maps=folder.path / ATTENTION)
     write_companions(folder)
     write_report(folder.path)
     for item in exported:

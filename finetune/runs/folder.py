@@ -36,8 +36,9 @@ HOLDER = (
 LOCKS = ("run.lock", HOLDER)
 
 # what a run writes, in its folder
-FOLDERS = ("adapter", "checkpoints", "exports", "photos", "samples", "samples/before", "samples/after")
+FOLDERS = ("adapter", "attention", "checkpoints", "exports", "photos", "samples", "samples/before", "samples/after")
 FILES = (
+    "timestep_loss.json",
     *("run.json", "inputs.json", "status.json", "metrics.jsonl", "exports.json", "report.html", "run.lock", HOLDER),
     *("adapter/trained.safetensors", "adapter/manifest.json"),
 )

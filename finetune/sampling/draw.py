@@ -84,7 +84,7 @@ def draw(
     if family.codec.parts:
         pipeline.vae = fitting(pipeline.vae, family.dtype, family.autocast is not None)
     images: list[Image.Image] = []
-    with _in_eval(family), _as_trained(family), _hooks_removed(pipeline):
+    with as_drawn(family), _hooks_removed(pipeline):
         for start in range(0, len(prompts), sampling.batch_size):
             chosen = slice(start, start + sampling.batch_size)
             texts = list(prompts[chosen])
@@ -98,6 +98,13 @@ def draw(
             images += out.images
             advance(len(texts))
     return images
+
+
+@contextmanager
+def as_drawn(family: Family) -> Iterator[None]:
+    """Every module of the family as images are drawn with it: in eval mode, under autocast if it trained under it."""
+    with _in_eval(family), _as_trained(family):
+        yield
 
 
 def _as_trained(family: Family) -> AbstractContextManager[object]:
