@@ -14,6 +14,7 @@ from finetune.runs.attention import SEEDS, file_of, words_of_run
 from finetune.sampling.attention_maps import AttentionMap, AttentionRecorder, has_maps, words_of
 from finetune.sampling.images import save_image
 
+
 def recorder_of(job: Prepared, prompts: Sequence[str], seeds: Sequence[int]) -> AttentionRecorder | None:
     """Returns a recorder for images that are drawn prompt by prompt, seed by seed, or None if the base's denoiser has
     no such maps.

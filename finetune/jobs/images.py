@@ -146,9 +146,7 @@ def unused(path: Path) -> Path:
     return candidate
 
 
-def draw_samples(
-    job: Prepared, folder: Path, title: str, count: int | None = None, maps: Path | None = None
-) -> None:
+def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = None, maps: Path | None = None) -> None:
     """Draws the sample prompts into `folder` (see `draw_files`), with the same seeds each time.
 
     Draws `count` images of each prompt, or `sample.count` if it is None. The folder appears only when it is complete.

@@ -34,7 +34,7 @@ TITLE = "Timesteps"
 
 @dataclass(frozen=True)
 class Probe:
-    """One image of the measurement: latents [C, h, w], conditions [1, ...], mask [1, h, w], and the key of its noise."""
+    """One image of the measurement: latents [C, h, w], conditions [1, ...], mask [1, h, w], and its noise's key."""
 
     latents: Tensor
     cond: dict[str, Tensor]

@@ -60,16 +60,27 @@ def tag(file: Path, run: Path, alt: str, linked: bool = False) -> str:
     Raises:
         BadInput: the file is a link that leads out of the run folder.
     """
-    if leads_out(file, run):
-        raise BadInput(f"{file} is a link that leads out of {run}: remove it")
     try:
-        image = open_image(file, formats=FORMATS)
-        if max(image.size) > MAX_ASPECT * min(image.size):
-            raise BadImage(file, f"{image.width}x{image.height} is not a plausible image size")
+        image = opened(file, run)
     except BadImage as fault:
         return f"<p class=soft>{escape(file.name)} can't be shown ({escape(fault.reason)})</p>"
     shown = image_tag(image, alt)
     return f'<a href="{quote(file.relative_to(run).as_posix())}">{shown}</a>' if linked else shown
+
+
+def opened(file: Path, run: Path) -> Image.Image:
+    """Returns an image file of the run folder.
+
+    Raises:
+        BadInput: the file is a link that leads out of the run folder.
+        BadImage: it can't be shown.
+    """
+    if leads_out(file, run):
+        raise BadInput(f"{file} is a link that leads out of {run}: remove it")
+    image = open_image(file, formats=FORMATS)
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise BadImage(file, f"{image.width}x{image.height} is not a plausible image size")
+    return image
 
 
 def small(image: Image.Image) -> Image.Image:

@@ -48,7 +48,7 @@ def read_timestep_loss(run: Path) -> TimestepLoss | None:
     except ValidationError as error:
         raise _damaged(file, error.errors(include_url=False)[0]["msg"]) from error
     every = [*found.base, *found.trained]
-    if found.trained and len(found.trained) != len(found.base) or not all(0 <= value < LARGEST for value in every):
+    if (found.trained and len(found.trained) != len(found.base)) or not all(0 <= value < LARGEST for value in every):
         raise _damaged(file, "its losses are not those of two models")
     return found
 

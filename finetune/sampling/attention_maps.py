@@ -69,7 +69,7 @@ class AttentionMap:
     count: int
 
     def at(self, side: int) -> Tensor:
-        """Returns the map [side, side], float32: the mean probability, in [0, 1], with which each place reads the word.
+        """Returns the map [side, side], float32: the mean probability in [0, 1] with which each place reads the word.
 
         It is DAAM's sum over layers, heads and steps, each scaled up to the image, divided by their number.
         """
