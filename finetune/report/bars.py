@@ -23,7 +23,7 @@ def pairs_of_bars(title: str, names: Sequence[str], first: Sequence[float], seco
         f"{name}: {one:.3g} and {other:.3g}" for name, one, other in zip(names, first, second, strict=True)
     )
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" style="min-width:560px" '
         f'aria-label="{escape(title)} before and after, {escape(spoken)}">'
         f'<line x1="{LEFT}" y1="{BASE}" x2="{WIDTH - 8}" y2="{BASE}" stroke="var(--line)"/>'
         f'<g fill="var(--soft)" font-size="12"><text x="{LEFT}" y="14">{escape(title)}</text>'

@@ -40,7 +40,8 @@ def pictures_of_why(path: Path, info: RunRecord, after: Path, finished: bool) ->
         return ""
     maps = (
         " The maps show which places of the image read a word: the cross-attention to it, the mean over layers, heads "
-        "and steps (DAAM, arXiv:2210.04885). Colours go from each map's own minimum (dark) to its maximum (white): they tell where, not how much."
+        "and steps (DAAM, arXiv:2210.04885). Colours go from each map's own minimum (dark) to its maximum (white): "
+        "they tell where, not how much."
     )
     has_maps = finished and any((path / FOLDER).glob("*.png"))
     return (
@@ -66,7 +67,7 @@ def _rows(path: Path, info: RunRecord, start: Path, finished: bool) -> Iterator[
             _figure(_image(GAIN * changed), f"difference: {share:.0%}", seed),
         ]
         figures += _maps(path, info, file, after) if finished else []
-        yield f"<div class=steps>{''.join(figures)}</div>"
+        yield f'<div class=strip style="--columns:{len(figures)}">{"".join(figures)}</div>'
 
 
 def _maps(path: Path, info: RunRecord, file: Path, image: Image.Image) -> Iterator[str]:
@@ -111,8 +112,10 @@ def difference(before: Image.Image, after: Image.Image) -> NDArray[np.float64]:
 
 
 def overlaid(image: Image.Image, found: Image.Image) -> Image.Image:
-    """Returns a map in colours, from its minimum to its maximum, over a darker, grey copy of its image. Both may differ
-    in size."""
+    """Returns a map in colours, from its minimum to its maximum, over a darker, grey copy of its image.
+
+    The map may be of another size.
+    """
     heat = _values(found.resize(image.size, Image.Resampling.BICUBIC).convert("L"))
     heat = (heat - heat.min()) / max(1.0, heat.max() - heat.min())
     steps = np.linspace(0, 1, len(HEAT))
@@ -141,7 +144,7 @@ def loss_by_timestep(path: Path) -> str:
     if found is None or not found.trained:
         return ""
     count = len(found.base)
-    names = [f"{100 * k // count}–{100 * (k + 1) // count} %" for k in range(count)]
+    names = [f"{100 * k // count}–{100 * (k + 1) // count}%" for k in range(count)]
     change = [after / max(before, 1e-12) - 1 for before, after in zip(found.base, found.trained, strict=True)]
     best = min(range(count), key=lambda k: change[k])
     said = f"It fell most at {names[best]} noise, by {-change[best]:.0%}." if change[best] < 0 else "It fell nowhere."

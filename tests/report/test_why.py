@@ -57,7 +57,7 @@ def test_each_seed_is_a_row_of_before_after_difference_and_maps(run: Path) -> No
         for what in ("before", "after", "difference: 39%", "reads “zwx”", "reads “&lt;i&gt;mug”")
     ]  # half of the pixels differ by 200 of 255
     changed = np.asarray(images[2][1].convert("L"), dtype=int)
-    assert changed[:, :70].min() > 250, "three times 200 is white"
+    assert changed[:, :70].min() > 240, "three times 200 is white"
     assert changed[:, 90:].mean() < 3
 
 
@@ -111,7 +111,7 @@ def test_the_loss_by_noise_level(run: Path) -> None:
     assert "Loss by noise level" not in write_report(run).read_text(encoding="utf-8"), "training has not ended"
     write_timestep_loss(run, TimestepLoss(images=8, base=[1.0, 0.5], trained=[0.25, 0.75]))
     page = write_report(run).read_text(encoding="utf-8").split("<h2>Loss by noise level</h2>")[1]
-    assert "It fell most at 0–50 % noise, by 75%" in page
+    assert "It fell most at 0–50% noise, by 75%" in page
     assert "-75%</text>" in page
     assert "+50%</text>" in page
 
