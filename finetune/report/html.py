@@ -42,7 +42,7 @@ pre{background:var(--card);border:1px solid var(--line);border-radius:12px;paddi
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:18px}.pair h3{font-size:13px;color:var(--soft);margin:0 0 6px;font-weight:600}
 .prompt{font-weight:600;margin:22px 0 8px}.good{color:var(--good)}.bad{color:var(--bad)}
 .row img{width:calc(25% - 8px);max-width:160px;height:auto}svg{max-width:100%;height:auto}a{color:inherit}
-.row a{display:inline}.steps{display:flex;flex-wrap:wrap;gap:4px 10px}.steps figure{margin:0;width:120px}.steps img{width:100%;height:auto}
+.row a{display:inline}
 .strip{display:grid;grid-template-columns:repeat(var(--columns),minmax(56px,120px));gap:4px 8px;margin-bottom:8px}.strip figure{margin:0}.strip img{width:100%;height:auto;margin:0}.strip .prompt{grid-column:1/-1;margin:12px 0 2px}
 figcaption{font-size:12px;color:var(--soft)}.small img{width:96px;height:auto}td,li,code,p{overflow-wrap:anywhere}td[title=format],td[title=size]{white-space:nowrap}
 @media(max-width:700px){.pair{grid-template-columns:1fr}.row img{width:calc(50% - 8px)}main{padding:20px 10px 60px}.card{padding:12px}tr:has(td+td){border-top:1px solid var(--line)}

@@ -61,14 +61,14 @@ def tag(file: Path, run: Path, alt: str, linked: bool = False) -> str:
         BadInput: the file is a link that leads out of the run folder.
     """
     try:
-        image = opened(file, run)
+        image = readable(file, run)
     except BadImage as fault:
         return f"<p class=soft>{escape(file.name)} can't be shown ({escape(fault.reason)})</p>"
     shown = image_tag(image, alt)
     return f'<a href="{quote(file.relative_to(run).as_posix())}">{shown}</a>' if linked else shown
 
 
-def opened(file: Path, run: Path) -> Image.Image:
+def readable(file: Path, run: Path) -> Image.Image:
     """Returns an image file of the run folder.
 
     Raises:

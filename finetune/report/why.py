@@ -12,7 +12,7 @@ from PIL import Image
 
 from finetune.data.photos import BadImage
 from finetune.report.bars import pairs_of_bars
-from finetune.report.pictures import image_tag, opened
+from finetune.report.pictures import image_tag, readable
 from finetune.runs.attention import FOLDER, SEEDS, file_of, words_of_run
 from finetune.runs.record import RunRecord
 from finetune.runs.timesteps import read_timestep_loss
@@ -100,7 +100,7 @@ def _read(file: Path, run: Path) -> Image.Image | None:
     if not file.is_file():
         return None
     try:
-        return opened(file, run).convert("RGB")
+        return readable(file, run).convert("RGB")
     except BadImage:
         return None
 
