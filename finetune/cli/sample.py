@@ -65,10 +65,15 @@ def sample(
     check_sampling(family, sampling, "--")
     read = open_given(family, Given(image, mask, depth, image_guidance, strength), sampling, "--", info.image_guidance)
     prompt = filled_prompts(prompt, info)
-    for note in [*read.notes, *name_cut_prompts(family, [*prompt, negative])]:
-        say(f"note: {note}")
+    _note([*read.notes, *name_cut_prompts(family, [*prompt, negative])])
     request = ImageRequest(
         prompt, range(seed, seed + count), sampling, info.base or base, read.condition, read.origins
     )
     drawn, page = draw_more(family, request, out)
     typer.echo(f"{drawn} images and {page.name} in {out}")
+
+
+def _note(lines: list[str]) -> None:
+    """What a person should know of what was asked for."""
+    for line in lines:
+        say(f"note: {line}")
