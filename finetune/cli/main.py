@@ -228,11 +228,11 @@ def _train(
     from finetune.families.toy import expectation
     from finetune.jobs import train as job
     from finetune.jobs.plan import plan
-    from finetune.runs.plan import plan_rows
+    from finetune.runs.plan import plan_lines
 
     if dry_run:
-        for name, value in plan_rows(plan(job.check_run(recipe, processes))).items():
-            say(f"{name:>16}  {value}")
+        for line in plan_lines(plan(job.check_run(recipe, processes))):
+            say(line)
         return
     tell = say if is_main_process() else _silent
     path = job.train(recipe, run, tell, accept_changes=accept_changes)
