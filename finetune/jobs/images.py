@@ -20,9 +20,9 @@ from finetune.data.crops import make_crops
 from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition, Wants
 from finetune.families.loading import DiffusersFamily
-from finetune.jobs.word_maps import recorder_of, write_maps
 from finetune.jobs.prepare import Prepared
 from finetune.jobs.previews import from_file
+from finetune.jobs.word_maps import recorder_of, write_maps
 from finetune.runs.folder import RunFolder
 from finetune.sampling.attention_maps import AttentionRecorder
 from finetune.sampling.draw import draw
