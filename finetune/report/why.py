@@ -17,6 +17,7 @@ from finetune.runs.attention import FOLDER, SEEDS, file_of, words_of_run
 from finetune.runs.record import RunRecord
 from finetune.runs.timesteps import read_timestep_loss
 
+LARGEST = 512  # pixels: sides are made smaller before pixels become numbers
 GAIN = 3  # the difference is shown so many times as bright: most differences are small
 DIM = 0.7  # of the image's brightness under a map
 # black, blue, red, yellow, white: the colours of low to high values, in equal steps
@@ -92,17 +93,19 @@ def _figure(image: Image.Image, caption: str, seed: int) -> str:
 
 
 def _read(file: Path, run: Path) -> Image.Image | None:
-    """An image of the run, RGB; None if it is missing or can't be read: the rest of the page says so.
+    """An image of the run, RGB, made smaller if it is large; None if it is missing or can't be read.
 
     Raises:
         BadInput: the file is a link that leads out of the run folder.
     """
     if not file.is_file():
         return None
-    try:
-        return readable(file, run).convert("RGB")
+    try:  # the rest of the page says what can't be read
+        shown = readable(file, run).convert("RGB")
     except BadImage:
         return None
+    shown.thumbnail((LARGEST, LARGEST))
+    return shown
 
 
 def difference(before: Image.Image, after: Image.Image) -> NDArray[np.float64]:

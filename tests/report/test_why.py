@@ -14,6 +14,7 @@ from PIL import Image
 
 from finetune.config.load import dump_recipe, load_recipe
 from finetune.core.errors import BadInput
+from finetune.report import why
 from finetune.report.bars import pairs_of_bars
 from finetune.report.html import write_report
 from finetune.report.why import difference, overlaid
@@ -92,6 +93,20 @@ def test_a_link_out_of_the_run_is_refused(run: Path, tmp_path_factory: pytest.Te
     (run / "attention" / "00-0-0.png").symlink_to(secret)
     with pytest.raises(BadInput, match="link that leads out"):
         write_report(run)
+
+
+def test_large_images_are_made_smaller_before_they_are_compared(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("before", "after"):
+        save(Image.new("RGB", (1024, 768)), run / "samples" / name / "00-0.png")
+    seen: list[tuple[int, int]] = []
+
+    def watched(one: Image.Image, other: Image.Image) -> np.ndarray:
+        seen.append(one.size)
+        return difference(one, other)
+
+    monkeypatch.setattr(why, "difference", watched)
+    write_report(run)
+    assert seen == [(512, 384), (32, 32)]
 
 
 def test_difference_and_overlay_in_numbers() -> None:
