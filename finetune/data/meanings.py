@@ -9,12 +9,11 @@ from functools import cache
 from importlib.resources import files
 
 KNOWN = {"sks": "a rifle"}  # popular tokens that have a meaning for real bases
-WORDLIKE = 5  # letters: CLIP has that many in one piece only where it met them often
-ENDINGS = {"wx": "a weather hashtag", "fc": "a football club", "tv": "a TV channel"}  # of 4 letters or more
+ENDINGS = {"wx": "a weather hashtag", "fc": "a football club", "tv": "a TV channel"}  # of 4 or 5 letters
 
 
 def meaning_of(text: str) -> str | None:
-    """Returns a known meaning of a token, such as "an abbreviation (business to business)", or None."""
+    """Returns a known meaning of a token, such as "an abbreviation (a football slogan)", or None."""
     word = text.lower()
     if word in KNOWN:
         return KNOWN[word]
@@ -24,11 +23,11 @@ def meaning_of(text: str) -> str | None:
 
 
 def _by_rule(word: str) -> str | None:
-    """The plural of an abbreviation that is known, or an ending that says what it is."""
+    """What is known of it without the plural's s, or what its ending says."""
     single = known().get(word[:-1]) if word.endswith("s") and len(word) > 3 else None
-    if single and single.startswith("an abbreviation"):
+    if single:
         return f"the plural of {single}"
-    return ENDINGS.get(word[-2:]) if len(word) >= 4 and word.isalpha() and word.isascii() and len(word) <= 5 else None
+    return ENDINGS.get(word[-2:]) if 4 <= len(word) <= 5 and word.isalpha() and word.isascii() else None
 
 
 @cache
