@@ -57,7 +57,7 @@ something: they are abbreviations, names, brands and teams. All those of 3 and 4
 in part.
 
 - `finetune/data/known.txt` lists {known} tokens with a meaning. They are never chosen. Whoever gives one gets a line
-  in the plan. Plurals of listed tokens count as listed, and so do weather hashtags, clubs and channels by their endings.
+  in the plan. Plurals of listed tokens count as listed, and so do weather hashtags, clubs and channels by endings.
 - `finetune/data/pieces.txt` lists {all} that mean nothing alone. They are ends of longer words, so the tokenizer makes
   one piece of them. The {shown} rarest are below, with words that end so.
 
