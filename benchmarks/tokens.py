@@ -44,7 +44,7 @@ def page(tokenizer: Any) -> str:
     found = rare_tokens([tokenizer])
     ends, vocab = meanings.pieces(), tokenizer.get_vocab()
     rows = [f"| `{text}` | {vocab[text + '</w>']} | {ends[text]} |" for text in found[:COUNT]]
-    return HEAD.format(all=len(found), known=len(meanings.listed()), shown=len(rows)) + "\n".join(rows) + "\n"
+    return HEAD.format(all=len(found), known=len(meanings.explained()), shown=len(rows)) + "\n".join(rows) + "\n"
 
 
 HEAD = """# Rare tokens of CLIP's vocabulary

@@ -33,11 +33,11 @@ def _by_rule(word: str) -> str | None:
 @cache
 def known() -> dict[str, str]:
     """Token -> what it is, of words.txt and known.txt."""
-    return dict.fromkeys(_text("words.txt").split(), "a word, name or abbreviation") | listed()
+    return dict.fromkeys(_text("words.txt").split(), "a word, name or abbreviation") | explained()
 
 
 @cache
-def listed() -> dict[str, str]:
+def explained() -> dict[str, str]:
     """Rare token of CLIP's vocabulary -> what it is, of known.txt."""
     found, kind = {}, ""
     for line in _lines("known.txt"):

@@ -156,7 +156,7 @@ def _spread(texts: list[str], most: int) -> list[str]:
 
 def _listed(tokenizers: Sequence[Any]) -> list[str]:
     """Rare tokens with a listed meaning, rarest first, to compare candidates with; none if the vocabulary has few."""
-    found = [text for text in _rare_words(tokenizers) if text in meanings.listed() and _single(tokenizers, text)]
+    found = [text for text in _rare_words(tokenizers) if text in meanings.explained() and _single(tokenizers, text)]
     return _spread(found, MOST_KNOWN) if len(found) >= FEWEST else []
 
 

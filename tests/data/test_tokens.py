@@ -137,7 +137,7 @@ def test_what_means_something_is_known(text: str) -> None:
 
 
 def test_the_lists_say_one_thing_of_each_token() -> None:
-    listed, pieces = meanings.listed(), meanings.pieces()
+    listed, pieces = meanings.explained(), meanings.pieces()
     assert not set(listed) & set(pieces)
     assert len(listed) > 1500
     assert len(pieces) >= 50
@@ -179,7 +179,7 @@ def test_picks_on_the_real_vocabulary(real_words: Path) -> None:
     assert found == [token.text for token in tokens.suggest(load_family(str(real_words)), 3, "mug")]
     assert len(found) == 3
     assert set(found) <= set(meanings.pieces())
-    assert not set(found) & (set(KNOWN_BEFORE) | set(meanings.listed()))
+    assert not set(found) & (set(KNOWN_BEFORE) | set(meanings.explained()))
 
 
 def test_neighbours_and_movement_leave_candidates_out(real_words: Path) -> None:
