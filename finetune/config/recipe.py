@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, model_validator
 
+from finetune.config.profiles import ProfileSettings
 from finetune.core.settings import Settings
 from finetune.data.settings import Data
 from finetune.export.settings import ExportTo
@@ -31,6 +32,7 @@ class Recipe(Settings):
     run: Run = Run()
     sample: SampleSettings = SampleSettings()
     export: ExportTo = ExportTo()
+    profile: ProfileSettings = ProfileSettings()
 
     @property
     def leaves_as_trained(self) -> bool:
