@@ -383,6 +383,7 @@ def _sentence(error: ValidationError, where: str, given: Mapping[str, str]) -> s
     """
     complaints = error.errors(include_url=False)
     first = next((item for item in complaints if item["type"] == "extra_forbidden"), complaints[0])
+    first = next((item for item in complaints if item["loc"][:1] == ("profile",)), first)  # it fills in the others
     location = [str(part) for part in first["loc"] if "[" not in str(part)]  # without the options of a union
     known, shown = _keys_at(location[:-1])
     key = ".".join([*shown, *location[-1:]])
