@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune.config.effect import without_effect
-from finetune.config.profiles import WARMUP, Default, at, defaults_of, fill, fitting_warmup, without
+from finetune.config.profiles import NO_PROFILE, WARMUP, Default, at, defaults_of, fill, fitting_warmup, without
 from finetune.config.recipe import Recipe
 from finetune.config.recipes import examples, find, folder
 from finetune.core.complaints import what_to_do
@@ -156,32 +156,33 @@ def settled(recipe: Recipe, download: bool = False) -> Recipe:
     """The recipe with the defaults of its profile for the base that it names. What was given stays.
 
     Args:
-        download: also read the configs of a hub id that was not fetched before.
+        download: also read the configs of a hub id that was not fetched before. What is not known then counts as
+            settled with the defaults for all bases, as a run must not change later.
 
     Returns:
-        The recipe, unchanged if it has no profile, or the base is not known, or was known before.
+        The recipe, unchanged if it has no profile, or was settled before.
 
     Raises:
         BadInput: a default contradicts what was given.
     """
     profile = recipe.profile
     base = known_base(recipe.base, download) if profile.waits else None
-    if base is None or not base.is_known:
+    if base is None or not (base.is_known or download):
         return recipe
+    if not base.is_known:
+        return recipe.model_copy(update={"profile": profile.model_copy(update={"settled": True})})
     values = recipe.model_dump(mode="json", exclude_unset=True)
     before = defaults_of(profile.purpose or "", recipe.method.kind, KnownBase(recipe.base.source)).values
     for key in profile.filled:
-        if key in before and at(values, key) in (before[key].value, _shortened(before[key].value, recipe.run.steps)):
+        wanted = before[key].value if key in before else None
+        shorter = fitting_warmup(wanted, recipe.run.steps) if key == WARMUP and wanted else wanted
+        if key in before and at(values, key) in (wanted, shorter):
             without(values, key)
     values["profile"] = profile.purpose
     found, _ = _parse(values, (), "the recipe", base)
     kept = {key: origin for key, origin in profile.filled.items() if key not in before}
     whole = found.profile.model_copy(update={"filled": found.profile.filled | kept})
     return found.model_copy(update={"profile": whole})
-
-
-def _shortened(value: Any, steps: int) -> Any:
-    return fitting_warmup(value, steps) if type(value) is int else value
 
 
 def changed_recipe(recipe: Recipe, overrides: Overrides, where: str = "the options") -> Recipe:
@@ -246,7 +247,7 @@ def _record(values: dict[str, Any], defaults: Mapping[str, Default], given: Iter
         profile = profile if stays else {}
     else:
         origins = {key: default.origin for key, default in defaults.items() if at(values, key) == default.value}
-        profile = {"purpose": profile, "settled": settled} if isinstance(profile, str) else profile
+        profile = {"purpose": None if profile == NO_PROFILE else profile} if isinstance(profile, str) else profile
         profile = profile | {"settled": settled} if isinstance(profile, dict) and profile.get("purpose") else profile
     filled = {key: origin for key, origin in origins.items() if not any(_is_in(key, name) for name in given)}
     _shorten_warmup(values, filled, given)

@@ -25,6 +25,7 @@ Values = dict[str, Any]
 
 # optimisers for which a rate of AdamW's is right too: the same rule with another form of its state (arXiv:2110.02861)
 LIKE_ADAMW = ("adamw", "adamw8bit", "paged_adamw8bit")
+NO_PROFILE = "none"  # what a person types for it
 WARMUP = "optim.warmup"
 LARGEST_WARMUP = 0.1  # share of a run's steps that a warm-up may take which nobody typed
 
@@ -49,7 +50,7 @@ class ProfileSettings(Settings):
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
         if value is None or isinstance(value, str):
-            return {"purpose": None if value == "none" else value}
+            return {"purpose": None if value == NO_PROFILE else value}
         return value
 
 
@@ -173,7 +174,7 @@ def _purpose(section: Any) -> str | None:
     """The purpose of a recipe that is still to be filled in. A run's own recipe says that it is settled."""
     if isinstance(section, Mapping):
         section = None if "settled" in section else section.get("purpose")
-    return section if isinstance(section, str) and section != "none" else None
+    return section if isinstance(section, str) and section != NO_PROFILE else None
 
 
 def _kind(section: Any) -> str | None:

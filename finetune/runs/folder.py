@@ -347,7 +347,8 @@ def _placeless(recipe: Recipe) -> Recipe:
 def placeless_settings(recipe: Recipe) -> dict[str, Any]:
     """The recipe as "section.key" -> value, without what may differ from machine to machine: places and the launch."""
     flat = _flat(_placeless(recipe).model_dump(mode="json"))
-    return {name: value for name, value in flat.items() if name not in ("run.dir", "run.processes")}
+    free = ("run.dir", "run.processes")
+    return {name: value for name, value in flat.items() if name not in free and not name.startswith(ORIGINS)}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
