@@ -242,8 +242,8 @@ def _record(values: dict[str, Any], defaults: Mapping[str, Default], given: Iter
     profile = values.get("profile")
     if isinstance(profile, dict) and "settled" in profile:
         known = profile.get("filled")
-        stays = isinstance(known, dict) and not any(_is_in(name, "base") for name in given)
-        origins = {key: known[key] for key in known} if stays else {}
+        stays = not any(_is_in(name, "base") for name in given)
+        origins = dict(known) if stays and isinstance(known, dict) else {}
         profile = profile if stays else {}
     else:
         origins = {key: default.origin for key, default in defaults.items() if at(values, key) == default.value}

@@ -1,5 +1,5 @@
-"""Defaults that follow the base. A recipe with `profile: subject` or `profile: style` leaves out the numbers that only a
-base can tell: rate, steps, rank, layers, prior. A profile fills them in, and says where each comes from.
+"""Defaults that follow the base. A recipe with `profile: subject` or `profile: style` leaves out the numbers that only
+a base can tell: rate, steps, rank, layers, prior. A profile fills them in, and says where each comes from.
 
 Profiles are data: the files in `profiles/`, one for each group of bases. Several may fit a base; for each setting the
 most special one counts, which names the base or its size, before those for its family and those for all bases.

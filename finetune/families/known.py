@@ -1,4 +1,5 @@
-"""What is known of a base before it is loaded: its family and its size. Neither is in a hub id that was never fetched."""
+"""What is known of a base before it is loaded: its family and its size. A hub id that was never fetched tells neither.
+"""
 
 from __future__ import annotations
 

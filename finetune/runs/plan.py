@@ -90,7 +90,7 @@ class Plan(Record):
     names of files that are not used or that images are drawn from. `resolution` is in pixels. `buckets` is empty if
     every crop is square. `places` are the samples of an epoch with buckets; `repeats` of them are padding with weight
     0. `enlarged`, `prior` and `timesteps` are texts from the photos, the prior and the objective. `exports`: what the
-    trained parts cost when the files are read. `defaults`: the settings that follow the base, and where they come from.
+    trained parts cost when the files are read. `defaults`: the settings that follow the base, and their sources.
     """
 
     base: str

@@ -17,7 +17,11 @@ from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
 from finetune.families.known import KnownBase, known_base
 from finetune.families.registry import FAMILIES
+from finetune.jobs.estimate import report
+from finetune.jobs.plan import plan
+from finetune.jobs.train import check_run
 from finetune.methods.registry import METHODS
+from finetune.runs.plan import plan_rows, shared_rows
 
 ROOT = Path(__file__).parents[2]
 BEFORE: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "before_profiles.yaml").read_text(encoding="utf-8"))
@@ -105,8 +109,8 @@ def test_the_most_special_profile_counts() -> None:
     assert told.pop("sdxl") == told.pop("sdxl-refiner") == "sdxl"
     assert (told.pop("sd3"), told.pop("flux")) == ("sd3", "flux")
     assert set(told.values()) == {"general"}
-    assert [profile.name for profile in profiles()][0] == "general"
-    assert [profile.name for profile in profiles()][-1] == "tiny"
+    order = [profile.name for profile in profiles()]
+    assert (order[0], order[-1]) == ("general", "tiny")
 
 
 def test_a_copy_of_the_tiny_base_is_known_by_its_size(tmp_path: Path) -> None:
@@ -205,7 +209,7 @@ def test_every_recipe_names_its_base_or_has_a_source_for_each_number(name: str, 
 def test_a_source_is_a_page_or_a_rule() -> None:
     for profile in profiles():
         for text in profile.sources.values():
-            assert text.startswith(("diffusers'", "ai-toolkit's", "the ", "rule: ", "measured, docs/"))
+            assert text.startswith(("diffusers'", "ai-toolkit's", "the ", "rule: ", "measured, docs/", "measured once, on the mug: "))
         used = {source for entry in profile.entries for _, source in entry.settings.values()}
         assert used == set(profile.sources)
 
@@ -321,14 +325,17 @@ def test_a_base_that_can_not_be_fetched_is_refused_where_it_is_loaded() -> None:
     assert plain(found) == plain(recipe)
 
 
-@pytest.mark.parametrize("odd", ["/nowhere/at/all", "a/b/c", "", "x\0y", "~/nothing"])
+@pytest.mark.parametrize("odd", ["/nowhere/at/all", "a/b/c", "~/nothing", "no such base", "a//b"])
 def test_an_odd_base_is_left_to_those_who_open_it(odd: str) -> None:
-    try:
-        recipe = load_recipe("dreambooth-lora", {"base": odd})
-    except BadInput as fault:
-        assert "blank" in str(fault)
-        return
+    recipe = load_recipe("dreambooth-lora", {"base": odd})
     assert not known_base(recipe.base).is_known
+    assert not recipe.profile.settled
+
+
+@pytest.mark.parametrize("blank", ["", "x\0y"])
+def test_a_blank_base_is_refused_as_before(blank: str) -> None:
+    with pytest.raises(BadInput, match="it is blank"):
+        load_recipe("dreambooth-lora", {"base": blank})
 
 
 # a run's own recipe
@@ -416,6 +423,16 @@ def test_the_defaults_in_words() -> None:
     assert first.startswith("optim.kind adamw, optim.lr 0.0004, optim.text_lr 3e-05, optim.schedule cosine, ")
     assert "method.parts [denoiser, text_encoders], objective.weighting min_snr, data.flip true" in first
     assert first.endswith(f" ({TINY_MEASURED})")
+
+
+def test_the_plan_and_the_page_show_where_defaults_come_from(tiny_bases: dict[str, Path], photos: Path) -> None:
+    recipe = load_recipe("dreambooth-lora", [f"data.photos={photos}", "data.class_noun=mug", "run.steps=3"])
+    recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"source": str(tiny_bases["sd1"])})})
+    made = plan(check_run(recipe))
+    for shown in (plan_rows(made), shared_rows(made), report(recipe)):
+        assert shown["defaults"] == recipe.defaults
+    assert "method.targets conv, method.rank 16, prior.kind class_images" in recipe.defaults
+    assert "run.steps" not in recipe.defaults
 
 
 def table() -> list[str]:
