@@ -209,7 +209,9 @@ def test_every_recipe_names_its_base_or_has_a_source_for_each_number(name: str, 
 def test_a_source_is_a_page_or_a_rule() -> None:
     for profile in profiles():
         for text in profile.sources.values():
-            assert text.startswith(("diffusers'", "ai-toolkit's", "the ", "rule: ", "measured, docs/", "measured once, on the mug: "))
+            assert text.startswith(
+                ("diffusers'", "ai-toolkit's", "the ", "rule: ", "measured, docs/", "measured once, on the mug: ")
+            )
         used = {source for entry in profile.entries for _, source in entry.settings.values()}
         assert used == set(profile.sources)
 
