@@ -15,7 +15,16 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune.config.effect import without_effect
-from finetune.config.profiles import NO_PROFILE, WARMUP, Default, at, defaults_of, fill, fitting_warmup, without
+from finetune.config.profiles import (
+    NO_PROFILE,
+    WARMUP,
+    Default,
+    at,
+    defaults_of,
+    fill_defaults,
+    fitting_warmup,
+    without,
+)
 from finetune.config.recipe import Recipe
 from finetune.config.recipes import examples, find, folder
 from finetune.core.complaints import what_to_do
@@ -209,7 +218,7 @@ def _parse(
     typed = [_typed(override) for override in _pairs(overrides)]
     final = _overridden(raw, typed)
     known = base or KnownBase(_source(final))
-    start, defaults = fill(raw, final, known)
+    start, defaults = fill_defaults(raw, final, known)
     values = _overridden(start, typed) if defaults else final
     given = {key: text for key, _, text in typed}
     _refuse_truths(values, where, given)

@@ -21,7 +21,7 @@ from finetune.core.settings import Settings
 from finetune.families.known import KnownBase
 
 Purpose = Literal["subject", "style"]
-Values = dict[str, Any]
+PlainData = dict[str, Any]
 
 # optimisers for which a rate of AdamW's is right too: the same rule with another form of its state (arXiv:2110.02861)
 LIKE_ADAMW = ("adamw", "adamw8bit", "paged_adamw8bit")
@@ -77,7 +77,7 @@ class Bases(Settings):
         return 2 * bool(self.names or self.parameters) + bool(self.families)
 
 
-class Entry(Settings):
+class ProfileEntry(Settings):
     """`settings`: "section.key" -> (value, name of its source), for some purposes and methods.
 
     Of the settings `together`, those that are left are not filled in if one of them is given another value.
@@ -95,7 +95,7 @@ class Profile(Settings):
     name: str
     bases: Bases
     sources: dict[str, str]
-    entries: list[Entry]
+    entries: list[ProfileEntry]
 
     @model_validator(mode="after")
     def _sources_are_known(self) -> Profile:
@@ -143,7 +143,7 @@ def defaults_of(purpose: str, method: str, base: KnownBase) -> Defaults:
     return found
 
 
-def fill(raw: Values, final: Values, base: KnownBase) -> tuple[Values, dict[str, Default]]:
+def fill_defaults(raw: PlainData, final: PlainData, base: KnownBase) -> tuple[PlainData, dict[str, Default]]:
     """Adds the defaults of a base to a recipe's plain data, where it says nothing itself.
 
     Args:
@@ -189,7 +189,7 @@ def _agrees(wanted: Default | None, kind: str | None) -> bool:
     return kind in LIKE_ADAMW and wanted.value in LIKE_ADAMW
 
 
-def _parted(defaults: Defaults, final: Values) -> Iterator[str]:
+def _parted(defaults: Defaults, final: PlainData) -> Iterator[str]:
     """Settings that go only together with one that has another value here."""
     for group in defaults.together:
         for key in group:
@@ -199,7 +199,7 @@ def _parted(defaults: Defaults, final: Values) -> Iterator[str]:
                 yield from group
 
 
-def _open(values: Values, section: str, final: Values) -> bool:
+def _open(values: PlainData, section: str, final: PlainData) -> bool:
     """Makes `section` a dictionary of the kind that it will have; False if it holds something odd, which is refused
     later."""
     kind, inside = _kind(final.get(section)), values.setdefault(section, {})
@@ -223,7 +223,7 @@ def at(values: Any, key: str, missing: Any = None) -> Any:
     return values
 
 
-def without(values: Values, key: str) -> None:
+def without(values: PlainData, key: str) -> None:
     """Removes `section.key`, and the section if nothing is left in it."""
     section, _, name = key.partition(".")
     values[section].pop(name, None)
@@ -236,7 +236,7 @@ def fitting_warmup(warmup: int, steps: int) -> int:
     return min(warmup, int(LARGEST_WARMUP * steps))
 
 
-def rows(filled: Mapping[str, str], values: Values) -> list[str]:
+def rows(filled: Mapping[str, str], values: PlainData) -> list[str]:
     """The defaults in words: one text for each origin, with the settings and values that come from it."""
     by_origin: dict[str, list[str]] = {}
     for key, origin in filled.items():
