@@ -1,4 +1,4 @@
-"""What is known of a base before it is loaded: its family and its size. A hub id that was never fetched tells neither."""
+"""What is known of a base before it is loaded: family and size. A hub id that was never fetched tells neither."""
 
 from __future__ import annotations
 
