@@ -125,14 +125,13 @@ def dreambooth(
     """Train a LoRA of one subject from a folder of photos. It is DreamBooth with class images; no recipe is needed."""
     from finetune.config.load import load_recipe
 
-    name = "demo" if base == "tiny" else "dreambooth-lora"
     own = [
         ("data.photos", photos),
         ("data.class_noun", class_noun),
         ("base", base),
         ("run.name", _file_name(class_noun)),
     ]
-    _train(load_recipe(name, [*own, *(overrides or []), *_skipping(skip_bad)]), dry_run, processes)
+    _train(load_recipe("dreambooth-lora", [*own, *(overrides or []), *_skipping(skip_bad)]), dry_run, processes)
 
 
 @app.command()

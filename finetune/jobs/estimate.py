@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from finetune.config.load import settled
 from finetune.config.recipe import Recipe
 from finetune.core.batch import Geometry
 from finetune.core.devices import DTYPES, gib
@@ -59,6 +60,7 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
         BadInput: the base's configs are missing, the method does not fit the family, or the base can't run on the meta
             device.
     """
+    recipe = settled(recipe, download=True)
     base, method = recipe.base, recipe.method
     dtype = DTYPES[resolve_precision(recipe.run)]
     folder = resolve_base(base.source, base.revision, base.like, weights=False)
@@ -101,6 +103,7 @@ def report(recipe: Recipe) -> dict[str, str]:
     Raises:
         BadInput: as `estimate`.
     """
+    recipe = settled(recipe, download=True)
     plain, light = estimate(recipe, checkpointing=False), estimate(recipe, checkpointing=True)
     own = light if recipe.run.gradient_checkpointing else plain
     folder = resolve_base(recipe.base.source, recipe.base.revision, recipe.base.like, weights=False)
@@ -124,6 +127,7 @@ def report(recipe: Recipe) -> dict[str, str]:
         f"{gib(own.trained)}, activations of {_samples(recipe)} sample(s) {gib(own.activations)}",
         "checkpointing": f"{gib(plain.total)} without run.gradient_checkpointing, {gib(light.total)} with it",
         "checks": _checks(recipe, own, family),
+        **({"defaults": recipe.defaults} if recipe.defaults else {}),
         "not counted": "drawing images, the CUDA context (about 0.5 GiB) and fragmentation",
     }
 

@@ -61,6 +61,7 @@ def plan(job: Prepared) -> Plan:
         exports=_exports(job),
         precision=resolve_precision(recipe.run),
         repeatable=is_repeatable(family.device, recipe.run.deterministic),
+        defaults=recipe.defaults,
     )
 
 

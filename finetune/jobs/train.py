@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from finetune.config.load import settled
 from finetune.config.recipe import Recipe
 from finetune.core.determinism import deterministic
 from finetune.core.errors import BadInput, CheckFailed
@@ -112,6 +113,7 @@ def _alone_in_this_process() -> Iterator[None]:
 
 
 def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Path:
+    recipe = settled(recipe, download=True)
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     main = accelerator.is_main_process
     folder_choice = FolderChoice(recipe, run_dir, joined())
@@ -157,6 +159,7 @@ def check_run(recipe: Recipe, processes: int | None = None) -> Prepared:
     Raises:
         BadInput: as `train`, except for what shows only on the way: a changed input, a full disk.
     """
+    recipe = settled(recipe, download=True)
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     check_split(recipe.run.batch_size, recipe.run.accumulate, processes or accelerator.num_processes)
     _check_machine(recipe, accelerator, recipe.run.dir)

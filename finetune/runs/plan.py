@@ -92,7 +92,7 @@ class Plan(Record):
     names of files that are not used or that images are drawn from. `resolution` is in pixels. `buckets` is empty if
     every crop is square. `places` are the samples of an epoch with buckets; `repeats` of them are padding with weight
     0. `enlarged`, `prior` and `timesteps` are texts from the photos, the prior and the objective. `exports`: what the
-    trained parts cost when the files are read.
+    trained parts cost when the files are read. `defaults`: the settings that follow the base, and their sources.
     """
 
     base: str
@@ -124,6 +124,7 @@ class Plan(Record):
     exports: str = ""
     precision: str
     repeatable: bool
+    defaults: str = ""
 
     @property
     def photos(self) -> int:
@@ -229,6 +230,8 @@ def _training_rows(plan: Plan) -> PlanRows:
     if plan.exports:
         found["exports"] = plan.exports
     found["precision"] = plan.precision
+    if plan.defaults:
+        found["defaults"] = plan.defaults
     if not plan.repeatable:
         found["resume"] = "same batches and noise, but rounding may differ (set run.deterministic=true for equal bits)"
     return found
