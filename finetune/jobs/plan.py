@@ -13,7 +13,7 @@ from finetune.data.crops import enlarged
 from finetune.data.leftovers import leftovers, listed
 from finetune.data.photos import image_files
 from finetune.data.samplers import group_count
-from finetune.jobs.others import other_prompts
+from finetune.jobs.neutral import other_prompts
 from finetune.jobs.prepare import Prepared, other_set, used_others
 from finetune.jobs.subjects import Subject
 from finetune.objectives.registry import build_objective

@@ -22,7 +22,7 @@ from finetune.families.base import Family
 from finetune.families.digests import base_hash as base_hash_of
 from finetune.jobs.base_effect import without_effect_on
 from finetune.jobs.class_sets import ClassSet, OtherSet, check_set
-from finetune.jobs.others import given_prompts, other_prompts
+from finetune.jobs.neutral import given_prompts, other_prompts
 from finetune.jobs.subjects import Subject, caption_subjects, refuse_unclear, scan_subjects
 from finetune.jobs.words import refuse_words
 from finetune.objectives.registry import build_objective
@@ -269,8 +269,15 @@ def other_set(job: Prepared) -> OtherSet | None:
     if others is None:
         return None
     prompts = other_prompts(others, job.recipe.base.source, job.family.folder)
-    particulars = job.family.drawing.particulars("")
-    return OtherSet(others.drawn_as, "", job.resolution, job.base_hash, particulars, prompts.texts, others.empty)
+    return OtherSet(
+        prior=others.drawn_as,
+        noun="",
+        resolution=job.resolution,
+        base_hash=job.base_hash,
+        particulars=job.family.drawing.particulars(""),
+        captions=prompts.texts,
+        empty=others.empty,
+    )
 
 
 def used_others(job: Prepared, wanted: OtherSet) -> list[int]:
