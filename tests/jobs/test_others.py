@@ -140,6 +140,14 @@ def test_what_can_not_be_is_refused(
         looked_at(tiny_bases["flux" if "sampler" in others else "sd1"], photos, others)
 
 
+def test_a_method_that_trains_only_a_word_has_nothing_to_keep() -> None:
+    with pytest.raises(BadInput, match=r"prior\.others is given but method\.kind textual_inversion trains only"):
+        load_recipe(
+            "textual-inversion",
+            {"data.photos": "x", "data.class_noun": "mug", "prior": {"kind": "none", "others": {}}},
+        )
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
