@@ -15,6 +15,7 @@ from test_train import LORA, SHORT, settings
 
 from finetune.config.load import changed_recipe, dump_recipe, load_recipe, parse_recipe
 from finetune.core.errors import BadInput
+from finetune.core.events import sent_to
 from finetune.core.files import sha256
 from finetune.families.digests import base_hash
 from finetune.families.source import load_family
@@ -22,12 +23,16 @@ from finetune.jobs import train as job
 from finetune.jobs.class_sets import OtherSet, class_images
 from finetune.jobs.dataset import make_streams
 from finetune.jobs.estimate import estimate
+from finetune.jobs.fit import fit_job
 from finetune.jobs.neutral import other_prompts
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, other_set, prepare
+from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import read_inputs
+from finetune.runs.metrics import MetricsFile
 from finetune.runs.plan import plan_rows
 from finetune.testing.kill import killed_at
+from finetune.training.accelerate import make_accelerator
 from finetune.training.priors.class_images import ClassImages
 from finetune.training.priors.others import Others
 from finetune.training.priors.registry import PRIORS
@@ -280,6 +285,29 @@ def test_a_run_that_goes_on_its_page_and_its_pins(tiny_bases: dict[str, Path], p
     file.write_text(file.read_text().replace(sha256(files[1]), "0" * 64))
     with pytest.raises(BadInput, match=r"1 of the images of everything else \(prior.others\) changed"):
         job.resume(tmp_path / "third")
+
+
+def test_parts_of_unequal_size_make_the_step_of_the_whole_batch(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """Three of everything else beside four photos, in two micro-batches: the first step's loss and gradient."""
+    rows = []
+    for accumulate in (1, 2):
+        values = recipe_values(
+            tiny_bases["sd1"],
+            photos,
+            {"share": 0.75, "target": "base", "weight": 3.0},
+            run={"steps": 1, "batch_size": 4, "accumulate": accumulate},
+            method={"kind": "full"},
+            prior={"kind": "none"},
+        )
+        looked, run = prepare(parse_recipe(values)), tmp_path / str(accumulate)
+        run.mkdir()
+        with sent_to(MetricsFile(run)):
+            fit_job(looked, RunFolder(run), make_accelerator(looked.recipe.run, False))
+        rows.append(json.loads((run / "metrics.jsonl").read_text()))
+    assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
+    assert rows[1]["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-4) != 0
 
 
 @pytest.mark.slow

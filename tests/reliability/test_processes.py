@@ -109,7 +109,7 @@ def test_priors_without_class_images_do_not_depend_on_the_processes(
     tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
     """What is added to the loss is averaged over the processes as the loss is; LoRA (with dropout) and full. With no
-    prior of the class, images of everything else, of which a process has more than the other in some steps."""
+    prior of the class, images of everything else (tests/jobs/test_others.py has parts of unequal size)."""
     one_and_two(work, "priors", tmp_path, photos, tiny_bases["sd1"])
     runs = sorted(path.name for path in (tmp_path / "1" / "runs").iterdir())
     assert runs == [

@@ -27,7 +27,7 @@ def methods_of(base: str) -> tuple[str, ...]:
     return tuple(METHODS) if base == "sd1" else USUAL
 
 
-OTHERS = ("prior.others={count: 5, steps: 1, batch_size: 2, share: 0.75, target: base}",)
+OTHERS = ("prior.others={count: 5, steps: 1, batch_size: 2, share: 0.5, target: base}",)
 UNCHECKED = "export.verify=off"  # what is compared are weights and losses
 PARTS = ("method.parts=[denoiser, text_encoders]", "optim.kind=adamw")
 
