@@ -8,7 +8,8 @@
 Each run trains the recipe `demo`. The judge rates 24 images for each of dreambooth_claims.py's prompts, full captions
 of the other classes and of the own one (combinations that the base was never trained on, so they are not in its
 list of prompts either), and the empty prompt; the same for the untouched base, at the same seeds. Rows are added to
-others.jsonl in --work; finished ones are not repeated, and a run that was cut off goes on.
+others.jsonl beside this file; finished ones are not repeated, and a run that was cut off goes on. A row belongs to the
+base whose hash it has: another tiny base has rows of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ import torch
 
 from finetune import load_recipe, train
 from finetune.core.logging import quiet
-from finetune.families.source import load_family
+from finetune.families.digests import base_hash
+from finetune.families.source import load_family, resolve_base
 from finetune.jobs.open import open_result
 from finetune.sampling.draw import draw
 from finetune.sampling.images import grid
@@ -50,6 +52,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "frozen_base": ("prior.kind=frozen_base",),
     "frozen_base, images": ("prior.kind=frozen_base", OTHERS, PLAIN),
 }
+ROWS = Path(__file__).with_suffix(".jsonl")
 FIRST = ("without", "images", "teacher")
 OF_OTHERS, OF_OWN, EMPTY = 60, 24, 48
 Row = dict[str, Any]
@@ -123,8 +126,10 @@ def one_run(work: Path, setting: str, subject: str, seed: int, overrides: tuple[
     return measure(family, subject, f"{info.token} {subject}", seed, folder) | {"cpu_seconds": seconds}
 
 
-def rows_of(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+def rows_of(base: str) -> list[Row]:
+    """The finished rows of a base."""
+    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.is_file() else []
+    return [row for row in map(json.loads, lines) if row["base"] == base]
 
 
 def table(rows: list[Row]) -> str:
@@ -155,23 +160,22 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    work, overrides = arguments.work.absolute(), tuple(arguments.overrides)
-    work.mkdir(parents=True, exist_ok=True)
-    file = work / "others.jsonl"
+    base = base_hash(resolve_base("tiny"))[:12]
+    work, overrides = arguments.work.absolute() / base, tuple(arguments.overrides)
     settings = [] if arguments.table else ["the base", *arguments.settings]
     for subject, seed, setting in [(a, b, c) for a in arguments.subjects for b in arguments.seeds for c in settings]:
         given = () if setting == "the base" else overrides
-        about = {"setting": setting, "subject": subject, "seed": seed, "overrides": list(given)}
-        if any(about.items() <= row.items() for row in rows_of(file)):
+        about = {"base": base, "setting": setting, "subject": subject, "seed": seed, "overrides": list(given)}
+        if any(about.items() <= row.items() for row in rows_of(base)):
             continue
         if setting == "the base":
             found = base_row(work, subject, seed)
         else:
             found = one_run(work, setting, subject, seed, given)
-        with file.open("a", encoding="utf-8", newline="\n") as opened:
+        with ROWS.open("a", encoding="utf-8", newline="\n") as opened:
             opened.write(json.dumps(about | found) + "\n")
         print(setting, subject, seed, {key: round(value, 2) for key, value in found.items()}, flush=True)
-    print(table(rows_of(file)))
+    print(table(rows_of(base)))
 
 
 if __name__ == "__main__":
