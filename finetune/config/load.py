@@ -366,8 +366,16 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     if rest and any(_options(option, part) for option in _options(Recipe, section)):
         inside, name = _opened(inside, part, "kind"), rest
     if name == "kind" and inside.get("kind") != value:
+        kept = {part: own for part, own in inside.items() if _is_shared(section, part, name)}
         inside.clear()  # each kind has its own keys: those of the former kind do not carry over
+        inside.update(kept)
     inside[name] = value
+
+
+def _is_shared(section: str, part: str, name: str) -> bool:
+    """Whether `part` is a section that every kind of `section` has, as `others` of every prior."""
+    options = _options(Recipe, section) if name == "kind" else []
+    return bool(options) and all(_options(option, part) for option in options)
 
 
 def _is_part(section: str, value: Any) -> bool:
@@ -381,7 +389,7 @@ def _opened(values: dict[str, Any], name: str, shorthand: str) -> dict[str, Any]
     """The dictionary at `name`. It is created if missing; a plain value becomes {`shorthand`: value}."""
     inside = values.setdefault(name, {})
     if not isinstance(inside, dict):
-        inside = values[name] = {shorthand: inside}
+        inside = values[name] = {} if inside is None else {shorthand: inside}
     return inside
 
 

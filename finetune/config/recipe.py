@@ -74,6 +74,11 @@ class Recipe(Settings):
             raise ValueError(
                 "prior.prompt has {token}, but it must name the class without the subject: use {noun} alone"
             )
+        if self.prior.others is not None and self.method.artifacts == ("embedding",):
+            raise ValueError(
+                f"prior.others is given but method.kind {self.method.kind} trains only a new word, which changes no "
+                "prompt without it: leave prior.others out"
+            )
         if self.prior.needs_distance and not self.method.measures_distance:
             raise ValueError(
                 f"prior.kind is {self.prior.kind}, which method.kind {self.method.kind} does not measure: use "

@@ -14,6 +14,8 @@ from finetune.families.base import Family
 from finetune.families.naming.single_file import detect, unpack
 from finetune.families.registry import FAMILIES, family_of
 
+NEUTRAL_PROMPTS = "neutral_prompts.txt"  # beside model_index.json: what a base draws for `prior.others`
+
 
 def load_family(
     source: str,
@@ -102,7 +104,7 @@ def _download(source: str, revision: str | None, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["README.md", "*.json", "*/*.json", "*/*.txt", "*/*.model"]
+    patterns = ["README.md", NEUTRAL_PROMPTS, "*.json", "*/*.json", "*/*.txt", "*/*.model"]
     if weights:
         patterns += ["*/*.safetensors", *(["*/*.bin"] if may_read_pickles() else [])]
     try:

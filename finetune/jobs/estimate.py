@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
         each += 2
         for part in family.parts.values():
             part.to(dtype)
-    if recipe.prior.holds_reference:
+    if recipe.prior.keeps_base:
         held += method.reference_bytes(family)
     activations = _activations(family, method.part_names(family), _samples(recipe), _side(recipe, family))
     return Estimate(
@@ -162,8 +163,10 @@ def _side(recipe: Recipe, family: Family | type[Family]) -> int:
 
 
 def _samples(recipe: Recipe) -> int:
-    """The predictions with a gradient in one micro-batch: photos, and class images or class prompts."""
-    return recipe.run.batch_size // recipe.run.accumulate * recipe.prior.predictions
+    """The predictions with a gradient in one micro-batch: photos, class images or class prompts, and everything
+    else."""
+    photos, others = recipe.run.batch_size // recipe.run.accumulate, recipe.prior.others
+    return photos * recipe.prior.predictions + (math.ceil(photos * others.share) if others else 0)
 
 
 def _trained_things(own: Estimate) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.core.files import write_text
 from finetune.core.records import checks_of
 from finetune.export.settings import UNCHECKED
-from finetune.report.pictures import class_image_tags, input_tags, photo_tags, row
+from finetune.report.pictures import OTHER_IMAGES, class_image_tags, input_tags, photo_tags, row
 from finetune.report.strip import over_the_steps
 from finetune.report.styles import with_and_without
 from finetune.report.why import loss_by_timestep, pictures_of_why
@@ -145,7 +145,20 @@ def _subject(path: Path, info: RunRecord, with_captions: bool) -> str:
     return (
         f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} "
         f"{'drawings' if info.is_style else 'photos'}; {prompts}"
-        f"{base}<div class=small>{drawn}</div></div>"
+        f"{base}<div class=small>{drawn}</div>{_others(path, info)}</div>"
+    )
+
+
+def _others(path: Path, info: RunRecord) -> str:
+    """The first images of everything else that the run was trained on."""
+    drawn = class_image_tags(path, OTHER_IMAGES)
+    if not drawn:
+        return ""
+    planned = info.planned.others if info.planned else None
+    count = f"{planned.count} images" if planned else "images"
+    return (
+        f"<p class=soft>Everything else: {count} that the base drew for diverse prompts and the empty one, so that it "
+        f"keeps them. The first of them:</p><div class=small>{drawn}</div>"
     )
 
 

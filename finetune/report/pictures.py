@@ -21,6 +21,7 @@ SHOWN = 12  # photos of each subject
 INPUTS = {"image": "the image", "mask": "the mask: white is painted anew", "depth": "the depth map: near is bright"}
 NO_COPIES = "The run's folder has no copies of its photos: <code>finetune resume RUN</code> makes them."
 CLASS_IMAGES = "class_images"  # the folder in the run's
+OTHER_IMAGES = "other_images"  # of everything else
 FORMATS = ("PNG", "JPEG", "WEBP")  # the formats that a run writes and browsers show
 
 
@@ -113,16 +114,18 @@ def row(folder: Path, number: int, run: Path, linked: bool = False, most: int = 
     return "".join(tag(file, run, f"seed {file.stem.split('-', 1)[1]}", linked) for file in files)
 
 
-def keep_class_images(run: Path, files: Sequence[Path]) -> None:
-    """Writes small copies of the first class images to the run folder: they are in a cache that may be emptied."""
+def keep_class_images(run: Path, files: Sequence[Path], name: str = CLASS_IMAGES) -> None:
+    """Writes small copies of the first images to a folder `name` in the run's: they are in a cache that may be
+    emptied."""
     for number, file in enumerate(files[:SHOWN]):
-        with replacing(run / CLASS_IMAGES / f"{number:04d}.png") as temporary:
+        with replacing(run / name / f"{number:04d}.png") as temporary:
             small(open_image(file)).save(temporary, format="PNG")
 
 
-def class_image_tags(run: Path) -> str:
+def class_image_tags(run: Path, name: str = CLASS_IMAGES) -> str:
     """Returns the small copies of class images as HTML; empty if the run has none."""
-    return "".join(tag(file, run, "class image") for file in sorted((run / CLASS_IMAGES).glob("*.png"))[:SHOWN])
+    alt = {CLASS_IMAGES: "class image", OTHER_IMAGES: "image of everything else"}[name]
+    return "".join(tag(file, run, alt) for file in sorted((run / name).glob("*.png"))[:SHOWN])
 
 
 def input_tags(folder: Path, run: Path) -> str:

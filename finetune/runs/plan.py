@@ -85,6 +85,37 @@ class PlannedClassImages(Record):
         return " and ".join(f"{self.count} of {prompt!r}" for prompt in self.prompts)
 
 
+class PlannedOthers(Record):
+    """`count` images of everything else: `empty` for the empty prompt, the rest for `prompts` different ones.
+
+    `left_out` more name the token. `origin` says whose prompts they are. Training sees each image `times` times.
+    `share`: samples in a step for each photo. `taught`: the frozen base's predictions are the targets. `slower`: how
+    much longer a step takes with them, as a share of its time.
+    """
+
+    count: int
+    left_out: int = 0
+    prompts: int
+    origin: str
+    empty: int
+    times: float
+    share: float = 1.0
+    taught: bool = False
+    slower: float
+
+    @property
+    def line(self) -> str:
+        """The images in words."""
+        out = f" ({self.left_out} more name the token and are left out)" if self.left_out else ""
+        each = "" if self.share == 1 else f", {self.share:g} for each photo of a step"
+        how = ", which the frozen base teaches" if self.taught else ""
+        return (
+            f"{self.count} images of the base for {self.prompts} prompts {self.origin}, {self.empty} of them for the "
+            f"empty prompt{out}: drawn once for all runs with this base; each seen {self.times:.1f} times{each}{how}; "
+            f"about {self.slower:.0%} more time per step"
+        )
+
+
 class Plan(Record):
     """What a run trains on, how often it sees it, and what it trains.
 
@@ -117,6 +148,7 @@ class Plan(Record):
     drawn_from: list[str] = []
     enlarged: str | None = None
     class_images: PlannedClassImages | None = None
+    others: PlannedOthers | None = None
     prior: str = ""
     timesteps: str
     method: str
@@ -220,6 +252,8 @@ def _data_rows(plan: Plan) -> PlanRows:
     if plan.class_images is not None:
         images = plan.class_images
         found["class images"] = f"{images.sets}, each seen {images.times:.1f} times"
+    if plan.others is not None:
+        found["everything else"] = plan.others.line
     return found
 
 
