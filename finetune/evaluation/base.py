@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,17 @@ class Prompt:
     text: str
     plain: str
     group: Group = "subject"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The image files of one source, for each prompt. `about`: what the JSON and the page say of the source."""
+
+    name: str
+    prompts: Sequence[Prompt]
+    files: Sequence[Sequence[Path]]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ def bounds(values: Vectors) -> tuple[float, float]:
 
 def cubic_kernel(ones: Vectors, others: Vectors) -> Vectors:
     """The kernel of KID, (x·y / d + 1)^3: [n, d] and [m, d] -> [n, m]."""
-    return (ones @ others.T / ones.shape[1] + 1) ** 3
+    kernel: Vectors = (ones @ others.T / ones.shape[1] + 1) ** 3
+    return kernel
 
 
 def kernel_distance(within: Vectors, across: Vectors, among_others: float, weights: Vectors) -> float:
@@ -91,4 +92,7 @@ def frechet(ones: Vectors, others: Vectors) -> float:
 
 def _thin(centred: Vectors) -> Vectors:
     """[n, d] -> at most [d, d] with the same X'X, so that thousands of images need no larger matrix."""
-    return centred if len(centred) <= centred.shape[1] else np.linalg.qr(centred, mode="r")
+    if len(centred) <= centred.shape[1]:
+        return centred
+    upper: Vectors = np.linalg.qr(centred, mode="r")  # type: ignore[assignment]
+    return upper

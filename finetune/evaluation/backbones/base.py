@@ -121,8 +121,8 @@ class Backbone(ABC):
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")[:200]
             raise BadInput(
-                f"the metric {metric} needs the network {source}, which is no folder and can't be fetched from the hub "
-                f"({reason}): {advice}"
+                f"the metric {metric} needs the network {source}, which is no folder and can't be fetched from the "
+                f"hub ({reason}): {advice}"
             ) from error
 
     def refuse(self, reason: str) -> BadInput:

@@ -84,7 +84,8 @@ class Lpips(ConvNet):
 
     kind = "lpips"
     wants = (
-        "a folder with torchvision's alexnet-owt-7be5be79.pth and LPIPS' weights/v0.1/alex.pth (or both as .safetensors)"
+        "a folder with torchvision's alexnet-owt-7be5be79.pth and LPIPS' weights/v0.1/alex.pth (or both as "
+        ".safetensors)"
     )
 
     def __init__(self, place: Path, name: str) -> None:

@@ -35,7 +35,7 @@ class Copy(Backbone):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                self.module: Any = torch.jit.load(place, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+                self.module: Any = torch.jit.load(place, map_location="cpu").eval()
         except (RuntimeError, ValueError, OSError) as error:
             raise self.refuse("it is no TorchScript file that can be read") from error
 

@@ -23,18 +23,22 @@ class HubBackbone(Backbone):
 
     Class attributes:
         classes: model_type of a config -> the name of the class in transformers.
+        options: arguments of its constructor.
     """
 
     classes: ClassVar[dict[str, str]]
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, place: Path, name: str) -> None:
         kind = self._kind_of(place)
         super().__init__(place, name)
         self.preparation = preparation_of(self, place)
         try:
-            self.model: Any = load_weights(place, self._class(kind), torch.float32)
+            self.model: Any = load_weights(place, self._class(kind), torch.float32, **self.options)
         except BadInput as fault:
-            raise BadInput(f"{self.option().split()[0]}: {fault}") from fault
+            raise BadInput(
+                f"{self.option().split()[0]}: {str(fault).replace('fetch the base', 'fetch it')}"
+            ) from fault
         self.model.eval().requires_grad_(False)
 
     def _kind_of(self, place: Path) -> str:
@@ -68,9 +72,7 @@ class Dino(HubBackbone):
     hub = "facebook/dino-vits16"
     wants = "a folder of DINO ViT-S/16 for transformers (hub id facebook/dino-vits16)"
     classes = {"vit": "ViTModel"}
-
-    def _class(self, kind: str) -> Any:
-        return without_pooler()
+    options = {"add_pooling_layer": False}  # DINO's weights have none
 
     def look(self, images: Tensor) -> Tensor:
         token: Tensor = self.model(pixel_values=images).last_hidden_state[:, 0]
@@ -140,17 +142,6 @@ class Clip(HubBackbone):
         return [text for text in texts if len(self.tokenizer(text)["input_ids"]) > self.length]
 
 
-def without_pooler() -> Any:
-    """ViTModel without the pooling layer, which DINO's weights do not have."""
-    from transformers import ViTModel
-
-    class PlainViT(ViTModel):
-        def __init__(self, config: Any) -> None:
-            super().__init__(config, add_pooling_layer=False)
-
-    return PlainViT
-
-
 def preparation_of(backbone: Backbone, folder: Path) -> Preparation:
     """Reads preprocessor_config.json, of today's form or with whole numbers for sizes, as older ones have it."""
     file = folder / PREPROCESSOR
@@ -165,7 +156,9 @@ def preparation_of(backbone: Backbone, folder: Path) -> Preparation:
             wanted: int | tuple[int, int] = size if crops else (size, size)
         else:
             wanted = int(size["shortest_edge"]) if "shortest_edge" in size else _sides(size)
-        mean, std = (tuple(map(float, values.get(name, other))) for name, other in (("image_mean", MEAN), ("image_std", STD)))
+        mean, std = (
+            tuple(map(float, values.get(name, other))) for name, other in (("image_mean", MEAN), ("image_std", STD))
+        )
         prepared = Preparation(wanted, crop, Image.Resampling(values.get("resample", 2)), mean, std)
     except (KeyError, TypeError, ValueError) as error:
         raise backbone.refuse(f"its {PREPROCESSOR} can't be read: {error}") from error

@@ -11,6 +11,7 @@ class Dino(Likeness):
     name = "dino"
     title = "DINO"
     backbone = "dino"
+    for_kinds = ("object", "live")
     default = True
     meaning = "likeness to the photos; DINO was trained without labels and keeps two dogs of one breed apart"
     blind = "place and light count a little; a copy of a photo scores best"

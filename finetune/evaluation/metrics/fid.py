@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from finetune.evaluation.base import Metric, Score, Seen, Vectors
+from finetune.evaluation.base import Metric, Score, Seen
 from finetune.evaluation.statistics import frechet
 
 FEW = 2048  # with fewer images than features, the covariance has no full rank
@@ -28,4 +28,6 @@ class Fid(Metric):
             return Score(None, note="it needs two images and two photos at least")
         fewer = min(count, len(seen.photos))
         few = f"biased upwards ({fewer} images; {FEW} would be needed); " if fewer < FEW else ""
-        return Score(frechet(np.concatenate(chosen), seen.photos), note=f"{few}no interval, since resampling biases it")
+        return Score(
+            frechet(np.concatenate(chosen), seen.photos), note=f"{few}no interval, since resampling biases it"
+        )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from finetune.evaluation.base import PromptMetric, Seen, Vectors
-from finetune.evaluation.statistics import among, cosines
+from finetune.evaluation.base import PromptMetric, Score, Seen, Vectors
+from finetune.evaluation.statistics import among, cosines, interval
 
 
 class Pres(PromptMetric):
@@ -21,6 +23,13 @@ class Pres(PromptMetric):
     meaning = "class drift: likeness of the class without the token to the subject; compare it with the base's own"
     blind = "two dogs are always a little alike, so that it is never 0; it sees nothing of other classes"
     source = "arXiv:2208.12242, section 4.2"
+
+    def score(self, seen: Seen) -> Score:
+        """There is one prompt, so that the interval is over its images."""
+        found = super().score(seen)
+        values = [cosines(seen.images[k], seen.photos).mean(axis=1) for k in found.prompts]
+        low, high = (interval(list(np.concatenate(values))) if values else None) or (None, None)
+        return replace(found, low=low, high=high)
 
     def of_prompt(self, images: Vectors, seen: Seen, number: int) -> float:
         return float(np.mean(cosines(images, seen.photos)))
