@@ -62,18 +62,24 @@ def cubic_kernel(ones: Vectors, others: Vectors) -> Vectors:
     return kernel
 
 
-def kernel_distance(within: Vectors, across: Vectors, among_others: float, weights: Vectors) -> float:
-    """The unbiased estimate of the squared maximum mean discrepancy (arXiv:1801.01401, equation 4).
+def kernel_distances(within: Vectors, across: Vectors, among_others: float, weights: Vectors) -> Vectors:
+    """The unbiased estimate of the squared maximum mean discrepancy (arXiv:1801.01401, equation 4), once for each row
+    of weights.
 
     Args:
         within: kernel of the images with each other [n, n]; across: with the others [n, m].
         among_others: mean kernel of different ones of the others.
-        weights: how often each image counts [n]. An image is never compared with itself, also where it counts twice.
+        weights: how often each image counts [k, n]. An image is never compared with itself, also where it counts
+            twice.
+
+    Returns:
+        [k]
     """
-    pairs = np.outer(weights, weights)
-    np.fill_diagonal(pairs, 0)
-    own = float((pairs * within).sum() / pairs.sum())
-    return own + among_others - 2 * float(weights @ across.mean(axis=1) / weights.sum())
+    itself = weights**2
+    pairs = weights.sum(axis=1) ** 2 - itself.sum(axis=1)
+    own = ((weights @ within) * weights).sum(axis=1) - itself @ np.diag(within)
+    distances: Vectors = own / pairs + among_others - 2 * (weights @ across.mean(axis=1)) / weights.sum(axis=1)
+    return distances
 
 
 def frechet(ones: Vectors, others: Vectors) -> float:

@@ -21,6 +21,7 @@ from finetune.evaluation.prompts_file import Called, kind_of, table_of, template
 from finetune.evaluation.registry import BACKBONES, chosen_metrics
 from finetune.jobs.evaluated import Source, Wish, Words, drawn, find_source
 from finetune.report.evaluation import write_page
+from finetune.runs.folder import RunFolder
 from finetune.sampling.settings import Sampling
 
 SCHEMA = 1
@@ -94,7 +95,7 @@ def evaluate(asked: Evaluation, tell: Callable[[str], None] = lambda line: None)
     measured = [eyes.score(pictures, metrics) for pictures in fresh] + measured
     pictures = _unique([*fresh, *given])
     values = _result(asked, (kind, photos), eyes, metrics, pictures, measured)
-    for note in values["notes"]:
+    for note in (*_unread(asked, metrics), *values["notes"]):
         tell(note)
     write_json(asked.out / RESULT, values)
     write_page(asked.out / PAGE, values, pictures, [photo.path for photo in photos])
@@ -114,12 +115,22 @@ def _check_places(asked: Evaluation) -> None:
     inside = [path for path in (*asked.sources, *asked.folders) if path.absolute() == asked.photos.absolute()]
     if inside:
         raise BadInput(f"{inside[0]} is also the folder of photos: give what was trained, and --on the photos")
-    unused = {"--token": asked.words.token, "--class-noun": asked.words.noun}
-    runs_only = all((path / "recipe.yaml").is_file() for path in asked.sources) and not asked.folders
-    several = any((path / "recipe.yaml").is_file() for path in asked.sources) and asked.words.token is not None
-    named = next((name for name, value in unused.items() if value is not None), None)
-    if named is not None and runs_only and not (several and named == "--token"):
-        raise BadInput(f"{named} is for files and folders, and a run knows its own words: leave it out")
+    _check_words(asked)
+
+
+def _check_words(asked: Evaluation) -> None:
+    """Refuses what would have no effect: a run has its own base and its own words."""
+    runs = [path for path in asked.sources if (path / "recipe.yaml").is_file()]
+    files = len(runs) < len(asked.sources)
+    if asked.base is not None and not files:
+        raise BadInput(
+            f"--base {asked.base} is for LoRA files and there is none, and a run has its own base: leave it out"
+        )
+    told = {"--class-noun": asked.words.noun, "--token": asked.words.token}
+    named = next((name for name, value in told.items() if value is not None), None)
+    choosing = named == "--token" and any(RunFolder(path).info.subjects for path in runs)
+    if named is not None and not files and not asked.folders and not choosing:
+        raise BadInput(f"{named} is for LoRA files and folders of images, and a run knows its own words: leave it out")
 
 
 def _named(sources: Sequence[Source]) -> list[Source]:
@@ -194,11 +205,14 @@ def _metrics(asked: Evaluation, kind: Kind) -> list[Metric]:
         few = next((item for item in metrics if item.least > asked.count), None)
         if few is not None and asked.sources:
             raise BadInput(f"the metric {few.name} compares images of one prompt: give --count {few.least} or more")
-    read = {item.backbone for item in metrics}
-    unread = next((name for name in asked.backbones if name not in read), None)
-    if unread is not None:
-        raise BadInput(f"{BACKBONES[unread].option().split()[0]} is read by none of the chosen metrics: leave it out")
     return metrics
+
+
+def _unread(asked: Evaluation, metrics: Sequence[Metric]) -> list[str]:
+    """Networks that were given and are not needed."""
+    read = {item.backbone for item in metrics}
+    unread = [name for name in asked.backbones if name not in read]
+    return [f"{BACKBONES[name].option().split()[0]} is read by none of the chosen metrics" for name in unread]
 
 
 class _Eyes:

@@ -28,7 +28,6 @@ from finetune.sampling.draw import check_sampling, draw
 from finetune.sampling.images import parameters, save_image
 from finetune.sampling.settings import Sampling
 
-
 NAMED = 2  # prompts that are too long and shown
 
 

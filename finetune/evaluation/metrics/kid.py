@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from finetune.evaluation.base import Metric, Score, Seen, Vectors
-from finetune.evaluation.statistics import among, bounds, cubic_kernel, draws, kernel_distance
+from finetune.evaluation.statistics import among, bounds, cubic_kernel, draws, kernel_distances
 
 
 class Kid(Metric):
@@ -28,7 +28,7 @@ class Kid(Metric):
         others = among(cubic_kernel(seen.photos, seen.photos))
         assert others is not None
         parts = (cubic_kernel(images, images), cubic_kernel(images, seen.photos), others)
-        value = kernel_distance(*parts, np.ones(len(images)))
+        value = float(kernel_distances(*parts, np.ones((1, len(images))))[0])
         low, high = self._interval(parts, sizes) or (None, None)
         return Score(value, low, high)
 
@@ -38,6 +38,6 @@ class Kid(Metric):
         if count < 2:
             return None
         counts = np.stack([np.bincount(drawn, minlength=count) for drawn in draws(count)])
-        usable = counts[(counts * (np.asarray(sizes) > 1)).any(axis=1) | ((counts > 0).sum(axis=1) > 1)]
-        weights = np.repeat(usable, sizes, axis=1).astype(np.float64)
-        return bounds(np.array([kernel_distance(*parts, row) for row in weights]))
+        weights = np.repeat(counts, sizes, axis=1).astype(np.float64)
+        different = (weights > 0).sum(axis=1) > 1  # one image alone has no other to be compared with
+        return bounds(kernel_distances(*parts, weights[different]))
