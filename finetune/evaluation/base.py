@@ -87,6 +87,7 @@ class Metric(ABC):
 
     Class attributes:
         name: what `--metrics` calls it.
+        place: where it stands in tables, the smallest first.
         title: what the page calls it.
         backbone: the kind of network that looks at the images (`finetune.evaluation.backbones`).
         higher_is_better: the direction.
@@ -100,6 +101,7 @@ class Metric(ABC):
     """
 
     name: ClassVar[str]
+    place: ClassVar[int] = 100
     title: ClassVar[str]
     backbone: ClassVar[str]
     higher_is_better: ClassVar[bool]

@@ -1,4 +1,5 @@
-"""Metrics and backbones. A new one is one new file in `metrics` or `backbones`."""
+"""Metrics and backbones. A new one is one new file in `metrics` or `backbones`; a new backbone also needs an option in
+`finetune.cli.evaluate`."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def chosen_metrics(names: str | None, kind: Kind, given: set[str]) -> list[Metri
     """
     if names is None:
         fitting = [item for item in METRICS.values() if kind in item.for_kinds]
-        return [item() for item in fitting if item.default or item.backbone in given]
+        chosen = [item for item in fitting if item.default or item.backbone in given]
+        return [item() for item in sorted(chosen, key=lambda item: item.place)]
     asked = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     unknown = next((name for name in asked if name not in METRICS), None)
     if unknown is not None or not asked:

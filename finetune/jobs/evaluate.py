@@ -275,7 +275,6 @@ def _result(
     measured: Sequence[Mapping[str, Score]],
 ) -> dict[str, Any]:
     kind, photos = on
-    notes = [f"{item.name}: {note}" for item in pictures for note in item.notes] + eyes.notes(pictures)
     return {
         "schema": SCHEMA,
         "finetune": __version__,
@@ -286,8 +285,31 @@ def _result(
         "backbones": {name: {"name": eye.name, "sha256": eye.hash} for name, eye in eyes.backbones.items()},
         "sources": [_source(item, asked.out) for item in pictures],
         "metrics": [_measured(metric, eyes, pictures, measured) for metric in metrics],
-        "notes": list(dict.fromkeys(notes)),
+        "notes": [*_told(pictures), *eyes.notes(pictures), *_uneven(pictures)],
     }
+
+
+def _told(pictures: Sequence[Pictures]) -> list[str]:
+    """The notes of all sources, each once."""
+    by_note: dict[str, list[str]] = {}
+    for item in pictures:
+        for note in item.notes:
+            by_note.setdefault(note, []).append(item.name)
+    return [f"{', '.join(names)}: {note}" for note, names in by_note.items()]
+
+
+def _uneven(pictures: Sequence[Pictures]) -> list[str]:
+    """Sources that can't be compared plainly with the first one."""
+    first = _counts(pictures[0])
+    others = [item.name for item in pictures[1:] if _counts(item) != first]
+    if not others:
+        return []
+    return [f"{', '.join(others)}: other prompts or numbers of images than {pictures[0].name}: compare with care"]
+
+
+def _counts(pictures: Pictures) -> dict[tuple[str, str], int]:
+    pairs = zip(pictures.prompts, pictures.files, strict=True)
+    return {(prompt.plain, prompt.group): len(files) for prompt, files in pairs}
 
 
 def _source(pictures: Pictures, out: Path) -> dict[str, Any]:

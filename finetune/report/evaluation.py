@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.core.files import write_text
 from finetune.data.photos import BadImage, open_image
+from finetune.evaluation.base import Pictures
 from finetune.report.html import POLICY, STYLE
 from finetune.report.pictures import image_tag
 
@@ -32,19 +33,20 @@ def number(value: float | None) -> str:
 
 
 def best_of(metric: Mapping[str, Any]) -> set[str]:
-    """The sources with the best value, where there is more than one source to compare."""
+    """The sources with the best value, where there are several; all that look alike in the digits that are shown."""
     values = {item["source"]: item["value"] for item in metric["values"] if item["value"] is not None}
     if len(values) < 2:
         return set()
-    best = (max if metric["higher_is_better"] else min)(values.values())
-    return {name for name, value in values.items() if value == best}
+    best = number((max if metric["higher_is_better"] else min)(values.values()))
+    alike = {name for name, value in values.items() if number(value) == best}
+    return set() if len(alike) == len(values) else alike
 
 
-def write_page(target: Path, values: Mapping[str, Any], pictures: Sequence[Any], photos: Sequence[Path]) -> None:
+def write_page(target: Path, values: Mapping[str, Any], pictures: Sequence[Pictures], photos: Sequence[Path]) -> None:
     """Writes the page. It loads nothing, and names no folders of this machine.
 
     Args:
-        values: what is in evaluation.json; pictures: the sources' images (`finetune.evaluation.base.Pictures`).
+        values: what is in evaluation.json; pictures: the sources' images .
         photos: the photos that were compared with.
     """
     names = [item["name"] for item in values["sources"]]
@@ -52,6 +54,7 @@ def write_page(target: Path, values: Mapping[str, Any], pictures: Sequence[Any],
         _head(values, names),
         _photos(photos),
         _table(values),
+        _notes(values),
         _meanings(values),
         _images(pictures),
         _how(values),
@@ -65,11 +68,15 @@ def write_page(target: Path, values: Mapping[str, Any], pictures: Sequence[Any],
 
 
 def _head(values: Mapping[str, Any], names: Sequence[str]) -> str:
-    notes = "".join(f"<li>{escape(note)}</li>" for note in values["notes"])
     return (
         f"<h1>Evaluation</h1><p class=soft>{escape(', '.join(names))}: compared with {values['photos']['count']} "
-        f"{'drawings' if values['kind'] == 'style' else 'photos'}.</p>{f'<ul>{notes}</ul>' if notes else ''}"
+        f"{'drawings' if values['kind'] == 'style' else 'photos'}.</p>"
     )
+
+
+def _notes(values: Mapping[str, Any]) -> str:
+    notes = "".join(f"<li>{escape(note)}</li>" for note in values["notes"])
+    return f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""
 
 
 def _photos(photos: Sequence[Path]) -> str:
@@ -117,19 +124,24 @@ def _sentence(text: str) -> str:
     return escape(f"{text[:1].upper()}{text[1:]}.")
 
 
-def _images(pictures: Sequence[Any]) -> str:
-    """The same row for prompts that differ only in the token: they have the same place in each source's list."""
-    rows: dict[str, list[tuple[str, Sequence[Path]]]] = {}
+def _images(pictures: Sequence[Pictures]) -> str:
+    """Prompts that differ only in the token share a row."""
+    rows: dict[tuple[str, str], list[tuple[str, Sequence[Path]]]] = {}
     for item in pictures:
         for prompt, files in zip(item.prompts, item.files, strict=True):
-            rows.setdefault(prompt.plain, []).append((item.name, files))
+            rows.setdefault((prompt.plain, prompt.group), []).append((item.name, files))
     shown = "".join(
-        f"<p class=prompt>{escape(plain)}</p><div class=sources>{_sides(own)}</div>" for plain, own in rows.items()
+        f"<p class=prompt>{escape(plain)}{_of(group)}</p><div class=sources>{_sides(own)}</div>"
+        for (plain, group), own in rows.items()
     )
     return (
         f"<h2>Images</h2><p class=soft>The prompts without the token; the first {SHOWN} images of each.</p>"
         f"<div class=card>{shown}</div>"
     )
+
+
+def _of(group: str) -> str:
+    return " <span class=soft>(the class alone)</span>" if group == "class" else ""
 
 
 def _sides(own: Sequence[tuple[str, Sequence[Path]]]) -> str:

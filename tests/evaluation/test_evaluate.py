@@ -124,6 +124,7 @@ def test_the_result_names_what_decided_it_and_no_folders(result: Path, place: Pa
         assert words in page
     assert page.count("<img") == 3 + 2 * 7
     assert "http" not in page.replace("http-equiv", "")
+    assert values["notes"] == []
 
 
 def test_a_run_and_its_file_draw_almost_the_same(result: Path) -> None:
@@ -175,6 +176,9 @@ def test_images_of_others_count_without_a_run(place: Path, tmp_path: Path) -> No
     assert found["pres"]["theirs"]["value"] == pytest.approx(mean_cosine(rows[2:], rows), abs=1e-6)
     assert found["div_dino"]["theirs"]["value"] == pytest.approx(1 - mean_cosine(rows[:1], rows[1:2]), abs=1e-6)
     assert found["dino"]["theirs"]["low"] is None  # one prompt has no spread over prompts
+    assert run(arguments(place, place / "dog", *words[:2], "--metrics", "dino", "--out", tmp_path / "both")) == (0, "")
+    notes = json.loads((tmp_path / "both" / "evaluation.json").read_text())["notes"]
+    assert notes == ["theirs: other prompts or numbers of images than dog: compare with care"]
 
 
 def test_a_file_without_words_needs_them_and_takes_them(

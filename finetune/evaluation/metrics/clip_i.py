@@ -9,6 +9,7 @@ class ClipI(Likeness):
     """Mean cosine of CLIP's image embeddings, image by photo."""
 
     name = "clip_i"
+    place = 4
     title = "CLIP-I"
     backbone = "clip"
     default = True

@@ -12,6 +12,7 @@ class ClipT(PromptMetric):
     """Mean cosine of CLIP's embeddings of an image and of its prompt, without the token."""
 
     name = "clip_t"
+    place = 7
     title = "CLIP-T"
     backbone = "clip"
     higher_is_better = True

@@ -16,6 +16,7 @@ class Copies(PromptMetric):
     """The cosine of a copy-detection descriptor with the nearest photo, mean over the images."""
 
     name = "copies"
+    place = 11
     title = "copies"
     backbone = "copy"
     higher_is_better = False

@@ -9,6 +9,7 @@ class Csd(Likeness):
     """Mean cosine of contrastive style descriptors, image by drawing."""
 
     name = "csd"
+    place = 5
     title = "CSD"
     backbone = "csd"
     default = False

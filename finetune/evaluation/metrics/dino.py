@@ -9,6 +9,7 @@ class Dino(Likeness):
     """Mean cosine of the class tokens of DINO ViT-S/16, image by photo."""
 
     name = "dino"
+    place = 1
     title = "DINO"
     backbone = "dino"
     for_kinds = ("object", "live")

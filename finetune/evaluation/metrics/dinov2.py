@@ -9,6 +9,7 @@ class DinoV2(Likeness):
     """Mean cosine of the class tokens of DINOv2, image by photo."""
 
     name = "dinov2"
+    place = 2
     title = "DINOv2"
     backbone = "dinov2"
     default = False

@@ -9,6 +9,7 @@ class DinoV3(Likeness):
     """Mean cosine of the class tokens of DINOv3, image by photo."""
 
     name = "dinov3"
+    place = 3
     title = "DINOv3"
     backbone = "dinov3"
     default = False

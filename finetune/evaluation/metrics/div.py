@@ -10,6 +10,7 @@ class Div(PromptMetric):
     """Mean LPIPS between images of the same prompt at different seeds."""
 
     name = "div"
+    place = 9
     title = "DIV (LPIPS)"
     backbone = "lpips"
     higher_is_better = True

@@ -10,6 +10,7 @@ class DivDino(PromptMetric):
     """1 minus the mean cosine of DINO's class tokens, between images of the same prompt at different seeds."""
 
     name = "div_dino"
+    place = 10
     title = "DIV (DINO)"
     backbone = "dino"
     higher_is_better = True

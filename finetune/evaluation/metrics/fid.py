@@ -14,6 +14,7 @@ class Fid(Metric):
     """The Fréchet distance of InceptionV3's features, images against photos."""
 
     name = "fid"
+    place = 13
     title = "FID"
     backbone = "inception"
     higher_is_better = False

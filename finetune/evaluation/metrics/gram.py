@@ -12,6 +12,7 @@ class Gram(PromptMetric):
     """Gatys' style loss: the squared distance of Gram matrices of five layers of VGG-19, image by drawing."""
 
     name = "gram"
+    place = 6
     title = "Gram distance"
     backbone = "vgg"
     higher_is_better = False

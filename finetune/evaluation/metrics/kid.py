@@ -12,6 +12,7 @@ class Kid(Metric):
     """The unbiased squared maximum mean discrepancy of InceptionV3's features, images against photos."""
 
     name = "kid"
+    place = 12
     title = "KID"
     backbone = "inception"
     higher_is_better = False

@@ -14,6 +14,7 @@ class Pres(PromptMetric):
     """DINO between images of the class alone ("a photo of a dog") and the photos of the subject."""
 
     name = "pres"
+    place = 8
     title = "PRES"
     backbone = "dino"
     higher_is_better = False
