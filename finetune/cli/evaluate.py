@@ -117,8 +117,3 @@ def table(values: Mapping[str, Any]) -> list[str]:
 def _cell(item: Mapping[str, Any], number: Any) -> str:
     span = f" ({number(item['low'])} to {number(item['high'])})" if item["low"] is not None else ""
     return f"{number(item['value'])}{span}"
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the command to `app`."""
-    app.command()(evaluate)

@@ -107,6 +107,10 @@ def _check_places(asked: Evaluation) -> None:
         raise BadInput("nothing to evaluate: give a run, a LoRA file, or a folder of images with --images DIR")
     if asked.photos.is_file():
         raise BadInput(f"--on {asked.photos} is a file: give the folder that holds the photos")
+    if (asked.photos / "recipe.yaml").is_file():
+        raise BadInput(
+            f"--on {asked.photos} is a run's folder: the run goes before --on, and the photos' folder after it"
+        )
     there = next((place for place in (asked.out, *asked.out.absolute().parents) if place.exists()), asked.out)
     if not there.is_dir():
         raise BadInput(f"--out {asked.out} can't be a folder, because {there} is a file: give another folder")
@@ -224,7 +228,8 @@ class _Eyes:
     @classmethod
     def opened(cls, metrics: Sequence[Metric], given: Mapping[str, str], photos: Sequence[Photo]) -> _Eyes:
         first = {metric.backbone: metric.name for metric in reversed(metrics)}
-        found = {kind: BACKBONES[kind].opened(given.get(kind), first[kind]) for kind in sorted(first)}
+        order = sorted(first, key=lambda kind: (kind not in given, kind))  # a slip is told before anything is fetched
+        found = {kind: BACKBONES[kind].opened(given.get(kind), first[kind]) for kind in order}
         device, files = best_device(), [photo.path for photo in photos]
         seen = {}
         with phase("Networks", len(found), "networks") as advance:

@@ -72,7 +72,7 @@ def find_source(path: Path, words: Words, base: str | None, step: int | None, we
         folder.refuse_links()
         called = _called_by(folder.info, words, path)
         return Source(path, name, called, _digest_of(folder, step), None, step, weight)
-    if path.is_dir() and not (path / "adapter_config.json").is_file():
+    if path.is_dir() and not any(path.glob("*/adapter_config.json")):  # no PEFT folder either
         raise BadInput(
             f"{path} is neither a run's folder nor an adapter: give a run, a LoRA file, or --images {path} for a "
             "folder of images"

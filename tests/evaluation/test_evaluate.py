@@ -79,10 +79,11 @@ def mean_cosine(ones: np.ndarray, others: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def result(place: Path, tiny_bases: dict[str, Path]) -> Path:
-    """The run and its own LoRA file, side by side."""
-    out = place / "result"
-    sources = [place / "dog", place / "dog" / "exports" / "dog.safetensors", "--base", tiny_bases["sd1"]]
-    assert run(arguments(place, *sources, "--out", out)) == (0, "")
+    """The run, its LoRA file and its PEFT folder, side by side."""
+    out, exports = place / "result", place / "dog" / "exports"
+    sources = [place / "dog", exports / "dog.safetensors", exports / "dog-peft", "--base", tiny_bases["sd1"]]
+    words = ["--token", "zwx", "--class-noun", "dog"]  # a PEFT folder has no header
+    assert run(arguments(place, *sources, *words, "--out", out)) == (0, "")
     return out
 
 
@@ -100,14 +101,14 @@ def test_the_numbers_are_those_of_the_images_that_were_drawn(result: Path, place
     assert found["dino"]["dog"]["prompts"]["a zwx dog"] == pytest.approx(mean_cosine(drawn[0], photos), abs=1e-6)
     assert found["pres"]["dog"]["value"] == pytest.approx(mean_cosine(drawn[2], photos), abs=1e-6)
     assert set(found) == {"dino", "clip_i", "clip_t", "pres", "div_dino"}
-    assert list(found["dino"]) == ["dog", "dog.safetensors"]
+    assert list(found["dino"]) == ["dog", "dog.safetensors", "dog-peft"]
 
 
 def test_the_result_names_what_decided_it_and_no_folders(result: Path, place: Path, tiny_bases: dict) -> None:
     text = (result / "evaluation.json").read_text()
     values = json.loads(text)
     assert values["backbones"]["dino"] == {"name": "dino", "sha256": base_hash(place / "dino")}
-    ran, file = values["sources"]
+    ran, file, _ = values["sources"]
     assert (ran["token"], ran["class_noun"], file["token"], file["class_noun"]) == ("zwx", "dog", "zwx", "dog")
     assert ran["base_hash"] == file["base_hash"] == base_hash(tiny_bases["sd1"])
     page = (result / "evaluation.html").read_text()
@@ -122,7 +123,7 @@ def test_the_result_names_what_decided_it_and_no_folders(result: Path, place: Pa
         base_hash(place / "dino"),
     ):
         assert words in page
-    assert page.count("<img") == 3 + 2 * 7
+    assert page.count("<img") == 3 + 3 * 7
     assert "http" not in page.replace("http-equiv", "")
     assert values["notes"] == []
 
@@ -131,15 +132,16 @@ def test_a_run_and_its_file_draw_almost_the_same(result: Path) -> None:
     """The file holds the LoRA in fp16."""
     found = measured(result)
     for metric in ("dino", "clip_i", "clip_t", "pres"):
-        one, other = (found[metric][name]["value"] for name in ("dog", "dog.safetensors"))
-        assert one == pytest.approx(other, abs=2e-3)
+        values = [item["value"] for item in found[metric].values()]
+        assert len(values) == 3
+        assert values[1:] == pytest.approx([values[0]] * 2, abs=2e-3)
 
 
 def test_what_is_drawn_is_not_drawn_again(result: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = shutil.copytree(result, place / "again")
     images = sorted((out / "images").rglob("*.png"))
     before = {file: file.stat().st_mtime_ns for file in images}
-    gone = next(file for file in images if file.parent.name.startswith("dog-"))
+    gone = next(file for file in images if file.parent.name.startswith("dog-") and "peft" not in file.parent.name)
     content = gone.read_bytes()
     gone.unlink()
     assert run(arguments(place, place / "dog", "--out", out)) == (0, "")
@@ -151,7 +153,7 @@ def test_what_is_drawn_is_not_drawn_again(result: Path, place: Path, capsys: pyt
     again = arguments(place, place / "dog", "--out", out, "--guidance", 3, "--metrics", "dino")
     assert run(again) == (0, "")
     assert "note: --clip is read by none of the chosen metrics" in capsys.readouterr().out
-    assert len(list((out / "images").iterdir())) == 3  # the run, its file, and the run at another guidance
+    assert len(list((out / "images").iterdir())) == 4  # the run, its exports, and the run at another guidance
 
 
 def write_table(folder: Path, rows: list[tuple[str, ...]], head: tuple[str, ...] = ("file", "prompt")) -> Path:
@@ -226,6 +228,7 @@ def test_what_can_not_be_evaluated_is_refused_before_anything_is_written(place: 
         ([dog, "--on", tmp_path / "cut"], ("0.png", "truncated")),
         ([dog, "--on", place / "photos" / "0.png"], ("is a file", "folder")),
         ([dog, "--on", tmp_path / "nowhere"], ("nowhere",)),
+        ([photos, "--on", dog], ("is a run's folder", "before --on")),
         ([photos], ("is also the folder of photos",)),
         ([tmp_path / "odd"], ("neither a run's folder nor an adapter", "--images")),
         ([tmp_path / "nowhere.safetensors"], ("nowhere.safetensors",)),

@@ -119,7 +119,7 @@ class Backbone(ABC):
         try:
             return Path(snapshot_download(source, allow_patterns=patterns))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".")[:200]
+            reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")[:200]
             raise BadInput(
                 f"the metric {metric} needs the network {source}, which is no folder and can't be fetched from the "
                 f"hub ({reason}): {advice}"
