@@ -14,13 +14,16 @@ import pytest
 import torch
 import transformers
 from conftest import write_photos
-from networks import write_clip, write_dino
+from networks import write_chain, write_clip, write_dino
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from finetune.cli.main import run
+from finetune.evaluation.backbones.convnets import vgg19
+from finetune.evaluation.base import Kind
 from finetune.evaluation.prompts_file import Called, kind_of, live_nouns, templates
+from finetune.evaluation.registry import BACKBONES, chosen_metrics
 from finetune.families.digests import base_hash
 
 PROMPTS = "# two of our own\na {token} {noun}\n\na {token} {noun} on the beach\n"
@@ -141,7 +144,8 @@ def test_what_is_drawn_is_not_drawn_again(result: Path, place: Path, capsys: pyt
     out = shutil.copytree(result, place / "again")
     images = sorted((out / "images").rglob("*.png"))
     before = {file: file.stat().st_mtime_ns for file in images}
-    gone = next(file for file in images if file.parent.name.startswith("dog-") and "peft" not in file.parent.name)
+    told = json.loads((out / "evaluation.json").read_text())["sources"][0]
+    gone = out / told["prompts"][0]["images"][1]
     content = gone.read_bytes()
     gone.unlink()
     assert run(arguments(place, place / "dog", "--out", out)) == (0, "")
@@ -255,6 +259,34 @@ def test_what_can_not_be_evaluated_is_refused_before_anything_is_written(place: 
     code, message = run(arguments(place, dog, "--out", tmp_path / "none.txt"))
     assert code == 2
     assert "is a file" in message
+
+
+def test_a_style_is_measured_against_its_drawings(place: Path, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    vgg = write_chain(vgg19(), tmp_path / "vgg.safetensors")
+    (tmp_path / "prompts.txt").write_text("a cat {style}\n")
+    words = ["evaluate", place / "dog" / "exports" / "dog.safetensors", "--on", place / "photos", "--vgg", vgg]
+    words += ["--clip", place / "clip", "--kind", "style", "--token", "in zwx style", "--count", 1, "--steps", 1]
+    words += ["--base", tiny_bases["sd1"], "--prompts", tmp_path / "prompts.txt", "--metrics", "gram,clip_t"]
+    out = tmp_path / "out"
+    refused([*map(str, words[:-1]), "gram,pres"], "pres is about a class", out=out)
+    assert run([*map(str, words), "--out", str(out)]) == (0, "")
+    values = json.loads((out / "evaluation.json").read_text())
+    prompt = values["sources"][0]["prompts"][0]
+    assert (prompt["text"], prompt["plain"]) == ("a cat in zwx style", "a cat")
+    eye = BACKBONES["vgg"].opened(str(vgg), "gram")
+    rows, drawings = eye.see([out / prompt["images"][0]]), eye.see(sorted((place / "photos").glob("*.png")))
+    by_hand = sum(((rows[0] - other) ** 2).sum() for other in drawings) / 3
+    assert measured(out)["gram"]["dog.safetensors"]["value"] == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_metrics_that_fit_are_chosen_in_the_order_of_the_table() -> None:
+    def names(kind: Kind, given: set[str]) -> list[str]:
+        return [metric.name for metric in chosen_metrics(None, kind, given)]
+
+    assert names("live", set()) == ["dino", "clip_i", "clip_t", "pres", "div_dino"]
+    assert names("object", {"lpips", "copy"}) == ["dino", "clip_i", "clip_t", "pres", "div", "div_dino", "copies"]
+    assert names("style", {"vgg", "csd"}) == ["clip_i", "csd", "gram", "clip_t", "div_dino"]
+    assert [metric.name for metric in chosen_metrics("pres, dino,pres", "live", set())] == ["pres", "dino"]
 
 
 def test_the_prompts_are_25_of_each_kind_and_fill_in() -> None:
