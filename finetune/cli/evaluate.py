@@ -83,22 +83,22 @@ def evaluate(
     loud()
     from finetune.jobs.evaluate import PAGE, RESULT, Evaluation
     from finetune.jobs.evaluate import evaluate as measure
-    from finetune.jobs.evaluated import Words
+    from finetune.jobs.evaluated import ToldWords
     from finetune.sampling.settings import Sampling
 
     networks = {
         "dino": dino, "clip": clip, "dinov2": dinov2, "dinov3": dinov3, "lpips": lpips, "inception": inception,
         "copy": copy, "vgg": vgg, "csd": csd,
     }  # fmt: skip
+    given = {name: value for name, value in networks.items() if value is not None}
+    sampling = Sampling(negative, sampler, steps, size=size, batch_size=batch_size)
     asked = Evaluation(
-        sources or [], on, out, images or [], metrics, prompts, kind, Words(token, class_noun),
-        {name: value for name, value in networks.items() if value is not None}, count, class_count, seed,
-        Sampling(negative, sampler, steps, size=size, batch_size=batch_size), guidance, base, step, weight,
+        sources=sources or [], photos=on, out=out, folders=images or [], metrics=metrics, prompts=prompts, kind=kind,
+        words=ToldWords(token, class_noun), backbones=given, count=count, class_count=class_count, seed=seed,
+        sampling=sampling, guidance=guidance, base=base, step=step, weight=weight,
     )  # fmt: skip
     values = measure(asked, lambda line: say(f"note: {line}"))
-    for line in table(values):
-        say(line)
-    say(f"{out / PAGE} and {out / RESULT}")
+    say("\n".join([*table(values), f"{out / PAGE} and {out / RESULT}"]))
 
 
 def table(values: Mapping[str, Any]) -> list[str]:

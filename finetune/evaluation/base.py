@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from finetune.evaluation.statistics import among, cosines, interval
+from finetune.evaluation.statistics import Vectors, among, cosines, interval
 
-Vectors = NDArray[np.float64]
 Group = Literal["subject", "class"]
 Kind = Literal["object", "live", "style"]
 

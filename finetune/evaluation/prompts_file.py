@@ -64,7 +64,7 @@ class Called:
         return [Prompt(text, text, "class")]
 
 
-def kind_of(called: Called) -> Kind:
+def prompts_for(called: Called) -> Kind:
     """What the prompts should do with it: a style, a living thing, or another thing."""
     if called.style:
         return "style"

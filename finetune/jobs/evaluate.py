@@ -15,11 +15,12 @@ from finetune.core.events import phase
 from finetune.core.files import sha256, write_json
 from finetune.core.logging import quieted
 from finetune.data.photos import Photo, scan
-from finetune.evaluation.backbones.base import Backbone, Vectors
+from finetune.evaluation.backbones.base import Backbone
 from finetune.evaluation.base import Kind, Metric, Pictures, Score, Seen
-from finetune.evaluation.prompts_file import Called, kind_of, table_of, templates
+from finetune.evaluation.prompts_file import Called, prompts_for, table_of, templates
 from finetune.evaluation.registry import BACKBONES, chosen_metrics
-from finetune.jobs.evaluated import Source, Wish, Words, drawn, find_source
+from finetune.evaluation.statistics import Vectors
+from finetune.jobs.evaluated import ToldWords, Trained, Wish, drawn, find_source
 from finetune.report.evaluation import write_page
 from finetune.runs.folder import RunFolder
 from finetune.sampling.settings import Sampling
@@ -54,7 +55,7 @@ class Evaluation:
     metrics: str | None = None
     prompts: Path | None = None
     kind: str | None = None
-    words: Words = field(default_factory=Words)
+    words: ToldWords = field(default_factory=ToldWords)
     backbones: Mapping[str, str] = field(default_factory=dict)
     count: int = 4
     class_count: int = 16
@@ -137,9 +138,9 @@ def _check_words(asked: Evaluation) -> None:
         raise BadInput(f"{named} is for LoRA files and folders of images, and a run knows its own words: leave it out")
 
 
-def _named(sources: Sequence[Source]) -> list[Source]:
+def _named(sources: Sequence[Trained]) -> list[Trained]:
     """With different names."""
-    found: list[Source] = []
+    found: list[Trained] = []
     for source in sources:
         found.append(replace(source, name=_free(source.name, [item.name for item in found])))
     return found
@@ -159,7 +160,7 @@ def _unique(pictures: Sequence[Pictures]) -> list[Pictures]:
     return found
 
 
-def _kind(asked: Evaluation, sources: Sequence[Source]) -> Kind:
+def _kind(asked: Evaluation, sources: Sequence[Trained]) -> Kind:
     """The kind of all sources, which must be one: otherwise they would get different prompts."""
     if asked.kind is not None:
         wrong = next((item for item in sources if bool(item.called.style) != (asked.kind == "style")), None)
@@ -167,17 +168,17 @@ def _kind(asked: Evaluation, sources: Sequence[Source]) -> Kind:
             learned = "a style" if wrong.called.style else "a subject"
             raise BadInput(f"--kind {asked.kind} does not fit {wrong.path}, which learned {learned}: leave it out")
         return cast(Kind, asked.kind)
-    found = {kind_of(source.called): source for source in sources}
+    found = {prompts_for(source.called): source for source in sources}
     if not sources:
         noun = asked.words.noun or ""
-        return kind_of(Called("", noun)) if noun else "object"
+        return prompts_for(Called("", noun)) if noun else "object"
     if len(found) > 1:
         told = " and ".join(f"{source.path} is {kind}" for kind, source in found.items())
         raise BadInput(f"{told}, and they would get different prompts: choose with --kind, or evaluate them apart")
     return next(iter(found))
 
 
-def _called(asked: Evaluation, sources: Sequence[Source]) -> Called | None:
+def _called(asked: Evaluation, sources: Sequence[Trained]) -> Called | None:
     """The words in the prompts of folders: of the command line, else of the first source."""
     if asked.words.token is not None:
         style = asked.kind == "style"
@@ -185,7 +186,7 @@ def _called(asked: Evaluation, sources: Sequence[Source]) -> Called | None:
     return sources[0].called if sources else None
 
 
-def _wish(asked: Evaluation, source: Source, kind: Kind) -> Wish:
+def _wish(asked: Evaluation, source: Trained, kind: Kind) -> Wish:
     subject = [source.called.prompt(text) for text in templates(asked.prompts, kind)]
     classes = source.called.of_class
     seeds = [range(asked.seed, asked.seed + asked.count)] * len(subject)

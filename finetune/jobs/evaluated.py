@@ -32,7 +32,7 @@ NAMED = 2  # prompts that are too long and shown
 
 
 @dataclass(frozen=True)
-class Words:
+class ToldWords:
     """What the command line says of the subject; None where it says nothing."""
 
     token: str | None = None
@@ -41,7 +41,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Source:
+class Trained:
     """A run or an adapter file.
 
     `digest` is the SHA-256 of what was trained; `base` the base to open a file with, `step` a run's checkpoint.
@@ -60,7 +60,7 @@ class Source:
         return (self.path / "recipe.yaml").is_file()
 
 
-def find_source(path: Path, words: Words, base: str | None, step: int | None, weight: float) -> Source:
+def find_source(path: Path, words: ToldWords, base: str | None, step: int | None, weight: float) -> Trained:
     """Looks at a run or a file without reading its base's weights.
 
     Raises:
@@ -71,7 +71,7 @@ def find_source(path: Path, words: Words, base: str | None, step: int | None, we
         folder = RunFolder(path)
         folder.refuse_links()
         called = _called_by(folder.info, words, path)
-        return Source(path, name, called, _digest_of(folder, step), None, step, weight)
+        return Trained(path, name, called, _digest_of(folder, step), step=step, weight=weight)
     if path.is_dir() and not any(path.glob("*/adapter_config.json")):  # no PEFT folder either
         raise BadInput(
             f"{path} is neither a run's folder nor an adapter: give a run, a LoRA file, or --images {path} for a "
@@ -82,10 +82,10 @@ def find_source(path: Path, words: Words, base: str | None, step: int | None, we
     chosen = base_to_draw(path, base)
     called = _called_in(path, inspect_adapter(path, chosen).metadata, words)
     digest = base_hash(path) if path.is_dir() else sha256(path)
-    return Source(path, name, called, digest, chosen, None, weight)
+    return Trained(path, name, called, digest, chosen, weight=weight)
 
 
-def _called_by(info: RunRecord, words: Words, path: Path) -> Called:
+def _called_by(info: RunRecord, words: ToldWords, path: Path) -> Called:
     """By a run's record; the token chooses one of several subjects."""
     if info.reads:
         raise BadInput(
@@ -105,7 +105,7 @@ def _called_by(info: RunRecord, words: Words, path: Path) -> Called:
     return Called(token, noun, style.lstrip(" ,;:"))
 
 
-def _called_in(path: Path, metadata: dict[str, str], words: Words) -> Called:
+def _called_in(path: Path, metadata: dict[str, str], words: ToldWords) -> Called:
     """By the command line, else by the trigger phrase in a file's header, such as "zwx mug"."""
     phrase = " ".join(metadata.get("modelspec.trigger_phrase", "").split())
     if words.style:
@@ -147,7 +147,7 @@ class Wish:
     guidance: float | None  # None: the run's own, or 5
 
 
-def drawn(source: Source, wish: Wish, folder: Path) -> Pictures:
+def drawn(source: Trained, wish: Wish, folder: Path) -> Pictures:
     """Draws what is not there yet into a folder below `folder`, whose name is a hash of all that decides the images:
     the trained weights, the base, the strength and the sampling. Images that are there are not drawn again.
 
@@ -180,7 +180,7 @@ def _some(lines: list[str]) -> list[str]:
     return lines if more < 1 else [*lines[:NAMED], f"{more} further prompts are too long for its text encoder"]
 
 
-def _check(family: Family, source: Source, sampling: Sampling) -> None:
+def _check(family: Family, source: Trained, sampling: Sampling) -> None:
     check_sampling(family, sampling, "--")
     needed = family.drawing.wants.needed
     if needed:
@@ -190,7 +190,7 @@ def _check(family: Family, source: Source, sampling: Sampling) -> None:
         )
 
 
-def _about(source: Source, family: Family, info: RunRecord, sampling: Sampling, dtype: str) -> dict[str, Any]:
+def _about(source: Trained, family: Family, info: RunRecord, sampling: Sampling, dtype: str) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(sampling).items() if name != "batch_size"}
     return {
         "name": source.name,

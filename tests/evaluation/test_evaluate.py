@@ -22,7 +22,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from finetune.cli.main import run
 from finetune.evaluation.backbones.convnets import vgg19
 from finetune.evaluation.base import Kind
-from finetune.evaluation.prompts_file import Called, kind_of, live_nouns, templates
+from finetune.evaluation.prompts_file import Called, live_nouns, prompts_for, templates
 from finetune.evaluation.registry import BACKBONES, chosen_metrics
 from finetune.families.digests import base_hash
 
@@ -298,5 +298,5 @@ def test_the_prompts_are_25_of_each_kind_and_fill_in() -> None:
         assert all("zwx" in prompt.text and "zwx" not in prompt.plain for prompt in prompts)
         assert not any("{" in prompt.text or "  " in prompt.plain for prompt in prompts)
     assert {"dog", "woman", "cat"} <= live_nouns()
-    assert [kind_of(Called("zwx", noun)) for noun in ("mug", "small dog", "Cat")] == ["object", "live", "live"]
-    assert kind_of(Called(style="in zwx style")) == "style"
+    assert [prompts_for(Called("zwx", noun)) for noun in ("mug", "small dog", "Cat")] == ["object", "live", "live"]
+    assert prompts_for(Called(style="in zwx style")) == "style"

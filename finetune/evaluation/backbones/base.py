@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -24,9 +23,8 @@ from finetune.core.errors import BadInput
 from finetune.core.files import load_tensors, public_name, sha256
 from finetune.core.pickles import may_read_pickles
 from finetune.data.photos import open_image
+from finetune.evaluation.statistics import Vectors
 from finetune.families.digests import base_hash
-
-Vectors = NDArray[np.float64]
 
 TOGETHER = 16  # images that go through a network at once
 PATTERNS = ("*.json", "*.txt", "*.safetensors")

@@ -129,13 +129,14 @@ def vgg19() -> nn.Sequential:
 
 def alexnet() -> nn.Sequential:
     """torchvision's `alexnet().features` up to its last ReLU."""
-    return nn.Sequential(
+    layers = [
         nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
         nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
         nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
         nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
         nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(),
-    )  # fmt: skip
+    ]  # fmt: skip
+    return nn.Sequential(*layers)
 
 
 def all_weights(place: Path) -> dict[str, Any]:

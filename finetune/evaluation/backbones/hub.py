@@ -12,7 +12,8 @@ from torch import Tensor
 
 from finetune.core.errors import BadInput
 from finetune.core.reading import read_json
-from finetune.evaluation.backbones.base import MEAN, STD, Backbone, Preparation, Vectors
+from finetune.evaluation.backbones.base import MEAN, STD, Backbone, Preparation
+from finetune.evaluation.statistics import Vectors
 from finetune.families.weights import load_weights
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -65,7 +66,7 @@ class HubBackbone(Backbone):
         return self.preparation.tensor(image)
 
 
-class Dino(HubBackbone):
+class DinoNetwork(HubBackbone):
     """The class token of a vision transformer's last layer, after its norm."""
 
     kind = "dino"
@@ -79,7 +80,7 @@ class Dino(HubBackbone):
         return token
 
 
-class DinoV2(HubBackbone):
+class DinoV2Network(HubBackbone):
     """The class token of a vision transformer's last layer, after its norm."""
 
     kind = "dinov2"
@@ -92,7 +93,7 @@ class DinoV2(HubBackbone):
         return token
 
 
-class DinoV3(HubBackbone):
+class DinoV3Network(HubBackbone):
     """The class token of a vision transformer's last layer, after its norm."""
 
     kind = "dinov3"
@@ -105,7 +106,7 @@ class DinoV3(HubBackbone):
         return token
 
 
-class Clip(HubBackbone):
+class ClipNetwork(HubBackbone):
     """CLIP's embeddings of images and texts, in their common space."""
 
     kind = "clip"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from finetune.evaluation.base import PromptMetric, Seen, Vectors
-from finetune.evaluation.statistics import cosines
+from finetune.evaluation.base import PromptMetric, Seen
+from finetune.evaluation.statistics import Vectors, cosines
 
 
 class ClipT(PromptMetric):

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from finetune.evaluation.base import PromptMetric, Score, Seen, Vectors
-from finetune.evaluation.statistics import cosines
+from finetune.evaluation.base import PromptMetric, Score, Seen
+from finetune.evaluation.statistics import Vectors, cosines
 
 COPY = 0.5  # Somepalli et al. count an image as replicated above this similarity (arXiv:2212.03860, section 4)
 

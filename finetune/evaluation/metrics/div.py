@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from finetune.evaluation.base import PromptMetric, Seen, Vectors
-from finetune.evaluation.statistics import among, squared_distances
+from finetune.evaluation.base import PromptMetric, Seen
+from finetune.evaluation.statistics import Vectors, among, squared_distances
 
 
 class Div(PromptMetric):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from finetune.evaluation.base import PromptMetric, Seen, Vectors
-from finetune.evaluation.statistics import among, cosines
+from finetune.evaluation.base import PromptMetric, Seen
+from finetune.evaluation.statistics import Vectors, among, cosines
 
 
 class DivDino(PromptMetric):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from finetune.evaluation.base import Metric, Score, Seen, Vectors
-from finetune.evaluation.statistics import among, bounds, cubic_kernel, draws, kernel_distances
+from finetune.evaluation.base import Metric, Score, Seen
+from finetune.evaluation.statistics import Vectors, among, bounds, cubic_kernel, draws, kernel_distances
 
 
 class Kid(Metric):

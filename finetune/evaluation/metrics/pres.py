@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from finetune.evaluation.base import PromptMetric, Score, Seen, Vectors
-from finetune.evaluation.statistics import among, cosines, interval
+from finetune.evaluation.base import PromptMetric, Score, Seen
+from finetune.evaluation.statistics import Vectors, among, cosines, interval
 
 
 class Pres(PromptMetric):

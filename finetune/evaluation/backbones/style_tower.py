@@ -28,7 +28,7 @@ INNER = {
 BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 
 
-class Csd(Backbone):
+class CsdNetwork(Backbone):
     """Unit vectors of the style. The file is the published one: OpenAI's names under `backbone.`."""
 
     kind = "csd"
