@@ -13,6 +13,7 @@ from finetune.data.crops import enlarged
 from finetune.data.leftovers import leftovers, listed
 from finetune.data.photos import image_files
 from finetune.data.samplers import group_count
+from finetune.data.tokens import describe
 from finetune.jobs.prepare import Prepared
 from finetune.jobs.subjects import Subject
 from finetune.objectives.registry import build_objective
@@ -37,10 +38,7 @@ def plan(job: Prepared) -> Plan:
         base=recipe.base.source,
         family=family.name,
         prediction=family.schedule.prediction,
-        subjects=[
-            PlannedSubject(token=s.token, noun=s.noun, photos=len(s.photos), captions=s.summary, style=s.trigger)
-            for s in job.subjects
-        ],
+        subjects=_subjects(job),
         prompts=list(dict.fromkeys(text for texts in job.captions for text in texts))[:5],
         unused=_unused(job),
         resolution=job.resolution,
@@ -64,6 +62,27 @@ def plan(job: Prepared) -> Plan:
         precision=resolve_precision(recipe.run),
         repeatable=is_repeatable(family.device, recipe.run.deterministic),
     )
+
+
+def _subjects(job: Prepared) -> list[PlannedSubject]:
+    """Each subject, with a warning if the user chose a token that the base may know."""
+    own_word = "embedding" in job.recipe.method.artifacts
+    named = zip(job.subjects, job.recipe.data.all_subjects, strict=True)
+    return [
+        PlannedSubject(
+            token=found.token,
+            noun=found.noun,
+            photos=len(found.photos),
+            captions=found.summary,
+            style=found.trigger,
+            warning="" if own_word or settings.token == "auto" else _known(job, found.token),
+        )
+        for found, settings in named
+    ]
+
+
+def _known(job: Prepared, token: str) -> str:
+    return describe(job.family.word_tokenizers, token).warning
 
 
 def _drawn_from(job: Prepared) -> list[str]:

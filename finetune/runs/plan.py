@@ -23,7 +23,8 @@ class Record(BaseModel):
 class PlannedSubject(Record):
     """One subject of the plan. `captions` is a sentence about where its captions come from.
 
-    `style`: the words that call a style, such as "in zwx style"; empty for other subjects.
+    `style`: the words that call a style, such as "in zwx style"; empty for other subjects. `warning`: what the base
+    may know by a token that the user chose; empty if nothing.
     """
 
     token: str
@@ -31,6 +32,7 @@ class PlannedSubject(Record):
     photos: int
     captions: str
     style: str = ""
+    warning: str = ""
 
     @property
     def called(self) -> str:
@@ -154,6 +156,9 @@ def _rows(plan: Plan, base: str, prompts: PlanRows) -> PlanRows:
     found |= {**_subject_rows(plan), **prompts}
     if len(plan.subjects) == 1:
         found["token"] = plan.subjects[0].called
+    warnings = [subject.warning for subject in plan.subjects if subject.warning]
+    if warnings:
+        found["known token"] = "; ".join(warnings)
     found["resolution"] = plan.resolution
     found["steps"] = _steps(plan)
     found["each photo"] = _times(plan)
