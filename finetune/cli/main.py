@@ -14,6 +14,7 @@ import typer
 from finetune import __version__
 from finetune.cli import lists
 from finetune.cli.adapters import BaseOption, register, say_exported
+from finetune.cli.evaluate import evaluate
 from finetune.cli.help import HELP, Sections
 from finetune.cli.output import loud, progress_shown, say
 from finetune.cli.sample import StepOption, sample
@@ -38,7 +39,8 @@ app = typer.Typer(
 for part in (lists.recipes_app, lists.tokens_app):
     app.add_typer(part)
 register(app)
-app.command()(sample)
+for own in (evaluate, sample):
+    app.command()(own)
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EROFS, errno.EPERM)
