@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -42,7 +43,8 @@ def read_bytes(file: Path, limit: int = MAX_BYTES) -> bytes:
     if file.exists() and not file.is_file():  # reading a pipe or a device might never end
         raise BadText(str(file), "is not a regular file", "put the file itself there")
     with file.open("rb") as opened:
-        content = opened.read(limit + 1)
+        size = min(os.fstat(opened.fileno()).st_size, limit)
+        content = opened.read(size + 1)  # read(limit) would take that much memory first
     if len(content) > limit:
         raise BadText(
             str(file), f"is larger than {limit / 1e6:g} MB, too large for this kind of file", "give the right file"
