@@ -70,7 +70,7 @@ def write_sd15(folder: Path) -> None:
 def train_only(recipe: Recipe, work: Path) -> Path:
     """Caches latents and prompts and trains, without images and exports. Returns the run folder."""
     from finetune.core.events import sent_to
-    from finetune.jobs import train as job
+    from finetune.jobs.fit import fit_job
     from finetune.jobs.prepare import prepare
     from finetune.runs.folder import RunFolder
     from finetune.runs.metrics import MetricsFile
@@ -79,7 +79,7 @@ def train_only(recipe: Recipe, work: Path) -> Path:
     accelerator = make_accelerator(recipe.run, adapter=True)
     folder = RunFolder(work / f"steps-{os.getpid()}")
     with folder.held(recipe), sent_to(MetricsFile(folder.path)):
-        job.fit_job(prepare(recipe), folder, accelerator)
+        fit_job(prepare(recipe), folder, accelerator)
     return folder.path
 
 

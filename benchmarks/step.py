@@ -114,7 +114,7 @@ def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None])
     """Runs our loop with our data plan, as `finetune train` does. Returns the seconds for saving a checkpoint."""
     from finetune.config.load import parse_recipe
     from finetune.core.events import sent_to
-    from finetune.jobs import train as job
+    from finetune.jobs.fit import fit_job
     from finetune.jobs.prepare import prepare
     from finetune.runs.folder import RunFolder
     from finetune.runs.metrics import MetricsFile
@@ -148,7 +148,7 @@ def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None])
     with tempfile.TemporaryDirectory(dir=work) as run:
         folder = Timed(Path(run) / "run")
         with folder.held(recipe), sent_to(MetricsFile(folder.path)):
-            job.fit_job(prepare(recipe), folder, make_accelerator(recipe.run, adapter=True), on_step)
+            fit_job(prepare(recipe), folder, make_accelerator(recipe.run, adapter=True), on_step)
     return saving[-1]
 
 

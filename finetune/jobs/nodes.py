@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def refuse_other_inputs(job: Prepared, peers: Peers) -> None:
     _refuse(_differences(first, own), peers)
 
 
-def refuse_other_class_images(streams: list[list[Sample]], peers: Peers) -> None:
+def refuse_other_class_images(streams: Sequence[Sequence[Sample]], peers: Peers) -> None:
     """The same for the class images, which each machine has in its own folder, or has drawn itself.
 
     Raises:

@@ -1,93 +1,49 @@
 """A run from start to end: photos -> plan -> class images -> caches -> training -> exports -> images -> report.
 
-Each stage is a function in this module. The training loop is in `training/trainer.py`.
+The stages are here; what lies between plan and trained weights is in `jobs/fit.py`, the loop in `training/trainer.py`.
 """
 
 from __future__ import annotations
 
-import platform
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from finetune.config.recipe import Recipe
 from finetune.core.determinism import deterministic
-from finetune.core.errors import BadInput, CheckFailed, Stopped
-from finetune.core.events import (
-    Consumer,
-    Event,
-    PhaseAdvanced,
-    PhaseStarted,
-    Restored,
-    RunEnded,
-    RunStarted,
-    StepDone,
-    emit,
-    sent_to,
-)
+from finetune.core.errors import BadInput, CheckFailed
+from finetune.core.events import Consumer, sent_to
 from finetune.core.logging import quieted
 from finetune.core.progress import log, logged
-from finetune.core.signals import Interrupted, Signals, Stop
+from finetune.core.signals import Signals, Stop
 from finetune.data.batches import check_split
-from finetune.data.cache import PromptCache
 from finetune.export.settings import UNCHECKED
 from finetune.jobs.companions import write_companions
-from finetune.jobs.dataset import cache_latents, make_batches, make_prompt_encoder, make_streams
 from finetune.jobs.export import export_run
-from finetune.jobs.images import draw_preview, draw_samples, preview_folder
-from finetune.jobs.nodes import (
-    FolderChoice,
-    in_first_order,
-    recipe_of,
-    refuse_other_class_images,
-    refuse_other_inputs,
-)
+from finetune.jobs.fit import fit_job
+from finetune.jobs.followed import Hooks, Say, followed
+from finetune.jobs.images import draw_samples
+from finetune.jobs.nodes import FolderChoice, in_first_order, recipe_of, refuse_other_inputs
 from finetune.jobs.open import open_exported
 from finetune.jobs.pins import Pins
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
-from finetune.objectives.registry import build_objective
+from finetune.jobs.record import record_of, started
 from finetune.report.html import write_report
-from finetune.report.pictures import keep_class_images, keep_photos
+from finetune.report.pictures import keep_photos
 from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import read_inputs
-from finetune.runs.metrics import MetricsFile
 from finetune.runs.plan import plan_rows
-from finetune.runs.record import RecordedSubject, RunRecord
-from finetune.runs.status import StatusFile
 from finetune.training.accelerate import make_accelerator
 from finetune.training.peers import joined, together
-from finetune.training.regularizers import PriorContext
-from finetune.training.step import PromptEncoder, Step, StepOptions, parts_of
-from finetune.training.trainer import Trainable, Trainer
 
-Say = Callable[[str], None]
 _RUNNING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """How a caller follows and ends a run.
-
-    `say` gets lines of text for the user, and `events` gets typed events on the main process. `stop.request()`, from
-    any thread, ends the run after its current step, or at the next unit of work outside the loop.
-    """
-
-    say: Say = lambda line: None
-    events: Consumer = lambda event: None
-    stop: Stop = field(default_factory=Stop)
-    accept_changes: bool = False
 
 
 def train(
@@ -170,7 +126,7 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
         job = in_first_order(job, path, joined())
         refuse_other_inputs(job, joined())
         held = folder.held(recipe) if main else nullcontext()
-        with Signals(hooks.stop), held, _followed(folder, accelerator, recipe, hooks):
+        with Signals(hooks.stop), held, followed(folder, accelerator, recipe, hooks):
             return _stages(job, folder, accelerator, hooks)
 
 
@@ -211,66 +167,12 @@ def _begun(run_dir: Path | None) -> bool:
     return run_dir is not None and (run_dir / "recipe.yaml").is_file()
 
 
-@contextmanager
-def _followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe, hooks: Hooks) -> Iterator[None]:
-    """Sends the block's events to metrics, status and trackers, and heeds a stop. At the end, sends the outcome."""
-    consumers: list[Consumer] = []
-    if accelerator.is_main_process:
-        logged = (folder.path / "metrics.jsonl").is_file()
-        consumers = [partial(_refuse_gone, folder.path)]
-        consumers += [MetricsFile(folder.path), StatusFile(folder.path, recipe.run.steps)]
-        consumers += [partial(_say_restored, hooks.say, logged)]
-        consumers += [partial(_track, accelerator)] if recipe.run.trackers else []
-    if accelerator.num_processes == 1:  # of several, one alone must not leave: the loop agrees on it
-        consumers += [partial(_heed, hooks.stop)]
-    outcome = "failed"
-    with sent_to(*consumers):
-        try:
-            emit(RunStarted(folder.path, recipe.run.steps))
-            yield
-            outcome = "finished"
-        except Interrupted as stop:
-            outcome = "stopped"
-            raise Stopped(folder.path, stop.number) from stop
-        finally:
-            emit(RunEnded(folder.path, outcome))
-
-
-def _refuse_gone(run: Path, event: Event) -> None:
-    """Ends a run whose folder is no longer there: else it would train on, and have nowhere to go on from."""
-    if isinstance(event, StepDone | PhaseStarted | PhaseAdvanced) and not (run / "recipe.yaml").is_file():
-        raise BadInput(
-            f"{run} was removed or moved while its run was at work: put it back and go on with `finetune resume`, or "
-            "begin again"
-        )
-
-
-def _heed(stop: Stop, event: Event) -> None:
-    """Ends the work that is not the loop's at its next unit, as a signal does; the loop looks after each step."""
-    if isinstance(event, RunStarted | PhaseAdvanced):
-        stop.heed()
-
-
-def _say_restored(say: Say, logged: bool, event: Event) -> None:
-    """From where a run goes on; `logged`: it had begun before."""
-    if isinstance(event, Restored) and event.step:
-        say(f"{'resumes':>16}  after step {event.step}")
-    elif isinstance(event, Restored) and logged:
-        say(f"{'resumes':>16}  from the start: none of its checkpoints can be used")
-
-
-def _track(accelerator: Accelerator, event: Event) -> None:
-    """Logs a step to wandb, trackio or TensorBoard through Accelerate."""
-    if isinstance(event, StepDone):
-        accelerator.log({"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm}, step=event.step)
-
-
 def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks) -> Path:
     recipe = job.recipe
     pins = Pins(folder.path, hooks.accept_changes)
     if accelerator.is_main_process:
         pins.check(job, folder.checkpoints.newest_step())
-        info = _info(job).model_copy(update={"started": _started(folder)})
+        info = record_of(job).model_copy(update={"started": started(folder)})
         folder.write_info(info)
         keep_photos(folder.path, info)
     joined().wait()
@@ -311,44 +213,6 @@ def resume(
     return train(recipe, run_dir, say, events=events, stop=stop, accept_changes=accept_changes)
 
 
-def _started(folder: RunFolder) -> float | None:
-    """When the run began: its record says it, and a resumed run does not begin again. None where that is lost."""
-    if not (folder.path / "run.json").is_file():
-        return float(round(time.time()))
-    try:
-        return folder.info.started
-    except BadInput:  # it is damaged, and about to be written again
-        return None
-
-
-def _info(job: Prepared) -> RunRecord:
-    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
-    several = [
-        RecordedSubject(token=s.token, class_noun=s.noun, photos=len(s.photos), style=s.trigger) for s in job.subjects
-    ]
-    planned = plan(job)
-    return RunRecord(
-        token=job.token,
-        class_noun=job.noun,
-        style=job.subjects[0].trigger,
-        family=job.family.name,
-        base=job.recipe.base.source,
-        base_hash=job.base_hash,
-        resolution=job.resolution,
-        plan=plan_rows(planned),
-        planned=planned,
-        captions=job.captions,
-        captions_from_files=job.captions_from_files,
-        photos=[photo.path.as_posix() for photo in job.photos],
-        subjects=several if len(several) > 1 else [],
-        prompts=job.sample_prompts(),
-        guidance=job.recipe.sample.guidance,
-        image_guidance=job.recipe.sample.image_guidance,
-        reads=list(job.family.drawing.wants.needed),
-        versions={name: version(name) for name in packages} | {"python": platform.python_version()},
-    )
-
-
 def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks, pins: Pins) -> None:
     """Draws the images from before training, trains, and saves the trained weights in RUN/adapter."""
     recipe = job.recipe
@@ -363,94 +227,6 @@ def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Ho
         shutil.rmtree(folder.path / "samples" / "after", ignore_errors=True)  # from a run with fewer steps
         about = {"base_hash": job.base_hash, "steps": str(recipe.run.steps)}
         folder.save_result(recipe.method.state_dict(job.family), about)
-
-
-def fit_job(
-    job: Prepared,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    on_step: Callable[[int], None] = lambda step: None,
-    stop: Stop | None = None,
-    pins: Pins | None = None,
-) -> None:
-    """Draws class images, fills the caches, attaches the method and trains. `job.family` holds the trained weights.
-
-    `on_step` is called after every step, with the number of steps done. `stop` ends the loop after its current step.
-
-    Raises:
-        BadInput: the class images, or a checkpoint in `folder`, can't be used.
-        CheckFailed: the loss or gradient of a step was not finite.
-        Interrupted: `stop` was requested, or a signal arrived.
-    """
-    recipe, family = job.recipe, job.family
-    streams = make_streams(job)
-    if pins is not None and accelerator.is_main_process:
-        pins.check_class_images(streams, folder.checkpoints.newest_step())
-    if accelerator.is_main_process and len(streams) > 1:
-        keep_class_images(folder.path, [sample.crops[0].photo.path for sample in streams[1]])
-    refuse_other_class_images(streams, joined())
-    cache = cache_latents(job, streams)
-    encode_prompts = make_prompt_encoder(job, streams)
-    idle = _idle_parts(job, encode_prompts)
-    family.parts.release(idle)
-    family.parts.place([part for part in family.parts if part not in idle])
-    trained = recipe.method.attach(family, recipe.run.seed)
-    if recipe.run.gradient_checkpointing:
-        family.enable_gradient_checkpointing(recipe.method.part_names(family))
-    batches = make_batches(job, streams, cache)
-    trainer = Trainer(
-        _make_step(job, trained, encode_prompts, batches.samples_per_step),
-        Trainable(trained, recipe.method.windows(trained)),
-        recipe.optim,
-        recipe.run,
-        accelerator,
-        folder.checkpoints,
-    )
-
-    def preview(step: int) -> None:
-        if accelerator.is_main_process:
-            with trainer.result_weights():
-                draw_preview(job, folder, step, idle)
-        joined().wait()
-
-    def is_due(step: int) -> bool:
-        return bool(recipe.sample.every) and step % recipe.sample.every == 0
-
-    def after_step(step: int) -> None:
-        if is_due(step):
-            preview(step)
-        on_step(step)
-
-    def after_restore(step: int) -> None:
-        # lost if a kill or a stop came between the checkpoint and its preview
-        if is_due(step) and joined().from_first(not preview_folder(folder, step).is_dir()):
-            preview(step)
-
-    trainer.fit(batches, after_step, stop, after_restore)
-    family.parts.restore(idle)
-
-
-def _make_step(
-    job: Prepared, trained: dict[str, nn.Parameter], encode_prompts: PromptEncoder, samples_per_step: int
-) -> Step:
-    """The forward pass of the recipe: objective, regularizers, dropout of text encoders."""
-    recipe, family = job.recipe, job.family
-    class_prompts = job.class_prompt, job.class_prompts, job.class_prompt_of_caption
-    context = PriorContext(family, recipe.method, trained, encode_prompts, *class_prompts)
-    options = StepOptions(
-        recipe.data.encoder_dropout,
-        recipe.prior.regularizers(context),
-        samples_per_step if recipe.objective.timesteps == "stratified" else None,
-    )
-    objective = build_objective(recipe.objective, family.schedule, family.shift(job.resolution))
-    return Step(family, parts_of(trained), objective, encode_prompts, options)
-
-
-def _idle_parts(job: Prepared, encode_prompts: PromptEncoder) -> list[str]:
-    """Frozen parts whose outputs are cached. They are removed from memory during the training loop."""
-    busy = {"denoiser", *job.recipe.method.part_names(job.family)}
-    cached = isinstance(encode_prompts, PromptCache)
-    return [part for part in job.family.parts if part not in busy and (part in job.family.codec.parts or cached)]
 
 
 def _load_result(job: Prepared, folder: RunFolder) -> None:

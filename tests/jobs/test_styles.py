@@ -17,6 +17,7 @@ from finetune.config.load import load_recipe, parse_recipe
 from finetune.core.errors import BadInput
 from finetune.jobs import train as job
 from finetune.jobs.prepare import class_sets, prepare
+from finetune.jobs.record import record_of
 from finetune.runs.folder import RunFolder
 from finetune.runs.plan import plan_rows, shared_rows
 
@@ -174,6 +175,6 @@ def test_the_shipped_recipe_has_pairs_and_keeps_plain_prompts(tiny_bases: dict[s
     recipe = load_recipe("style-lora", [f"data.photos={drawings}", f"base={tiny_bases['sd1']}"])
     looked = prepare(recipe)
     assert recipe.prior.of_captions
-    info = job._info(looked)
+    info = record_of(looked)
     assert info.pairs() == [(0, 1), (2, 3), (4, 5)]
     assert plan_rows(info.planned)["class images"].startswith("100 for 4 different captions without 'in ")

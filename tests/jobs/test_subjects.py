@@ -24,9 +24,11 @@ from finetune.data.photos import scan
 from finetune.data.samplers import Sample, ShuffleSampler
 from finetune.jobs import train as job
 from finetune.jobs.class_sets import ClassSet, class_images
+from finetune.jobs.fit import fit_job
 from finetune.jobs.pins import in_order, inputs_of
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
+from finetune.jobs.record import record_of
 from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import changes
 from finetune.runs.plan import plan_rows
@@ -65,7 +67,7 @@ def fitted(recipe: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Trainer, "fit", fit)
     parsed = parse_recipe(recipe)
     looked = prepare(parsed)
-    job.fit_job(looked, RunFolder(folder), make_accelerator(parsed.run, True))
+    fit_job(looked, RunFolder(folder), make_accelerator(parsed.run, True))
     return looked, given
 
 
@@ -200,7 +202,7 @@ def test_one_subject_is_what_it_was(
     assert isinstance(batches.sampler, ShuffleSampler)
     shown = list(plan_rows(plan(looked)))
     assert shown[:4] == ["base", "subject", "training prompts", "token"]
-    assert not job._info(looked).subjects
+    assert not record_of(looked).subjects
 
 
 def test_two_of_one_noun_share_class_images_and_the_class_prompt(

@@ -103,7 +103,8 @@ def test_a_run_of_two_machines_survives_a_killed_agent(
     """The agent is killed, its worker and the other machine's end by themselves; the second machine has no run folder
     when both resume."""
     machines = machines_in(tmp_path / "two", tiny_bases["sd1"], photos)
-    started = start_both(machines, *[machine.train("run.steps=100000") for machine in machines])
+    # every checkpoint is kept: the workers take steps until they notice that the agent is gone
+    started = start_both(machines, *[machine.train("run.steps=100000", "run.keep=100000") for machine in machines])
     wait_for_steps(machines[0].run, 3)
     workers = [child for agent in started for child in psutil.Process(agent.pid).children(recursive=True)]
     assert len(workers) == 2

@@ -16,9 +16,9 @@ from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
 from finetune.core.files import load_tensors
 from finetune.jobs.estimate import estimate
+from finetune.jobs.fit import fit_job
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import prepare
-from finetune.jobs.train import fit_job
 from finetune.runs.folder import RunFolder
 from finetune.training.accelerate import make_accelerator
 from finetune.training.priors.base import PriorSettings
