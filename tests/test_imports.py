@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "finetune").rglob("*.py"))
 
 # From the ground up. A module may import its own package and those before it in this list.
 PACKAGES = (
-    "core", "objectives", "optim", "families", "methods", "data", "sampling", "training", "export", "adapters",
+    "core", "objectives", "optim", "families", "methods", "data", "sampling", "training", "verdicts", "export", "adapters",
     "config", "runs", "report", "jobs", "cli", "testing",
 )  # fmt: skip
 RANK = {name: number for number, name in enumerate(PACKAGES)}

@@ -58,6 +58,10 @@ AcceptChanges = Annotated[
 StepOption = Annotated[
     int | None, typer.Option("--step", help="of a checkpoint; default: the result, or the newest of an unfinished run")
 ]
+BestOption = Annotated[
+    str | None,
+    typer.Option("--step", metavar="N|best", help="of a checkpoint, or the one that the verdicts recommend"),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 
 
@@ -217,7 +221,7 @@ def export(
     max_error: Annotated[
         float | None, typer.Option("--max-error", help="largest relative error of that conversion, such as 0.1")
     ] = None,
-    step: StepOption = None,
+    step: BestOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="a folder; default: RUN/exports")] = None,
     verify: Annotated[str | None, typer.Option("--verify", help="full, deltas or off; default: the run's own")] = None,
 ) -> None:
@@ -227,7 +231,7 @@ def export(
 
     given = {"export.rank": rank, "export.max_error": max_error, "export.verify": verify}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
-    say_exported(export_result(run, to or [], step=step, out=out, overrides=overrides))
+    say_exported(export_result(run, to or [], step=_chosen_step(run, step), out=out, overrides=overrides))
 
 
 @app.command()
@@ -301,6 +305,20 @@ def _train(
     expected = expectation(recipe.base.source, [subject.class_noun for subject in recipe.data.all_subjects])
     if expected:
         tell(f"note: {expected}")
+
+
+def _chosen_step(run: Path, text: str | None) -> int | None:
+    """A step's number, or the number of the best one."""
+    from finetune.jobs.verdicts import best_step
+    from finetune.runs.folder import RunFolder
+
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    if text != "best":
+        raise BadInput(f"--step is {text!r:.40}: give the number of a checkpoint's step, or best")
+    step = best_step(RunFolder(run))
+    say(f"the verdicts recommend step {step}")
+    return step
 
 
 def _file_name(noun: str) -> str:

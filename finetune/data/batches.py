@@ -92,6 +92,10 @@ class Batches:
         start = (index * processes.world + processes.rank) * size
         return self._batch([self._draw(step, slot) for slot in range(start, start + size)])
 
+    def of(self, drawn: Drawn) -> Batch:
+        """Returns a batch of one sample that the caller has drawn, on the CPU. Its latents must be in the cache."""
+        return self._batch([drawn])
+
     def _draw(self, step: int, slot: int) -> Drawn:
         key = SampleKey(self.sampler.seed, step, slot)
         pair, stream = divmod(slot, len(self.streams))

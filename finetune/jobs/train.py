@@ -34,6 +34,7 @@ from finetune.jobs.open import open_exported
 from finetune.jobs.pins import Pins
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
+from finetune.jobs.verdicts import finish_verdicts
 from finetune.jobs.record import record_of, started
 from finetune.report.html import write_report
 from finetune.report.pictures import keep_photos
@@ -243,6 +244,8 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
         shown.parts.device = device
         job.family = shown
         draw_samples(job, after, "After")
+    for line in finish_verdicts(job, folder):
+        say(f"{'verdict':>16}  {line}")
     write_companions(folder)
     write_report(folder.path)
     for item in exported:

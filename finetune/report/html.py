@@ -13,6 +13,7 @@ from finetune.core.records import checks_of
 from finetune.export.settings import UNCHECKED
 from finetune.report.pictures import class_image_tags, input_tags, photo_tags, row
 from finetune.report.styles import with_and_without
+from finetune.report.verdicts import verdict_section
 from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import read_inputs
@@ -81,6 +82,7 @@ def write_report(path: Path, with_captions: bool = False, *, step: int | None = 
         _subject(path, info, with_captions),
         _before_after(folder, info, step, linked),
         _previews(path, info, step, linked),
+        verdict_section(path, step),
         _plan(info),
         with_and_without(path, info, _after(path, step)),
         _curves([row for row in metrics if step is None or row["step"] <= step]),

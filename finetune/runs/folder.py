@@ -38,7 +38,7 @@ LOCKS = ("run.lock", HOLDER)
 # what a run writes, in its folder
 FOLDERS = ("adapter", "checkpoints", "exports", "photos", "samples", "samples/before", "samples/after")
 FILES = (
-    *("run.json", "inputs.json", "status.json", "metrics.jsonl", "exports.json", "report.html", "run.lock", HOLDER),
+    *("run.json", "inputs.json", "status.json", "metrics.jsonl", "verdicts.jsonl", "verdict.json", "exports.json", "report.html", "run.lock", HOLDER),
     *("adapter/trained.safetensors", "adapter/manifest.json"),
 )
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -309,6 +309,7 @@ def _changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """The keys that differ, except those that a run may change: more steps, more processes, its folder's name."""
     before, after = (_flat(one.model_dump(mode="json")) | _curve(one) for one in (old, new))
     free = {"run.dir", "run.name", "run.keep", "run.checkpoint_every", "run.processes"}
+    free |= {"run.keep_best", "run.verdicts", "run.verdicts_every"}  # what is measured changes nothing
     if after.get("run.steps", 0) >= before.get("run.steps", 0):
         free.add("run.steps")
     names = sorted(before.keys() | after.keys())
