@@ -239,6 +239,7 @@ def _bank(job: Prepared, predict: Predictor) -> Bank:
 
 
 def _batch_size(job: Prepared) -> int:
-    """No more points at a time than the samples that the training has in memory, which needs more for each."""
+    """Points at a time: twice the samples of a micro-batch, which needs several times as much memory for each."""
     run = job.recipe.run
-    return max(1, run.batch_size // (run.accumulate * joined().world))
+    streams = 1 if job.recipe.prior.class_images is None else 2
+    return max(2, 2 * streams * run.batch_size // (run.accumulate * joined().world))
