@@ -1,4 +1,4 @@
-"""Are the verdicts on a run true? Runs made to be good, under-, overtrained and drifted, judged by a judge and by them.
+"""Are the verdicts on a run true? Runs made to be good or bad, judged by a judge and by them.
 
     python benchmarks/verdicts.py                         # all 70 runs, then the table
     python benchmarks/verdicts.py --subjects mug --recipes default short     # some of them
@@ -6,7 +6,7 @@
 
 Each run trains the recipe `demo` on the tiny base with the changes of RECIPES. The judge (examples/tiny_base/judge.py)
 looks at images of the result; the verdict comes from the run's own measures, which see no judge. Rows are added to
-verdicts.jsonl beside this file; finished ones are not repeated. The rules' thresholds (finetune/verdicts/rules.py) may be
+verdicts.jsonl beside this file; finished ones are not repeated. The rules' limits (finetune/verdicts/rules.py) may be
 set by the rows of DEVELOPMENT alone. The held-out subjects follow from HELD_OUT_SEED, and nothing was tuned on them.
 """
 
@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "tiny_base"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tiny_base"))
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ STORED = Path(__file__).with_name("verdicts.jsonl")
 RECIPES: dict[str, tuple[str, ...]] = {
     "default": (),
     "short": ("run.steps=60",),
-    "faint": ("optim.lr=1e-4",),
+    "faint": ("optim.lr=1e-4", "run.steps=250"),
     "half": ("run.steps=200",),
     "slow": ("optim.lr=7e-4",),
     "no prior": ("prior.kind=none",),
@@ -174,8 +173,8 @@ def one_run(work: Path, subject: Subject, name: str) -> dict[str, Any]:
     rows = read_rows(folder / FILE)
     family, info = open_result(folder)
     seen = seen_by_judge(family, subject, f"{info.token} {subject.noun}")
-    base = load_family("tiny")
-    before = seen_by_judge(base, subject, f"{info.token} {subject.noun}")
+    before = next((row["base"] for row in stored() if row["subject"] == subject.name), None)
+    before = before or seen_by_judge(load_family("tiny"), subject, f"{info.token} {subject.noun}")
     return {
         "subject": subject.name,
         "recipe": name,

@@ -81,8 +81,8 @@ class ImagesDrawn:
 
 @dataclass(frozen=True)
 class Measured:
-    """The model was compared with its base after `step` (`finetune.verdicts`): measures by name. `verdict` is what they
-    say in a word, such as "undertrained"."""
+    """The model was compared with its base after `step` (`finetune.verdicts`): measures by name. `verdict` is what
+    they say in a word, such as "undertrained"."""
 
     step: int
     values: Mapping[str, float]

@@ -81,7 +81,7 @@ def make_streams(job: Prepared) -> list[list[Sample]]:
 
 
 def held_out_photos(job: Prepared) -> set[int]:
-    """The indices in `job.photos` of the photos that are not trained on: `data.hold_out` of each subject, by the seed."""
+    """The indices in `job.photos` of those that are not trained on: `data.hold_out` of each subject, by the seed."""
     found: set[int] = set()
     start = 0
     for subject in job.subjects:

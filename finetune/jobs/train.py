@@ -34,8 +34,8 @@ from finetune.jobs.open import open_exported
 from finetune.jobs.pins import Pins
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
-from finetune.jobs.verdicts import finish_verdicts
 from finetune.jobs.record import record_of, started
+from finetune.jobs.verdicts import finish_verdicts
 from finetune.report.html import write_report
 from finetune.report.pictures import keep_photos
 from finetune.runs.folder import RunFolder

@@ -24,6 +24,7 @@ from finetune.data.samplers import Sample
 from finetune.families.base import Family
 from finetune.jobs.dataset import held_out_photos, make_batches
 from finetune.jobs.prepare import Prepared
+from finetune.objectives.base import Objective
 from finetune.objectives.densities import Uniform
 from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
@@ -40,6 +41,7 @@ from finetune.verdicts.rows import FILE, Row, read_rows, up_to
 from finetune.verdicts.rules import best_row, judged
 from finetune.verdicts.schedule import CLASS_DRAWINGS, PHOTO_POINTS, due_steps
 
+NOISY = 0.85  # the share of the noise levels above which photos are measured
 CLOSER = 1.2  # how much larger the subject is in a held-out crop: a view that no crop of the training has
 
 
@@ -197,27 +199,32 @@ def _closer(crop: Crop, seed: int) -> Crop:
     width, height = (round(side * CLOSER) for side in crop.resized)
     right, down = torch.rand(2, generator=generator(seed, f"held out:{crop.photo.digest}")).tolist()
     # not farther from the middle than half of the spare room: the subject stays in sight
-    corner = [round((0.25 + share / 2) * (large - own)) for share, large, own in
-              ((right, width, crop.size[0]), (down, height, crop.size[1]))]
+    corner = [
+        round((0.25 + share / 2) * (large - own))
+        for share, large, own in ((right, width, crop.size[0]), (down, height, crop.size[1]))
+    ]
     return Crop(crop.photo, crop.size, (width, height), (corner[0], corner[1]), False)
 
 
 def _points(job: Prepared, samples: Sequence[Sample], batches: Batches) -> list[Point]:
-    """PHOTO_POINTS points of the samples, spread evenly over the timesteps that the recipe trains."""
-    objective = build_objective(job.recipe.objective, job.family.schedule, job.family.shift(job.resolution))
+    """PHOTO_POINTS points of the samples, spread evenly over the noisier timesteps: there it is decided what an image
+    shows, and not its grain."""
+    objective = _objective(job)
     points = []
     for number in range(PHOTO_POINTS):
         sample = samples[number % len(samples)]
         key = SampleKey(job.recipe.run.seed, -1, number)  # no step of the run has this number
         batch = batches.of(Drawn(key, sample.name, sample.crops[0], sample.captions[0], 1.0))
-        u = torch.tensor([(number + 0.5) / PHOTO_POINTS * job.family.timestep_fraction])
+        share = NOISY + (number + 0.5) / PHOTO_POINTS * (1 - NOISY)
+        u = torch.tensor([share * job.family.timestep_fraction])
         points += of_batch(batch, objective, u, [key])
     return points
 
 
-def _classes(job: Prepared) -> list[tuple[str, str | None]]:
-    """(prompt without the token, the same with it) of each subject with a noun, or of the captions of a style."""
-    pairs: dict[str, str | None] = {}
+def _classes(job: Prepared) -> list[tuple[str | None, str]]:
+    """(prompt without the token, the same with it) of each subject with a noun, or of the captions of a style; without
+    either the first caption, which has no class."""
+    pairs: dict[str | None, str] = {}
     for subject in job.subjects:
         if subject.noun is not None:
             template = job.class_prompt_of(subject) if not job.recipe.prior.of_captions else ""
@@ -225,17 +232,21 @@ def _classes(job: Prepared) -> list[tuple[str, str | None]]:
         elif subject.trigger:
             for item in subject.captioned:
                 pairs |= {plain: text for plain, text in zip(item.plain, item.captions, strict=True) if plain}
+    pairs = pairs or {None: job.captions[0][0]}
     return list(pairs.items())[: max(CLASS_DRAWINGS, len(job.subjects))]
 
 
 def _bank(job: Prepared, predict: Predictor) -> Bank:
     family, side = job.family, job.resolution
-    uniform = ObjectiveSettings(density=Uniform())
-    objective = build_objective(uniform, family.schedule, family.shift(side))
     latents = side // family.codec.factor
-    canvas = Canvas((family.codec.channels, latents, latents), side, objective, family.timestep_fraction)
+    canvas = Canvas((family.codec.channels, latents, latents), side, _objective(job), family.timestep_fraction)
     dtype = family.autocast or family.parts.dtype("denoiser")
     return Bank(predict, canvas, f"{job.base_hash}:{dtype}:{family.inputs}", cache_dir())
+
+
+def _objective(job: Prepared) -> Objective:
+    """The base's, without the recipe's settings: what is measured does not depend on how the run draws timesteps."""
+    return build_objective(ObjectiveSettings(density=Uniform()), job.family.schedule, job.family.shift(job.resolution))
 
 
 def _batch_size(job: Prepared) -> int:

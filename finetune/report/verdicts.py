@@ -37,8 +37,8 @@ def verdict_section(run: Path, step: int | None) -> str:
     return (
         f'<h2>The verdict</h2><div class=card><p><b class="{colour}">{escape(", ".join(verdict.found).capitalize())}'
         f"</b> after step {rows[-1].step}. {said}</p>{charts}{_meanings(rows)}"
-        f"<p class=soft>{escape(' '.join(remarks))} Measured in the model's own space, against the base: the numbers mean "
-        "the same on every base (docs/verdicts.md). They are no judge of how an image looks.</p></div>"
+        f"<p class=soft>{escape(' '.join(remarks))} Measured in the model's own space, against the base, in units of "
+        "the base's own effect of prompts (docs/verdicts.md). It is no judge of how an image looks.</p></div>"
     )
 
 
@@ -87,18 +87,21 @@ def _plot(title: str, unit: str, lines: Mapping[str, Sequence[tuple[int, float]]
         path = " ".join(place(*point) for point in points)
         drawn.append(f'<polyline points="{path}" stroke="{tint}" stroke-width="2" stroke-dasharray="{stroke}"/>')
         legend.append(f'<text x="{x}" y="14" text-anchor="end" fill="{tint}">{escape(text)}</text>')
+        end = x - 7.2 * len(text) - 4
         legend.append(
-            f'<line x1="{x - 7.2 * len(text) - 30:.0f}" x2="{x - 7.2 * len(text) - 4:.0f}" y1="10" y2="10" stroke="{tint}" '
-            f'stroke-width="2" stroke-dasharray="{stroke}"/>'
+            f'<line x1="{end - 26:.0f}" x2="{end:.0f}" y1="10" y2="10" stroke="{tint}" stroke-width="2" '
+            f'stroke-dasharray="{stroke}"/>'
         )
         x -= round(7.2 * len(text)) + 48
     zero = place(0, 0).split(",")[1]
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}: {escape(unit)}"><g fill="none" stroke="var(--line)"><line x1="{LEFT}" y1="{zero}" '
-        f'x2="{WIDTH - 10}" y2="{zero}"/><line x1="{LEFT}" y1="{TOP}" x2="{LEFT}" y2="{base}"/></g>'
-        f'<g fill="none">{"".join(drawn)}</g><g font-size="12">{"".join(legend)}</g><g fill="var(--soft)" font-size="12">'
-        f'<text x="{LEFT}" y="14">{escape(title)}</text><text x="{LEFT - 8}" y="{TOP + 8}" text-anchor="end">{high:.2g}</text>'
+        f'aria-label="{escape(title)}: {escape(unit)}"><g fill="none" stroke="var(--line)">'
+        f'<line x1="{LEFT}" y1="{zero}" x2="{WIDTH - 10}" y2="{zero}"/>'
+        f'<line x1="{LEFT}" y1="{TOP}" x2="{LEFT}" y2="{base}"/></g>'
+        f'<g fill="none">{"".join(drawn)}</g><g font-size="12">{"".join(legend)}</g>'
+        f'<g fill="var(--soft)" font-size="12"><text x="{LEFT}" y="14">{escape(title)}</text>'
+        f'<text x="{LEFT - 8}" y="{TOP + 8}" text-anchor="end">{high:.2g}</text>'
         f'<text x="{LEFT - 8}" y="{base}" text-anchor="end">{low:.2g}</text><text x="{LEFT}" y="{HEIGHT - 8}">0</text>'
         f'<text x="{WIDTH - 10}" y="{HEIGHT - 8}" text-anchor="end">step {last}</text></g></svg>'
     )

@@ -3,6 +3,7 @@
 RUN/recipe.yaml            the resolved recipe          RUN/samples/    before, after, step-000100
 RUN/run.json               facts about the run          RUN/exports/    files for other programs
 RUN/metrics.jsonl          one line for each step       RUN/report.html the report
+RUN/verdicts.jsonl         what was measured            RUN/verdict.json the verdict at the end
 RUN/checkpoints/step-000250/{trained,optimizer,ema}.safetensors + state.json
 """
 
@@ -38,7 +39,8 @@ LOCKS = ("run.lock", HOLDER)
 # what a run writes, in its folder
 FOLDERS = ("adapter", "checkpoints", "exports", "photos", "samples", "samples/before", "samples/after")
 FILES = (
-    *("run.json", "inputs.json", "status.json", "metrics.jsonl", "verdicts.jsonl", "verdict.json", "exports.json", "report.html", "run.lock", HOLDER),
+    *("run.json", "inputs.json", "status.json", "metrics.jsonl", "exports.json", "report.html", "run.lock", HOLDER),
+    *("verdicts.jsonl", "verdict.json"),
     *("adapter/trained.safetensors", "adapter/manifest.json"),
 )
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)

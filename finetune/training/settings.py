@@ -18,11 +18,12 @@ class Run(Settings):
 
     `batch_size`: the number of subject photos in one optimiser step; with class images, the same number of those is
     added. It is split over `accumulate` micro-batches and over the processes, so the result does not depend on their
-    number. `verdicts`: whether the model is compared with its base while it trains (`finetune.verdicts`): as often as a
-    twentieth of the run's time allows (`auto`; a short run is left out), ten times (`on`), or never (`off`);
+    number. `verdicts`: whether the model is compared with its base while it trains (`finetune.verdicts`): as often as
+    a twentieth of the run's time allows (`auto`; a short run is left out), ten times (`on`), or never (`off`);
     `verdicts_every` says after how many steps. The results are the same with and without. `keep_best`: the checkpoint
-    that the verdicts recommend is kept too. `released`: what happens to frozen parts whose outputs are cached: they are dropped and loaded again for
-    images, or kept in the CPU's memory (`cpu`: faster previews, but more main memory).
+    that the verdicts recommend is kept too. `released`: what happens to frozen parts whose outputs are cached: they
+    are dropped and loaded again for images, or kept in the CPU's memory (`cpu`: faster previews, but more main
+    memory).
     """
 
     dir: AnyPath | None = None  # None: runs/<name>-<n>

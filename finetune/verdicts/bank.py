@@ -1,7 +1,8 @@
 """Noisy latents on the way of a base's own drawing: where its predictions are asked again during training.
 
-For each prompt the base draws once, in a few DDIM steps (arXiv:2010.02502 eq. 12 without noise; for flows, Euler's
-method), and the latents before each step are kept. So drift is measured where images are made, not on photos alone.
+For each prompt the base begins to draw, in DDIM steps (arXiv:2010.02502 eq. 12 without noise; for flows, Euler's
+method), and the latents before the first steps are kept. There an image's content is decided; later, prompts do
+little, and a change of the grain hides all others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from finetune.data.cache import load_entry, save_entry
 from finetune.objectives.base import Objective
 from finetune.verdicts.points import Point, Predict
 
-LEVELS = 5  # steps of a drawing: enough for the layout, which is where a model that forgets shows it first
+STEPS = 5  # of a whole drawing
+LEVELS = 2  # of these, the latents before the first ones are kept: pure noise, and what is .8 of the way to it
 GUIDANCE = 3.0  # below what images are drawn with, so that few steps do not overshoot
 VERSION = 1  # of what a stored drawing depends on, beside its key
 
@@ -44,7 +46,7 @@ class Canvas:
     @property
     def timesteps(self) -> Tensor:
         """[LEVELS], from the most noise to the least."""
-        return self.objective.timesteps((1 - torch.arange(LEVELS) / LEVELS) * self.share)
+        return self.objective.timesteps((1 - torch.arange(LEVELS) / STEPS) * self.share)
 
 
 class Bank:
@@ -73,7 +75,7 @@ class Bank:
         return [self._points(pair[0], stored[pair]) for pair in wanted]
 
     def _source(self, prompt: str, number: int) -> str:
-        parts = (VERSION, self.made_by, self.canvas.shape, self.canvas.side, LEVELS, GUIDANCE, number, prompt)
+        parts = (VERSION, self.made_by, self.canvas.shape, self.canvas.side, STEPS, LEVELS, GUIDANCE, number, prompt)
         return "\n".join(map(str, parts))
 
     def _stored(self, prompt: str, number: int) -> Tensor | None:

@@ -8,10 +8,22 @@ from functools import lru_cache
 from pathlib import Path
 
 from finetune.verdicts.bank import LEVELS, Bank
-from finetune.verdicts.base import CLASS, ELSEWHERE, EMPTY, HELD_OUT, PHOTOS, PLAIN, SUBJECT, Look, Measure, Sets
+from finetune.verdicts.base import (
+    CLASS,
+    ELSEWHERE,
+    ELSEWHERE_PLAIN,
+    EMPTY,
+    HELD_OUT,
+    PHOTOS,
+    PHOTOS_PLAIN,
+    SUBJECT,
+    Look,
+    Measure,
+    Sets,
+)
 from finetune.verdicts.points import Point, Predict, asked
 from finetune.verdicts.registry import MEASURES
-from finetune.verdicts.schedule import CLASS_DRAWINGS, EMPTY_POINTS, OTHERS
+from finetune.verdicts.schedule import CLASS_DRAWINGS, OTHERS
 
 
 @dataclass(frozen=True)
@@ -19,12 +31,13 @@ class Material:
     """What a run is measured with.
 
     `photos` and `held_out`: points of crops that are trained on, and of crops that are not. `classes`: pairs (prompt
-    of the class without the token, the same with it; None if it can't be said). `others`: prompts about other things.
+    of the class without the token, or None if there is no class; the same with it). `others`: prompts about other
+    things.
     """
 
     photos: Sequence[Point]
     held_out: Sequence[Point]
-    classes: Sequence[tuple[str, str | None]]
+    classes: Sequence[tuple[str | None, str]]
     others: Sequence[str]
 
     @property
@@ -46,14 +59,11 @@ class Probe:
     def __init__(self, predict: Predict, sets: Sets) -> None:
         self.predict, self.sets = predict, sets
         self.measures: list[Measure] = [
-            kind() for kind in MEASURES.values() if all(sets.get(name) for name in (*kind.reads, *kind.units))
+            kind() for kind in MEASURES.values() if all(sets.get(name) for name in (*kind.reads, *kind.of_base))
         ]
-        read = [name for measure in self.measures for name in measure.reads]
-        plain = {
-            name + PLAIN: asked(sets[name], [""]) for measure in self.measures for name in measure.units
-        }
-        self.read = list(dict.fromkeys(read))
-        self.base = {name: predict(points) for name, points in ({n: sets[n] for n in self.read} | plain).items()}
+        self.read = list(dict.fromkeys(name for measure in self.measures for name in measure.reads))
+        once = [name for measure in self.measures for name in measure.of_base]
+        self.base = {name: predict(sets[name]) for name in dict.fromkeys([*self.read, *once])}
 
     @property
     def left_out(self) -> list[str]:
@@ -69,20 +79,20 @@ class Probe:
 
 def make_sets(material: Material, bank: Bank) -> dict[str, Sequence[Point]]:
     """The points of every set; empty where the material has nothing for it. To be called before training."""
-    drawn = bank.drawings(list(material.others))
-    others = [points[(2 * number + 1) % LEVELS] for number, points in enumerate(drawn)]
-    pairs = [material.classes[number % len(material.classes)] for number in range(CLASS_DRAWINGS * bool(material.classes))]
-    ways = bank.drawings([prompt for prompt, _ in pairs])
-    classes = [points[(2 * n + level) % LEVELS] for n, points in enumerate(ways) for level in (1, 3)]
-    named = [name for _, name in pairs for _ in (1, 3)]
-    subject = [] if None in named else asked(classes, [name or "" for name in named])
+    others = [way[number % LEVELS] for number, way in enumerate(bank.drawings(list(material.others)))]
+    pairs = [material.classes[number % len(material.classes)] for number in range(CLASS_DRAWINGS)]
+    ways = bank.drawings([plain if plain is not None else named for plain, named in pairs])
+    points = [point for way in ways for point in way]
+    classes, named = ([pair[side] for pair in pairs for _ in range(LEVELS)] for side in (0, 1))
     return {
         PHOTOS: material.photos,
+        PHOTOS_PLAIN: asked(material.photos, [""]),
         HELD_OUT: material.held_out,
-        CLASS: classes,
-        SUBJECT: subject if classes else [],
+        CLASS: [] if None in classes else asked(points, [text or "" for text in classes]),
+        SUBJECT: asked(points, [text or "" for text in named]),
+        EMPTY: asked(points, [""]),
         ELSEWHERE: others,
-        EMPTY: asked(others[:EMPTY_POINTS], [""]) if others else [],
+        ELSEWHERE_PLAIN: asked(others, [""]),
     }
 
 

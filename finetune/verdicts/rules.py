@@ -17,24 +17,31 @@ NOTHING = "not measured"
 class Limits:
     """Where a verdict changes, in units of the base's own effect of prompts (`finetune.verdicts.base`).
 
-    They were set on development runs of `benchmarks/verdicts.py` alone.
+    They were set on development runs of `benchmarks/verdicts.py` alone: between the values of runs on either side of
+    them, by the judge (docs/status.md says how many). In brackets: what was seen, and what the judge saw there.
 
     Attributes:
-        learned: less was learned on unseen views: "undertrained". Measured runs whose images show the subject are
-            above it.
-        overfit: a larger share of what was learned holds for the photos alone: "overtrained".
-        fall: the unseen views lost more than this share of their best value: "overtrained".
-        class_drift, takeover: the class moved farther, or went more of the way to the subject: "class drifted".
-        elsewhere, empty_prompt: other prompts, or the empty one, moved farther: "base damaged".
+        learned: less was learned: "undertrained" (1.6: a gain of .15; 4.4: .87).
+        overfit: a larger share of what was learned holds for the photos alone: "overtrained" (.33: .88 of the images
+            on the beach are there; .41: .44).
+        fall: the unseen views lost more than this share of their best value: "overtrained". More than the noise of
+            the measure, which is a tenth; no run was seen to reach it.
+        class_drift: what the class's prompt does moved farther: "class drifted" (.85: the class is as it was; 1.27: it
+            is gone). At 1 the prompt may as well not be there.
+        takeover: the class went more of the way to the subject: "class drifted" (.38: .06 of the class's images show
+            the subject; .97: all).
+        elsewhere: what other prompts do moved farther: "base damaged" (.16: .94 of them are right; .52: .75).
+        empty_prompt: the empty prompt went more of the way to the subject: "base damaged" (.24: it draws the class
+            about as often as before; .43: always).
     """
 
-    learned: float = 0.3
-    overfit: float = 0.5
+    learned: float = 2.5
+    overfit: float = 0.37
     fall: float = 0.25
-    class_drift: float = 0.8
-    takeover: float = 0.5
-    elsewhere: float = 0.5
-    empty_prompt: float = 0.8
+    class_drift: float = 1.1
+    takeover: float = 0.65
+    elsewhere: float = 0.35
+    empty_prompt: float = 0.35
 
 
 LIMITS = Limits()
@@ -74,12 +81,13 @@ def best_row(rows: Sequence[Row], limits: Limits = LIMITS) -> Row | None:
 def score(row: Row, limits: Limits = LIMITS) -> float:
     """What was learned, up to twice what a good run needs, less what lies beyond the limits of what it changed.
 
-    Learning counts in units of `limits.learned`; each drift costs as much as it is above its limit, in units of it.
+    Learning counts in units of `limits.learned`, and what is missing to 1 counts twice, because a step at which
+    nothing was changed and nothing learned is of no use. Each drift costs what it is above its limit, in units of it.
     """
     values = row.values
     learned = values.get("held_out", values.get("learned", 0.0)) / limits.learned
     costs = [values.get(name, 0.0) / limit - 1 for name, limit in _drift_limits(limits).items()]
-    return min(learned, 2.0) - 2 * sum(max(0.0, cost) for cost in costs)
+    return min(learned, 2.0) - max(0.0, 1 - learned) - sum(max(0.0, cost) for cost in costs)
 
 
 def _drift_limits(limits: Limits) -> dict[str, float]:
@@ -123,7 +131,8 @@ def _said(word: str, values: Mapping[str, float]) -> str:
         "unseen views)",
         DRIFTED: f"the class without the token changed too (drift {values.get('class_drift', 0.0):.2f}, "
         f"{100 * max(0.0, values.get('takeover', 0.0)):.0f} % of the way to the subject)",
-        DAMAGED: f"prompts about other things changed (drift {other:.2f}; the empty prompt {empty:.2f})",
+        DAMAGED: f"prompts about other things changed (drift {other:.2f}), and the empty prompt went "
+        f"{100 * max(0.0, empty):.0f} % of the way to the subject",
         GOOD: f"the subject was learned ({learned:.2f} on unseen views), and little else changed (drift {other:.2f})",
     }[word]
 

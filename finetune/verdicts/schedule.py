@@ -8,14 +8,14 @@ from finetune.training.settings import Run
 from finetune.verdicts.bank import LEVELS
 
 SHARE = 0.05  # of the run's time
-TRAINED = 3  # predictions that training on one sample costs: forward, and backward at twice that (arXiv:2001.08361 2.1)
+TRAINED = 3  # predictions that training on one sample costs: forward, and twice that backward (arXiv:2001.08361 2.1)
 OFTEN = 10  # times in a run, if that is within the share
 SELDOM = 3  # fewer show no curve, so that a short run is not measured
 
 # How many points each set has; all are compared with the base's at the same points, so few are enough.
-PHOTO_POINTS, CLASS_DRAWINGS, OTHERS, EMPTY_POINTS = 6, 2, 8, 4
-POINTS = 2 * PHOTO_POINTS + 2 * 2 * CLASS_DRAWINGS + OTHERS + EMPTY_POINTS  # the class's with two prompts each
-FIRST = POINTS + PHOTO_POINTS + 2 * CLASS_DRAWINGS + OTHERS + 2 * LEVELS * CLASS_DRAWINGS  # and the drawings
+PHOTO_POINTS, CLASS_DRAWINGS, OTHERS = 4, 2, 8
+POINTS = 2 * PHOTO_POINTS + 3 * LEVELS * CLASS_DRAWINGS + 2 * OTHERS  # the class's with three prompts each
+FIRST = POINTS + PHOTO_POINTS + 2 * (LEVELS - 1) * CLASS_DRAWINGS  # and the drawings
 
 
 def due_steps(run: Run, samples: int) -> Sequence[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,7 @@ def test_no_method_and_no_optimiser_notices(
 
 
 @pytest.fixture
-def watch_of(tiny_bases: dict[str, Path], photos: Path) -> Iterator[Any]:
+def watch_of(tiny_bases: dict[str, Path], photos: Path) -> Any:
     def make(**changes: Any) -> tuple[Any, Any, Any]:
         prepared = prepare(recipe_of(tiny_bases["sd1"], photos, run={"verdicts": "on"}, **changes))
         streams = make_streams(prepared)
@@ -108,7 +107,7 @@ def watch_of(tiny_bases: dict[str, Path], photos: Path) -> Iterator[Any]:
         encode = make_prompt_encoder(prepared, streams)
         return prepared, streams, make_watch(prepared, streams, cache, encode, True)
 
-    yield make
+    return make
 
 
 def test_a_photo_that_is_held_out_is_never_trained_on(watch_of: Any) -> None:
@@ -130,8 +129,8 @@ def test_by_default_unseen_views_are_crops_that_training_does_not_have(watch_of:
 
 
 def test_without_a_noun_there_is_no_class(watch_of: Any) -> None:
-    _, _, watch = watch_of(data={"class_noun": None, "templates": ["a photo of {token}"]})
-    assert watch.material.classes == []
+    prepared, _, watch = watch_of(data={"class_noun": None, "templates": ["a photo of {token}"]})
+    assert watch.material.classes == [(None, f"a photo of {prepared.token}")]
     styled = {"class_noun": None, "trigger": "in {token} style", "templates": ["a drawing", "a picture"]}
     prepared, _, watch = watch_of(data=styled)
     assert watch.material.classes == [
@@ -164,7 +163,7 @@ def test_a_protected_checkpoint_stays_until_another_is_protected(tmp_path: Path)
     assert kept.protected() == 0
 
 
-def test_the_best_step_needs_verdicts_and_its_checkpoint(tmp_path: Path, tiny_bases: dict[str, Path], photos: Path) -> None:
+def test_the_best_step_needs_verdicts_and_its_checkpoint(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with pytest.raises(BadInput, match="has no verdicts"):
         best_step(folder)

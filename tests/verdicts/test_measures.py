@@ -20,7 +20,7 @@ from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.testing.contract import attached, train_a_little
 from finetune.verdicts.bank import Bank, Canvas
-from finetune.verdicts.base import CLASS, ELSEWHERE, EMPTY, PHOTOS, SUBJECT
+from finetune.verdicts.base import CLASS, ELSEWHERE, PHOTOS, SUBJECT, Look, share_of_way
 from finetune.verdicts.points import Point, Predictor, of_batch
 from finetune.verdicts.probe import Material, Probe, make_sets, neutral_prompts
 from finetune.verdicts.registry import MEASURES
@@ -52,8 +52,9 @@ def probe_of(family: Family, cache: Path, word: str = "zwx", classes: bool = Tru
     objective = build_objective(ObjectiveSettings(density=Uniform()), family.schedule, family.shift(SIDE))
     shape = (family.codec.channels, 16, 16)
     bank = Bank(predict, Canvas(shape, SIDE, objective, family.timestep_fraction), "tiny", cache)
-    pairs: Sequence[tuple[str, str | None]] = [("a mug", f"a {word} mug")] if classes else []
-    material = Material(photo_points(family, 0, word), photo_points(family, 1, word), pairs, ["a red car", "a blue fish"])
+    pairs: Sequence[tuple[str | None, str]] = [("a mug" if classes else None, f"a {word} mug")]
+    photos = [photo_points(family, seed, word) for seed in (0, 1)]
+    material = Material(photos[0], photos[1], pairs, ["a red car", "a blue fish"])
     return Probe(predict, make_sets(material, bank))
 
 
@@ -70,10 +71,9 @@ def test_nothing_has_moved_before_training_and_the_right_things_after(
     assert all(value == 0 for value in probe.values().values())
     train_a_little(family, trained, word)
     moved = {measure for measure, value in probe.values().items() if value != 0}
-    own = {"learned", "held_out", "overfit"}
+    assert {"learned", "held_out", "overfit"} <= moved
     only_the_word = kind == "textual_inversion"  # no other prompt has it, so nothing else can move
-    assert own <= moved
-    assert bool(moved & {"class_drift", "elsewhere", "empty_prompt"}) != only_the_word
+    assert bool(moved & {"class_drift", "elsewhere", "empty_prompt", "takeover"}) != only_the_word
 
 
 def test_the_measures_are_their_formulas(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
@@ -95,18 +95,23 @@ def test_the_measures_are_their_formulas(tiny_bases: dict[str, Path], tmp_path: 
             with method.disabled(family):
                 return family.predict(noisy, t, cond, [point.geometry for point in points])
 
+    def does(name: str, base: bool) -> torch.Tensor:
+        return outputs(name, base) - outputs(name, base, "")
+
     def effect(name: str) -> torch.Tensor:
-        return (outputs(name, True) - outputs(name, True, "")).square().mean()
+        return does(name, True).square().mean()
 
     def close(name: str, value: torch.Tensor) -> None:
         assert found[name] == pytest.approx(float(value), rel=2e-3, abs=1e-6)
 
-    moved = {name: outputs(name, False) - outputs(name, True) for name in (CLASS, ELSEWHERE, EMPTY)}
-    close("class_drift", (moved[CLASS].square().mean() / effect(CLASS)).sqrt())
-    close("elsewhere", (moved[ELSEWHERE].square().mean() / effect(ELSEWHERE)).sqrt())
-    close("empty_prompt", (moved[EMPTY].square().mean() / effect(ELSEWHERE)).sqrt())
-    way = outputs(SUBJECT, False) - outputs(CLASS, True)
-    close("takeover", (moved[CLASS] * way).sum() / way.square().sum())
+    changed = {name: does(name, False) - does(name, True) for name in (CLASS, ELSEWHERE)}
+    for measure, name in (("class_drift", CLASS), ("elsewhere", ELSEWHERE)):
+        close(measure, (changed[name].square().mean() / effect(name)).sqrt())
+    way = does(SUBJECT, False) - does(CLASS, True)
+    close("takeover", (changed[CLASS] * way).mean() / max(way.square().mean(), effect(CLASS)))
+    empty = outputs(SUBJECT, False, "") - outputs(SUBJECT, True, "")
+    way = outputs(SUBJECT, False) - outputs(SUBJECT, True, "")
+    close("empty_prompt", (empty * way).mean() / max(way.square().mean(), effect(SUBJECT)))
     target = torch.stack([point.target for point in probe.sets[PHOTOS]])  # type: ignore[misc]
     better = [(outputs(PHOTOS, base) - target).square().mean() for base in (True, False)]
     close("learned", (better[0] - better[1]) / effect(PHOTOS))
@@ -128,3 +133,22 @@ def test_neutral_prompts_name_no_noun_of_the_run() -> None:
     assert set(left) < set(every)
     assert not any({"car", "fish"} & set(prompt.split()) for prompt in left)
     assert len(neutral_prompts(["car"])) == len(neutral_prompts(["mug"]))
+
+
+def test_a_share_of_the_way() -> None:
+    way = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    length = float(way.square().mean())
+    assert share_of_way(way, way, 0.1) == pytest.approx(1)
+    assert share_of_way(0.3 * way, way, 0.1) == pytest.approx(0.3)
+    assert share_of_way(-way, way, 0.1) == pytest.approx(-1)
+    assert share_of_way(way, way, 4 * length) == pytest.approx(0.25)  # the way is too short to be one
+
+
+def test_what_is_added_to_every_prediction_is_no_drift() -> None:
+    """Grain, for example; and a change of what the prompt does is one, in units of what it did."""
+    made = torch.Generator().manual_seed(0)
+    plain, effect, grain = (torch.randn(2, 4, 4, 4, generator=made) for _ in range(3))
+    base = {"a": list(plain + effect), "b": list(plain)}
+    assert Look({}, {"a": list(plain + effect + grain), "b": list(plain + grain)}, base).drift("a", "b") < 1e-6
+    now = {"a": list(plain + grain + 1.5 * effect), "b": list(plain + grain)}
+    assert Look({}, now, base).drift("a", "b") == pytest.approx(0.5)

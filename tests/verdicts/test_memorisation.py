@@ -37,7 +37,8 @@ def test_the_hash_is_the_sign_of_each_step_to_the_right() -> None:
 def test_copies_are_told_from_other_images() -> None:
     photos = [picture(seed) for seed in range(5)]
     held = Pictures(photos, latents(photos))
-    drawn = {"copy": noisy(photos[3]), "mirrored": ImageOps.mirror(noisy(photos[1])), "new": picture(50), "other": picture(51)}
+    copies = {"copy": noisy(photos[3]), "mirrored": ImageOps.mirror(noisy(photos[1]))}
+    drawn = copies | {"new": picture(50), "other": picture(51)}
     found = memorised(drawn, latents(list(drawn.values())), held)
     assert [item.copied for item in found.nearest] == [True, True, False, False]
     assert [item.photo for item in found.nearest[:2]] == [3, 1]

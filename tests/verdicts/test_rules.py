@@ -7,7 +7,16 @@ import pytest
 from finetune.training.settings import Run
 from finetune.verdicts.rows import Row
 from finetune.verdicts.rules import (
-    DAMAGED, DRIFTED, GOOD, LIMITS, NOTHING, OVERTRAINED, UNDERTRAINED, best_row, judged, score,
+    DAMAGED,
+    DRIFTED,
+    GOOD,
+    LIMITS,
+    NOTHING,
+    OVERTRAINED,
+    UNDERTRAINED,
+    best_row,
+    judged,
+    score,
 )  # fmt: skip
 from finetune.verdicts.schedule import FIRST, OFTEN, POINTS, SHARE, TRAINED, due_steps
 
@@ -57,7 +66,8 @@ def test_every_word_that_holds_is_found_and_the_gravest_first() -> None:
 
 
 def test_the_best_step_is_before_the_damage_and_the_advice_names_it() -> None:
-    rows = [BEGIN, row(50, 0.5, 0.5), row(100, 1.5, 1.4), row(150, 1.9, 1.8, elsewhere=2.5), row(200, 2, 2, elsewhere=4)]
+    rows = [BEGIN, row(50, 0.5, 0.5), row(100, 1.5, 1.4)]
+    rows += [row(150, 1.9, 1.8, elsewhere=2.5), row(200, 2, 2, elsewhere=4)]
     best = best_row(rows)
     assert best is not None
     assert best.step == 100

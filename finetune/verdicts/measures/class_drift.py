@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from finetune.verdicts.base import CLASS, Look, Measure
+from finetune.verdicts.base import CLASS, EMPTY, Look, Measure
 
 
 class ClassDrift(Measure):
     name: ClassVar = "class_drift"
     title: ClassVar = "class drift"
-    meaning: ClassVar = "how far prompts of the class, without the token, are from the base's"
-    reads: ClassVar = (CLASS,)
-    units: ClassVar = (CLASS,)
+    meaning: ClassVar = "how far what prompts of the class do, without the token, is from the base's"
+    reads: ClassVar = (CLASS, EMPTY)
 
     def value(self, look: Look) -> float:
-        return look.drift(CLASS, CLASS)
+        return look.drift(CLASS, EMPTY)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from finetune.verdicts.base import ELSEWHERE, Look, Measure
+from finetune.verdicts.base import ELSEWHERE, ELSEWHERE_PLAIN, Look, Measure
 
 
 class Elsewhere(Measure):
     name: ClassVar = "elsewhere"
     title: ClassVar = "drift elsewhere"
-    meaning: ClassVar = "how far prompts about other things are from the base's"
-    reads: ClassVar = (ELSEWHERE,)
-    units: ClassVar = (ELSEWHERE,)
+    meaning: ClassVar = "how far what prompts about other things do is from the base's"
+    reads: ClassVar = (ELSEWHERE, ELSEWHERE_PLAIN)
 
     def value(self, look: Look) -> float:
-        return look.drift(ELSEWHERE, ELSEWHERE)
+        return look.drift(ELSEWHERE, ELSEWHERE_PLAIN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from finetune.verdicts.base import HELD_OUT, PHOTOS, Look, Measure
+from finetune.verdicts.base import HELD_OUT, PHOTOS, PHOTOS_PLAIN, Look, Measure
 from finetune.verdicts.measures.learned import better
 
 
@@ -13,7 +13,7 @@ class HeldOut(Measure):
     title: ClassVar = "learned, on unseen views"
     meaning: ClassVar = "the same on closer crops of the photos, or on photos, that training never sees"
     reads: ClassVar = (HELD_OUT, PHOTOS)
-    units: ClassVar = (PHOTOS,)
+    of_base: ClassVar = (PHOTOS_PLAIN,)
 
     def value(self, look: Look) -> float:
         return better(look, HELD_OUT)

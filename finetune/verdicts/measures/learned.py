@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from finetune.verdicts.base import PHOTOS, Look, Measure
+from finetune.verdicts.base import PHOTOS, PHOTOS_PLAIN, Look, Measure
 from finetune.verdicts.points import loss
 
 
 def better(look: Look, name: str) -> float:
     """How much the loss at a set of photos fell, in units of the effect of the photos' captions on the base."""
-    return (loss(look.sets[name], look.base[name]) - loss(look.sets[name], look.now[name])) / look.effect(PHOTOS)
+    fell = loss(look.sets[name], look.base[name]) - loss(look.sets[name], look.now[name])
+    return fell / look.effect(PHOTOS, PHOTOS_PLAIN)
 
 
 class Learned(Measure):
@@ -18,7 +19,7 @@ class Learned(Measure):
     title: ClassVar = "learned, on the photos"
     meaning: ClassVar = "how much better the photos are predicted than by the base, at fixed noise"
     reads: ClassVar = (PHOTOS,)
-    units: ClassVar = (PHOTOS,)
+    of_base: ClassVar = (PHOTOS_PLAIN,)
 
     def value(self, look: Look) -> float:
         return better(look, PHOTOS)

@@ -6,29 +6,22 @@ from typing import ClassVar
 
 import torch
 
-from finetune.verdicts.base import CLASS, SUBJECT, Look, Measure
-
-SHORTEST = 0.01  # in units of the prompts' effect
+from finetune.verdicts.base import CLASS, EMPTY, SUBJECT, Look, Measure, share_of_way
 
 
 class Takeover(Measure):
-    """The share of the way from the base's class to the subject that the class itself has gone:
-    <class - base, subject - base> / |subject - base|^2, with all predictions at the same points.
+    """The share of the way from the base's class to the subject that the class itself has gone, in what prompts do.
 
-    0: the class is where it was; 1: it draws the subject. Before the subject has moved by as much as a hundredth of
-    the prompts' effect there is no way to be on, and it is 0.
+    0: the class is where it was; 1: it draws the subject. A way that is shorter than the class prompt's own effect is
+    none: before the subject is learned, both move alike.
     """
 
     name: ClassVar = "takeover"
     title: ClassVar = "class became the subject"
     meaning: ClassVar = "the share of the way from the class to the subject that the class itself went: 1 is all of it"
-    reads: ClassVar = (CLASS, SUBJECT)
-    units: ClassVar = (CLASS,)
+    reads: ClassVar = (CLASS, SUBJECT, EMPTY)
 
     def value(self, look: Look) -> float:
-        base, now, subject = (torch.stack(list(each)) for each in (look.base[CLASS], look.now[CLASS], look.now[SUBJECT]))
-        way = subject - base
-        length = float(way.square().mean())
-        if length < SHORTEST**2 * look.effect(CLASS):
-            return 0.0
-        return float(((now - base) * way).mean()) / length
+        gone = look.change(CLASS, EMPTY)
+        apart = torch.stack(list(look.now[SUBJECT])) - torch.stack(list(look.now[CLASS]))
+        return share_of_way(gone, gone + apart, look.effect(CLASS, EMPTY))
