@@ -171,8 +171,9 @@ def make_watch(
     if job.inputs is not None:
         images += [image for crop in seen for image in job.inputs.images(crop)]
     cache.fill(job.family, images)
-    sides = [_points(job, samples, make_batches(job, [samples], cache)) for samples in (trained, held)]
-    material = Material(*sides, _classes(job), neutral_prompts([subject.noun for subject in job.subjects]))
+    photos, others = (_points(job, samples, make_batches(job, [samples], cache)) for samples in (trained, held))
+    nouns = [subject.noun for subject in job.subjects]
+    material = Material(photos, others, _classes(job), neutral_prompts(nouns))
     if isinstance(encode_prompts, PromptCache):
         encode_prompts.fill(material.prompts)
     return Watch(job, due, material)

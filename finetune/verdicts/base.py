@@ -11,6 +11,7 @@ the worse for it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Look:
 
     def drift(self, name: str, plain: str) -> float:
         """The length of `change`, in units of the prompts' effect."""
-        return (float(self.change(name, plain).square().mean()) / self.effect(name, plain)) ** 0.5
+        return math.sqrt(float(self.change(name, plain).square().mean()) / self.effect(name, plain))
 
 
 def _difference(outputs: Mapping[str, Sequence[Tensor]], name: str, plain: str) -> Tensor:
