@@ -16,6 +16,7 @@ from finetune.cli import lists
 from finetune.cli.adapters import BaseOption, register, say_exported
 from finetune.cli.help import HELP, Sections
 from finetune.cli.output import loud, progress_shown, say
+from finetune.cli.sample import StepOption, sample
 from finetune.core.errors import BadInput, CheckFailed, Stopped
 from finetune.core.launcher import end_with_launcher
 from finetune.core.logging import plain, printable, quiet
@@ -37,6 +38,7 @@ app = typer.Typer(
 for part in (lists.recipes_app, lists.tokens_app):
     app.add_typer(part)
 register(app)
+app.command()(sample)
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EROFS, errno.EPERM)
@@ -54,9 +56,6 @@ KeyValues = Annotated[list[str] | None, typer.Argument(help="section.key=value .
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave out photos that can't be used")]
 AcceptChanges = Annotated[
     bool, typer.Option("--accept-changes", help="go on although photos, base or packages changed; it is recorded")
-]
-StepOption = Annotated[
-    int | None, typer.Option("--step", help="of a checkpoint; default: the result, or the newest of an unfinished run")
 ]
 BestOption = Annotated[
     str | None,
@@ -150,66 +149,6 @@ def demo(out: Annotated[Path | None, typer.Option("--out", help="the run folder"
 
 
 @app.command()
-def sample(
-    source: Annotated[Path, typer.Argument(help="a run folder or an adapter file", metavar="RUN_OR_ADAPTER")],
-    prompt: Annotated[
-        list[str], typer.Option("-p", "--prompt", help="may be given several times; a run fills in {token} and {noun}")
-    ],
-    step: StepOption = None,
-    weight: Annotated[float, typer.Option(help="the strength of the LoRA")] = 1.0,
-    negative: str = "",
-    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1)] = 0,
-    count: Annotated[int, typer.Option(min=1, max=1_000, help="images for each prompt")] = 4,
-    size: Annotated[int | None, typer.Option(min=1, help="side length in pixels; default: as trained")] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 25,
-    guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
-    sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
-    image: Annotated[
-        Path | None, typer.Option(help="inpainting, depth, editing, refiner: the image to start from")
-    ] = None,
-    mask: Annotated[Path | None, typer.Option(help="inpainting: white is painted anew")] = None,
-    depth: Annotated[Path | None, typer.Option(help="depth: a depth map, near is bright")] = None,
-    image_guidance: Annotated[
-        float | None, typer.Option(help="editing: how closely the image is followed; default: the run's own, or 1.5")
-    ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(help="with --image: share of noise it gets; default: inpainting 1, depth 0.8, refiner 0.3"),
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, max=65_536, help="images drawn at once: fewer need less memory")
-    ] = 8,
-    base: Annotated[
-        str | None, typer.Option("--base", help="of an adapter file: a folder or a hub id; default: tiny, if it fits")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="folder for the images")] = Path("samples"),
-) -> None:
-    """Draw images with a run, a checkpoint or an adapter file. They are written as PNG files and a grid."""
-    loud()
-    from finetune.core.devices import machine
-    from finetune.jobs.images import ImageRequest, draw_more, name_cut_prompts
-    from finetune.jobs.open import base_to_draw, open_result
-    from finetune.jobs.words import filled_prompts
-    from finetune.sampling.draw import check_sampling
-    from finetune.sampling.given import Given, open_given
-    from finetune.sampling.settings import Sampling
-
-    base = base_to_draw(source, base)
-    family, info = open_result(source, base, *machine(), weight=weight, step=step)
-    guidance = guidance if guidance is not None else info.guidance
-    sampling = Sampling(negative, sampler, steps, guidance, size or info.resolution or family.resolution, batch_size)
-    check_sampling(family, sampling, "--")
-    read = open_given(family, Given(image, mask, depth, image_guidance, strength), sampling, "--", info.image_guidance)
-    prompt = filled_prompts(prompt, info)
-    _note([*read.notes, *name_cut_prompts(family, [*prompt, negative])])
-    request = ImageRequest(
-        prompt, range(seed, seed + count), sampling, info.base or base, read.condition, read.origins
-    )
-    drawn, page = draw_more(family, request, out)
-    typer.echo(f"{drawn} images and {page.name} in {out}")
-
-
-@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run's folder")],
     to: Annotated[
@@ -293,11 +232,11 @@ def _train(
     from finetune.families.toy import expectation
     from finetune.jobs import train as job
     from finetune.jobs.plan import plan
-    from finetune.runs.plan import plan_rows
+    from finetune.runs.plan import plan_lines
 
     if dry_run:
-        for name, value in plan_rows(plan(job.check_run(recipe, processes))).items():
-            say(f"{name:>16}  {value}")
+        for line in plan_lines(plan(job.check_run(recipe, processes))):
+            say(line)
         return
     tell = say if is_main_process() else _silent
     path = job.train(recipe, run, tell, accept_changes=accept_changes)
@@ -337,12 +276,6 @@ def _launch_or_check(processes: int, dry_run: bool) -> None:
         raise BadInput(
             f"--processes is {processes} but {launched} processes were started: leave --processes out under torchrun"
         )
-
-
-def _note(lines: list[str]) -> None:
-    """What a person should know of what was asked for."""
-    for line in lines:
-        say(f"note: {line}")
 
 
 def _silent(line: str) -> None:

@@ -34,13 +34,13 @@ from finetune.jobs.open import open_exported
 from finetune.jobs.pins import Pins
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
-from finetune.jobs.record import record_of, started
+from finetune.jobs.run_record import record_of, started
 from finetune.jobs.verdicts import finish_verdicts
 from finetune.report.html import write_report
 from finetune.report.pictures import keep_photos
 from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import read_inputs
-from finetune.runs.plan import plan_rows
+from finetune.runs.plan import plan_lines
 from finetune.training.accelerate import make_accelerator
 from finetune.training.peers import joined, together
 
@@ -178,8 +178,8 @@ def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: H
         keep_photos(folder.path, info)
     joined().wait()
     hooks.say(f"{'run folder':>16}  {folder.path}")
-    for name, value in plan_rows(plan(job)).items():
-        hooks.say(f"{name:>16}  {value}")
+    for line in plan_lines(plan(job)):
+        hooks.say(line)
     if joined().from_first(accelerator.is_main_process and folder.finished(recipe.run.steps)):
         if accelerator.is_main_process:
             _load_result(job, folder)

@@ -33,13 +33,13 @@ from finetune.training.peers import joined
 from finetune.training.step import PromptEncoder
 from finetune.training.trainer import Trainer
 from finetune.verdicts.bank import Bank, Canvas
+from finetune.verdicts.due import CLASS_DRAWINGS, PHOTO_POINTS, due_steps
 from finetune.verdicts.memorisation import Memorisation, Pictures, memorised
 from finetune.verdicts.points import Point, Predictor, of_batch
 from finetune.verdicts.probe import Material, Probe, make_sets, neutral_prompts
-from finetune.verdicts.record import missing, write_verdict
 from finetune.verdicts.rows import FILE, Row, read_rows, up_to
 from finetune.verdicts.rules import best_row, judged
-from finetune.verdicts.schedule import CLASS_DRAWINGS, PHOTO_POINTS, due_steps
+from finetune.verdicts.verdict_file import missing, write_verdict
 
 NOISY = 0.85  # the share of the noise levels above which photos are measured
 CLOSER = 1.2  # how much larger the subject is in a held-out crop: a view that no crop of the training has

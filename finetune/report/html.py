@@ -13,7 +13,7 @@ from finetune.core.records import checks_of
 from finetune.export.settings import UNCHECKED
 from finetune.report.pictures import class_image_tags, input_tags, photo_tags, row
 from finetune.report.styles import with_and_without
-from finetune.report.verdicts import verdict_section
+from finetune.report.verdict_section import verdict_section
 from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import read_inputs

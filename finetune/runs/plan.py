@@ -136,6 +136,12 @@ def plan_rows(plan: Plan) -> PlanRows:
     return _rows(plan, plan.base, {"training prompts": plan.prompts, **named})
 
 
+def plan_lines(plan: Plan) -> list[str]:
+    """Returns the plan as lines for the log, in two columns."""
+    rows = plan_rows(plan).items()
+    return [f"{label:>16}  {'; '.join(row) if isinstance(row, list) else row}" for label, row in rows]
+
+
 def shared_rows(plan: Plan) -> PlanRows:
     """Returns the plan as rows that are safe to share: without captions, other files' names and the base's path."""
     return _rows(plan, public_name(plan.base), {})

@@ -34,11 +34,11 @@ class Point:
     mask: Tensor | None = None
 
 
-Points = Sequence[Point]
-Predict = Callable[[Points], list[Tensor]]  # points -> the model's output at each: [C, h, w], float32, on the CPU
+PointSet = Sequence[Point]
+Predict = Callable[[PointSet], list[Tensor]]  # points -> the model's output at each: [C, h, w], float32, on the CPU
 
 
-def asked(points: Points, prompts: Sequence[str]) -> list[Point]:
+def asked(points: PointSet, prompts: Sequence[str]) -> list[Point]:
     """The same points with other prompts, which are repeated in turn."""
     return [replace(point, prompt=prompts[number % len(prompts)]) for number, point in enumerate(points)]
 
@@ -64,7 +64,7 @@ class Predictor:
         self.family, self.encode_prompts, self.batch_size = family, encode_prompts, batch_size
 
     @torch.no_grad()
-    def __call__(self, points: Points) -> list[Tensor]:
+    def __call__(self, points: PointSet) -> list[Tensor]:
         found: list[Tensor] = []
         with in_eval(self.family), as_trained(self.family):
             for group in _groups(points, self.batch_size):
@@ -81,7 +81,7 @@ class Predictor:
         return list(output.float().cpu())
 
 
-def _groups(points: Points, size: int) -> Iterator[list[Point]]:
+def _groups(points: PointSet, size: int) -> Iterator[list[Point]]:
     """Neighbours of the same shape, at most `size` together."""
     for _, group in groupby(points, lambda point: (point.noisy.shape, sorted(point.conditions))):
         alike = list(group)
@@ -107,15 +107,15 @@ def of_batch(batch: Batch, objective: Objective, u: Tensor, keys: Sequence[Sampl
             t[n],
             batch.prompts[n],
             batch.geometry[n],
-            {name: value[n] for name, value in batch.conditions.items()},
-            target[n],
-            None if batch.mask is None else batch.mask[n],
+            conditions={name: value[n] for name, value in batch.conditions.items()},
+            target=target[n],
+            mask=None if batch.mask is None else batch.mask[n],
         )
         for n in range(len(batch))
     ]
 
 
-def loss(points: Points, outputs: Sequence[Tensor]) -> float:
+def loss(points: PointSet, outputs: Sequence[Tensor]) -> float:
     """The mean squared error of outputs at photos, which training wants to be small."""
     errors = []
     for point, output in zip(points, outputs, strict=True):

@@ -21,9 +21,9 @@ from finetune.verdicts.base import (
     Measure,
     Sets,
 )
+from finetune.verdicts.due import CLASS_DRAWINGS, OTHERS
 from finetune.verdicts.points import Point, Predict, asked
 from finetune.verdicts.registry import MEASURES
-from finetune.verdicts.schedule import CLASS_DRAWINGS, OTHERS
 
 
 @dataclass(frozen=True)

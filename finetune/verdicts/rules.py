@@ -48,7 +48,7 @@ LIMITS = Limits()
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RunVerdict:
     """`word` is one of WORDS, or NOTHING; `found` are all words that hold, the gravest first, as `word` is. `sentence`
     says what was measured and `advice` what to do. `step` is the recommended step; None: there is none."""
 
@@ -59,16 +59,16 @@ class Verdict:
     step: int | None
 
 
-def judged(rows: Sequence[Row], limits: Limits = LIMITS) -> Verdict:
+def judged(rows: Sequence[Row], limits: Limits = LIMITS) -> RunVerdict:
     """The verdict on the last row, in view of those before it."""
     measured = [row for row in rows if row.step]
     if not measured:
-        return Verdict(NOTHING, (), "", "", None)
+        return RunVerdict(NOTHING, (), "", "", None)
     last, best = measured[-1], best_row(rows, limits)
     found = tuple(word for word in (DAMAGED, DRIFTED, OVERTRAINED, UNDERTRAINED) if _holds(word, measured, limits))
     step = best.step if best else None
     word = found[0] if found else GOOD
-    return Verdict(word, found or (GOOD,), _sentence(found, last.values), _advice(found, last.step, step), step)
+    return RunVerdict(word, found or (GOOD,), _sentence(found, last.values), _advice(found, last.step, step), step)
 
 
 def best_row(rows: Sequence[Row], limits: Limits = LIMITS) -> Row | None:

@@ -17,7 +17,7 @@ from finetune.config.load import load_recipe, parse_recipe
 from finetune.core.errors import BadInput
 from finetune.jobs import train as job
 from finetune.jobs.prepare import class_sets, prepare
-from finetune.jobs.record import record_of
+from finetune.jobs.run_record import record_of
 from finetune.runs.folder import RunFolder
 from finetune.runs.plan import plan_rows, shared_rows
 

@@ -28,7 +28,7 @@ from finetune.jobs.fit import fit_job
 from finetune.jobs.pins import in_order, inputs_of
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
-from finetune.jobs.record import record_of
+from finetune.jobs.run_record import record_of
 from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import changes
 from finetune.runs.plan import plan_rows

@@ -279,20 +279,17 @@ def run_dir_in_a_file(place: Place) -> list[str]:
 @case("metadata.jsonl", "two different captions for 0.png", "keep one")
 def captions_jsonl_twice(place: Place) -> list[str]:
     rows = '{"file_name": "0.png", "text": "a mug"}\n{"file_name": "0.png", "text": "a cup"}\n'
-    (place.photos / "metadata.jsonl").write_text(rows)
-    return place.train()
+    return place.captioned("metadata.jsonl", rows)
 
 
 @case("captions.csv", "two different captions for 1.png", "keep one")
 def captions_csv_twice(place: Place) -> list[str]:
-    (place.photos / "captions.csv").write_text("file_name,text\n1.png,a mug\n1.png,a cup\n")
-    return place.train()
+    return place.captioned("captions.csv", "file_name,text\n1.png,a mug\n1.png,a cup\n")
 
 
 @case("metadata.csv", "two different captions for 2.png", "keep one")
 def captions_metadata_csv_twice(place: Place) -> list[str]:
-    (place.photos / "metadata.csv").write_text("file_name,text\n2.png,a mug\n0.png,a mug\n2.png,a cup\n")
-    return place.train()
+    return place.captioned("metadata.csv", "file_name,text\n2.png,a mug\n0.png,a mug\n2.png,a cup\n")
 
 
 @case("0.png", "not a regular file")

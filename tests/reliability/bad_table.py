@@ -35,6 +35,11 @@ class Place:
         run_dir = f"run.dir={self.path / 'run'}"
         return ["train", recipe, f"base={self.base}", f"data.photos={self.photos}", run_dir, *own, *overrides]
 
+    def captioned(self, file: str, text: str, *overrides: str) -> list[str]:
+        """Training on the photos with a caption file beside them."""
+        (self.photos / file).write_text(text)
+        return self.train(*overrides)
+
     def recipe(self, text: str | bytes) -> list[str]:
         file = self.path / "recipe.yaml"
         file.write_bytes(text.encode() if isinstance(text, str) else text)

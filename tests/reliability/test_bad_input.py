@@ -164,8 +164,7 @@ def caption_not_utf8(place: Place) -> list[str]:
 
 @case("no caption was found for 1.png, 2.png", "data.captions=auto")
 def captions_demanded_but_missing(place: Place) -> list[str]:
-    (place.photos / "0.txt").write_text("a photo of {token} mug")
-    return place.train("data.captions=files")
+    return place.captioned("0.txt", "a photo of {token} mug", "data.captions=files")
 
 
 @case("no caption was found for 0.png")
@@ -177,14 +176,12 @@ def caption_empty_where_demanded(place: Place) -> list[str]:
 
 @case("captions.csv", "nine.png", "is not there")
 def caption_for_a_missing_photo(place: Place) -> list[str]:
-    (place.photos / "captions.csv").write_text("0.png,a mug\nnine.png,a mug\n")
-    return place.train()
+    return place.captioned("captions.csv", "0.png,a mug\nnine.png,a mug\n")
 
 
 @case("captions.csv", "two columns", "quotes")
 def captions_of_three_columns(place: Place) -> list[str]:
-    (place.photos / "captions.csv").write_text("0.png,a mug, red\n")
-    return place.train()
+    return place.captioned("captions.csv", "0.png,a mug, red\n")
 
 
 @case("0.caption and 0.txt", "keep one")
@@ -196,8 +193,7 @@ def captions_two_that_differ(place: Place) -> list[str]:
 
 @case("metadata.csv", "names its columns", "add that line")
 def captions_metadata_without_header(place: Place) -> list[str]:
-    (place.photos / "metadata.csv").write_text("0.png,a mug\n")
-    return place.train()
+    return place.captioned("metadata.csv", "0.png,a mug\n")
 
 
 @case("'10_sks dog', '5_sks dog'", "data.subjects")
@@ -209,20 +205,19 @@ def photos_in_several_of_kohyas_folders(place: Place) -> list[str]:
 
 @case("metadata.jsonl line 2", "correct it")
 def captions_jsonl_broken(place: Place) -> list[str]:
-    (place.photos / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n{"file": 3}\n')
-    return place.train()
+    return place.captioned("metadata.jsonl", '{"file_name": "0.png", "text": "a"}\n{"file": 3}\n')
 
 
 @case("16 tokens", "1.png", "data.long_captions=cut")
 def caption_longer_than_the_encoder_reads(place: Place) -> list[str]:
-    (place.photos / "1.txt").write_text("a small red mug on a big table in the snow at night " * 3)
-    return place.train()
+    return place.captioned("1.txt", "a small red mug on a big table in the snow at night " * 3)
 
 
 @case("{noun}", "data.class_noun")
 def caption_with_noun_but_none_given(place: Place) -> list[str]:
-    (place.photos / "0.txt").write_text("a photo of {token} {noun}")
-    return place.train("data.class_noun=null", "data.templates=['a {token}']", "prior.kind=none")
+    return place.captioned(
+        "0.txt", "a photo of {token} {noun}", "data.class_noun=null", "data.templates=['a {token}']", "prior.kind=none"
+    )
 
 
 @case("data.templates is empty")

@@ -104,7 +104,7 @@ def test_a_run_of_two_machines_survives_a_killed_agent(
     when both resume."""
     machines = machines_in(tmp_path / "two", tiny_bases["sd1"], photos)
     # every checkpoint is kept: the workers take steps until they notice that the agent is gone
-    started = start_both(machines, *[machine.train("run.steps=100000", "run.keep=100000") for machine in machines])
+    started = start_both(machines, *[machine.train("run.steps=100000", "run.keep=1000") for machine in machines])
     wait_for_steps(machines[0].run, 3)
     workers = [child for agent in started for child in psutil.Process(agent.pid).children(recursive=True)]
     assert len(workers) == 2

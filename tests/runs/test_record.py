@@ -11,7 +11,16 @@ import pytest
 from finetune.core.errors import BadInput
 from finetune.report.html import write_report
 from finetune.runs.folder import RunFolder
-from finetune.runs.plan import Cut, Plan, PlannedBucket, PlannedClassImages, PlannedSubject, plan_rows, shared_rows
+from finetune.runs.plan import (
+    Cut,
+    Plan,
+    PlannedBucket,
+    PlannedClassImages,
+    PlannedSubject,
+    plan_lines,
+    plan_rows,
+    shared_rows,
+)
 from finetune.runs.record import RecordedSubject, RunRecord
 
 BASE = "/home/ann/bases/photo-1"
@@ -67,6 +76,13 @@ def test_the_rows_of_a_full_plan() -> None:
     assert rows["buckets"] == "64x32: 1 photo; 64x64: 4 photos; at most 25% of a photo (a.png) is cut away"
     assert rows["masks"] == "2 of 5 photos have one; the background has weight 0"
     assert rows["class images"] == "10 of 'a photo of a mug', each seen 8.0 times"
+
+
+def test_the_log_shows_lists_as_text() -> None:
+    lines = plan_lines(planned(prompts=["a zwx mug", "zwx mug, seen from above"], unused=["a.mov, b.txt"]))
+    assert "training prompts  a zwx mug; zwx mug, seen from above" in lines
+    assert "        not used  a.mov, b.txt" in lines
+    assert "      resolution  64" in lines
 
 
 def test_the_plan_is_in_plain_words() -> None:

@@ -25,5 +25,5 @@ def test_on_a_fake_device() -> None:
 
 
 @pytest.mark.slow
-def test_every_family_and_method_on_a_fake_device() -> None:
+def test_families_and_methods_on_a_fake_device() -> None:
     run("slow")

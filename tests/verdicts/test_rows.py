@@ -10,8 +10,8 @@ import pytest
 from finetune.core.errors import BadInput
 from finetune.core.events import Measured, Restored
 from finetune.verdicts.memorisation import Memorisation, Nearest
-from finetune.verdicts.record import read_remarks, write_verdict
 from finetune.verdicts.rows import FILE, Row, VerdictsFile, read_rows, up_to
+from finetune.verdicts.verdict_file import read_remarks, write_verdict
 
 
 def test_rows_come_back_and_a_resumed_run_cuts_them(tmp_path: Path) -> None:

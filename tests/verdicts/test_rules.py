@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune.training.settings import Run
+from finetune.verdicts.due import FIRST, OFTEN, POINTS, SHARE, TRAINED, due_steps
 from finetune.verdicts.rows import Row
 from finetune.verdicts.rules import (
     DAMAGED,
@@ -18,7 +19,6 @@ from finetune.verdicts.rules import (
     judged,
     score,
 )  # fmt: skip
-from finetune.verdicts.schedule import FIRST, OFTEN, POINTS, SHARE, TRAINED, due_steps
 
 NONE = dict.fromkeys(("class_drift", "takeover", "elsewhere", "empty_prompt"), 0.0)
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from finetune.verdicts.record import missing, read_remarks
 from finetune.verdicts.registry import MEASURES
 from finetune.verdicts.rows import FILE, Row, read_rows, up_to
 from finetune.verdicts.rules import GOOD, judged
+from finetune.verdicts.verdict_file import missing, read_remarks
 
 CHARTS = {  # title -> (measures, the unit in words)
     "what it learned": (("learned", "held_out", "overfit"), "better than the base, in effects of the prompt"),
