@@ -46,7 +46,7 @@ def test_lines_that_no_run_writes_are_skipped(tmp_path: Path) -> None:
 
 def test_the_record_says_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
     drawn = Memorisation([Nearest("00-0.png", 1, 0.01, 0.1, True)], 0.3, 1.2)
-    write_verdict(tmp_path, [Row(0), Row(5, {"learned": 1.0})], drawn, ["No class."])
+    write_verdict(tmp_path, [Row(0), Row(5, {"learned": 9.0})], drawn, ["No class."])
     held = json.loads((tmp_path / "verdict.json").read_text())
     assert held["word"] == "good"
     assert held["step"] == 5
