@@ -21,7 +21,8 @@ class Limits:
     them, by the judge (docs/status.md says how many). In brackets: what was seen, and what the judge saw there.
 
     Attributes:
-        learned: less was learned: "undertrained" (1.6: a gain of .15; 4.4: .87).
+        learned: less was learned: "undertrained" (mug, 1.58: a gain of .15; backpack, 1.63: .84; 4.4: .87). The two
+            subjects touch here: between 1 and 3 this word is not to be trusted until more runs have been judged.
         overfit: a larger share of what was learned holds for the photos alone: "overtrained" (.33: .88 of the images
             on the beach are there; .41: .44).
         fall: the unseen views lost more than this share of their best value: "overtrained". More than the noise of
@@ -29,19 +30,19 @@ class Limits:
         class_drift: what the class's prompt does moved farther: "class drifted" (.85: the class is as it was; 1.27: it
             is gone). At 1 the prompt may as well not be there.
         takeover: the class went more of the way to the subject: "class drifted" (.38: .06 of the class's images show
-            the subject; .97: all).
+            the subject; .57: .94; .97: all).
         elsewhere: what other prompts do moved farther: "base damaged" (.16: .94 of them are right; .52: .75).
-        empty_prompt: the empty prompt went more of the way to the subject: "base damaged" (.24: it draws the class
-            about as often as before; .43: always).
+        empty_prompt: the empty prompt went more of the way to the subject: "base damaged" (.38: it draws the class
+            no more than before; .43: always).
     """
 
-    learned: float = 2.5
+    learned: float = 1.6
     overfit: float = 0.37
     fall: float = 0.25
     class_drift: float = 1.1
-    takeover: float = 0.65
+    takeover: float = 0.5
     elsewhere: float = 0.35
-    empty_prompt: float = 0.35
+    empty_prompt: float = 0.4
 
 
 LIMITS = Limits()

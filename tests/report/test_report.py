@@ -129,7 +129,7 @@ def test_a_curve_goes_through_its_points() -> None:
 
 
 def test_the_verdict_is_a_sentence_and_curves(run: Path) -> None:
-    """Up to the step of the page, with what is known of the checkpoints; names and numbers come from the rows alone."""
+    """With what is known of the checkpoints; names that are no measure's are not shown."""
     rows = [{"step": 0, "learned": 0.0, "elsewhere": 0.0}, {"step": 50, "learned": 4.0, "elsewhere": 0.1}]
     rows += [{"step": 100, "learned": 5.0, "elsewhere": 0.9, "<i>odd</i>": 1.0}]
     (run / "verdicts.jsonl").write_text("".join(json.dumps(row | {"seconds": 0.1}) + "\n" for row in rows))
