@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import write_companions
+from networks import write_clip, write_dino
 
 from data_tools.__main__ import main as data_tools
 from finetune.adapters.inspection import open_adapter
@@ -58,6 +59,9 @@ def shortened(line: str, photos: Path, bases: dict[Any, Path]) -> list[str]:
         words.append(f"base={bases[BASES[words[2]]]}")
     if words[1] in ("train", "dreambooth") and not words[2].endswith("recipe.yaml"):
         words += [*SHORT, *(() if words[2] in NO_PRIOR else FEW_CLASS_IMAGES)]
+    if words[1] == "evaluate":
+        networks = (f"--{kind}={bases[kind]}" for kind in ("dino", "clip"))
+        words += [*networks, "--count=2", "--class-count=2", "--steps=1"]
     if words[1] == "sample":
         words += ["--steps", "2" if "--strength" in words else "1"]
     return words
@@ -78,6 +82,12 @@ def test_every_command_of_a_page_runs(
     page: Path, photos: Path, tiny_bases: dict, wide_bases: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    networks = {}
+    if page.name == "evaluation.md":
+        networks = {
+            "dino": write_dino(tmp_path / "networks" / "dino"),
+            "clip": write_clip(tmp_path / "networks" / "clip"),
+        }
     if page.name == "inputs.md":
         write_companions(photos)
         for name in ("photo", "mask", "depth"):
@@ -87,7 +97,7 @@ def test_every_command_of_a_page_runs(
             continue
         small = "data_tools check" in line  # the test's photos are smaller than 512 pixels
         expected = 1 if small or "tokens check sks" in line else 0
-        assert run(shortened(line, photos, tiny_bases | wide_bases)) == expected, line
+        assert run(shortened(line, photos, tiny_bases | wide_bases | networks)) == expected, line
 
 
 def test_the_makefile_runs_the_lines_that_readme_shows() -> None:

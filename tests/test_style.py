@@ -14,7 +14,7 @@ MOST = 6
 
 # Options of the command line are a person's, and typer reads them from the parameters: these only collect and call.
 COMMANDS = {
-    "cli/sample.py:sample", "cli/main.py:export", "cli/main.py:dreambooth",
+    "cli/sample.py:sample", "cli/evaluate.py:evaluate", "cli/main.py:export", "cli/main.py:dreambooth",
     "cli/adapters.py:resize", "cli/adapters.py:merge", "cli/adapters.py:extract",
 }  # fmt: skip
 

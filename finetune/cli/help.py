@@ -7,7 +7,7 @@ from typing import Any
 from finetune.cli.output import PlainGroup
 
 SECTIONS = {
-    "Train, draw and export": ("demo", "dreambooth", "train", "sample", "export", "resume", "report"),
+    "Train, draw and export": ("demo", "dreambooth", "train", "sample", "evaluate", "export", "resume", "report"),
     "Before a run": ("plan", "recipes", "tokens", "inspect", "doctor"),
     "LoRA files": ("verify", "convert", "resize", "merge", "extract"),
 }

@@ -74,12 +74,13 @@ def tokens_suggest(
     """Suggest rare tokens of a base. They are one piece, without a known meaning, clear to the text encoders, and
     have a weak prior."""
     loud()
-    from finetune.data import tokens
+    from finetune.data import meanings, tokens
     from finetune.families.source import load_family
 
     for token in tokens.suggest(load_family(base), count, class_noun):
         measured = f"prior strength {token.strength:.3f}  embedding moved by {token.distance:.2f}"
-        typer.echo(f"{token.text:<6} rank {token.rank:.3f}  {measured}")
+        ends = meanings.pieces().get(token.text)
+        typer.echo(f"{token.text:<6} rank {token.rank:.3f}  {measured}{f'  (the end of: {ends})' if ends else ''}")
 
 
 @tokens_app.command("check")

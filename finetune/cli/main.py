@@ -14,6 +14,7 @@ import typer
 from finetune import __version__
 from finetune.cli import lists
 from finetune.cli.adapters import BaseOption, register, say_exported
+from finetune.cli.evaluate import evaluate
 from finetune.cli.help import HELP, Sections
 from finetune.cli.output import loud, progress_shown, say
 from finetune.cli.sample import StepOption, sample
@@ -38,7 +39,8 @@ app = typer.Typer(
 for part in (lists.recipes_app, lists.tokens_app):
     app.add_typer(part)
 register(app)
-app.command()(sample)
+for own in (evaluate, sample):
+    app.command()(own)
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EROFS, errno.EPERM)
@@ -129,14 +131,13 @@ def dreambooth(
     """Train a LoRA of one subject from a folder of photos. It is DreamBooth with class images; no recipe is needed."""
     from finetune.config.load import load_recipe
 
-    name = "demo" if base == "tiny" else "dreambooth-lora"
     own = [
         ("data.photos", photos),
         ("data.class_noun", class_noun),
         ("base", base),
         ("run.name", _file_name(class_noun)),
     ]
-    _train(load_recipe(name, [*own, *(overrides or []), *_skipping(skip_bad)]), dry_run, processes)
+    _train(load_recipe("dreambooth-lora", [*own, *(overrides or []), *_skipping(skip_bad)]), dry_run, processes)
 
 
 @app.command()

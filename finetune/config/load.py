@@ -15,6 +15,16 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune.config.effect import without_effect
+from finetune.config.profiles import (
+    NO_PROFILE,
+    WARMUP,
+    Default,
+    at,
+    defaults_of,
+    fill_defaults,
+    fitting_warmup,
+    without,
+)
 from finetune.config.recipe import Recipe
 from finetune.config.recipes import examples, find, folder
 from finetune.core.complaints import what_to_do
@@ -22,7 +32,10 @@ from finetune.core.errors import BadInput
 from finetune.core.reading import parse_yaml, read_utf8
 from finetune.core.records import Values, check_schema, migrated
 from finetune.core.settings import Settings
+from finetune.families.known import KnownBase, known_base
+from finetune.families.settings import Base
 from finetune.objectives import older
+from finetune.training.settings import Run
 
 SCHEMA = 2  # schema 1 had the older form of `objective:`; schema 0 had the same keys as 1 but no number in the file
 SCHEMA_LINE = "# schema: "  # in the first line, a comment: readable even if the rest has an unknown form
@@ -130,7 +143,8 @@ class _Loader(yaml.SafeLoader):
 def parse_recipe(raw: Any, overrides: Overrides = (), where: str = "the recipe") -> Recipe:
     """Makes a recipe from plain data (nested dictionaries), such as YAML or JSON gives.
 
-    `where` names the source in messages.
+    `where` names the source in messages. If the recipe has a profile and its base is on this disk, the defaults are
+    those for this base; of a hub id that is not, only once it is fetched (`settled`).
 
     Returns:
         The checked recipe.
@@ -139,9 +153,45 @@ def parse_recipe(raw: Any, overrides: Overrides = (), where: str = "the recipe")
         BadInput: an unknown key, a bad value, or a setting that has no effect with the other settings.
     """
     recipe, given = _parse(raw, overrides, where)
+    if recipe.profile.waits:
+        base = known_base(recipe.base)
+        recipe, given = _parse(raw, overrides, where, base) if base.is_known else (recipe, given)
     for useless in without_effect(recipe):
         raise BadInput(useless if any(key in useless for key in given) else f"{where}: {useless}")
     return recipe
+
+
+def settled(recipe: Recipe, download: bool = False) -> Recipe:
+    """The recipe with the defaults of its profile for the base that it names. What was given stays.
+
+    Args:
+        download: also read the configs of a hub id that was not fetched before. What is not known then counts as
+            settled with the defaults for all bases, as a run must not change later.
+
+    Returns:
+        The recipe, unchanged if it has no profile, or was settled before.
+
+    Raises:
+        BadInput: a default contradicts what was given.
+    """
+    profile = recipe.profile
+    base = known_base(recipe.base, download) if profile.waits else None
+    if base is None or not (base.is_known or download):
+        return recipe
+    if not base.is_known:
+        return recipe.model_copy(update={"profile": profile.model_copy(update={"settled": True})})
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    before = defaults_of(profile.purpose or "", recipe.method.kind, KnownBase(recipe.base.source)).values
+    for key in profile.filled:
+        wanted = before[key].value if key in before else None
+        shorter = fitting_warmup(wanted, recipe.run.steps) if key == WARMUP and wanted else wanted
+        if key in before and at(values, key) in (wanted, shorter):
+            without(values, key)
+    values["profile"] = profile.purpose
+    found, _ = _parse(values, (), "the recipe", base)
+    kept = {key: origin for key, origin in profile.filled.items() if key not in before}
+    whole = found.profile.model_copy(update={"filled": found.profile.filled | kept})
+    return found.model_copy(update={"profile": whole})
 
 
 def changed_recipe(recipe: Recipe, overrides: Overrides, where: str = "the options") -> Recipe:
@@ -158,21 +208,73 @@ def changed_recipe(recipe: Recipe, overrides: Overrides, where: str = "the optio
     return changed
 
 
-def _parse(raw: Any, overrides: Overrides, where: str) -> tuple[Recipe, Mapping[str, str]]:
-    """The recipe, and the keys that were overridden, with their values as they were typed."""
+def _parse(
+    raw: Any, overrides: Overrides, where: str, base: KnownBase | None = None
+) -> tuple[Recipe, Mapping[str, str]]:
+    """The recipe, and the keys that were overridden, with their values as they were typed. `base`: what is known of it
+    besides its name."""
     if not isinstance(raw, dict):
         raise BadInput(f"{where} holds a {type(raw).__name__} instead of sections such as 'data:': correct it")
-    values = copy.deepcopy(raw)
-    given: dict[str, str] = {}
-    for override in _pairs(overrides):
-        key, value, typed = _typed(override)
-        _override(values, key, value)
-        given[key] = typed
+    typed = [_typed(override) for override in _pairs(overrides)]
+    final = _overridden(raw, typed)
+    known = base or KnownBase(_source(final))
+    start, defaults = fill_defaults(raw, final, known)
+    values = _overridden(start, typed) if defaults else final
+    given = {key: text for key, _, text in typed}
     _refuse_truths(values, where, given)
+    _record(values, defaults, given, known.is_known)
     try:
         return Recipe.model_validate(values), given
     except ValidationError as error:
         raise BadInput(_sentence(error, where, given)) from error
+
+
+def _overridden(raw: Mapping[str, Any], typed: Iterable[tuple[str, Any, str]]) -> dict[str, Any]:
+    values = copy.deepcopy(dict(raw))
+    for key, value, _ in typed:
+        _override(values, key, value)
+    return values
+
+
+def _source(values: Mapping[str, Any]) -> str:
+    """The base's name in a recipe's plain data."""
+    base = values.get("base")
+    source = base.get("source") if isinstance(base, dict) else base
+    return source if isinstance(source, str) else Base().source
+
+
+def _record(values: dict[str, Any], defaults: Mapping[str, Default], given: Iterable[str], settled: bool) -> None:
+    """Writes into `profile:` which values come from where, and shortens a warm-up that nobody typed.
+
+    A run's own recipe says this already, unless another base is asked for: then its values count as given.
+    """
+    profile = values.get("profile")
+    if isinstance(profile, dict) and "settled" in profile:
+        known = profile.get("filled")
+        stays = not any(_is_in(name, "base") for name in given)
+        origins = dict(known) if stays and isinstance(known, dict) else {}
+        profile = profile if stays else {}
+    else:
+        origins = {key: default.origin for key, default in defaults.items() if at(values, key) == default.value}
+        profile = {"purpose": None if profile == NO_PROFILE else profile} if isinstance(profile, str) else profile
+        profile = profile | {"settled": settled} if isinstance(profile, dict) and profile.get("purpose") else profile
+    filled = {key: origin for key, origin in origins.items() if not any(_is_in(key, name) for name in given)}
+    _shorten_warmup(values, filled, given)
+    if isinstance(profile, dict) or filled:
+        values["profile"] = (profile if isinstance(profile, dict) else {}) | {"filled": filled}
+
+
+def _shorten_warmup(values: dict[str, Any], filled: dict[str, str], given: Iterable[str]) -> None:
+    """Shortens a warm-up that nobody typed for a run of few steps: always one of a profile, and a recipe's own if it
+    would be longer than the steps that were typed."""
+    warmup, steps = at(values, WARMUP), at(values, "run.steps", Run().steps)
+    if any(_is_in(WARMUP, name) for name in given) or type(warmup) is not int or type(steps) is not int:
+        return
+    typed = any(_is_in("run.steps", name) for name in given)
+    fits = fitting_warmup(warmup, steps)
+    if fits < warmup and (WARMUP in filled or (typed and warmup > steps)):
+        values["optim"]["warmup"] = fits
+        filled[WARMUP] = f"{filled.get(WARMUP, 'the recipe')}; shortened from {warmup} to a tenth of run.steps"
 
 
 def _refuse_truths(values: Mapping[str, Any], where: str, given: Mapping[str, str]) -> None:
@@ -264,8 +366,16 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     if rest and any(_options(option, part) for option in _options(Recipe, section)):
         inside, name = _opened(inside, part, "kind"), rest
     if name == "kind" and inside.get("kind") != value:
+        kept = {part: own for part, own in inside.items() if _is_shared(section, part, name)}
         inside.clear()  # each kind has its own keys: those of the former kind do not carry over
+        inside.update(kept)
     inside[name] = value
+
+
+def _is_shared(section: str, part: str, name: str) -> bool:
+    """Whether `part` is a section that every kind of `section` has, as `others` of every prior."""
+    options = _options(Recipe, section) if name == "kind" else []
+    return bool(options) and all(_options(option, part) for option in options)
 
 
 def _is_part(section: str, value: Any) -> bool:
@@ -279,7 +389,7 @@ def _opened(values: dict[str, Any], name: str, shorthand: str) -> dict[str, Any]
     """The dictionary at `name`. It is created if missing; a plain value becomes {`shorthand`: value}."""
     inside = values.setdefault(name, {})
     if not isinstance(inside, dict):
-        inside = values[name] = {shorthand: inside}
+        inside = values[name] = {} if inside is None else {shorthand: inside}
     return inside
 
 
@@ -291,6 +401,7 @@ def _sentence(error: ValidationError, where: str, given: Mapping[str, str]) -> s
     """
     complaints = error.errors(include_url=False)
     first = next((item for item in complaints if item["type"] == "extra_forbidden"), complaints[0])
+    first = next((item for item in complaints if item["loc"][:1] == ("profile",)), first)  # it fills in the others
     location = [str(part) for part in first["loc"] if "[" not in str(part)]  # without the options of a union
     known, shown = _keys_at(location[:-1])
     key = ".".join([*shown, *location[-1:]])

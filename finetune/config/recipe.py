@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, model_validator
 
+from finetune.config.profiles import ProfileSettings, rows
 from finetune.core.settings import Settings
 from finetune.data.settings import Data
 from finetune.export.settings import ExportTo
@@ -31,11 +32,17 @@ class Recipe(Settings):
     run: Run = Run()
     sample: SampleSettings = SampleSettings()
     export: ExportTo = ExportTo()
+    profile: ProfileSettings = ProfileSettings()
 
     @property
     def leaves_as_trained(self) -> bool:
         """Whether exports hold exactly the trained weights, so that no SVD converts them to a LoRA."""
         return self.method.adapter.low_rank or self.method.artifacts == ("embedding",)
+
+    @property
+    def defaults(self) -> str:
+        """The settings that its profile filled in, with their values and where these come from; "" without one."""
+        return "; ".join(rows(self.profile.filled, self.model_dump(mode="json"))) if self.profile.filled else ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -66,6 +73,11 @@ class Recipe(Settings):
         if any("{token}" in prompt for prompt in self.prior.prompts):
             raise ValueError(
                 "prior.prompt has {token}, but it must name the class without the subject: use {noun} alone"
+            )
+        if self.prior.others is not None and self.method.artifacts == ("embedding",):
+            raise ValueError(
+                f"prior.others is given but method.kind {self.method.kind} trains only a new word, which changes no "
+                "prompt without it: leave prior.others out"
             )
         if self.prior.needs_distance and not self.method.measures_distance:
             raise ValueError(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from finetune.core.rng import SampleKey, normal
+
+Role = Literal["photo", "class", "other"]  # a photo of the subject, a class image, an image of everything else
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Batch:
     that the samples come from, for error messages. `mask` [B, 1, h, w] in [0, 1] is the weight of each latent in its
     sample's loss; None if all count equally. `extra` [B, E, h, w] holds further input channels for denoisers that read
     more than noisy latents (`data/conditioning/`). `conditions` [B, ...] are computed from the images
-    (`Family.encode_image_conditions`).
+    (`Family.encode_image_conditions`). `roles` say what each sample is for; empty if all are photos.
     """
 
     latents: Latents
@@ -62,6 +66,7 @@ class Batch:
     mask: Tensor | None = None
     extra: Tensor | None = None
     conditions: dict[str, Tensor] = field(default_factory=dict)
+    roles: list[Role] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -71,6 +76,30 @@ class Batch:
         shape = self.latents.mean.shape[1:]
         noise = normal(self.keys, shape, "vae").to(self.latents.mean.device)
         return self.latents.sample(noise).float()
+
+    def rows_of(self, role: Role) -> list[int]:
+        """Returns the indices of the samples with this role."""
+        return [row for row, own in enumerate(self.roles) if own == role]
+
+    def rows_without(self, role: Role) -> list[int]:
+        """Returns the indices of the samples with another role."""
+        return [row for row in range(len(self)) if not self.roles or self.roles[row] != role]
+
+    def part(self, rows: Sequence[int]) -> Batch:
+        """Returns the samples with these indices."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.latents.mean.device)
+        return Batch(
+            latents=Latents(self.latents.mean[index], self.latents.std[index]),
+            prompts=[self.prompts[row] for row in rows],
+            weight=self.weight[index],
+            geometry=[self.geometry[row] for row in rows],
+            keys=[self.keys[row] for row in rows],
+            names=[self.names[row] for row in rows],
+            mask=None if self.mask is None else self.mask[index],
+            extra=None if self.extra is None else self.extra[index],
+            conditions={name: value[index] for name, value in self.conditions.items()},
+            roles=[self.roles[row] for row in rows] if self.roles else [],
+        )
 
     def concat_conditioning(self, noisy: Tensor) -> Tensor:
         """Returns the denoiser's input [B, C + E, h, w]: `noisy` [B, C, h, w], followed by the extra channels."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.core.batch import Batch, Latents
+from finetune.core.batch import Batch, Latents, Role
 from finetune.core.errors import BadInput
 from finetune.core.processes import ALONE, Processes
 from finetune.core.rng import SampleKey
@@ -32,17 +32,20 @@ class Drawn:
     crop: Crop
     caption: str
     weight: float
+    role: Role
 
 
 class Batches:
     """The batches of one process.
 
     A step's global batch holds `batch_size` samples of each stream, interleaved: (subject, class), (subject, class),
-    ... It is split into `accumulate` micro-batches, and each of those into `world` equal parts. All parts together
-    are the same samples for any split.
+    ... Of a stream with a smaller share (`ItemSampler.has`), only some pairs have one. The batch is split into
+    `accumulate` micro-batches, and each of those into `world` parts with as many pairs. All parts together are the
+    same samples for any split.
 
     The mean over a batch of weight * error equals the paper's sum: with k streams each sample's weight is multiplied
-    by k, so that (1/kB) sum k w_i e_i = (1/B) sum (subject error + lambda * class error).
+    by k, so that (1/kB) sum k w_i e_i = (1/B) sum (subject error + lambda * class error). In a part of n samples for p
+    pairs it is n/p instead of k: the mean over parts is then the same for any split.
     """
 
     def __init__(
@@ -79,32 +82,34 @@ class Batches:
 
     @property
     def samples_per_step(self) -> int:
-        """The number of samples in a step, over all streams and processes."""
+        """The largest number of samples in a step, over all streams and processes."""
         return self.sampler.batch_size * len(self.streams)
 
     def micro(self, step: int, index: int) -> Batch:
         """Returns this process's part of micro-batch `index` (from 0) of `step`.
 
-        It holds samples_per_step / (accumulate * world) samples, on the CPU.
+        It holds at most samples_per_step / (accumulate * world) samples, on the CPU.
         """
-        processes = self.processes
-        size = self.samples_per_step // (self.accumulate * processes.world)
-        start = (index * processes.world + processes.rank) * size
-        return self._batch([self._draw(step, slot) for slot in range(start, start + size)])
+        processes, count = self.processes, len(self.streams)
+        pairs = self.sampler.batch_size // (self.accumulate * processes.world)
+        first = (index * processes.world + processes.rank) * pairs
+        places = [(stream, pair) for pair in range(first, first + pairs) for stream in range(count)]
+        there = [(stream, pair) for stream, pair in places if self.sampler.has(stream, step, pair)]
+        factor = len(there) / pairs
+        return self._batch([self._draw(step, *place, factor) for place in there])
 
     def of(self, drawn: Drawn) -> Batch:
         """Returns a batch of one sample that the caller has drawn, on the CPU. Its latents must be in the cache."""
         return self._batch([drawn])
 
-    def _draw(self, step: int, slot: int) -> Drawn:
-        key = SampleKey(self.sampler.seed, step, slot)
-        pair, stream = divmod(slot, len(self.streams))
+    def _draw(self, step: int, stream: int, pair: int, factor: float) -> Drawn:
+        key = SampleKey(self.sampler.seed, step, pair * len(self.streams) + stream)
         sample, crops, weight = self.sampler.place(stream, step, pair)
         picks = torch.rand(3, generator=key.generator("sample")).tolist()
         crop = crops[int(picks[0] * len(crops))]
         caption = sample.captions[int(picks[1] * len(sample.captions))]
         text = "" if picks[2] < sample.caption_dropout else caption
-        return Drawn(key, sample.name, crop, text, sample.weight * len(self.streams) * weight)
+        return Drawn(key, sample.name, crop, text, sample.weight * factor * weight, sample.role)
 
     def _batch(self, drawn: list[Drawn]) -> Batch:
         latents = [self.cache.latents(item.crop) for item in drawn]
@@ -118,6 +123,7 @@ class Batches:
             mask=None if self.masks is None else torch.stack([self.masks.mask(item.crop) for item in drawn]),
             extra=self._extra(drawn),
             conditions=self._conditions(drawn),
+            roles=[item.role for item in drawn],
         )
 
     def _prompt(self, item: Drawn) -> str:

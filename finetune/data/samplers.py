@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
+from math import ceil, floor
 from typing import NamedTuple, Protocol
 
 import torch
 
+from finetune.core.batch import Role
 from finetune.core.rng import generator
 from finetune.data.buckets import Size
 from finetune.data.crops import Crop
@@ -16,13 +19,14 @@ from finetune.data.crops import Crop
 
 @dataclass(frozen=True)
 class Sample:
-    """A photo's crops and captions; one of each is drawn. `weight` multiplies its loss (lambda for class images)."""
+    """An image's crops and captions; one of each is drawn. `weight` multiplies its loss (lambda for class images)."""
 
     crops: list[Crop]
     captions: list[str]
     weight: float
     caption_dropout: float
     name: str
+    role: Role = "photo"
 
     def crops_of(self, size: Size) -> list[Crop]:
         """Returns the crops of one size (width, height), in pixels."""
@@ -41,11 +45,15 @@ class Slot(NamedTuple):
 
 
 class ItemSampler(Protocol):
-    """The order of the samples in a run. Each step has `batch_size` samples of each stream."""
+    """The order of the samples in a run. Each step has `batch_size` samples of each stream, or fewer of some."""
 
     streams: Streams
     seed: int
     batch_size: int
+
+    def has(self, stream: int, step: int, pair: int) -> bool:
+        """Whether `step` has a sample of `stream` beside sample number `pair` of the photos."""
+        ...
 
     def place(self, stream: int, step: int, pair: int) -> Slot:
         """Returns sample number `pair` (from 0) of `stream` in `step`."""
@@ -53,15 +61,34 @@ class ItemSampler(Protocol):
 
 
 class ShuffleSampler:
-    """For images of one size. Each stream repeats its samples, in a new random order in every epoch."""
+    """For images of one size. Each stream repeats its samples, in a new random order in every epoch.
 
-    def __init__(self, streams: Streams, seed: int, batch_size: int) -> None:
+    `shares`: stream -> the number of its samples in a step, relative to `batch_size`; 1 if it is not named. Where that
+    is no whole number, some steps have one more than others.
+    """
+
+    def __init__(
+        self, streams: Streams, seed: int, batch_size: int, shares: Mapping[int, float] | None = None
+    ) -> None:
         self.streams, self.seed, self.batch_size = streams, seed, batch_size
+        self.shares = {stream: Fraction(str(share)) for stream, share in (shares or {}).items() if share != 1}
+
+    def has(self, stream: int, step: int, pair: int) -> bool:
+        """As `ItemSampler.has`: the samples of a step are spread evenly over its pairs."""
+        return self._first(stream, step, pair + 1) > self._first(stream, step, pair)
+
+    def _first(self, stream: int, step: int, pair: int) -> int:
+        """The number of samples of a stream that come before a pair, from the first step on."""
+        if stream not in self.shares:
+            return step * self.batch_size + pair
+        each = self.shares[stream] * self.batch_size
+        before, after = floor(step * each), floor((step + 1) * each)
+        return before + ceil(Fraction(pair * (after - before), self.batch_size))
 
     def place(self, stream: int, step: int, pair: int) -> Slot:
         """As `ItemSampler.place`: every sample once in an epoch, with all of its crops."""
         samples = self.streams[stream]
-        epoch, position = divmod(step * self.batch_size + pair, len(samples))
+        epoch, position = divmod(self._first(stream, step, pair), len(samples))
         sample = samples[permutation(self.seed, "order", stream, epoch, len(samples))[position]]
         return Slot(sample, sample.crops)
 
@@ -74,12 +101,18 @@ class BucketSampler:
     so that each photo counts once in an epoch. Class images have their own order, as in `ShuffleSampler`.
     """
 
-    def __init__(self, streams: Streams, seed: int, batch_size: int) -> None:
+    def __init__(
+        self, streams: Streams, seed: int, batch_size: int, shares: Mapping[int, float] | None = None
+    ) -> None:
         self.streams, self.seed, self.batch_size = streams, seed, batch_size
-        self.subject, self.others = streams[0], ShuffleSampler(streams, seed, batch_size)
+        self.subject, self.others = streams[0], ShuffleSampler(streams, seed, batch_size, shares)
         sizes = [sample.crops[0].size for sample in self.subject]
         self.members = [[k for k, own in enumerate(sizes) if own == size] for size in sorted(set(sizes))]
         self.groups = group_count([len(members) for members in self.members], batch_size)
+
+    def has(self, stream: int, step: int, pair: int) -> bool:
+        """As `ItemSampler.has`."""
+        return self.others.has(stream, step, pair)
 
     def place(self, stream: int, step: int, pair: int) -> Slot:
         """As `ItemSampler.place`: only crops of the step's size, with weight 0 for padding."""

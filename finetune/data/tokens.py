@@ -1,10 +1,12 @@
 """Rare tokens (arXiv:2208.12242 section 3.1), found in the base's own vocabulary.
 
-A token is checked in four ways:
+A token is checked in six ways:
 
 - Is it one piece in every tokenizer of the base?
 - Is it rare? CLIP's ids are merge ranks, so a high id is a rare piece.
-- Do the text encoders distinguish it? Its distance says how far it moves the prompt's embedding.
+- Does it mean something to people? Lists and rules say so (`finetune.data.meanings`).
+- Does it lie among tokens with a meaning in the embedding table, or move prompts as they do? Then it may have one too.
+- Do the text encoders distinguish it in every prompt? Its distance says how far it moves the prompt's embedding.
 - Does the frozen base already draw something for it? Its prior strength says how much.
 
 A weak prior alone is not enough. If the encoders hardly notice the token, "T mug" and "mug" are nearly the same
@@ -15,22 +17,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
-from finetune.core.rng import generator
+from finetune.data import meanings
+from finetune.data.meanings import meaning_of
+from finetune.data.strengths import END, movements, neighbourhoods, prior_strengths
 from finetune.families.base import Family
 
-END = "</w>"
 VOWELS = set("aeiou")
-MEASURED_SIDE = 32
 RARE_FROM = 0.8  # the last fifth of the vocabulary; CLIP's ids >= 40000 of 49408
-KNOWN = {"sks": "a rifle"}  # popular tokens that have a meaning for real bases
+FEWEST = 8  # tokens: those with a meaning to compare with, and the candidates that stay at least
+MOST_KNOWN = 256
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Token:
     `pieces` are those of each tokenizer. `rank` is the smallest id as a fraction of the vocabulary (1 is rarest).
     `meaning` is a known meaning, or None. `strength` says how much the token changes the frozen base's prediction,
     relative to the class noun (see `prior_strengths`). `distance` says how far it moves the prompt's embedding,
-    relative to the embedding's norm (see `embedding_distance`). The last two are None if they were not measured.
+    relative to the embedding's norm, in the prompt that it moves least (see `movements`). The last two are None if
+    they were not measured.
     """
 
     text: str
@@ -72,20 +73,32 @@ class Token:
             return f"{self.text!r} is one token, but a common one (rank {self.rank:.2f} of 1): choose a rarer one"
         return f"{self.text!r} is one rare token (rank {self.rank:.2f} of 1)"
 
+    @property
+    def warning(self) -> str:
+        """A sentence for who chose a token that the base may know; empty for others."""
+        better = "data.token=auto finds a rare token without a meaning"
+        if self.meaning:
+            return f"{self.text!r} is {self.meaning}, which the base may know: {better}"
+        if self.single and self.rank < RARE_FROM:
+            return f"{self.text!r} is a common token (rank {self.rank:.2f} of 1), which the base may know: {better}"
+        return ""
+
 
 def check(family: Family, text: str, noun: str | None = None, measure: bool = True) -> Token:
     """Checks one token, used before the class noun `noun`. With `measure`, also measures its distance and strength."""
     token = describe(family.word_tokenizers, text)
     if not measure or not token.single:
         return token
-    return _with_strengths(family, [_with_distance(family, token, noun)], noun)[0]
+    return _with_strengths(family, _with_distances(family, [token], noun), noun)[0]
 
 
 def suggest(family: Family, count: int = 10, noun: str | None = None, measured: int = 24) -> list[Token]:
     """Returns the `count` best of `measured` candidates from the rare range of the vocabulary, best first.
 
-    The third of the candidates with the largest distance comes first, those with the weakest prior at the front. The
-    others follow by decreasing distance.
+    Candidates that the base may know are left out. In the embedding table they lie nearer to tokens with a meaning
+    than half of the listed rare tokens do, or they move some prompt further than half of those do. Of the others, the
+    third that moves every prompt furthest comes first, those with the weakest prior at the front. The rest follows by
+    decreasing distance. A vocabulary without listed tokens, such as the tiny base's, has nothing to compare with.
 
     Raises:
         BadInput: the tokenizer has no rare word of one piece.
@@ -96,13 +109,62 @@ def suggest(family: Family, count: int = 10, noun: str | None = None, measured: 
             f"the tokenizer of {family.folder} has no rare word that is one token: choose a word yourself with "
             "data.token, and check it with `finetune tokens check`"
         )
+    others, least = _listed(family.word_tokenizers), max(count, FEWEST)
+    candidates = _apart(family, candidates, others, least)
     chosen = candidates[:: max(1, len(candidates) // measured)][:measured]
-    found = [_with_distance(family, describe(family.word_tokenizers, text), noun) for text in chosen]
-    found.sort(key=lambda token: token.distance or 0.0, reverse=True)
+    found = _measured(family, chosen, _spread(others, FEWEST), noun or "thing", least)
     distinct = -(-len(found) // 3)
     found = [*_with_strengths(family, found[: max(distinct, count)], noun), *found[max(distinct, count) :]]
     first = sorted(found[:distinct], key=lambda token: token.strength or 0.0)
     return [*first, *found[distinct:]][:count]
+
+
+def _measured(family: Family, chosen: list[str], others: list[str], noun: str, least: int) -> list[Token]:
+    """The chosen tokens with distances, largest first, without those that move a prompt as a meaning does.
+
+    At least `least` stay if there are as many: then the weakest of the others.
+    """
+    moved = movements(family, [*chosen, *others], noun)
+    own, known_ones = moved[: len(chosen)], moved[len(chosen) :]
+    excess = (own / known_ones.median(0).values).amax(1) if others else torch.zeros(len(chosen))
+    kept = _lowest(excess, 1.0, least)
+    tokens = [replace(describe(family.word_tokenizers, chosen[n]), distance=float(own[n].min())) for n in kept]
+    return sorted(tokens, key=lambda token: token.distance or 0.0, reverse=True)
+
+
+def _apart(family: Family, candidates: list[str], others: list[str], least: int) -> list[str]:
+    """The candidates that lie no nearer to tokens with a meaning than half of the listed ones; at least `least`."""
+    if not others:
+        return candidates
+    meaningful = [*_ordinary(family.word_tokenizers), *others]
+    near = neighbourhoods(family, [*candidates, *others], meaningful)
+    own, known_ones = near[: len(candidates)], near[len(candidates) :]
+    return [candidates[n] for n in _lowest(own, float(known_ones.median()), least)]
+
+
+def _lowest(values: torch.Tensor, limit: float, least: int) -> list[int]:
+    """The places of the values up to `limit`, in order; if they are fewer than `least`, of the `least` lowest."""
+    lowest = values.argsort(stable=True)[:least].tolist()
+    within = (values <= limit).nonzero().flatten().tolist()
+    return within if len(within) >= least else sorted(lowest)
+
+
+def _spread(texts: list[str], most: int) -> list[str]:
+    """At most `most` of the texts, at even distances."""
+    return texts[:: max(1, len(texts) // most)][:most]
+
+
+def _listed(tokenizers: Sequence[Any]) -> list[str]:
+    """Rare tokens with a listed meaning, rarest first, to compare candidates with; none if the vocabulary has few."""
+    found = [text for text in _rare_words(tokenizers) if text in meanings.explained() and _single(tokenizers, text)]
+    return _spread(found, MOST_KNOWN) if len(found) >= FEWEST else []
+
+
+def _ordinary(tokenizers: Sequence[Any]) -> list[str]:
+    """The vocabulary's common words of 4 letters or more."""
+    vocab, most = tokenizers[0].get_vocab(), RARE_FROM * len(tokenizers[0])
+    found = [text.removesuffix(END) for text, number in vocab.items() if text.endswith(END) and number < most]
+    return [text for text in found if len(text) >= 4 and text.isalpha() and text.isascii()]
 
 
 def describe(tokenizers: Sequence[Any], text: str) -> Token:
@@ -129,88 +191,38 @@ def special_in(tokenizers: Sequence[Any], text: str) -> str | None:
 
 
 def rare_tokens(tokenizers: Sequence[Any]) -> list[str]:
-    """Returns whole-word tokens of 3 or 4 letters, rarest first.
+    """Returns whole-word tokens of 3 to 5 letters, rarest first.
 
-    Each is one piece in every tokenizer, in the rare range, and without a known meaning.
+    Each is one piece in every tokenizer, in the rare range, and without a known meaning. It has no vowel, or it was
+    looked at and means nothing (pieces.txt): what has a vowel is mostly a word or a name.
     """
-    vocab = tokenizers[0].get_vocab()
-    floor = RARE_FROM * len(tokenizers[0])
+    return [text for text in _rare_words(tokenizers) if _looks_rare(text) and _single(tokenizers, text)]
+
+
+def _rare_words(tokenizers: Sequence[Any]) -> list[str]:
+    """The first vocabulary's whole words in the rare range, rarest first."""
+    vocab, floor = tokenizers[0].get_vocab(), RARE_FROM * len(tokenizers[0])
     words = [
         (number, text.removesuffix(END)) for text, number in vocab.items() if text.endswith(END) and number >= floor
     ]
-    fitting = [text for _, text in sorted(words, reverse=True) if _looks_rare(text)]
-    return [text for text in fitting if all(len(tokenizer.tokenize(text)) == 1 for tokenizer in tokenizers)]
+    return [text for _, text in sorted(words, reverse=True)]
+
+
+def _single(tokenizers: Sequence[Any], text: str) -> bool:
+    return all(len(tokenizer.tokenize(text)) == 1 for tokenizer in tokenizers)
 
 
 def _looks_rare(text: str) -> bool:
-    """Whether it is 3 or 4 lower-case ASCII letters without a vowel, and not a known word."""
+    """Whether it is a reviewed piece, or 3 or 4 lower-case ASCII letters without a vowel and without a meaning."""
     letters = 3 <= len(text) <= 4 and text.isascii() and text.isalpha() and text.islower()
-    return letters and len(VOWELS & set(text)) == 0 and meaning_of(text) is None
+    return text in meanings.pieces() or (letters and len(VOWELS & set(text)) == 0 and meaning_of(text) is None)
 
 
-def meaning_of(text: str) -> str | None:
-    """Returns a known meaning of the token, or None."""
-    if text in KNOWN:
-        return KNOWN[text]
-    return "a word, name or abbreviation" if text.lower() in _words() else None
-
-
-def _words() -> frozenset[str]:
-    return frozenset(files("finetune.data").joinpath("words.txt").read_text(encoding="utf-8").split())
-
-
-def _with_distance(family: Family, token: Token, noun: str | None) -> Token:
-    return replace(token, distance=embedding_distance(family, token.text, noun or "thing"))
+def _with_distances(family: Family, found: Sequence[Token], noun: str | None) -> list[Token]:
+    moved = movements(family, [token.text for token in found], noun or "thing").amin(1).tolist()
+    return [replace(token, distance=distance) for token, distance in zip(found, moved, strict=True)]
 
 
 def _with_strengths(family: Family, found: Sequence[Token], noun: str | None) -> list[Token]:
     measured = prior_strengths(family, [token.text for token in found], noun or "thing")
     return [replace(token, strength=strength) for token, strength in zip(found, measured, strict=True)]
-
-
-@torch.no_grad()
-def embedding_distance(family: Family, token: str, noun: str) -> float:
-    """Returns |E(a photo of T N) - E(a photo of N)| / |E(a photo of N)|, for token T and noun N.
-
-    E is everything that the denoiser is conditioned on, as one vector. Norms are Euclidean.
-    """
-    family.parts.place(family.text_encoders)
-    both = family.encode_prompts([f"a photo of {token} {noun}", f"a photo of {noun}"])
-    with_token, plain = (torch.cat([value[index].float().flatten() for value in both.values()]) for index in (0, 1))
-    return float((with_token - plain).norm() / plain.norm())
-
-
-def prior_strength(family: Family, token: str, noun: str, draws: int = 4) -> float:
-    """Returns `prior_strengths` of one token."""
-    return prior_strengths(family, [token], noun, draws)[0]
-
-
-@torch.no_grad()
-def prior_strengths(family: Family, texts: Sequence[str], noun: str, draws: int = 4) -> list[float]:
-    """Returns |eps(a photo of T N) - eps(a photo of N)| / |eps(a photo of N) - eps()| for each token T of `texts`.
-
-    eps is the frozen base's prediction for `draws` samples of fixed noise at fixed timesteps. Near 0, the base ignores
-    the token. At 1, the token changes the prediction as much as the class noun does.
-    """
-    prompts = [f"a photo of {noun}", "", *[f"a photo of {text} {noun}" for text in texts]]
-    family.parts.place(family.text_encoders)
-    conditions = [family.encode_prompts([prompt] * draws) for prompt in prompts]
-    family.parts.place(["denoiser"])
-    plain, empty = (_predict(family, cond, draws) for cond in conditions[:2])
-    scale = (plain - empty).norm().clamp(min=1e-8)
-    return [float((_predict(family, cond, draws) - plain).norm() / scale) for cond in conditions[2:]]
-
-
-def _predict(family: Family, cond: dict[str, Tensor], draws: int) -> Tensor:
-    """The denoiser's output on pure noise, [draws, C, h, w], at noisy timesteps, which decide what is drawn.
-
-    Latents are at most 32x32, because the user is waiting for the result.
-    """
-    device = family.device
-    side = min(family.resolution // family.codec.factor, MEASURED_SIDE)
-    shape = (draws, family.codec.channels, side, side)
-    noise = torch.randn(shape, generator=generator(0, "prior strength")).to(device)
-    last = family.schedule.steps - 1
-    timesteps = torch.linspace(0.6 * last, 0.95 * last, draws, device=device).long()
-    square = (side * family.codec.factor, side * family.codec.factor)
-    return family.predict(noise, timesteps, cond, [Geometry(square, (0, 0), square)] * draws).float()

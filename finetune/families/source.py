@@ -14,6 +14,8 @@ from finetune.families.base import Family
 from finetune.families.naming.single_file import detect, unpack
 from finetune.families.registry import FAMILIES, family_of
 
+NEUTRAL_PROMPTS = "neutral_prompts.txt"  # beside model_index.json: what a base draws for `prior.others`
+
 
 def load_family(
     source: str,
@@ -63,6 +65,25 @@ def _tiny() -> Path:
 
 
 def _from_file(file: Path, like: str | None) -> Path:
+    name, _ = family_of_file(file)
+    layout = FAMILIES[name].naming.single_file
+    assert layout is not None  # `family_of_file` finds no other
+    folder = resolve_base(like) if like else _download(layout.like, None, weights=False)
+    if family_of(folder).name != name:
+        raise BadInput(
+            f"the base {file} is of family {name} but base.like={like} is of family {family_of(folder).name}: "
+            "choose a "
+            f"folder of family {name}"
+        )
+    return unpack(file, folder, FAMILIES[name].sources, layout)
+
+
+def family_of_file(file: Path) -> tuple[str, dict[str, torch.Size]]:
+    """The family of a single-file checkpoint, and its tensors' shapes by name. Only the header is read.
+
+    Raises:
+        BadInput: it is not a complete safetensors file, or not a checkpoint of a supported kind.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -74,24 +95,16 @@ def _from_file(file: Path, like: str | None) -> Path:
         ) from error
     layouts = {name: kind.naming.single_file for name, kind in FAMILIES.items() if kind.naming.single_file is not None}
     try:
-        name = detect(list(shapes), shapes, layouts)
+        return detect(list(shapes), shapes, layouts), shapes
     except BadInput as fault:
         raise BadInput(f"the base {file} can't be used: {fault}") from fault
-    folder = resolve_base(like) if like else _download(layouts[name].like, None, weights=False)
-    if family_of(folder).name != name:
-        raise BadInput(
-            f"the base {file} is of family {name} but base.like={like} is of family {family_of(folder).name}: "
-            "choose a "
-            f"folder of family {name}"
-        )
-    return unpack(file, folder, FAMILIES[name].sources, layouts[name])
 
 
 def _download(source: str, revision: str | None, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["README.md", "*.json", "*/*.json", "*/*.txt", "*/*.model"]
+    patterns = ["README.md", NEUTRAL_PROMPTS, "*.json", "*/*.json", "*/*.txt", "*/*.model"]
     if weights:
         patterns += ["*/*.safetensors", *(["*/*.bin"] if may_read_pickles() else [])]
     try:

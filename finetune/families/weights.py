@@ -17,8 +17,8 @@ from finetune.core.pickles import may_read_pickles
 from finetune.families.configs import UNFIT, check_index
 
 
-def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
-    """Loads a diffusers or transformers model of class `kind` from its folder.
+def load_weights(folder: Path, kind: Any, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """Loads a diffusers or transformers model of class `kind` from its folder. `options` go to its constructor.
 
     Raises:
         BadInput: the weights are missing, not allowed, damaged, or do not fit the config. Both libraries would fill
@@ -32,7 +32,7 @@ def load_weights(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
         )
     for index in sorted(folder.glob("*.index.json")):
         check_index(index)
-    keywords: dict[str, Any] = {"use_safetensors": not pickled, "output_loading_info": True}
+    keywords: dict[str, Any] = {"use_safetensors": not pickled, "output_loading_info": True, **options}
     keywords["torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"] = dtype
     model: nn.Module
     try:

@@ -12,7 +12,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +66,17 @@ class ClassSet:
         """Returns the prompt of image number `index`."""
         return self.captions[index % len(self.captions)] if self.captions else self.prompt
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The prompts, for the manifest."""
+        return {"prompts": list(self.captions)} if self.captions else {"prompt": self.prompt}
+
     @cached_property
     def made_of(self) -> dict[str, Any]:
         """The settings that decide the images, for the manifest. The batch size (`chunk`) affects the last bits."""
         return {
             "base": self.base_hash,
-            **({"prompts": list(self.captions)} if self.captions else {"prompt": self.prompt}),
+            **self.asked,
             "negative": self.prior.negative,
             "sampler": self.prior.sampler,
             "steps": self.prior.steps,
@@ -84,14 +91,46 @@ class ClassSet:
     def folder(self) -> Path:
         """The user's folder, or one in the cache with a hash of `made_of` in its name."""
         key = hashlib.sha256(json.dumps(self.made_of, sort_keys=True).encode()).hexdigest()[:12]
-        name = "captions" if self.captions else _slug(self.noun)
-        return self.prior.folder or cache_dir() / "class-images" / f"{name}-{key}"
+        return self.prior.folder or cache_dir() / "class-images" / f"{self.name}-{key}"
+
+    @property
+    def name(self) -> str:
+        """The begin of the folder's name, for people."""
+        return "captions" if self.captions else _slug(self.noun)
 
     def is_users_own(self) -> bool:
         """Returns whether the folder holds the user's own images: images without a manifest."""
         if self.prior.folder is None or not self.folder.is_dir():
             return False
         return not (self.folder / MANIFEST).is_file() and bool(image_files(self.folder))
+
+
+@dataclass(frozen=True)
+class OtherSet(ClassSet):
+    """Images of everything else (`prior.others`), for `captions` in turn, and a share `empty` for the empty prompt.
+
+    Nothing of the subject is in it, so all runs with this base and resolution use the same images.
+    """
+
+    empty: float = 0.0
+
+    def prompt_of(self, index: int) -> str:
+        """Returns the prompt of image number `index`: empty ones are spread evenly."""
+        before, after = self._empty_before(index), self._empty_before(index + 1)
+        return "" if after > before or not self.captions else self.captions[(index - before) % len(self.captions)]
+
+    def _empty_before(self, index: int) -> int:
+        return floor(index * Fraction(str(self.empty)))
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The prompts, for the manifest. The number of images is not in it, so that a set can grow."""
+        return {"prompts": list(self.captions), "empty": self.empty}
+
+    @property
+    def name(self) -> str:
+        """The begin of the folder's name, for people."""
+        return "others"
 
 
 def class_images(family: Family, wanted: ClassSet, processes: Processes = ALONE) -> list[Photo]:
@@ -204,7 +243,8 @@ def _refuse_changed(folder: Path, recorded: dict[str, Any]) -> None:
 
 
 def _draw_chunks(family: Family, wanted: ClassSet, files: list[Path], chunks: list[range]) -> None:
-    with phase("Class images", sum(len(chunk) for chunk in chunks), "images") as advance:
+    label = "Other images" if isinstance(wanted, OtherSet) else "Class images"
+    with phase(label, sum(len(chunk) for chunk in chunks), "images") as advance:
         for chunk in chunks:
             _draw_chunk(family, wanted, [files[index] for index in chunk], chunk)
             advance(len(chunk), "")

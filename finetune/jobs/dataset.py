@@ -18,7 +18,7 @@ from finetune.data.masks import Masks
 from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
 from finetune.families.base import Family
 from finetune.jobs.class_sets import ClassSet, class_images
-from finetune.jobs.prepare import Prepared, class_sets
+from finetune.jobs.prepare import Prepared, class_sets, other_set, used_others
 from finetune.training.peers import joined
 from finetune.training.step import PromptEncoder
 
@@ -54,13 +54,14 @@ def load_masks(job: Prepared, streams: Sequence[Sequence[Sample]]) -> Masks | No
 def make_streams(job: Prepared) -> list[list[Sample]]:
     """Returns the streams of samples. Draws class images that are missing.
 
-    Stream 0 holds the photos of all subjects. If the prior uses class images, stream 1 holds those of every noun, with
-    their loss weighted by lambda (`prior.weight`).
+    Stream 0 holds the photos of all subjects. If the prior uses class images, the next one holds those of every noun,
+    with their loss weighted by lambda (`prior.weight`). With `prior.others`, the last one holds the images of
+    everything else.
 
     Raises:
         BadInput: the class images can't be used, see `class_images`.
     """
-    data, images, seed = job.recipe.data, job.recipe.prior.class_images, job.recipe.run.seed
+    data, seed = job.recipe.data, job.recipe.run.seed
     unseen = held_out_photos(job)
     subject = [
         Sample(
@@ -75,9 +76,8 @@ def make_streams(job: Prepared) -> list[list[Sample]]:
         )
         if number not in unseen
     ]
-    if images is None:
-        return [subject]
-    return [subject, [sample for wanted in class_sets(job) for sample in _classes(job, wanted)]]
+    classes = [sample for wanted in class_sets(job) for sample in _classes(job, wanted)]
+    return [stream for stream in (subject, classes, _others(job)) if stream]
 
 
 def held_out_photos(job: Prepared) -> set[int]:
@@ -105,8 +105,29 @@ def _classes(job: Prepared, wanted: ClassSet) -> list[Sample]:
             prior.weight,
             prior.caption_dropout,
             f"class image {image.path.name}{of}",
+            "class",
         )
         for number, image in enumerate(images)
+    ]
+
+
+def _others(job: Prepared) -> list[Sample]:
+    """The images of everything else, each with the prompt that it was drawn for; empty without `prior.others`."""
+    settings, wanted = job.recipe.prior.others, other_set(job)
+    if settings is None or wanted is None:
+        return []
+    images, seed = class_images(job.family, wanted, joined().of_folder(wanted.folder)), job.recipe.run.seed
+    sizes = sorted(set(job.sizes))
+    return [
+        Sample(
+            [crop for size in sizes for crop in make_crops(images[number], size, "center", 1, False, seed)],
+            [wanted.prompt_of(number)],
+            settings.weight,
+            0.0,
+            f"other image {images[number].path.name}",
+            "other",
+        )
+        for number in used_others(job, wanted)
     ]
 
 
@@ -134,7 +155,8 @@ def make_batches(job: Prepared, streams: list[list[Sample]], cache: LatentCache)
     """
     run = job.recipe.run
     kind = BucketSampler if job.recipe.data.shape == "buckets" else ShuffleSampler
-    sampler = kind(streams, run.seed, run.batch_size)
+    others = job.recipe.prior.others
+    sampler = kind(streams, run.seed, run.batch_size, {len(streams) - 1: others.share} if others else None)
     masks = load_masks(job, streams)
     processes = Processes(joined().rank, joined().world, joined().wait)
     return Batches(sampler, cache, run.accumulate, processes, masks=masks, inputs=job.inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from finetune.config.load import settled
 from finetune.config.recipe import Recipe
 from finetune.core.batch import Geometry
 from finetune.core.devices import DTYPES, gib
@@ -59,6 +61,7 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
         BadInput: the base's configs are missing, the method does not fit the family, or the base can't run on the meta
             device.
     """
+    recipe = settled(recipe, download=True)
     base, method = recipe.base, recipe.method
     dtype = DTYPES[resolve_precision(recipe.run)]
     folder = resolve_base(base.source, base.revision, base.like, weights=False)
@@ -80,7 +83,7 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
         each += 2
         for part in family.parts.values():
             part.to(dtype)
-    if recipe.prior.holds_reference:
+    if recipe.prior.keeps_base:
         held += method.reference_bytes(family)
     activations = _activations(family, method.part_names(family), _samples(recipe), _side(recipe, family))
     return Estimate(
@@ -101,6 +104,7 @@ def report(recipe: Recipe) -> dict[str, str]:
     Raises:
         BadInput: as `estimate`.
     """
+    recipe = settled(recipe, download=True)
     plain, light = estimate(recipe, checkpointing=False), estimate(recipe, checkpointing=True)
     own = light if recipe.run.gradient_checkpointing else plain
     folder = resolve_base(recipe.base.source, recipe.base.revision, recipe.base.like, weights=False)
@@ -124,6 +128,7 @@ def report(recipe: Recipe) -> dict[str, str]:
         f"{gib(own.trained)}, activations of {_samples(recipe)} sample(s) {gib(own.activations)}",
         "checkpointing": f"{gib(plain.total)} without run.gradient_checkpointing, {gib(light.total)} with it",
         "checks": _checks(recipe, own, family),
+        **({"defaults": recipe.defaults} if recipe.defaults else {}),
         "not counted": "drawing images, the CUDA context (about 0.5 GiB) and fragmentation",
     }
 
@@ -158,8 +163,10 @@ def _side(recipe: Recipe, family: Family | type[Family]) -> int:
 
 
 def _samples(recipe: Recipe) -> int:
-    """The predictions with a gradient in one micro-batch: photos, and class images or class prompts."""
-    return recipe.run.batch_size // recipe.run.accumulate * recipe.prior.predictions
+    """The predictions with a gradient in one micro-batch: photos, class images or class prompts, and everything
+    else."""
+    photos, others = recipe.run.batch_size // recipe.run.accumulate, recipe.prior.others
+    return photos * recipe.prior.predictions + (math.ceil(photos * others.share) if others else 0)
 
 
 def _trained_things(own: Estimate) -> str:

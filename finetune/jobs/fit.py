@@ -18,7 +18,7 @@ from finetune.jobs.pins import Pins
 from finetune.jobs.prepare import Prepared
 from finetune.jobs.verdicts import make_watch
 from finetune.objectives.registry import build_objective
-from finetune.report.pictures import keep_class_images
+from finetune.report.pictures import CLASS_IMAGES, OTHER_IMAGES, keep_class_images
 from finetune.runs.folder import RunFolder
 from finetune.training.peers import joined
 from finetune.training.regularizers import PriorContext
@@ -83,11 +83,13 @@ def fit_job(
 
 
 def _keep(streams: Sequence[Sequence[Sample]], folder: RunFolder, accelerator: Accelerator, pins: Pins | None) -> None:
-    """Checks the class images against those that the run began with, and keeps small copies for its page."""
+    """Checks the images of the prior against those that the run began with, and keeps small copies for its page."""
     if accelerator.is_main_process and pins is not None:
         pins.check_class_images(streams, folder.checkpoints.newest_step())
-    if accelerator.is_main_process and len(streams) > 1:
-        keep_class_images(folder.path, [sample.crops[0].photo.path for sample in streams[1]])
+    if accelerator.is_main_process:
+        for role, name in (("class", CLASS_IMAGES), ("other", OTHER_IMAGES)):
+            files = [s.crops[0].photo.path for stream in streams for s in stream if s.role == role]
+            keep_class_images(folder.path, files, name)
     refuse_other_class_images(streams, joined())
 
 
@@ -135,6 +137,7 @@ def _make_step(
         recipe.data.encoder_dropout,
         recipe.prior.regularizers(context),
         samples_per_step if recipe.objective.timesteps == "stratified" else None,
+        recipe.prior.teacher(context),
     )
     objective = build_objective(recipe.objective, family.schedule, family.shift(job.resolution))
     return Step(family, parts_of(trained), objective, encode_prompts, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from finetune.families.drawing import ImageCondition, Wants
 from finetune.families.loading import DiffusersFamily
 from finetune.jobs.prepare import Prepared
 from finetune.jobs.previews import from_file
+from finetune.jobs.word_maps import recorder_of, write_maps
 from finetune.runs.folder import RunFolder
+from finetune.sampling.attention_maps import AttentionRecorder
 from finetune.sampling.draw import draw
 from finetune.sampling.given import DrawnFrom, pictures
 from finetune.sampling.images import grid, parameters, save_image
@@ -46,22 +49,33 @@ class ImageRequest:
 
 
 def draw_files(
-    family: Family, request: ImageRequest, folder: Path, title: str = "Drawing", first: int = 0
+    family: Family,
+    request: ImageRequest,
+    folder: Path,
+    title: str = "Drawing",
+    first: int = 0,
+    recorder: AttentionRecorder | None = None,
 ) -> list[Image.Image]:
     """Draws all images, then writes each to `folder` as <prompt number>-<seed>.png: prompt by prompt, seed by seed.
 
-    `title` names the phase in the events; `first` is the number of the first prompt.
+    `title` names the phase in the events; `first` is the number of the first prompt. `recorder` watches the drawing.
     """
     inputs = _written(family.drawing.wants, request)
     pairs = [(number, seed) for number in range(len(request.prompts)) for seed in request.seeds]
-    with phase(title, len(pairs), "images") as advance:
+    with phase(title, len(pairs), "images") as advance, recorder or nullcontext():
+
+        def drawn(amount: int) -> None:
+            advance(amount, "")
+            if recorder is not None:
+                recorder.next_batch(amount)
+
         images = draw(
             family,
             [request.prompts[number] for number, _ in pairs],
             request.sampling,
             seeds=[seed for _, seed in pairs],
             condition=request.condition,
-            advance=lambda amount: advance(amount, ""),
+            advance=drawn,
         )
     for (number, seed), image in zip(pairs, images, strict=True):
         about = parameters(request.prompts[number], seed, request.sampling, request.model, inputs)
@@ -132,11 +146,12 @@ def unused(path: Path) -> Path:
     return candidate
 
 
-def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = None) -> None:
+def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = None, maps: Path | None = None) -> None:
     """Draws the sample prompts into `folder` (see `draw_files`), with the same seeds each time.
 
     Draws `count` images of each prompt, or `sample.count` if it is None. The folder appears only when it is complete.
     It also holds what the base has read: input-image.png, input-mask.png, input-depth.png.
+    `maps`: a folder for maps of where the images read the run's words, for bases that have them.
     """
     sample = job.recipe.sample
     request = ImageRequest(
@@ -147,10 +162,13 @@ def draw_samples(job: Prepared, folder: Path, title: str, count: int | None = No
         (drawn_from := what_is_drawn_from(job)).condition,
         drawn_from.origins,
     )
+    recorder = None if maps is None else recorder_of(job, request.prompts, request.seeds)
     with replacing_folder(folder) as temporary:
-        draw_files(job.family, request, temporary, title)
+        draw_files(job.family, request, temporary, title, recorder=recorder)
         for name, image in _read(job.family.drawing.wants, request).items():
             image.save(temporary / f"input-{name}.png", format="PNG")
+        if maps is not None and recorder is not None:
+            write_maps(job, recorder, request.seeds, maps)
     emit(ImagesDrawn(folder))
 
 

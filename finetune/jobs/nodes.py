@@ -127,7 +127,7 @@ def refuse_other_class_images(streams: Sequence[Sequence[Sample]], peers: Peers)
     """
     if peers.world == 1 or len(streams) < 2:
         return
-    own = [[sample.name, sample.crops[0].photo.digest] for sample in streams[1]]
+    own = [[sample.name, sample.crops[0].photo.digest] for stream in streams[1:] for sample in stream]
     first = peers.from_first(own)
     odd = [mine[0] for mine, other in itertools.zip_longest(own, first, fillvalue=["more", ""]) if mine != other]
     _refuse([f"{name} is not the same" for name in odd], peers)

@@ -51,11 +51,12 @@ class Pins:
         if recorded is None:
             write_inputs(self.run, InputsRecord(inputs=now))
             return
-        kept = now.model_copy(update={"class_images": recorded.inputs.class_images})
+        drawn = {"class_images": recorded.inputs.class_images, "others": recorded.inputs.others}
+        kept = now.model_copy(update=drawn)
         self._compare(recorded, kept, step)
 
     def check_class_images(self, streams: Sequence[Sequence[Sample]], step: int) -> None:
-        """The same for the class images, which are there only after they were drawn.
+        """The same for the images that the base drew, which are there only after they were drawn.
 
         Raises:
             BadInput: some changed since the run began.
@@ -64,9 +65,12 @@ class Pins:
         if recorded is None or len(streams) < 2:
             return
         found: dict[str, list[str]] = {}
-        for sample in streams[1]:
-            found.setdefault(sample.captions[0], []).append(sample.crops[0].photo.digest)
-        now = recorded.inputs.model_copy(update={"class_images": found})
+        drawn = [sample for stream in streams[1:] for sample in stream]
+        for sample in drawn:
+            if sample.role == "class":
+                found.setdefault(sample.captions[0], []).append(sample.crops[0].photo.digest)
+        others = [[sample.captions[0], sample.crops[0].photo.digest] for sample in drawn if sample.role == "other"]
+        now = recorded.inputs.model_copy(update={"class_images": found, "others": others})
         if now != recorded.inputs:
             self._compare(recorded, now, step)
 

@@ -13,10 +13,12 @@ from finetune.data.crops import enlarged
 from finetune.data.leftovers import leftovers, listed
 from finetune.data.photos import image_files
 from finetune.data.samplers import group_count
-from finetune.jobs.prepare import Prepared
+from finetune.data.tokens import describe
+from finetune.jobs.neutral import other_prompts
+from finetune.jobs.prepare import Prepared, other_set, used_others
 from finetune.jobs.subjects import Subject
 from finetune.objectives.registry import build_objective
-from finetune.runs.plan import Cut, Plan, PlannedBucket, PlannedClassImages, PlannedSubject
+from finetune.runs.plan import Cut, Plan, PlannedBucket, PlannedClassImages, PlannedOthers, PlannedSubject
 from finetune.training.accelerate import resolve_precision
 from finetune.training.priors.base import CAPTION
 
@@ -37,10 +39,7 @@ def plan(job: Prepared) -> Plan:
         base=recipe.base.source,
         family=family.name,
         prediction=family.schedule.prediction,
-        subjects=[
-            PlannedSubject(token=s.token, noun=s.noun, photos=len(s.photos), captions=s.summary, style=s.trigger)
-            for s in job.subjects
-        ],
+        subjects=_subjects(job),
         prompts=list(dict.fromkeys(text for texts in job.captions for text in texts))[:5],
         unused=_unused(job),
         resolution=job.resolution,
@@ -56,6 +55,7 @@ def plan(job: Prepared) -> Plan:
         drawn_from=_drawn_from(job),
         enlarged=enlarged(job.photos, job.sizes if buckets else job.resolution),
         class_images=_class_images(job),
+        others=_others(job),
         prior=recipe.prior.cost(method, family, CAPTION if recipe.prior.of_captions else " or ".join(job.class_nouns)),
         timesteps=objective.describe(),
         method=method.kind,
@@ -63,7 +63,29 @@ def plan(job: Prepared) -> Plan:
         exports=_exports(job),
         precision=resolve_precision(recipe.run),
         repeatable=is_repeatable(family.device, recipe.run.deterministic),
+        defaults=recipe.defaults,
     )
+
+
+def _subjects(job: Prepared) -> list[PlannedSubject]:
+    """Each subject, with a warning if the user chose a token that the base may know."""
+    own_word = "embedding" in job.recipe.method.artifacts
+    named = zip(job.subjects, job.recipe.data.all_subjects, strict=True)
+    return [
+        PlannedSubject(
+            token=found.token,
+            noun=found.noun,
+            photos=len(found.photos),
+            captions=found.summary,
+            style=found.trigger,
+            warning="" if own_word or settings.token == "auto" else _known(job, found.token),
+        )
+        for found, settings in named
+    ]
+
+
+def _known(job: Prepared, token: str) -> str:
+    return describe(job.family.word_tokenizers, token).warning
 
 
 def _drawn_from(job: Prepared) -> list[str]:
@@ -113,6 +135,26 @@ def _class_images(job: Prepared) -> PlannedClassImages | None:
         return PlannedClassImages(prompts=triggers, count=images.count, times=times, captions=several)
     times = _seen(job) / images.count / len(job.class_nouns)
     return PlannedClassImages(prompts=list(job.class_nouns), count=images.count, times=times)
+
+
+def _others(job: Prepared) -> PlannedOthers | None:
+    settings, wanted = job.recipe.prior.others, other_set(job)
+    if settings is None or wanted is None:
+        return None
+    used = used_others(job, wanted)
+    prompts = [wanted.prompt_of(number) for number in used]
+    origin = other_prompts(settings, job.recipe.base.source, job.family.folder).origin
+    return PlannedOthers(
+        count=len(used),
+        left_out=settings.count - len(used),
+        prompts=len(set(prompts) - {""}),
+        origin=origin,
+        empty=prompts.count(""),
+        times=_seen(job) * settings.share / len(used),
+        share=settings.share,
+        taught=settings.target == "base",
+        slower=settings.passes / job.recipe.prior.passes,
+    )
 
 
 def _groups(job: Prepared) -> int:

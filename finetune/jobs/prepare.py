@@ -14,6 +14,7 @@ from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.core.events import one_step
 from finetune.data.buckets import Size, bucket_table, nearest_bucket
+from finetune.data.captions import Words
 from finetune.data.conditioning.base import INPUTS, Choices, Inputs, make_inputs
 from finetune.data.masks import Mask
 from finetune.data.photos import Photo
@@ -21,7 +22,8 @@ from finetune.export.registry import check_formats, model_exports
 from finetune.families.base import Family
 from finetune.families.digests import base_hash as base_hash_of
 from finetune.jobs.base_effect import without_effect_on
-from finetune.jobs.class_sets import ClassSet, check_set
+from finetune.jobs.class_sets import ClassSet, OtherSet, check_set
+from finetune.jobs.neutral import given_prompts, other_prompts
 from finetune.jobs.subjects import Scanned, Subject, caption_subjects, refuse_unclear, scan_subjects
 from finetune.jobs.words import refuse_words
 from finetune.objectives.registry import build_objective
@@ -176,6 +178,8 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     _refuse_hold_out(recipe, scanned)
     if images is not None:
         _refuse_folder(images, recipe)
+    if recipe.prior.others is not None:
+        given_prompts(recipe.prior.others)
     check_formats(recipe.export.formats, recipe.method.artifacts)
     precision = DTYPES[resolve_precision(recipe.run)]
     with one_step("Base"):
@@ -191,8 +195,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     _refuse_formats(recipe, family)
     recipe.method.check_fits(family)
     check_sampling(family, recipe.sample.sampling(resolution), "sample.")
-    if images is not None:
-        check_sampling(family, Sampling("", images.sampler, images.steps, images.guidance, resolution), "prior.")
+    _check_drawn(recipe, family, resolution)
     choices = Choices(recipe.run.seed, recipe.data.mask_count, recipe.data.edit_dropout, recipe.sample.image_guidance)
     inputs = make_inputs(family, [photo for found in scanned for photo in found.photos], choices)
     family.parts.device, family.autocast = torch.device(device), recipe.method.autocast_dtype(precision)
@@ -211,7 +214,19 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs, drawn_from=named)
     for wanted in class_sets(job):
         check_set(wanted, [] if begun else job.photos)
+    others = other_set(job)
+    if others is not None:
+        check_set(others)
+        used_others(job, others)
     return job
+
+
+def _check_drawn(recipe: Recipe, family: Family, resolution: int) -> None:
+    """Refuses settings with which the base can't draw the images of the prior."""
+    images, others = recipe.prior.class_images, recipe.prior.others
+    for key, own in (("prior.", images), ("prior.others.", others.drawn_as if others else None)):
+        if own is not None:
+            check_sampling(family, Sampling("", own.sampler, own.steps, own.guidance, resolution), key)
 
 
 def _named_images(recipe: Recipe, family: Family, resolution: int) -> DrawnFrom | None:
@@ -261,6 +276,44 @@ def class_sets(job: Prepared) -> list[ClassSet]:
     return [ClassSet(images, noun or "", *common) for noun in job.class_nouns.values()]
 
 
+def other_set(job: Prepared) -> OtherSet | None:
+    """The images of everything else, as this base draws them; None if the recipe has none.
+
+    Raises:
+        BadInput: its prompts can't be used.
+    """
+    others = job.recipe.prior.others
+    if others is None:
+        return None
+    prompts = other_prompts(others, job.recipe.base.source, job.family.folder)
+    return OtherSet(
+        prior=others.drawn_as,
+        noun="",
+        resolution=job.resolution,
+        base_hash=job.base_hash,
+        particulars=job.family.drawing.particulars(""),
+        captions=prompts.texts,
+        empty=others.empty,
+    )
+
+
+def used_others(job: Prepared, wanted: OtherSet) -> list[int]:
+    """The numbers of the images of everything else whose prompts name no token of the run.
+
+    Raises:
+        BadInput: there is none.
+    """
+    words = [Words(subject.token, subject.noun) for subject in job.subjects]
+    prompts = [wanted.prompt_of(number) for number in range(wanted.prior.count)]
+    used = [number for number, text in enumerate(prompts) if not any(word.names_token(text) for word in words)]
+    if not used:
+        raise BadInput(
+            f"every prompt of prior.others has the token ({prompts[0]!r:.100}), so that no image is of anything else: "
+            "give other prompts, or another data.token"
+        )
+    return used
+
+
 def _refuse_useless(recipe: Recipe, family: Family) -> None:
     for useless in without_effect_on(family, recipe):
         raise BadInput(useless)
@@ -291,10 +344,17 @@ def _refuse_inputs(recipe: Recipe, family: Family) -> None:
             f"data.subjects has further subjects but the base reads {family.inputs} inputs, so its images are "
             "drawn from the photo of one subject: train each subject in a run of its own"
         )
-    if recipe.prior.class_images is not None and not INPUTS[family.inputs].any_image:
+    if INPUTS[family.inputs].any_image:
+        return
+    if recipe.prior.class_images is not None:
         raise BadInput(
             f"prior.kind is {recipe.prior.kind} but the base reads {family.inputs} inputs, which class images do "
             "not have: set prior.kind=none"
+        )
+    if recipe.prior.others is not None:
+        raise BadInput(
+            f"prior.others is given but the base reads {family.inputs} inputs, which its images do not have: leave it "
+            "out"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from finetune.config.load import settled
 from finetune.config.recipe import Recipe
 from finetune.core.determinism import deterministic
 from finetune.core.errors import BadInput, CheckFailed
@@ -35,9 +36,11 @@ from finetune.jobs.pins import Pins
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.jobs.run_record import record_of, started
+from finetune.jobs.timestep_loss import measure_base, measure_trained
 from finetune.jobs.verdicts import finish_verdicts
 from finetune.report.html import write_report
 from finetune.report.pictures import keep_photos
+from finetune.runs.attention import FOLDER as ATTENTION
 from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import read_inputs
 from finetune.runs.plan import plan_lines
@@ -111,6 +114,7 @@ def _alone_in_this_process() -> Iterator[None]:
 
 
 def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Path:
+    recipe = settled(recipe, download=True)
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     main = accelerator.is_main_process
     folder_choice = FolderChoice(recipe, run_dir, joined())
@@ -156,6 +160,7 @@ def check_run(recipe: Recipe, processes: int | None = None) -> Prepared:
     Raises:
         BadInput: as `train`, except for what shows only on the way: a changed input, a full disk.
     """
+    recipe = settled(recipe, download=True)
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     check_split(recipe.run.batch_size, recipe.run.accumulate, processes or accelerator.num_processes)
     _check_machine(recipe, accelerator, recipe.run.dir)
@@ -218,6 +223,7 @@ def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Ho
     """Draws the images from before training, trains, and saves the trained weights in RUN/adapter."""
     recipe = job.recipe
     if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
+        measure_base(job, folder.path)
         draw_samples(job, folder.path / "samples" / "before", "Before")
     if recipe.run.trackers:
         accelerator.init_trackers("finetune", config={"recipe": recipe.model_dump_json()})
@@ -243,7 +249,8 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
     if shown is not None:  # the report shows what the exported file draws, not the weights in memory
         shown.parts.device = device
         job.family = shown
-        draw_samples(job, after, "After")
+        measure_trained(job, folder.path)
+        draw_samples(job, after, "After", maps=folder.path / ATTENTION)
     for line in finish_verdicts(job, folder):
         say(f"{'verdict':>16}  {line}")
     write_companions(folder)

@@ -215,7 +215,7 @@ def _points(job: Prepared, samples: Sequence[Sample], batches: Batches) -> list[
     for number in range(PHOTO_POINTS):
         sample = samples[number % len(samples)]
         key = SampleKey(job.recipe.run.seed, -1, number)  # no step of the run has this number
-        batch = batches.of(Drawn(key, sample.name, sample.crops[0], sample.captions[0], 1.0))
+        batch = batches.of(Drawn(key, sample.name, sample.crops[0], sample.captions[0], 1.0, sample.role))
         share = NOISY + (number + 0.5) / PHOTO_POINTS * (1 - NOISY)
         u = torch.tensor([share * job.family.timestep_fraction])
         points += of_batch(batch, objective, u, [key])

@@ -11,9 +11,11 @@ from typing import Any
 from finetune.core.files import write_text
 from finetune.core.records import checks_of
 from finetune.export.settings import UNCHECKED
-from finetune.report.pictures import class_image_tags, input_tags, photo_tags, row
+from finetune.report.pictures import OTHER_IMAGES, class_image_tags, input_tags, photo_tags, row
+from finetune.report.strip import over_the_steps
 from finetune.report.styles import with_and_without
 from finetune.report.verdict_section import verdict_section
+from finetune.report.why import loss_by_timestep, pictures_of_why
 from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import read_inputs
@@ -25,8 +27,6 @@ POLICY = (
     '<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
 )
-
-PREVIEWS = 8  # steps that are shown
 
 STYLE = """
 :root{--ink:#1d1d1f;--soft:#6b6b70;--line:#e3e3e6;--page:#fbfbfc;--card:#fff;--mark:#2f6fde;--good:#1f8a4c;--bad:#c23b2e}
@@ -43,7 +43,8 @@ pre{background:var(--card);border:1px solid var(--line);border-radius:12px;paddi
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:18px}.pair h3{font-size:13px;color:var(--soft);margin:0 0 6px;font-weight:600}
 .prompt{font-weight:600;margin:22px 0 8px}.good{color:var(--good)}.bad{color:var(--bad)}
 .row img{width:calc(25% - 8px);max-width:160px;height:auto}svg{max-width:100%;height:auto}a{color:inherit}
-.row a{display:inline}.steps{display:flex;flex-wrap:wrap;gap:4px 10px}.steps figure{margin:0;width:120px}.steps img{width:100%;height:auto}
+.row a{display:inline}
+.strip{display:grid;grid-template-columns:repeat(var(--columns),minmax(56px,120px));gap:4px 8px;margin-bottom:8px}.strip figure{margin:0}.strip img{width:100%;height:auto;margin:0}.strip .prompt{grid-column:1/-1;margin:12px 0 2px}
 figcaption{font-size:12px;color:var(--soft)}.small img{width:96px;height:auto}td,li,code,p{overflow-wrap:anywhere}td[title=format],td[title=size]{white-space:nowrap}
 @media(max-width:700px){.pair{grid-template-columns:1fr}.row img{width:calc(50% - 8px)}main{padding:20px 10px 60px}.card{padding:12px}tr:has(td+td){border-top:1px solid var(--line)}
 tr:has(td+td) td{display:block;padding:2px 0;border:0!important}tr:has(th+th){display:none}td[title]::before{content:attr(title) ": ";color:var(--soft)}
@@ -81,11 +82,13 @@ def write_report(path: Path, with_captions: bool = False, *, step: int | None = 
         _accepted(path),
         _subject(path, info, with_captions),
         _before_after(folder, info, step, linked),
-        _previews(path, info, step, linked),
+        pictures_of_why(path, info, _after(path, step), finished=step is None),
+        over_the_steps(path, info, step, linked),
         verdict_section(path, step),
         _plan(info),
         with_and_without(path, info, _after(path, step)),
         _curves([row for row in metrics if step is None or row["step"] <= step]),
+        loss_by_timestep(path) if step is None else "",
         _exports(path, step),
         _next_steps(path, info) if step is None else _next_steps_of(path, info, step),
     ]
@@ -144,7 +147,20 @@ def _subject(path: Path, info: RunRecord, with_captions: bool) -> str:
     return (
         f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} "
         f"{'drawings' if info.is_style else 'photos'}; {prompts}"
-        f"{base}<div class=small>{drawn}</div></div>"
+        f"{base}<div class=small>{drawn}</div>{_others(path, info)}</div>"
+    )
+
+
+def _others(path: Path, info: RunRecord) -> str:
+    """The first images of everything else that the run was trained on."""
+    drawn = class_image_tags(path, OTHER_IMAGES)
+    if not drawn:
+        return ""
+    planned = info.planned.others if info.planned else None
+    count = f"{planned.count} images" if planned else "images"
+    return (
+        f"<p class=soft>Everything else: {count} that the base drew for diverse prompts and the empty one, so that it "
+        f"keeps them. The first of them:</p><div class=small>{drawn}</div>"
     )
 
 
@@ -220,26 +236,6 @@ def _how_drawn(folder: RunFolder) -> str:
     seeds = f"seeds {sample.seed} to {last}" if sample.count > 1 else f"seed {sample.seed}"
     negative = f", without {sample.negative!r}" if sample.negative else ""
     return f"Drawn with {sample.sampler}, {sample.steps} steps, guidance {sample.guidance:g}, {seeds}{negative}."
-
-
-def _previews(path: Path, info: RunRecord, step: int | None, linked: bool) -> str:
-    """The first image of each prompt at each step where previews were drawn."""
-    folders = sorted((path / "samples").glob("step-*"))
-    numbered = [(int(folder.name[5:]), folder) for folder in folders if folder.name[5:].isdecimal()]
-    shown = _some([item for item in numbered if step is None or item[0] <= step])
-    rows = []
-    for number, prompt in enumerate(info.prompts if shown else []):
-        images = [(at, row(folder, number, path, linked, most=1)) for at, folder in shown]
-        cells = "".join(f"<figure>{image}<figcaption>step {at}</figcaption></figure>" for at, image in images if image)
-        rows.append(f"<p class=prompt>{escape(prompt)}</p><div class=steps>{cells}</div>")
-    return f"<h2>Over the steps</h2><div class=card>{''.join(rows)}</div>" if rows else ""
-
-
-def _some(items: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
-    """At most PREVIEWS of them, spread evenly, with the first and the last."""
-    if len(items) <= PREVIEWS:
-        return items
-    return [items[round(index * (len(items) - 1) / (PREVIEWS - 1))] for index in range(PREVIEWS)]
 
 
 def _before_after(folder: RunFolder, info: RunRecord, step: int | None, linked: bool) -> str:

@@ -21,6 +21,7 @@ SHOWN = 12  # photos of each subject
 INPUTS = {"image": "the image", "mask": "the mask: white is painted anew", "depth": "the depth map: near is bright"}
 NO_COPIES = "The run's folder has no copies of its photos: <code>finetune resume RUN</code> makes them."
 CLASS_IMAGES = "class_images"  # the folder in the run's
+OTHER_IMAGES = "other_images"  # of everything else
 FORMATS = ("PNG", "JPEG", "WEBP")  # the formats that a run writes and browsers show
 
 
@@ -60,16 +61,27 @@ def tag(file: Path, run: Path, alt: str, linked: bool = False) -> str:
     Raises:
         BadInput: the file is a link that leads out of the run folder.
     """
-    if leads_out(file, run):
-        raise BadInput(f"{file} is a link that leads out of {run}: remove it")
     try:
-        image = open_image(file, formats=FORMATS)
-        if max(image.size) > MAX_ASPECT * min(image.size):
-            raise BadImage(file, f"{image.width}x{image.height} is not a plausible image size")
+        image = readable(file, run)
     except BadImage as fault:
         return f"<p class=soft>{escape(file.name)} can't be shown ({escape(fault.reason)})</p>"
     shown = image_tag(image, alt)
     return f'<a href="{quote(file.relative_to(run).as_posix())}">{shown}</a>' if linked else shown
+
+
+def readable(file: Path, run: Path) -> Image.Image:
+    """Returns an image file of the run folder.
+
+    Raises:
+        BadInput: the file is a link that leads out of the run folder.
+        BadImage: it can't be shown.
+    """
+    if leads_out(file, run):
+        raise BadInput(f"{file} is a link that leads out of {run}: remove it")
+    image = open_image(file, formats=FORMATS)
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise BadImage(file, f"{image.width}x{image.height} is not a plausible image size")
+    return image
 
 
 def small(image: Image.Image) -> Image.Image:
@@ -102,16 +114,18 @@ def row(folder: Path, number: int, run: Path, linked: bool = False, most: int = 
     return "".join(tag(file, run, f"seed {file.stem.split('-', 1)[1]}", linked) for file in files)
 
 
-def keep_class_images(run: Path, files: Sequence[Path]) -> None:
-    """Writes small copies of the first class images to the run folder: they are in a cache that may be emptied."""
+def keep_class_images(run: Path, files: Sequence[Path], name: str = CLASS_IMAGES) -> None:
+    """Writes small copies of the first images to a folder `name` in the run's: they are in a cache that may be
+    emptied."""
     for number, file in enumerate(files[:SHOWN]):
-        with replacing(run / CLASS_IMAGES / f"{number:04d}.png") as temporary:
+        with replacing(run / name / f"{number:04d}.png") as temporary:
             small(open_image(file)).save(temporary, format="PNG")
 
 
-def class_image_tags(run: Path) -> str:
+def class_image_tags(run: Path, name: str = CLASS_IMAGES) -> str:
     """Returns the small copies of class images as HTML; empty if the run has none."""
-    return "".join(tag(file, run, "class image") for file in sorted((run / CLASS_IMAGES).glob("*.png"))[:SHOWN])
+    alt = {CLASS_IMAGES: "class image", OTHER_IMAGES: "image of everything else"}[name]
+    return "".join(tag(file, run, alt) for file in sorted((run / name).glob("*.png"))[:SHOWN])
 
 
 def input_tags(folder: Path, run: Path) -> str:

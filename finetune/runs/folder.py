@@ -37,12 +37,14 @@ HOLDER = (
 LOCKS = ("run.lock", HOLDER)
 
 # what a run writes, in its folder
-FOLDERS = ("adapter", "checkpoints", "exports", "photos", "samples", "samples/before", "samples/after")
+FOLDERS = ("adapter", "attention", "checkpoints", "exports", "photos", "samples", "samples/before", "samples/after")
 FILES = (
+    "timestep_loss.json",
     *("run.json", "inputs.json", "status.json", "metrics.jsonl", "exports.json", "report.html", "run.lock", HOLDER),
     *("verdicts.jsonl", "verdict.json"),
     *("adapter/trained.safetensors", "adapter/manifest.json"),
 )
+ORIGINS = "profile."  # where a recipe's values come from, which changes none of them
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -314,7 +316,7 @@ def _changed_keys(old: Recipe, new: Recipe) -> list[str]:
     free |= {"run.keep_best", "run.verdicts", "run.verdicts_every"}  # what is measured changes nothing
     if after.get("run.steps", 0) >= before.get("run.steps", 0):
         free.add("run.steps")
-    names = sorted(before.keys() | after.keys())
+    names = sorted(name for name in before.keys() | after.keys() if not name.startswith(ORIGINS))
     return [name for name in names if name not in free and before.get(name) != after.get(name)]
 
 
@@ -349,7 +351,8 @@ def _placeless(recipe: Recipe) -> Recipe:
 def placeless_settings(recipe: Recipe) -> dict[str, Any]:
     """The recipe as "section.key" -> value, without what may differ from machine to machine: places and the launch."""
     flat = _flat(_placeless(recipe).model_dump(mode="json"))
-    return {name: value for name, value in flat.items() if name not in ("run.dir", "run.processes")}
+    free = ("run.dir", "run.processes")
+    return {name: value for name, value in flat.items() if name not in free and not name.startswith(ORIGINS)}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

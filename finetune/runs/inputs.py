@@ -36,6 +36,7 @@ class RunInputs(Record):
     """
     photos: in the order of the run.
     class_images: class prompt -> SHA-256 of each image, in their order; empty before they are drawn.
+    others: [prompt, SHA-256] of each image of everything else, in their order; empty before they are drawn.
     base: file of the base, below its folder -> SHA-256.
     packages: package -> version.
     tokens: of each subject.
@@ -45,6 +46,7 @@ class RunInputs(Record):
 
     photos: list[PinnedPhoto] = []
     class_images: dict[str, list[str]] = {}
+    others: list[list[str]] = []
     base: dict[str, str] = {}
     packages: dict[str, str] = {}
     tokens: list[str] = []
@@ -109,6 +111,7 @@ def changes(recorded: RunInputs, now: RunInputs) -> list[str]:
     return [
         *_changed_photos(recorded.photos, now.photos),
         *_changed_class_images(recorded.class_images, now.class_images),
+        *_changed_others(recorded.others, now.others),
         *_changed_files(recorded.base, now.base),
         *_changed_versions(recorded.packages, now.packages),
         *([f"the token {now.tokens} was {recorded.tokens}"] if recorded.tokens != now.tokens else []),
@@ -177,6 +180,13 @@ def _changed_class_images(recorded: Mapping[str, list[str]], now: Mapping[str, l
         different = sum(a != b for a, b in zip(old, images, strict=False)) + abs(len(old) - len(images))
         if different:
             yield f"{different} of the class images of {prompt!r} changed"
+
+
+def _changed_others(recorded: Sequence[list[str]], now: Sequence[list[str]]) -> Iterator[str]:
+    """Where both have some: before they are drawn there is nothing to compare."""
+    different = sum(a != b for a, b in zip(recorded, now, strict=False)) + abs(len(recorded) - len(now))
+    if recorded and now and different:
+        yield f"{different} of the images of everything else (prior.others) changed"
 
 
 def _changed_files(recorded: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:

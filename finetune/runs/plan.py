@@ -23,7 +23,8 @@ class Record(BaseModel):
 class PlannedSubject(Record):
     """One subject of the plan. `captions` is a sentence about where its captions come from.
 
-    `style`: the words that call a style, such as "in zwx style"; empty for other subjects.
+    `style`: the words that call a style, such as "in zwx style"; empty for other subjects. `warning`: what the base
+    may know by a token that the user chose; empty if nothing.
     """
 
     token: str
@@ -31,6 +32,7 @@ class PlannedSubject(Record):
     photos: int
     captions: str
     style: str = ""
+    warning: str = ""
 
     @property
     def called(self) -> str:
@@ -83,6 +85,37 @@ class PlannedClassImages(Record):
         return " and ".join(f"{self.count} of {prompt!r}" for prompt in self.prompts)
 
 
+class PlannedOthers(Record):
+    """`count` images of everything else: `empty` for the empty prompt, the rest for `prompts` different ones.
+
+    `left_out` more name the token. `origin` says whose prompts they are. Training sees each image `times` times.
+    `share`: samples in a step for each photo. `taught`: the frozen base's predictions are the targets. `slower`: how
+    much longer a step takes with them, as a share of its time.
+    """
+
+    count: int
+    left_out: int = 0
+    prompts: int
+    origin: str
+    empty: int
+    times: float
+    share: float = 1.0
+    taught: bool = False
+    slower: float
+
+    @property
+    def line(self) -> str:
+        """The images in words."""
+        out = f" ({self.left_out} more name the token and are left out)" if self.left_out else ""
+        each = "" if self.share == 1 else f", {self.share:g} for each photo of a step"
+        how = ", which the frozen base teaches" if self.taught else ""
+        return (
+            f"{self.count} images of the base for {self.prompts} prompts {self.origin}, {self.empty} of them for the "
+            f"empty prompt{out}: drawn once for all runs with this base; each seen {self.times:.1f} times{each}{how}; "
+            f"about {self.slower:.0%} more time per step"
+        )
+
+
 class Plan(Record):
     """What a run trains on, how often it sees it, and what it trains.
 
@@ -90,7 +123,7 @@ class Plan(Record):
     names of files that are not used or that images are drawn from. `resolution` is in pixels. `buckets` is empty if
     every crop is square. `places` are the samples of an epoch with buckets; `repeats` of them are padding with weight
     0. `enlarged`, `prior` and `timesteps` are texts from the photos, the prior and the objective. `exports`: what the
-    trained parts cost when the files are read.
+    trained parts cost when the files are read. `defaults`: the settings that follow the base, and their sources.
     """
 
     base: str
@@ -115,6 +148,7 @@ class Plan(Record):
     drawn_from: list[str] = []
     enlarged: str | None = None
     class_images: PlannedClassImages | None = None
+    others: PlannedOthers | None = None
     prior: str = ""
     timesteps: str
     method: str
@@ -122,6 +156,7 @@ class Plan(Record):
     exports: str = ""
     precision: str
     repeatable: bool
+    defaults: str = ""
 
     @property
     def photos(self) -> int:
@@ -154,6 +189,9 @@ def _rows(plan: Plan, base: str, prompts: PlanRows) -> PlanRows:
     found |= {**_subject_rows(plan), **prompts}
     if len(plan.subjects) == 1:
         found["token"] = plan.subjects[0].called
+    warnings = [subject.warning for subject in plan.subjects if subject.warning]
+    if warnings:
+        found["known token"] = "; ".join(warnings)
     found["resolution"] = plan.resolution
     found["steps"] = _steps(plan)
     found["each photo"] = _times(plan)
@@ -214,6 +252,8 @@ def _data_rows(plan: Plan) -> PlanRows:
     if plan.class_images is not None:
         images = plan.class_images
         found["class images"] = f"{images.sets}, each seen {images.times:.1f} times"
+    if plan.others is not None:
+        found["everything else"] = plan.others.line
     return found
 
 
@@ -224,6 +264,8 @@ def _training_rows(plan: Plan) -> PlanRows:
     if plan.exports:
         found["exports"] = plan.exports
     found["precision"] = plan.precision
+    if plan.defaults:
+        found["defaults"] = plan.defaults
     if not plan.repeatable:
         found["resume"] = "same batches and noise, but rounding may differ (set run.deterministic=true for equal bits)"
     return found

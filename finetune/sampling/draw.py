@@ -84,7 +84,7 @@ def draw(
     if family.codec.parts:
         pipeline.vae = fitting(pipeline.vae, family.dtype, family.autocast is not None)
     images: list[Image.Image] = []
-    with in_eval(family), as_trained(family), _hooks_removed(pipeline):
+    with as_drawn(family), _hooks_removed(pipeline):
         for start in range(0, len(prompts), sampling.batch_size):
             chosen = slice(start, start + sampling.batch_size)
             texts = list(prompts[chosen])
@@ -100,7 +100,14 @@ def draw(
     return images
 
 
-def as_trained(family: Family) -> AbstractContextManager[object]:
+@contextmanager
+def as_drawn(family: Family) -> Iterator[None]:
+    """Every module of the family as images are drawn with it: in eval mode, under autocast if it trained under it."""
+    with _in_eval(family), _as_trained(family):
+        yield
+
+
+def _as_trained(family: Family) -> AbstractContextManager[object]:
     """Autocast as in training: fp32 weights that train under autocast also draw under it."""
     return nullcontext() if family.autocast is None else torch.autocast(family.device.type, family.autocast)
 
@@ -116,7 +123,7 @@ def _hooks_removed(pipeline: Any) -> Iterator[None]:
 
 
 @contextmanager
-def in_eval(family: Family) -> Iterator[None]:
+def _in_eval(family: Family) -> Iterator[None]:
     """Sets every module to eval mode inside the block, and restores its old mode afterwards, even after an error."""
     modes = {module: module.training for part in family.parts.values() for module in part.modules()}
     for part in family.parts.values():

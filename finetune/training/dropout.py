@@ -15,9 +15,20 @@ from finetune.core.rng import SampleKey
 
 @dataclass
 class CurrentSamples:
-    """The samples of the next forward passes; None while dropout is off. Each `Step` has one."""
+    """The samples of the next forward passes; None while dropout is off. Each `Step` has one.
+
+    `some`: those of `keys` that a penalty predicts alone; gradient checkpointing may ask for either again.
+    """
 
     keys: list[SampleKey] | None = None
+    some: list[SampleKey] | None = None
+
+    def of(self, count: int) -> list[SampleKey] | None:
+        """The samples of a forward pass of so many."""
+        keys = self.keys
+        if keys is not None and len(keys) != count and self.some is not None and len(self.some) == count:
+            return self.some
+        return keys
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
@@ -41,7 +52,7 @@ class SampleDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ...] -> the same shape, each value zeroed with probability p and the rest divided by 1 - p."""
-        keys = self.current.keys
+        keys = self.current.of(len(x))
         if not self.training or keys is None:
             return x
         if len(keys) != len(x):

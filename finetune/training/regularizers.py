@@ -6,8 +6,9 @@ loss. Its mean over micro-batches and processes is its value for the whole batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -37,10 +38,24 @@ class NoisedBatch:
     keep_mask: Tensor | None
     current: CurrentSamples = field(default_factory=CurrentSamples)
 
+    def part(self, rows: Sequence[int]) -> NoisedBatch:
+        """The samples with these indices."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.latents.device)
+        mask = None if self.keep_mask is None else self.keep_mask[:, index.to(self.keep_mask.device)]
+        return NoisedBatch(
+            self.batch.part(rows), self.latents[index], self.t[index], self.weight[index], mask, self.current
+        )
+
 
 class Regularizer(Protocol):
     def __call__(self, at: NoisedBatch) -> Tensor:
         """A float32 scalar that is added to the loss."""
+        ...
+
+
+class Teacher(Protocol):
+    def __call__(self, at: NoisedBatch, target: Tensor) -> Tensor:
+        """The target [B, C, h, w] with the samples replaced whose target is another one."""
         ...
 
 
@@ -61,6 +76,11 @@ class PriorContext:
     class_prompts: Mapping[str, str] = field(default_factory=dict)
     plain_captions: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
+    @cached_property
+    def base(self) -> ReferenceModel:
+        """The unchanged base; one for all that ask."""
+        return self.method.base_of(self.family)
+
 
 class KeepPrediction:
     """The penalty of `FrozenBase`."""
@@ -69,10 +89,19 @@ class KeepPrediction:
         self.settings, self.prompt, self.own_prompts = settings, attached.class_prompt, attached.class_prompts
         self.plain = attached.plain_captions
         self.family, self.encode = attached.family, attached.encode_prompts
-        self.base: ReferenceModel = attached.method.base_of(attached.family)
+        self.base: ReferenceModel = attached.base
         self.texts_train = attached.method.trains_texts(attached.family)
 
     def __call__(self, at: NoisedBatch) -> Tensor:
+        """Everything else (`prior.others`) has nothing to do with the class prompt. The mean is over all samples."""
+        rows = at.batch.rows_without("other")
+        if len(rows) == len(at.batch):
+            return self.penalty(at)
+        at.current.some = [at.batch.keys[row] for row in rows]
+        return self.penalty(at.part(rows)) * (len(rows) / len(at.batch))
+
+    def penalty(self, at: NoisedBatch) -> Tensor:
+        """The mean over the samples: a float32 scalar."""
         prompts = self.prompts(at.batch)
         cond = self.encode(prompts, at.keep_mask) | at.batch.conditions
         wanted = self.wanted(at, prompts, cond)
@@ -95,3 +124,28 @@ class KeepPrediction:
         with at.current.without_dropout(), self.base() as base:
             own = base.encode_prompts(prompts, at.keep_mask) | at.batch.conditions if self.texts_train else cond
             return base.predict(at.latents, at.t, own, at.batch.geometry).float()
+
+
+class BaseAsTeacher:
+    """The targets of `Others` with `target: base`: the frozen base's own predictions, for their own captions.
+
+    The loss of these samples is lambda w_t |pred(z_t, t, c) - stop_grad(pred_base(z_t, t, c))|^2. It is the loss of
+    `objective.loss` otherwise, and needs no second prediction of the trained model.
+    """
+
+    def __init__(self, attached: PriorContext) -> None:
+        self.family, self.encode = attached.family, attached.encode_prompts
+        self.base = attached.base
+        self.texts_train = attached.method.trains_texts(attached.family)
+
+    @torch.no_grad()
+    def __call__(self, at: NoisedBatch, target: Tensor) -> Tensor:
+        rows = at.batch.rows_of("other")
+        if not rows:
+            return target
+        own = at.part(rows)
+        with at.current.without_dropout(), self.base() as base:
+            encode = base.encode_prompts if self.texts_train else self.encode
+            cond = encode(own.batch.prompts, own.keep_mask) | own.batch.conditions
+            wanted = base.predict(own.latents, own.t, cond, own.batch.geometry).float()
+        return target.index_copy(0, torch.tensor(rows, device=target.device), wanted.to(target.dtype))

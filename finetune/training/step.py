@@ -15,7 +15,7 @@ from finetune.families.base import Family
 from finetune.objectives.base import Objective
 from finetune.objectives.loss import per_sample
 from finetune.training.dropout import CurrentSamples, replace_dropout
-from finetune.training.regularizers import NoisedBatch, Regularizer
+from finetune.training.regularizers import NoisedBatch, Regularizer, Teacher
 
 PromptEncoder = Callable[[Sequence[str], Tensor | None], dict[str, Tensor]]
 
@@ -37,11 +37,13 @@ class StepOptions:
         regularizers: penalties that are added to the loss of every micro-batch.
         stratify: the number of samples in a global batch, whose timesteps are spread evenly; None: drawn
             independently.
+        teacher: gives some samples another target than their image; None for none.
     """
 
     encoder_dropout: float = 0.0
     regularizers: Sequence[Regularizer] = ()
     stratify: int | None = None
+    teacher: Teacher | None = None
 
 
 class Step(nn.Module):
@@ -89,9 +91,12 @@ class Step(nn.Module):
         cond = self.encode_prompts(batch.prompts, keep_mask) | batch.conditions
         noisy = batch.concat_conditioning(self.objective.add_noise(x0, added, t))
         prediction = self.family.predict(noisy, t, cond, batch.geometry)
-        error = per_sample(self.objective.error(prediction.float(), self.objective.target(x0, noise, t)), batch.mask)
         weight = self.objective.weight(t)
         at = NoisedBatch(batch, noisy, t, weight * batch.weight, keep_mask, self.current)
+        target = self.objective.target(x0, noise, t)
+        if self.options.teacher is not None:
+            target = self.options.teacher(at, target)
+        error = per_sample(self.objective.error(prediction.float(), target), batch.mask)
         extra = (regularizer(at) for regularizer in self.options.regularizers)
         return sum(extra, start=(error * weight * batch.weight).mean())
 

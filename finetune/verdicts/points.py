@@ -14,7 +14,7 @@ from finetune.core.rng import SampleKey, normal
 from finetune.families.base import Family
 from finetune.objectives.base import Objective
 from finetune.objectives.loss import per_sample
-from finetune.sampling.draw import as_trained, in_eval
+from finetune.sampling.draw import as_drawn
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, points: PointSet) -> list[Tensor]:
         found: list[Tensor] = []
-        with in_eval(self.family), as_trained(self.family):
+        with as_drawn(self.family):
             for group in _groups(points, self.batch_size):
                 found += self._predict(group)
         return found

@@ -16,7 +16,7 @@ from PIL import Image
 from finetune.cli.main import main
 
 COMMANDS = (
-    [], ["train"], ["resume"], ["dreambooth"], ["demo"], ["sample"], ["export"], ["report"], ["doctor"],
+    [], ["train"], ["resume"], ["dreambooth"], ["demo"], ["sample"], ["evaluate"], ["export"], ["report"], ["doctor"],
     ["recipes"], ["recipes", "list"], ["recipes", "copy"], ["tokens"], ["tokens", "suggest"], ["tokens", "check"],
     ["plan"], ["inspect"], ["verify"], ["convert"], ["resize"], ["merge"], ["extract"],
 )  # fmt: skip

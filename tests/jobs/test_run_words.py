@@ -12,8 +12,10 @@ from finetune.config.load import parse_recipe
 from finetune.core.errors import BadInput
 from finetune.data.tokens import describe
 from finetune.families.source import load_family
+from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.jobs.words import filled_prompts
+from finetune.runs.plan import plan_rows
 from finetune.runs.record import RecordedSubject, RunRecord
 
 INVERSION = {"kind": "textual_inversion", "init": "mug"}
@@ -75,6 +77,24 @@ def test_a_mark_of_the_tokenizer_is_no_rare_token(tiny_bases: dict[str, Path]) -
     assert not found.good
     assert "no word" in found.verdict
     assert "no word" not in describe(tokenizers, "mug").verdict
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [("httr", "'httr' is an abbreviation (Hail to the Redskins"), ("sks", "a rifle"), ("zwx", None), ("auto", None)],
+)
+def test_the_plan_says_what_a_token_means(
+    token: str, said: str | None, tiny_bases: dict[str, Path], photos: Path
+) -> None:
+    """It is not refused; a token that the toolkit chose has no meaning."""
+    rows = plan_rows(plan(job(tiny_bases["sd1"], photos, data={"token": token, "token_pieces": 9})))
+    assert "data.token=auto" in rows["known token"] if said else "known token" not in rows
+    assert (said or "") in rows.get("known token", "")
+
+
+def test_a_new_word_has_no_meaning(tiny_bases: dict[str, Path], photos: Path) -> None:
+    rows = plan_rows(plan(job(tiny_bases["sd1"], photos, INVERSION, data={"token": "httr"})))
+    assert "known token" not in rows
 
 
 def test_a_run_fills_in_its_words() -> None:

@@ -99,7 +99,9 @@ def test_two_subjects_from_photos_to_page(
         assert sorted(file.name for file in (run / "samples" / name).iterdir()) == [f"{n:02d}-0.png" for n in range(5)]
     words = f"{one} mug, {other} ball"
     page = (run / "report.html").read_text()
-    assert page.count("<img") == 5 + 2 * 5 + 2 * 2  # photos; before and after; class images of two nouns
+    maps = 2 + 2 + 0 + 1 + 1  # of the words in each prompt
+    # photos; before and after, and again with their difference; class images of two nouns
+    assert page.count("<img") == 5 + 2 * 5 + 3 * 5 + 2 * 2 + maps
     assert f"<b>{one} mug</b> or <b>{other} ball</b>" in page
     front = yaml.safe_load((run / "exports" / "README.md").read_text().split("---")[1])
     assert front["instance_prompt"] == words

@@ -108,10 +108,13 @@ def test_one_and_two_processes_end_equal(tiny_bases: dict[str, Path], photos: Pa
 def test_priors_without_class_images_do_not_depend_on_the_processes(
     tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
-    """What is added to the loss is averaged over the processes as the loss is; LoRA (with dropout) and full."""
+    """What is added to the loss is averaged over the processes as the loss is; LoRA (with dropout) and full. With no
+    prior of the class, images of everything else (tests/jobs/test_others.py has parts of unequal size)."""
     one_and_two(work, "priors", tmp_path, photos, tiny_bases["sd1"])
     runs = sorted(path.name for path in (tmp_path / "1" / "runs").iterdir())
-    assert runs == ["full-distance", "full-frozen_base", "lora-distance", "lora-frozen_base"]
+    assert runs == [
+        f"{method}-{prior}" for method in ("full", "lora") for prior in ("distance", "frozen_base", "none")
+    ]
     for name in runs:
         one, two = (tmp_path / count / "runs" / name for count in ("1", "2"))
         assert losses(two) == pytest.approx(losses(one), rel=1e-5)

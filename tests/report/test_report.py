@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_the_page_shows_what_the_run_folder_holds(run: Path) -> None:
     page = write_report(run).read_text(encoding="utf-8")
-    assert page.count("<img") == 4
+    assert page.count("<img") == 4 + 2 * 3  # both sections show before and after, one the difference too
     assert "3 steps, 0.50 s a step" in page
     assert 'class="good">ok: 3 modules re-read' in page
     assert 'class="bad">FAILED: one is odd' in page
@@ -92,7 +92,7 @@ def test_a_click_opens_the_image_itself_while_the_page_is_in_its_run(run: Path, 
     assert all((run / target).is_file() for target in found)
     elsewhere = write_report(run, out=tmp_path / "other" / "page.html").read_text(encoding="utf-8")
     assert links(elsewhere) == []
-    assert elsewhere.count("<img") == 4
+    assert elsewhere.count("<img") == 4 + 2 * 3
 
 
 def test_previews_class_images_and_how_they_were_drawn(run: Path) -> None:
@@ -106,6 +106,7 @@ def test_previews_class_images_and_how_they_were_drawn(run: Path) -> None:
     keep_class_images(run, sorted((run / "samples" / "before").glob("*.png")))
     page = write_report(run).read_text(encoding="utf-8")
     assert "Drawn with euler, 7 steps, guidance 2.5, seeds 3 to 6." in page
+    assert page.count("<figcaption>before</figcaption>") == 2 + 2  # of the strip and of the differences
     shown = [int(step) for step in re.findall("<figcaption>step ([0-9]+)<", page)]
     assert shown[: len(shown) // 2] == shown[len(shown) // 2 :]
     assert (len(shown), shown[0], shown[7]) == (16, 10, 120)

@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from finetune.core.settings import Settings
+from finetune.training.priors.others import Others
 
 if TYPE_CHECKING:
     from finetune.families.base import Family
     from finetune.methods.base import Method
     from finetune.training.priors.class_images import ClassImages
-    from finetune.training.regularizers import PriorContext, Regularizer
+    from finetune.training.regularizers import PriorContext, Regularizer, Teacher
 
 
 CAPTION = "{caption}"  # in a class prompt: the photo's caption without the words of data.trigger
@@ -27,6 +28,8 @@ class PriorSettings(Settings, ABC):
         predictions: the number of predictions with a gradient in a training step for each photo.
         holds_reference: whether it keeps a copy of the initial trained weights (`Method.reference_bytes`).
         needs_distance: whether it needs `Method.distance`, which not every method supports.
+
+    `others`: images of everything else, beside what the kind itself does; None for none.
     """
 
     predictions: ClassVar[int] = 1
@@ -34,6 +37,7 @@ class PriorSettings(Settings, ABC):
     needs_distance: ClassVar[bool] = False
 
     kind: str
+    others: Others | None = None
 
     @property
     def of_captions(self) -> bool:
@@ -53,6 +57,24 @@ class PriorSettings(Settings, ABC):
     @abstractmethod
     def regularizers(self, attached: PriorContext) -> list[Regularizer]:
         """The penalties that are added to the loss of every micro-batch."""
+
+    @property
+    def passes(self) -> float:
+        """The cost of a step for each photo, in training passes (forward and backward), without `others`."""
+        return float(self.predictions)
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base is needed beside the trained model, or a copy of the weights at the start."""
+        return self.holds_reference or (self.others is not None and self.others.target == "base")
+
+    def teacher(self, attached: PriorContext) -> Teacher | None:
+        """Gives the targets of `others` that are not their images; None for none."""
+        if self.others is None or self.others.target != "base":
+            return None
+        from finetune.training.regularizers import BaseAsTeacher
+
+        return BaseAsTeacher(attached)
 
     def cost(self, method: Method, family: Family, class_prompt: str) -> str:
         """A line about the prior's cost for the plan; "" for none."""

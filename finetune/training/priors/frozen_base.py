@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from finetune.training.priors.base import PriorSettings, held
+from finetune.training.priors.others import FORWARD
 
 if TYPE_CHECKING:
     from finetune.families.base import Family
@@ -34,6 +35,10 @@ class FrozenBase(PriorSettings):
     @property
     def prompts(self) -> list[str]:
         return [self.prompt]
+
+    @property
+    def passes(self) -> float:
+        return self.predictions + FORWARD
 
     def regularizers(self, attached: PriorContext) -> list[Regularizer]:
         from finetune.training.regularizers import KeepPrediction

@@ -1,0 +1,119 @@
+"""The command that measures: finetune evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finetune.cli.output import loud, say
+from finetune.core.errors import BadInput
+
+
+def evaluate(
+    sources: Annotated[
+        list[Path] | None, typer.Argument(help="runs' folders and LoRA files", metavar="RUN|FILE")
+    ] = None,
+    on: Annotated[
+        Path | None, typer.Option("--on", metavar="PHOTOS", help="the folder with the subject's photos; required")
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option("--images", metavar="DIR", help="images that exist: a folder with prompts.csv (file,prompt)"),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="folder for the images, the page and the numbers")] = Path(
+        "evaluation"
+    ),
+    metrics: Annotated[
+        str | None,
+        typer.Option("--metrics", help="such as dino,clip_t; default: those that fit, see docs/evaluation.md"),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="of LoRA files: a folder or a hub id; default: tiny, if it fits")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option("--token", help="of LoRA files; default: from the header; or one of a run's subjects")
+    ] = None,
+    class_noun: Annotated[
+        str | None, typer.Option("--class-noun", help="of LoRA files, such as dog; default: from the header")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="object, live or style: which prompts; default: by the class noun")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="a file with a prompt on each line, with {token} and {noun}")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, max=1_000, help="images for each prompt")] = 4,
+    class_count: Annotated[
+        int, typer.Option("--class-count", min=1, max=10_000, help="images of the class alone, for pres")
+    ] = 16,
+    dino: Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")] = None,
+    clip: Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")] = None,
+    dinov2: Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")] = None,
+    dinov3: Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")] = None,
+    lpips: Annotated[str | None, typer.Option(metavar="DIR", help="for div: weights of AlexNet and LPIPS")] = None,
+    inception: Annotated[
+        str | None, typer.Option(metavar="FILE", help="for kid and fid: weights of torch-fidelity's InceptionV3")
+    ] = None,
+    copy: Annotated[
+        str | None, typer.Option(metavar="FILE", help="for copies: a TorchScript descriptor, such as SSCD")
+    ] = None,
+    vgg: Annotated[str | None, typer.Option(metavar="FILE", help="for gram: weights of VGG-19")] = None,
+    csd: Annotated[str | None, typer.Option(metavar="FILE", help="for csd: its weights")] = None,
+    step: Annotated[int | None, typer.Option("--step", help="of a run's checkpoint; default: the result")] = None,
+    weight: Annotated[float, typer.Option(help="the strength of the LoRA")] = 1.0,
+    negative: str = "",
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**62, help="the first of the seeds")] = 0,
+    size: Annotated[int | None, typer.Option(min=1, help="side length in pixels; default: as trained")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 25,
+    guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
+    sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=65_536, help="images drawn at once: fewer need less memory")
+    ] = 8,
+) -> None:
+    """Measure likeness, obedience and diversity of runs, LoRA files and images. Writes one page and one JSON file.
+
+    Images are drawn by DreamBooth's protocol (25 prompts) and kept: what is there is not drawn again.
+    """
+    if on is None:
+        raise BadInput("evaluate compares with photos: give the folder that holds them with --on PHOTOS")
+    loud()
+    from finetune.jobs.evaluate import PAGE, RESULT, Evaluation
+    from finetune.jobs.evaluate import evaluate as measure
+    from finetune.jobs.evaluated import ToldWords
+    from finetune.sampling.settings import Sampling
+
+    networks = {
+        "dino": dino, "clip": clip, "dinov2": dinov2, "dinov3": dinov3, "lpips": lpips, "inception": inception,
+        "copy": copy, "vgg": vgg, "csd": csd,
+    }  # fmt: skip
+    given = {name: value for name, value in networks.items() if value is not None}
+    sampling = Sampling(negative, sampler, steps, size=size, batch_size=batch_size)
+    asked = Evaluation(
+        sources=sources or [], photos=on, out=out, folders=images or [], metrics=metrics, prompts=prompts, kind=kind,
+        words=ToldWords(token, class_noun), backbones=given, count=count, class_count=class_count, seed=seed,
+        sampling=sampling, guidance=guidance, base=base, step=step, weight=weight,
+    )  # fmt: skip
+    values = measure(asked, lambda line: say(f"note: {line}"))
+    say("\n".join([*table(values), f"{out / PAGE} and {out / RESULT}"]))
+
+
+def table(values: Mapping[str, Any]) -> list[str]:
+    """The numbers as lines of text: a metric on each, the sources in columns."""
+    from finetune.report.evaluation import number
+
+    rows = [["", "photos", *(source["name"] for source in values["sources"])]]
+    for metric in values["metrics"]:
+        better = "higher is better" if metric["higher_is_better"] else "lower is better"
+        cells = [_cell(item, number) for item in metric["values"]]
+        rows.append([f"{metric['title']} ({better})", number(metric["reference"]), *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _cell(item: Mapping[str, Any], number: Any) -> str:
+    span = f" ({number(item['low'])} to {number(item['high'])})" if item["low"] is not None else ""
+    return f"{number(item['value'])}{span}"

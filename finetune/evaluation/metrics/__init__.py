@@ -1,0 +1,1 @@
+"""The metrics. Each is one file with a subclass of `finetune.evaluation.base.Metric`."""
