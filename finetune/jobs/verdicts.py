@@ -34,9 +34,9 @@ from finetune.training.step import PromptEncoder
 from finetune.training.trainer import Trainer
 from finetune.verdicts.bank import Bank, Canvas
 from finetune.verdicts.due import CLASS_DRAWINGS, PHOTO_POINTS, due_steps
-from finetune.verdicts.memorisation import Memorisation, Pictures, memorised
+from finetune.verdicts.memorisation import Memorisation, PhotoLatents, memorised
 from finetune.verdicts.points import Point, Predictor, of_batch
-from finetune.verdicts.probe import Material, Probe, make_sets, neutral_prompts
+from finetune.verdicts.probe import BaseProbe, Material, make_sets, neutral_prompts
 from finetune.verdicts.rows import FILE, Row, read_rows, up_to
 from finetune.verdicts.rules import best_row, judged
 from finetune.verdicts.verdict_file import missing, write_verdict
@@ -64,7 +64,7 @@ class Watch:
             began = time.perf_counter()
             with one_step("Verdicts"):
                 predict = Predictor(self.job.family, encode_prompts, _batch_size(self.job))
-                self.probe = Probe(predict, make_sets(self.material, _bank(self.job, predict)))
+                self.probe = BaseProbe(predict, make_sets(self.material, _bank(self.job, predict)))
             self._note(0, began)
         joined().wait()
 
@@ -127,7 +127,7 @@ def _memorised(job: Prepared, folder: Path) -> Memorisation | None:
     drawn = {name: open_image(file).convert("RGB").resize((side, side)) for name, file in files.items()}
     crops = [make_crops(photo, side, "center", 1, False, 0)[0].image() for photo in job.photos]
     latents, photos = (torch.cat([_latents(family, image) for image in each]) for each in (drawn.values(), crops))
-    return memorised(drawn, latents, Pictures(crops, photos))
+    return memorised(drawn, latents, PhotoLatents(crops, photos))
 
 
 def _latents(family: Family, image: Image.Image) -> Tensor:

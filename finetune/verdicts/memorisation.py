@@ -53,14 +53,14 @@ class Memorisation:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class PhotoLatents:
     """Images and their latents [N, C, h, w]."""
 
     images: Sequence[Image.Image]
     latents: Tensor
 
 
-def memorised(drawn: Mapping[str, Image.Image], latents: Tensor, photos: Pictures) -> Memorisation:
+def memorised(drawn: Mapping[str, Image.Image], latents: Tensor, photos: PhotoLatents) -> Memorisation:
     """Compares each drawn image, by its name, with every photo and with its mirror image.
 
     Args:
@@ -68,7 +68,7 @@ def memorised(drawn: Mapping[str, Image.Image], latents: Tensor, photos: Picture
         latents: [N, C, h, w] of the drawn images, in their order.
         photos: the training photos, cropped as the images are.
     """
-    mirrored = Pictures([ImageOps.mirror(image) for image in photos.images], photos.latents.flip(-1))
+    mirrored = PhotoLatents([ImageOps.mirror(image) for image in photos.images], photos.latents.flip(-1))
     spread = float(photos.latents.std()) or 1.0
     both = [_distances(list(drawn.values()), latents, side, spread) for side in (photos, mirrored)]
     hashes, spaces = (np.minimum(*each) for each in zip(*both, strict=True))
@@ -90,7 +90,7 @@ def difference_hash(image: Image.Image) -> NDArray[np.bool_]:
 
 
 def _distances(
-    images: Sequence[Image.Image], latents: Tensor, photos: Pictures, spread: float
+    images: Sequence[Image.Image], latents: Tensor, photos: PhotoLatents, spread: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """[images, photos] each: by hash and by latents."""
     one, other = (np.stack([difference_hash(image) for image in each]) for each in (images, photos.images))
@@ -99,7 +99,7 @@ def _distances(
     return hashes, (squares.sqrt() / spread).double().numpy()
 
 
-def _between(photos: Pictures, spread: float) -> tuple[float, float]:
+def _between(photos: PhotoLatents, spread: float) -> tuple[float, float]:
     """The median over photos of the distance to the nearest other photo; for one photo, what is usual."""
     if len(photos.images) < 2:
         return ALIKE / NEAR, ALIKE_LATENTS / NEAR

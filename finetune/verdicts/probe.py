@@ -48,7 +48,7 @@ class Material:
         return list(dict.fromkeys(["", *crops, *pairs, *self.others]))
 
 
-class Probe:
+class BaseProbe:
     """Compares a model with what it was when this was made: before training, which is the base.
 
     Args:

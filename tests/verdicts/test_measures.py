@@ -22,7 +22,7 @@ from finetune.testing.contract import attached, train_a_little
 from finetune.verdicts.bank import Bank, Canvas
 from finetune.verdicts.base import CLASS, ELSEWHERE, PHOTOS, SUBJECT, Look, share_of_way
 from finetune.verdicts.points import Point, Predictor, of_batch
-from finetune.verdicts.probe import Material, Probe, make_sets, neutral_prompts
+from finetune.verdicts.probe import BaseProbe, Material, make_sets, neutral_prompts
 from finetune.verdicts.registry import MEASURES
 
 SIDE = 32
@@ -47,7 +47,7 @@ def photo_points(family: Family, seed: int, word: str) -> list[Point]:
     return of_batch(batch, objective, torch.tensor([0.25, 0.75]) * family.timestep_fraction, keys)
 
 
-def probe_of(family: Family, cache: Path, word: str = "zwx", classes: bool = True) -> Probe:
+def probe_of(family: Family, cache: Path, word: str = "zwx", classes: bool = True) -> BaseProbe:
     predict = Predictor(family, family.encode_prompts, 8)
     objective = build_objective(ObjectiveSettings(density=Uniform()), family.schedule, family.shift(SIDE))
     shape = (family.codec.channels, 16, 16)
@@ -55,7 +55,7 @@ def probe_of(family: Family, cache: Path, word: str = "zwx", classes: bool = Tru
     pairs: Sequence[tuple[str | None, str]] = [("a mug" if classes else None, f"a {word} mug")]
     photos = [photo_points(family, seed, word) for seed in (0, 1)]
     material = Material(photos[0], photos[1], pairs, ["a red car", "a blue fish"])
-    return Probe(predict, make_sets(material, bank))
+    return BaseProbe(predict, make_sets(material, bank))
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

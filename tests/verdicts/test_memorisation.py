@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from finetune.verdicts.memorisation import Pictures, difference_hash, memorised
+from finetune.verdicts.memorisation import PhotoLatents, difference_hash, memorised
 
 
 def picture(seed: int) -> Image.Image:
@@ -36,7 +36,7 @@ def test_the_hash_is_the_sign_of_each_step_to_the_right() -> None:
 
 def test_copies_are_told_from_other_images() -> None:
     photos = [picture(seed) for seed in range(5)]
-    held = Pictures(photos, latents(photos))
+    held = PhotoLatents(photos, latents(photos))
     copies = {"copy": noisy(photos[3]), "mirrored": ImageOps.mirror(noisy(photos[1]))}
     drawn = copies | {"new": picture(50), "other": picture(51)}
     found = memorised(drawn, latents(list(drawn.values())), held)
@@ -49,7 +49,7 @@ def test_copies_are_told_from_other_images() -> None:
 def test_one_photo_has_no_distance_between_photos() -> None:
     photos = [picture(0)]
     drawn = {"copy": noisy(photos[0]), "new": picture(7)}
-    found = memorised(drawn, latents(list(drawn.values())), Pictures(photos, latents(photos)))
+    found = memorised(drawn, latents(list(drawn.values())), PhotoLatents(photos, latents(photos)))
     assert [item.copied for item in found.nearest] == [True, False]
-    others = memorised({"new": picture(7)}, latents([picture(7)]), Pictures(photos, latents(photos)))
+    others = memorised({"new": picture(7)}, latents([picture(7)]), PhotoLatents(photos, latents(photos)))
     assert others.sentence.startswith("None of 1")
