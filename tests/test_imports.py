@@ -12,8 +12,8 @@ FILES = sorted((ROOT / "finetune").rglob("*.py"))
 
 # From the ground up. A module may import its own package and those before it in this list.
 PACKAGES = (
-    "core", "objectives", "optim", "families", "methods", "data", "sampling", "evaluation", "training", "export",
-    "adapters", "config", "runs", "report", "jobs", "cli", "testing",
+    "core", "objectives", "optim", "families", "methods", "data", "sampling", "evaluation", "training", "verdicts",
+    "export", "adapters", "config", "runs", "report", "jobs", "cli", "testing",
 )  # fmt: skip
 RANK = {name: number for number, name in enumerate(PACKAGES)}
 API = ("__init__", "__main__")  # what `import finetune` and `python -m finetune` show

@@ -59,6 +59,10 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave out photos that
 AcceptChanges = Annotated[
     bool, typer.Option("--accept-changes", help="go on although photos, base or packages changed; it is recorded")
 ]
+BestOption = Annotated[
+    str | None,
+    typer.Option("--step", metavar="N|best", help="of a checkpoint, or the one that the verdicts recommend"),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 
 
@@ -157,7 +161,7 @@ def export(
     max_error: Annotated[
         float | None, typer.Option("--max-error", help="largest relative error of that conversion, such as 0.1")
     ] = None,
-    step: StepOption = None,
+    step: BestOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="a folder; default: RUN/exports")] = None,
     verify: Annotated[str | None, typer.Option("--verify", help="full, deltas or off; default: the run's own")] = None,
 ) -> None:
@@ -167,7 +171,7 @@ def export(
 
     given = {"export.rank": rank, "export.max_error": max_error, "export.verify": verify}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
-    say_exported(export_result(run, to or [], step=step, out=out, overrides=overrides))
+    say_exported(export_result(run, to or [], step=_chosen_step(run, step), out=out, overrides=overrides))
 
 
 @app.command()
@@ -241,6 +245,20 @@ def _train(
     expected = expectation(recipe.base.source, [subject.class_noun for subject in recipe.data.all_subjects])
     if expected:
         tell(f"note: {expected}")
+
+
+def _chosen_step(run: Path, text: str | None) -> int | None:
+    """A step's number, or the number of the best one."""
+    from finetune.jobs.verdicts import best_step
+    from finetune.runs.folder import RunFolder
+
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    if text != "best":
+        raise BadInput(f"--step is {text!r:.40}: give the number of a checkpoint's step, or best")
+    step = best_step(RunFolder(run))
+    say(f"the verdicts recommend step {step}")
+    return step
 
 
 def _file_name(noun: str) -> str:

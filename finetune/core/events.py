@@ -6,7 +6,7 @@ The caller chooses the consumers: `with sent_to(consumer): ...`. Code inside the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -80,6 +80,17 @@ class ImagesDrawn:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The model was compared with its base after `step` (`finetune.verdicts`): measures by name. `verdict` is what
+    they say in a word, such as "undertrained"."""
+
+    step: int
+    values: Mapping[str, float]
+    seconds: float
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
 class RunEnded:
     """The run ended. `outcome` is "finished", "stopped" (it can be resumed) or "failed"."""
 
@@ -96,6 +107,7 @@ Event = (
     | StepDone
     | CheckpointSaved
     | ImagesDrawn
+    | Measured
     | RunEnded
 )
 Consumer = Callable[[Event], None]

@@ -98,6 +98,10 @@ class Batches:
         factor = len(there) / pairs
         return self._batch([self._draw(step, *place, factor) for place in there])
 
+    def of(self, drawn: Drawn) -> Batch:
+        """Returns a batch of one sample that the caller has drawn, on the CPU. Its latents must be in the cache."""
+        return self._batch([drawn])
+
     def _draw(self, step: int, stream: int, pair: int, factor: float) -> Drawn:
         key = SampleKey(self.sampler.seed, step, pair * len(self.streams) + stream)
         sample, crops, weight = self.sampler.place(stream, step, pair)

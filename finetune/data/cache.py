@@ -87,7 +87,7 @@ class LatentCache:
         made = {name: value[0].to("cpu") for name, value in family.encode_image_conditions(pixels).items()}
         self.entries[image.key], self.made[image.key] = Latents(encoded.mean[0], encoded.std[0]), made
         tensors = {"mean": encoded.mean[0], "std": encoded.std[0]}
-        _save(
+        save_entry(
             self.folder, self._source(image), tensors | {f"{CONDITION}{name}": value for name, value in made.items()}
         )
 
@@ -95,7 +95,7 @@ class LatentCache:
         return f"{image.key}:{self.base_hash}:{self.dtype}"
 
     def _read(self, image: Encodable) -> bool:
-        tensors = _load(self.folder, self._source(image))
+        tensors = load_entry(self.folder, self._source(image))
         if tensors is None:
             return False
         self.entries[image.key] = Latents(tensors.pop("mean"), tensors.pop("std"))
@@ -139,11 +139,11 @@ class PromptCache:
     def _one(self, index: int, part: str, prompt: str) -> dict[str, Tensor]:
         """One encoder's output for one prompt, without the batch dimension."""
         source = f"{prompt}\n{self.base_hash}\n{self.dtype}\n{part}"
-        tensors = _load(self.folder, source)
+        tensors = load_entry(self.folder, source)
         if tensors is None:
             self.family.parts.place([part])
             tensors = {name: value[0] for name, value in self.family.encode_text(index, [prompt]).items()}
-            _save(self.folder, source, tensors)
+            save_entry(self.folder, source, tensors)
         return tensors
 
 
@@ -152,13 +152,13 @@ def _file(folder: Path, source: str) -> Path:
     return folder / name[:2] / f"{name}.safetensors"
 
 
-def _save(folder: Path, source: str, tensors: dict[str, Tensor]) -> None:
+def save_entry(folder: Path, source: str, tensors: dict[str, Tensor]) -> None:
     """Writes an entry that says what it was made from, and a hash of its tensors."""
     told = {SOURCE: hashlib.sha256(source.encode()).hexdigest(), CONTENT: _content(tensors)}
     save_tensors(_file(folder, source), tensors, told)
 
 
-def _load(folder: Path, source: str) -> dict[str, Tensor] | None:
+def load_entry(folder: Path, source: str) -> dict[str, Tensor] | None:
     """An entry's tensors. None, so that it is made again, where there is none; where it is damaged, down to one bit;
     and where it was made from something else, as a file under another's name is."""
     file = _file(folder, source)

@@ -41,11 +41,13 @@ class Data(SubjectSettings):
     style". They are added to every caption that has no token. `shape: buckets` crops each photo to a size near its own
     aspect ratio; the areas of these sizes differ from the square's by at most the share `bucket_tolerance`. `masks`
     mark the subject in a photo, as files beside it, as its alpha channel, or (`auto`) as either; the background has
-    the loss weight `mask_floor`. Settings that the further `subjects` do not have hold for them too.
+    the loss weight `mask_floor`. `hold_out` photos of each subject are not trained on: the verdicts are measured on
+    them (`run.verdicts`). Settings that the further `subjects` do not have hold for them too.
     """
 
     subjects: list[SubjectSettings] = []
     skip_bad: bool = False  # leave out files that can't be used
+    hold_out: int = Field(default=0, ge=0, le=100)
     token_pieces: int = Field(default=1, ge=1)
     captions: Literal["auto", "files", "templates"] = "auto"
     templates: list[str] = ["a photo of {token} {noun}"]

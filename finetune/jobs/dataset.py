@@ -10,6 +10,7 @@ from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.core.files import cache_dir
 from finetune.core.processes import ALONE, Processes
+from finetune.core.rng import generator
 from finetune.data.batches import Batches
 from finetune.data.cache import Encodable, LatentCache, PromptCache
 from finetune.data.crops import make_crops
@@ -61,6 +62,7 @@ def make_streams(job: Prepared) -> list[list[Sample]]:
         BadInput: the class images can't be used, see `class_images`.
     """
     data, seed = job.recipe.data, job.recipe.run.seed
+    unseen = held_out_photos(job)
     subject = [
         Sample(
             make_crops(photo, size, data.crop, data.crops, data.flip, seed),
@@ -69,10 +71,25 @@ def make_streams(job: Prepared) -> list[list[Sample]]:
             data.caption_dropout,
             name,
         )
-        for photo, size, texts, name in zip(job.photos, job.sizes, job.captions, job.names, strict=True)
+        for number, (photo, size, texts, name) in enumerate(
+            zip(job.photos, job.sizes, job.captions, job.names, strict=True)
+        )
+        if number not in unseen
     ]
     classes = [sample for wanted in class_sets(job) for sample in _classes(job, wanted)]
     return [stream for stream in (subject, classes, _others(job)) if stream]
+
+
+def held_out_photos(job: Prepared) -> set[int]:
+    """The indices in `job.photos` of those that are not trained on: `data.hold_out` of each subject, by the seed."""
+    found: set[int] = set()
+    start = 0
+    for subject in job.subjects:
+        count = len(subject.photos)
+        order = torch.randperm(count, generator=generator(job.recipe.run.seed, "held out", start)).tolist()
+        found |= {start + number for number in order[: job.recipe.data.hold_out]}
+        start += count
+    return found
 
 
 def _classes(job: Prepared, wanted: ClassSet) -> list[Sample]:

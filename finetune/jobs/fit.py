@@ -16,6 +16,7 @@ from finetune.jobs.images import draw_preview, preview_folder
 from finetune.jobs.nodes import refuse_other_class_images
 from finetune.jobs.pins import Pins
 from finetune.jobs.prepare import Prepared
+from finetune.jobs.verdicts import make_watch
 from finetune.objectives.registry import build_objective
 from finetune.report.pictures import CLASS_IMAGES, OTHER_IMAGES, keep_class_images
 from finetune.runs.folder import RunFolder
@@ -47,6 +48,7 @@ def fit_job(
     _keep(streams, folder, accelerator, pins)
     cache = cache_latents(job, streams)
     encode_prompts = make_prompt_encoder(job, streams)
+    watch = make_watch(job, streams, cache, encode_prompts, accelerator.is_main_process)
     idle = _idle_parts(job, encode_prompts)
     family.parts.release(idle)
     family.parts.place([part for part in family.parts if part not in idle])
@@ -64,11 +66,19 @@ def fit_job(
     )
     previews = _Previews(job, folder, trainer, idle, accelerator.is_main_process)
 
+    if watch.due:
+        watch.begin(folder, trainer, encode_prompts)
+
     def after_step(step: int) -> None:
         previews.after_step(step)
+        watch.after_step(step)
         on_step(step)
 
-    trainer.fit(batches, after_step, stop, previews.after_restore)
+    def after_restore(step: int) -> None:
+        previews.after_restore(step)
+        watch.after_restore(step)
+
+    trainer.fit(batches, after_step, stop, after_restore)
     family.parts.restore(idle)
 
 

@@ -15,6 +15,7 @@ from finetune.core.errors import BadInput, Stopped
 from finetune.core.events import (
     Consumer,
     Event,
+    Measured,
     PhaseAdvanced,
     PhaseStarted,
     Restored,
@@ -28,6 +29,8 @@ from finetune.core.signals import Interrupted, Stop
 from finetune.runs.folder import RunFolder
 from finetune.runs.metrics import MetricsFile
 from finetune.runs.status import StatusFile
+from finetune.verdicts.rows import VerdictsFile
+from finetune.verdicts.rules import in_short
 
 Say = Callable[[str], None]
 
@@ -54,7 +57,8 @@ def followed(folder: RunFolder, accelerator: Accelerator, recipe: Recipe, hooks:
         logged = (folder.path / "metrics.jsonl").is_file()
         consumers = [partial(_refuse_gone, folder.path)]
         consumers += [MetricsFile(folder.path), StatusFile(folder.path, recipe.run.steps)]
-        consumers += [partial(_say_restored, hooks.say, logged)]
+        consumers += [VerdictsFile(folder.path), partial(_say_restored, hooks.say, logged)]
+        consumers += [partial(_say_measured, hooks.say)]
         consumers += [partial(_track, accelerator)] if recipe.run.trackers else []
     if accelerator.num_processes == 1:  # of several, one alone must not leave: the loop agrees on it
         consumers += [partial(_heed, hooks.stop)]
@@ -92,6 +96,12 @@ def _say_restored(say: Say, logged: bool, event: Event) -> None:
         say(f"{'resumes':>16}  after step {event.step}")
     elif isinstance(event, Restored) and logged:
         say(f"{'resumes':>16}  from the start: none of its checkpoints can be used")
+
+
+def _say_measured(say: Say, event: Event) -> None:
+    """What a step has learned, and what it has changed besides."""
+    if isinstance(event, Measured) and event.step:
+        say(f"{'verdict':>16}  step {event.step}: {in_short(event.values)} ({event.verdict})")
 
 
 def _track(accelerator: Accelerator, event: Event) -> None:

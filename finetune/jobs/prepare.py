@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from finetune.families.digests import base_hash as base_hash_of
 from finetune.jobs.base_effect import without_effect_on
 from finetune.jobs.class_sets import ClassSet, OtherSet, check_set
 from finetune.jobs.neutral import given_prompts, other_prompts
-from finetune.jobs.subjects import Subject, caption_subjects, refuse_unclear, scan_subjects
+from finetune.jobs.subjects import Scanned, Subject, caption_subjects, refuse_unclear, scan_subjects
 from finetune.jobs.words import refuse_words
 from finetune.objectives.registry import build_objective
 from finetune.sampling.draw import check_sampling
@@ -174,6 +175,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     """
     scanned = scan_subjects(recipe.data)
     images = recipe.prior.class_images
+    _refuse_hold_out(recipe, scanned)
     if images is not None:
         _refuse_folder(images, recipe)
     if recipe.prior.others is not None:
@@ -233,6 +235,21 @@ def _named_images(recipe: Recipe, family: Family, resolution: int) -> DrawnFrom 
         return None
     given = Given(sample.image, sample.mask, sample.depth)
     return open_given(family, given, sample.sampling(resolution), "sample.", sample.image_guidance)
+
+
+def _refuse_hold_out(recipe: Recipe, scanned: Sequence[Scanned]) -> None:
+    """Refuses to hold out all photos of a subject, and to do it for nothing."""
+    count = recipe.data.hold_out
+    if count and recipe.run.verdicts == "off":
+        raise BadInput(
+            f"data.hold_out is {count} but run.verdicts is off, which nothing is held out for: remove one of them"
+        )
+    for found in scanned:
+        if count >= len(found.photos):
+            raise BadInput(
+                f"data.hold_out is {count} but {found.folder} has {len(found.photos)} photos: at least one must be "
+                "left to train on"
+            )
 
 
 def _refuse_folder(images: ClassImages, recipe: Recipe) -> None:

@@ -37,6 +37,7 @@ from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.jobs.run_record import record_of, started
 from finetune.jobs.timestep_loss import measure_base, measure_trained
+from finetune.jobs.verdicts import finish_verdicts
 from finetune.report.html import write_report
 from finetune.report.pictures import keep_photos
 from finetune.runs.attention import FOLDER as ATTENTION
@@ -250,6 +251,8 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
         job.family = shown
         measure_trained(job, folder.path)
         draw_samples(job, after, "After", maps=folder.path / ATTENTION)
+    for line in finish_verdicts(job, folder):
+        say(f"{'verdict':>16}  {line}")
     write_companions(folder)
     write_report(folder.path)
     for item in exported:

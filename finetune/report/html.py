@@ -14,6 +14,7 @@ from finetune.export.settings import UNCHECKED
 from finetune.report.pictures import OTHER_IMAGES, class_image_tags, input_tags, photo_tags, row
 from finetune.report.strip import over_the_steps
 from finetune.report.styles import with_and_without
+from finetune.report.verdict_section import verdict_section
 from finetune.report.why import loss_by_timestep, pictures_of_why
 from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
@@ -83,6 +84,7 @@ def write_report(path: Path, with_captions: bool = False, *, step: int | None = 
         _before_after(folder, info, step, linked),
         pictures_of_why(path, info, _after(path, step), finished=step is None),
         over_the_steps(path, info, step, linked),
+        verdict_section(path, step),
         _plan(info),
         with_and_without(path, info, _after(path, step)),
         _curves([row for row in metrics if step is None or row["step"] <= step]),

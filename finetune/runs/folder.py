@@ -3,6 +3,7 @@
 RUN/recipe.yaml            the resolved recipe          RUN/samples/    before, after, step-000100
 RUN/run.json               facts about the run          RUN/exports/    files for other programs
 RUN/metrics.jsonl          one line for each step       RUN/report.html the report
+RUN/verdicts.jsonl         what was measured            RUN/verdict.json the verdict at the end
 RUN/checkpoints/step-000250/{trained,optimizer,ema}.safetensors + state.json
 """
 
@@ -40,6 +41,7 @@ FOLDERS = ("adapter", "attention", "checkpoints", "exports", "photos", "samples"
 FILES = (
     "timestep_loss.json",
     *("run.json", "inputs.json", "status.json", "metrics.jsonl", "exports.json", "report.html", "run.lock", HOLDER),
+    *("verdicts.jsonl", "verdict.json"),
     *("adapter/trained.safetensors", "adapter/manifest.json"),
 )
 ORIGINS = "profile."  # where a recipe's values come from, which changes none of them
@@ -311,6 +313,7 @@ def _changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """The keys that differ, except those that a run may change: more steps, more processes, its folder's name."""
     before, after = (_flat(one.model_dump(mode="json")) | _curve(one) for one in (old, new))
     free = {"run.dir", "run.name", "run.keep", "run.checkpoint_every", "run.processes"}
+    free |= {"run.keep_best", "run.verdicts", "run.verdicts_every"}  # what is measured changes nothing
     if after.get("run.steps", 0) >= before.get("run.steps", 0):
         free.add("run.steps")
     names = sorted(name for name in before.keys() | after.keys() if not name.startswith(ORIGINS))

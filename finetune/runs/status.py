@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from finetune.core.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted, Restored, RunEnded, StepDone
+from finetune.core.events import Event, Measured, PhaseAdvanced, PhaseEnded, PhaseStarted, Restored, RunEnded, StepDone
 from finetune.core.files import write_json
 from finetune.core.progress import Pace
 
@@ -23,6 +23,7 @@ class Status:
     `state` is "running", "finished", "stopped" or "failed". `done` of `total` units of `phase` are done; `eta` is the
     estimated time left in the phase, in seconds. `step` is the last logged step, or that of the checkpoint
     from which the run continued; `loss` is of the last logged step; `steps` is the number of steps of the run.
+    `verdict` is the word for what was last measured, such as "good", and `measures` the numbers behind it.
     """
 
     state: str = "running"
@@ -33,6 +34,8 @@ class Status:
     step: int = 0
     steps: int = 0
     loss: float | None = None
+    verdict: str = ""
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 class StatusFile:
@@ -51,6 +54,8 @@ class StatusFile:
             self._advance(event.amount)
         elif isinstance(event, StepDone):
             status.step, status.loss = event.step, event.loss
+        elif isinstance(event, Measured):
+            status.verdict, status.measures = event.verdict, {key: round(v, 4) for key, v in event.values.items()}
         elif isinstance(event, Restored):
             status.step = event.step
         elif isinstance(event, RunEnded):

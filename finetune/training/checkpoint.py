@@ -21,6 +21,7 @@ from finetune.core.reading import read_json
 from finetune.core.records import LaterVersion, check_schema
 
 FILES = {"trained.safetensors", "optimizer.safetensors", "ema.safetensors"}
+PROTECTED = "best.json"  # names the checkpoint that the verdicts recommend
 SCHEMA = 1  # version of state.json; version 0 had the same keys, but no number
 
 
@@ -56,7 +57,7 @@ class Checkpoints:
 
     def save(self, state: State, keep: int) -> Path:
         """Writes a checkpoint to a temporary folder, renames the folder, and deletes old checkpoints beyond the newest
-        `keep`. Returns the checkpoint's folder.
+        `keep` and the one that is protected. Returns the checkpoint's folder.
 
         Raises:
             BadInput: it can't be written, for example because the disk is full.
@@ -77,6 +78,19 @@ class Checkpoints:
         self._drop_others(folder, keep)
         return folder
 
+    def protect(self, step: int) -> None:
+        """The checkpoint of `step`, instead of the one before, is not deleted when later ones are saved."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / PROTECTED, {"step": step})
+
+    def protected(self) -> int:
+        """The step of the checkpoint that is not deleted; 0 for none."""
+        try:
+            step = read_json(self.path / PROTECTED, dict).get("step")
+        except (OSError, BadInput):
+            return 0
+        return step if isinstance(step, int) and step > 0 else 0
+
     def newest_step(self) -> int:
         """The step of the newest checkpoint by name, whole or not; 0 for none."""
         folders = self._checkpoints()
@@ -85,8 +99,10 @@ class Checkpoints:
     def _drop_others(self, written: Path, keep: int) -> None:
         """Leaves the one just written and the `keep` - 1 newest sound ones before it. Later ones, which a run that
         goes on from here passed over, are of no use any more, and damaged ones count for nothing."""
-        left = keep - 1
+        left, best = keep - 1, self.path / f"step-{self.protected():06d}"
         for other in reversed([folder for folder in self._checkpoints() if folder != written]):
+            if other == best and other < written:
+                continue
             if left > 0 and other < written and find_fault(other) is None:
                 left -= 1
             else:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from finetune.core.settings import AnyPath, BatchSize, Seed, Settings
 
@@ -18,8 +18,12 @@ class Run(Settings):
 
     `batch_size`: the number of subject photos in one optimiser step; with class images, the same number of those is
     added. It is split over `accumulate` micro-batches and over the processes, so the result does not depend on their
-    number. `released`: what happens to frozen parts whose outputs are cached: they are dropped and loaded again for
-    images, or kept in the CPU's memory (`cpu`: faster previews, but more main memory).
+    number. `verdicts`: whether the model is compared with its base while it trains (`finetune.verdicts`): as often as
+    a twentieth of the run's time allows (`auto`; a short run is left out), ten times (`on`), or never (`off`);
+    `verdicts_every` says after how many steps. The results are the same with and without. `keep_best`: the checkpoint
+    that the verdicts recommend is kept too. `released`: what happens to frozen parts whose outputs are cached: they
+    are dropped and loaded again for images, or kept in the CPU's memory (`cpu`: faster previews, but more main
+    memory).
     """
 
     dir: AnyPath | None = None  # None: runs/<name>-<n>
@@ -36,8 +40,23 @@ class Run(Settings):
     ema: float | None = Field(default=None, gt=0, lt=1)
     checkpoint_every: int = Field(default=250, ge=1)
     keep: int = Field(default=2, ge=1)
+    keep_best: bool = False
+    verdicts: Literal["auto", "on", "off"] = "auto"
+    verdicts_every: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=1, ge=1)
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
+
+    @field_validator("verdicts", mode="before")
+    @classmethod
+    def _a_word_in_yaml(cls, value: Any) -> Any:
+        return {False: "off", True: "on"}[value] if isinstance(value, bool) else value  # YAML reads `off` as false
+
+    @model_validator(mode="after")
+    def _measured(self) -> Run:
+        if self.verdicts == "off" and (self.keep_best or self.verdicts_every is not None):
+            name = "keep_best" if self.keep_best else "verdicts_every"
+            raise ValueError(f"run.{name} needs the verdicts, which run.verdicts=off leaves out: remove one of them")
+        return self
 
     @field_validator("name")
     @classmethod

@@ -95,7 +95,7 @@ class Trainer:
         stop = stop or Stop()
         first = self.restore()
         if self.accelerator.is_main_process:
-            self.checkpoints.check_space(self._checkpoint_bytes() * (self.run.keep + 1))
+            self.checkpoints.check_space(self._checkpoint_bytes() * (self.run.keep + self.run.keep_best + 1))
         self.model.train()
         with phase("Training", self.run.steps, "steps") as advance, stop.deferred():
             advance(first, "")

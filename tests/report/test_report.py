@@ -127,3 +127,24 @@ def test_a_curve_goes_through_its_points() -> None:
     assert (x0, x1) == (70.0, 950.0)
     assert y1 == 164.0
     assert 24.0 <= y0 < 32.0
+
+
+def test_the_verdict_is_a_sentence_and_curves(run: Path) -> None:
+    """With what is known of the checkpoints; names that are no measure's are not shown."""
+    rows = [{"step": 0, "learned": 0.0, "elsewhere": 0.0}, {"step": 50, "learned": 4.0, "elsewhere": 0.1}]
+    rows += [{"step": 100, "learned": 5.0, "elsewhere": 0.9, "<i>odd</i>": 1.0}]
+    (run / "verdicts.jsonl").write_text("".join(json.dumps(row | {"seconds": 0.1}) + "\n" for row in rows))
+    (run / "verdict.json").write_text(json.dumps({"schema": 1, "left_out": ["No <b>class</b> here."]}))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "Base damaged" in page
+    assert "The best of the measured steps is 50; run.keep_best=true would keep it." in page
+    assert "No &lt;b&gt;class&lt;/b&gt; here." in page
+    assert "<i>odd" not in page
+    assert page.count("<svg") == 2 + 2
+    (run / "checkpoints" / "step-000050").mkdir(parents=True)
+    assert "finetune export RUN --step 50" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_a_damaged_verdicts_file_leaves_the_section_out(run: Path) -> None:
+    (run / "verdicts.jsonl").write_bytes(b"\x00\xff\n{\n")
+    assert "The verdict" not in write_report(run).read_text(encoding="utf-8")

@@ -1,0 +1,257 @@
+"""Verdicts during a run: what it is measured with, when, and what follows from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from finetune.core.errors import BadInput
+from finetune.core.events import Measured, emit, one_step
+from finetune.core.files import cache_dir
+from finetune.core.rng import SampleKey, generator
+from finetune.data.batches import Batches, Drawn
+from finetune.data.cache import Encodable, LatentCache, PromptCache
+from finetune.data.crops import Crop, make_crops
+from finetune.data.photos import open_image
+from finetune.data.samplers import Sample
+from finetune.families.base import Family
+from finetune.jobs.dataset import held_out_photos, make_batches
+from finetune.jobs.prepare import Prepared
+from finetune.objectives.base import Objective
+from finetune.objectives.densities import Uniform
+from finetune.objectives.registry import build_objective
+from finetune.objectives.settings import ObjectiveSettings
+from finetune.runs.folder import RunFolder
+from finetune.training.peers import joined
+from finetune.training.step import PromptEncoder
+from finetune.training.trainer import Trainer
+from finetune.verdicts.bank import Bank, Canvas
+from finetune.verdicts.due import CLASS_DRAWINGS, PHOTO_POINTS, due_steps
+from finetune.verdicts.memorisation import Memorisation, PhotoLatents, memorised
+from finetune.verdicts.points import Point, Predictor, of_batch
+from finetune.verdicts.probe import BaseProbe, Material, make_sets, neutral_prompts
+from finetune.verdicts.rows import FILE, Row, read_rows, up_to
+from finetune.verdicts.rules import best_row, judged
+from finetune.verdicts.verdict_file import missing, write_verdict
+
+NOISY = 0.85  # the share of the noise levels above which photos are measured
+CLOSER = 1.2  # how much larger the subject is in a held-out crop: a view that no crop of the training has
+
+
+@dataclass
+class Watch:
+    """Measures a run while it trains. The main process does it while the others wait.
+
+    `material` is None on the others. `due` is empty for a run that is not measured.
+    """
+
+    job: Prepared
+    due: Sequence[int]
+    material: Material | None = None
+    rows: list[Row] = field(default_factory=list)
+
+    def begin(self, folder: RunFolder, trainer: Trainer, encode_prompts: PromptEncoder) -> None:
+        """Asks the base. The trained weights must still be those from before training."""
+        self.folder, self.trainer = folder, trainer
+        if self.material is not None:
+            began = time.perf_counter()
+            with one_step("Verdicts"):
+                predict = Predictor(self.job.family, encode_prompts, _batch_size(self.job))
+                self.probe = BaseProbe(predict, make_sets(self.material, _bank(self.job, predict)))
+            self._note(0, began)
+        joined().wait()
+
+    def after_step(self, step: int) -> None:
+        """Measures the weights that an export would contain now, where it is time."""
+        if step not in self.due:
+            return
+        if self.material is not None:
+            began = time.perf_counter()
+            with self.trainer.result_weights():
+                self._note(step, began)
+        joined().wait()
+        if self.job.recipe.run.keep_best:
+            self._keep_best(step)
+
+    def after_restore(self, step: int) -> None:
+        """Goes on from the rows up to the restored step; what a kill left out is measured now."""
+        if self.material is not None:
+            self.rows = up_to(read_rows(self.folder.path / FILE), step) or self.rows
+        if step in self.due and joined().from_first(step not in {row.step for row in self.rows}):
+            self.after_step(step)
+
+    def _note(self, step: int, began: float) -> None:
+        values = self.probe.values()
+        row = Row(step, values, time.perf_counter() - began)
+        self.rows.append(row)
+        emit(Measured(step, values, row.seconds, judged(self.rows).word if step else ""))
+
+    def _keep_best(self, step: int) -> None:
+        """Saves a checkpoint if this step is the best so far; it stays until a later one is better."""
+        best = best_row(self.rows)
+        if not joined().from_first(best is not None and best.step == step):
+            return
+        if self.material is not None:
+            self.folder.checkpoints.protect(step)
+        if joined().from_first(self.folder.checkpoints.newest_step() != step):
+            self.trainer.save(step)
+
+
+def finish_verdicts(job: Prepared, folder: RunFolder) -> list[str]:
+    """Writes RUN/verdict.json of a finished run, and returns what it says; nothing for a run that was not measured."""
+    rows = read_rows(folder.path / FILE)
+    verdict = judged(rows)
+    if not verdict.found:
+        return []
+    copies = _memorised(job, folder.path / "samples" / "after")
+    write_verdict(folder.path, rows, copies, missing(rows))
+    first = f"{', '.join(verdict.found)}: {verdict.sentence} {verdict.advice}".rstrip()
+    return [first, *([copies.sentence] if copies is not None else [])]
+
+
+def _memorised(job: Prepared, folder: Path) -> Memorisation | None:
+    """None for images that are drawn from a photo, as an edit is, and where there are none."""
+    files = {file.name: file for file in sorted(folder.glob("[0-9]*.png"))}
+    if not files or job.family.drawing.wants.needed:
+        return None
+    family, side = job.family, job.resolution
+    family.parts.restore(list(family.codec.parts))
+    family.parts.place(list(family.codec.parts))
+    drawn = {name: open_image(file).convert("RGB").resize((side, side)) for name, file in files.items()}
+    crops = [make_crops(photo, side, "center", 1, False, 0)[0].image() for photo in job.photos]
+    latents, photos = (torch.cat([_latents(family, image) for image in each]) for each in (drawn.values(), crops))
+    return memorised(drawn, latents, PhotoLatents(crops, photos))
+
+
+def _latents(family: Family, image: Image.Image) -> Tensor:
+    """[1, C, h, w] on the CPU."""
+    values = torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+    return family.codec.encode(values.to(family.device)).mean.cpu()
+
+
+def best_step(folder: RunFolder) -> int:
+    """The step that the verdicts recommend, whose weights are there.
+
+    Raises:
+        BadInput: the run was not measured, or that step's checkpoint was not kept.
+    """
+    best = best_row(read_rows(folder.path / FILE))
+    if best is None:
+        raise BadInput(
+            f"{folder.path} has no verdicts, which choose the best step: give a number with --step, or train with "
+            "run.verdicts=on"
+        )
+    kept = folder.checkpoints.steps()
+    if best.step not in kept and not folder.finished(best.step):
+        raise BadInput(
+            f"the best step of {folder.path} by its verdicts is {best.step}, whose checkpoint was not kept (kept: "
+            f"{', '.join(map(str, kept)) or 'none'}): choose one with --step, or train with run.keep_best=true"
+        )
+    return best.step
+
+
+def make_watch(
+    job: Prepared, streams: list[list[Sample]], cache: LatentCache, encode_prompts: PromptEncoder, is_main: bool
+) -> Watch:
+    """To be called while the VAE and the text encoders are in memory. Fills the caches with what is measured."""
+    due = due_steps(job.recipe.run, job.recipe.run.batch_size * len(streams))
+    if not due or not is_main:
+        return Watch(job, due)
+    trained, unseen = _samples(job, streams)
+    held = [Sample([crop], sample.captions, 1.0, 0.0, sample.name) for sample, crop in unseen]
+    seen = [crop for _, crop in unseen]
+    images: list[Encodable] = list(seen)
+    if job.inputs is not None:
+        images += [image for crop in seen for image in job.inputs.images(crop)]
+    cache.fill(job.family, images)
+    photos, others = (_points(job, samples, make_batches(job, [samples], cache)) for samples in (trained, held))
+    nouns = [subject.noun for subject in job.subjects]
+    material = Material(photos, others, _classes(job), neutral_prompts(nouns))
+    if isinstance(encode_prompts, PromptCache):
+        encode_prompts.fill(material.prompts)
+    return Watch(job, due, material)
+
+
+def _samples(job: Prepared, streams: list[list[Sample]]) -> tuple[list[Sample], list[tuple[Sample, Crop]]]:
+    """The trained samples to measure, and samples that are not trained on with a crop of each: photos that were held
+    out, or closer crops of the trained ones."""
+    order = torch.randperm(len(streams[0]), generator=generator(job.recipe.run.seed, "verdict photos")).tolist()
+    chosen = [streams[0][index] for index in order[:PHOTO_POINTS]]
+    numbers = sorted(held_out_photos(job))
+    if not numbers:
+        return chosen, [(sample, _closer(sample.crops[0], job.recipe.run.seed)) for sample in chosen]
+    unseen = []
+    for number in numbers[:PHOTO_POINTS]:
+        photo, size, texts = job.photos[number], job.sizes[number], job.captions[number]
+        crops = make_crops(photo, size, "center", 1, False, job.recipe.run.seed)
+        unseen.append((Sample(crops, texts, 1.0, 0.0, job.names[number]), crops[0]))
+    return chosen, unseen
+
+
+def _closer(crop: Crop, seed: int) -> Crop:
+    """A crop of the same size from the photo enlarged by CLOSER, at a place of its own."""
+    width, height = (round(side * CLOSER) for side in crop.resized)
+    right, down = torch.rand(2, generator=generator(seed, f"held out:{crop.photo.digest}")).tolist()
+    # not farther from the middle than half of the spare room: the subject stays in sight
+    corner = [
+        round((0.25 + share / 2) * (large - own))
+        for share, large, own in ((right, width, crop.size[0]), (down, height, crop.size[1]))
+    ]
+    return Crop(crop.photo, crop.size, (width, height), (corner[0], corner[1]), False)
+
+
+def _points(job: Prepared, samples: Sequence[Sample], batches: Batches) -> list[Point]:
+    """PHOTO_POINTS points of the samples, spread evenly over the noisier timesteps: there it is decided what an image
+    shows, and not its grain."""
+    objective = _objective(job)
+    points = []
+    for number in range(PHOTO_POINTS):
+        sample = samples[number % len(samples)]
+        key = SampleKey(job.recipe.run.seed, -1, number)  # no step of the run has this number
+        batch = batches.of(Drawn(key, sample.name, sample.crops[0], sample.captions[0], 1.0, sample.role))
+        share = NOISY + (number + 0.5) / PHOTO_POINTS * (1 - NOISY)
+        u = torch.tensor([share * job.family.timestep_fraction])
+        points += of_batch(batch, objective, u, [key])
+    return points
+
+
+def _classes(job: Prepared) -> list[tuple[str | None, str]]:
+    """(prompt without the token, the same with it) of each subject with a noun, or of the captions of a style; without
+    either the first caption, which has no class."""
+    pairs: dict[str | None, str] = {}
+    for subject in job.subjects:
+        if subject.noun is not None:
+            template = job.class_prompt_of(subject) if not job.recipe.prior.of_captions else ""
+            pairs.setdefault(template or f"a photo of a {subject.noun}", subject.fill("a photo of {token} {noun}"))
+        elif subject.trigger:
+            for item in subject.captioned:
+                pairs |= {plain: text for plain, text in zip(item.plain, item.captions, strict=True) if plain}
+    pairs = pairs or {None: job.captions[0][0]}
+    return list(pairs.items())[: max(CLASS_DRAWINGS, len(job.subjects))]
+
+
+def _bank(job: Prepared, predict: Predictor) -> Bank:
+    family, side = job.family, job.resolution
+    latents = side // family.codec.factor
+    canvas = Canvas((family.codec.channels, latents, latents), side, _objective(job), family.timestep_fraction)
+    dtype = family.autocast or family.parts.dtype("denoiser")
+    return Bank(predict, canvas, f"{job.base_hash}:{dtype}:{family.inputs}", cache_dir())
+
+
+def _objective(job: Prepared) -> Objective:
+    """The base's, without the recipe's settings: what is measured does not depend on how the run draws timesteps."""
+    return build_objective(ObjectiveSettings(density=Uniform()), job.family.schedule, job.family.shift(job.resolution))
+
+
+def _batch_size(job: Prepared) -> int:
+    """Points at a time: twice the samples of a micro-batch, which needs several times as much memory for each."""
+    run = job.recipe.run
+    streams = 1 if job.recipe.prior.class_images is None else 2
+    return max(2, 2 * streams * run.batch_size // (run.accumulate * joined().world))

@@ -1,0 +1,38 @@
+"""When a run is measured: as often as a twentieth of its time pays for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from finetune.training.settings import Run
+from finetune.verdicts.bank import LEVELS
+
+SHARE = 0.05  # of the run's time
+TRAINED = 3  # predictions that training on one sample costs: forward, and twice that backward (arXiv:2001.08361 2.1)
+OFTEN = 10  # times in a run, if that is within the share
+SELDOM = 3  # fewer show no curve, so that a short run is not measured
+
+# How many points each set has; all are compared with the base's at the same points, so few are enough.
+PHOTO_POINTS, CLASS_DRAWINGS, OTHERS = 4, 2, 8
+POINTS = 2 * PHOTO_POINTS + 3 * LEVELS * CLASS_DRAWINGS + 2 * OTHERS  # the class's with three prompts each
+FIRST = POINTS + PHOTO_POINTS + 2 * (LEVELS - 1) * CLASS_DRAWINGS  # and the drawings
+
+
+def due_steps(run: Run, samples: int) -> Sequence[int]:
+    """The steps after which a run is measured, besides its beginning; none for a run that is not measured.
+
+    The drawings for prompts about other things are not counted: they are made once for a base.
+
+    Args:
+        run: its settings.
+        samples: the number of samples in a step, over all processes.
+    """
+    if run.verdicts == "off":
+        return []
+    if run.verdicts_every is not None:
+        return sorted({*range(run.verdicts_every, run.steps + 1, run.verdicts_every), run.steps})
+    affordable = int((SHARE * TRAINED * samples * run.steps - FIRST) / POINTS)
+    count = OFTEN if run.verdicts == "on" or run.keep_best else min(OFTEN, affordable)
+    if count < SELDOM:
+        return []
+    return sorted({-(-run.steps * number // count) for number in range(1, count + 1)})

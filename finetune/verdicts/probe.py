@@ -1,0 +1,108 @@
+"""Measures a model in its own space, at points that are fixed when the run begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from finetune.verdicts.bank import LEVELS, Bank
+from finetune.verdicts.base import (
+    CLASS,
+    ELSEWHERE,
+    ELSEWHERE_PLAIN,
+    EMPTY,
+    HELD_OUT,
+    PHOTOS,
+    PHOTOS_PLAIN,
+    SUBJECT,
+    Look,
+    Measure,
+    Sets,
+)
+from finetune.verdicts.due import CLASS_DRAWINGS, OTHERS
+from finetune.verdicts.points import Point, Predict, asked
+from finetune.verdicts.registry import MEASURES
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run is measured with.
+
+    `photos` and `held_out`: points of crops that are trained on, and of crops that are not. `classes`: pairs (prompt
+    of the class without the token, or None if there is no class; the same with it). `others`: prompts about other
+    things.
+    """
+
+    photos: Sequence[Point]
+    held_out: Sequence[Point]
+    classes: Sequence[tuple[str | None, str]]
+    others: Sequence[str]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every prompt that is asked."""
+        crops = [point.prompt for point in (*self.photos, *self.held_out)]
+        pairs = [prompt for pair in self.classes for prompt in pair if prompt is not None]
+        return list(dict.fromkeys(["", *crops, *pairs, *self.others]))
+
+
+class BaseProbe:
+    """Compares a model with what it was when this was made: before training, which is the base.
+
+    Args:
+        predict: predicts with the current weights.
+        sets: the points by the names of their sets.
+    """
+
+    def __init__(self, predict: Predict, sets: Sets) -> None:
+        self.predict, self.sets = predict, sets
+        self.measures: list[Measure] = [
+            kind() for kind in MEASURES.values() if all(sets.get(name) for name in (*kind.reads, *kind.of_base))
+        ]
+        self.read = list(dict.fromkeys(name for measure in self.measures for name in measure.reads))
+        once = [name for measure in self.measures for name in measure.of_base]
+        self.base = {name: predict(sets[name]) for name in dict.fromkeys([*self.read, *once])}
+
+    @property
+    def left_out(self) -> list[str]:
+        """The names of the measures that this run can't have."""
+        return [name for name in MEASURES if name not in {measure.name for measure in self.measures}]
+
+    def values(self) -> dict[str, float]:
+        """The measures of the current weights, by name."""
+        now = {name: self.predict(self.sets[name]) for name in self.read}
+        look = Look(self.sets, now, self.base)
+        return {measure.name: measure.value(look) for measure in self.measures}
+
+
+def make_sets(material: Material, bank: Bank) -> dict[str, Sequence[Point]]:
+    """The points of every set; empty where the material has nothing for it. To be called before training."""
+    others = [way[number % LEVELS] for number, way in enumerate(bank.drawings(list(material.others)))]
+    pairs = [material.classes[number % len(material.classes)] for number in range(CLASS_DRAWINGS)]
+    ways = bank.drawings([plain if plain is not None else named for plain, named in pairs])
+    points = [point for way in ways for point in way]
+    classes, named = ([pair[side] for pair in pairs for _ in range(LEVELS)] for side in (0, 1))
+    return {
+        PHOTOS: material.photos,
+        PHOTOS_PLAIN: asked(material.photos, [""]),
+        HELD_OUT: material.held_out,
+        CLASS: [] if None in classes else asked(points, [text or "" for text in classes]),
+        SUBJECT: asked(points, [text or "" for text in named]),
+        EMPTY: asked(points, [""]),
+        ELSEWHERE: others,
+        ELSEWHERE_PLAIN: asked(others, [""]),
+    }
+
+
+@lru_cache(maxsize=1)
+def _neutral() -> tuple[str, ...]:
+    text = Path(__file__).with_name("neutral.txt").read_text(encoding="utf-8")
+    return tuple(line for line in text.splitlines() if line)
+
+
+def neutral_prompts(nouns: Sequence[str | None], count: int = OTHERS) -> list[str]:
+    """The first `count` prompts of the shipped list that name none of a run's nouns."""
+    words = {word for noun in nouns if noun for word in noun.lower().split()}
+    return [prompt for prompt in _neutral() if not words & set(prompt.lower().split())][:count]

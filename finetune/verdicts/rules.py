@@ -1,0 +1,150 @@
+"""What the measures say in words, and which checkpoint they recommend. Every threshold of the verdicts is here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from finetune.verdicts.rows import Row
+
+UNDERTRAINED, GOOD, OVERTRAINED = "undertrained", "good", "overtrained"
+DRIFTED, DAMAGED = "class drifted", "base damaged"
+WORDS = (UNDERTRAINED, GOOD, OVERTRAINED, DRIFTED, DAMAGED)
+NOTHING = "not measured"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a verdict changes, in units of the base's own effect of prompts (`finetune.verdicts.base`).
+
+    They were set on development runs of `benchmarks/verdicts.py` alone: between the values of runs on either side of
+    them, by the judge (docs/status.md says how many). In brackets: what was seen, and what the judge saw there.
+
+    Attributes:
+        learned: less was learned: "undertrained" (mug, 1.58: a gain of .15; backpack, 1.63: .84; 4.4: .87). The two
+            subjects touch here: between 1 and 3 this word is not to be trusted until more runs have been judged.
+        overfit: a larger share of what was learned holds for the photos alone: "overtrained" (.33: .88 of the images
+            on the beach are there; .41: .44).
+        fall: the unseen views lost more than this share of their best value: "overtrained". More than the noise of
+            the measure, which is a tenth; no run was seen to reach it.
+        class_drift: what the class's prompt does moved farther: "class drifted" (.85: the class is as it was; 1.27: it
+            is gone). At 1 the prompt may as well not be there.
+        takeover: the class went more of the way to the subject: "class drifted" (.38: .06 of the class's images show
+            the subject; .57: .94; .97: all).
+        elsewhere: what other prompts do moved farther: "base damaged" (.16: .94 of them are right; .52: .75).
+        empty_prompt: the empty prompt went more of the way to the subject: "base damaged" (.38: it draws the class
+            no more than before; .43: always).
+    """
+
+    learned: float = 1.6
+    overfit: float = 0.37
+    fall: float = 0.25
+    class_drift: float = 1.1
+    takeover: float = 0.5
+    elsewhere: float = 0.35
+    empty_prompt: float = 0.4
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class RunVerdict:
+    """`word` is one of WORDS, or NOTHING; `found` are all words that hold, the gravest first, as `word` is. `sentence`
+    says what was measured and `advice` what to do. `step` is the recommended step; None: there is none."""
+
+    word: str
+    found: tuple[str, ...]
+    sentence: str
+    advice: str
+    step: int | None
+
+
+def judged(rows: Sequence[Row], limits: Limits = LIMITS) -> RunVerdict:
+    """The verdict on the last row, in view of those before it."""
+    measured = [row for row in rows if row.step]
+    if not measured:
+        return RunVerdict(NOTHING, (), "", "", None)
+    last, best = measured[-1], best_row(rows, limits)
+    found = tuple(word for word in (DAMAGED, DRIFTED, OVERTRAINED, UNDERTRAINED) if _holds(word, measured, limits))
+    step = best.step if best else None
+    word = found[0] if found else GOOD
+    return RunVerdict(word, found or (GOOD,), _sentence(found, last.values), _advice(found, last.step, step), step)
+
+
+def best_row(rows: Sequence[Row], limits: Limits = LIMITS) -> Row | None:
+    """The row to recommend: the first with the highest `score`, so that a later row never changes which of the earlier
+    ones is the best. None if nothing was measured after step 0."""
+    measured = [row for row in rows if row.step]
+    return max(measured, key=lambda row: score(row, limits), default=None)
+
+
+def score(row: Row, limits: Limits = LIMITS) -> float:
+    """What was learned, up to twice what a good run needs, less what lies beyond the limits of what it changed.
+
+    Learning counts in units of `limits.learned`, and what is missing to 1 counts twice, because a step at which
+    nothing was changed and nothing learned is of no use. Each drift costs what it is above its limit, in units of it.
+    """
+    values = row.values
+    learned = values.get("held_out", values.get("learned", 0.0)) / limits.learned
+    costs = [values.get(name, 0.0) / limit - 1 for name, limit in _drift_limits(limits).items()]
+    return min(learned, 2.0) - max(0.0, 1 - learned) - sum(max(0.0, cost) for cost in costs)
+
+
+def _drift_limits(limits: Limits) -> dict[str, float]:
+    names = ("class_drift", "takeover", "elsewhere", "empty_prompt")
+    return {name: getattr(limits, name) for name in names}
+
+
+def _holds(word: str, rows: Sequence[Row], limits: Limits) -> bool:
+    values = rows[-1].values
+    beyond = {name for name, limit in _drift_limits(limits).items() if values.get(name, 0.0) > limit}
+    if word == DAMAGED:
+        return bool(beyond & {"elsewhere", "empty_prompt"})
+    if word == DRIFTED:
+        return bool(beyond & {"class_drift", "takeover"})
+    learned, unseen = values.get("learned", 0.0), values.get("held_out", values.get("learned", 0.0))
+    if word == UNDERTRAINED:
+        return max(learned, unseen) < limits.learned
+    top = max(row.values.get("held_out", 0.0) for row in rows)
+    enough = learned >= limits.learned
+    return enough and (learned - unseen > limits.overfit * learned or unseen < (1 - limits.fall) * top)
+
+
+def in_short(values: Mapping[str, float]) -> str:
+    """The measures on one line of the console."""
+    names = {"learned": "learned", "held_out": "unseen views", "class_drift": "class", "elsewhere": "elsewhere"}
+    return ", ".join(f"{text} {values[name]:.2f}" for name, text in names.items() if name in values)
+
+
+def _sentence(found: Sequence[str], values: Mapping[str, float]) -> str:
+    said = [text for word in (found or (GOOD,)) for text in [_said(word, values)] if text]
+    return "; ".join(said).capitalize() + "."
+
+
+def _said(word: str, values: Mapping[str, float]) -> str:
+    """What a word stands on, with its numbers."""
+    learned = values.get("held_out", values.get("learned", 0.0))
+    other, empty = values.get("elsewhere", 0.0), values.get("empty_prompt", 0.0)
+    return {
+        UNDERTRAINED: f"little of the subject was learned ({learned:.2f} of the prompt's own effect)",
+        OVERTRAINED: f"the photos were learned by heart ({values.get('learned', 0.0):.2f} on them, {learned:.2f} on "
+        "unseen views)",
+        DRIFTED: f"the class without the token changed too (drift {values.get('class_drift', 0.0):.2f}, "
+        f"{100 * max(0.0, values.get('takeover', 0.0)):.0f} % of the way to the subject)",
+        DAMAGED: f"prompts about other things changed (drift {other:.2f}), and the empty prompt went "
+        f"{100 * max(0.0, empty):.0f} % of the way to the subject",
+        GOOD: f"the subject was learned ({learned:.2f} on unseen views), and little else changed (drift {other:.2f})",
+    }[word]
+
+
+def _advice(found: Sequence[str], last: int, best: int | None) -> str:
+    if not found:
+        return "" if best in (None, last) else f"Step {best} was a little better."
+    earlier = f", or use the checkpoint of step {best}" if best not in (None, last) else ""
+    if found == (UNDERTRAINED,):
+        return "Train longer (run.steps), or raise optim.lr."
+    if DAMAGED in found or DRIFTED in found:
+        kept = " with prior.kind=class_images" if found == (DRIFTED,) else ""
+        return f"Lower optim.lr or run.steps{earlier}; a prior{kept} holds the base."
+    return f"Train less (run.steps) or on more photos{earlier}."
