@@ -138,6 +138,7 @@ def test_the_api_example_runs(photos: Path, tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "api" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_loop_of_your_own_writes_a_file_that_is_whole(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "own_loop.py")],

@@ -74,9 +74,10 @@ def evaluate(
         int, typer.Option(min=1, max=65_536, help="images drawn at once: fewer need less memory")
     ] = 8,
 ) -> None:
-    """Measure likeness, obedience and diversity of runs, LoRA files and images. Writes one page and one JSON file.
+    """Measure likeness, obedience and diversity of runs and files.
 
-    Images are drawn by DreamBooth's protocol (25 prompts) and kept: what is there is not drawn again.
+    Writes one page and one JSON file. Images are drawn by DreamBooth's protocol (25 prompts) and kept: what is there is
+    not drawn again.
     """
     if on is None:
         raise BadInput("evaluate compares with photos: give the folder that holds them with --on PHOTOS")

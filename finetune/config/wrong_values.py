@@ -40,15 +40,14 @@ def what_is_wrong(error: ValidationError, where: str, given: Mapping[str, str]) 
     """
     complaints = error.errors(include_url=False)
     first = next((item for item in complaints if item["type"] == "extra_forbidden"), complaints[0])
-    first = next((item for item in complaints if item["loc"][:1] == ("profile",)), first)  # it fills in the others
+    for section in ("method", "profile"):  # what is wrong there leaves the others without their defaults
+        first = next((item for item in complaints if _names_no_kind(item, section)), first)
     location = [str(part) for part in first["loc"] if "[" not in str(part)]  # without the options of a union
     known, shown = _keys_at(location[:-1])
     key = ".".join([*shown, *location[-1:]])
     begin = "" if _was_given(key, first, given) else f"{where}: "
     if first["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*shown, nearest[0]])!r}?" if nearest else f"known are {', '.join(known)}"
-        return f"{begin}there is no setting {key!r:.200}; {hint}"
+        return f"{begin}there is no setting {key!r:.200}{_instead(location, known, shown)}"
     if first["type"] == "missing":
         return f"{begin}{_missing(key, location)}"
     if first["type"].startswith("union_tag"):
@@ -60,6 +59,38 @@ def what_is_wrong(error: ValidationError, where: str, given: Mapping[str, str]) 
         message += " or a number"  # the other option of a union
     said = not key or message.startswith(f"{key}.")  # errors between settings already name the key
     return f"{begin}{'' if said else f'{key}{_value(key, first, given)}: '}{message}"
+
+
+def _names_no_kind(fault: ErrorDetails, section: str) -> bool:
+    """Whether the fault is in the section itself, not in one of its settings."""
+    if section == "profile":
+        return fault["loc"][:1] == (section,)
+    return fault["loc"] == (section,) and fault["type"] != "missing"
+
+
+def _instead(location: list[str], known: list[str], shown: list[str]) -> str:
+    """What a person may have meant by an unknown setting: another name, or another kind of its section."""
+    nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    if nearest:
+        return f"; did you mean {'.'.join([*shown, nearest[0]])!r}?"
+    kinds = _kinds_with(location) if "kind" in known else []
+    if kinds:
+        section = ".".join(shown)
+        belongs = f"it belongs to {' and '.join(kinds)}. Leave it out, or give {section}.kind={kinds[0]}"
+        return f" for {section}.kind={location[-2]}: {belongs}"
+    return f"; known are {', '.join(known)}"
+
+
+def _kinds_with(location: list[str]) -> list[str]:
+    """The kinds of the section at a pydantic location (section, kind, name) that have a setting of this name."""
+    if len(location) != 3:
+        return []
+    section, _, name = location
+    return [
+        option.model_fields["kind"].default
+        for option in sections_at(Recipe, section)
+        if "kind" in option.model_fields and name in option.model_fields
+    ]
 
 
 def _was_given(key: str, fault: ErrorDetails, given: Iterable[str]) -> bool:

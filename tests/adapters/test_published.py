@@ -183,6 +183,7 @@ def test_a_published_configuration_has_no_weights_to_load() -> None:
         ),
     ],
 )
+@pytest.mark.slow
 def test_only_a_known_architecture_is_written(
     name: str, family: str, architectures: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,7 +96,7 @@ def test_help_begins_with_an_example_and_what_is_needed_first(
     page = shown(capsys, "--help")
     places = [page.index(f"\n  {name} ") for names in SECTIONS.values() for name in names]
     assert places == sorted(places)
-    assert next(iter(SECTIONS.values()))[:5] == ("demo", "dreambooth", "train", "sample", "export")
+    assert next(iter(SECTIONS.values()))[:6] == ("demo", "dreambooth", "train", "sample", "evaluate", "export")
     assert page.index("finetune demo") < page.index("finetune dreambooth PHOTOS") < places[0]
     for option in ("--version", "--debug", "--allow-pickle", "--install-completion", "-h, --help"):
         assert page.index(option) > places[-1]

@@ -130,6 +130,7 @@ def places(tiny_bases: dict[str, Path], folder: Path) -> dict[str, str]:
     return {"base": str(tiny_bases["sd1"]), "folder": str(folder / "kept"), "other": str(folder / "broken")}
 
 
+@pytest.mark.slow
 def test_what_it_adds_keeps_the_contract_and_what_breaks_it_is_seen(
     installed: Path, tiny_bases: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -137,6 +138,7 @@ def test_what_it_adds_keeps_the_contract_and_what_breaks_it_is_seen(
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_its_family_keeps_the_contract_and_trains(
     installed: Path, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:

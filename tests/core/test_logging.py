@@ -82,6 +82,7 @@ def test_the_last_of_several_threads_restores() -> None:
     assert states() == [(30, True)] * 2
 
 
+@pytest.mark.slow
 def test_what_diffusers_says_of_an_adapter_without_texts_is_not_shown() -> None:
     """The sentence that asks people to open an issue, by diffusers' own logger in a process of its own."""
     code = (

@@ -100,6 +100,7 @@ def test_what_is_changed_in_the_cache_is_put_right(captioned: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("_with_hexed")
+@pytest.mark.slow
 def test_the_run_is_the_folders_and_goes_on_without_the_cache(
     tiny_bases: dict[str, Path], captioned: Path, tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def test_real_photos() -> None:
     assert findings.fine
 
 
+@pytest.mark.slow
 def test_it_says_for_which_resolution_it_checked(tiny_bases: dict[str, Path]) -> None:
     def told(*options: str) -> tuple[int, str]:
         done = call("check", str(MUGS), "--json", *options)

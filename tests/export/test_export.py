@@ -275,6 +275,7 @@ def test_full_size_names_fit_the_published_architectures(name: str, tmp_path: Pa
     assert nameless == (swapped if FAMILIES[title].naming.joined else [])
 
 
+@pytest.mark.slow
 def test_diffusers_reads_joined_flux_matrices_at_full_size(tmp_path: Path) -> None:
     """Its reader of kohya's Flux keys has 3072 and 12288 written into it, so a tiny base can't ask it."""
     from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers

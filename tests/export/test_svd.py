@@ -283,6 +283,7 @@ def test_a_whole_run_is_resumed_bit_for_bit_and_exported(
     assert torch.allclose(probe_trained(shown), wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_broken_bound_is_a_failure_that_says_which_rank_would_do(
     tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

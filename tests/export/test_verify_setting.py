@@ -42,6 +42,7 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.slow
 def test_what_a_run_says_of_files_that_it_did_not_check(
     kind: str,
     tiny_bases: dict[str, Path],

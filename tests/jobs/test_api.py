@@ -57,6 +57,7 @@ def test_a_run_is_followed_by_typed_events(tiny_bases: dict[str, Path], photos: 
     assert (status["state"], status["step"], status["steps"]) == ("finished", 2, 2)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_thread_can_be_stopped_and_goes_on(
     tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:

@@ -258,6 +258,7 @@ def test_a_step_beside_a_file_and_a_weight_beside_no_lora_are_refused(
 COSINE = {"kind": "adamw", "lr": 1e-2, "schedule": "cosine"}
 
 
+@pytest.mark.slow
 def test_a_longer_run_keeps_the_curve_of_its_learning_rate_or_is_refused(
     tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:

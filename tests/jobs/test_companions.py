@@ -101,7 +101,7 @@ def test_the_pictures_after_are_those_of_the_exported_file(
         family = load_family(str(run / "exports" / exported))
     settings = {
         "steps": 2,
-        "guidance": load_recipe(recipe, ["data.photos=x", *SETTINGS]).sample.guidance,
+        "guidance": RunFolder(run).recipe.sample.guidance,
     }
     again = draw(
         family, ["a photo of zwx mug", "a mug in snow"], Sampling(size=after.shape[0], **settings), seeds=[0, 0]

@@ -68,6 +68,7 @@ def settings(base: dict, photos: Path, method: dict, **sections: dict) -> dict:
 
 
 @every_case
+@pytest.mark.slow
 def test_it_trains_stops_goes_on_and_leaves(
     name: str, kind: str, wide: bool, method: dict, tiny_bases: dict[str, Path], pairs: Path, tmp_path: Path
 ) -> None:

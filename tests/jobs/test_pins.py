@@ -16,6 +16,7 @@ from finetune.cli.main import run as command
 from finetune.config.load import parse_recipe
 from finetune.core.errors import BadInput
 from finetune.families.digests import base_files, forget_hashes
+from finetune.jobs import pins
 from finetune.jobs import train as job
 from finetune.runs import inputs
 from finetune.runs.inputs import read_inputs
@@ -117,8 +118,8 @@ def test_a_change_is_refused_by_name_and_nothing_is_written_over(name: str, plac
 
 
 def test_another_package_is_refused_by_name(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = job.version
-    monkeypatch.setattr("finetune.jobs.pins.version", lambda name: "0.1" if name == "peft" else real(name))
+    real = pins.version
+    monkeypatch.setattr(pins, "version", lambda name: "0.1" if name == "peft" else real(name))
     with pytest.raises(BadInput, match=r"peft is 0\.1 and was"):
         job.resume(place / "stopped")
 

@@ -103,6 +103,7 @@ def theirs(kind: str, base: Path, lora: Path, files: dict[str, Path]) -> Image.I
 
 
 @pytest.mark.parametrize("kind", CASES)
+@pytest.mark.slow
 def test_the_command_draws_what_diffusers_draws_with_the_export(
     kind: str, runs: Callable[[str], Path], wide_bases: dict, files: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ def named(base: Path, photos: Path, sample: dict[str, str], steps: int = 2) -> d
     }
 
 
+@pytest.mark.slow
 def test_a_run_draws_from_the_files_that_its_recipe_names(
     wide_bases: dict, files: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:

@@ -196,6 +196,7 @@ def test_one_subject_is_what_it_was(
             1.0,
             0.25,
             f"class image {image.path.name}",
+            role="class",
         )
         for image in class_images(looked.family, ClassSet(prior, "mug", side, looked.base_hash))
     ]

@@ -48,6 +48,11 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def cut_in_a_key(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text[: text.index("optim:") + 3], encoding="utf-8")
+
+
 def a_folder(file: Path) -> None:
     file.unlink(missing_ok=True)
     file.mkdir()
@@ -91,7 +96,7 @@ for task in ("resume", "export", "sample", "report"):
     text = "no schema of ours\n"
     spoilt(f"{task}_with_recipe_yaml_of_text", task, "recipe.yaml", content(text), ("recipe.yaml", "instead of"))
 spoilt("resume_with_recipe_yaml_empty", "resume", "recipe.yaml", content(""), ("recipe.yaml", "'data' is missing"))
-spoilt("resume_with_recipe_yaml_cut", "resume", "recipe.yaml", cut, ("recipe.yaml", "correct that line"))
+spoilt("resume_with_recipe_yaml_cut", "resume", "recipe.yaml", cut_in_a_key, ("recipe.yaml", "correct that line"))
 spoilt(
     "resume_with_recipe_yaml_later", "resume", "recipe.yaml", content("# schema: 99\n"), ("99", "install the version")
 )
@@ -128,8 +133,8 @@ command("export_a_file", "export", "{photos}/0.png", words=("is not a run folder
 command("export_to_unknown", "export", "{run}", "--to", "kohia", words=("kohia", "did you mean 'kohya'"))
 command("export_to_nothing", "export", "{run}", "--to", "", words=("''", "known are"))
 command("export_a_step_that_is_not", "export", "{run}", "--step", "77", words=("step 77", "kept are: 1, 2"))
-command("export_a_negative_step", "export", "{run}", "--step", "-1", words=("step -1", "--step"))
-command("export_an_odd_step", "export", "{run}", "--step", "last", words=("--step", "'last'", "whole number"))
+command("export_a_negative_step", "export", "{run}", "--step", "-1", words=("--step is '-1'", "or best"))
+command("export_an_odd_step", "export", "{run}", "--step", "last", words=("--step is 'last'", "or best"))
 command("export_checked_somehow", "export", "{run}", "--verify", "maybe", words=("export.verify is 'maybe'", "'off'"))
 command("export_rank_of_a_lora", "export", "{run}", "--rank", "4", words=("export.rank is 4", "finetune resize"))
 command("export_out_is_a_file", "export", "{run}", "--out", "{photos}/0.png", words=("0.png",))

@@ -268,7 +268,10 @@ SETTINGS: tuple[tuple[str, str], ...] = (
     ("prior.flip=maybe", "write true or false"),
     ("prior.kind=frozen_base | prior.caption_dropout=-1", "give at least 0"),
     ("prior.kind=distance | prior.weight=-1", "give at least 0"),
-    ("prior.kind=distance | prior.prompt=x", "there is no setting 'prior.prompt'; known are kind, weight"),
+    (
+        "prior.kind=distance | prior.prompt=x",
+        "there is no setting 'prior.prompt' for prior.kind=distance: it belongs to class_images",
+    ),
     ("base.source=null", "give a text"),
     ("base.without=[unet]", "remove it"),
     ("base.without=unet", "write a list, such as [unet]"),

@@ -31,7 +31,14 @@ class Place:
         return self.base
 
     def train(self, *overrides: str, recipe: str = "dreambooth-lora") -> list[str]:
-        own = ("data.class_noun=mug", "prior.count=2", "prior.steps=1", "sample.steps=1", "sample.count=1")
+        own = (
+            "data.class_noun=mug",
+            "prior.kind=class_images",
+            "prior.count=2",
+            "prior.steps=1",
+            "sample.steps=1",
+            "sample.count=1",
+        )
         run_dir = f"run.dir={self.path / 'run'}"
         return ["train", recipe, f"base={self.base}", f"data.photos={self.photos}", run_dir, *own, *overrides]
 

@@ -380,7 +380,12 @@ setting("dropout_of_one", "method.dropout=1", words=("method.dropout", "less tha
 setting(
     "oft_on_convolutions", "method.kind=oft", "method.targets=conv", words=("method.targets", "conv", "all-linear")
 )
-setting("key_of_another_adapter", "method.kind=loha", "method.dropout=0.1", words=("method.dropout", "known are"))
+setting(
+    "key_of_another_adapter",
+    "method.kind=loha",
+    "method.dropout=0.1",
+    words=("method.dropout", "it belongs to dora and lora", "Leave it out"),
+)
 setting("lokr_factor_of_one", "method.kind=lokr", "method.factor=1", words=("method.factor is 1", "2"))
 setting("oft_blocks_of_one", "method.kind=oft", "method.block_size=1", words=("method.block_size is 1", "2"))
 setting("start_that_changes_the_base", "method.init=pissa", words=("method.init is 'pissa'", "gaussian"))

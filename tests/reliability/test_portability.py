@@ -130,6 +130,7 @@ def as_windows(what: str, work: Path, *more: object) -> None:
     assert done.stdout.endswith("done\n")
 
 
+@pytest.mark.slow
 def test_without_posix_every_module_imports_and_files_are_written_safely(tmp_path: Path) -> None:
     as_windows("rules", tmp_path)
 
@@ -170,6 +171,7 @@ def ended(calls: list[tuple[object, ...]]) -> list[tuple[bytes, int]]:
     return [(said, int(code)) for said, code in parts]
 
 
+@pytest.mark.slow
 def test_a_console_that_lacks_characters_ends_no_command(photos: Path, tmp_path: Path) -> None:
     """cp1252, as on Windows: what it has not is shown by its number."""
     place = photos.rename(tmp_path / "杯")

@@ -20,6 +20,7 @@ def run(marker: str) -> None:
     assert " passed" in done.stdout or " skipped" in done.stdout
 
 
+@pytest.mark.slow
 def test_on_a_fake_device() -> None:
     run("not slow")
 
