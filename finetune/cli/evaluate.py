@@ -76,8 +76,8 @@ def evaluate(
 ) -> None:
     """Measure likeness, obedience and diversity of runs and files.
 
-    Writes one page and one JSON file. Images are drawn by DreamBooth's protocol (25 prompts) and kept: what is there is
-    not drawn again.
+    Writes one page and one JSON file. Images are drawn by DreamBooth's protocol (25 prompts) and kept: what is
+    there is not drawn again.
     """
     if on is None:
         raise BadInput("evaluate compares with photos: give the folder that holds them with --on PHOTOS")
