@@ -78,6 +78,7 @@ def assert_one_sentence(done: Done, *words: str, code: int = 2) -> None:
         (["dreambooth", "/nowhere", "--class-noun", "dog"], ("/nowhere",)),
     ],
 )
+@pytest.mark.slow
 def test_bad_input_is_one_sentence_and_exit_2(arguments: list[str], words: tuple[str, ...], tmp_path: Path) -> None:
     """As the shell sees it; all the other cases are in reliability/test_bad_input.py."""
     assert_one_sentence(shell(*arguments, cwd=tmp_path), *words)

@@ -340,6 +340,7 @@ def test_a_resolution_that_buckets_cannot_have_is_refused(tiny_bases: dict[str, 
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.slow
 def test_a_stopped_job_with_buckets_goes_on_to_the_same_weights(
     family: str, tiny_bases: dict[str, Path], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -243,6 +243,7 @@ def recipe(base: Path, photos: Path, *overrides: str) -> Recipe:
 
 
 @pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_what_is_predicted_for_the_background_changes_nothing(
     family: str, tiny_bases: dict[str, Path], masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

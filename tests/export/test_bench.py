@@ -199,6 +199,7 @@ def bf16_runs(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "pivotal"])
+@pytest.mark.slow
 def test_the_command_writes_what_the_run_wrote(kind: str, bf16_runs: Callable[[str], Path]) -> None:
     """Byte for byte, in a run in bf16; and what is opened again is in bf16."""
     path = bf16_runs(kind)

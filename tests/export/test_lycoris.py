@@ -217,6 +217,7 @@ def test_formats_of_each_method() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_whole_run_leaves_in_its_own_form(
     kind: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:

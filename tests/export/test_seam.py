@@ -120,6 +120,7 @@ def test_what_can_not_hold_it_is_refused(wanted: str, held: str, said: str) -> N
 @pytest.mark.parametrize(
     ("method", "formats"), [(LORA, ["a-plain", "kohya"]), (FULL, ["flat", "folder"])], ids=["lora", "full"]
 )
+@pytest.mark.slow
 def test_a_run_leaves_by_a_format_from_outside(
     method: dict, formats: list[str], tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:

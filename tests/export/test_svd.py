@@ -262,6 +262,7 @@ def recipe_of(base: Path, photos: Path, kind: str, *overrides: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+@pytest.mark.slow
 def test_a_whole_run_is_resumed_bit_for_bit_and_exported(
     kind: str, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:

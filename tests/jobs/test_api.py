@@ -178,6 +178,7 @@ def test_a_consumer_that_fails_ends_the_run_and_the_others_still_hear_of_it(
     assert status_of(tmp_path / "run")["state"] == outcome
 
 
+@pytest.mark.slow
 def test_the_status_of_a_run_that_goes_on_knows_its_step(
     tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:

@@ -152,6 +152,7 @@ def test_a_page_of_a_stopped_run_says_where_it_stands(stopped: Path) -> None:
     assert command(["report", str(stopped), "--step", "9"])[0] == 2
 
 
+@pytest.mark.slow
 def test_the_last_step_of_a_finished_run_is_its_result(
     tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def check_keys(file: Path, plain: Path, photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["inpaint", "depth", "edit"])
+@pytest.mark.slow
 def test_the_extra_input_decides_the_loss(
     kind: str, tiny_bases: dict[str, Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,7 @@ def test_what_the_page_says_is_what_the_command_gives() -> None:
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED]
 )
+@pytest.mark.slow
 def test_a_row_of_the_page_is_what_the_command_gives(name: str) -> None:
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     assert sizes_row(name) in between_marks(page).splitlines()

@@ -122,6 +122,7 @@ def test_the_command_draws_what_diffusers_draws_with_the_export(
 
 
 @pytest.mark.parametrize("kind", CASES)
+@pytest.mark.slow
 def test_images_say_what_they_were_drawn_from(
     kind: str, runs: Callable[[str], Path], files: dict[str, Path], tmp_path: Path
 ) -> None:
