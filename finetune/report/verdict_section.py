@@ -56,7 +56,8 @@ def _meanings(rows: Sequence[Row]) -> str:
     order = [name for names, _ in CHARTS.values() for name in names]
     listed = [name for name in (*order, *(other for other in MEASURES if other not in order)) if name in held]
     cells = "".join(
-        f"<tr><td>{escape(MEASURES[name].title)}</td><td>{rows[-1].values.get(name, float('nan')):.2f}</td>"
+        f"<tr><td>{escape(MEASURES[name].title)}</td>"
+        f'<td style="white-space:nowrap">{rows[-1].values.get(name, float("nan")):.2f}</td>'
         f"<td class=soft>{escape(MEASURES[name].meaning)}</td></tr>"
         for name in listed
         if name in MEASURES
@@ -100,7 +101,7 @@ def _plot(title: str, unit: str, lines: Mapping[str, Sequence[tuple[int, float]]
         f'<line x1="{LEFT}" y1="{zero}" x2="{WIDTH - 10}" y2="{zero}"/>'
         f'<line x1="{LEFT}" y1="{TOP}" x2="{LEFT}" y2="{base}"/></g>'
         f'<g fill="none">{"".join(drawn)}</g><g font-size="12">{"".join(legend)}</g>'
-        f'<g fill="var(--soft)" font-size="12"><text x="{LEFT}" y="14">{escape(title)}</text>'
+        f'<g fill="var(--soft)" font-size="12"><text x="0" y="14">{escape(title)}</text>'
         f'<text x="{LEFT - 8}" y="{TOP + 8}" text-anchor="end">{high:.2g}</text>'
         f'<text x="{LEFT - 8}" y="{base}" text-anchor="end">{low:.2g}</text><text x="{LEFT}" y="{HEIGHT - 8}">0</text>'
         f'<text x="{WIDTH - 10}" y="{HEIGHT - 8}" text-anchor="end">step {last}</text></g></svg>'

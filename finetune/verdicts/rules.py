@@ -145,6 +145,7 @@ def _advice(found: Sequence[str], last: int, best: int | None) -> str:
     if found == (UNDERTRAINED,):
         return "Train longer (run.steps), or raise optim.lr."
     if DAMAGED in found or DRIFTED in found:
-        kept = " with prior.kind=class_images" if found == (DRIFTED,) else ""
-        return f"Lower optim.lr or run.steps{earlier}; a prior{kept} holds the base."
+        kept = "prior.kind=class_images holds the class" if DRIFTED in found else ""
+        rest = "prior.others.count=256 with prior.caption_dropout=0 holds everything else" if DAMAGED in found else ""
+        return f"Lower optim.lr or run.steps{earlier}; {' and '.join(filter(None, [kept, rest]))}."
     return f"Train less (run.steps) or on more photos{earlier}."
