@@ -11,68 +11,89 @@ import typer
 from finetune.cli.output import loud, say
 from finetune.core.errors import BadInput
 
+_Sources = Annotated[list[Path] | None, typer.Argument(help="runs' folders and LoRA files", metavar="RUN|FILE")]
+_On = Annotated[
+    Path | None, typer.Option("--on", metavar="PHOTOS", help="the folder with the subject's photos; required")
+]
+_Images = Annotated[
+    list[Path] | None,
+    typer.Option("--images", metavar="DIR", help="images that exist: a folder with prompts.csv (file,prompt)"),
+]
+_Out = Annotated[Path, typer.Option("--out", help="folder for the images, the page and the numbers")]
+_Metrics = Annotated[
+    str | None,
+    typer.Option("--metrics", help="such as dino,clip_t; default: those that fit, see docs/evaluation.md"),
+]
+_Base = Annotated[
+    str | None, typer.Option("--base", help="of LoRA files: a folder or a hub id; default: tiny, if it fits")
+]
+_Token = Annotated[
+    str | None, typer.Option("--token", help="of LoRA files; default: from the header; or one of a run's subjects")
+]
+_ClassNoun = Annotated[
+    str | None, typer.Option("--class-noun", help="of LoRA files, such as dog; default: from the header")
+]
+_Kind = Annotated[
+    str | None, typer.Option("--kind", help="object, live or style: which prompts; default: by the class noun")
+]
+_Prompts = Annotated[
+    Path | None, typer.Option("--prompts", help="a file with a prompt on each line, with {token} and {noun}")
+]
+_Count = Annotated[int, typer.Option("--count", min=1, max=1_000, help="images for each prompt")]
+_ClassCount = Annotated[
+    int, typer.Option("--class-count", min=1, max=10_000, help="images of the class alone, for pres")
+]
+_Dino = Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")]
+_Clip = Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")]
+_Dinov2 = Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")]
+_Dinov3 = Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")]
+_Lpips = Annotated[str | None, typer.Option(metavar="DIR", help="for div: weights of AlexNet and LPIPS")]
+_Inception = Annotated[
+    str | None, typer.Option(metavar="FILE", help="for kid and fid: weights of torch-fidelity's InceptionV3")
+]
+_Copy = Annotated[str | None, typer.Option(metavar="FILE", help="for copies: a TorchScript descriptor, such as SSCD")]
+_Vgg = Annotated[str | None, typer.Option(metavar="FILE", help="for gram: weights of VGG-19")]
+_Csd = Annotated[str | None, typer.Option(metavar="FILE", help="for csd: its weights")]
+_Step = Annotated[int | None, typer.Option("--step", help="of a run's checkpoint; default: the result")]
+_Weight = Annotated[float, typer.Option(help="the strength of the LoRA")]
+_Seed = Annotated[int, typer.Option(min=-(2**63), max=2**62, help="the first of the seeds")]
+_Size = Annotated[int | None, typer.Option(min=1, help="side length in pixels; default: as trained")]
+_Guidance = Annotated[float | None, typer.Option(help="default: the run's own, or 5")]
+_Sampler = Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")]
+_BatchSize = Annotated[int, typer.Option(min=1, max=65_536, help="images drawn at once: fewer need less memory")]
+
 
 def evaluate(
-    sources: Annotated[
-        list[Path] | None, typer.Argument(help="runs' folders and LoRA files", metavar="RUN|FILE")
-    ] = None,
-    on: Annotated[
-        Path | None, typer.Option("--on", metavar="PHOTOS", help="the folder with the subject's photos; required")
-    ] = None,
-    images: Annotated[
-        list[Path] | None,
-        typer.Option("--images", metavar="DIR", help="images that exist: a folder with prompts.csv (file,prompt)"),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="folder for the images, the page and the numbers")] = Path(
-        "evaluation"
-    ),
-    metrics: Annotated[
-        str | None,
-        typer.Option("--metrics", help="such as dino,clip_t; default: those that fit, see docs/evaluation.md"),
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="of LoRA files: a folder or a hub id; default: tiny, if it fits")
-    ] = None,
-    token: Annotated[
-        str | None, typer.Option("--token", help="of LoRA files; default: from the header; or one of a run's subjects")
-    ] = None,
-    class_noun: Annotated[
-        str | None, typer.Option("--class-noun", help="of LoRA files, such as dog; default: from the header")
-    ] = None,
-    kind: Annotated[
-        str | None, typer.Option("--kind", help="object, live or style: which prompts; default: by the class noun")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="a file with a prompt on each line, with {token} and {noun}")
-    ] = None,
-    count: Annotated[int, typer.Option("--count", min=1, max=1_000, help="images for each prompt")] = 4,
-    class_count: Annotated[
-        int, typer.Option("--class-count", min=1, max=10_000, help="images of the class alone, for pres")
-    ] = 16,
-    dino: Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")] = None,
-    clip: Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")] = None,
-    dinov2: Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")] = None,
-    dinov3: Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")] = None,
-    lpips: Annotated[str | None, typer.Option(metavar="DIR", help="for div: weights of AlexNet and LPIPS")] = None,
-    inception: Annotated[
-        str | None, typer.Option(metavar="FILE", help="for kid and fid: weights of torch-fidelity's InceptionV3")
-    ] = None,
-    copy: Annotated[
-        str | None, typer.Option(metavar="FILE", help="for copies: a TorchScript descriptor, such as SSCD")
-    ] = None,
-    vgg: Annotated[str | None, typer.Option(metavar="FILE", help="for gram: weights of VGG-19")] = None,
-    csd: Annotated[str | None, typer.Option(metavar="FILE", help="for csd: its weights")] = None,
-    step: Annotated[int | None, typer.Option("--step", help="of a run's checkpoint; default: the result")] = None,
-    weight: Annotated[float, typer.Option(help="the strength of the LoRA")] = 1.0,
+    sources: _Sources = None,
+    on: _On = None,
+    images: _Images = None,
+    out: _Out = Path("evaluation"),
+    metrics: _Metrics = None,
+    base: _Base = None,
+    token: _Token = None,
+    class_noun: _ClassNoun = None,
+    kind: _Kind = None,
+    prompts: _Prompts = None,
+    count: _Count = 4,
+    class_count: _ClassCount = 16,
+    dino: _Dino = None,
+    clip: _Clip = None,
+    dinov2: _Dinov2 = None,
+    dinov3: _Dinov3 = None,
+    lpips: _Lpips = None,
+    inception: _Inception = None,
+    copy: _Copy = None,
+    vgg: _Vgg = None,
+    csd: _Csd = None,
+    step: _Step = None,
+    weight: _Weight = 1.0,
     negative: str = "",
-    seed: Annotated[int, typer.Option(min=-(2**63), max=2**62, help="the first of the seeds")] = 0,
-    size: Annotated[int | None, typer.Option(min=1, help="side length in pixels; default: as trained")] = None,
+    seed: _Seed = 0,
+    size: _Size = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
-    guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
-    sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
-    batch_size: Annotated[
-        int, typer.Option(min=1, max=65_536, help="images drawn at once: fewer need less memory")
-    ] = 8,
+    guidance: _Guidance = None,
+    sampler: _Sampler = "dpm++",
+    batch_size: _BatchSize = 8,
 ) -> None:
     """Measure likeness, obedience and diversity of runs and files.
 

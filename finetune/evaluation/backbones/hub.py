@@ -93,17 +93,13 @@ class DinoV2Network(HubBackbone):
         return token
 
 
-class DinoV3Network(HubBackbone):
+class DinoV3Network(DinoV2Network):
     """The class token of a vision transformer's last layer, after its norm."""
 
     kind = "dinov3"
     hub = "facebook/dinov3-vits16-pretrain-lvd1689m"
     wants = "a folder of DINOv3 for transformers (hub id facebook/dinov3-vits16-pretrain-lvd1689m, after its licence)"
     classes = {"dinov3_vit": "DINOv3ViTModel"}
-
-    def look(self, images: Tensor) -> Tensor:
-        token: Tensor = self.model(pixel_values=images).last_hidden_state[:, 0]
-        return token
 
 
 class ClipNetwork(HubBackbone):
