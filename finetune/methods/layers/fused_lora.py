@@ -1,0 +1,145 @@
+"""One autograd function for a frozen layer and its LoRA: y = base(x) + s B A x.
+
+PEFT's layers compute B A x, its scaled copy and the sum one by one, each with its part of the graph and a tensor of
+the output's size. Here the update is added to the base's output in place. Layers become these classes by their class
+alone, so that parameters, names, state dict and exports stay PEFT's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Conv2d, Linear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import conv2d, linear
+
+from finetune.methods.layers.products import FrozenConv2d, FrozenLinear, product
+
+
+def only_adapter(layer: Any) -> str | None:
+    """The name of the one plain LoRA that a PEFT layer applies now.
+
+    None: it is switched off, merged, not alone, has dropout, a bias or a variant such as DoRA: PEFT computes that.
+    """
+    if layer._disable_adapters or layer.merged_adapters:
+        return None
+    names = layer.active_adapters
+    if len(names) != 1 or names[0] not in layer.lora_A or names[0] in layer.lora_variant:
+        return None
+    drops = layer.training and not isinstance(layer.lora_dropout[names[0]], nn.Identity)
+    return None if drops or layer.lora_bias[names[0]] else names[0]
+
+
+def _fused(layer: Any, x: Tensor, extra: Any) -> Tensor | None:
+    """The output of a layer, or None where PEFT has to compute it."""
+    name = only_adapter(layer)
+    base = layer.base_layer
+    if name is None or extra or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return None
+    if not isinstance(base, FrozenLinear | FrozenConv2d) or x.dtype != base.weight.dtype:
+        return None
+    factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+    function: Any = _LoraLinear if isinstance(base, FrozenLinear) else _LoraConv
+    found: Tensor = function.apply(x, *factors, base, layer.scaling[name])
+    return found
+
+
+class FusedLinear(Linear):
+    """PEFT's LoRA of a linear layer."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        found = _fused(self, x, args or kwargs)
+        whole: Tensor = super().forward(x, *args, **kwargs) if found is None else found
+        return whole
+
+
+class FusedConv2d(Conv2d):
+    """PEFT's LoRA of a convolution."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [B, in, height, width] -> [B, out, height', width']."""
+        found = _fused(self, x, args or kwargs) if x.dim() == 4 else None
+        whole: Tensor = super().forward(x, *args, **kwargs) if found is None else found
+        return whole
+
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {Linear: FusedLinear, Conv2d: FusedConv2d}
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x [..., in], A [r, in], B [out, r] -> [..., out], for x in the base's dtype and factors in fp32.
+
+    As PEFT does, the update is computed in the dtype of the factors and rounded once, with the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: FrozenLinear, scale: float) -> Tensor:
+        result = base.product(x)
+        low = linear(x.to(a.dtype), a)
+        _add_product(result.view(-1, len(b)), low.view(-1, len(a)), b.t(), scale)
+        ctx.save_for_backward(x, low, a, b)
+        ctx.base, ctx.scale = base, scale
+        return result
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, a, b = ctx.saved_tensors
+        flat = gradient.reshape(-1, len(b)).to(b.dtype)
+        through = product(flat, b.t()).mul_(ctx.scale)  # [N, r]
+        of_a = through.t() @ x.reshape(-1, x.shape[-1]).to(a.dtype)
+        of_b = (flat.t() @ low.view(-1, len(a))).mul_(ctx.scale)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = ctx.base.input_gradient(gradient, x.shape)
+            _add_product(of_x.view(-1, x.shape[-1]), through, a, 1.0)
+        return of_x, of_a, of_b, None, None
+
+
+class _LoraConv(torch.autograd.Function):
+    """x [B, in, height, width], A [r, in, k, k], B [out, r, 1, 1] -> [B, out, height', width']."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: FrozenConv2d, scale: float) -> Tensor:
+        result = base.product(x).contiguous()
+        low = conv2d(x.to(a.dtype), a, None, base.stride, base.padding).flatten(2)  # [B, r, pixels]
+        _add_products(result.flatten(2), b.flatten(1), low, scale)
+        ctx.save_for_backward(x, low, a, b)
+        ctx.base, ctx.scale = base, scale
+        return result
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, a, b = ctx.saved_tensors
+        flat = gradient.flatten(2).to(b.dtype)
+        through = torch.matmul(b.flatten(1).t(), flat).mul_(ctx.scale)
+        of_b = torch.einsum("bop,brp->or", flat, low).mul_(ctx.scale).view(b.shape)
+        base = ctx.base
+        shape = (len(through), len(a), *gradient.shape[2:])
+        of_low, of_a, _ = torch.ops.aten.convolution_backward(
+            through.view(shape), x.to(a.dtype), a, None, base.stride, base.padding, [1, 1], False, [0, 0], 1,
+            [ctx.needs_input_grad[0], True, False],
+        )  # fmt: skip
+        if not ctx.needs_input_grad[0]:
+            return None, of_a, of_b, None, None
+        return ctx.base.input_gradient(gradient, x.shape) + of_low.to(x.dtype), of_a, of_b, None, None
+
+
+def _add_product(result: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """result [N, out] += scale left [N, r] right [r, out]."""
+    if result.dtype == left.dtype:
+        result.addmm_(left, right, alpha=scale)
+    else:
+        result.add_(left @ right, alpha=scale)
+
+
+def _add_products(result: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """result [B, out, pixels] += scale left [out, r] right [B, r, pixels]."""
+    if result.dtype == left.dtype:
+        result.baddbmm_(left.expand(len(result), *left.shape), right, alpha=scale)
+    else:
+        result.add_(torch.matmul(left, right), alpha=scale)

@@ -1,0 +1,159 @@
+"""Products with frozen weights on a CPU: oneDNN's kernels, convolution weights packed once, and no weight gradients.
+
+Which kernel computes a product depends on its shape and on the processor alone, so a run repeats itself bit for bit.
+The results differ from torch's own by rounding (1e-6 of the largest value): all arithmetic stays in the input's dtype.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import conv2d, linear
+
+LEAST_WORK = 1_500_000  # multiplications; below it the call of oneDNN costs more than it saves
+MOST_PIXELS = 1024  # of all images of a batch; above it packing a 3x3 weight no longer pays
+MEMORY_SHARE = 4  # packed weights take at most this part of the machine's memory: a quarter
+ONES, NONE = [1, 1], ("none", [], "")
+
+
+@cache
+def has_packed_convolutions() -> bool:
+    """Whether oneDNN has kernels for AVX-512 here; others were not measured."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@cache
+def has_faster_products() -> bool:
+    """Whether oneDNN multiplies fp32 matrices faster than MKL, which uses AVX-512 on Intel's processors only."""
+    return has_packed_convolutions() and not _is_intel()
+
+
+def _is_intel() -> bool:
+    file = Path("/proc/cpuinfo")
+    return not file.is_file() or "GenuineIntel" in file.read_text(encoding="utf-8", errors="replace")
+
+
+def memory_of_machine() -> int:
+    """The machine's memory in bytes, or that of this process's container if it is smaller."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    file = Path("/sys/fs/cgroup/memory.max")
+    limit = file.read_text(encoding="utf-8").strip() if file.is_file() else "max"
+    return min(whole, int(limit)) if limit.isdigit() else whole
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in], weight [out, in] -> x weight^T + bias [..., out]. It has no gradient of its own."""
+    if x.dtype == torch.float32 and x.numel() * len(weight) >= LEAST_WORK and has_faster_products():
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *NONE)
+        return found
+    return linear(x, weight, bias)
+
+
+class FrozenLinear(nn.Linear):
+    """`nn.Linear` whose weight is not trained. It becomes one by its class: its parameters are the module's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        large = x.numel() * len(self.weight) >= LEAST_WORK
+        if not large or x.dtype != torch.float32 or not is_plain(x, self.weight):
+            return super().forward(x)
+        found: Tensor = _Product.apply(x, self)
+        return found
+
+    def product(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.bias)
+
+    def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of the output -> the gradient of the input."""
+        return product(gradient, self.weight.t()).view(shape)
+
+
+class FrozenConv2d(nn.Conv2d):
+    """`nn.Conv2d` whose weight is not trained, packed for oneDNN at its first use: once as it is, and once mirrored
+    for the gradient of the input, which is then a plain convolution too."""
+
+    _packs: dict[str, Tensor]
+    _version: tuple[int, int]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in, height, width] -> [B, out, height', width']."""
+        if x.dim() != 4 or not self.pays(x) or not is_plain(x, self.weight):
+            return super().forward(x)
+        found: Tensor = _Product.apply(x, self)
+        return found
+
+    def pays(self, x: Tensor) -> bool:
+        return self.kernel_size == (1, 1) or x.numel() // self.in_channels <= MOST_PIXELS
+
+    def product(self, x: Tensor) -> Tensor:
+        if not self.pays(x):
+            return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return _packed(x, self._pack("forward"), self.bias, self.padding, self.stride)
+
+    def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of the output -> the gradient of the input, which has this shape."""
+        pixels = shape.numel() // self.in_channels
+        if self.stride == (1, 1) and (self.kernel_size == (1, 1) or pixels <= MOST_PIXELS):
+            padding = [size - 1 - own for size, own in zip(self.kernel_size, self.padding, strict=True)]
+            return _packed(gradient, self._pack("backward"), None, padding, ONES)
+        empty = gradient.new_empty(1).expand(shape)
+        sizes = self.stride, self.padding, self.dilation, False, [0, 0], self.groups
+        found: Tensor = torch.ops.aten.convolution_backward(
+            gradient, empty, self.weight, None, *sizes, [True, False, False]
+        )[0]
+        return found
+
+    def _pack(self, way: str) -> Tensor:
+        version = self.weight._version, self.weight.data_ptr()
+        if self.__dict__.get("_version") != version:
+            self.__dict__["_packs"], self.__dict__["_version"] = {}, version
+        packs: dict[str, Tensor] = self.__dict__["_packs"]
+        if way not in packs:
+            weight, padding, stride = self.weight.detach(), list(self.padding), list(self.stride)
+            if way == "backward":
+                weight, stride = weight.flip(2, 3).transpose(0, 1).contiguous(), ONES
+                padding = [size - 1 - own for size, own in zip(self.kernel_size, padding, strict=True)]
+            # always packed for images of the same size, so that the order of the batches changes nothing
+            size = [2, weight.shape[1], 8, 8]
+            packs[way] = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, ONES, 1, size)
+        return packs[way]
+
+    def drop_packs(self) -> None:
+        self.__dict__.pop("_packs", None)
+        self.__dict__.pop("_version", None)
+
+
+def can_pack(module: nn.Conv2d) -> bool:
+    """Whether `FrozenConv2d` knows this kind of convolution."""
+    simple = module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
+    return simple and not isinstance(module.padding, str) and module.padding[0] < module.kernel_size[0]
+
+
+def is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product needs nothing of autocast, of another device, or of another dtype."""
+    return x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+
+
+def _packed(x: Tensor, pack: Tensor, bias: Tensor | None, padding: Any, stride: Any) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._convolution_pointwise(x, pack, bias, padding, stride, ONES, 1, *NONE)
+    return found
+
+
+class _Product(torch.autograd.Function):
+    """A frozen layer's output. Nothing but the shape of its input is kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear | FrozenConv2d) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        return layer.product(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.input_gradient(gradient, ctx.shape), None
