@@ -20,6 +20,7 @@ from finetune.jobs.verdicts import make_watch
 from finetune.objectives.registry import build_objective
 from finetune.report.pictures import CLASS_IMAGES, OTHER_IMAGES, keep_class_images
 from finetune.runs.folder import RunFolder
+from finetune.training.fast import quickened
 from finetune.training.peers import joined
 from finetune.training.regularizers import PriorContext
 from finetune.training.step import PromptEncoder, Step, StepOptions, parts_of
@@ -66,9 +67,6 @@ def fit_job(
     )
     previews = _Previews(job, folder, trainer, idle, accelerator.is_main_process)
 
-    if watch.due:
-        watch.begin(folder, trainer, encode_prompts)
-
     def after_step(step: int) -> None:
         previews.after_step(step)
         watch.after_step(step)
@@ -78,7 +76,11 @@ def fit_job(
         previews.after_restore(step)
         watch.after_restore(step)
 
-    trainer.fit(batches, after_step, stop, after_restore)
+    wanted = recipe.run.fast == "auto" and accelerator.device.type == "cpu"
+    with quickened(family.parts.values(), wanted):
+        if watch.due:
+            watch.begin(folder, trainer, encode_prompts)
+        trainer.fit(batches, after_step, stop, after_restore)
     family.parts.restore(idle)
 
 

@@ -31,6 +31,7 @@ from finetune.optim.base import Optimiser
 from finetune.runs.metrics import MetricsFile
 from finetune.training.accelerate import make_accelerator
 from finetune.training.checkpoint import Checkpoints
+from finetune.training.fast import quickened
 from finetune.training.settings import Run
 from finetune.training.step import Step, parts_of
 from finetune.training.trainer import Trainable, Trainer
@@ -52,19 +53,20 @@ class ShortRun:
     bad: int = -1
     device: str = "cpu"
     optim: Optimiser | None = None
+    fast: bool = False
 
 
 WHOLE = ShortRun()
 
 
 def killed_and_resumed_is_the_unbroken_run(
-    base: Path, kind: str, folder: Path, optim: Optimiser | None = None, **settings: Any
+    base: Path, kind: str, folder: Path, optim: Optimiser | None = None, fast: bool = False, **settings: Any
 ) -> None:
     """A run that fails in its last step and is resumed ends bit-identical to an uninterrupted run."""
     whole, cut = folder / "whole", folder / "cut"
     whole.mkdir()
     cut.mkdir()
-    unbroken = ShortRun(optim=optim)
+    unbroken = ShortRun(optim=optim, fast=fast)
     wanted = train(base, kind, whole, unbroken, **settings)
     try:
         train(base, kind, cut, replace(unbroken, bad=2), **settings)
@@ -233,7 +235,7 @@ def train(base: Path, kind: str, folder: Path, short: ShortRun = WHOLE, **settin
         make_accelerator(run, method.is_adapter),
         Checkpoints(folder),
     )
-    with sent_to(MetricsFile(folder)):
+    with sent_to(MetricsFile(folder)), quickened(family.parts.values(), short.fast):
         trainer.fit(Fixed(family.codec.channels, word, short.bad, short.count))
     return {name: value.detach().clone() for name, value in trained.items()}
 

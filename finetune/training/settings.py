@@ -23,7 +23,8 @@ class Run(Settings):
     `verdicts_every` says after how many steps. The results are the same with and without. `keep_best`: the checkpoint
     that the verdicts recommend is kept too. `released`: what happens to frozen parts whose outputs are cached: they
     are dropped and loaded again for images, or kept in the CPU's memory (`cpu`: faster previews, but more main
-    memory).
+    memory). `fast`: on a CPU, frozen and LoRA layers are computed by other kernels (`auto`; see
+    `finetune.training.fast`). The result differs by rounding.
     """
 
     dir: AnyPath | None = None  # None: runs/<name>-<n>
@@ -37,6 +38,7 @@ class Run(Settings):
     deterministic: bool = False  # bit-identical results on CUDA too, but slower
     gradient_checkpointing: bool = False
     released: Literal["reread", "cpu"] = "reread"
+    fast: Literal["auto", "off"] = "off"  # off: existing recipes give the same bytes
     ema: float | None = Field(default=None, gt=0, lt=1)
     checkpoint_every: int = Field(default=250, ge=1)
     keep: int = Field(default=2, ge=1)
@@ -46,7 +48,7 @@ class Run(Settings):
     log_every: int = Field(default=1, ge=1)
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
 
-    @field_validator("verdicts", mode="before")
+    @field_validator("verdicts", "fast", mode="before")
     @classmethod
     def _a_word_in_yaml(cls, value: Any) -> Any:
         return {False: "off", True: "on"}[value] if isinstance(value, bool) else value  # YAML reads `off` as false

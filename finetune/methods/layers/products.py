@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, linear
 
-LEAST_WORK = 1_500_000  # multiplications; below it the call of oneDNN costs more than it saves
+LEAST_WORK = 8_000_000  # multiplications of a product; below it the call of oneDNN costs more than it saves
+LEAST_CONVOLUTION = 30_000_000  # the same for a convolution
 MOST_PIXELS = 1024  # of all images of a batch; above it packing a 3x3 weight no longer pays
 MEMORY_SHARE = 4  # packed weights take at most this part of the machine's memory: a quarter
 ONES, NONE = [1, 1], ("none", [], "")
@@ -78,9 +79,6 @@ class FrozenConv2d(nn.Conv2d):
     """`nn.Conv2d` whose weight is not trained, packed for oneDNN at its first use: once as it is, and once mirrored
     for the gradient of the input, which is then a plain convolution too."""
 
-    _packs: dict[str, Tensor]
-    _version: tuple[int, int]
-
     def forward(self, x: Tensor) -> Tensor:
         """x [B, in, height, width] -> [B, out, height', width']."""
         if x.dim() != 4 or not self.pays(x) or not is_plain(x, self.weight):
@@ -88,18 +86,32 @@ class FrozenConv2d(nn.Conv2d):
         found: Tensor = _Product.apply(x, self)
         return found
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it multiplies the channels of each pixel by a matrix, and does no more."""
+        return self.kernel_size == (1, 1) and self.stride == (1, 1)
+
     def pays(self, x: Tensor) -> bool:
-        return self.kernel_size == (1, 1) or x.numel() // self.in_channels <= MOST_PIXELS
+        """Whether an input is computed faster than by `nn.Conv2d`."""
+        size = x.shape[2] * x.shape[3]
+        if self.is_matrix:
+            return x.dtype == torch.float32 and has_faster_products() and self.weight.numel() * size >= LEAST_WORK
+        pixels = len(x) * size
+        return pixels <= MOST_PIXELS and pixels * self.weight.numel() >= LEAST_CONVOLUTION
 
     def product(self, x: Tensor) -> Tensor:
         if not self.pays(x):
             return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        return _packed(x, self._pack("forward"), self.bias, self.padding, self.stride)
+        if not self.is_matrix:
+            return _packed(x, self._pack("forward"), self.bias, self.padding, self.stride)
+        found = _each_image(self.weight.flatten(1), x)
+        return found if self.bias is None else found.add_(self.bias[:, None, None])
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of the output -> the gradient of the input, which has this shape."""
-        pixels = shape.numel() // self.in_channels
-        if self.stride == (1, 1) and (self.kernel_size == (1, 1) or pixels <= MOST_PIXELS):
+        if self.is_matrix and self.pays(gradient):
+            return _each_image(self.weight.flatten(1).t(), gradient)
+        if self.stride == (1, 1) and self.pays(gradient) and not self.is_matrix:
             padding = [size - 1 - own for size, own in zip(self.kernel_size, self.padding, strict=True)]
             return _packed(gradient, self._pack("backward"), None, padding, ONES)
         empty = gradient.new_empty(1).expand(shape)
@@ -124,6 +136,10 @@ class FrozenConv2d(nn.Conv2d):
             packs[way] = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, ONES, 1, size)
         return packs[way]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: packed weights can't be copied."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_packs", "_version")}
+
     def drop_packs(self) -> None:
         self.__dict__.pop("_packs", None)
         self.__dict__.pop("_version", None)
@@ -138,6 +154,11 @@ def can_pack(module: nn.Conv2d) -> bool:
 def is_plain(x: Tensor, weight: Tensor) -> bool:
     """Whether the product needs nothing of autocast, of another device, or of another dtype."""
     return x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+
+
+def _each_image(weight: Tensor, x: Tensor) -> Tensor:
+    """weight [out, in], x [B, in, height, width] -> [B, out, height, width], without another order of the pixels."""
+    return torch.stack([product(weight, image.flatten(1).t()) for image in x]).view(len(x), -1, *x.shape[2:])
 
 
 def _packed(x: Tensor, pack: Tensor, bias: Tensor | None, padding: Any, stride: Any) -> Tensor:

@@ -1,0 +1,197 @@
+"""`run.fast`: the faster layers give the plain path's loss and gradients, for every family x method, and resume."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.families.registry import FAMILIES
+from finetune.families.source import load_family
+from finetune.methods.layers import products
+from finetune.methods.lora import LoRA
+from finetune.methods.registry import METHODS
+from finetune.methods.start import tuner_layers
+from finetune.testing import contract
+from finetune.testing.contract import attached, predict
+from finetune.training.fast import quickened
+
+pytestmark = pytest.mark.skipif(not products.has_packed_convolutions(), reason="no AVX-512: fast is the plain path")
+USUAL = ("lora", "dora")
+CASES = [
+    pytest.param(family, kind, marks=() if kind in USUAL else pytest.mark.slow)
+    for family in FAMILIES
+    for kind in METHODS
+]
+
+
+@pytest.fixture
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small layers count as large ones, so that all of them take the other path."""
+    monkeypatch.setattr(products, "LEAST_WORK", 1)
+    monkeypatch.setattr(products, "LEAST_CONVOLUTION", 1)
+    monkeypatch.setattr(products, "MOST_PIXELS", 10**9)
+    monkeypatch.setattr(products, "has_faster_products", lambda: True)
+
+
+def moved(trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The parameters, moved a little: a new adapter's B is zero, and then A has no gradient."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in trained.values():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return trained
+
+
+def gradients(loss: Tensor, trained: dict[str, nn.Parameter]) -> Tensor:
+    loss.backward()
+    found = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained.values()])
+    for parameter in trained.values():
+        parameter.grad = None
+    return found.double()
+
+
+def both_ways(family, trained: dict[str, nn.Parameter], word: str = "zwx") -> list[tuple[float, Tensor]]:
+    found = []
+    for wanted in (False, True):
+        with quickened(family.parts.values(), wanted):
+            loss = predict(family, 0, word).double().square().mean()  # its sum adds no rounding
+            found.append((float(loss.detach()), gradients(loss, trained)))
+    return found
+
+
+def is_equal_but_for_rounding(plain: tuple[float, Tensor], fast: tuple[float, Tensor]) -> None:
+    assert abs(fast[0] - plain[0]) <= 2e-7 * abs(plain[0])
+    assert (fast[1] - plain[1]).norm() <= 3e-6 * plain[1].norm() != 0
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.usefixtures("every_size")
+def test_loss_and_gradients_are_the_plain_paths(name: str, kind: str, tiny_bases: dict[str, Path]) -> None:
+    family = load_family(str(tiny_bases[name]))
+    parts = ["text_encoders"] if kind == "textual_inversion" else ["denoiser", "text_encoders"]
+    _, trained, word = attached(kind, parts, family)
+    is_equal_but_for_rounding(*both_ways(family, moved(trained), word))
+
+
+@pytest.mark.parametrize("targets", ["attention", "conv"])
+@pytest.mark.usefixtures("every_size")
+def test_convolutions_have_their_lora_too(targets: str, tiny_bases: dict[str, Path]) -> None:
+    family = load_family(str(tiny_bases["sd1"]))
+    trained = moved(LoRA(rank=3, alpha=1, targets=targets).attach(family, 0))
+    plain, fast = both_ways(family, trained)
+    is_equal_but_for_rounding(plain, fast)
+    kinds = {type(module).__name__ for _, module in tuner_layers(family.parts["denoiser"])}
+    assert ("Conv2d" in kinds) == (targets == "conv")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.usefixtures("every_size")
+def test_killed_and_resumed_is_the_unbroken_run(kind: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    contract.killed_and_resumed_is_the_unbroken_run(tiny_bases["sd1"], kind, tmp_path, fast=True, dropout=0.1)
+
+
+@pytest.mark.usefixtures("every_size")
+def test_afterwards_every_module_is_what_it_was(tiny_bases: dict[str, Path]) -> None:
+    family = load_family(str(tiny_bases["sd1"]))
+    trained = LoRA(rank=2, targets="conv").attach(family, 0)
+    denoiser = family.parts["denoiser"]
+    before = {name: type(module) for name, module in denoiser.named_modules()}
+    names = list(denoiser.state_dict())
+    with quickened(family.parts.values(), True):
+        inside = {type(module).__name__ for module in denoiser.modules()}
+        predict(family).square().mean().backward()
+        assert list(denoiser.state_dict()) == names
+        assert torch.equal(predict(family), predict_with(copy.deepcopy(denoiser), family))
+    assert inside >= {"FrozenLinear", "FrozenConv2d", "FusedLinear", "FusedConv2d"}
+    assert {name: type(module) for name, module in denoiser.named_modules()} == before
+    assert not any("_packs" in module.__dict__ for module in denoiser.modules())
+    assert all(parameter.requires_grad for parameter in trained.values())
+
+
+def predict_with(denoiser: nn.Module, family) -> Tensor:
+    own, family.parts["denoiser"] = family.parts["denoiser"], denoiser
+    try:
+        return predict(family)
+    finally:
+        family.parts["denoiser"] = own
+
+
+@pytest.mark.usefixtures("every_size")
+def test_where_the_layers_are_peft_computes_what_is_not_one_plain_lora(tiny_bases: dict[str, Path]) -> None:
+    """Switched off, merged into the base, in autocast, or beside a second adapter."""
+    family = load_family(str(tiny_bases["sd1"]))
+    method = LoRA(rank=2)
+    moved(method.attach(family, 0))
+    layers = [layer for _, layer in tuner_layers(family.parts["denoiser"])]
+    clean = load_family(str(tiny_bases["sd1"]))
+    with torch.no_grad(), quickened(family.parts.values(), True):
+        tuned = predict(family)
+        with method.disabled(family):
+            assert torch.allclose(predict(family), predict(clean), atol=1e-5)
+        for layer in layers:
+            layer.merge()
+        assert torch.allclose(predict(family), tuned, atol=1e-5)
+        for layer in layers:
+            layer.unmerge()
+        assert torch.allclose(predict(family), tuned, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            halved = predict(family)
+        for layer in layers:
+            layer.update_layer("second", r=2, lora_alpha=2, init_lora_weights=False, config=None)
+            layer.set_adapter(["default", "second"])
+        several = predict(family)
+    with torch.no_grad():
+        assert torch.allclose(predict(family), several, atol=1e-5)
+        assert not torch.allclose(several, tuned, atol=1e-3)
+        for layer in layers:
+            layer.set_adapter(["default"])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(predict(family), halved)
+
+
+@pytest.mark.usefixtures("every_size")
+def test_a_bf16_base_keeps_fp32_factors_and_their_gradients(tiny_bases: dict[str, Path]) -> None:
+    """The base's own rounding to bf16 (4e-3) is larger than any difference."""
+    family = load_family(str(tiny_bases["sd1"]), dtype=torch.bfloat16)
+    trained = moved(LoRA(rank=2, targets="conv").attach(family, 0))
+    plain, fast = both_ways(family, trained)
+    assert abs(fast[0] - plain[0]) <= 4e-3 * abs(plain[0])
+    assert (fast[1] - plain[1]).norm() <= 4e-2 * plain[1].norm() != 0
+
+
+def test_without_the_wish_nothing_changes(tiny_bases: dict[str, Path]) -> None:
+    family = load_family(str(tiny_bases["sd1"]))
+    before = [type(module) for module in family.parts["denoiser"].modules()]
+    with quickened(family.parts.values(), False):
+        assert [type(module) for module in family.parts["denoiser"].modules()] == before
+
+
+def test_trained_weights_keep_their_layers(tiny_bases: dict[str, Path]) -> None:
+    family = load_family(str(tiny_bases["sd1"]))
+    attached("full", ["denoiser"], family)
+    before = [type(module) for module in family.parts["denoiser"].modules()]
+    with quickened([family.parts["denoiser"]], True):
+        assert [type(module) for module in family.parts["denoiser"].modules()] == before
+
+
+def test_a_small_machine_packs_no_weights(tiny_bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.training.fast.memory_of_machine", lambda: 1000)
+    family = load_family(str(tiny_bases["sd1"]))
+    LoRA(rank=2).attach(family, 0)
+    with quickened(family.parts.values(), True):
+        kinds = {type(module).__name__ for module in family.parts["denoiser"].modules()}
+    assert "FusedLinear" in kinds
+    assert "FrozenConv2d" not in kinds
+
+
+def test_memory_is_kept_by_glibc_alone() -> None:
+    import platform
+    import subprocess
+    import sys
+
+    code = "from finetune.core.allocator import keep_memory; print(keep_memory())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == str(platform.libc_ver()[0] == "glibc")
