@@ -1,11 +1,14 @@
 """Compares our training step with a bare loop, the floor, in one run: CPU-seconds per step, start-up, memory.
 
     OMP_WAIT_POLICY=passive python benchmarks/step.py            # the tiny base and a 34M UNet at 256 pixels
+    python benchmarks/step.py --sizes 34M --fast auto off --precision fp32 bf16 --out benchmarks/step.jsonl
+    python benchmarks/step.py --table                            # the rows of benchmarks/step.jsonl
 
 The floor uses the same model with the same adapter, and all inputs are tensors in memory. It runs forward, loss,
-backward and fused AdamW, without data plan, caches, random draws, clipping, logs and checks. Our steps and the floor's
-alternate in one process, so that other load on the machine affects both. The medians of the process's CPU-seconds are
-compared, because wall time means little on a shared machine.
+backward and fused AdamW in fp32, without data plan, caches, random draws, clipping, logs and checks. Our steps and the
+floor's alternate, so that other load on the machine affects both; each has its own process, because the allocator's
+settings of `run.fast` hold for a process. The medians of the processes' CPU-seconds are compared, because wall time
+means little on a shared machine.
 """
 
 from __future__ import annotations
@@ -27,12 +30,18 @@ from memory import peak_memory
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 BEGAN = time.perf_counter()
 
-SIZES = {"tiny": "the embedded tiny base, 64 px", "34M": "a 34M UNet of SD1's shape, random weights, 256 px"}
+SIZES = {
+    "tiny": "the embedded tiny base, 64 px",
+    "34M": "a 34M UNet of SD1's shape, random weights, 256 px",
+    "860M": "SD1.5's UNet with random weights, 256 px; about 12 GB of memory",
+}
+ROWS = Path(__file__).with_name("step.jsonl")
 RANK, BATCH = 4, 2
 
 
-def write_34m(folder: Path) -> None:
-    """Writes a diffusers folder with a four-level UNet like SD1's with 34M parameters, and other small parts."""
+def write_base(size: str, folder: Path) -> None:
+    """Writes a diffusers folder with a four-level UNet like SD1's with 34M parameters, or of its size, and other small
+    parts."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -40,11 +49,12 @@ def write_34m(folder: Path) -> None:
 
     write_sd(folder, 0, linear_projection=False)
     torch.manual_seed(0)
+    widths = (64, 128, 256, 256) if size == "34M" else (320, 640, 1280, 1280)
     unet = UNet2DConditionModel(
         sample_size=32,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(64, 128, 256, 256),
+        block_out_channels=widths,
         layers_per_block=2,
         attention_head_dim=8,
         cross_attention_dim=16,
@@ -66,8 +76,8 @@ def source_of(size: str, work: Path) -> str:
     if size == "tiny":
         return "tiny"
     folder = work / size
-    if not (folder / "unet").is_dir():
-        write_34m(folder)
+    if not (folder / "scheduler").is_dir():
+        write_base(size, folder)
     return str(folder)
 
 
@@ -110,7 +120,9 @@ def floor_step(source: str) -> Callable[[], None]:
     return step
 
 
-def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None]) -> float:
+def our_run(
+    source: str, work: Path, steps: int, on_step: Callable[[int], None], fast: str = "off", precision: str = "fp32"
+) -> float:
     """Runs our loop with our data plan, as `finetune train` does. Returns the seconds for saving a checkpoint."""
     from finetune.config.load import parse_recipe
     from finetune.core.events import sent_to
@@ -141,7 +153,8 @@ def our_run(source: str, work: Path, steps: int, on_step: Callable[[int], None])
             "data": {"photos": str(make_photos(work)), "class_noun": "mug", "token": "sks", "flip": True},
             "method": {"kind": "lora", "rank": RANK},
             "optim": {"kind": "adamw"},
-            "run": {"steps": steps, "batch_size": BATCH, "checkpoint_every": 10**6},
+            "run": {"steps": steps, "batch_size": BATCH, "checkpoint_every": 10**6}
+            | {"fast": fast, "precision": precision, "verdicts": "off"},
             "sample": {"prompts": ["a mug"], "count": 1, "steps": 1},
         }
     )
@@ -173,35 +186,88 @@ def timed_protection() -> list[float]:
     return spent
 
 
-def side_by_side(size: str, work: Path, steps: int) -> dict[str, Any]:
-    """Median CPU-seconds of our step and of the floor's, alternating."""
+class Floor:
+    """The floor's steps in another process, one at a time."""
+
+    def __init__(self, size: str, work: Path) -> None:
+        command = [sys.executable, __file__, "--work", str(work), "--serve", "--sizes", size]
+        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def step(self) -> float:
+        """Runs one step. Returns its CPU-seconds."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        while not line.startswith("seconds "):
+            line = self.process.stdout.readline()
+            assert line, "the floor's process ended"
+        return float(line.split()[1])
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve_floor(size: str, work: Path) -> None:
+    """Runs one step of the floor for each line of the input, and prints its CPU-seconds."""
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    step = floor_step(source_of(size, work))
+    for _ in sys.stdin:
+        began = time.process_time()
+        step()
+        print("seconds", time.process_time() - began, flush=True)
+
+
+def side_by_side(size: str, work: Path, steps: int, fast: str, precision: str) -> dict[str, Any]:
+    """Median CPU-seconds of our step and of the floor's, alternating."""
+    import torch
+
+    from finetune.core.allocator import keep_memory
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if fast == "auto":
+        keep_memory()  # as the command does
     source = source_of(size, work)
-    floor = floor_step(source)
-    floor()
+    floor = Floor(size, work)
+    floor.step()
     ours_each, floor_each, mark = [], [], [0.0]
 
     def on_step(number: int) -> None:
         now = time.process_time()
         if number > 1:  # the first step includes start-up
             ours_each.append(now - mark[0])
-        began = time.process_time()
-        floor()
-        floor_each.append(time.process_time() - began)
+        floor_each.append(floor.step())
         mark[0] = time.process_time()
 
     spent = timed_protection()
-    saving = our_run(source, work, steps + 1, on_step)
+    saving = our_run(source, work, steps + 1, on_step, fast, precision)
+    floor.end()
     ours, bare = statistics.median(ours_each), statistics.median(floor_each[1:])
     return {
+        "size": size,
+        "fast": fast,
+        "precision": precision,
+        "steps": steps,
         "ours": ours,
         "floor": bare,
         "ratio": ours / bare,
         "saving": saving,
         "protection": sum(spent) / (steps + 1) / ours,
+        "peak_mb": peak_memory() / 2**20,
     }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table in Markdown."""
+    lines = ["| base | precision | `run.fast` | ours | floor, fp32 | ratio | steps |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        numbers = f"{row['ours']:.3f} | {row['floor']:.3f} | {row['ratio']:.2f} | {row['steps']}"
+        lines.append(f"| {row['size']} | {row['precision']} | `{row['fast']}` | {numbers} |")
+    return "\n".join(lines)
 
 
 def alone(size: str, work: Path, which: str) -> dict[str, float]:
@@ -230,37 +296,79 @@ def child(size: str, work: Path, which: str) -> dict[str, float]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
+def show(row: dict[str, Any]) -> None:
+    print(f"  run.fast {row['fast']}, {row['precision']}, {row['steps']} steps")
+    print(f"  CPU-s per step: ours {row['ours']:.4f}, floor {row['floor']:.4f}, ratio {row['ratio']:.3f}", flush=True)
+    print(f"  of which checks, signals and metrics: {row['protection']:.2%}", flush=True)
+    print(f"  a checkpoint: {row['saving']:.3f} s, the time of {row['saving'] / row['ours']:.1f} steps", flush=True)
+
+
+def show_start(size: str, work: Path) -> None:
+    cold, warm, bare = child(size, work, "ours"), child(size, work, "ours"), child(size, work, "floor")
+    print(
+        f"  start to first step: ours {cold['first_step']:.1f} s, warm cache {warm['first_step']:.1f} s, floor "
+        f"{bare['first_step']:.1f} s"
+    )
+    print(f"  peak memory: ours {warm['peak_mb']:.0f} MB, floor {bare['peak_mb']:.0f} MB", flush=True)
+
+
+def measured(size: str, work: Path, steps: int, fast: str, precision: str) -> dict[str, Any]:
+    """`side_by_side` in a new process."""
+    command = [sys.executable, __file__, "--work", str(work), "--side", "--sizes", size, "--steps", str(steps)]
+    command += ["--fast", fast, "--precision", precision]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "34M"], choices=list(SIZES))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--fast", nargs="+", default=["off", "auto"], choices=["off", "auto"])
+    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--out", type=Path, help="a file to which each row is added, as a line of JSON")
+    parser.add_argument("--no-start", action="store_true", help="measure steps alone")
+    parser.add_argument("--table", action="store_true", help="print the rows of step.jsonl as a table")
+    parser.add_argument("--alone", choices=["ours", "floor"], help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
 def main() -> None:
     from finetune.core.logging import quiet
 
     quiet()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--alone", choices=["ours", "floor"])
-    arguments = parser.parse_args()
-    work = arguments.work or Path(tempfile.mkdtemp())
-    os.environ.setdefault("FINETUNE_CACHE", str(work / "cache"))
-    if arguments.alone:
-        print(json.dumps(alone(arguments.sizes[0], work, arguments.alone)))
+    asked = options()
+    if asked.table:
+        print(table([json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]))
         return
-    for size in arguments.sizes:
-        row = side_by_side(size, work, arguments.steps)
-        print(f"{size}: {SIZES[size]}, LoRA rank {RANK}, {BATCH} images a step, {arguments.steps} steps")
-        print(
-            f"  CPU-s per step: ours {row['ours']:.4f}, floor {row['floor']:.4f}, ratio {row['ratio']:.3f}", flush=True
-        )
-        print(f"  of which checks, signals and metrics: {row['protection']:.2%}", flush=True)
-        print(
-            f"  a checkpoint: {row['saving']:.3f} s, the time of {row['saving'] / row['ours']:.1f} steps", flush=True
-        )
-        cold, warm, bare = child(size, work, "ours"), child(size, work, "ours"), child(size, work, "floor")
-        print(
-            f"  start to first step: ours {cold['first_step']:.1f} s, warm cache {warm['first_step']:.1f} s, floor "
-            f"{bare['first_step']:.1f} s"
-        )
-        print(f"  peak memory: ours {warm['peak_mb']:.0f} MB, floor {bare['peak_mb']:.0f} MB", flush=True)
+    work, size = asked.work or Path(tempfile.mkdtemp()), asked.sizes[0]
+    os.environ.setdefault("FINETUNE_CACHE", str(work / "cache"))
+    if asked.alone:
+        print(json.dumps(alone(size, work, asked.alone)))
+    elif asked.serve:
+        serve_floor(size, work)
+    elif asked.side:
+        print(json.dumps(side_by_side(size, work, asked.steps, asked.fast[0], asked.precision[0])))
+    else:
+        compare(asked, work)
+
+
+def compare(asked: argparse.Namespace, work: Path) -> None:
+    for size in asked.sizes:
+        print(f"{size}: {SIZES[size]}, LoRA rank {RANK}, {BATCH} images a step")
+        for precision in asked.precision:
+            for fast in asked.fast:
+                row = measured(size, work, asked.steps, fast, precision)
+                show(row)
+                if asked.out:
+                    with asked.out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+        if not asked.no_start:
+            show_start(size, work)
 
 
 if __name__ == "__main__":
