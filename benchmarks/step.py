@@ -195,7 +195,8 @@ class Floor:
 
     def step(self) -> float:
         """Runs one step. Returns its CPU-seconds."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()

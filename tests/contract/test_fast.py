@@ -20,9 +20,8 @@ from finetune.testing.contract import attached, predict
 from finetune.training.fast import quickened
 
 pytestmark = pytest.mark.skipif(not products.has_packed_convolutions(), reason="no AVX-512: fast is the plain path")
-USUAL = ("lora", "dora")
 CASES = [
-    pytest.param(family, kind, marks=() if kind in USUAL else pytest.mark.slow)
+    pytest.param(family, kind, marks=() if kind == "lora" else pytest.mark.slow)
     for family in FAMILIES
     for kind in METHODS
 ]
@@ -47,7 +46,9 @@ def moved(trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 
 def gradients(loss: Tensor, trained: dict[str, nn.Parameter]) -> Tensor:
     loss.backward()
-    found = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained.values()])
+    found = torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained.values()]
+    )
     for parameter in trained.values():
         parameter.grad = None
     return found.double()
@@ -87,7 +88,7 @@ def test_convolutions_have_their_lora_too(targets: str, tiny_bases: dict[str, Pa
     assert ("Conv2d" in kinds) == (targets == "conv")
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("every_size")
 def test_killed_and_resumed_is_the_unbroken_run(kind: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     contract.killed_and_resumed_is_the_unbroken_run(tiny_bases["sd1"], kind, tmp_path, fast=True, dropout=0.1)
