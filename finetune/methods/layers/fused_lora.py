@@ -120,13 +120,13 @@ class _LoraConv(torch.autograd.Function):
         of_b = torch.einsum("bop,brp->or", flat, low).mul_(ctx.scale).view(b.shape)
         base = ctx.base
         shape = (len(through), len(a), *gradient.shape[2:])
+        sizes = base.stride, base.padding, [1, 1], False, [0, 0], 1
         of_low, of_a, _ = torch.ops.aten.convolution_backward(
-            through.view(shape), x.to(a.dtype), a, None, base.stride, base.padding, [1, 1], False, [0, 0], 1,
-            [ctx.needs_input_grad[0], True, False],
-        )  # fmt: skip
+            through.view(shape), x.to(a.dtype), a, None, *sizes, [ctx.needs_input_grad[0], True, False]
+        )
         if not ctx.needs_input_grad[0]:
             return None, of_a, of_b, None, None
-        return ctx.base.input_gradient(gradient, x.shape) + of_low.to(x.dtype), of_a, of_b, None, None
+        return base.input_gradient(gradient, x.shape) + of_low.to(x.dtype), of_a, of_b, None, None
 
 
 def _add_product(result: Tensor, left: Tensor, right: Tensor, scale: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import conv2d, linear
+from torch.nn.functional import linear
 
 LEAST_WORK = 8_000_000  # multiplications of a product; below it the call of oneDNN costs more than it saves
 LEAST_CONVOLUTION = 30_000_000  # the same for a convolution
@@ -101,7 +101,7 @@ class FrozenConv2d(nn.Conv2d):
 
     def product(self, x: Tensor) -> Tensor:
         if not self.pays(x):
-            return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            return self._conv_forward(x, self.weight, self.bias)
         if not self.is_matrix:
             return _packed(x, self._pack("forward"), self.bias, self.padding, self.stride)
         found = _each_image(self.weight.flatten(1), x)
@@ -162,7 +162,7 @@ def _each_image(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _packed(x: Tensor, pack: Tensor, bias: Tensor | None, padding: Any, stride: Any) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._convolution_pointwise(x, pack, bias, padding, stride, ONES, 1, *NONE)
+    found: Tensor = torch.ops.mkldnn._convolution_pointwise(x, pack, bias, *(padding, stride, ONES, 1), *NONE)
     return found
 
 
