@@ -85,7 +85,7 @@ class _LoraLinear(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, low, a, b = ctx.saved_tensors
         flat = gradient.reshape(-1, len(b)).to(b.dtype)
@@ -112,7 +112,7 @@ class _LoraConv(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, low, a, b = ctx.saved_tensors
         flat = gradient.flatten(2).to(b.dtype)

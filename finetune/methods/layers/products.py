@@ -20,7 +20,8 @@ LEAST_WORK = 8_000_000  # multiplications of a product; below it the call of one
 LEAST_CONVOLUTION = 30_000_000  # the same for a convolution
 MOST_PIXELS = 1024  # of all images of a batch; above it packing a 3x3 weight no longer pays
 MEMORY_SHARE = 4  # packed weights take at most this part of the machine's memory: a quarter
-ONES, NONE = [1, 1], ("none", [], "")
+ONES = [1, 1]
+NONE: tuple[str, list[float], str] = ("none", [], "")  # no activation after the product
 
 
 @cache
@@ -64,8 +65,7 @@ class FrozenLinear(nn.Linear):
         large = x.numel() * len(self.weight) >= LEAST_WORK
         if not large or x.dtype != torch.float32 or not is_plain(x, self.weight):
             return super().forward(x)
-        found: Tensor = _Product.apply(x, self)
-        return found
+        return through_frozen(x, self)
 
     def product(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)
@@ -83,8 +83,7 @@ class FrozenConv2d(nn.Conv2d):
         """x [B, in, height, width] -> [B, out, height', width']."""
         if x.dim() != 4 or not self.pays(x) or not is_plain(x, self.weight):
             return super().forward(x)
-        found: Tensor = _Product.apply(x, self)
-        return found
+        return through_frozen(x, self)
 
     @property
     def is_matrix(self) -> bool:
@@ -101,19 +100,19 @@ class FrozenConv2d(nn.Conv2d):
 
     def product(self, x: Tensor) -> Tensor:
         if not self.pays(x):
-            return self._conv_forward(x, self.weight, self.bias)
+            found: Tensor = self._conv_forward(x, self.weight, self.bias)
+            return found
         if not self.is_matrix:
             return _packed(x, self._pack("forward"), self.bias, self.padding, self.stride)
-        found = _each_image(self.weight.flatten(1), x)
-        return found if self.bias is None else found.add_(self.bias[:, None, None])
+        mixed = _each_image(self.weight.flatten(1), x)
+        return mixed if self.bias is None else mixed.add_(self.bias[:, None, None])
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of the output -> the gradient of the input, which has this shape."""
         if self.is_matrix and self.pays(gradient):
             return _each_image(self.weight.flatten(1).t(), gradient)
         if self.stride == (1, 1) and self.pays(gradient) and not self.is_matrix:
-            padding = [size - 1 - own for size, own in zip(self.kernel_size, self.padding, strict=True)]
-            return _packed(gradient, self._pack("backward"), None, padding, ONES)
+            return _packed(gradient, self._pack("backward"), None, self._mirrored_padding(), ONES)
         empty = gradient.new_empty(1).expand(shape)
         sizes = self.stride, self.padding, self.dilation, False, [0, 0], self.groups
         found: Tensor = torch.ops.aten.convolution_backward(
@@ -127,14 +126,17 @@ class FrozenConv2d(nn.Conv2d):
             self.__dict__["_packs"], self.__dict__["_version"] = {}, version
         packs: dict[str, Tensor] = self.__dict__["_packs"]
         if way not in packs:
-            weight, padding, stride = self.weight.detach(), list(self.padding), list(self.stride)
+            weight, padding, stride = self.weight.detach(), [int(n) for n in self.padding], list(self.stride)
             if way == "backward":
                 weight, stride = weight.flip(2, 3).transpose(0, 1).contiguous(), ONES
-                padding = [size - 1 - own for size, own in zip(self.kernel_size, padding, strict=True)]
+                padding = self._mirrored_padding()
             # always packed for images of the same size, so that the order of the batches changes nothing
             size = [2, weight.shape[1], 8, 8]
             packs[way] = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, ONES, 1, size)
         return packs[way]
+
+    def _mirrored_padding(self) -> list[int]:
+        return [size - 1 - int(own) for size, own in zip(self.kernel_size, self.padding, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: packed weights can't be copied."""
@@ -166,6 +168,12 @@ def _packed(x: Tensor, pack: Tensor, bias: Tensor | None, padding: Any, stride: 
     return found
 
 
+def through_frozen(x: Tensor, layer: FrozenLinear | FrozenConv2d) -> Tensor:
+    function: Any = _Product
+    found: Tensor = function.apply(x, layer)
+    return found
+
+
 class _Product(torch.autograd.Function):
     """A frozen layer's output. Nothing but the shape of its input is kept for the gradient."""
 
@@ -175,6 +183,6 @@ class _Product(torch.autograd.Function):
         return layer.product(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.layer.input_gradient(gradient, ctx.shape), None
