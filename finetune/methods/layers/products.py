@@ -126,7 +126,8 @@ class FrozenConv2d(nn.Conv2d):
             self.__dict__["_packs"], self.__dict__["_version"] = {}, version
         packs: dict[str, Tensor] = self.__dict__["_packs"]
         if way not in packs:
-            weight, padding, stride = self.weight.detach(), [int(n) for n in self.padding], list(self.stride)
+            weight, stride = self.weight.detach(), list(self.stride)
+            padding = [int(number) for number in self.padding]
             if way == "backward":
                 weight, stride = weight.flip(2, 3).transpose(0, 1).contiguous(), ONES
                 padding = self._mirrored_padding()
@@ -136,7 +137,8 @@ class FrozenConv2d(nn.Conv2d):
         return packs[way]
 
     def _mirrored_padding(self) -> list[int]:
-        return [size - 1 - int(own) for size, own in zip(self.kernel_size, self.padding, strict=True)]
+        own = [int(number) for number in self.padding]
+        return [size - 1 - number for size, number in zip(self.kernel_size, own, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: packed weights can't be copied."""
