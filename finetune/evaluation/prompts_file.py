@@ -13,11 +13,10 @@ from pathlib import Path
 from finetune.core.errors import BadInput
 from finetune.core.reading import read_utf8
 from finetune.data.captions import without_trigger
-from finetune.evaluation.base import Kind, Prompt
+from finetune.evaluation.base import GROUPS, Kind, Prompt
 
 TABLE = "prompts.csv"
 COLUMNS = ("file", "prompt", "group")
-GROUPS = ("subject", "class")
 CLASS_PROMPT = "a photo of a {noun}"
 PLACEHOLDER = re.compile(r"\{\s*[\w-]*\s*\}")
 MOST = 10_000  # prompts in a file, rows in a table: more is a slip

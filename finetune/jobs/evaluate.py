@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from finetune import __version__
 from finetune.core.devices import best_device
@@ -16,19 +16,19 @@ from finetune.core.files import sha256, write_json
 from finetune.core.logging import quieted
 from finetune.data.photos import Photo, scan
 from finetune.evaluation.backbones.base import Backbone
-from finetune.evaluation.base import Kind, Metric, Pictures, Score, Seen
+from finetune.evaluation.base import KINDS, Kind, Metric, Pictures, Score, Seen
 from finetune.evaluation.prompts_file import Called, prompts_for, table_of, templates
 from finetune.evaluation.registry import BACKBONES, chosen_metrics
 from finetune.evaluation.statistics import Vectors
 from finetune.jobs.evaluated import ToldWords, Trained, Wish, drawn, find_source
 from finetune.report.evaluation import write_page
-from finetune.runs.folder import RunFolder
+from finetune.runs.folder import RunFolder, is_run
 from finetune.sampling.settings import Sampling
 
 SCHEMA = 1
-KINDS = ("object", "live", "style")
 PACKAGES = ("torch", "transformers", "diffusers", "pillow", "numpy")  # whose versions can change a number
 RESULT, PAGE = "evaluation.json", "evaluation.html"
+Named = TypeVar("Named", Trained, Pictures)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def evaluate(asked: Evaluation, tell: Callable[[str], None] = lambda line: None)
     measured = [eyes.score(pictures, metrics) for pictures in given]
     fresh = [drawn(source, wish, asked.out / "images") for source, wish in zip(sources, wishes, strict=True)]
     measured = [eyes.score(pictures, metrics) for pictures in fresh] + measured
-    pictures = _unique([*fresh, *given])
+    pictures = _named([*fresh, *given])
     values = _result(asked, (kind, photos), eyes, metrics, pictures, measured)
     for note in (*_unread(asked, metrics), *values["notes"]):
         tell(note)
@@ -108,7 +108,7 @@ def _check_places(asked: Evaluation) -> None:
         raise BadInput("nothing to evaluate: give a run, a LoRA file, or a folder of images with --images DIR")
     if asked.photos.is_file():
         raise BadInput(f"--on {asked.photos} is a file: give the folder that holds the photos")
-    if (asked.photos / "recipe.yaml").is_file():
+    if is_run(asked.photos):
         raise BadInput(
             f"--on {asked.photos} is a run's folder: the run goes before --on, and the photos' folder after it"
         )
@@ -125,7 +125,7 @@ def _check_places(asked: Evaluation) -> None:
 
 def _check_words(asked: Evaluation) -> None:
     """Refuses what would have no effect: a run has its own base and its own words."""
-    runs = [path for path in asked.sources if (path / "recipe.yaml").is_file()]
+    runs = [path for path in asked.sources if is_run(path)]
     files = len(runs) < len(asked.sources)
     if asked.base is not None and not files:
         raise BadInput(
@@ -138,11 +138,11 @@ def _check_words(asked: Evaluation) -> None:
         raise BadInput(f"{named} is for LoRA files and folders of images, and a run knows its own words: leave it out")
 
 
-def _named(sources: Sequence[Trained]) -> list[Trained]:
-    """With different names."""
-    found: list[Trained] = []
-    for source in sources:
-        found.append(replace(source, name=_free(source.name, [item.name for item in found])))
+def _named(items: Sequence[Named]) -> list[Named]:
+    """The same with different names."""
+    found: list[Named] = []
+    for item in items:
+        found.append(replace(item, name=_free(item.name, [other.name for other in found])))
     return found
 
 
@@ -151,13 +151,6 @@ def _free(name: str, taken: Sequence[str]) -> str:
     while candidate in taken:
         candidate, number = f"{name} ({number})", number + 1
     return candidate
-
-
-def _unique(pictures: Sequence[Pictures]) -> list[Pictures]:
-    found: list[Pictures] = []
-    for item in pictures:
-        found.append(replace(item, name=_free(item.name, [other.name for other in found])))
-    return found
 
 
 def _kind(asked: Evaluation, sources: Sequence[Trained]) -> Kind:

@@ -22,7 +22,7 @@ from finetune.families.base import Family
 from finetune.families.digests import base_hash
 from finetune.jobs.images import name_cut_prompts
 from finetune.jobs.open import base_to_draw, open_result
-from finetune.runs.folder import RunFolder
+from finetune.runs.folder import RunFolder, is_run
 from finetune.runs.record import RunRecord
 from finetune.sampling.draw import check_sampling, draw
 from finetune.sampling.images import parameters, save_image
@@ -57,7 +57,8 @@ class Trained:
 
     @property
     def is_run(self) -> bool:
-        return (self.path / "recipe.yaml").is_file()
+        """Whether it is a run's folder, and not an adapter."""
+        return is_run(self.path)
 
 
 def find_source(path: Path, words: ToldWords, base: str | None, step: int | None, weight: float) -> Trained:
@@ -67,7 +68,7 @@ def find_source(path: Path, words: ToldWords, base: str | None, step: int | None
         BadInput: it is neither, or what its subject is called is not known.
     """
     name = path.name or path.absolute().name
-    if (path / "recipe.yaml").is_file():
+    if is_run(path):
         folder = RunFolder(path)
         folder.refuse_links()
         called = _called_by(folder.info, words, path)
@@ -87,11 +88,7 @@ def find_source(path: Path, words: ToldWords, base: str | None, step: int | None
 
 def _called_by(info: RunRecord, words: ToldWords, path: Path) -> Called:
     """By a run's record; the token chooses one of several subjects."""
-    if info.reads:
-        raise BadInput(
-            f"the base of {path} draws from more than a prompt ({', '.join(info.reads)}): draw with `finetune sample` "
-            "and give the folder with --images"
-        )
+    _refuse_inputs(path, info.reads)
     known = [(item.token, item.class_noun or "", item.style) for item in info.subjects]
     known = known or [(info.token, info.class_noun or "", info.style)]
     if len(known) > 1:
@@ -161,7 +158,8 @@ def drawn(source: Trained, wish: Wish, folder: Path) -> Pictures:
     size = wish.sampling.size or info.resolution or family.resolution
     guidance = info.guidance if wish.guidance is None else wish.guidance
     sampling = replace(wish.sampling, size=size, guidance=guidance)
-    _check(family, source, sampling)
+    check_sampling(family, sampling, "--")
+    _refuse_inputs(source.path, family.drawing.wants.needed)
     about = _about(source, family, info, sampling, str(dtype).removeprefix("torch."))
     decided = json.dumps({**about, "name": ""}, sort_keys=True).encode()
     place = folder / f"{_plain_name(source.name)}-{hashlib.sha256(decided).hexdigest()[:12]}"
@@ -180,13 +178,12 @@ def _some(lines: list[str]) -> list[str]:
     return lines if more < 1 else [*lines[:NAMED], f"{more} further prompts are too long for its text encoder"]
 
 
-def _check(family: Family, source: Trained, sampling: Sampling) -> None:
-    check_sampling(family, sampling, "--")
-    needed = family.drawing.wants.needed
+def _refuse_inputs(path: Path, needed: Sequence[str]) -> None:
+    """Refuses a base that needs more than a prompt to draw from, such as an image and a mask."""
     if needed:
         raise BadInput(
-            f"the base of {source.path} draws from more than a prompt ({', '.join(needed)}): draw with `finetune "
-            "sample` and give the folder with --images"
+            f"the base of {path} draws from more than a prompt ({', '.join(needed)}): draw with `finetune sample` "
+            "and give the folder with --images"
         )
 
 

@@ -27,7 +27,7 @@ from finetune.families.toy import TINY
 from finetune.methods.embeddings import set_embeddings
 from finetune.methods.peft_adapter import read_native_form
 from finetune.optim.state import load_state_tensors
-from finetune.runs.folder import RunFolder
+from finetune.runs.folder import RunFolder, is_run
 from finetune.runs.record import RunRecord
 from finetune.training.accelerate import resolve_precision
 from finetune.training.checkpoint import State
@@ -56,7 +56,7 @@ def open_result(
     """
     if not math.isfinite(weight):
         raise BadInput(f"the LoRA's weight is {weight}: give a number, such as 0.8")
-    if (source / "recipe.yaml").is_file():
+    if is_run(source):
         family, info = open_run(RunFolder(source), device, step)
         _weaken(RunFolder(source), family, weight)
         return family, info
@@ -75,7 +75,7 @@ def base_to_draw(source: Path, base: str | None) -> str:
     Raises:
         BadInput: a base was named beside a run, or none beside a file that was not trained on the tiny base.
     """
-    if (source / "recipe.yaml").is_file():
+    if is_run(source):
         if base is not None:
             raise BadInput(
                 f"--base {base} is for adapter files and the run {source} has its own base: leave --base out"

@@ -41,7 +41,7 @@ from finetune.jobs.verdicts import finish_verdicts
 from finetune.report.html import write_report
 from finetune.report.pictures import keep_photos
 from finetune.runs.attention import FOLDER as ATTENTION
-from finetune.runs.folder import RunFolder
+from finetune.runs.folder import RunFolder, is_run
 from finetune.runs.inputs import read_inputs
 from finetune.runs.plan import plan_lines
 from finetune.training.accelerate import make_accelerator
@@ -170,7 +170,7 @@ def check_run(recipe: Recipe, processes: int | None = None) -> Prepared:
 
 def _begun(run_dir: Path | None) -> bool:
     """Whether this folder holds a run that can be continued."""
-    return run_dir is not None and (run_dir / "recipe.yaml").is_file()
+    return run_dir is not None and is_run(run_dir)
 
 
 def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks) -> Path:
