@@ -111,7 +111,7 @@ def test_squared_distances_of_vgg_are_gatys_style_loss(tmp_path: Path, images: l
     pixels = torch.stack([eye.prepare(Image.open(file)) for file in images[:2]])
     with torch.no_grad():
         values = pixels
-        for number, layer in enumerate(eye.layers):  # type: ignore[attr-defined]
+        for number, layer in enumerate(eye.model):  # type: ignore[attr-defined]
             values = layer(values)
             if number in GRAM_LAYERS:
                 assert isinstance(layer, nn.ReLU)
@@ -133,7 +133,7 @@ def test_squared_distances_of_alexnet_are_lpips(tmp_path: Path, images: list[Pat
     values = torch.stack([torch.from_numpy((item - shift) / scale).float().permute(2, 0, 1) for item in raw])
     total = 0.0
     with torch.no_grad():
-        for number, layer in enumerate(eye.layers):  # type: ignore[attr-defined]
+        for number, layer in enumerate(eye.model):  # type: ignore[attr-defined]
             values = layer(values)
             if number in LPIPS_LAYERS:
                 unit = values / (values.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)
