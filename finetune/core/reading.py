@@ -65,6 +65,12 @@ def read_utf8(file: Path, limit: int = MAX_BYTES) -> str:
         raise BadText(str(file), f"is not UTF-8 text (byte {error.start} is wrong)", "save it as UTF-8") from error
 
 
+def list_items(text: str) -> list[str]:
+    """The items of a text file that lists one on each line. Empty lines and those that begin with # are skipped."""
+    stripped = (line.strip() for line in text.splitlines())
+    return [line for line in stripped if line and not line.startswith("#")]
+
+
 def read_json(file: Path, kind: type[T], advice: str = "give the right file") -> T:
     """Returns the content of a JSON file, which must be an object (`kind` is `dict`) or a list (`list`).
 

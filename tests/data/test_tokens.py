@@ -80,7 +80,7 @@ def test_the_best_are_told_apart_and_then_weak(tiny_bases: dict[str, Path]) -> N
     words = [token.text for token in found]
     moved = dict(zip(words, strengths.movements(family, words, "mug").amin(1).tolist(), strict=True))
     third = sorted(moved, key=lambda text: -moved[text])[: -(-len(found) // 3)]
-    priors = {text: strengths.prior_strength(family, text, "mug") for text in third}
+    priors = {text: strengths.prior_strengths(family, [text], "mug")[0] for text in third}
     assert len(found) >= 6
     assert found[0].text == min(priors, key=lambda text: priors[text])
 
@@ -114,12 +114,12 @@ def test_prior_strength_is_zero_for_a_token_that_changes_nothing(tiny_bases: dic
     """With the text encoder's embedding of the token set to that of an empty word, hidden states still shift by
     position; so the check is made on the denoiser: without cross attention nothing can change."""
     family = load_family(str(tiny_bases["sd1"]))
-    assert strengths.prior_strength(family, "zwx", "mug") > 0
+    assert strengths.prior_strengths(family, ["zwx"], "mug")[0] > 0
     with torch.no_grad():
         for name, parameter in family.parts["denoiser"].named_parameters():
             if "attn2.to_out" in name:
                 parameter.zero_()
-    assert strengths.prior_strength(family, "zwx", "mug") == 0
+    assert strengths.prior_strengths(family, ["zwx"], "mug") == [0]
 
 
 def test_check_measures_single_tokens_only(tiny_bases: dict[str, Path]) -> None:
