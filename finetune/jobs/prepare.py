@@ -212,13 +212,18 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     base_hash = base_hash_of(family.folder)
     named = _named_images(recipe, family, resolution)
     job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs, drawn_from=named)
+    _check_sets(job, begun)
+    return job
+
+
+def _check_sets(job: Prepared, begun: bool) -> None:
+    """Checks the images of the prior that are there already, and that some are of anything but the subject."""
     for wanted in class_sets(job):
         check_set(wanted, [] if begun else job.photos)
     others = other_set(job)
     if others is not None:
         check_set(others)
         used_others(job, others)
-    return job
 
 
 def _check_drawn(recipe: Recipe, family: Family, resolution: int) -> None:
