@@ -156,7 +156,7 @@ def parse_recipe(raw: Any, overrides: Overrides = (), where: str = "the recipe")
 
 
 def settled(recipe: Recipe, download: bool = False) -> Recipe:
-    """The recipe with the defaults of its profile for the base that it names. What was given stays.
+    """Returns the recipe with the defaults of its profile for the base that it names. What was given stays.
 
     Args:
         download: also read the configs of a hub id that was not fetched before. What is not known then counts as

@@ -16,7 +16,7 @@ from fractions import Fraction
 from functools import cached_property
 from math import floor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -43,12 +43,13 @@ class ClassSet:
     `captions`: if there are any, image n is drawn for number n % len(captions) of them instead of the class prompt.
     """
 
+    title: ClassVar[str] = "Class images"  # of the phase that draws them
+
     prior: ClassImages
     noun: str
     resolution: int
     base_hash: str
     particulars: Mapping[str, Any] = field(default_factory=dict)  # `Drawing.particulars` of the base
-
     captions: tuple[str, ...] = ()
 
     @cached_property
@@ -95,7 +96,7 @@ class ClassSet:
 
     @property
     def name(self) -> str:
-        """The begin of the folder's name, for people."""
+        """How the folder's name begins, for people."""
         return "captions" if self.captions else _slug(self.noun)
 
     def is_users_own(self) -> bool:
@@ -111,6 +112,8 @@ class OtherSet(ClassSet):
 
     Nothing of the subject is in it, so all runs with this base and resolution use the same images.
     """
+
+    title: ClassVar[str] = "Other images"
 
     empty: float = 0.0
 
@@ -129,7 +132,7 @@ class OtherSet(ClassSet):
 
     @property
     def name(self) -> str:
-        """The begin of the folder's name, for people."""
+        """How the folder's name begins, for people."""
         return "others"
 
 
@@ -243,8 +246,7 @@ def _refuse_changed(folder: Path, recorded: dict[str, Any]) -> None:
 
 
 def _draw_chunks(family: Family, wanted: ClassSet, files: list[Path], chunks: list[range]) -> None:
-    label = "Other images" if isinstance(wanted, OtherSet) else "Class images"
-    with phase(label, sum(len(chunk) for chunk in chunks), "images") as advance:
+    with phase(wanted.title, sum(len(chunk) for chunk in chunks), "images") as advance:
         for chunk in chunks:
             _draw_chunk(family, wanted, [files[index] for index in chunk], chunk)
             advance(len(chunk), "")
