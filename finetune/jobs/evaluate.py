@@ -96,7 +96,7 @@ def evaluate(asked: Evaluation, tell: Callable[[str], None] = lambda line: None)
     measured = [eyes.score(pictures, metrics) for pictures in fresh] + measured
     pictures = _named([*fresh, *given])
     values = _result(asked, (kind, photos), eyes, metrics, pictures, measured)
-    for note in (*_unread(asked, metrics), *values["notes"]):
+    for note in (*_undrawn(asked), *_unread(asked, metrics), *values["notes"]):
         tell(note)
     write_json(asked.out / RESULT, values)
     write_page(asked.out / PAGE, values, pictures, [photo.path for photo in photos])
@@ -204,6 +204,14 @@ def _metrics(asked: Evaluation, kind: Kind) -> list[Metric]:
         if few is not None and asked.sources:
             raise BadInput(f"the metric {few.name} compares images of one prompt: give --count {few.least} or more")
     return metrics
+
+
+def _undrawn(asked: Evaluation) -> list[str]:
+    """Settings of images to draw, where none are drawn."""
+    drawing = {"--prompts": asked.prompts, "--step": asked.step, "--guidance": asked.guidance}
+    drawing["--size"] = asked.sampling.size
+    given = [] if asked.sources else [name for name, value in drawing.items() if value is not None]
+    return [f"{name} changes nothing, as the images of --images exist already" for name in given]
 
 
 def _unread(asked: Evaluation, metrics: Sequence[Metric]) -> list[str]:

@@ -27,6 +27,7 @@ from finetune.evaluation.registry import BACKBONES, chosen_metrics
 from finetune.families.digests import base_hash
 
 PROMPTS = "# two of our own\na {token} {noun}\n\na {token} {noun} on the beach\n"
+UNDRAWN = ("--prompts", "--size")  # what these tests give, and nothing is drawn with
 TRAINED = ("run.steps=2", "optim.lr=1e-2", "optim.warmup=0", "prior.kind=none", "sample.count=1", "sample.steps=1")
 
 
@@ -166,14 +167,16 @@ def write_table(folder: Path, rows: list[tuple[str, ...]], head: tuple[str, ...]
     return folder
 
 
-def test_images_of_others_count_without_a_run(place: Path, tmp_path: Path) -> None:
+def test_images_of_others_count_without_a_run(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The photos themselves, as if somebody had drawn them."""
     given = shutil.copytree(place / "photos", tmp_path / "theirs")
     head = ("prompt", "file", "group")
     rows = [("a zwx dog", "0.png", ""), ("a zwx dog", "1.png", "subject"), ("a photo of a dog", "2.png", "class")]
     write_table(given, rows, head)
     words = ["--images", given, "--token", "zwx", "--metrics", "dino,pres,clip_t,div_dino"]
-    assert run(arguments(place, *words, "--out", tmp_path / "out")) == (0, "")
+    assert run(arguments(place, *words, "--size", 32, "--out", tmp_path / "out")) == (0, "")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == [f"note: {name} changes nothing, as the images of --images exist already" for name in UNDRAWN]
     values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [prompt["plain"] for prompt in values["sources"][0]["prompts"]] == ["a dog", "a photo of a dog"]
     rows = features(place / "dino", sorted((place / "photos").glob("*.png")))
