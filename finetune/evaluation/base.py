@@ -172,3 +172,19 @@ class Diversity(PromptMetric):
 
     def reference(self, photos: Vectors) -> float | None:
         return self.between(photos)
+
+
+class SetMetric(Metric):
+    """A distance of all images, as one set, to all photos."""
+
+    higher_is_better = False
+
+    def score(self, seen: Seen) -> Score:
+        parts = [seen.images[k] for k in seen.of(self.group)]
+        if sum(map(len, parts)) < 2 or len(seen.photos) < 2:
+            return Score(None, note="it needs two images and two photos at least")
+        return self.of_sets(parts, seen.photos)
+
+    @abstractmethod
+    def of_sets(self, parts: Sequence[Vectors], photos: Vectors) -> Score:
+        """The value for the images of each prompt, [its images, width], and the photos [photos, width]."""

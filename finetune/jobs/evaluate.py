@@ -42,8 +42,11 @@ class Evaluation:
         metrics: names with commas; None: the usual ones.
         prompts: a file with prompts; None: the package's own for this kind.
         kind: "object", "live" or "style"; None: told by the class noun, or by the run.
+        words: what files and folders are called; of a run, which of its subjects.
         backbones: kind -> a folder, a file or a hub id.
         count, class_count: images for each prompt, and for the class alone.
+        seed: the first; image n of a prompt has `seed` + n.
+        sampling: how images are drawn, but for the guidance. None of its sizes: as trained.
         guidance: None: each run's own, or 5.
         base, step, weight: as for `finetune sample`.
     """
