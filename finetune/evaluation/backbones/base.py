@@ -86,6 +86,14 @@ class Backbone(ABC):
     preparation: Preparation
 
     def __init__(self, place: Path, name: str) -> None:
+        """
+        Args:
+            place: the file or folder.
+            name: what was given for it: a path or a hub id.
+
+        Raises:
+            BadInput: subclasses load it here, and it is another kind of network, damaged, or not allowed.
+        """
         self.place, self.name = place, public_name(name)
         self.hash = base_hash(place) if place.is_dir() else sha256(place)
         self.device = torch.device("cpu")
