@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.core.errors import BadInput
 from finetune.core.events import Event, Measured, Restored
 from finetune.core.files import append_line, write_text
-from finetune.core.reading import parse_json, read_bytes
+from finetune.core.reading import json_lines, numbers_in
 
 FILE = "verdicts.jsonl"
 LARGEST = 1e12  # the largest value to plot; NaN fails the comparison too
@@ -67,12 +66,8 @@ def up_to(rows: Sequence[Row], step: int | None) -> list[Row]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Row]]:
-    for line in read_bytes(file, MOST).decode("utf-8", "replace").splitlines():
-        try:
-            held = parse_json(line, str(file), dict, finite=False)
-        except BadInput:
-            continue
-        values = {key: float(value) for key, value in held.items() if type(value) in (int, float)}
+    for line, held in json_lines(file, MOST):
+        values = numbers_in(held)
         step, seconds = values.pop("step", -1.0), values.pop("seconds", 0.0)
         if len(values) + 2 == len(held) and step >= 0 and step == int(step) and _sound([seconds, *values.values()]):
             yield line, Row(int(step), values, seconds)
