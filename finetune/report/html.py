@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from finetune.core.errors import BadInput
 from finetune.core.files import write_text
 from finetune.core.records import checks_of
 from finetune.export.settings import UNCHECKED
@@ -21,6 +22,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import read_inputs
 from finetune.runs.metrics import read_metrics
 from finetune.runs.record import RunRecord
+from finetune.verdicts.advice import Means, means_of
 
 # even if a value from a run's files injected markup, the page would run no script and load nothing
 POLICY = (
@@ -84,7 +86,7 @@ def write_report(path: Path, with_captions: bool = False, *, step: int | None = 
         _before_after(folder, info, step, linked),
         pictures_of_why(path, info, _after(path, step), finished=step is None),
         over_the_steps(path, info, step, linked),
-        verdict_section(path, step),
+        verdict_section(path, step, _means(folder, info)),
         _plan(info),
         with_and_without(path, info, _after(path, step)),
         _curves([row for row in metrics if step is None or row["step"] <= step]),
@@ -101,6 +103,15 @@ def write_report(path: Path, with_captions: bool = False, *, step: int | None = 
     )
     write_text(target, page)
     return target
+
+
+def _means(folder: RunFolder, info: RunRecord) -> Means:
+    """What the run has against drift; nothing where its recipe can't be read."""
+    try:
+        prior = folder.recipe.prior
+    except BadInput:
+        return Means()
+    return means_of(prior, info.planned.inputs if info.planned else None, folder.checkpoints.named_steps())
 
 
 def _standing(step: int | None, folder: RunFolder) -> str:
@@ -146,9 +157,15 @@ def _subject(path: Path, info: RunRecord, with_captions: bool) -> str:
     base = f"<p class=soft>Class images, drawn by the base before training: {escape(classes)}.</p>" if drawn else ""
     return (
         f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} "
-        f"{'drawings' if info.is_style else 'photos'}; {prompts}"
+        f"{'drawings' if info.is_style else 'photos'}{_held_out(info)}; {prompts}"
         f"{base}<div class=small>{drawn}</div>{_others(path, info)}</div>"
     )
+
+
+def _held_out(info: RunRecord) -> str:
+    """How many of the photos were not trained on."""
+    count = info.planned.verdicts.hold_out if info.planned and info.planned.verdicts else 0
+    return f", of which {count} {'was' if count == 1 else 'were'} held out for the verdict" if count else ""
 
 
 def _others(path: Path, info: RunRecord) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from finetune.verdicts.advice import Means
 from finetune.verdicts.registry import MEASURES
 from finetune.verdicts.rows import FILE, Row, read_rows, up_to
 from finetune.verdicts.rules import GOOD, judged
@@ -23,14 +24,14 @@ TINTS = ("var(--mark)", "var(--good)", "var(--bad)", "var(--soft)")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 960, 200, 70, 24, 26
 
 
-def verdict_section(run: Path, step: int | None) -> str:
+def verdict_section(run: Path, step: int | None, means: Means) -> str:
     """Returns the section as HTML, up to a step; empty for a run that was not measured."""
     rows = up_to(read_rows(run / FILE), step)
-    verdict = judged(rows)
+    verdict = judged(rows, means=means)
     if not verdict.found:
         return ""
     colour = "good" if verdict.word == GOOD else "bad"
-    best = _recommended(run, verdict.step, rows[-1].step)
+    best = "The last step is the best of those measured." if verdict.step == rows[-1].step else ""
     remarks = [*(read_remarks(run) if step is None else []), *(missing(rows) if step is not None else [])]
     charts = "".join(_chart(title, unit, names, rows) for title, (names, unit) in CHARTS.items())
     said = " ".join(escape(text) for text in (verdict.sentence, verdict.advice, best) if text)
@@ -40,15 +41,6 @@ def verdict_section(run: Path, step: int | None) -> str:
         f"<p class=soft>{escape(' '.join(remarks))} Measured in the model's own space, against the base, in units of "
         "the base's own effect of prompts (docs/verdicts.md). It is no judge of how an image looks.</p></div>"
     )
-
-
-def _recommended(run: Path, step: int | None, last: int) -> str:
-    """Which checkpoint to use, and how."""
-    if step is None or step == last:
-        return "The last step is the best of those measured."
-    kept = (run / "checkpoints" / f"step-{step:06d}").is_dir()
-    how = f"its checkpoint is kept: finetune export RUN --step {step}" if kept else "run.keep_best=true would keep it"
-    return f"The best of the measured steps is {step}; {how}."
 
 
 def _meanings(rows: Sequence[Row]) -> str:

@@ -137,12 +137,18 @@ def test_the_verdict_is_a_sentence_and_curves(run: Path) -> None:
     (run / "verdict.json").write_text(json.dumps({"schema": 1, "left_out": ["No <b>class</b> here."]}))
     page = write_report(run).read_text(encoding="utf-8")
     assert "Base damaged" in page
-    assert "The best of the measured steps is 50; run.keep_best=true would keep it." in page
+    assert "the checkpoint of step 50 (it was not kept: train again with run.keep_best=true)" in page
+    assert "prior.others.count=256 holds everything else." in page
     assert "No &lt;b&gt;class&lt;/b&gt; here." in page
     assert "<i>odd" not in page
     assert page.count("<svg") == 2 + 2
     (run / "checkpoints" / "step-000050").mkdir(parents=True)
-    assert "finetune export RUN --step 50" in write_report(run).read_text(encoding="utf-8")
+    assert "(it is kept: finetune export RUN --step 50)" in write_report(run).read_text(encoding="utf-8")
+    recipe = parse_recipe(read_recipe(run / "recipe.yaml").model_dump(mode="json") | {"prior": HELD})
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "The run has a prior of everything else already." in page
+    assert "prior.others" not in page.split("The verdict")[1].split("</p>")[0]
 
 
 def test_a_damaged_verdicts_file_leaves_the_section_out(run: Path) -> None:
