@@ -241,12 +241,6 @@ def _named_images(recipe: Recipe, family: Family, resolution: int) -> DrawnFrom 
 def _refuse_hold_out(recipe: Recipe, scanned: Sequence[Scanned], begun: bool) -> None:
     """Refuses to hold out all photos of a subject, and to do it for nothing."""
     count = recipe.data.hold_out
-    if count and recipe.run.verdicts == "auto" and not begun:
-        if not due_steps(recipe.run, samples_in_step(recipe.run, recipe.prior)):
-            raise BadInput(
-                f"data.hold_out is {count} but {recipe.run.steps} steps are too few for run.verdicts=auto, so that "
-                "nothing is held out for: set run.verdicts=on, or remove data.hold_out"
-            )
     if count and recipe.run.verdicts == "off":
         raise BadInput(
             f"data.hold_out is {count} but run.verdicts is off, which nothing is held out for: remove one of them"
@@ -257,6 +251,11 @@ def _refuse_hold_out(recipe: Recipe, scanned: Sequence[Scanned], begun: bool) ->
                 f"data.hold_out is {count} but {found.folder} has {len(found.photos)} photos: at least one must be "
                 "left to train on"
             )
+    if count and not begun and not due_steps(recipe.run, samples_in_step(recipe.run, recipe.prior)):
+        raise BadInput(
+            f"data.hold_out is {count} but {recipe.run.steps} steps are too few for run.verdicts=auto to measure "
+            "anything on the photos: set run.verdicts=on, or remove data.hold_out"
+        )
 
 
 def _refuse_folder(images: ClassImages, recipe: Recipe) -> None:

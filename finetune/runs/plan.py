@@ -148,10 +148,10 @@ class PlannedVerdicts(Record):
         unseen = "photos that are held out" if self.hold_out else "closer views of them"
         parts = ["the class"] * self.classes + ["the empty prompt", f"{self.others} everyday prompts"]
         return (
-            f"after {_listed_steps(self.steps)}: what it learned, on {self.points} photos and on {unseen}; what else it "
-            f"changed, on {', '.join(parts)} (finetune/verdicts/neutral.txt). {self.predictions} predictions without a "
-            f"gradient, {self.share:.1%} of the run's work, and {self.drawn_once} more where no run with this base was "
-            "measured before: it draws the everyday prompts once for all"
+            f"after {_listed_steps(self.steps)}: what it learned, on {self.points} photos and on {unseen}; what else "
+            f"it changed, on {', '.join(parts)} (finetune/verdicts/neutral.txt); {self.predictions} predictions "
+            f"without a gradient, {self.share:.1%} of the run's work, and {self.drawn_once} more for the base's own "
+            "drawings of the everyday prompts, which are made once for all runs with it"
         )
 
     @property

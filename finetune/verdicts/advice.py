@@ -43,18 +43,20 @@ def means_of(prior: PriorSettings, inputs: str | None, kept: Sequence[int]) -> M
     return Means(prior.kind != "none", prior.others is not None, dropout, barred, tuple(kept))
 
 
-def advice(found: Sequence[str], last: int, best: int | None, means: Means) -> str:
-    """Sentences on what to do.
+@dataclass(frozen=True)
+class Best:
+    """The recommended step, which is not the last that was measured. `good`: it is within all limits."""
 
-    Args:
-        found: the words that hold; none for a good run.
-        last: the last step that was measured.
-        best: the recommended one.
-    """
-    other = None if best in (None, last) else best
+    step: int
+    good: bool
+
+
+def advice(found: Sequence[str], best: Best | None, means: Means) -> str:
+    """Sentences on what to do. `found` are the words that hold; none for a good run. `best`: None for the last step."""
     if not found:
-        return "" if other is None else f"Step {other} was a little better{_how(other, means)}."
-    earlier = "" if other is None else f", or use the checkpoint of step {other}{_how(other, means)}"
+        return "" if best is None else f"Step {best.step} was a little better{_how(best.step, means)}."
+    but = "" if best is None or best.good else ", the best of those measured, though not good either"
+    earlier = f", or use the checkpoint of step {best.step}{_how(best.step, means)}{but}" if best else ""
     if tuple(found) == (Word.UNDERTRAINED,):
         return "Train longer (run.steps), or raise optim.lr."
     if Word.DAMAGED not in found and Word.DRIFTED not in found:

@@ -28,7 +28,6 @@ from finetune.verdicts.due import CLASS_DRAWINGS, OTHERS
 from finetune.verdicts.points import Point, Predict, asked
 from finetune.verdicts.registry import MEASURES
 
-
 SMALL = {"an", "and", "at", "by", "for", "in", "of", "on", "the", "to", "with", "photo"}  # which name nothing
 
 

@@ -50,7 +50,9 @@ class VerdictsFile:
     def _put(self, row: Row) -> None:
         """A step that is measured again, as the first one is at every start, keeps its first line."""
         if row.step not in {old.step for old in read_rows(self.file)}:
-            append_line(self.file, json.dumps({"step": row.step, **writable(row.values), "seconds": round(row.seconds, 3)}))
+            append_line(
+                self.file, json.dumps({"step": row.step, **writable(row.values), "seconds": round(row.seconds, 3)})
+            )
 
     def _rewind(self, step: int) -> None:
         if self.file.is_file():

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finetune.verdicts.advice import Means, Word, advice
+from finetune.verdicts.advice import Best, Means, Word, advice
 from finetune.verdicts.rows import BROKEN, Row
 
 UNDERTRAINED, GOOD, OVERTRAINED, DRIFTED, DAMAGED = (word.value for word in Word)
@@ -66,11 +66,18 @@ def judged(rows: Sequence[Row], limits: Limits = LIMITS, means: Means | None = N
     measured = [row for row in rows if row.step]
     if not measured:
         return RunVerdict(NOTHING, (), "", "", None)
-    last, best = measured[-1], best_row(rows, limits)
-    found = tuple(word for word in (DAMAGED, DRIFTED, OVERTRAINED, UNDERTRAINED) if _holds(word, measured, limits))
-    step = best.step if best else None
-    word, told = found[0] if found else GOOD, advice(found, last.step, step, means or Means())
-    return RunVerdict(word, found or (GOOD,), _sentence(found, last.values, limits), told, step)
+    last, best = measured[-1], best_row(rows, limits) or measured[-1]
+    found = _found(measured, limits)
+    until = [row for row in measured if row.step <= best.step]
+    other = None if best is last else Best(best.step, not _found(until, limits))
+    told = advice(found, other, means or Means())
+    word = found[0] if found else GOOD
+    return RunVerdict(word, found or (GOOD,), _sentence(found, last.values, limits), told, best.step)
+
+
+def _found(rows: Sequence[Row], limits: Limits) -> tuple[str, ...]:
+    """The words that hold of the last row, the gravest first."""
+    return tuple(word for word in (DAMAGED, DRIFTED, OVERTRAINED, UNDERTRAINED) if _holds(word, rows, limits))
 
 
 def best_row(rows: Sequence[Row], limits: Limits = LIMITS) -> Row | None:
