@@ -47,9 +47,12 @@ pre{background:var(--card);border:1px solid var(--line);border-radius:12px;paddi
 .row img{width:calc(25% - 8px);max-width:160px;height:auto}svg{max-width:100%;height:auto}a{color:inherit}
 .row a{display:inline}
 .strip{display:grid;grid-template-columns:repeat(var(--columns),minmax(56px,120px));gap:4px 8px;margin-bottom:8px}.strip figure{margin:0}.strip img{width:100%;height:auto;margin:0}.strip .prompt{grid-column:1/-1;margin:12px 0 2px}
+.chart{display:grid;grid-template-columns:40px 1fr;gap:2px 8px;margin:14px 0;font-size:12px;color:var(--soft)}.chart figcaption,.chart .steps{grid-column:2}.chart figcaption{display:flex;flex-wrap:wrap;gap:0 16px}.plot{width:100%;height:150px;overflow:visible;border-left:1px solid var(--line)}.axis,.steps{display:flex;justify-content:space-between}.axis{flex-direction:column;text-align:right}
+.measures td:nth-child(2){text-align:right}.measures td:nth-child(-n+3),code.whole{white-space:nowrap}
 figcaption{font-size:12px;color:var(--soft)}.small img{width:96px;height:auto}td,li,code,p{overflow-wrap:anywhere}td[title=format],td[title=size]{white-space:nowrap}
 @media(max-width:700px){.pair{grid-template-columns:1fr}.row img{width:calc(50% - 8px)}main{padding:20px 10px 60px}.card{padding:12px}tr:has(td+td){border-top:1px solid var(--line)}
 tr:has(td+td) td{display:block;padding:2px 0;border:0!important}tr:has(th+th){display:none}td[title]::before{content:attr(title) ": ";color:var(--soft)}
+.measures,.measures tbody,.measures tr{display:block}.measures tr td:nth-child(-n+3){display:inline;white-space:normal;padding-right:8px}.measures tr td:nth-child(4){padding-bottom:8px}code.whole{white-space:normal}
 .plan th,.plan td{display:block;padding:2px 0}.plan td{border:0!important;padding-bottom:8px}}
 """
 

@@ -52,7 +52,7 @@ class Best:
 
 
 def advice(found: Sequence[str], best: Best | None, means: Means) -> str:
-    """Sentences on what to do. `found` are the words that hold; none for a good run. `best`: None for the last step."""
+    """Sentences on what to do. `found`: the words that hold, none for a good run. `best`: None for the last step."""
     if not found:
         return "" if best is None else f"Step {best.step} was a little better{_how(best.step, means)}."
     but = "" if best is None or best.good else ", the best of those measured, though not good either"

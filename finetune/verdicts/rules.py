@@ -50,6 +50,27 @@ LIMITS = Limits()
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The limit of one measure: what it should be at `least`, or else at most."""
+
+    value: float
+    least: bool
+
+    def broken_by(self, name: str, values: Mapping[str, float]) -> bool:
+        """Whether the measure of that name is beyond it; of what was learned, the larger number counts."""
+        if self.least:
+            return max(values.get("learned", 0.0), values.get("held_out", -math.inf)) < self.value
+        return values.get(name, 0.0) > self.value
+
+
+def limit_of(measure: str) -> Limit | None:
+    """The limit of a measure by its name; None for one that is judged together with others."""
+    if measure in ("learned", "held_out"):
+        return Limit(LIMITS.learned, least=True)
+    return Limit(_drift_limits(LIMITS)[measure], least=False) if measure in _drift_limits(LIMITS) else None
+
+
+@dataclass(frozen=True)
 class RunVerdict:
     """`word` is one of WORDS, or NOTHING; `found` are all words that hold, the gravest first, as `word` is. `sentence`
     says what was measured and `advice` what to do. `step` is the recommended step; None: there is none."""
@@ -146,7 +167,9 @@ def _said(word: str, values: Mapping[str, float], limits: Limits) -> str:
     """What a word stands on, with its numbers."""
     learned = values.get("held_out", values.get("learned", 0.0))
     return {
-        UNDERTRAINED: f"little of the subject was learned ({learned:.2f} of the prompt's own effect)",
+        UNDERTRAINED: f"little of the subject was learned ({learned:.2f} of the prompt's own effect)"
+        if learned >= 0
+        else "nothing of the subject was learned: its photos are predicted worse than by the base",
         OVERTRAINED: f"the photos were learned by heart ({values.get('learned', 0.0):.2f} on them, {learned:.2f} on "
         "unseen views)",
         DRIFTED: f"the class without the token changed too (drift {values.get('class_drift', 0.0):.2f}, "
