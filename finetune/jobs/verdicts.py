@@ -104,6 +104,8 @@ class Watch:
             self.folder.checkpoints.protect(step)
         if joined().from_first(self.folder.checkpoints.newest_step() != step):
             self.trainer.save(step)
+        elif self.material is not None:  # saved before it was the best: the best before it goes now
+            self.folder.checkpoints.drop_others(step, self.job.recipe.run.keep)
 
 
 def finish_verdicts(job: Prepared, folder: RunFolder) -> list[str]:

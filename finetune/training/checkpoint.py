@@ -91,6 +91,10 @@ class Checkpoints:
             return 0
         return step if isinstance(step, int) and step > 0 else 0
 
+    def drop_others(self, step: int, keep: int) -> None:
+        """Deletes what `save` of this step deletes, after another one was protected."""
+        self._drop_others(self.path / f"step-{step:06d}", keep)
+
     def newest_step(self) -> int:
         """The step of the newest checkpoint by name, whole or not; 0 for none."""
         return max(self.named_steps(), default=0)

@@ -161,6 +161,12 @@ def test_a_protected_checkpoint_stays_until_another_is_protected(tmp_path: Path)
     assert kept.steps() == [5]
     kept.save(replace(state, step=3), keep=1)  # a run that went on from an earlier one
     assert kept.steps() == [3]
+    kept.protect(3)
+    kept.save(replace(state, step=6), keep=1)
+    assert kept.steps() == [3, 6]
+    kept.protect(6)
+    kept.drop_others(6, keep=1)
+    assert kept.steps() == [6]
     (kept.path / "best.json").write_text("no JSON")
     assert kept.protected() == 0
 
