@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.inspection import inspect_adapter
+from finetune.adapters.inspection import open_adapter
 from finetune.core.devices import empty_cache, machine
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
@@ -82,7 +82,8 @@ def find_source(path: Path, words: ToldWords, base: str | None, step: int | None
     if step is not None:
         raise BadInput(f"--step {step} chooses a run's checkpoint and {path} is no run folder: leave it out")
     chosen = base_to_draw(path, base)
-    called = _called_in(path, inspect_adapter(path, chosen).metadata, words)
+    _, found = open_adapter(path, chosen)  # refuses one of another base: now rather than after the first drawings
+    called = _called_in(path, found.metadata, words)
     digest = base_hash(path) if path.is_dir() else sha256(path)
     return Trained(path, name, called, digest, chosen, weight=weight)
 
