@@ -145,7 +145,7 @@ class PlannedVerdicts(Record):
         if not self.steps:
             short = "the run is too short for its time to pay for them; run.verdicts=on measures it all the same"
             return f"none: {'run.verdicts is off' if self.off else short}"
-        unseen = "photos that are held out" if self.hold_out else "closer views of them"
+        unseen = "what is held out" if self.hold_out else "closer views of them"
         parts = ["the class"] * self.classes + ["the empty prompt", f"{self.others} everyday prompts"]
         return (
             f"after {_listed_steps(self.steps)}: what it learned, on {self.points} photos and on {unseen}; what else "
@@ -179,10 +179,9 @@ def verdict_rows(planned: PlannedVerdicts, photos: int | None, names: bool) -> P
     """
     rows: PlanRows = {"verdicts": planned.line}
     if planned.hold_out:
-        of = "" if photos is None else f" of {photos}"
+        count = _photos_of(planned.hold_out) if photos is None else f"{planned.hold_out} of {_photos_of(photos)}"
         which = f": {', '.join(planned.held_out)}" if names and planned.held_out else ""
-        told = f"{planned.hold_out}{of} photos, not trained on, show what was learned"
-        rows["held out"] = told + which
+        rows["held out"] = f"{count}, not trained on but used to measure what was learned{which}"
     if planned.best:
         rows["best checkpoint"] = planned.best
     return rows

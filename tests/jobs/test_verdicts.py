@@ -233,9 +233,10 @@ def test_the_plan_says_what_is_measured_and_what_it_costs(
     looked = prepare(recipe_of(tiny_bases["sd1"], photos, data={"hold_out": 1}, run={"verdicts": "on"}))
     rows, shared = plan_rows(plan(looked)), shared_rows(plan(looked))
     (held,) = held_out_photos(looked)
-    assert rows["verdicts"].startswith("after steps 1, 2, 3, 4: what it learned, on 4 photos and on photos that are")
-    assert rows["held out"] == f"1 of 3 photos, not trained on, show what was learned: {looked.names[held]}"
-    assert looked.names[held] not in shared["held out"]
+    assert rows["verdicts"].startswith("after steps 1, 2, 3, 4: what it learned, on 4 photos and on what is held out;")
+    name = looked.names[held]
+    assert rows["held out"] == f"1 of 3 photos, not trained on but used to measure what was learned: {name}"
+    assert name not in shared["held out"]
     assert rows["each photo"] == "seen 2 times"
 
 

@@ -144,7 +144,9 @@ def test_the_verdict_is_a_sentence_and_curves(run: Path) -> None:
     assert "No &lt;b&gt;class&lt;/b&gt; here." in page
     assert "<i>odd" not in page
     assert page.count("<svg class=plot") == 2
-    cells = [row.split("</td>") for row in page.split("<table class=measures>")[1].split("<tr>")[1:]]
+    cells = [
+        row.split("</td>") for row in page.split("<table class=measures>")[1].split("</table>")[0].split("<tr>")[1:]
+    ]
     shown = {row[0].removeprefix("<td>"): (row[1], row[2]) for row in cells}
     assert shown["drift elsewhere"] == ("<td class=bad>0.90", "<td class=soft>at most 0.35")
     assert shown["learned, on the photos"] == ("<td>5.00", "<td class=soft>at least 1.6")
