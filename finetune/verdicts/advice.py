@@ -76,7 +76,8 @@ def _against_drift(found: Sequence[str], means: Means) -> list[str]:
     """What holds the class and everything else, as far as the run can have it and does not."""
     if means.barred:
         return []
-    missing, there = [], []
+    missing: list[tuple[str, str]] = []
+    there: list[tuple[str, str]] = []
     if Word.DRIFTED in found:
         (there if means.holds_class else missing).append(("prior.kind=class_images", "the class"))
     if Word.DAMAGED in found:

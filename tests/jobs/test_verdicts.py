@@ -216,6 +216,7 @@ def test_the_plan_says_what_is_measured_and_what_it_costs(
     tiny_bases: dict[str, Path], photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The number of predictions is that of a real run."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(photos.parent / "cache"))  # where no base has drawn yet
     asked: list[int] = []
     predict = Predictor.__call__
     monkeypatch.setattr(Predictor, "__call__", lambda self, points: asked.append(len(points)) or predict(self, points))
