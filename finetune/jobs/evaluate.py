@@ -20,7 +20,7 @@ from finetune.evaluation.base import KINDS, Kind, Metric, Pictures, Score, Seen
 from finetune.evaluation.prompts_file import Called, prompts_for, table_of, templates
 from finetune.evaluation.registry import BACKBONES, chosen_metrics
 from finetune.evaluation.statistics import Vectors
-from finetune.jobs.evaluated import ToldWords, Trained, Wish, drawn, find_source
+from finetune.jobs.evaluated import ToldWords, Trained, Wish, drawn, find_source, photos_trained_on
 from finetune.report.evaluation import write_page
 from finetune.runs.folder import RunFolder, is_run
 from finetune.sampling.settings import Sampling
@@ -90,12 +90,15 @@ def evaluate(asked: Evaluation, tell: Callable[[str], None] = lambda line: None)
     words = replace(asked.words, style=asked.kind == "style")
     sources = _named([find_source(path, words, asked.base, asked.step, asked.weight) for path in asked.sources])
     kind = _kind(asked, sources)
+    digests = [photo.digest for photo in photos]
+    trained_on = [photos_trained_on(source, digests) for source in sources]
     wishes = [_wish(asked, source, kind) for source in sources]
     given = [_pictures(folder, _called(asked, sources)) for folder in asked.folders]
     metrics = _metrics(asked, kind)
     eyes = _Eyes.opened(metrics, asked.backbones, photos)
     measured = [eyes.score(pictures, metrics) for pictures in given]
     fresh = [drawn(source, wish, asked.out / "images") for source, wish in zip(sources, wishes, strict=True)]
+    fresh = [_seen_before(item, count, len(photos)) for item, count in zip(fresh, trained_on, strict=True)]
     measured = [eyes.score(pictures, metrics) for pictures in fresh] + measured
     pictures = _named([*fresh, *given])
     values = _result(asked, (kind, photos), eyes, metrics, pictures, measured)
@@ -154,6 +157,14 @@ def _free(name: str, taken: Sequence[str]) -> str:
     while candidate in taken:
         candidate, number = f"{name} ({number})", number + 1
     return candidate
+
+
+def _seen_before(pictures: Pictures, count: int, photos: int) -> Pictures:
+    """With a note where the source was trained on the photos that it is compared with."""
+    if not count:
+        return pictures
+    note = f"{count} of the {photos} photos were trained on, so that a copy of one counts as likeness"
+    return replace(pictures, notes=[note, *pictures.notes])
 
 
 def _kind(asked: Evaluation, sources: Sequence[Trained]) -> Kind:

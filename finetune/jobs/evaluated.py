@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.inspection import inspect_adapter
+from finetune.adapters.inspection import open_adapter
 from finetune.core.devices import empty_cache, machine
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.core.files import public_name, sha256
+from finetune.data.photos import BadImage, open_image
 from finetune.evaluation.base import Pictures, Prompt
 from finetune.evaluation.prompts_file import Called
 from finetune.families.base import Family
@@ -23,6 +24,7 @@ from finetune.families.digests import base_hash
 from finetune.jobs.images import name_cut_prompts
 from finetune.jobs.open import base_to_draw, open_result
 from finetune.runs.folder import RunFolder, is_run
+from finetune.runs.inputs import read_inputs
 from finetune.runs.record import RunRecord
 from finetune.sampling.draw import check_sampling, draw
 from finetune.sampling.images import parameters, save_image
@@ -81,7 +83,8 @@ def find_source(path: Path, words: ToldWords, base: str | None, step: int | None
     if step is not None:
         raise BadInput(f"--step {step} chooses a run's checkpoint and {path} is no run folder: leave it out")
     chosen = base_to_draw(path, base)
-    called = _called_in(path, inspect_adapter(path, chosen).metadata, words)
+    _, found = open_adapter(path, chosen)  # refuses one of another base: now rather than after the first drawings
+    called = _called_in(path, found.metadata, words)
     digest = base_hash(path) if path.is_dir() else sha256(path)
     return Trained(path, name, called, digest, chosen, weight=weight)
 
@@ -164,12 +167,37 @@ def drawn(source: Trained, wish: Wish, folder: Path) -> Pictures:
     decided = json.dumps({**about, "name": ""}, sort_keys=True).encode()
     place = folder / f"{_plain_name(source.name)}-{hashlib.sha256(decided).hexdigest()[:12]}"
     files = [[place / _file_name(prompt, seed) for seed in seeds] for prompt, seeds in _pairs(wish)]
-    notes = _some(name_cut_prompts(family, [*(prompt.text for prompt in wish.prompts), sampling.negative]))
+    notes = _of_run(source) + _some(
+        name_cut_prompts(family, [*(prompt.text for prompt in wish.prompts), sampling.negative])
+    )
     _draw_missing(family, wish, sampling, files, (source.name, info.base or source.base or ""))
     del family
     gc.collect()
     empty_cache()
     return Pictures(source.name, wish.prompts, files, about, notes)
+
+
+def _of_run(source: Trained) -> list[str]:
+    """That a run has not finished."""
+    if not source.is_run or source.step is not None:
+        return []
+    step = RunFolder(source.path).step_to_open(None)
+    return [] if step is None else [f"the run has not finished: measured is its checkpoint of step {step}"]
+
+
+def photos_trained_on(source: Trained, digests: Sequence[str]) -> int:
+    """How many of the photos with these SHA-256 a run was trained on; 0 for a file, which does not tell.
+
+    Raises:
+        BadInput: the run's record of its photos is damaged.
+    """
+    record = read_inputs(source.path) if source.is_run else None
+    if record is None:
+        return 0
+    planned = RunFolder(source.path).info.planned
+    held_out = planned.verdicts.held_out if planned and planned.verdicts else []
+    own = {photo.sha256 for photo in record.inputs.photos if photo.name not in held_out}
+    return sum(digest in own for digest in digests)
 
 
 def _some(lines: list[str]) -> list[str]:
@@ -218,6 +246,15 @@ def _plain_name(name: str) -> str:
     return kept.strip(".-")[:60] or "source"
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether an image is there that can be read; what a full disk cut off is drawn again."""
+    try:
+        open_image(file)
+    except (BadImage, OSError):
+        return False
+    return True
+
+
 def _draw_missing(
     family: Family, wish: Wish, sampling: Sampling, files: list[list[Path]], named: tuple[str, str]
 ) -> None:
@@ -227,7 +264,7 @@ def _draw_missing(
         for (prompt, seeds), own in zip(_pairs(wish), files, strict=True)
         for seed, file in zip(seeds, own, strict=True)
     ]
-    missing = [item for item in wanted if not item[2].is_file()]
+    missing = [item for item in wanted if not _is_whole(item[2])]
     name, model = named
     shown = phase(f"Drawing {name}"[:40], len(wanted), "images") if missing else nullcontext(lambda amount, note: None)
     with shown as advance:

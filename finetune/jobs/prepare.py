@@ -33,6 +33,7 @@ from finetune.sampling.settings import Sampling
 from finetune.training.accelerate import resolve_precision
 from finetune.training.priors.base import CAPTION
 from finetune.training.priors.class_images import ClassImages
+from finetune.verdicts.due import due_steps, samples_in_step
 
 
 @dataclass
@@ -175,7 +176,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     """
     scanned = scan_subjects(recipe.data)
     images = recipe.prior.class_images
-    _refuse_hold_out(recipe, scanned)
+    _refuse_hold_out(recipe, scanned, begun)
     if images is not None:
         _refuse_folder(images, recipe)
     if recipe.prior.others is not None:
@@ -242,7 +243,7 @@ def _named_images(recipe: Recipe, family: Family, resolution: int) -> DrawnFrom 
     return open_given(family, given, sample.sampling(resolution), "sample.", sample.image_guidance)
 
 
-def _refuse_hold_out(recipe: Recipe, scanned: Sequence[Scanned]) -> None:
+def _refuse_hold_out(recipe: Recipe, scanned: Sequence[Scanned], begun: bool) -> None:
     """Refuses to hold out all photos of a subject, and to do it for nothing."""
     count = recipe.data.hold_out
     if count and recipe.run.verdicts == "off":
@@ -255,6 +256,11 @@ def _refuse_hold_out(recipe: Recipe, scanned: Sequence[Scanned]) -> None:
                 f"data.hold_out is {count} but {found.folder} has {len(found.photos)} photos: at least one must be "
                 "left to train on"
             )
+    if count and not begun and not due_steps(recipe.run, samples_in_step(recipe.run, recipe.prior)):
+        raise BadInput(
+            f"data.hold_out is {count} but {recipe.run.steps} steps are too few for run.verdicts=auto to measure "
+            "anything on the photos: set run.verdicts=on, or remove data.hold_out"
+        )
 
 
 def _refuse_folder(images: ClassImages, recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from finetune.core.reading import json_lines, numbers_in
 FILE = "verdicts.jsonl"
 LARGEST = 1e12  # the largest value to plot; NaN fails the comparison too
 MOST = 100_000_000  # bytes
+BROKEN = 1e6  # a measure from here on says that the model is destroyed
+WORST = 1e9  # stands for what is no number, or is too large to be written
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,12 @@ class Row:
     step: int
     values: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+
+
+def writable(values: Mapping[str, float]) -> dict[str, float]:
+    """Measures as they are written, so that those in memory and those read back are the same numbers."""
+    bounded = {name: WORST if math.isnan(v) else max(-WORST, min(WORST, v)) for name, v in values.items()}
+    return {name: round(value, 6) for name, value in bounded.items()}
 
 
 class VerdictsFile:
@@ -40,8 +49,9 @@ class VerdictsFile:
     def _put(self, row: Row) -> None:
         """A step that is measured again, as the first one is at every start, keeps its first line."""
         if row.step not in {old.step for old in read_rows(self.file)}:
-            values = {name: round(value, 6) for name, value in row.values.items()}
-            append_line(self.file, json.dumps({"step": row.step, **values, "seconds": round(row.seconds, 3)}))
+            append_line(
+                self.file, json.dumps({"step": row.step, **writable(row.values), "seconds": round(row.seconds, 3)})
+            )
 
     def _rewind(self, step: int) -> None:
         if self.file.is_file():

@@ -16,11 +16,16 @@ import psutil
 import pytest
 import torch
 import work
+from ends import metrics, weights
 from PIL import Image
 from safetensors.torch import load_file
 from work import methods_of, wait_for_steps
 
 from finetune.cli.main import run as finetune
+from finetune.jobs.verdicts import best_step
+from finetune.runs.folder import RunFolder
+from finetune.training.checkpoint import Checkpoints
+from finetune.verdicts.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -119,6 +124,30 @@ def test_priors_without_class_images_do_not_depend_on_the_processes(
         one, two = (tmp_path / count / "runs" / name for count in ("1", "2"))
         assert losses(two) == pytest.approx(losses(one), rel=1e-5)
         assert distance(*[load_file(run / "adapter" / "trained.safetensors") for run in (one, two)]) < 1e-5, name
+
+
+@pytest.mark.slow
+def test_verdicts_do_not_depend_on_the_processes(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    """Not measured, measured, and stopped in between, with images of everything else and EMA: no bit of the run
+    changes with any number of processes, and the curves are the same up to the rounding of the weights."""
+    one_and_two(work, "verdicts", tmp_path, photos, tiny_bases["sd1"])
+    curves = []
+    for count in ("1", "2"):
+        off, on, stopped = (tmp_path / count / "runs" / name for name in ("off", "on", "stopped"))
+        for other in (on, stopped):
+            wanted, found = weights(off), weights(other)
+            assert metrics(other) == metrics(off)
+            assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+        assert not (off / "verdicts.jsonl").exists()
+        rows, again = (read_rows(run / "verdicts.jsonl") for run in (on, stopped))
+        assert [row.step for row in rows] == [0, 2, 4, 6, 8]
+        assert [row.values for row in again] == [row.values for row in rows]
+        kept = [Checkpoints(run).steps() for run in (on, stopped)]
+        assert kept[0] == kept[1] == sorted({best_step(RunFolder(on)), 8})
+        curves.append(rows)
+    for one, two in zip(*curves, strict=True):
+        assert two.values == pytest.approx(one.values, rel=1e-3, abs=1e-4)
+        assert one.step == 0 or any(abs(value) > 1e-2 for value in one.values.values())
 
 
 def command(base: Path, photos: Path, run: Path, *more: str) -> list[str]:

@@ -118,6 +118,9 @@ class ClipNetwork(HubBackbone):
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(place)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise self.refuse(f"it has no tokenizer that can be read: {' '.join(str(error).split())[:100]}") from error
+        one, other = (self.tokenizer(text)["input_ids"] for text in ("a photo of a dog", "a photo of a cat"))
+        if one == other:  # transformers makes an empty tokenizer of a folder without one, which reads every text alike
+            raise self.refuse("it has no tokenizer that can be read: every word is unknown to it")
         self.length = int(self.model.config.text_config.max_position_embeddings)
 
     def look(self, images: Tensor) -> Tensor:
