@@ -365,6 +365,7 @@ def test_the_photos_of_the_training_are_named_as_such(place: Path, tmp_path: Pat
     assert not [note for note in notes(moved) if "trained on" in note]
 
 
+@pytest.mark.slow
 def test_drawings_follow_what_decides_them_and_damaged_ones_are_drawn_again(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     folders: list[str] = []
