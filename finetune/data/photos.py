@@ -163,6 +163,20 @@ def read_photo(file: Path) -> Photo:
     Raises:
         BadImage: it can't be used as a photo.
     """
+    return _read(file)[0]
+
+
+def read_image(file: Path) -> tuple[Photo, Image.Image]:
+    """Like `read_photo`, and also returns the image as `open_image` does, decoded once.
+
+    Raises:
+        BadImage: it can't be used as a photo.
+    """
+    photo, decoded = _read(file)
+    return photo, _flat(decoded, "white")
+
+
+def _read(file: Path) -> tuple[Photo, Image.Image]:
     if shown(file) != str(file):
         raise BadImage(file, "its name is not UTF-8: rename it")
     content = _content(file)
@@ -172,7 +186,7 @@ def read_photo(file: Path) -> Photo:
         raise BadImage(file, f"{width}x{height} pixels is too small")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImage(file, f"{width}x{height} is more than {MAX_ASPECT} times as long as wide: crop it")
-    return Photo(file, (width, height), hashlib.sha256(content).hexdigest(), is_converted(decoded))
+    return Photo(file, (width, height), hashlib.sha256(content).hexdigest(), is_converted(decoded)), decoded
 
 
 def open_image(file: Path, ground: str = "white", formats: Sequence[str] = FORMATS) -> Image.Image:

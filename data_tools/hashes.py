@@ -1,0 +1,118 @@
+"""Finds copies and near-copies among many photos: perceptual hashes in a banded index, then a look at small images.
+
+Two hashes that differ in few bits are equal in one of several bands of bits, so only photos that share a band are
+compared: the work grows with the number of photos, not with its square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+NEAR = 6  # of 64 dHash bits may differ between near-duplicates
+SIDE = 16  # pixels: of the small images that decide
+ALIKE = 12.0  # of 255: the mean difference of two small images that show the same
+CHUNK = 4_000_000  # pairs that are compared at once
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a photo looks like: its 64-bit dHash, and 16x16 RGB pixels [16, 16, 3], uint8."""
+
+    dhash: int
+    small: np.ndarray
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two photos, as numbers in the list that was given, that look the same. `bits` of their 64 dHash bits differ."""
+
+    first: int
+    second: int
+    bits: int
+
+
+def look_of(image: Image.Image) -> Look:
+    """Returns what an RGB image looks like."""
+    reduced = image.resize((SIDE * 8, SIDE * 8), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    small = np.asarray(reduced.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.uint8)
+    return Look(difference_hash(image), small)
+
+
+def difference_hash(image: Image.Image) -> int:
+    """Returns the image's 64-bit dHash: shrunk to 9x8 grey pixels, whether each is darker than its right neighbour."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
+    bits = (grey[:, :-1] < grey[:, 1:]).flatten()
+    return int("".join("1" if bit else "0" for bit in bits), 2)
+
+
+def near_pairs(looks: Sequence[Look], near: int = NEAR, alike: float = ALIKE) -> list[Pair]:
+    """Returns the pairs of photos that look the same: at most `near` bits differ, and their small images by at most
+    `alike` of 255 in the mean, once both have the same brightness and contrast. Sorted, the first number the smaller.
+    """
+    if len(looks) < 2:
+        return []
+    hashes = np.array([look.dhash for look in looks], dtype=np.uint64)
+    smalls = np.stack([_levelled(look.small) for look in looks])
+    found: list[Pair] = []
+    for first, second in _candidates(hashes, near):
+        apart = np.abs(smalls[first].astype(np.int16) - smalls[second]).mean((1, 2, 3))
+        bits = np.bitwise_count(hashes[first] ^ hashes[second])
+        same = apart <= alike
+        rows = zip(first[same].tolist(), second[same].tolist(), bits[same].tolist(), strict=True)
+        found += [Pair(*row) for row in rows]
+    return sorted(set(found), key=lambda pair: (pair.second, pair.bits, pair.first))
+
+
+def groups(count: int, pairs: Sequence[Pair]) -> list[list[int]]:
+    """Returns the groups of two or more photos that pairs connect, each sorted, in the order of their first photo."""
+    parent = list(range(count))
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
+
+    for pair in pairs:
+        one, other = sorted((root(pair.first), root(pair.second)))
+        parent[other] = one
+    members: dict[int, list[int]] = {}
+    for number in range(count):
+        members.setdefault(root(number), []).append(number)
+    return [group for group in members.values() if len(group) > 1]
+
+
+def _levelled(small: np.ndarray) -> np.ndarray:
+    """Brightness 128 and, where there is contrast, a standard deviation of 48: a brighter copy is the same photo."""
+    values = small.astype(np.float32)
+    centred = values - values.mean()
+    spread = max(float(centred.std()), 8.0)
+    levelled: np.ndarray = (centred * (48 / spread) + 128).clip(0, 255).astype(np.uint8)
+    return levelled
+
+
+def _candidates(hashes: np.ndarray, near: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Gives arrays of numbers of photos whose hashes differ in at most `near` bits; a pair may come more than once."""
+    bands = near + 1
+    edges = [round(64 * band / bands) for band in range(bands + 1)]
+    for start, end in zip(edges, edges[1:], strict=False):
+        keys = (hashes >> np.uint64(start)) & np.uint64((1 << (end - start)) - 1)
+        order = np.argsort(keys, kind="stable")
+        starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] + np.uint64(1)))
+        for members in np.split(order, starts[1:]):
+            yield from _within(np.sort(members), hashes, near)
+
+
+def _within(members: np.ndarray, hashes: np.ndarray, near: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The near pairs among photos that share a band."""
+    own = hashes[members]
+    rows = max(1, CHUNK // max(1, len(members)))
+    for begin in range(0, len(members), rows):
+        block = np.bitwise_count(own[begin : begin + rows, None] ^ own[None, begin:]) <= near
+        first, second = np.nonzero(np.triu(block, 1))
+        if len(first):
+            yield members[begin + first], members[begin + second]
