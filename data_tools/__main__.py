@@ -21,8 +21,6 @@ COMMANDS = {
     "dedupe": "write a folder without the copies and near-copies of a photo",
     "split": "write a folder of photos for training and one of held-out photos",
     "resize": "write a folder of photos of a base's size",
-    "crop": "write a folder of photos that are cropped around their subject",
-    "mask": "write a folder of photos with masks of their subject",
     "tags": "write a folder with changed captions, or count the tags",
     "unpack": "write a data set of the hub, or a local one, as a folder of images with captions",
 }

@@ -13,8 +13,9 @@ RING = 3  # of 16 pixels: the edge of a small image, where a subject seldom is
 SAME_RING = 9.0  # of 255: the mean difference of two edges that show one background
 SHARE = 0.8  # of the pairs
 SIDE = 192  # pixels: of the images in which marks are sought
-FEWEST_MARKED = 5
-EDGE = 12.0  # of 255: a step that most photos have at the same place
+FEWEST_MARKED = 6
+AGREE = 20  # percent of the photos may lack the mark
+EDGE = 8.0  # of 255: a step that the others have at the same place, in the same direction
 SMALLEST_MARK, LARGEST_MARK = 24, 0.25  # pixels of such steps, and the part of the image around them
 
 
@@ -41,14 +42,14 @@ def same_background(smalls: Sequence[np.ndarray]) -> list[str]:
 def same_mark(thumbs: Sequence[np.ndarray]) -> list[str]:
     """A sentence if a small place has the same steps in most photos, as a watermark, a date or a logo has.
 
-    After Dekel et al. 2017, "On the Effectiveness of Visible Watermarks": the median of the gradients over many photos
-    is that of what all of them share.
+    After Dekel et al. 2017, "On the Effectiveness of Visible Watermarks": over many photos, only the gradients of what
+    they share agree.
     """
     if len(thumbs) < FEWEST_MARKED:
         return []
     grey = np.stack(thumbs[:MOST]).astype(np.float32)
-    down = np.abs(np.median(np.diff(grey, axis=1), axis=0))[:, :-1]
-    right = np.abs(np.median(np.diff(grey, axis=2), axis=0))[:-1]
+    down = _shared_steps(np.diff(grey, axis=1))[:, :-1]
+    right = _shared_steps(np.diff(grey, axis=2))[:-1]
     rows, columns = np.nonzero(np.maximum(down, right) > EDGE)
     if len(rows) < SMALLEST_MARK:
         return []
@@ -57,7 +58,16 @@ def same_mark(thumbs: Sequence[np.ndarray]) -> list[str]:
     if (bottom - top + 1) * (end - left + 1) > LARGEST_MARK * SIDE**2:
         return []
     place = _place(float(top + bottom) / 2 / SIDE, float(left + end) / 2 / SIDE)
+    if place == "middle":  # a subject is there, perhaps always in the same pose
+        return []
     return [f"most photos have the same mark at the {place}, such as a watermark or a date: crop it away, or mask it"]
+
+
+def _shared_steps(steps: np.ndarray) -> np.ndarray:
+    """How large the steps [photos, rows, columns] are at least in all but AGREE percent of the photos, 0 where their
+    directions differ."""
+    low, high = np.percentile(steps, (AGREE, 100 - AGREE), axis=0)
+    return np.maximum(np.maximum(low, -high), 0)
 
 
 def _place(down: float, right: float) -> str:

@@ -49,8 +49,8 @@ class File:
 
     `size` is (width, height) in pixels as shown; `orientation` is how the file stores it. `digest` is the SHA-256 of
     the file and `fingerprint` its 64-bit dHash. `problems` need the user's attention. `notes` need none: training
-    handles them by itself (it applies the EXIF rotation, puts transparency on white, ...). `copy_of` is an earlier file
-    that holds the same bytes.
+    handles them by itself (it applies the EXIF rotation, puts transparency on white, ...). `copy_of` is an
+    earlier file that holds the same bytes.
     """
 
     path: Path
@@ -303,16 +303,19 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def add_base(parser: argparse.ArgumentParser) -> None:
-    """Adds --base, --resolution and --token: what photos and captions are checked against."""
+def add_base(parser: argparse.ArgumentParser, token: bool = True) -> None:
+    """Adds --base, --resolution and --token: what photos and captions are checked against, or made for."""
     parser.add_argument(
         "--base",
         help="the base to train: tiny, a diffusers folder or a hub id; sets the resolution and the longest caption",
     )
     parser.add_argument(
-        "--resolution", type=whole_number(1, "pixels"), help="training resolution in pixels (default: the base's, or 512)"
+        "--resolution",
+        type=whole_number(1, "pixels"),
+        help="training resolution in pixels (default: the base's, or 512)",
     )
-    parser.add_argument("--token", default="", help="a word that must be in every caption, such as sks")
+    if token:
+        parser.add_argument("--token", default="", help="a word that must be in every caption, such as sks")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -327,11 +330,16 @@ def run(options: argparse.Namespace) -> int:
 
 def check_for(options: argparse.Namespace) -> Findings:
     """Checks for the base, resolution and token of the command's options."""
-    base = _base_folder(options.base) if options.base else None
-    resolution, why = _resolution(options, base)
+    base, resolution, why = base_and_resolution(options)
     findings = check(options.photos, resolution, read_wanted(base, options.token))
     findings.notes.insert(0, f"checked for training at {resolution} pixels ({why})")
     return findings
+
+
+def base_and_resolution(options: argparse.Namespace) -> tuple[Path | None, int, str]:
+    """The folder of the base (None: none was named), the resolution in pixels, and where that is from."""
+    base = _base_folder(options.base) if options.base else None
+    return base, *_resolution(options, base)
 
 
 def _base_folder(source: str) -> Path:

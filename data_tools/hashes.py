@@ -67,25 +67,6 @@ def near_pairs(looks: Sequence[Look], near: int = NEAR, alike: float = ALIKE) ->
     return sorted(set(found), key=lambda pair: (pair.second, pair.bits, pair.first))
 
 
-def groups(count: int, pairs: Sequence[Pair]) -> list[list[int]]:
-    """Returns the groups of two or more photos that pairs connect, each sorted, in the order of their first photo."""
-    parent = list(range(count))
-
-    def root(number: int) -> int:
-        while parent[number] != number:
-            parent[number] = parent[parent[number]]
-            number = parent[number]
-        return number
-
-    for pair in pairs:
-        one, other = sorted((root(pair.first), root(pair.second)))
-        parent[other] = one
-    members: dict[int, list[int]] = {}
-    for number in range(count):
-        members.setdefault(root(number), []).append(number)
-    return [group for group in members.values() if len(group) > 1]
-
-
 def _levelled(small: np.ndarray) -> np.ndarray:
     """Brightness 128 and, where there is contrast, a standard deviation of 48: a brighter copy is the same photo."""
     values = small.astype(np.float32)

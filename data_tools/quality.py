@@ -1,7 +1,7 @@
 """Measures of one photo that need no network: sharpness, exposure, blocks of JPEG compression, bars at the edges.
 
-Each measure says what it looks at; the limits of `faults` were set on six of the subjects in docs/data.md and checked on
-five others.
+Each measure says what it looks at; the limits of `faults` were set on six subjects and checked on five others
+(docs/data.md).
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ class Quality:
     """What was measured of one photo.
 
     `sharpness` is near 0 for a photo out of focus and above 0.4 for a sharp one. `low` and `high` are the luma below
-    which 5 percent and 95 percent of the pixels lie (0 to 255). `blocks` is 1 without visible 8x8 blocks and `block_step`
-    about 0. `bars` are the
-    shares of the sides (left, top, right, bottom) that a bar of one colour covers.
+    which 5 percent and 95 percent of the pixels lie (0 to 255). `blocks` is 1 without visible 8x8 blocks, and
+    `block_step` about 0. `bars` are the shares of the sides (left, top, right, bottom) that bars of one colour cover.
     """
 
     sharpness: float
@@ -129,7 +128,7 @@ def find_bars(values: np.ndarray) -> tuple[float, ...]:
 
 
 def _bar(rows: np.ndarray) -> float:
-    """The share of the rows from the first on that are one colour, if the next one differs along most of its length."""
+    """The share of the rows from the first on that are one colour, if the next row differs along most of it."""
     colour = np.median(rows[0].astype(np.float32), axis=0)
     limit = len(rows) // 2
     apart = np.abs(rows[:limit].astype(np.float32) - colour).max(-1)

@@ -71,7 +71,9 @@ def _files(manifest: Path) -> dict[str, str]:
         raise BadInput(f"{manifest} is not the manifest of a command: {ADVICE}", path=manifest) from error
     for name in found:
         if not _is_inside(name):
-            raise BadInput(f"{manifest} names {name!r}, which is not in its folder: nothing was removed", path=manifest)
+            raise BadInput(
+                f"{manifest} names {name!r}, which is not in its folder: nothing was removed", path=manifest
+            )
     return found
 
 

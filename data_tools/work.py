@@ -67,13 +67,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A command's steps. `settings` are the options that led to them, for the manifest."""
+    """A command's steps. `settings` are the options that led to them, for the manifest; `extra` are files of the
+    folder that belong to no photo."""
 
     command: str
     source: Path
     steps: Sequence[Step]
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    extra: tuple[Written, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def carry_out(plan: Plan, out: Path, dry_run: bool = False) -> Prepared:
     if not dry_run:
         with replacing_folder(out) as temporary:
             rows = list(_write(plan, temporary))
-            others = _write_lists(plan, temporary)
+            others = _write_lists(plan, temporary) | {file.name: _write_file(file, temporary) for file in plan.extra}
             write_json(temporary / MANIFEST, _manifest(plan, rows, others))
     return Prepared(plan, out, dry_run)
 
@@ -172,9 +174,10 @@ def _refuse_names(plan: Plan) -> None:
             other = seen.setdefault(file.name.lower(), file.source)
             if other != file.source:
                 raise BadInput(
-                    f"{shown(other.name)} and {shown(file.source.name)} would both become {shown(file.name)}: rename one"
+                    f"{shown(other.name)} and {shown(file.source.name)} would both become {shown(file.name)}: "
+                    "rename one"
                 )
-    if not any(step.files for step in plan.steps):
+    if not plan.extra and not any(step.files for step in plan.steps):
         raise BadInput(f"nothing of {plan.source} would be left: {plan.steps[0].why or 'choose other options'}")
 
 
@@ -184,8 +187,8 @@ def _refuse_little_room(plan: Plan, out: Path) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise BadInput(
-            f"{out} would need {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free some space, or give a folder "
-            "on another disk",
+            f"{out} would need {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free some space, or give a "
+            "folder on another disk",
             path=out,
         )
 
@@ -199,10 +202,18 @@ def _write(plan: Plan, folder: Path) -> Iterator[dict[str, Any]]:
                 if file.name not in done:  # a.jpg and a.png share a.txt
                     done[file.name] = _write_file(file, folder)
             yield {
-                "source": step.source.name, "sha256": sha256(step.source), "action": step.action, "why": step.why,
+                "source": step.source.name, "sha256": _digest(step.source), "action": step.action, "why": step.why,
                 "files": {file.name: done[file.name] for file in step.files},
             }  # fmt: skip
             advance(1, "")
+
+
+def _digest(file: Path) -> str:
+    """The SHA-256 of a photo; empty if it can't be read, such as a broken link."""
+    try:
+        return sha256(file)
+    except OSError:
+        return ""
 
 
 def _write_file(file: Written, folder: Path) -> str:
@@ -222,7 +233,9 @@ def _write_lists(plan: Plan, folder: Path) -> dict[str, str]:
         if step.files and step.caption is not None:
             place = PurePosixPath(step.target)
             row = {"file_name": place.name, "text": step.caption, **step.row}
-            lines.setdefault(f"{place.parent}/{LIST}".removeprefix("./"), []).append(json.dumps(row, ensure_ascii=False))
+            lines.setdefault(f"{place.parent}/{LIST}".removeprefix("./"), []).append(
+                json.dumps(row, ensure_ascii=False)
+            )
     for name, rows in lines.items():
         write_text(folder / name, "\n".join(rows) + "\n")
     return {name: sha256(folder / name) for name in lines}
