@@ -67,7 +67,8 @@ def _shared_steps(steps: np.ndarray) -> np.ndarray:
     """How large the steps [photos, rows, columns] are at least in all but AGREE percent of the photos, 0 where their
     directions differ."""
     low, high = np.percentile(steps, (AGREE, 100 - AGREE), axis=0)
-    return np.maximum(np.maximum(low, -high), 0)
+    shared: np.ndarray = np.maximum(np.maximum(low, -high), 0)
+    return shared
 
 
 def _place(down: float, right: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image
@@ -80,7 +81,7 @@ def _candidates(hashes: np.ndarray, near: int) -> Iterator[tuple[np.ndarray, np.
     """Gives arrays of numbers of photos whose hashes differ in at most `near` bits; a pair may come more than once."""
     bands = near + 1
     edges = [round(64 * band / bands) for band in range(bands + 1)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         keys = (hashes >> np.uint64(start)) & np.uint64((1 << (end - start)) - 1)
         order = np.argsort(keys, kind="stable")
         starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] + np.uint64(1)))

@@ -97,7 +97,8 @@ def _tiles(values: np.ndarray) -> np.ndarray:
     """The means of square tiles, flat."""
     side = max(8, min(values.shape) // TILES)
     rows, columns = values.shape[0] // side, values.shape[1] // side
-    return values[: rows * side, : columns * side].reshape(rows, side, columns, side).mean((1, 3)).ravel()
+    means: np.ndarray = values[: rows * side, : columns * side].reshape(rows, side, columns, side).mean((1, 3))
+    return means.ravel()
 
 
 def blockiness(values: np.ndarray) -> tuple[float, float]:

@@ -20,8 +20,8 @@ def split(source: Path, out: Path, hold_out: int, dry_run: bool = False) -> Prep
     """Copies the photos of `source` to `out`/train, and `hold_out` of them to `out`/held_out.
 
     The rule: photos are sorted by the SHA-256 of their files and the first ones are held out. So the choice is the
-    same on every machine, and a photo that is added later changes it little. A photo that looks the same as another one is
-    never held out: training would see it.
+    same on every machine, and a photo that is added later changes it little. A photo that looks the same as another
+    one is never held out: training would see it.
 
     Raises:
         BadInput: there are too few photos that look like no other one, or `out` can't be written.

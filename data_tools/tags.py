@@ -23,7 +23,8 @@ class TagRules:
     """What becomes of each caption's tags, in this order.
 
     `drop`: these tags go. `most`: only the first ones stay. `shuffle`: their order is drawn with `seed` and the
-    photo's name, behind the first `keep_first`. A tag of `drop` is compared in lower case, with spaces for underscores.
+    photo's name, behind the first `keep_first`. Tags of `drop` are compared in lower case, with spaces for
+    underscores.
     """
 
     drop: tuple[str, ...] = ()

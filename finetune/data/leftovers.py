@@ -14,7 +14,8 @@ MANIFEST = "data-manifest.json"  # `finetune data` says there what it did: nothi
 def leftovers(folder: Path, used: Set[Path]) -> list[str]:
     """The names in a folder that are not among the `used` files, sorted; sub-folders end in "/".
 
-    A sub-folder of which something is used (masks/) is looked into. Hidden files and the manifest of `finetune data` are left out.
+    A sub-folder of which something is used (masks/) is looked into. Hidden files and the manifest of
+    `finetune data` are left out.
     """
     inside = {file.parent for file in used}
     names = []
