@@ -13,8 +13,8 @@ RING = 3  # of 16 pixels: the edge of a small image, where a subject seldom is
 SAME_RING = 9.0  # of 255: the mean difference of two edges that show one background
 SHARE = 0.8  # of the pairs
 SIDE = 192  # pixels: of the images in which marks are sought
-FEWEST_MARKED = 6
-AGREE = 20  # percent of the photos may lack the mark
+FEWEST_MARKED = 8
+AGREE = 10  # percent of the photos may lack the mark
 EDGE = 8.0  # of 255: a step that the others have at the same place, in the same direction
 SMALLEST_MARK, LARGEST_MARK = 24, 0.25  # pixels of such steps, and the part of the image around them
 

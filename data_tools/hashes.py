@@ -16,6 +16,7 @@ from PIL import Image
 NEAR = 6  # of 64 dHash bits may differ between near-duplicates
 SIDE = 16  # pixels: of the small images that decide
 ALIKE = 12.0  # of 255: the mean difference of two small images that show the same
+FAR = 55.0  # of 255: and the most that nearly all (98%) of their pixels differ. A drawing in another pose has more
 CHUNK = 4_000_000  # pairs that are compared at once
 
 
@@ -52,7 +53,8 @@ def difference_hash(image: Image.Image) -> int:
 
 def near_pairs(looks: Sequence[Look], near: int = NEAR, alike: float = ALIKE) -> list[Pair]:
     """Returns the pairs of photos that look the same: at most `near` bits differ, and their small images by at most
-    `alike` of 255 in the mean, once both have the same brightness and contrast. Sorted, the first number the smaller.
+    `alike` of 255 in the mean and FAR anywhere, once both have the same brightness and contrast. Sorted by the second
+    number, which is the larger one.
     """
     if len(looks) < 2:
         return []
@@ -60,9 +62,10 @@ def near_pairs(looks: Sequence[Look], near: int = NEAR, alike: float = ALIKE) ->
     smalls = np.stack([_levelled(look.small) for look in looks])
     found: list[Pair] = []
     for first, second in _candidates(hashes, near):
-        apart = np.abs(smalls[first].astype(np.int16) - smalls[second]).mean((1, 2, 3))
+        apart = np.abs(smalls[first].astype(np.int16) - smalls[second])
         bits = np.bitwise_count(hashes[first] ^ hashes[second])
-        same = apart <= alike
+        same = apart.mean((1, 2, 3)) <= alike
+        same &= np.percentile(apart.max(3).reshape(len(apart), -1), 98, axis=1) <= FAR
         rows = zip(first[same].tolist(), second[same].tolist(), bits[same].tolist(), strict=True)
         found += [Pair(*row) for row in rows]
     return sorted(set(found), key=lambda pair: (pair.second, pair.bits, pair.first))
