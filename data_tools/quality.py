@@ -55,12 +55,12 @@ def measure(image: Image.Image, resolution: int) -> Quality | None:
 def faults(quality: Quality) -> list[str]:
     """What is wrong with a photo, in words."""
     found = []
-    if quality.high - quality.low < PALE:
-        found.append(f"hardly any contrast: its values span {quality.high - quality.low:.0f} of 255")
-    elif quality.high < DARK:
+    if quality.high < DARK:
         found.append(f"too dark: 95% of it is below {quality.high:.0f} of 255")
     elif quality.low > BRIGHT:
         found.append(f"too bright: 95% of it is above {quality.low:.0f} of 255")
+    elif quality.high - quality.low < PALE:
+        found.append(f"hardly any contrast: its values span {quality.high - quality.low:.0f} of 255")
     elif quality.sharpness < BLURRED:
         found.append(f"blurred: no part of it is sharp (sharpness {quality.sharpness:.2f}, {BLURRED:g} is needed)")
     if quality.blocks > BLOCKY and quality.block_step > STEP:
