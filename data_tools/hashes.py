@@ -17,7 +17,8 @@ NEAR = 6  # of 64 dHash bits may differ between near-duplicates
 SIDE = 16  # pixels: of the small images that decide
 ALIKE = 12.0  # of 255: the mean difference of two small images that show the same
 FAR = 55.0  # of 255: and the most that nearly all (98%) of their pixels differ. A drawing in another pose has more
-CHUNK = 4_000_000  # pairs that are compared at once
+CHUNK = 4_000_000  # pairs of hashes that are compared at once
+IMAGES = 10_000  # pairs of small images that are compared at once
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,23 @@ def near_pairs(looks: Sequence[Look], near: int = NEAR, alike: float = ALIKE) ->
     smalls = np.stack([_levelled(look.small) for look in looks])
     found: list[Pair] = []
     for first, second in _candidates(hashes, near):
-        apart = np.abs(smalls[first].astype(np.int16) - smalls[second])
+        same = _same(smalls, first, second, alike)
         bits = np.bitwise_count(hashes[first] ^ hashes[second])
-        same = apart.mean((1, 2, 3)) <= alike
-        same &= np.percentile(apart.max(3).reshape(len(apart), -1), 98, axis=1) <= FAR
         rows = zip(first[same].tolist(), second[same].tolist(), bits[same].tolist(), strict=True)
         found += [Pair(*row) for row in rows]
     return sorted(set(found), key=lambda pair: (pair.second, pair.bits, pair.first))
+
+
+def _same(smalls: np.ndarray, first: np.ndarray, second: np.ndarray, alike: float) -> np.ndarray:
+    """Whether the small images of each pair show the same. Piece by piece: there may be millions of pairs."""
+    same = np.zeros(len(first), dtype=bool)
+    for begin in range(0, len(first), IMAGES):
+        part = slice(begin, begin + IMAGES)
+        apart = np.abs(smalls[first[part]].astype(np.int16) - smalls[second[part]])
+        near = np.flatnonzero(apart.mean((1, 2, 3)) <= alike)
+        worst = np.percentile(apart[near].max(3).reshape(len(near), SIDE * SIDE), 98, axis=1)
+        same[begin + near[worst <= FAR]] = True
+    return same
 
 
 def _levelled(small: np.ndarray) -> np.ndarray:
