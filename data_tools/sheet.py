@@ -72,7 +72,10 @@ def _thumb(file: File) -> Image.Image:
 
 
 def _page_writer(findings: Findings) -> Writer:
-    return lambda path: path.write_text(page(findings), encoding="utf-8", newline="\n") and None
+    def write(path: Path) -> None:
+        path.write_text(page(findings), encoding="utf-8", newline="\n")
+
+    return write
 
 
 def page(findings: Findings) -> str:
