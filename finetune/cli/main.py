@@ -176,7 +176,7 @@ def export(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def data(context: typer.Context) -> None:
-    """Turn a pile of files into a training set: check, sheet, dedupe, split, resize, tags, unpack."""
+    """Turn a pile of files into a training set."""
     from data_tools.__main__ import main as data_tools
 
     code = data_tools(context.args, "finetune data")
