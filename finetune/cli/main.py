@@ -174,6 +174,16 @@ def export(
     say_exported(export_result(run, to or [], step=_chosen_step(run, step), out=out, overrides=overrides))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def data(context: typer.Context) -> None:
+    """Turn a pile of files into a training set."""
+    from data_tools.__main__ import main as data_tools
+
+    code = data_tools(context.args, "finetune data")
+    if code:
+        raise typer.Exit(code)
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="a run folder")],

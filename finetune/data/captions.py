@@ -182,7 +182,7 @@ def caption_files(folder: Path, photos: Sequence[Photo]) -> dict[str, str]:
         BadInput: a file can't be read, or two say different things of one photo.
     """
     found = caption_rows(folder)
-    beside = _beside(folder, photos)
+    beside = captions_beside(folder, photos)
     for photo in photos:
         if photo.path.stem in beside:
             found[photo.path.name] = _own_caption(photo, beside[photo.path.stem])
@@ -191,10 +191,10 @@ def caption_files(folder: Path, photos: Sequence[Photo]) -> dict[str, str]:
 
 def caption_sources(folder: Path, photos: Sequence[Photo]) -> set[Path]:
     """The files that `caption_files` reads."""
-    return {file for files in _beside(folder, photos).values() for file in files} | set(_lists(folder))
+    return {file for files in captions_beside(folder, photos).values() for file in files} | set(_lists(folder))
 
 
-def _beside(folder: Path, photos: Sequence[Photo]) -> dict[str, list[Path]]:
+def captions_beside(folder: Path, photos: Sequence[Photo]) -> dict[str, list[Path]]:
     """A photo's name without suffix -> its caption files, sorted."""
     stems = {photo.path.stem for photo in photos}
     found: dict[str, list[Path]] = {}

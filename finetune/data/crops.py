@@ -40,6 +40,7 @@ class Crop:
             str(width) if width == height else f"{width}x{height}"
         )  # squares keep the key of earlier versions, so that old caches stay valid
         text = f"{self.photo.digest}:{shape}:{self.resized}:{self.corner}:{self.flip}:lanczos"
+        text += ":srgb" if self.photo.recoloured else ""  # earlier versions cached these with wrong colours
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
+from finetune.data.colours import converted_to_srgb, is_converted
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 # Pillow's formats for these files, detected by content. Others stay off: for EPS, Pillow starts Ghostscript
@@ -44,11 +45,15 @@ class BadImage(BadInput):
 
 @dataclass(frozen=True)
 class Photo:
-    """An image file. `size` is (width, height) in pixels after the EXIF rotation; `digest` is its SHA-256."""
+    """An image file. `size` is (width, height) in pixels after the EXIF rotation; `digest` is its SHA-256.
+
+    `recoloured`: its ICC profile is not sRGB, so its values are converted when it is read.
+    """
 
     path: Path
     size: tuple[int, int]
     digest: str
+    recoloured: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,33 +163,55 @@ def read_photo(file: Path) -> Photo:
     Raises:
         BadImage: it can't be used as a photo.
     """
+    return _read(file)[0]
+
+
+def read_image(file: Path) -> tuple[Photo, Image.Image]:
+    """Like `read_photo`, and also returns the image as `open_image` does, decoded once.
+
+    Raises:
+        BadImage: it can't be used as a photo.
+    """
+    photo, decoded = _read(file)
+    return photo, _flat(decoded, "white")
+
+
+def _read(file: Path) -> tuple[Photo, Image.Image]:
     if shown(file) != str(file):
         raise BadImage(file, "its name is not UTF-8: rename it")
     content = _content(file)
-    width, height = _decode(file, content).size
+    decoded = _decode(file, content)
+    width, height = decoded.size
     if min(width, height) < MIN_SIDE:
         raise BadImage(file, f"{width}x{height} pixels is too small")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImage(file, f"{width}x{height} is more than {MAX_ASPECT} times as long as wide: crop it")
-    return Photo(file, (width, height), hashlib.sha256(content).hexdigest())
+    return Photo(file, (width, height), hashlib.sha256(content).hexdigest(), is_converted(decoded)), decoded
 
 
 def open_image(file: Path, ground: str = "white", formats: Sequence[str] = FORMATS) -> Image.Image:
-    """Returns a file as an upright 8-bit RGB image.
+    """Returns a file as an upright 8-bit RGB image in sRGB.
 
-    The EXIF rotation is applied, transparency is put on the colour `ground`, 16-bit and float values are scaled, and
-    only the first frame of an animation is read. `formats` are the allowed Pillow formats, detected by content.
+    The EXIF rotation is applied, colours of another ICC profile are converted to sRGB, transparency is put on the
+    colour `ground`, 16-bit and float values are scaled, and only the first frame of an animation is read. `formats`
+    are the allowed Pillow formats, detected by content.
 
     Raises:
         BadImage: it can't be read or decoded.
     """
-    upright = _decode(file, _content(file), formats)
+    return _flat(_decode(file, _content(file), formats), ground)
+
+
+def _flat(upright: Image.Image, ground: str) -> Image.Image:
+    profile = upright.info.get("icc_profile")
     if upright.mode.startswith(("I", "F")):
-        return _scale_deep(upright)
+        return converted_to_srgb(_scale_deep(upright), profile).convert("RGB")
     if _has_alpha(upright):
         layered = upright.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layered.size, ground), layered).convert("RGB")
-    return upright.convert("RGB")
+        coloured = converted_to_srgb(layered.convert("RGB"), profile).convert("RGBA")
+        coloured.putalpha(layered.getchannel("A"))
+        return Image.alpha_composite(Image.new("RGBA", layered.size, ground), coloured).convert("RGB")
+    return converted_to_srgb(upright, profile).convert("RGB")
 
 
 def alpha_channel(file: Path) -> Image.Image | None:
