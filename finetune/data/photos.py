@@ -7,8 +7,9 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -42,13 +43,36 @@ class BadImage(BadInput):
         self.file, self.reason = file, reason
 
 
-@dataclass(frozen=True)
+class Stored(Protocol):
+    """An image that is not a file of its own, such as one in a data set."""
+
+    def read(self) -> bytes:
+        """Returns its bytes, as they would be in a file.
+
+        Raises:
+            BadInput: they can't be read any more.
+        """
+
+
+@dataclass(frozen=True, slots=True)
 class Photo:
-    """An image file. `size` is (width, height) in pixels after the EXIF rotation; `digest` is its SHA-256."""
+    """An image file. `size` is (width, height) in pixels after the EXIF rotation; `digest` is its SHA-256.
+
+    `stored`: where the bytes are, if they are not a file of their own. `path` then only names it.
+    """
 
     path: Path
     size: tuple[int, int]
     digest: str
+    stored: Stored | None = field(default=None, compare=False, repr=False)
+
+    def open(self) -> Image.Image:
+        """Returns the photo as `open_image` does.
+
+        Raises:
+            BadImage: it can't be read or decoded.
+        """
+        return open_image(self.path) if self.stored is None else image_of(self.path, self.stored.read())
 
 
 @dataclass(frozen=True)
@@ -160,13 +184,21 @@ def read_photo(file: Path) -> Photo:
     """
     if shown(file) != str(file):
         raise BadImage(file, "its name is not UTF-8: rename it")
-    content = _content(file)
+    return photo_of(file, _content(file))
+
+
+def photo_of(file: Path, content: bytes, stored: Stored | None = None) -> Photo:
+    """Decodes the bytes of an image, and returns its size and hash. `file` names it in messages.
+
+    Raises:
+        BadImage: it can't be used as a photo.
+    """
     width, height = _decode(file, content).size
     if min(width, height) < MIN_SIDE:
         raise BadImage(file, f"{width}x{height} pixels is too small")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImage(file, f"{width}x{height} is more than {MAX_ASPECT} times as long as wide: crop it")
-    return Photo(file, (width, height), hashlib.sha256(content).hexdigest())
+    return Photo(file, (width, height), hashlib.sha256(content).hexdigest(), stored)
 
 
 def open_image(file: Path, ground: str = "white", formats: Sequence[str] = FORMATS) -> Image.Image:
@@ -178,7 +210,16 @@ def open_image(file: Path, ground: str = "white", formats: Sequence[str] = FORMA
     Raises:
         BadImage: it can't be read or decoded.
     """
-    upright = _decode(file, _content(file), formats)
+    return image_of(file, _content(file), ground, formats)
+
+
+def image_of(file: Path, content: bytes, ground: str = "white", formats: Sequence[str] = FORMATS) -> Image.Image:
+    """The same for the bytes of an image. `file` names it in messages.
+
+    Raises:
+        BadImage: it can't be decoded.
+    """
+    upright = _decode(file, content, formats)
     if upright.mode.startswith(("I", "F")):
         return _scale_deep(upright)
     if _has_alpha(upright):
