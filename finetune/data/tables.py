@@ -154,13 +154,11 @@ def _scanned(path: Path, rows: Rows, name: str, wanted: Wanted, workers: int) ->
 
 def _read(rows: Rows, caption: str | None, name: str) -> Iterator[tuple[bytes | None, Any]]:
     """Raises BadInput where `datasets` meets a damaged file."""
-    import pyarrow
-
     try:
         yield from rows.scanned(caption)
     except BadInput:
         raise
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except Exception as error:  # of Arrow, of tar files, of the network: whatever reads the files
         raise BadInput(
             f"the data set {name} can't be read to its end ({_first_line(error)}): copy it again"
         ) from error

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetune.core.errors import BadInput
 from finetune.data.photos import image_files
-from finetune.data.sources.data_set import DataSet, Named, files_by_split, present
+from finetune.data.rows import Rows
+from finetune.data.sources.data_set import DataSet, Named, files_by_split, present, reason_of
 
 SUFFIX = ".parquet"
 
@@ -25,3 +27,14 @@ class Parquet(DataSet):
     def named(self, path: Path) -> Named:
         """Returns the files of each split."""
         return Named("parquet", present(files_by_split(path, [SUFFIX]), path, "parquet files"))
+
+    def rows(self, path: Path, named: Named, split: str) -> Rows:
+        """As `DataSet.rows`. Files without a row are found here: `datasets` can't say that of them."""
+        from pyarrow import ArrowException, parquet
+
+        try:
+            if not sum(parquet.read_metadata(file).num_rows for file in named.splits[split]):
+                raise BadInput(f"the data set {path} has no rows: give one with images")
+        except ArrowException as error:
+            raise BadInput(f"the data set {path} can't be read ({reason_of(error)}): copy its files again") from error
+        return super().rows(path, named, split)
