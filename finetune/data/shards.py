@@ -1,8 +1,8 @@
 """Many entries in few files on disk: shards of up to some thousand entries, which are never changed.
 
 A shard is a safetensors file whose tensors hold its entries in rows, with each entry's key and SHA-256 beside them.
-Its name is the SHA-256 of its content, so that damage anywhere is found, processes can write to one folder without asking
-each other, and a kill leaves whole shards or none. Entries are read by their place in the file: a memory map would
+Its name is the SHA-256 of its content, so that damage anywhere is found, processes can write to one folder without
+asking each other, and a kill leaves whole shards or none. Entries are read by their place in the file: a memory map would
 count as this process's memory, and Windows could not replace or remove the file.
 """
 
@@ -36,10 +36,10 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
-Entry = dict[str, Tensor]
+StoredEntry = dict[str, Tensor]
 
 
-class Place(NamedTuple):
+class RowLayout(NamedTuple):
     """Where a tensor lies in a shard: the offset of its first row, and the dtype and shape of one row."""
 
     offset: int
@@ -57,10 +57,10 @@ class Shard:
     """An open shard. `digests` [n, 32]: of each entry."""
 
     file: Path
-    tensors: Mapping[str, Place]
+    tensors: Mapping[str, RowLayout]
     digests: np.ndarray
 
-    def read(self, row: int) -> Entry | None:
+    def read(self, row: int) -> StoredEntry | None:
         """Returns an entry; None where the file is gone or damaged."""
         found, digest = {}, hashlib.sha256()
         try:
@@ -83,7 +83,7 @@ class _Open:
 
     since: float = field(default_factory=time.monotonic)
     size: int = 0
-    entries: dict[bytes, Entry] = field(default_factory=dict)
+    entries: dict[bytes, StoredEntry] = field(default_factory=dict)
 
 
 class Shards:
@@ -101,7 +101,7 @@ class Shards:
         self._shards: dict[Path, Shard | None] = {}  # None: damaged, or of something else
         self._places: dict[bytes, tuple[Shard, int]] = {}
         self._open: dict[Any, _Open] = {}
-        self._recent: OrderedDict[bytes, Entry] = OrderedDict()
+        self._recent: OrderedDict[bytes, StoredEntry] = OrderedDict()
         self._size = 0
         self._checked: set[Path] = set()
 
@@ -112,7 +112,7 @@ class Shards:
         """
         for file in sorted(self.folder.glob("*.safetensors")):
             if file not in self._shards:
-                self._add(file, opened(file, self.source))
+                self._add(file, open_shard(file, self.source))
         wanted = {_short(key): key for key in keys}
         used = {self._places[short][0].file for short in wanted if short in self._places} - self._checked
         for file, whole in zip(used, mapped(_is_whole, used, workers), strict=True):
@@ -152,7 +152,7 @@ class Shards:
         while self._open:
             self._write(self._open.popitem()[1])
 
-    def read(self, key: str) -> Entry:
+    def read(self, key: str) -> StoredEntry:
         """Returns an entry's tensors on the CPU, in the dtypes that they were made in.
 
         Raises:
@@ -178,7 +178,7 @@ class Shards:
             self._size -= _size(self._recent.popitem(last=False)[1])
         return entry
 
-    def _stored(self, tensors: Mapping[str, Tensor]) -> Entry:
+    def _stored(self, tensors: Mapping[str, Tensor]) -> StoredEntry:
         found = {}
         for name in sorted(tensors):
             value = tensors[name].detach().cpu().contiguous()
@@ -201,7 +201,7 @@ class Shards:
         with replacing(file) as temporary:
             temporary.write_bytes(content)
         self._checked.add(file)
-        self._add(file, opened(file, self.source))
+        self._add(file, open_shard(file, self.source))
 
     def _add(self, file: Path, found: tuple[Shard, list[bytes]] | None) -> None:
         self._shards[file] = found[0] if found else None
@@ -220,7 +220,7 @@ class Shards:
             self._shards[file] = None
 
 
-def opened(file: Path, source: str) -> tuple[Shard, list[bytes]] | None:
+def open_shard(file: Path, source: str) -> tuple[Shard, list[bytes]] | None:
     """A shard and the keys of its entries, by its header; None where it is damaged or was made from something else."""
     try:
         with file.open("rb") as held:
@@ -244,10 +244,10 @@ def _rows(held: Any, about: dict[str, Any], start: int) -> np.ndarray:
     return np.frombuffer(held.read(last - first), dtype=np.uint8).reshape(-1, 32)
 
 
-def _place(about: dict[str, Any], start: int, count: int) -> Place:
+def _place(about: dict[str, Any], start: int, count: int) -> RowLayout:
     if about["shape"][0] != count:
         raise ValueError("not one row for each key")
-    return Place(start + about["data_offsets"][0], DTYPES[about["dtype"]], tuple(about["shape"][1:]))
+    return RowLayout(start + about["data_offsets"][0], DTYPES[about["dtype"]], tuple(about["shape"][1:]))
 
 
 def _is_whole(file: Path) -> bool:
@@ -257,7 +257,7 @@ def _is_whole(file: Path) -> bool:
         return False
 
 
-def _digest(entry: Entry) -> bytes:
+def _digest(entry: StoredEntry) -> bytes:
     """SHA-256 over the values, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(entry):
@@ -269,7 +269,7 @@ def _short(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def _size(entry: Entry) -> int:
+def _size(entry: StoredEntry) -> int:
     return sum(value.nbytes for value in entry.values())
 
 

@@ -22,7 +22,7 @@ from finetune.core.files import cache_dir
 from finetune.core.parallel import mapped
 from finetune.data.entries import load_entry, save_entry
 from finetune.data.photos import BadImage, Photo, photo_of
-from finetune.data.rows import Row, Rows
+from finetune.data.set_rows import DatasetRow, DatasetRows
 
 VERSION = 1  # of the scan: another one is scanned again
 IMAGES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")  # names of columns, the best first
@@ -86,7 +86,7 @@ class _Scan:
     bad: dict[int, str]
 
 
-def open_table(path: Path, rows: Rows, facts: TableFacts, wanted: Wanted, workers: int) -> Table:
+def open_table(path: Path, rows: DatasetRows, facts: TableFacts, wanted: Wanted, workers: int) -> Table:
     """Returns the photos and captions of a data set. Its images are decoded the first time to check them.
 
     Args:
@@ -106,11 +106,11 @@ def open_table(path: Path, rows: Rows, facts: TableFacts, wanted: Wanted, worker
     return _table(path, rows, facts, scan)
 
 
-def _table(path: Path, rows: Rows, facts: TableFacts, scan: _Scan) -> Table:
+def _table(path: Path, rows: DatasetRows, facts: TableFacts, scan: _Scan) -> Table:
     good = [number for number in range(len(scan.sizes)) if number not in scan.bad]
     sizes, digests = scan.sizes.tolist(), [row.tobytes().hex() for row in scan.digests]
     photos = [
-        Photo(_named(path, number), (sizes[number][0], sizes[number][1]), digests[number], Row(rows, number))
+        Photo(_named(path, number), (sizes[number][0], sizes[number][1]), digests[number], DatasetRow(rows, number))
         for number in good
     ]
     captions = [scan.captions[number] for number in good]
@@ -125,7 +125,7 @@ def _named(path: Path, number: int) -> Path:
     return path / f"row {number}"
 
 
-def _scanned(path: Path, rows: Rows, name: str, wanted: Wanted, workers: int) -> _Scan:
+def _scanned(path: Path, rows: DatasetRows, name: str, wanted: Wanted, workers: int) -> _Scan:
     features = rows.features
     if not features:
         raise BadInput(f"the data set {name} has no rows: give one with images")
@@ -152,7 +152,7 @@ def _scanned(path: Path, rows: Rows, name: str, wanted: Wanted, workers: int) ->
     return _Scan(columns, np.array(sizes, dtype=np.int32), held, captions, bad)
 
 
-def _read(rows: Rows, caption: str | None, name: str) -> Iterator[tuple[bytes | None, Any]]:
+def _read(rows: DatasetRows, caption: str | None, name: str) -> Iterator[tuple[bytes | None, Any]]:
     """Raises BadInput where `datasets` meets a damaged file."""
     try:
         yield from rows.scanned(caption)

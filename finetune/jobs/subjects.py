@@ -184,7 +184,8 @@ def _caption(recipe: Recipe, family: Family, found: Scanned, token: str) -> Subj
         _refuse_long(recipe, family, captioned)
     summary = "; ".join(text for text in (summarise(captioned, words), found.left_out) if text)
     facts = found.table.facts if found.table else None
-    return Subject(token, noun, captioned, found.masks, summary, words.fill(data.trigger), facts)
+    trigger = words.fill(data.trigger)
+    return Subject(token, noun, captioned, found.masks, summary, trigger=trigger, table=facts)
 
 
 def refuse_unclear(subjects: Sequence[Subject]) -> None:

@@ -25,7 +25,7 @@ from finetune.core.events import Event, StepDone
 from finetune.core.files import cache_dir, sha256
 from finetune.core.parallel import mapped
 from finetune.core.signals import Stop
-from finetune.data import rows as rows_module
+from finetune.data import set_rows
 from finetune.data.photos import scan
 from finetune.data.settings import Data, hub_id
 from finetune.data.sources.data_set import chosen_split, split_of
@@ -122,7 +122,7 @@ def test_a_second_start_reads_no_image(photos: Path, tmp_path: Path, monkeypatch
 
 def test_mapped_files_are_let_go(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages of mapped files that were read would count as memory of the process."""
-    monkeypatch.setattr(rows_module, "LET_GO", 1)
+    monkeypatch.setattr(set_rows, "LET_GO", 1)
     file = write_parquet(photos, tmp_path / "set.parquet")
     assert [photo.digest for photo in scanned(photos=file).photos] == [photo.digest for photo in scan(photos)]
 

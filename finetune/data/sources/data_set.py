@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.core.errors import BadInput
-from finetune.data.rows import MappedRows, Rows, StreamedRows
+from finetune.data.set_rows import MappedRows, DatasetRows, StreamedRows
 from finetune.data.sources.base import Opened, Source
 from finetune.data.tables import TableFacts, Wanted, open_table
 from finetune.families.digests import file_hashes
@@ -58,7 +58,7 @@ class DataSet(Source):
         wanted = Wanted(options.image_column, options.caption_column)
         return Opened(path, table=open_table(path, rows, facts, wanted, options.workers))
 
-    def rows(self, path: Path, named: Named, split: str) -> Rows:
+    def rows(self, path: Path, named: Named, split: str) -> DatasetRows:
         """Returns the rows of a split, which are loaded when they are first read."""
         data_files = {
             name: [str(file) for file in files] for name, files in named.splits.items() if name == split and files
@@ -67,7 +67,7 @@ class DataSet(Source):
         streaming, name = self.options.streaming, str(path)
 
         def load() -> Any:
-            return loaded(named.loader, name, split=split, streaming=streaming, **arguments)
+            return load_split(named.loader, name, split=split, streaming=streaming, **arguments)
 
         kind = StreamedRows if streaming else MappedRows
         return kind(load, [path if path.is_dir() else path.parent], name)
@@ -92,7 +92,7 @@ def chosen_split(splits: Sequence[str], wanted: str | None, name: str) -> str:
     return ANY_SPLIT
 
 
-def loaded(loader: str, name: str, **arguments: Any) -> Any:
+def load_split(loader: str, name: str, **arguments: Any) -> Any:
     """Calls `datasets.load_dataset`. Its bars are not shown.
 
     Raises:
@@ -147,7 +147,7 @@ def files_by_split(path: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]
     return found
 
 
-def present(found: dict[str, list[Path]], path: Path, what: str) -> dict[str, list[Path]]:
+def not_empty(found: dict[str, list[Path]], path: Path, what: str) -> dict[str, list[Path]]:
     """Returns `found`. Raises: BadInput: it is empty, so that `path` holds no such files."""
     if not any(found.values()):
         raise BadInput(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune.core.errors import BadInput
 from finetune.data.photos import SUFFIXES
-from finetune.data.sources.data_set import ANY_SPLIT, DataSet, Named, present, split_of
+from finetune.data.sources.data_set import ANY_SPLIT, DataSet, Named, not_empty, split_of
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -36,7 +36,7 @@ class ImageFolder(DataSet):
             inside = Path(place).relative_to(path).parts
             if files:
                 found.setdefault(split_of(Path(inside[0])) if inside else ANY_SPLIT, []).extend(files)
-        return Named("imagefolder", present(found, path, "images"))
+        return Named("imagefolder", not_empty(found, path, "images"))
 
 
 def _is_read(name: str) -> bool:

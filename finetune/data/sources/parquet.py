@@ -6,8 +6,8 @@ from pathlib import Path
 
 from finetune.core.errors import BadInput
 from finetune.data.photos import image_files
-from finetune.data.rows import Rows
-from finetune.data.sources.data_set import DataSet, Named, files_by_split, present, reason_of
+from finetune.data.set_rows import DatasetRows
+from finetune.data.sources.data_set import DataSet, Named, files_by_split, not_empty, reason_of
 
 SUFFIX = ".parquet"
 
@@ -26,9 +26,9 @@ class Parquet(DataSet):
 
     def named(self, path: Path) -> Named:
         """Returns the files of each split."""
-        return Named("parquet", present(files_by_split(path, [SUFFIX]), path, "parquet files"))
+        return Named("parquet", not_empty(files_by_split(path, [SUFFIX]), path, "parquet files"))
 
-    def rows(self, path: Path, named: Named, split: str) -> Rows:
+    def rows(self, path: Path, named: Named, split: str) -> DatasetRows:
         """As `DataSet.rows`. Files without a row are found here: `datasets` can't say that of them."""
         from pyarrow import ArrowException, parquet
 

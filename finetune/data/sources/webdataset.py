@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.data.photos import image_files
-from finetune.data.sources.data_set import DataSet, Named, files_by_split, present
+from finetune.data.sources.data_set import DataSet, Named, files_by_split, not_empty
 
 SUFFIX = ".tar"
 
@@ -24,4 +24,4 @@ class WebDataset(DataSet):
 
     def named(self, path: Path) -> Named:
         """Returns the shards of each split."""
-        return Named("webdataset", present(files_by_split(path, [SUFFIX]), path, "tar files"))
+        return Named("webdataset", not_empty(files_by_split(path, [SUFFIX]), path, "tar files"))

@@ -22,7 +22,7 @@ BEHIND = 64  # images of a stream that are kept, since workers ask a little out 
 Loader = Callable[[], Any]  # returns a `datasets.Dataset` or `IterableDataset` of one split
 
 
-class Rows(ABC):
+class DatasetRows(ABC):
     """The images and texts of one split of a data set. It is loaded at the first access.
 
     Args:
@@ -69,7 +69,7 @@ class Rows(ABC):
         return file.read_bytes()
 
 
-class MappedRows(Rows):
+class MappedRows(DatasetRows):
     """Read by number from the Arrow files that `datasets` keeps in its cache, mapped into memory."""
 
     def __init__(self, load: Loader, roots: Sequence[Path], name: str) -> None:
@@ -107,7 +107,7 @@ class MappedRows(Rows):
         return self._whole
 
 
-class StreamedRows(Rows):
+class StreamedRows(DatasetRows):
     """Read from the first row on, without a copy on this disk. Going back begins anew."""
 
     def __init__(self, load: Loader, roots: Sequence[Path], name: str) -> None:
@@ -158,10 +158,10 @@ def _undecoded(rows: Any, column: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DatasetRow:
     """One image of a data set, as `finetune.data.photos.Stored`."""
 
-    rows: Rows
+    rows: DatasetRows
     number: int
 
     def read(self) -> bytes:
