@@ -2,8 +2,8 @@
 
 A shard is a safetensors file whose tensors hold its entries in rows, with each entry's key and SHA-256 beside them.
 Its name is the SHA-256 of its content, so that damage anywhere is found, processes can write to one folder without
-asking each other, and a kill leaves whole shards or none. Entries are read by their place in the file: a memory map would
-count as this process's memory, and Windows could not replace or remove the file.
+asking each other, and a kill leaves whole shards or none. Entries are read by their place in the file: a memory map
+would count as this process's memory, and Windows could not replace or remove the file.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.core.errors import BadInput
-from finetune.data.set_rows import MappedRows, DatasetRows, StreamedRows
+from finetune.data.set_rows import DatasetRows, MappedRows, StreamedRows
 from finetune.data.sources.base import Opened, Source
 from finetune.data.tables import TableFacts, Wanted, open_table
 from finetune.families.digests import file_hashes
