@@ -155,7 +155,7 @@ def make_up(pictures: Path, workers: int | None) -> dict[str, Any]:
     from finetune.core.files import cache_dir
     from finetune.data import tables
     from finetune.data.cache import LatentCache
-    from finetune.jobs.dataset import cache_options, make_streams
+    from finetune.jobs.dataset import cache_options, make_prompt_encoder, make_streams
     from finetune.jobs.prepare import prepare
 
     tables.photo_of = _from_header
@@ -164,10 +164,12 @@ def make_up(pictures: Path, workers: int | None) -> dict[str, Any]:
     side = job.resolution // codec.factor
     cache = LatentCache(cache_dir(), job.base_hash, job.family.parts.dtype("vae"), cache_options(job))
     made = torch.Generator().manual_seed(0)
-    for sample in make_streams(job)[0]:
+    streams = make_streams(job)
+    for sample in streams[0]:
         mean = torch.randn(codec.channels, side, side, generator=made)
         cache.shards.add(sample.crops[0].key, {"mean": mean, "std": mean.abs()})
     cache.shards.flush()
+    make_prompt_encoder(job, streams)
     return {}
 
 
