@@ -154,5 +154,6 @@ def with_photos(recipe: Recipe, run: Path, photos: Path | None) -> Recipe:
             f"the photos of {run} are not in {recipe.data.photos} any more: say where they are with "
             f"`finetune resume {run} --photos FOLDER`"
         )
-    data = recipe.data.model_copy(update={"photos": photos.expanduser().absolute()})
+    place = photos if hub_id(photos) is not None else photos.expanduser().absolute()
+    data = recipe.data.model_copy(update={"photos": place})
     return recipe.model_copy(update={"data": data})
