@@ -48,6 +48,21 @@ def test_memory_holds_a_fixed_number_of_bytes(tmp_path: Path, monkeypatch: pytes
     assert 10 < len(written._recent) < 20
 
 
+def test_processes_that_share_a_folder_find_what_the_others_made(tmp_path: Path) -> None:
+    keys = [str(number) for number in range(10)]
+    processes = [Shards(tmp_path, "base"), Shards(tmp_path, "base")]
+    for rank, process in enumerate(processes):
+        share = keys[rank::2]
+        assert process.find(share) == share
+        for key in share:
+            process.add(key, {"x": torch.full((2,), float(key))})
+        process.flush()
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    for process in processes:
+        assert process.find(keys) == []
+        assert [float(process.read(key)["x"][0]) for key in keys] == [float(key) for key in keys]
+
+
 def test_a_shard_says_in_its_name_what_it_holds(tmp_path: Path) -> None:
     made = Shards(tmp_path, "base")
     made.add("a", {"x": torch.ones(2)})
