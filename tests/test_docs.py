@@ -15,6 +15,7 @@ import datasets
 import pytest
 from conftest import write_companions
 from networks import write_clip, write_dino
+from test_data_sets import write_folder, write_parquet, write_shards
 
 from data_tools.__main__ import main as data_tools
 from finetune.adapters.inspection import open_adapter
@@ -104,6 +105,10 @@ def test_every_command_of_a_page_runs(
         write_companions(photos)
         for name in ("photo", "mask", "depth"):
             shutil.copy(photos / ("0.depth.png" if name == "depth" else "0.png"), f"{name}.png")
+    if page.name == "data-sources.md":
+        write_parquet(photos, Path("mugs.parquet"))
+        write_shards(photos, Path("shards"))
+        write_folder(photos, Path("pictures"))
     for line in commands(page):
         if line in BY_MAKE:
             continue

@@ -7,8 +7,9 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -43,17 +44,38 @@ class BadImage(BadInput):
         self.file, self.reason = file, reason
 
 
-@dataclass(frozen=True)
+class Stored(Protocol):
+    """An image that is not a file of its own, such as one in a data set."""
+
+    def read(self) -> bytes:
+        """Returns its bytes, as they would be in a file.
+
+        Raises:
+            BadInput: they can't be read any more.
+        """
+
+
+@dataclass(frozen=True, slots=True)
 class Photo:
     """An image file. `size` is (width, height) in pixels after the EXIF rotation; `digest` is its SHA-256.
 
-    `recoloured`: its ICC profile is not sRGB, so its values are converted when it is read.
+    `recoloured`: its ICC profile is not sRGB, so its values are converted when it is read. `stored`: where the bytes
+    are, if they are not a file of their own. `path` then only names it.
     """
 
     path: Path
     size: tuple[int, int]
     digest: str
     recoloured: bool = False
+    stored: Stored | None = field(default=None, compare=False, repr=False)
+
+    def open(self) -> Image.Image:
+        """Returns the photo as `open_image` does.
+
+        Raises:
+            BadImage: it can't be read or decoded.
+        """
+        return open_image(self.path) if self.stored is None else image_of(self.path, self.stored.read())
 
 
 @dataclass(frozen=True)
@@ -163,7 +185,8 @@ def read_photo(file: Path) -> Photo:
     Raises:
         BadImage: it can't be used as a photo.
     """
-    return _read(file)[0]
+    _check_name(file)
+    return photo_of(file, _content(file))
 
 
 def read_image(file: Path) -> tuple[Photo, Image.Image]:
@@ -172,21 +195,33 @@ def read_image(file: Path) -> tuple[Photo, Image.Image]:
     Raises:
         BadImage: it can't be used as a photo.
     """
-    photo, decoded = _read(file)
-    return photo, _flat(decoded, "white")
-
-
-def _read(file: Path) -> tuple[Photo, Image.Image]:
-    if shown(file) != str(file):
-        raise BadImage(file, "its name is not UTF-8: rename it")
+    _check_name(file)
     content = _content(file)
     decoded = _decode(file, content)
+    return _sound(file, content, decoded), _flat(decoded, "white")
+
+
+def _check_name(file: Path) -> None:
+    if shown(file) != str(file):
+        raise BadImage(file, "its name is not UTF-8: rename it")
+
+
+def photo_of(file: Path, content: bytes, stored: Stored | None = None) -> Photo:
+    """Decodes the bytes of an image, and returns its size and hash. `file` names it in messages.
+
+    Raises:
+        BadImage: it can't be used as a photo.
+    """
+    return replace(_sound(file, content, _decode(file, content)), stored=stored)
+
+
+def _sound(file: Path, content: bytes, decoded: Image.Image) -> Photo:
     width, height = decoded.size
     if min(width, height) < MIN_SIDE:
         raise BadImage(file, f"{width}x{height} pixels is too small")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImage(file, f"{width}x{height} is more than {MAX_ASPECT} times as long as wide: crop it")
-    return Photo(file, (width, height), hashlib.sha256(content).hexdigest(), is_converted(decoded)), decoded
+    return Photo(file, (width, height), hashlib.sha256(content).hexdigest(), is_converted(decoded))
 
 
 def open_image(file: Path, ground: str = "white", formats: Sequence[str] = FORMATS) -> Image.Image:
@@ -199,7 +234,16 @@ def open_image(file: Path, ground: str = "white", formats: Sequence[str] = FORMA
     Raises:
         BadImage: it can't be read or decoded.
     """
-    return _flat(_decode(file, _content(file), formats), ground)
+    return image_of(file, _content(file), ground, formats)
+
+
+def image_of(file: Path, content: bytes, ground: str = "white", formats: Sequence[str] = FORMATS) -> Image.Image:
+    """The same for the bytes of an image. `file` names it in messages.
+
+    Raises:
+        BadImage: it can't be decoded.
+    """
+    return _flat(_decode(file, content, formats), ground)
 
 
 def _flat(upright: Image.Image, ground: str) -> Image.Image:

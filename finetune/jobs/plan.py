@@ -122,6 +122,8 @@ def _unused(job: Prepared) -> list[str]:
 
 def _leftovers(job: Prepared, subject: Subject, named: Path) -> list[str]:
     """`named`: what the recipe names, in which the photos' folder may be; or a packed file."""
+    if subject.table is not None:
+        return []
     folder = subject.photos[0].path.parent
     used = set(image_files(folder))
     used |= {file for photo in subject.photos for file in job.files_beside(photo).values()}
@@ -197,5 +199,6 @@ def _buckets(job: Prepared) -> dict[str, Any]:
 
 def _most_cut(job: Prepared, sizes: list[Size]) -> tuple[float, str]:
     """The largest share of a photo that its crop cuts away, and the photo's name."""
-    cut = [(cut_away(photo.size, size), name) for photo, size, name in zip(job.photos, sizes, job.names, strict=True)]
-    return max(cut)
+    pairs = [(photo.size, size) for photo, size in zip(job.photos, sizes, strict=True)]
+    shares = {pair: cut_away(*pair) for pair in set(pairs)}
+    return max((shares[pair], name) for pair, name in zip(pairs, job.names, strict=True))

@@ -163,7 +163,8 @@ class Prepared:
     def bucket_sizes(self) -> list[Size]:
         """Returns the bucket (width, height) of each photo, in pixels."""
         table = bucket_table(self.resolution, self.family.size_multiple, self.recipe.data.bucket_tolerance)
-        return [nearest_bucket(photo.size, table) for photo in self.photos]
+        nearest = {size: nearest_bucket(size, table) for size in {photo.size for photo in self.photos}}
+        return [nearest[photo.size] for photo in self.photos]
 
 
 def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = False) -> Prepared:
@@ -192,7 +193,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
             f"data.encoder_dropout is {recipe.data.encoder_dropout} but {family.name} has one text encoder: use "
             "data.caption_dropout"
         )
-    _refuse_inputs(recipe, family)
+    _refuse_inputs(recipe, family, scanned)
     _refuse_formats(recipe, family)
     recipe.method.check_fits(family)
     check_sampling(family, recipe.sample.sampling(resolution), "sample.")
@@ -341,7 +342,7 @@ def _check_resolution(recipe: Recipe, resolution: int, family: Family) -> None:
         )
 
 
-def _refuse_inputs(recipe: Recipe, family: Family) -> None:
+def _refuse_inputs(recipe: Recipe, family: Family, scanned: Sequence[Scanned]) -> None:
     """Refuses what does not work with a base that reads extra inputs."""
     if family.inputs is None:
         return
@@ -357,6 +358,11 @@ def _refuse_inputs(recipe: Recipe, family: Family) -> None:
         )
     if INPUTS[family.inputs].any_image:
         return
+    if any(found.table for found in scanned):
+        raise BadInput(
+            f"data.photos is a data set but the base reads {family.inputs} inputs, which lie beside photos as files: "
+            "give a folder of photos"
+        )
     if recipe.prior.class_images is not None:
         raise BadInput(
             f"prior.kind is {recipe.prior.kind} but the base reads {family.inputs} inputs, which class images do "

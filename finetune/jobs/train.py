@@ -180,7 +180,7 @@ def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: H
         pins.check(job, folder.checkpoints.newest_step())
         info = record_of(job).model_copy(update={"started": started(folder)})
         folder.write_info(info)
-        keep_photos(folder.path, info)
+        keep_photos(folder.path, info, job.photos)
     joined().wait()
     hooks.say(f"{'run folder':>16}  {folder.path}")
     for line in plan_lines(plan(job)):

@@ -43,6 +43,7 @@ from finetune.verdicts.rows import FILE, Row, read_rows, up_to, writable
 from finetune.verdicts.rules import best_row, judged
 from finetune.verdicts.verdict_file import missing, write_verdict
 
+COMPARED = 2_000  # photos that drawn images are compared with, in memory; of more, the first ones
 NOISY = 0.85  # the share of the noise levels above which photos are measured
 CLOSER = 1.2  # how much larger the subject is in a held-out crop: a view that no crop of the training has
 
@@ -132,7 +133,7 @@ def _memorised(job: Prepared, folder: Path) -> Memorisation | None:
     family.parts.restore(list(family.codec.parts))
     family.parts.place(list(family.codec.parts))
     drawn = {name: open_image(file).convert("RGB").resize((side, side)) for name, file in files.items()}
-    crops = [make_crops(photo, side, "center", 1, False, 0)[0].image() for photo in job.photos]
+    crops = [make_crops(photo, side, "center", 1, False, 0)[0].image() for photo in job.photos[:COMPARED]]
     latents, photos = (torch.cat([_latents(family, image) for image in each]) for each in (drawn.values(), crops))
     return memorised(drawn, latents, PhotoLatents(crops, photos))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,7 +80,19 @@ def class_images(cache: Path) -> dict[str, str]:
 
 
 def entries_of(cache: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in cache.rglob("*.safetensors")}
+    """Key of each entry in the shards below a folder -> SHA-256 over its values."""
+    found = {}
+    for file in cache.rglob("*.safetensors"):
+        tensors = load_file(file)
+        keys = tensors.pop("keys", None)
+        if keys is None:  # not a shard
+            found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            continue
+        del tensors["digests"]
+        for row, key in enumerate(keys):
+            values = b"".join(tensors[name][row].numpy().tobytes() for name in sorted(tensors))
+            found[f"{file.parent.name}/{bytes(key.tolist()).hex()}"] = hashlib.sha256(values).hexdigest()
+    return found
 
 
 @pytest.mark.slow
@@ -104,8 +117,10 @@ def test_one_and_two_processes_end_equal(tiny_bases: dict[str, Path], photos: Pa
     odd = [line for line in written if not line.endswith("/cache") and not any(name in line for name in shared)]
     entries = entries_of(tmp_path / "1" / "cache" / "latents")
     assert entries_of(tmp_path / "2" / "cache" / "latents") == entries, "dealt out, they are the same bits"
-    own = [line for line in written if "/cache/latents/" in line and line.startswith("os.rename")]
-    assert 0.3 * len(entries) < len(own) < 0.7 * len(entries)
+    renamed = [line for line in written if "/cache/latents/" in line and line.startswith("os.rename")]
+    own = {name for line in renamed for name in re.findall(r"[0-9a-f]{64}\.safetensors", line)}
+    shards = [file for file in (tmp_path / "2" / "cache" / "latents").rglob("*.safetensors") if file.name in own]
+    assert 0.3 * len(entries) < sum(len(load_file(file)["keys"]) for file in shards) < 0.7 * len(entries)
     assert not odd, "the second process wrote what is the first one's to write"
 
 
