@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,8 +151,12 @@ def _take_state(recipe: Recipe, parameters: Mapping[str, nn.Parameter], state: S
     copy_into(parameters, state.ema)
 
 
-def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.dtype) -> Family | None:
+def open_exported(
+    folder: RunFolder, exported: Sequence[Exported], dtype: torch.dtype, clean: Callable[[], Family] | None = None
+) -> Family | None:
     """Opens the first export that passed its checks, as another program would: on an unchanged base, in `dtype`.
+
+    `clean` gives such a base, if one is in memory; None: it is loaded.
 
     Returns:
         The family, or None if no export passed.
@@ -166,7 +170,7 @@ def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.
     base, export = folder.recipe.base, EXPORTS[item.format]()
     if isinstance(export, ModelExport):
         return export.open(item.path, base, dtype)
-    family, method, data = base.load(dtype), folder.recipe.method, folder.recipe.data
+    family, method, data = clean() if clean else base.load(dtype), folder.recipe.method, folder.recipe.data
     method.add_subject_token(family, data.token, data.class_noun)
     _read_words(family, exported)
     if isinstance(export, NativeExport):
