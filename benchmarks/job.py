@@ -81,7 +81,7 @@ def recipe_of(size: str, work: Path, steps: int) -> Recipe:
     own = [
         f"base={base_of(size, work)}", f"data.resolution={SIDE}", "prior.kind=none", f"method.rank={RANK}",
         f"run.steps={steps}", f"run.batch_size={BATCH}", "run.precision=fp32", "run.name=job", "sample.prompts=[]",
-        "run.gradient_checkpointing=false", "method.parts=[denoiser]",
+        "run.gradient_checkpointing=false", "method.parts=[denoiser]", "optim.text_lr=null",
     ]  # fmt: skip
     return load_recipe("sd15-lora", [*common, *own])
 

@@ -16,6 +16,7 @@ from finetune.data.photos import Photo, scan_lenient
 from finetune.data.settings import Data, SubjectSettings
 from finetune.data.sources.registry import open_source
 from finetune.families.base import Family
+from finetune.jobs.stored_tokens import suggested
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _refuse_pieces(family: Family, token: str, most: int) -> None:
 
 def _rare(family: Family, noun: str | None, taken: set[str]) -> str:
     """The best rare token that no other subject has. The words in `taken` are lower-case."""
-    found = [token.text for token in tokens.suggest(family, len(taken) + 1, noun) if token.text not in taken]
+    found = [text for text in suggested(family, len(taken) + 1, noun) if text not in taken]
     if not found:
         raise BadInput("no rare token was found in this base's tokenizer: give one with data.token=TOKEN")
     return found[0]
