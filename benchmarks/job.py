@@ -70,27 +70,30 @@ def base_of(size: str, work: Path) -> str:
     return str(folder)
 
 
-def recipe_of(size: str, work: Path, steps: int) -> Recipe:
+def recipe_of(size: str, work: Path, steps: int, more: list[str] | None = None) -> Recipe:
     """The demo's recipe; for the others, a LoRA of its photos without class images and pictures."""
     from finetune import load_recipe
     from finetune.jobs.demo import demo_images
 
     common = [f"data.photos={demo_images()}", "data.class_noun=mug"]
     if size == "demo":
-        return load_recipe("demo", [*common, *([f"run.steps={steps}"] if steps else [])])
+        return load_recipe("demo", [*common, *([f"run.steps={steps}"] if steps else []), *(more or [])])
     own = [
         f"base={base_of(size, work)}", f"data.resolution={SIDE}", "prior.kind=none", f"method.rank={RANK}",
         f"run.steps={steps}", f"run.batch_size={BATCH}", "run.precision=fp32", "run.name=job", "sample.prompts=[]",
         "run.gradient_checkpointing=false", "method.parts=[denoiser]", "optim.text_lr=null",
     ]  # fmt: skip
-    return load_recipe("sd15-lora", [*common, *own])
+    return load_recipe("sd15-lora", [*common, *own, *(more or [])])
 
 
-def our_job(size: str, work: Path, steps: int) -> dict[str, float]:
+def our_job(size: str, work: Path, steps: int, more: list[str]) -> dict[str, float]:
     meter = Meter()
+    from finetune.core.allocator import keep_freed_memory
+
+    keep_freed_memory()  # as the command does
     from finetune import train
 
-    recipe = recipe_of(size, work, steps)
+    recipe = recipe_of(size, work, steps, more)
     from finetune.jobs.demo import run_demo  # noqa: F401  the command's imports
     from finetune.core.determinism import threads_at_most
 
@@ -150,7 +153,7 @@ def measured(job: str, arguments: argparse.Namespace, cache: Path) -> dict[str, 
     command = [sys.executable, __file__, "--job", job, "--size", arguments.size, "--work", str(arguments.work)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FINETUNE_CACHE": str(cache)}
     done = subprocess.run(
-        [*command, "--steps", str(arguments.steps)], env=environment, check=True, stdout=subprocess.PIPE, text=True
+        [*command, "--steps", str(arguments.steps), *arguments.overrides], env=environment, check=True, stdout=subprocess.PIPE, text=True
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -170,8 +173,8 @@ def one_job(arguments: argparse.Namespace) -> None:
 
     quiet()
     quiet_bars()
-    run = floor_job if arguments.job == "floor" else our_job
-    phases = run(arguments.size, arguments.work, arguments.steps)
+    what = arguments.size, arguments.work, arguments.steps
+    phases = floor_job(*what) if arguments.job == "floor" else our_job(*what, arguments.overrides)
     print(json.dumps({"phases": phases, "seconds": time.process_time(), "peak": peak_memory()}))
 
 
@@ -183,6 +186,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="adds a line for each job to this file")
     parser.add_argument("--cold-only", action="store_true", help="leaves out the second run and the floor")
     parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe of our jobs")
     arguments = parser.parse_args()
     if arguments.size != "demo":
         arguments.steps = arguments.steps or 10
