@@ -4,10 +4,11 @@
     python benchmarks/job.py --size 34M --steps 10      # a 34M UNet at 256 pixels, no pictures, and the floor's job
     python benchmarks/job.py --size sd15 --steps 10     # SD 1.5's size (4 GB on the disk, 8 GB of memory)
 
-Every job runs in a process of its own, with one thread. Ours runs twice: with an empty cache, and once more with what the
-first one has stored. The floor's job loads the same base, encodes the same photos and caption once, trains the same
-adapter for the same number of steps, and saves it: no class images, pictures, checks or page. The process's CPU-seconds are
-compared, because wall time means little on a shared machine. With --json FILE, each job's phases are added to it as a line.
+Every job runs in a process of its own, with one thread. Ours runs twice: with an empty cache, and once more with what
+the first one has stored. The floor's job loads the same base, encodes the same photos and caption once, trains the same
+adapter for the same number of steps, and saves it: no class images, pictures, checks or page. The process's CPU-seconds
+are compared, because wall time means little on a shared machine. With --json FILE, each job's phases are added to it as
+a line.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ def our_job(size: str, work: Path, steps: int, more: list[str]) -> dict[str, flo
     from finetune import train
 
     recipe = recipe_of(size, work, steps, more)
-    from finetune.jobs.demo import run_demo  # noqa: F401  the command's imports
     from finetune.core.determinism import threads_at_most
+    from finetune.jobs.demo import run_demo  # noqa: F401  the command's imports
 
     meter.pay("imports")
     with threads_at_most(1):
@@ -151,10 +152,9 @@ def floor_job(size: str, work: Path, steps: int) -> dict[str, float]:
 def measured(job: str, arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """Runs this program again for one job, in a process of its own."""
     command = [sys.executable, __file__, "--job", job, "--size", arguments.size, "--work", str(arguments.work)]
+    command += ["--steps", str(arguments.steps), *arguments.overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FINETUNE_CACHE": str(cache)}
-    done = subprocess.run(
-        [*command, "--steps", str(arguments.steps), *arguments.overrides], env=environment, check=True, stdout=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

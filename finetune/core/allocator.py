@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
     """Tells glibc to keep up to 1 GiB of freed memory in this process, for the next tensors of up to 32 MiB.
 
     By default it gives the memory of large tensors back to the system when they are freed, and the system fills each
-    page with zeros again for the next one: 15 % of the CPU time of drawing on a CPU, and as much of a training step.
-    Larger tensors, such as most weights of a real base, are given back as ever. Values that are computed stay the same.
+    page with zeros again for the next one: 15 % of the CPU time of drawing on a CPU. Larger tensors, such as most
+    weights of a real base, are given back as ever. Values that are computed stay the same.
 
     It holds for the whole process and can't be undone, so only a program that owns its process may call it.
 
@@ -26,4 +26,5 @@ def keep_freed_memory() -> bool:
         return False
     library = ctypes.CDLL(None)
     thresholds = {M_MMAP_THRESHOLD: LARGEST_MMAP_THRESHOLD, M_TRIM_THRESHOLD: KEPT}
-    return all([library.mallopt(name, size) == 1 for name, size in thresholds.items()])
+    taken = [library.mallopt(name, size) for name, size in thresholds.items()]  # 1: it was accepted
+    return all(taken)

@@ -1,4 +1,4 @@
-"""The rare tokens of a base, searched once: a search asks the text encoders and the denoiser more than a hundred times.
+"""The rare tokens of a base, searched once: a search asks text encoders and denoiser more than a hundred times.
 
 What is found depends on the base's files (its hash is that of tokenizers, encoders and weights), on the precision and
 kind of device that it computes in, on the class noun and on our lists of words. All of that is in the name of the

@@ -96,7 +96,8 @@ def test_freed_memory_is_kept() -> None:
     for call in ("False", "keep_freed_memory()"):
         command = [sys.executable, "-c", program.replace("{call}", call)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-        found[call] = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        found[call] = done.stdout.split()
     if found["keep_freed_memory()"][1] == "False":
         pytest.skip("another C library")
     assert int(found["keep_freed_memory()"][0]) < 3_000 < 50 * 1_500 < int(found["False"][0])

@@ -16,8 +16,8 @@ import finetune.jobs.train as job
 from finetune.config.load import parse_recipe
 from finetune.core.rng import SampleKey
 from finetune.data.crops import make_crops
-from finetune.jobs.prepare import Prepared, prepare
 from finetune.jobs import timestep_loss
+from finetune.jobs.prepare import Prepared, prepare
 from finetune.jobs.timestep_loss import BINS, IMAGES, images_measured, losses_by_timestep, measure_trained
 from finetune.runs.timesteps import read_timestep_loss
 
@@ -141,9 +141,8 @@ def test_fewer_images_are_spread_over_each_part(
 ) -> None:
     """Two images: at a quarter and three quarters of each part; 20 predictions, and no more."""
     made, times = prepared(tiny_bases["sd1"], photos), []
-    real = type(made.family).predict
-    monkeypatch.setattr(
-        type(made.family), "predict", lambda self, noisy, t, *rest: times.extend(t.tolist()) or real(self, noisy, t, *rest)
-    )
+    kind = type(made.family)
+    real = kind.predict
+    monkeypatch.setattr(kind, "predict", lambda own, z, t, *rest: times.extend(t.tolist()) or real(own, z, t, *rest))
     losses_by_timestep(made, 2)
-    assert sorted(times) == [int((bin + place) / BINS * 1000) for bin in range(BINS) for place in (0.25, 0.75)]
+    assert sorted(times) == [int((part + place) / BINS * 1000) for part in range(BINS) for place in (0.25, 0.75)]
