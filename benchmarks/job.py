@@ -5,10 +5,10 @@
     python benchmarks/job.py --size sd15 --steps 10     # SD 1.5's size (4 GB on the disk, 8 GB of memory)
 
 Every job runs in a process of its own, with one thread. Ours runs twice: with an empty cache, and once more with what
-the first one has stored. The floor's job loads the same base, encodes the same photos and caption once, trains the same
-adapter for the same number of steps, and saves it: no class images, pictures, checks or page. The process's CPU-seconds
-are compared, because wall time means little on a shared machine. With --json FILE, each job's phases are added to it as
-a line.
+the first one has stored. The floor's job loads the same base, encodes the same photos and caption once, trains the
+same adapter for the same number of steps, and saves it: no class images, pictures, checks or page. The process's
+CPU-seconds are compared, because wall time means little on a shared machine. With --json FILE, each job's phases are
+added to it as a line.
 """
 
 from __future__ import annotations
