@@ -28,7 +28,7 @@ def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]]) -> LatentC
 
     Every process must call this: each encodes its share of what its disk lacks, then reads what the others encoded.
     """
-    cache = LatentCache(cache_dir(), job.base_hash, _encoding_dtype(job.family))
+    cache = LatentCache(cache_dir(), job.base_hash, encoding_dtype(job.family))
     seen = [crop for stream in streams for sample in stream for crop in sample.crops]
     images: list[Encodable] = list(seen)
     if job.inputs is not None:
@@ -184,6 +184,6 @@ def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]]) -> P
     return cache
 
 
-def _encoding_dtype(family: Family) -> torch.dtype:
+def encoding_dtype(family: Family) -> torch.dtype:
     """The dtype in which images are encoded. Latents cached in another dtype are not used."""
     return family.parts.dtype(family.codec.parts[0]) if family.codec.parts else torch.float32

@@ -7,6 +7,7 @@ So training itself measures nothing, and methods need not be switched off.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from finetune.core.batch import Geometry
 from finetune.core.events import phase
+from finetune.core.files import cache_dir
 from finetune.core.rng import SampleKey
+from finetune.data.cache import LatentCache
 from finetune.data.crops import Crop, make_crops
 from finetune.data.masks import Masks
-from finetune.families.base import Family
+from finetune.jobs.dataset import encoding_dtype
 from finetune.jobs.prepare import Prepared
 from finetune.objectives.base import Objective
 from finetune.objectives.densities import Uniform
@@ -101,8 +104,7 @@ def _probes(job: Prepared, images: int) -> list[Probe]:
         for photo, size in list(zip(job.photos, job.sizes, strict=True))[:images]
     ]
     masks = Masks(job.masks, family.codec.factor, job.recipe.data.mask_floor).fill(crops)
-    family.parts.place([*family.codec.parts, *family.image_encoders])
-    encoded = [_encoded(family, crop) for crop in crops]
+    encoded = _encoded(job, crops)
     family.parts.place(family.text_encoders)
     with as_drawn(family):
         texts = [family.encode_prompts([captions[0]]) for captions in job.captions[: len(crops)]]
@@ -113,10 +115,17 @@ def _probes(job: Prepared, images: int) -> list[Probe]:
     return [replace(made[index % len(made)], key=SampleKey(seed, 0, index)) for index in range(images)]
 
 
-def _encoded(family: Family, crop: Crop) -> tuple[Tensor, dict[str, Tensor]]:
-    """A photo's latents (the mean of their distribution) and its conditions."""
-    pixels = crop.pixels()[None].to(family.device)
-    return family.codec.encode(pixels).mean[0], family.encode_image_conditions(pixels)
+def _encoded(job: Prepared, crops: Sequence[Crop]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Each photo's latents (the mean of their distribution) and its conditions; encoded once for all of the job."""
+    device, cache = job.family.device, LatentCache(cache_dir(), job.base_hash, encoding_dtype(job.family))
+    cache.fill(job.family, crops)
+    return [
+        (
+            cache.latents(crop).mean.to(device),
+            {name: value[None].to(device) for name, value in cache.conditions(crop).items()},
+        )
+        for crop in crops
+    ]
 
 
 def _losses(job: Prepared, probe: Probe, bins: Tensor) -> Tensor:

@@ -75,11 +75,17 @@ def prepared(base: Path, photos: Path, **sections: Any) -> Prepared:
     return prepare(parse_recipe(recipe(base, photos, **sections)))
 
 
-def test_losses_are_the_mean_squares_of_the_denoisers_errors(tiny_bases: dict[str, Path], photos: Path) -> None:
+def test_losses_are_the_mean_squares_of_the_denoisers_errors(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One bin by the formulas of arXiv:2006.11239, with the UNet itself; three photos in turn for eight images."""
     made = prepared(tiny_bases["sd1"], photos)
+    encodings, real = [], type(made.family.codec).encode
+    monkeypatch.setattr(type(made.family.codec), "encode", lambda own, z: encodings.append(z) or real(own, z))
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     found = losses_by_timestep(made)
     assert found == losses_by_timestep(made), "the same noise each time"
+    assert len(encodings) == 3, "each photo is encoded once"
     parts: Any = made.family.parts
     text = made.family.encode_text(0, [made.captions[0][0]])["hidden"]
     errors = []
