@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from finetune.config.recipe import Recipe
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.core.logging import quieted
-from finetune.export.base import Adapter, AdapterExport, Exported, ModelExport, NativeExport
+from finetune.export.base import Adapter, AdapterExport, Bench, Exported, ModelExport, NativeExport
 from finetune.export.lora.peft import Peft
 from finetune.export.native import open_native
 from finetune.export.registry import EXPORTS, artifact_of, embedding_exports
@@ -152,11 +152,11 @@ def _take_state(recipe: Recipe, parameters: Mapping[str, nn.Parameter], state: S
 
 
 def open_exported(
-    folder: RunFolder, exported: Sequence[Exported], dtype: torch.dtype, clean: Callable[[], Family] | None = None
+    folder: RunFolder, exported: Sequence[Exported], dtype: torch.dtype, bench: Bench | None = None
 ) -> Family | None:
     """Opens the first export that passed its checks, as another program would: on an unchanged base, in `dtype`.
 
-    `clean` gives such a base, if one is in memory; None: it is loaded.
+    `bench`: where they were checked, which may still hold such a base. It holds none afterwards.
 
     Returns:
         The family, or None if no export passed.
@@ -169,8 +169,10 @@ def open_exported(
         return None
     base, export = folder.recipe.base, EXPORTS[item.format]()
     if isinstance(export, ModelExport):
+        if bench is not None:
+            bench.close()
         return export.open(item.path, base, dtype)
-    family, method, data = clean() if clean else base.load(dtype), folder.recipe.method, folder.recipe.data
+    family, method, data = bench.take() if bench else base.load(dtype), folder.recipe.method, folder.recipe.data
     method.add_subject_token(family, data.token, data.class_noun)
     _read_words(family, exported)
     if isinstance(export, NativeExport):

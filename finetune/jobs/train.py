@@ -246,7 +246,7 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
     bench = Bench.of(job.family, job.recipe.base.load, job.recipe.export.verify)
     exported = export_run(folder, job.family, bench=bench)
     after = folder.path / "samples" / "after"
-    shown = None if after.is_dir() else open_exported(folder, exported, bench.dtype, bench.take)
+    shown = None if after.is_dir() else open_exported(folder, exported, bench.dtype, bench)
     bench.close()
     if shown is not None:  # the report shows what the exported file draws, not the weights in memory
         shown.parts.device = device
