@@ -197,14 +197,15 @@ def main() -> None:
     base_of(arguments.size, arguments.work)  # written here, so that no job pays for it
     with tempfile.TemporaryDirectory() as cache:
         wanted = ["cold"] if arguments.cold_only else ["cold", "warm"]
-        jobs = {name: measured(name, arguments, Path(cache)) for name in wanted}
-        if arguments.size != "demo" and not arguments.cold_only:
-            jobs["floor"] = measured("floor", arguments, Path(cache))
+        wanted += [] if arguments.size == "demo" or arguments.cold_only else ["floor"]
+        jobs = {}
+        for name in wanted:
+            jobs[name] = measured(name, arguments, Path(cache))
+            if arguments.json:
+                with arguments.json.open("a", encoding="utf-8") as file:
+                    told = {"size": arguments.size, "steps": arguments.steps, "job": name} | jobs[name]
+                    file.write(json.dumps(told) + "\n")
     show(jobs)
-    if arguments.json:
-        with arguments.json.open("a", encoding="utf-8") as file:
-            for name, job in jobs.items():
-                file.write(json.dumps({"size": arguments.size, "steps": arguments.steps, "job": name} | job) + "\n")
 
 
 if __name__ == "__main__":

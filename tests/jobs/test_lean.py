@@ -63,7 +63,7 @@ def test_nothing_is_hashed_twice(tiny_bases: dict[str, Path], photos: Path, tmp_
     recipe = parse_recipe(
         {
             "base": {"source": str(tiny_bases["sd1"])},
-            "data": {"photos": str(photos), "class_noun": "mug", "masks": "files"},
+            "data": {"photos": str(photos), "class_noun": "mug", "masks": "auto"},
             "prior": {"kind": "class_images", "count": 3, "steps": 1},
             "method": {"kind": "lora", "rank": 2},
             "optim": {"kind": "adamw", "lr": 1e-4},
