@@ -31,7 +31,7 @@ Load = Callable[[torch.dtype], Family]  # loads a clean base in this precision, 
 
 
 @dataclass
-class Kept:
+class CleanBase:
     """A clean base that the checks of one export share, and its own prediction for `finetune.export.verify.probe`."""
 
     family: Family | None = None
@@ -50,7 +50,7 @@ class Bench:
     dtype: torch.dtype
     load: Load
     verify: Verify = "full"
-    kept: Kept = field(default_factory=Kept, compare=False)
+    kept: CleanBase = field(default_factory=CleanBase, compare=False)
 
     @classmethod
     def of(cls, family: Family, load: Load, verify: Verify = "full") -> Bench:
