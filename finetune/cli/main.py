@@ -18,6 +18,7 @@ from finetune.cli.evaluate import evaluate
 from finetune.cli.help import HELP, Sections
 from finetune.cli.output import loud, progress_shown, say
 from finetune.cli.sample import StepOption, sample
+from finetune.core.allocator import keep_freed_memory
 from finetune.core.errors import BadInput, CheckFailed, Stopped
 from finetune.core.launcher import end_with_launcher
 from finetune.core.logging import plain, printable, quiet
@@ -361,6 +362,7 @@ def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
 
 def main() -> None:
     """The `finetune` command. With `--debug`, an error shows its traceback instead of one sentence."""
+    keep_freed_memory()
     code, message = run(sys.argv[1:])
     if message:
         typer.echo(plain(message), err=True)

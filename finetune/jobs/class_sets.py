@@ -23,12 +23,13 @@ import torch
 from finetune import __version__
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
-from finetune.core.files import cache_dir, replacing, sha256, write_json
+from finetune.core.files import cache_dir, replacing, write_json
 from finetune.core.processes import ALONE, Processes
 from finetune.core.reading import read_json
 from finetune.core.rng import generator
 from finetune.data.photos import Photo, image_files, scan
 from finetune.families.base import Family
+from finetune.families.digests import file_hashes
 from finetune.sampling.draw import draw
 from finetune.sampling.settings import Sampling
 from finetune.training.priors.class_images import ClassImages
@@ -162,7 +163,7 @@ def class_images(family: Family, wanted: ClassSet, processes: Processes = ALONE)
     if mine:
         _draw_chunks(family, wanted, files, mine)
     processes.wait()
-    photos = [Photo(file, (wanted.resolution, wanted.resolution), sha256(file)) for file in files]
+    photos = [Photo(file, (wanted.resolution, wanted.resolution), found) for file, found in file_hashes(files).items()]
     if processes.rank == 0:
         made = {photo.path.name: {"sha256": photo.digest, "seed": seed_of(n)} for n, photo in enumerate(photos)}
         write_json(folder / MANIFEST, manifest | {"pictures": manifest["pictures"] | made})
@@ -236,8 +237,8 @@ def _manifest(wanted: ClassSet) -> dict[str, Any]:
 
 
 def _refuse_changed(folder: Path, recorded: dict[str, Any]) -> None:
-    there = [name for name in sorted(recorded) if (folder / name).is_file()]
-    names = [name for name in there if sha256(folder / name) != recorded[name]["sha256"]]
+    there = [folder / name for name in sorted(recorded) if (folder / name).is_file()]
+    names = [file.name for file, found in file_hashes(there).items() if found != recorded[file.name]["sha256"]]
     if names:
         raise BadInput(
             f"class images in {folder} were changed after they were drawn ({', '.join(names)}): remove those files, "

@@ -29,7 +29,7 @@ def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]]) -> LatentC
 
     Every process must call this: each encodes its share of what its disk lacks, then reads what the others encoded.
     """
-    cache = LatentCache(cache_dir(), job.base_hash, _encoding_dtype(job.family), cache_options(job))
+    cache = LatentCache(cache_dir(), job.base_hash, encoding_dtype(job.family), cache_options(job))
     seen = [crop for stream in streams for sample in stream for crop in sample.crops]
     images: list[Encodable] = list(seen)
     if job.inputs is not None:
@@ -194,6 +194,6 @@ def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]]) -> P
     return cache
 
 
-def _encoding_dtype(family: Family) -> torch.dtype:
+def encoding_dtype(family: Family) -> torch.dtype:
     """The dtype in which images are encoded. Latents cached in another dtype are not used."""
     return family.parts.dtype(family.codec.parts[0]) if family.codec.parts else torch.float32

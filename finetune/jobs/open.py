@@ -15,7 +15,7 @@ from finetune.config.recipe import Recipe
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.core.logging import quieted
-from finetune.export.base import Adapter, AdapterExport, Exported, ModelExport, NativeExport
+from finetune.export.base import Adapter, AdapterExport, Bench, Exported, ModelExport, NativeExport
 from finetune.export.lora.peft import Peft
 from finetune.export.native import open_native
 from finetune.export.registry import EXPORTS, artifact_of, embedding_exports
@@ -151,8 +151,12 @@ def _take_state(recipe: Recipe, parameters: Mapping[str, nn.Parameter], state: S
     copy_into(parameters, state.ema)
 
 
-def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.dtype) -> Family | None:
+def open_exported(
+    folder: RunFolder, exported: Sequence[Exported], dtype: torch.dtype, bench: Bench | None = None
+) -> Family | None:
     """Opens the first export that passed its checks, as another program would: on an unchanged base, in `dtype`.
+
+    `bench`: where they were checked, which may still hold such a base. It holds none afterwards.
 
     Returns:
         The family, or None if no export passed.
@@ -165,8 +169,10 @@ def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.
         return None
     base, export = folder.recipe.base, EXPORTS[item.format]()
     if isinstance(export, ModelExport):
+        if bench is not None:
+            bench.close()
         return export.open(item.path, base, dtype)
-    family, method, data = base.load(dtype), folder.recipe.method, folder.recipe.data
+    family, method, data = bench.take() if bench else base.load(dtype), folder.recipe.method, folder.recipe.data
     method.add_subject_token(family, data.token, data.class_noun)
     _read_words(family, exported)
     if isinstance(export, NativeExport):

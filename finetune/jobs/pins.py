@@ -12,11 +12,10 @@ from pathlib import Path
 
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
-from finetune.core.files import sha256
 from finetune.data.samplers import Sample
 from finetune.data.settings import hub_id
 from finetune.data.tables import TableFacts
-from finetune.families.digests import base_files
+from finetune.families.digests import base_files, file_hashes
 from finetune.jobs.prepare import Prepared
 from finetune.jobs.subjects import Subject
 from finetune.runs.inputs import (
@@ -130,7 +129,9 @@ def _ordered(subject: Subject, recorded: RunInputs) -> Subject:
 
 def _pinned(job: Prepared, subject: Subject, number: int) -> PinnedPhoto:
     item = subject.captioned[number]
-    beside = {name: sha256(file) for name, file in job.files_beside(item.photo).items()}
+    files = job.files_beside(item.photo)
+    hashes = file_hashes(files.values()) if files else {}
+    beside = {name: hashes[file] for name, file in files.items()}
     return PinnedPhoto(
         name=item.photo.path.name, sha256=item.photo.digest, captions=list(item.captions), beside=beside
     )

@@ -20,6 +20,7 @@ from finetune.data.sources.base import SourceOptions
 from finetune.data.sources.registry import open_source
 from finetune.data.tables import Table, TableFacts
 from finetune.families.base import Family
+from finetune.jobs.stored_tokens import suggested
 
 MOST_WORKERS = 8
 OF_DATA_SETS = ("split", "image_column", "caption_column", "streaming")
@@ -257,7 +258,7 @@ def _refuse_pieces(family: Family, token: str, most: int) -> None:
 
 def _rare(family: Family, noun: str | None, taken: set[str]) -> str:
     """The best rare token that no other subject has. The words in `taken` are lower-case."""
-    found = [token.text for token in tokens.suggest(family, len(taken) + 1, noun) if token.text not in taken]
+    found = [text for text in suggested(family, len(taken) + 1, noun) if text not in taken]
     if not found:
         raise BadInput("no rare token was found in this base's tokenizer: give one with data.token=TOKEN")
     return found[0]

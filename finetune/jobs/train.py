@@ -24,6 +24,7 @@ from finetune.core.logging import quieted
 from finetune.core.progress import log, logged
 from finetune.core.signals import Signals, Stop
 from finetune.data.batches import check_split
+from finetune.export.base import Bench
 from finetune.export.settings import UNCHECKED
 from finetune.jobs.companions import write_companions
 from finetune.jobs.export import export_run
@@ -242,10 +243,11 @@ def _load_result(job: Prepared, folder: RunFolder) -> None:
 
 
 def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) -> None:
-    dtype = job.family.parts.dtype("denoiser")
-    exported = export_run(folder, job.family)
+    bench = Bench.of(job.family, job.recipe.base.load, job.recipe.export.verify)
+    exported = export_run(folder, job.family, bench=bench)
     after = folder.path / "samples" / "after"
-    shown = None if after.is_dir() else open_exported(folder, exported, dtype)
+    shown = None if after.is_dir() else open_exported(folder, exported, bench.dtype, bench)
+    bench.close()
     if shown is not None:  # the report shows what the exported file draws, not the weights in memory
         shown.parts.device = device
         job.family = shown
