@@ -21,7 +21,7 @@ from finetune.core.rng import SampleKey
 from finetune.data.cache import LatentCache
 from finetune.data.crops import Crop, make_crops
 from finetune.data.masks import Masks
-from finetune.jobs.dataset import encoding_dtype
+from finetune.jobs.dataset import cache_options, encoding_dtype
 from finetune.jobs.prepare import Prepared
 from finetune.objectives.base import Objective
 from finetune.objectives.densities import Uniform
@@ -117,7 +117,8 @@ def _probes(job: Prepared, images: int) -> list[Probe]:
 
 def _encoded(job: Prepared, crops: Sequence[Crop]) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Each photo's latents (the mean of their distribution) and its conditions; encoded once for all of the job."""
-    device, cache = job.family.device, LatentCache(cache_dir(), job.base_hash, encoding_dtype(job.family))
+    device, family = job.family.device, job.family
+    cache = LatentCache(cache_dir(), job.base_hash, encoding_dtype(family), cache_options(job))
     cache.fill(job.family, crops)
     return [
         (
