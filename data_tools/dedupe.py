@@ -41,8 +41,15 @@ def dedupe(source: Path, out: Path, near: int = NEAR, dry_run: bool = False) -> 
     """
     photos = read_set(source)
     seen, bad = _look(photos)
-    best = _best([item.look for item in seen], near_pairs([item.look for item in seen], near), seen)
-    steps = {item.entry.name: _step(photos, seen, number, best) for number, item in enumerate(seen)}
+    looks = [item.look for item in seen]
+    best = _best(looks, near_pairs(looks, near), seen)
+    copies: dict[int, list[Seen]] = {}
+    for item, stays in zip(seen, best, strict=True):
+        copies.setdefault(stays, []).append(item)
+    steps = {
+        item.entry.name: _step(photos, item, copies[number]) if stays == number else _left_out(item, seen[stays])
+        for number, (item, stays) in enumerate(zip(seen, best, strict=True))
+    }
     steps |= {name: Step(photos.folder / name, "left out", reason) for name, reason in bad.items()}
     plan = Plan("dedupe", source, [steps[entry.name] for entry in photos.entries], {"near": near}, photos.notes)
     return carry_out(plan, out, dry_run)
@@ -78,16 +85,15 @@ def _best(looks: Sequence[Look], pairs: Sequence[Pair], seen: Sequence[Seen]) ->
     return best
 
 
-def _step(photos: PhotoSet, seen: Sequence[Seen], number: int, best: Sequence[int]) -> Step:
-    entry = seen[number].entry
-    if best[number] != number:
-        return Step(
-            entry.path, "left out", f"looks the same as {seen[best[number]].entry.name}, which is larger or first"
-        )
-    step = kept(photos, entry)
-    captions = [seen[other].entry.caption for other, stays in enumerate(best) if stays == number]
-    found = next((text for text in captions if text), None)
-    return step if entry.caption or found is None else with_caption(step, entry, found)
+def _left_out(item: Seen, best: Seen) -> Step:
+    return Step(item.entry.path, "left out", f"looks the same as {best.entry.name}, which is larger or first")
+
+
+def _step(photos: PhotoSet, item: Seen, copies: Sequence[Seen]) -> Step:
+    """The photo stays. If it has no caption it gets the first one of its `copies`."""
+    step = kept(photos, item.entry)
+    found = next((copy.entry.caption for copy in copies if copy.entry.caption), None)
+    return step if item.entry.caption or found is None else with_caption(step, item.entry, found)
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,8 @@ from finetune.adapters.targets import Target, paths_of, target_of
 from finetune.core.devices import DTYPES, machine
 from finetune.core.errors import BadInput
 from finetune.export.adapter import export_adapter
-from finetune.export.base import Adapter, Bench, Exported, Request
+from finetune.export.base import Adapter, Exported, Request
+from finetune.export.bench import Bench
 from finetune.export.decompose import Kept, unloaded
 from finetune.export.lora.kohya import keys_of
 from finetune.export.registry import model_exports

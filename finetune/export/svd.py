@@ -20,7 +20,8 @@ from finetune.core.events import phase
 from finetune.core.files import save_tensors, write_json
 from finetune.core.records import Check
 from finetune.core.rng import generator
-from finetune.export.base import Adapter, Bench, Exported, discard, full_fp32, unchecked
+from finetune.export.base import Adapter, Exported, unchecked
+from finetune.export.bench import Bench, discard, full_fp32
 from finetune.export.decompose import LAYERS, Decomposed, Difference, beyond, decompose, unloaded_base
 from finetune.export.lora.peft import Peft
 from finetune.export.verify import BOUNDS, merged, moved_check, probe, relative, same_prediction

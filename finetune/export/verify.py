@@ -16,7 +16,8 @@ from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
 from finetune.core.records import Check
 from finetune.core.rng import generator
-from finetune.export.base import Adapter, AdapterExport, Bench, Exported, delta, unchecked
+from finetune.export.base import Adapter, AdapterExport, Exported, delta, unchecked
+from finetune.export.bench import Bench
 from finetune.families.base import Family
 from finetune.families.naming.clip import add_text_model
 from finetune.methods.peft_adapter import active_lora

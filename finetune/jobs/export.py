@@ -17,16 +17,8 @@ from finetune.core.errors import BadInput
 from finetune.core.events import one_step
 from finetune.core.logging import quieted
 from finetune.export.adapter import adapter_from, export_adapter
-from finetune.export.base import (
-    Bench,
-    EmbeddingExport,
-    Exported,
-    ModelExport,
-    NativeExport,
-    NewWords,
-    Request,
-    discard,
-)
+from finetune.export.base import EmbeddingExport, Exported, ModelExport, NativeExport, NewWords, Request
+from finetune.export.bench import Bench, discard
 from finetune.export.lora.peft import Peft
 from finetune.export.metadata import written_date
 from finetune.export.native import export_native, trained_prediction, with_prediction

@@ -15,7 +15,8 @@ from finetune.config.recipe import Recipe
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.core.logging import quieted
-from finetune.export.base import Adapter, AdapterExport, Bench, Exported, ModelExport, NativeExport
+from finetune.export.base import Adapter, AdapterExport, Exported, ModelExport, NativeExport
+from finetune.export.bench import Bench
 from finetune.export.lora.peft import Peft
 from finetune.export.native import open_native
 from finetune.export.registry import EXPORTS, artifact_of, embedding_exports

@@ -24,7 +24,7 @@ from finetune.core.logging import quieted
 from finetune.core.progress import log, logged
 from finetune.core.signals import Signals, Stop
 from finetune.data.batches import check_split
-from finetune.export.base import Bench
+from finetune.export.bench import Bench
 from finetune.export.settings import UNCHECKED
 from finetune.jobs.companions import write_companions
 from finetune.jobs.export import export_run

@@ -20,7 +20,8 @@ from finetune.cli.main import run
 from finetune.core.devices import DTYPES, exact_device
 from finetune.core.records import Check
 from finetune.export.adapter import adapter_from, export_adapter
-from finetune.export.base import Adapter, Request, delta, full_fp32
+from finetune.export.base import Adapter, Request, delta
+from finetune.export.bench import full_fp32
 from finetune.export.registry import EXPORTS, formats_for
 from finetune.export.verify import apply_adapter, moved_check, read_by_diffusers
 from finetune.families.settings import Base

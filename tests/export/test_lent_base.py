@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from test_export import ABOUT, bench_of, trained
 
 from finetune.export.adapter import adapter_from, export_adapter
-from finetune.export.base import Bench, Request
+from finetune.export.base import Request
+from finetune.export.bench import Bench
 from finetune.export.registry import EXPORTS
 from finetune.export.verify import apply_adapter, merged, probe, verify
 from finetune.families.base import Family

@@ -18,7 +18,8 @@ from finetune.config.load import parse_recipe
 from finetune.core.errors import BadInput, CheckFailed
 from finetune.export import verify as checks
 from finetune.export.adapter import adapter_from, export_adapter
-from finetune.export.base import Bench, Request
+from finetune.export.base import Request
+from finetune.export.bench import Bench
 from finetune.export.model import model_folder as whole_models
 from finetune.export.registry import EXPORTS
 from finetune.export.settings import ExportTo
