@@ -202,7 +202,7 @@ def main() -> None:
         for name in wanted:
             jobs[name] = measured(name, arguments, Path(cache))
             if arguments.json:
-                with arguments.json.open("a", encoding="utf-8") as file:
+                with arguments.json.open("a", encoding="utf-8", newline="\n") as file:
                     told = {"size": arguments.size, "steps": arguments.steps, "job": name} | jobs[name]
                     file.write(json.dumps(told) + "\n")
     show(jobs)

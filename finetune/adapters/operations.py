@@ -132,7 +132,9 @@ def about_of(found: Inspection) -> dict[str, str]:
     }
 
 
-def merged(files: Sequence[tuple[Path, float]], base: str | None, rank: int | None) -> tuple[Adapter, Kept | None]:
+def merged_files(
+    files: Sequence[tuple[Path, float]], base: str | None, rank: int | None
+) -> tuple[Adapter, Kept | None]:
     """The weighted sum of adapters as one adapter, reduced to `rank` if given, and how much of the sum it keeps (None
     if nothing was reduced).
 

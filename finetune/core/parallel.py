@@ -15,9 +15,8 @@ AHEAD = 4  # results for each thread that may wait to be taken
 
 def core_count() -> int:
     """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on Windows and macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)  # Windows and macOS have none
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def mapped(function: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:

@@ -9,7 +9,6 @@ would count as this process's memory, and Windows could not replace or remove th
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -25,7 +24,7 @@ from torch import Tensor
 from finetune.core.errors import BadInput
 from finetune.core.files import replacing, sha256
 from finetune.core.parallel import mapped
-from finetune.core.reading import MAX_BYTES
+from finetune.core.reading import MAX_BYTES, parse_json
 
 MOST_ENTRIES, MOST_BYTES, MOST_SECONDS = 4096, 64_000_000, 60.0  # of a shard: what it holds, what a kill can cost
 IN_MEMORY = 64_000_000  # bytes of entries that stay in memory after they were read
@@ -225,14 +224,14 @@ def open_shard(file: Path, source: str) -> tuple[Shard, list[bytes]] | None:
     try:
         with file.open("rb") as held:
             size = int.from_bytes(held.read(8), "little")
-            header = json.loads(held.read(size)) if size <= MAX_BYTES else {}
+            header = parse_json(held.read(size).decode(), str(file), dict) if size <= MAX_BYTES else {}
             if header.pop("__metadata__", {}).get(SOURCE) != source:
                 return None
             start = 8 + size
             keys = _rows(held, header.pop(KEYS), start)
             digests = _rows(held, header.pop(DIGESTS), start)
         places = {name: _place(header[name], start, len(keys)) for name in sorted(header)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (BadInput, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return Shard(file, places, digests), [row.tobytes() for row in keys]
 

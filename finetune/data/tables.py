@@ -20,6 +20,7 @@ from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.core.files import cache_dir
 from finetune.core.parallel import mapped
+from finetune.core.reading import parse_json
 from finetune.data.entries import load_entry, save_entry
 from finetune.data.photos import BadImage, Photo, photo_of
 from finetune.data.set_rows import DatasetRow, DatasetRows
@@ -259,5 +260,5 @@ def _tensors(scan: _Scan) -> dict[str, torch.Tensor]:
 def _restored(tensors: Mapping[str, torch.Tensor] | None) -> _Scan | None:
     if tensors is None:
         return None
-    columns, captions, bad = json.loads(tensors["told"].numpy().tobytes())
+    columns, captions, bad = parse_json(tensors["told"].numpy().tobytes().decode(), "the scan of a data set", list)
     return _Scan(columns, tensors["sizes"].numpy(), tensors["digests"].numpy(), captions, dict(bad))

@@ -12,14 +12,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from finetune.core.errors import BadInput
 from finetune.core.files import cache_dir, replacing, sha256
 from finetune.data.captions import BESIDE, LISTS
 from finetune.data.leftovers import listed
 from finetune.data.photos import APPLE, SUFFIXES, SUFFIXES_SHOWN
-from finetune.data.tables import Table
+
+if TYPE_CHECKING:
+    from finetune.data.tables import Table
 
 
 @dataclass(frozen=True)

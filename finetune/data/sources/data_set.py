@@ -12,14 +12,13 @@ from typing import Any
 from finetune.core.errors import BadInput
 from finetune.data.set_rows import DatasetRows, MappedRows, StreamedRows
 from finetune.data.sources.base import Opened, Source
-from finetune.data.tables import TableFacts, Wanted, open_table
 from finetune.families.digests import file_hashes
 
 ANY_SPLIT = "train"  # of several splits
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedDataSet:
     """A data set as `datasets.load_dataset` takes it.
 
     loader: "parquet", ..., or a hub id.
@@ -37,7 +36,7 @@ class DataSet(Source):
     """A Hugging Face data set: rows with an image column and perhaps a caption column."""
 
     @abstractmethod
-    def named(self, path: Path) -> Named:
+    def named(self, path: Path) -> NamedDataSet:
         """Returns how `datasets` loads what `data.photos` names.
 
         Raises:
@@ -50,6 +49,8 @@ class DataSet(Source):
         Raises:
             BadInput: it does not exist or can't be read; it has no such split or column; it has no usable image.
         """
+        from finetune.data.tables import TableFacts, Wanted, open_table  # they import torch
+
         options, named = self.options, self.named(path)
         split = chosen_split(list(named.splits), options.split, str(path))
         files = sorted(named.splits.get(split, ()))
@@ -58,7 +59,7 @@ class DataSet(Source):
         wanted = Wanted(options.image_column, options.caption_column)
         return Opened(path, table=open_table(path, rows, facts, wanted, options.workers))
 
-    def rows(self, path: Path, named: Named, split: str) -> DatasetRows:
+    def rows(self, path: Path, named: NamedDataSet, split: str) -> DatasetRows:
         """Returns the rows of a split, which are loaded when they are first read."""
         data_files = {
             name: [str(file) for file in files] for name, files in named.splits.items() if name == split and files

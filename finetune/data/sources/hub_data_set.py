@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.core.errors import BadInput
 from finetune.data.settings import hub_id
-from finetune.data.sources.data_set import DataSet, Named, reason_of, without_bars
+from finetune.data.sources.data_set import DataSet, NamedDataSet, reason_of, without_bars
 
 
 class Hub(DataSet):
@@ -20,7 +20,7 @@ class Hub(DataSet):
         """Returns whether `data.photos` names a data set on the hub."""
         return hub_id(path) is not None
 
-    def named(self, path: Path) -> Named:
+    def named(self, path: Path) -> NamedDataSet:
         """Returns the hub id, its splits and its commit.
 
         Raises:
@@ -35,7 +35,7 @@ class Hub(DataSet):
         if not splits:
             raise BadInput(f"the data set {name} of the hub says no split: give one that has files of data")
         arguments = {"revision": revision} if revision else {}
-        return Named(name, dict.fromkeys(splits, ()), arguments, f"{name}@{builder.hash}")
+        return NamedDataSet(name, dict.fromkeys(splits, ()), arguments, f"{name}@{builder.hash}")
 
     def _builder(self, name: str, revision: str | None) -> Any:
         with without_bars() as datasets:

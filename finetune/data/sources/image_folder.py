@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune.core.errors import BadInput
 from finetune.data.photos import SUFFIXES
-from finetune.data.sources.data_set import ANY_SPLIT, DataSet, Named, not_empty, split_of
+from finetune.data.sources.data_set import ANY_SPLIT, DataSet, NamedDataSet, not_empty, split_of
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -25,7 +25,7 @@ class ImageFolder(DataSet):
         """Returns False: see above."""
         return False
 
-    def named(self, path: Path) -> Named:
+    def named(self, path: Path) -> NamedDataSet:
         """Returns the files of each split."""
         if not path.is_dir():
             raise BadInput(f"there is no folder {path}: give the folder that holds the images", path=path)
@@ -36,7 +36,7 @@ class ImageFolder(DataSet):
             inside = Path(place).relative_to(path).parts
             if files:
                 found.setdefault(split_of(Path(inside[0])) if inside else ANY_SPLIT, []).extend(files)
-        return Named("imagefolder", not_empty(found, path, "images"))
+        return NamedDataSet("imagefolder", not_empty(found, path, "images"))
 
 
 def _is_read(name: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.core.errors import BadInput
 from finetune.data.photos import image_files
 from finetune.data.set_rows import DatasetRows
-from finetune.data.sources.data_set import DataSet, Named, files_by_split, not_empty, reason_of
+from finetune.data.sources.data_set import DataSet, NamedDataSet, files_by_split, not_empty, reason_of
 
 SUFFIX = ".parquet"
 
@@ -24,11 +24,11 @@ class Parquet(DataSet):
             return path.suffix.lower() == SUFFIX
         return path.is_dir() and not image_files(path) and bool(files_by_split(path, [SUFFIX]))
 
-    def named(self, path: Path) -> Named:
+    def named(self, path: Path) -> NamedDataSet:
         """Returns the files of each split."""
-        return Named("parquet", not_empty(files_by_split(path, [SUFFIX]), path, "parquet files"))
+        return NamedDataSet("parquet", not_empty(files_by_split(path, [SUFFIX]), path, "parquet files"))
 
-    def rows(self, path: Path, named: Named, split: str) -> DatasetRows:
+    def rows(self, path: Path, named: NamedDataSet, split: str) -> DatasetRows:
         """As `DataSet.rows`. Files without a row are found here: `datasets` can't say that of them."""
         from pyarrow import ArrowException, parquet
 

@@ -25,4 +25,5 @@ def open_source(path: Path, kind: str = AUTO, options: SourceOptions = SourceOpt
         raise BadInput(f"data.source is {kind!r}: choose {AUTO}, {', '.join(SOURCES)}")
     others = [each for each in SOURCES.values() if each is not PhotoFolder]
     matching = next((each for each in others if each.matches(path)), PhotoFolder)
-    return (matching if kind == AUTO else SOURCES[kind])(options).open(path)
+    chosen = matching if kind == AUTO else SOURCES[kind]
+    return chosen(options).open(path)

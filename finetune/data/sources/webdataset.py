@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.data.photos import image_files
-from finetune.data.sources.data_set import DataSet, Named, files_by_split, not_empty
+from finetune.data.sources.data_set import DataSet, NamedDataSet, files_by_split, not_empty
 
 SUFFIX = ".tar"
 
@@ -22,6 +22,6 @@ class WebDataset(DataSet):
             return path.suffix.lower() == SUFFIX
         return path.is_dir() and not image_files(path) and bool(files_by_split(path, [SUFFIX]))
 
-    def named(self, path: Path) -> Named:
+    def named(self, path: Path) -> NamedDataSet:
         """Returns the shards of each split."""
-        return Named("webdataset", not_empty(files_by_split(path, [SUFFIX]), path, "tar files"))
+        return NamedDataSet("webdataset", not_empty(files_by_split(path, [SUFFIX]), path, "tar files"))
