@@ -17,12 +17,14 @@ from finetune.core.reading import read_json
 from finetune.data import meanings, tokens
 from finetune.families.base import Family
 from finetune.families.digests import base_hash
+from finetune.training.peers import joined
 
 VERSION = 1  # of what a search does, beside the version of the package
 
 
 def suggested(family: Family, count: int, noun: str | None) -> list[str]:
-    """The texts of `tokens.suggest`, read from the cache if they were found before. A damaged file is made again.
+    """The texts of `tokens.suggest`, read from the cache if they were found before. A damaged file is made again. Of
+    several processes the first one writes it.
 
     Args:
         family: an unchanged base.
@@ -36,7 +38,8 @@ def suggested(family: Family, count: int, noun: str | None) -> list[str]:
     if stored is not None:
         return stored
     found = [token.text for token in tokens.suggest(family, count, noun)]
-    write_json(file, {"tokens": found})
+    if joined().rank == 0:
+        write_json(file, {"tokens": found})
     return found
 
 

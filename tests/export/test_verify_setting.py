@@ -68,7 +68,7 @@ def test_what_a_run_says_of_files_that_it_did_not_check(
     out = capsys.readouterr().out
     assert out.count("not checked") == len(listed)
     assert "ok" not in out.replace("kohya", "").split()
-    monkeypatch.setattr(Bench, "clean", refuse)
+    monkeypatch.setattr(Bench, "_loaded", refuse)
     monkeypatch.setattr(whole_models, "loaded", refuse)
     family, _ = open_run(RunFolder(path))
     exported = export_run(RunFolder(path), family, FORMATS[kind], ExportTo(verify="deltas", max_error=1))
