@@ -23,6 +23,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,17 @@ def is_the_unbroken(found: tuple[str, list[Any]], wanted: tuple[str, list[Any]],
     return found[0] == wanted[0] and (logs_damaged or found[1] == wanted[1])
 
 
+class End(Enum):
+    """How a launch of a run ended."""
+
+    KILLED = auto()
+    REFUSED = auto()
+    WHOLE = auto()
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One run that is started, killed and resumed until it ends. `longest`: seconds after which it is killed."""
+    """One run that is started, killed and resumed until it ends."""
 
     work: Path
     place: Place
@@ -172,23 +181,23 @@ class Trial:
     dice: random.Random
     tampered: Tampered
 
-    def kill_once(self, context: Any, longest: float) -> bool:
-        """Starts or resumes the run and kills it at a random moment; False if it came to its end first."""
+    def launch(self, context: Any, longest: float | None) -> End:
+        """Starts or resumes the run, and kills it at a random moment before `longest` seconds; None: it may end."""
         process = context.Process(target=work_on, args=(self.work, self.place, self.kinds))
         process.start()
-        process.join(self.dice.uniform(0, longest))
+        process.join(None if longest is None else self.dice.uniform(0, longest))
         code = process.exitcode
         process.kill()
         process.join()
         if code == REFUSED:
             self.tampered.met((self.work / "refused.txt").read_text(encoding="utf-8"))
-            return True
+            return End.REFUSED
         if code not in (None, 0):
             last = getattr(self.tampered, "last", None)
             sys.exit(f"a resumed run failed with exit code {code}: {self.place.run}; tampered last: {last}")
         if code == 0 and self.tampered.now is not None:
             sys.exit(f"a run came to its end in silence after {self.tampered.now[0].name!r}: {self.place.run}")
-        return code is None
+        return End.KILLED if code is None else End.WHOLE
 
 
 def main() -> None:
@@ -225,7 +234,9 @@ def main() -> None:
     while kills < arguments.kills:
         trial = Trial(work, copied_place(work, runs), kinds, dice, tampered)
         runs += 1
-        while trial.kill_once(context, length * WINDOW if kills < arguments.kills else 10 * length):
+        while (end := trial.launch(context, length * WINDOW if kills < arguments.kills else None)) is not End.WHOLE:
+            if end is End.REFUSED:
+                continue
             kills += 1
             where[phase_of(trial.place)] += 1
             if kills < arguments.kills:

@@ -99,6 +99,7 @@ def measure(family: Any, subject: str, thing: str, seed: int, folder: Path) -> R
 
 
 def base_row(work: Path, subject: str, seed: int) -> Row:
+    """The same figures of the untouched base, with the token that a run would choose."""
     from finetune.data import tokens
 
     folder = work / "base" / f"{subject}-{seed}"
@@ -150,6 +151,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
+    """Trains what has no row for this base yet, and prints the table of its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="section.key=value: a trial")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "others")

@@ -227,11 +227,11 @@ def side_by_side(size: str, work: Path, steps: int, fast: str, precision: str) -
     """Median CPU-seconds of our step and of the floor's, alternating."""
     import torch
 
-    from finetune.core.allocator import keep_memory
+    from finetune.core.allocator import keep_freed_memory
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if fast == "auto":
-        keep_memory()  # as the command does
+        keep_freed_memory()  # as the command does
     source = source_of(size, work)
     floor = Floor(size, work)
     floor.step()

@@ -27,7 +27,11 @@ def main() -> None:
 
 
 def clip_tokenizer(folder: Path) -> Any:
-    """CLIP's tokenizer from a folder with its vocabulary. The file of merges has a first line that is none."""
+    """CLIP's tokenizer from a folder with its vocabulary. The first line of merges.txt is a comment.
+
+    Returns:
+        transformers' CLIPTokenizer, as the bases have it: 49,408 pieces, prompts of 77.
+    """
     from transformers import CLIPTokenizer
 
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
@@ -56,27 +60,30 @@ A rare token should mean nothing to the base. Short tokens from the rare end of 
 something: they are abbreviations, names, brands and teams. All those of 3 and 4 letters were looked at, and those of 5
 in part.
 
-- `finetune/data/known.txt` lists {known} tokens with a meaning. They are never chosen. Whoever gives one gets a line
-  in the plan. Plurals of listed tokens count as listed, and so do weather hashtags, clubs and channels by endings.
-- `finetune/data/pieces.txt` lists {all} that mean nothing alone. They are ends of longer words, so the tokenizer makes
-  one piece of them. The {shown} rarest are below, with words that end so.
+- `finetune/data/known.txt` lists {known} tokens with a meaning. They are never chosen. If you give one, the plan
+  says what it means. Their plurals count as listed too, and so does what ends as a weather hashtag, a football club or
+  a TV channel does (`wx`, `fc`, `tv`).
+- `finetune/data/pieces.txt` lists {all} that mean nothing alone. They are the ends of longer words, and the tokenizer
+  has a piece for each. The {shown} rarest are below, with words that have this end.
 
-Still, this is one reader's knowledge, in a few languages. An end may recall the words it ends, and somebody may have
-such a name.
+Still, this is one reader's knowledge, in a few languages. Such an end may recall the words it ends, and may be
+somebody's name.
 
 **The order below is that of the vocabulary alone** (an id is a rank by frequency: a high one is rare). How a base
-reacts to a token needs its weights. So each run measures it on its own base, and
-`finetune tokens suggest --base BASE` shows it:
+reacts to a token depends on its weights. So each run measures it on its own base, and
+`finetune tokens suggest --base BASE` shows the result:
 
-1. Tokens that lie nearer to words with a meaning, in the embedding table, than half of the listed ones are left out.
-2. So are tokens that move the text encoders' output, in any of three prompts, further than the median listed one does.
-3. Of at most 24 others, the third that moves every prompt furthest stays. If the encoders hardly notice a token, the
-   class becomes the subject ([measured](results.md#what-was-tried) on the tiny base).
-4. Of these, the one that changes what the denoiser draws least is chosen.
+1. Candidates that lie nearer to words with a meaning, in the embedding table, than half of the rare tokens of
+   `known.txt` do are left out. At least 8 stay, here and in step 2.
+2. At most 24 of the rest are tried in three prompts. Those that move the text encoders' output, in any prompt, further
+   than the median of the tokens of `known.txt` does are left out.
+3. Of the rest, the third that moves every prompt furthest stays. If the encoders hardly notice a token, the class
+   becomes the subject ([measured](results.md#what-was-tried) on the tiny base).
+4. Of these, the one that changes the denoiser's prediction least is chosen.
 
 Nobody has run this rule on real weights yet ([status](status.md)).
 
-| token | id | words that end so |
+| token | id | words with this end |
 |---|---|---|
 """
 

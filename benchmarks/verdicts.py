@@ -71,9 +71,11 @@ class Subject:
 
     @property
     def noun(self) -> str:
+        """Its class."""
         return self.look.kind
 
     def picture(self, number: int, place: str, pixels: int = 64) -> Image.Image:
+        """Its picture at a place, in the pose of this number."""
         return render(pose(self.look, place, np.random.default_rng((78, CLASSES.index(self.noun), number))), pixels)
 
 
@@ -155,6 +157,7 @@ def truth(seen: dict[str, float], base: dict[str, float]) -> list[str]:
 
 
 def one_run(work: Path, subject: Subject, name: str) -> dict[str, Any]:
+    """Trains the recipe `name` of RECIPES on a subject, and asks the judge: a row of verdicts.jsonl."""
     photos = work / "photos" / subject.name.replace(" ", "-")
     photos.mkdir(parents=True, exist_ok=True)
     for number, place in enumerate(PHOTO_PLACES):
@@ -187,6 +190,7 @@ def one_run(work: Path, subject: Subject, name: str) -> dict[str, Any]:
 
 
 def stored() -> list[dict[str, Any]]:
+    """The finished rows."""
     if not STORED.is_file():
         return []
     return [json.loads(line) for line in STORED.read_text(encoding="utf-8").splitlines()]
@@ -221,6 +225,7 @@ def _share(agreed: list[bool]) -> str:
 
 
 def main() -> None:
+    """Trains the runs that have no row yet, and prints the table of all rows."""
     every = subjects()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "verdicts-benchmark")

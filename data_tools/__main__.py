@@ -1,157 +1,99 @@
-"""Tools for folders of photos: `python -m data_tools check PHOTOS` and `python -m data_tools unpack DATASET OUT`.
+"""`python -m data_tools COMMAND`, the same as `finetune data COMMAND`: from a pile of files to a training set.
 
-Exit codes: 0 no problems, 1 problems found, 2 bad input.
+Exit codes: 0 no problems, 1 problems found, 2 bad input. To add a command, add a module with `options` and `run`, and
+its line to `COMMANDS`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-USUAL = 512  # pixels: of SD 1.x
+# One module each. It is imported only when its command is used: --help loads no library for images.
+COMMANDS = {
+    "check": "say what is wrong with the photos and captions of a folder, worst first",
+    "sheet": "write a contact sheet and a page with every finding beside its photo",
+    "dedupe": "write a folder without the copies and near-copies of a photo",
+    "split": "write a folder of photos for training and one of held-out photos",
+    "resize": "write a folder of photos of a base's size",
+    "tags": "write a folder with changed captions, or count the tags",
+    "unpack": "write a data set of the hub, or a local one, as a folder of images with captions",
+}
 
-if TYPE_CHECKING:
-    from data_tools.check import Findings
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_tools") -> int:
     """Runs a command and returns its exit code: 0 no problems, 1 problems found, 2 bad input."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _undo_parser(prog).parse_args(_undo_arguments(given)) if "--undo" in given else _parsed(given, prog)
     from finetune.core.errors import BadInput
-    from finetune.core.logging import printable
+    from finetune.core.logging import plain, printable
 
     printable()
     try:
-        code: int = options.run(options)
-        return code
+        with _progress_shown(quiet=getattr(options, "json", False)):
+            code: int = options.run(options)
+            return code
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(plain(f"error: {error}"), file=sys.stderr)
         return 2
 
 
-def _check(options: argparse.Namespace) -> int:
-    from data_tools.check import check
-
-    resolution, why = _resolution(options)
-    findings = check(options.photos, resolution)
-    findings.notes.insert(0, f"checked for training at {resolution} pixels ({why})")
-    if options.json:
-        _print_json(findings)
-    else:
-        _print_table(findings)
-    return 0 if findings.fine else 1
-
-
-def _resolution(options: argparse.Namespace) -> tuple[int, str]:
-    """The training resolution in pixels, and where it is from."""
-    if options.resolution:
-        return options.resolution, "--resolution"
-    if not options.base:
-        return USUAL, "SD 1.x's resolution; --base NAME takes another base's, --resolution any"
-    from finetune.core.logging import quiet_import
-
-    with quiet_import():
-        from finetune.families.configs import well_formed
-        from finetune.families.registry import family_of
-        from finetune.families.source import resolve_base
-
-    folder = resolve_base(options.base, weights=False)
-    with well_formed(folder):
-        family = family_of(folder)
-        return family.resolution_of(folder), f"the resolution of {options.base}, family {family.name}"
-
-
-def _unpack(options: argparse.Namespace) -> int:
-    from data_tools.unpack import unpack
-
-    count = unpack(options.source, options.out, options.split, options.image, options.caption, options.limit)
-    print(f"{count} images in {options.out}; check them with: python -m data_tools check {options.out}")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_tools", description="Tools for folders of photos.")
+def _parsed(given: list[str], prog: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description="From a pile of files to a training set.")
+    parser.epilog = f"Photos are never changed. Take back what a command wrote: {prog} --undo FOLDER"
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser(
-        "check",
-        help="list every photo with its size, orientation, problems, near-duplicates and caption",
-        description="Check a folder of photos before training. Exit 0: no problems, 1: problems found, 2: bad input.",
-    )
-    command.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder of photos")
-    command.add_argument("--base", help="the base to train: tiny, a diffusers folder or a hub id; sets the resolution")
-    command.add_argument(
-        "--resolution", type=_pixels, help="training resolution in pixels (default: the base's, or 512)"
-    )
-    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    command.set_defaults(run=_check)
-    command = commands.add_parser(
-        "unpack", help="write a data set of the hub, or a local one, as a folder of images with captions"
-    )
-    command.add_argument("source", metavar="DATASET", help="a hub id, an image folder or a .parquet file")
-    command.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    command.add_argument("--split", default="train")
-    command.add_argument("--image", default="image", help="the column that holds the images")
-    command.add_argument("--caption", default="text", help="the column that holds the captions, if there is one")
-    command.add_argument("--limit", type=_number, help="write at most this many images")
-    command.set_defaults(run=_unpack)
+    asked = next((word for word in given if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name == asked:
+            module = importlib.import_module(f"data_tools.{name}")
+            module.options(command)
+            command.set_defaults(run=module.run)
+    return parser.parse_args(given)
+
+
+def _undo_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"{prog} --undo", description="Take back what a command wrote.")
+    parser.add_argument("--undo", type=Path, metavar="FOLDER", help="a folder that a command wrote, or its manifest")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    parser.set_defaults(run=_undo)
     return parser
 
 
-def _number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of images: give a whole number such as 100")
-    return int(text)
+def _undo_arguments(given: list[str]) -> list[str]:
+    """`data dedupe --undo FOLDER` means the same: the manifest knows the command."""
+    return given[1:] if given[0] in COMMANDS else given
 
 
-def _pixels(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pixels: give a whole number such as 512")
-    return int(text)
+def _undo(options: argparse.Namespace) -> int:
+    from data_tools.show import say
+    from data_tools.undo import undo
+
+    say(undo(options.undo, options.dry_run).sentence)
+    return 0
 
 
-def _print_json(findings: Findings) -> None:
-    import json
+@contextmanager
+def _progress_shown(quiet: bool) -> Iterator[None]:
+    """Bars in a terminal; elsewhere lines on stderr, so that stdout holds the result alone."""
+    from finetune.core.events import sent_to
+    from finetune.core.progress import ProgressLines
 
-    files = [
-        {
-            "name": file.name,
-            "size": file.size,
-            "orientation": file.orientation or None,
-            "caption": file.caption,
-            "sha256": file.digest or None,
-            "dhash": None if file.fingerprint is None else f"{file.fingerprint:016x}",
-            "problems": file.problems,
-            "notes": file.notes,
-        }
-        for file in findings.files
-    ]
-    about = {"folder": findings.folder.as_posix(), "fine": findings.fine, "problems": findings.problems}
-    # ASCII: a pipe may have any encoding
-    print(json.dumps(about | {"notes": findings.notes, "files": files}, indent=2))
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
 
+    consumer: Any = ProgressLines(say)
+    if sys.stdout.isatty() and not quiet:
+        from finetune.cli.output import ProgressBars, in_terminal
 
-def _print_table(findings: Findings) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
-    table = Table("file", "size", "stored", "problems", "notes", "caption", box=None)
-    for file in findings.files:
-        size = "x".join(map(str, file.size)) if file.size else ""
-        problems, notes = (escape("; ".join(texts)) for texts in (file.problems, file.notes))
-        caption = escape(file.caption or "")
-        table.add_row(escape(file.name), size, file.orientation, f"[red]{problems}[/]", notes, caption)
-    console.print(table)
-    for text in findings.problems:
-        console.print(f"[red]problem[/] {escape(text)}", highlight=False)
-    for text in findings.notes:
-        console.print(f"note    {escape(text)}", highlight=False)
-    verdict = "nothing to do" if findings.fine else "see the problems above"
-    console.print(f"{len(findings.files)} images in {findings.folder}: {verdict}", highlight=False, markup=False)
+        consumer = ProgressBars() if in_terminal() else consumer
+    with sent_to(consumer):
+        yield
 
 
 if __name__ == "__main__":

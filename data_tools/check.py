@@ -1,17 +1,32 @@
-"""Checks a folder of photos before training: facts, problems and near-duplicates, file by file."""
+"""Checks a folder of photos before training: facts, problems and near-duplicates, photo by photo and of the set."""
 
 from __future__ import annotations
 
+import argparse
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
+from data_tools import alike
+from data_tools.hashes import NEAR, Look, difference_hash, look_of, near_pairs
+from data_tools.quality import Quality, faults, measure
+from data_tools.show import say_json, whole_number
+from data_tools.wording import Wanted, check_caption, read_wanted
 from finetune.core.errors import BadInput
+from finetune.core.events import phase
 from finetune.data.captions import BESIDE, LISTS, caption_files, caption_rows
-from finetune.data.photos import MASK, BadImage, Photo, image_files, is_companion, open_image, opened, read_photo
+from finetune.data.leftovers import MANIFEST
+from finetune.data.photos import MASK, BadImage, Photo, image_files, is_companion, opened, read_image
+from finetune.data.sources.registry import open_source
 
+__all__ = ["NEAR", "File", "Findings", "check", "difference_hash", "look_at"]
+
+USUAL = 512  # pixels: of SD 1.x
 ORIENTATIONS = {
     2: "mirrored",
     3: "upside down",
@@ -22,8 +37,10 @@ ORIENTATIONS = {
     8: "sideways",
 }
 CROPPED_AWAY = 2.0  # longer side / shorter side: a square crop then loses half of the photo or more
-NEAR = 6  # of 64 dHash bits may differ between near-duplicates
 MOST_FRAMES = 1_000  # counting stops here
+NAMED = 5  # names in a sentence
+Verdict = Literal["leave out", "look at it", "good"]
+VERDICTS: tuple[Verdict, ...] = ("leave out", "look at it", "good")  # the worst first
 
 
 @dataclass
@@ -32,7 +49,8 @@ class File:
 
     `size` is (width, height) in pixels as shown; `orientation` is how the file stores it. `digest` is the SHA-256 of
     the file and `fingerprint` its 64-bit dHash. `problems` need the user's attention. `notes` need none: training
-    handles them by itself (it applies the EXIF rotation, puts transparency on white, ...).
+    handles them by itself (it applies the EXIF rotation, puts transparency on white, ...). `copy_of` is an
+    earlier file that holds the same bytes.
     """
 
     path: Path
@@ -43,16 +61,27 @@ class File:
     fingerprint: int | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    quality: Quality | None = None
+    look: Look | None = None
+    thumb: np.ndarray | None = None  # grey [side, side], of the first photos
+    copy_of: str = ""
 
     @property
     def name(self) -> str:
         """The file's name, without the folder."""
         return self.path.name
 
+    @property
+    def verdict(self) -> Verdict:
+        """What to do with it: it can't be used or adds nothing, it has problems, or neither."""
+        if self.size is None or self.copy_of:
+            return "leave out"
+        return "look at it" if self.problems else "good"
+
 
 @dataclass
 class Findings:
-    """The files of a folder, and problems and notes about the folder as a whole."""
+    """The files of a folder by name, and problems and notes about the folder as a whole."""
 
     folder: Path
     files: list[File]
@@ -64,50 +93,92 @@ class Findings:
         """Whether there are no problems."""
         return not self.problems and not any(file.problems for file in self.files)
 
+    @property
+    def worst_first(self) -> list[File]:
+        """The files by verdict and number of problems, then by name."""
+        return sorted(self.files, key=lambda file: (VERDICTS.index(file.verdict), -len(file.problems), file.name))
 
-def check(folder: Path, resolution: int = 512) -> Findings:
+    @property
+    def verdict(self) -> str:
+        """The verdict for the set in one sentence."""
+        if self.fine:
+            return "nothing to do"
+        counts = Counter(file.verdict for file in self.files)
+        parts = [f"{counts[verdict]} to {verdict}" for verdict in VERDICTS[:2] if counts[verdict]]
+        parts += [f"{len(self.problems)} of the whole set"] if self.problems else []
+        return f"see the problems above ({', '.join(parts)})"
+
+    def values(self) -> dict[str, object]:
+        """Everything for JSON, the worst files first."""
+        about = {"folder": self.folder.as_posix(), "fine": self.fine, "verdict": self.verdict}
+        return about | {
+            "problems": self.problems,
+            "notes": self.notes,
+            "files": [_file_values(file) for file in self.worst_first],
+        }
+
+
+def check(folder: Path, resolution: int = USUAL, wanted: Wanted | None = None) -> Findings:
     """Checks every image of a folder for training at `resolution` pixels, and returns the findings.
+
+    `folder` may be anything that `data.photos` of a recipe names. `wanted` says what captions are checked against.
 
     Raises:
         BadInput: there is no such folder, or no image in it.
     """
-    paths = image_files(folder)
+    opened_source = open_source(Path(folder).expanduser())
+    place = opened_source.folder
+    paths = image_files(place)
     if not paths:
         raise BadInput(f"{folder} holds no images: give the folder with the photos")
-    files = [_look(path, resolution) for path in paths]
+    files = look_at(paths, resolution)
     _compare(files)
-    findings = Findings(folder, files, [], _other_files(folder, paths))
-    _captions(findings)
+    findings = Findings(place, files, _of_the_set(files), _other_files(place, paths))
+    findings.notes += [opened_source.unused] if opened_source.unused else []
+    _captions(findings, wanted or Wanted())
     return findings
 
 
-def difference_hash(image: Image.Image) -> int:
-    """Returns the image's 64-bit dHash: shrunk to 9x8 grey pixels, whether each is darker than its right neighbour."""
-    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
-    bits = (grey[:, :-1] < grey[:, 1:]).flatten()
-    return int("".join("1" if bit else "0" for bit in bits), 2)
+def look_at(paths: Sequence[Path], resolution: int) -> list[File]:
+    """Opens every image once and returns what there is to say of each alone."""
+    files = []
+    with phase("Looking", len(paths), "photos") as advance:
+        for number, path in enumerate(paths):
+            files.append(_look(path, resolution, number < alike.MOST))
+            advance(1, "")
+    return files
 
 
-def _look(path: Path, resolution: int) -> File:
+def _look(path: Path, resolution: int, with_thumb: bool) -> File:
     file = File(path)
     try:
-        photo = read_photo(path)
-        upright = open_image(path)
+        photo, upright = read_image(path)
+        _header(file, path.read_bytes())
     except BadImage as fault:
         file.problems.append(fault.reason)
         return file
     width, height = file.size = photo.size
-    file.digest, file.fingerprint = photo.digest, difference_hash(upright)
+    file.look = look_of(upright)
+    file.digest, file.fingerprint = photo.digest, file.look.dhash
+    if photo.recoloured:
+        file.notes.append("another colour profile: converted to sRGB")
     if min(width, height) < resolution:
         file.problems.append(f"low resolution: enlarged {resolution / min(width, height):.1f} times to {resolution}")
     longer = max(width, height) / min(width, height)
     if longer >= CROPPED_AWAY:
         file.problems.append(f"extreme shape: a square crop keeps {1 / longer:.0%} of it")
-    _header(file, path.read_bytes())
-    grey = np.asarray(upright, dtype=np.int16)
-    if int(np.ptp(grey, axis=2).max()) == 0:
+    file.quality = measure(upright, resolution)
+    file.problems += faults(file.quality) if file.quality is not None else []
+    if _is_grey(upright):
         file.notes.append("grey")
+    if with_thumb:
+        file.thumb = alike.thumb_of(upright)
     return file
+
+
+def _is_grey(upright: Image.Image) -> bool:
+    values = np.asarray(upright)
+    return np.array_equal(values[..., 0], values[..., 1]) and np.array_equal(values[..., 1], values[..., 2])
 
 
 def _header(file: File, content: bytes) -> None:
@@ -139,29 +210,35 @@ def _frames(image: Image.Image) -> int:
 
 
 def _compare(files: list[File]) -> None:
-    """Finds files that equal an earlier one, byte for byte or nearly so to the eye (up to NEAR dHash bits differ)."""
-    seen: list[File] = []
+    """Finds files that equal an earlier one, byte for byte or nearly so to the eye."""
+    first: dict[str, File] = {}
     for file in files:
-        if file.fingerprint is None:
+        other = first.setdefault(file.digest, file) if file.digest else file
+        if other is not file:
+            file.copy_of = other.name
+            file.problems.append(f"the same file as {other.name}")
+    seen = [file for file in files if file.look is not None]
+    said: set[int] = set()
+    for pair in near_pairs([file.look for file in seen if file.look is not None]):
+        one, other = seen[pair.second], seen[pair.first]
+        if pair.second in said or one.copy_of:
             continue
-        same = next((other for other in seen if other.digest == file.digest), None)
-        distances = [(_distance(file, other), other.name) for other in seen]
-        nearest = min(distances, default=None)
-        if same is not None:
-            file.problems.append(f"the same file as {same.name}")
-        elif nearest is not None and nearest[0] <= NEAR:
-            file.problems.append(f"nearly the same as {nearest[1]} ({nearest[0]} of 64 bits differ)")
-        seen.append(file)
+        said.add(pair.second)
+        one.problems.append(f"nearly the same as {other.name} ({pair.bits} of 64 bits differ)")
 
 
-def _distance(one: File, other: File) -> int:
-    assert one.fingerprint is not None
-    assert other.fingerprint is not None
-    return (one.fingerprint ^ other.fingerprint).bit_count()
+def _of_the_set(files: list[File]) -> list[str]:
+    """What only many photos show: one background, one mark. Copies and photos with bars say nothing of that."""
+    bare = [file for file in files if not file.copy_of and not any(file.quality.bars if file.quality else ())]
+    apart = [file for file in bare if not any(text.startswith("nearly the same") for text in file.problems)]
+    found = alike.same_background([file.look.small for file in apart if file.look is not None])
+    found += alike.same_mark([file.thumb for file in apart if file.thumb is not None])
+    return found
 
 
-def _captions(findings: Findings) -> None:
-    """Adds each file's caption. Captions for only some files, and captions without an image, are problems."""
+def _captions(findings: Findings, wanted: Wanted) -> None:
+    """Adds each file's caption and its faults. Captions for only some files, and captions without an image, are
+    problems."""
     names = {file.name for file in findings.files}
     try:
         found = caption_files(findings.folder, [Photo(file.path, (0, 0), "") for file in findings.files])
@@ -171,25 +248,139 @@ def _captions(findings: Findings) -> None:
         return
     for file in findings.files:
         file.caption = found.get(file.name)
+        if file.caption is not None:
+            faulty = check_caption(file.caption, wanted)
+            file.problems += faulty.problems
+            file.notes += faulty.notes
     without = [file.name for file in findings.files if file.caption is None]
     if found.keys() & names and without:
         findings.problems.append(
-            f"no caption for {', '.join(without)}, while the others have one: training uses a template for these"
+            f"no caption for {_some(without)}, while the others have one: training uses a template for these"
         )
     orphans = sorted(rows.keys() - names)
     if orphans:
-        findings.problems.append(f"captions for images that are not there: {', '.join(orphans)}")
+        findings.problems.append(f"captions for images that are not there: {_some(orphans)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def _other_files(folder: Path, images: list[Path]) -> list[str]:
     """Files that training does not read: videos, raw photos, captions whose name matches no image."""
-    stems = {path.stem for path in images}
+    stems, photos = {path.stem for path in images}, set(images)
     others = []
     for path in sorted(folder.iterdir()):
         is_caption = path.suffix.lower() in BESIDE and path.stem in stems
         is_mask = path.name == "masks" or (path.name.lower().endswith(MASK) and path.name[: -len(MASK)] in stems)
         beside = is_caption or is_mask or is_companion(path, stems)
-        if path.name.startswith(".") or beside or path in images or path.name in LISTS:
+        if path.name.startswith(".") or beside or path in photos or path.name in (*LISTS, MANIFEST):
             continue
         others.append(path.name + ("/" if path.is_dir() else ""))
-    return [f"not read: {', '.join(others)}"] if others else []
+    return [f"not read: {_some(others)}"] if others else []
+
+
+def _file_values(file: File) -> dict[str, object]:
+    return {
+        "name": file.name,
+        "verdict": file.verdict,
+        "size": file.size,
+        "orientation": file.orientation or None,
+        "caption": file.caption,
+        "sha256": file.digest or None,
+        "dhash": None if file.fingerprint is None else f"{file.fingerprint:016x}",
+        "sharpness": None if file.quality is None else round(file.quality.sharpness, 3),
+        "problems": file.problems,
+        "notes": file.notes,
+    }
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `check`."""
+    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder of photos")
+    add_base(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def add_base(parser: argparse.ArgumentParser, token: bool = True) -> None:
+    """Adds --base, --resolution and --token: what photos and captions are checked against, or made for."""
+    parser.add_argument(
+        "--base",
+        help="the base to train: tiny, a diffusers folder or a hub id; sets the resolution and the longest caption",
+    )
+    parser.add_argument(
+        "--resolution",
+        type=whole_number(1, "pixels"),
+        help="training resolution in pixels (default: the base's, or 512)",
+    )
+    if token:
+        parser.add_argument("--token", default="", help="a word that must be in every caption, such as sks")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Checks, prints and returns the exit code."""
+    findings = check_for(options)
+    if options.json:
+        say_json(findings.values())
+    else:
+        _print_table(findings)
+    return 0 if findings.fine else 1
+
+
+def check_for(options: argparse.Namespace) -> Findings:
+    """Checks for the base, resolution and token of the command's options."""
+    base, resolution, why = base_and_resolution(options)
+    findings = check(options.photos, resolution, read_wanted(base, options.token))
+    findings.notes.insert(0, f"checked for training at {resolution} pixels ({why})")
+    return findings
+
+
+def base_and_resolution(options: argparse.Namespace) -> tuple[Path | None, int, str]:
+    """The folder of the base (None: none was named), the resolution in pixels, and where that is from."""
+    base = _base_folder(options.base) if options.base else None
+    return base, *_resolution(options, base)
+
+
+def _base_folder(source: str) -> Path:
+    from finetune.core.logging import quiet_import
+
+    with quiet_import():
+        from finetune.families.source import resolve_base
+
+    return resolve_base(source, weights=False)
+
+
+def _resolution(options: argparse.Namespace, base: Path | None) -> tuple[int, str]:
+    """The training resolution in pixels, and where it is from."""
+    if options.resolution:
+        return options.resolution, "--resolution"
+    if base is None:
+        return USUAL, "SD 1.x's resolution; --base NAME takes another base's, --resolution any"
+    from finetune.families.configs import well_formed
+    from finetune.families.registry import family_of
+
+    with well_formed(base):
+        family = family_of(base)
+        return family.resolution_of(base), f"the resolution of {options.base}, family {family.name}"
+
+
+def _print_table(findings: Findings) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    table = Table("file", "size", "stored", "problems", "notes", "caption", box=None)
+    for file in findings.worst_first:
+        size = "x".join(map(str, file.size)) if file.size else ""
+        problems, notes = (escape("; ".join(texts)) for texts in (file.problems, file.notes))
+        caption = escape(file.caption or "")
+        table.add_row(escape(file.name), size, file.orientation, f"[red]{problems}[/]", notes, caption)
+    console.print(table)
+    for text in findings.problems:
+        console.print(f"[red]problem[/] {escape(text)}", highlight=False)
+    for text in findings.notes:
+        console.print(f"note    {escape(text)}", highlight=False)
+    about = f"{len(findings.files)} images in {findings.folder}: {findings.verdict}"
+    console.print(about, highlight=False, markup=False)

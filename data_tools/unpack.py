@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from data_tools.show import say, whole_number
 from finetune.core.errors import BadInput
 from finetune.core.files import replacing_folder, write_text
 from finetune.data.photos import opened
@@ -40,6 +42,23 @@ def unpack(source: str, out: Path, split: str, image: str, caption: str, limit: 
         if lines:
             write_text(temporary / "metadata.jsonl", "".join(lines))
     return number + 1
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `unpack`."""
+    parser.add_argument("source", metavar="DATASET", help="a hub id, an image folder or a .parquet file")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--image", default="image", help="the column that holds the images")
+    parser.add_argument("--caption", default="text", help="the column that holds the captions, if there is one")
+    parser.add_argument("--limit", type=whole_number(1, "images"), help="write at most this many images")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    count = unpack(options.source, options.out, options.split, options.image, options.caption, options.limit)
+    say(f"{count} images in {options.out}; check them with: python -m data_tools check {options.out}")
+    return 0
 
 
 def _rows(source: str, split: str, image: str, caption: str) -> Any:

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from conftest import write_companions
 from networks import write_clip, write_dino
+from test_data_sets import write_folder, write_parquet, write_shards
 
 from data_tools.__main__ import main as data_tools
 from finetune.adapters.inspection import open_adapter
@@ -76,6 +78,15 @@ def run(words: list[str]) -> int:
     return code
 
 
+def write_tagged(photos: Path, parquet: Path) -> None:
+    """A caption with tags beside each photo, and a file of `datasets` with the same."""
+    files = sorted(photos.glob("*.png"))
+    for file in files:
+        file.with_suffix(".txt").write_text("sks, watermark, tree")
+    rows = datasets.Dataset.from_dict({"image": list(map(str, files)), "text": ["sks, tree"] * len(files)})
+    rows.cast_column("image", datasets.Image()).to_parquet(str(parquet))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_runs(
@@ -88,14 +99,20 @@ def test_every_command_of_a_page_runs(
             "dino": write_dino(tmp_path / "networks" / "dino"),
             "clip": write_clip(tmp_path / "networks" / "clip"),
         }
+    if page.name == "data.md":
+        write_tagged(photos, tmp_path / "captioned.parquet")
     if page.name == "inputs.md":
         write_companions(photos)
         for name in ("photo", "mask", "depth"):
             shutil.copy(photos / ("0.depth.png" if name == "depth" else "0.png"), f"{name}.png")
+    if page.name == "data-sources.md":
+        write_parquet(photos, Path("mugs.parquet"))
+        write_shards(photos, Path("shards"))
+        write_folder(photos, Path("pictures"))
     for line in commands(page):
         if line in BY_MAKE:
             continue
-        small = "data_tools check" in line  # the test's photos are smaller than 512 pixels
+        small = "data_tools check" in line or "data check" in line  # the test's photos are smaller than 512 pixels
         expected = 1 if small or "tokens check sks" in line else 0
         assert run(shortened(line, photos, tiny_bases | wide_bases | networks)) == expected, line
 

@@ -18,7 +18,8 @@ from finetune.adapters.targets import Target, paths_of, target_of
 from finetune.core.devices import DTYPES, machine
 from finetune.core.errors import BadInput
 from finetune.export.adapter import export_adapter
-from finetune.export.base import Adapter, Bench, Exported, Request
+from finetune.export.base import Adapter, Exported, Request
+from finetune.export.bench import Bench
 from finetune.export.decompose import Kept, unloaded
 from finetune.export.lora.kohya import keys_of
 from finetune.export.registry import model_exports
@@ -53,13 +54,15 @@ def _read_by_diffusers(found: Inspection) -> tuple[str, str]:
         return "unknown", "not tried"
     if not found.compared.weights:
         return "unknown", "not tried: give --base, and it loads the file"
-    adapter = found.adapter
+    adapter, bench = found.adapter, _bench(found.adapter)
     try:
-        check = read_by_diffusers(adapter, adapter, found.path, _coarsest(found.dtypes), _bench(adapter))
+        check = read_by_diffusers(adapter, adapter, found.path, _coarsest(found.dtypes), bench)
     except AssertionError:  # diffusers' reader of joined matrices only accepts the sizes of the real Flux.1
         return "unknown", "its reader of such keys only accepts the full-size model"
     except READER_ERRORS as error:
         return "refused", " ".join(str(error).split())[:160]
+    finally:
+        bench.close()
     return "fully" if check.passed else "partly", check.message
 
 
@@ -97,7 +100,12 @@ def write(
     v_prediction = own.pop("prediction", "") == "v" or scheduler.get("prediction_type") == "v_prediction"
     request = Request(target.folder, target.name, dtype, own, v_prediction, force=True)
     bench = _bench(adapter, has_weights(adapter.base_folder))
-    return [item for wanted, path in paths.items() for item in export_adapter(adapter, request, [wanted], bench, path)]
+    try:
+        return [
+            item for wanted, path in paths.items() for item in export_adapter(adapter, request, [wanted], bench, path)
+        ]
+    finally:
+        bench.close()
 
 
 def _check_range(adapter: Adapter, dtype: str) -> None:
@@ -124,7 +132,9 @@ def about_of(found: Inspection) -> dict[str, str]:
     }
 
 
-def merged(files: Sequence[tuple[Path, float]], base: str | None, rank: int | None) -> tuple[Adapter, Kept | None]:
+def merged_files(
+    files: Sequence[tuple[Path, float]], base: str | None, rank: int | None
+) -> tuple[Adapter, Kept | None]:
     """The weighted sum of adapters as one adapter, reduced to `rank` if given, and how much of the sum it keeps (None
     if nothing was reduced).
 

@@ -154,7 +154,7 @@ def merge(
     out: Out, to: To = None, rank: Rank = None, base: Against = None, dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
     """Merge LoRAs into one, or into their base. --to: kohya, diffusers or peft; or folder or checkpoint."""
-    from finetune.adapters.operations import merged, merged_model, write
+    from finetune.adapters.operations import merged_files, merged_model, write
     from finetune.adapters.targets import check_adapter_formats, model_format, model_path, target_of, weighted
 
     pairs = [weighted(text) for text in files]
@@ -167,7 +167,7 @@ def merge(
         say_exported([merged_model(pairs, base, model_path(target, model), dtype, model)])
         return
     check_adapter_formats(to)
-    adapter, kept = merged(pairs, base, rank)
+    adapter, kept = merged_files(pairs, base, rank)
     _say_compared(adapter)
     if kept:
         _say_kept(kept)

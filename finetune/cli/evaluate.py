@@ -9,6 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from finetune.cli.output import loud, say
+from finetune.cli.sample import (
+    BatchSizeOption,
+    CountOption,
+    GuidanceOption,
+    SamplerOption,
+    SizeOption,
+    StepsOption,
+    WeightOption,
+)
 from finetune.core.errors import BadInput
 
 _Sources = Annotated[list[Path] | None, typer.Argument(help="runs' folders and LoRA files", metavar="RUN|FILE")]
@@ -39,14 +48,10 @@ _Kind = Annotated[
 _Prompts = Annotated[
     Path | None, typer.Option("--prompts", help="a file with a prompt on each line, with {token} and {noun}")
 ]
-_Count = Annotated[int, typer.Option("--count", min=1, max=1_000, help="images for each prompt")]
 _ClassCount = Annotated[
     int, typer.Option("--class-count", min=1, max=10_000, help="images of the class alone, for pres")
 ]
-_Dino = Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")]
-_Clip = Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")]
-_Dinov2 = Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")]
-_Dinov3 = Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")]
+_Network = Annotated[str | None, typer.Option(metavar="DIR", help="a folder or a hub id")]
 _Lpips = Annotated[str | None, typer.Option(metavar="DIR", help="for div: weights of AlexNet and LPIPS")]
 _Inception = Annotated[
     str | None, typer.Option(metavar="FILE", help="for kid and fid: weights of torch-fidelity's InceptionV3")
@@ -55,12 +60,7 @@ _Copy = Annotated[str | None, typer.Option(metavar="FILE", help="for copies: a T
 _Vgg = Annotated[str | None, typer.Option(metavar="FILE", help="for gram: weights of VGG-19")]
 _Csd = Annotated[str | None, typer.Option(metavar="FILE", help="for csd: its weights")]
 _Step = Annotated[int | None, typer.Option("--step", help="of a run's checkpoint; default: the result")]
-_Weight = Annotated[float, typer.Option(help="the strength of the LoRA")]
 _Seed = Annotated[int, typer.Option(min=-(2**63), max=2**62, help="the first of the seeds")]
-_Size = Annotated[int | None, typer.Option(min=1, help="side length in pixels; default: as trained")]
-_Guidance = Annotated[float | None, typer.Option(help="default: the run's own, or 5")]
-_Sampler = Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")]
-_BatchSize = Annotated[int, typer.Option(min=1, max=65_536, help="images drawn at once: fewer need less memory")]
 
 
 def evaluate(
@@ -74,26 +74,26 @@ def evaluate(
     class_noun: _ClassNoun = None,
     kind: _Kind = None,
     prompts: _Prompts = None,
-    count: _Count = 4,
+    count: CountOption = 4,
     class_count: _ClassCount = 16,
-    dino: _Dino = None,
-    clip: _Clip = None,
-    dinov2: _Dinov2 = None,
-    dinov3: _Dinov3 = None,
+    dino: _Network = None,
+    clip: _Network = None,
+    dinov2: _Network = None,
+    dinov3: _Network = None,
     lpips: _Lpips = None,
     inception: _Inception = None,
     copy: _Copy = None,
     vgg: _Vgg = None,
     csd: _Csd = None,
     step: _Step = None,
-    weight: _Weight = 1.0,
+    weight: WeightOption = 1.0,
     negative: str = "",
     seed: _Seed = 0,
-    size: _Size = None,
-    steps: Annotated[int, typer.Option(min=1)] = 25,
-    guidance: _Guidance = None,
-    sampler: _Sampler = "dpm++",
-    batch_size: _BatchSize = 8,
+    size: SizeOption = None,
+    steps: StepsOption = 25,
+    guidance: GuidanceOption = None,
+    sampler: SamplerOption = "dpm++",
+    batch_size: BatchSizeOption = 8,
 ) -> None:
     """Measure likeness, obedience and diversity of runs and files.
 

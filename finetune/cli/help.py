@@ -8,7 +8,7 @@ from finetune.cli.output import PlainGroup
 
 SECTIONS = {
     "Train, draw and export": ("demo", "dreambooth", "train", "sample", "evaluate", "export", "resume", "report"),
-    "Before a run": ("plan", "recipes", "tokens", "inspect", "doctor"),
+    "Before a run": ("data", "plan", "recipes", "tokens", "inspect", "doctor"),
     "LoRA files": ("verify", "convert", "resize", "merge", "extract"),
 }
 HELP = """Fine-tune and personalise diffusion models, and check the results.

@@ -18,7 +18,7 @@ from finetune.cli.evaluate import evaluate
 from finetune.cli.help import HELP, Sections
 from finetune.cli.output import loud, progress_shown, say
 from finetune.cli.sample import StepOption, sample
-from finetune.core.allocator import keep_memory
+from finetune.core.allocator import keep_freed_memory
 from finetune.core.errors import BadInput, CheckFailed, Stopped
 from finetune.core.launcher import end_with_launcher
 from finetune.core.logging import plain, printable, quiet
@@ -175,6 +175,16 @@ def export(
     say_exported(export_result(run, to or [], step=_chosen_step(run, step), out=out, overrides=overrides))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def data(context: typer.Context) -> None:
+    """Turn a pile of files into a training set."""
+    from data_tools.__main__ import main as data_tools
+
+    code = data_tools(context.args, "finetune data")
+    if code:
+        raise typer.Exit(code)
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="a run folder")],
@@ -240,8 +250,6 @@ def _train(
         for line in plan_lines(plan(job.check_run(recipe, processes))):
             say(line)
         return
-    if recipe.run.fast == "auto":
-        keep_memory()
     tell = say if is_main_process() else _silent
     path = job.train(recipe, run, tell, accept_changes=accept_changes)
     tell(f"done: look at {path}/report.html")
@@ -355,6 +363,7 @@ def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
 def main() -> None:
     """The `finetune` command. With `--debug`, an error shows its traceback instead of one sentence."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait take no core from others
+    keep_freed_memory()
     code, message = run(sys.argv[1:])
     if message:
         typer.echo(plain(message), err=True)

@@ -12,41 +12,54 @@ from finetune.cli.output import loud, say
 StepOption = Annotated[
     int | None, typer.Option("--step", help="of a checkpoint; default: the result, or the newest of an unfinished run")
 ]
+WeightOption = Annotated[float, typer.Option(help="the strength of the LoRA")]
+SizeOption = Annotated[int | None, typer.Option(min=1, help="side length in pixels; default: as trained")]
+StepsOption = Annotated[int, typer.Option(min=1)]
+CountOption = Annotated[int, typer.Option(min=1, max=1_000, help="images for each prompt")]
+GuidanceOption = Annotated[float | None, typer.Option(help="default: the run's own, or 5")]
+SamplerOption = Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, max=65_536, help="images drawn at once: fewer need less memory")]
+_Source = Annotated[Path, typer.Argument(help="a run folder or an adapter file", metavar="RUN_OR_ADAPTER")]
+_Prompt = Annotated[
+    list[str], typer.Option("-p", "--prompt", help="may be given several times; a run fills in {token} and {noun}")
+]
+_AnySeed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1)]
+_Image = Annotated[Path | None, typer.Option(help="inpainting, depth, editing, refiner: the image to start from")]
+_Mask = Annotated[Path | None, typer.Option(help="inpainting: white is painted anew")]
+_Depth = Annotated[Path | None, typer.Option(help="depth: a depth map, near is bright")]
+_ImageGuidance = Annotated[
+    float | None, typer.Option(help="editing: how closely the image is followed; default: the run's own, or 1.5")
+]
+_Strength = Annotated[
+    float | None,
+    typer.Option(help="with --image: share of noise it gets; default: inpainting 1, depth 0.8, refiner 0.3"),
+]
+_AdapterBase = Annotated[
+    str | None, typer.Option("--base", help="of an adapter file: a folder or a hub id; default: tiny, if it fits")
+]
+_Folder = Annotated[Path, typer.Option(help="folder for the images")]
 
 
 def sample(
-    source: Annotated[Path, typer.Argument(help="a run folder or an adapter file", metavar="RUN_OR_ADAPTER")],
-    prompt: Annotated[
-        list[str], typer.Option("-p", "--prompt", help="may be given several times; a run fills in {token} and {noun}")
-    ],
+    source: _Source,
+    prompt: _Prompt,
     step: StepOption = None,
-    weight: Annotated[float, typer.Option(help="the strength of the LoRA")] = 1.0,
+    weight: WeightOption = 1.0,
     negative: str = "",
-    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1)] = 0,
-    count: Annotated[int, typer.Option(min=1, max=1_000, help="images for each prompt")] = 4,
-    size: Annotated[int | None, typer.Option(min=1, help="side length in pixels; default: as trained")] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 25,
-    guidance: Annotated[float | None, typer.Option(help="default: the run's own, or 5")] = None,
-    sampler: Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")] = "dpm++",
-    image: Annotated[
-        Path | None, typer.Option(help="inpainting, depth, editing, refiner: the image to start from")
-    ] = None,
-    mask: Annotated[Path | None, typer.Option(help="inpainting: white is painted anew")] = None,
-    depth: Annotated[Path | None, typer.Option(help="depth: a depth map, near is bright")] = None,
-    image_guidance: Annotated[
-        float | None, typer.Option(help="editing: how closely the image is followed; default: the run's own, or 1.5")
-    ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(help="with --image: share of noise it gets; default: inpainting 1, depth 0.8, refiner 0.3"),
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, max=65_536, help="images drawn at once: fewer need less memory")
-    ] = 8,
-    base: Annotated[
-        str | None, typer.Option("--base", help="of an adapter file: a folder or a hub id; default: tiny, if it fits")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="folder for the images")] = Path("samples"),
+    seed: _AnySeed = 0,
+    count: CountOption = 4,
+    size: SizeOption = None,
+    steps: StepsOption = 25,
+    guidance: GuidanceOption = None,
+    sampler: SamplerOption = "dpm++",
+    image: _Image = None,
+    mask: _Mask = None,
+    depth: _Depth = None,
+    image_guidance: _ImageGuidance = None,
+    strength: _Strength = None,
+    batch_size: BatchSizeOption = 8,
+    base: _AdapterBase = None,
+    out: _Folder = Path("samples"),
 ) -> None:
     """Draw images with a run, a checkpoint or an adapter file. They are written as PNG files and a grid."""
     loud()

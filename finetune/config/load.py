@@ -156,7 +156,7 @@ def parse_recipe(raw: Any, overrides: Overrides = (), where: str = "the recipe")
 
 
 def settled(recipe: Recipe, download: bool = False) -> Recipe:
-    """The recipe with the defaults of its profile for the base that it names. What was given stays.
+    """Returns the recipe with the defaults of its profile for the base that it names. What was given stays.
 
     Args:
         download: also read the configs of a hub id that was not fetched before. What is not known then counts as
@@ -174,18 +174,22 @@ def settled(recipe: Recipe, download: bool = False) -> Recipe:
         return recipe
     if not base.is_known:
         return recipe.model_copy(update={"profile": profile.model_copy(update={"settled": True})})
-    values = recipe.model_dump(mode="json", exclude_unset=True)
     before = defaults_of(profile.purpose or "", recipe.method.kind, KnownBase(recipe.base.source)).values
-    for key in profile.filled:
-        wanted = before[key].value if key in before else None
-        shorter = fitting_warmup(wanted, recipe.run.steps) if key == WARMUP and wanted else wanted
-        if key in before and at(values, key) in (wanted, shorter):
-            without(values, key)
-    values["profile"] = profile.purpose
-    found, _ = _parse(values, (), "the recipe", base)
+    found, _ = _parse(_unfilled(recipe, before), (), "the recipe", base)
     kept = {key: origin for key, origin in profile.filled.items() if key not in before}
     whole = found.profile.model_copy(update={"filled": found.profile.filled | kept})
     return found.model_copy(update={"profile": whole})
+
+
+def _unfilled(recipe: Recipe, defaults: Mapping[str, Default]) -> dict[str, Any]:
+    """Its plain data without the `defaults` that were filled in. One that was changed since counts as given."""
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    for key in (key for key in recipe.profile.filled if key in defaults):
+        wanted = defaults[key].value
+        shorter = fitting_warmup(wanted, recipe.run.steps) if key == WARMUP else wanted
+        if at(values, key) in (wanted, shorter):
+            without(values, key)
+    return values | {"profile": recipe.profile.purpose}
 
 
 def changed_recipe(recipe: Recipe, overrides: Overrides, where: str = "the options") -> Recipe:

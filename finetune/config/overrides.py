@@ -54,6 +54,7 @@ def typed_override(override: Any) -> tuple[str, Any, str]:
 
 
 def overridden(raw: Mapping[str, Any], typed: Iterable[tuple[str, Any, str]]) -> dict[str, Any]:
+    """A copy of a recipe's plain data with overrides (see `typed_override`) applied in order."""
     values = copy.deepcopy(dict(raw))
     for key, value, _ in typed:
         _set(values, key, value)
@@ -81,9 +82,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     section, _, name = key.partition(".")
     if isinstance(value, Path):
         value = str(value)
-    if not name and _is_part(
-        section, value
-    ):  # what was given before stays: dreambooth gives run.name, data.photos, ...
+    if not name and _is_part(section, value):  # what was given before stays, as run.name of `finetune dreambooth`
         for inner in sorted(value, key=lambda inner: inner != "kind"):
             _set(values, f"{section}.{inner}", value[inner])
         return

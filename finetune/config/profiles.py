@@ -63,6 +63,7 @@ class Bases(Settings):
     parameters: tuple[float, float] | None = None
 
     def include(self, base: KnownBase) -> bool:
+        """Whether `base` is one of them. A base of unknown family or size is in no group that names one."""
         if base.source in self.names:
             return True
         if self.parameters is not None:

@@ -46,63 +46,77 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.run.batch_size % self.run.accumulate:
-            raise ValueError(
-                f"run.batch_size {self.run.batch_size} can't be split into run.accumulate {self.run.accumulate} "
-                "equal micro-batches: make it a multiple"
-            )
-        if self.optim.text_lr is not None and not self.method.has_text_lr:
-            raise ValueError(
-                "optim.text_lr is set but method.parts has no text_encoders: add them, or leave text_lr out"
-            )
-        if self.optim.averages and self.run.ema is not None:
-            raise ValueError(
-                f"run.ema is {self.run.ema} but optim.kind {self.optim.kind} averages the weights itself: leave "
-                "run.ema out"
-            )
-        if self.method.rests and not self.optim.windows:
-            raise ValueError(
-                f"optim.kind {self.optim.kind} changes weights that method.kind {self.method.kind} does not train in "
-                "every step: use optim.kind=adamw"
-            )
-        if self.export.rank is not None and self.leaves_as_trained:
-            raise ValueError(
-                f"export.rank is {self.export.rank} but a {self.method.kind} is exported exactly as it was trained: "
-                "leave it out, or make the file smaller with `finetune resize`"
-            )
-        if any("{token}" in prompt for prompt in self.prior.prompts):
-            raise ValueError(
-                "prior.prompt has {token}, but it must name the class without the subject: use {noun} alone"
-            )
-        if self.prior.others is not None and self.method.artifacts == ("embedding",):
-            raise ValueError(
-                f"prior.others is given but method.kind {self.method.kind} trains only a new word, which changes no "
-                "prompt without it: leave prior.others out"
-            )
-        if self.prior.needs_distance and not self.method.measures_distance:
-            raise ValueError(
-                f"prior.kind is {self.prior.kind}, which method.kind {self.method.kind} does not measure: use "
-                "prior.kind=frozen_base, or method.kind=lora"
-            )
-        if self.prior.of_captions and not self.data.trigger:
-            raise ValueError(
-                "prior.prompt has {caption}, which is each caption without the words of data.trigger: give them, such "
-                "as data.trigger='in {token} style'"
-            )
-        texts = [*self.data.templates, self.data.trigger, *self.prior.prompts]
-        if self.data.class_noun is None and self.data.trigger and any("{noun}" in p for p in self.prior.prompts):
-            raise ValueError(
-                "prior.prompt has {noun}, but a style has no class noun: set prior.prompt='{caption}', which is each "
-                "caption without the style's words"
-            )
-        if self.data.class_noun is None and any("{noun}" in text for text in texts):
-            raise ValueError(
-                "data.class_noun is missing but a template uses {noun}: say what the subject is, such as "
-                "data.class_noun=dog"
-            )
-        if self.data.subjects:
-            _check_subjects(self, any("{noun}" in text for text in texts))
+        _check_training(self)
+        _check_prior(self)
+        _check_words(self)
         return self
+
+
+def _check_training(recipe: Recipe) -> None:
+    """Refuses what does not fit together of method, optimiser, run and export. Like the checks below it raises the
+    ValueError that pydantic expects."""
+    method, optim, run = recipe.method, recipe.optim, recipe.run
+    if run.batch_size % run.accumulate:
+        raise ValueError(
+            f"run.batch_size {run.batch_size} can't be split into run.accumulate {run.accumulate} "
+            "equal micro-batches: make it a multiple"
+        )
+    if optim.text_lr is not None and not method.has_text_lr:
+        raise ValueError("optim.text_lr is set but method.parts has no text_encoders: add them, or leave text_lr out")
+    if optim.averages and run.ema is not None:
+        raise ValueError(
+            f"run.ema is {run.ema} but optim.kind {optim.kind} averages the weights itself: leave run.ema out"
+        )
+    if method.rests and not optim.windows:
+        raise ValueError(
+            f"optim.kind {optim.kind} changes weights that method.kind {method.kind} does not train in "
+            "every step: use optim.kind=adamw"
+        )
+    if recipe.export.rank is not None and recipe.leaves_as_trained:
+        raise ValueError(
+            f"export.rank is {recipe.export.rank} but a {method.kind} is exported exactly as it was trained: "
+            "leave it out, or make the file smaller with `finetune resize`"
+        )
+
+
+def _check_prior(recipe: Recipe) -> None:
+    """Refuses a prior that does not fit the method or the data."""
+    method, prior = recipe.method, recipe.prior
+    if any("{token}" in prompt for prompt in prior.prompts):
+        raise ValueError("prior.prompt has {token}, but it must name the class without the subject: use {noun} alone")
+    if prior.others is not None and method.artifacts == ("embedding",):
+        raise ValueError(
+            f"prior.others is given but method.kind {method.kind} trains only a new word, which changes no "
+            "prompt without it: leave prior.others out"
+        )
+    if prior.needs_distance and not method.measures_distance:
+        raise ValueError(
+            f"prior.kind is {prior.kind}, which method.kind {method.kind} does not measure: use "
+            "prior.kind=frozen_base, or method.kind=lora"
+        )
+    if prior.of_captions and not recipe.data.trigger:
+        raise ValueError(
+            "prior.prompt has {caption}, which is each caption without the words of data.trigger: give them, such "
+            "as data.trigger='in {token} style'"
+        )
+
+
+def _check_words(recipe: Recipe) -> None:
+    """Refuses templates with {noun} where there is none."""
+    data, prompts = recipe.data, recipe.prior.prompts
+    noun_needed = any("{noun}" in text for text in (*data.templates, data.trigger, *prompts))
+    if data.class_noun is None and data.trigger and any("{noun}" in prompt for prompt in prompts):
+        raise ValueError(
+            "prior.prompt has {noun}, but a style has no class noun: set prior.prompt='{caption}', which is each "
+            "caption without the style's words"
+        )
+    if data.class_noun is None and noun_needed:
+        raise ValueError(
+            "data.class_noun is missing but a template uses {noun}: say what the subject is, such as "
+            "data.class_noun=dog"
+        )
+    if data.subjects:
+        _check_subjects(recipe, noun_needed)
 
 
 def _check_subjects(recipe: Recipe, noun_needed: bool) -> None:

@@ -8,6 +8,7 @@ from finetune.core.settings import Settings
 
 
 def is_in(key: str, section: str) -> bool:
+    """Whether a setting such as "optim.lr" is the section or setting `section`, or lies in it."""
     return f"{key}.".startswith(f"{section}.")
 
 

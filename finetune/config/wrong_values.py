@@ -19,7 +19,11 @@ from finetune.core.settings import Settings
 
 def refuse_truths(values: Mapping[str, Any], where: str, given: Mapping[str, str]) -> None:
     """Refuses true and false (in YAML also yes, no, on and off) where a number belongs: pydantic takes them for 1 and
-    0."""
+    0.
+
+    Raises:
+        BadInput: a number is true or false.
+    """
     for section, inside in values.items():
         for name, value in inside.items() if isinstance(inside, dict) else ():
             fields = [
@@ -35,8 +39,8 @@ def refuse_truths(values: Mapping[str, Any], where: str, given: Mapping[str, str
 def what_is_wrong(error: ValidationError, where: str, given: Mapping[str, str]) -> str:
     """pydantic's first error as one sentence that names the key, the value and what to do.
 
-    An unknown key comes first: a missing key is often only a misspelt one. `where` is
-    left out for what comes from `given`, the overrides (key -> value as typed): it is not in that file.
+    An unknown key comes first: a missing key is often only a misspelt one. `where` is left out for what comes from
+    `given`, the overrides (key -> value as typed): it is not in that file.
     """
     complaints = error.errors(include_url=False)
     first = next((item for item in complaints if item["type"] == "extra_forbidden"), complaints[0])

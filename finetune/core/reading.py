@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -65,6 +65,12 @@ def read_utf8(file: Path, limit: int = MAX_BYTES) -> str:
         raise BadText(str(file), f"is not UTF-8 text (byte {error.start} is wrong)", "save it as UTF-8") from error
 
 
+def list_items(text: str) -> list[str]:
+    """The items of a text file that lists one on each line. Empty lines and those that begin with # are skipped."""
+    stripped = (line.strip() for line in text.splitlines())
+    return [line for line in stripped if line and not line.startswith("#")]
+
+
 def read_json(file: Path, kind: type[T], advice: str = "give the right file") -> T:
     """Returns the content of a JSON file, which must be an object (`kind` is `dict`) or a list (`list`).
 
@@ -97,6 +103,27 @@ def parse_json(text: str, where: str, kind: type[T], advice: str = "give the rig
     if _depth(value) > MAX_DEPTH:
         raise BadText(where, f"is nested more than {MAX_DEPTH} deep", advice)
     return value
+
+
+def json_lines(file: Path, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Gives each line of a file of at most `limit` bytes that holds a JSON object, and the object.
+
+    NaN and infinity are accepted. Other lines are skipped, such as one that was cut off when the process was killed.
+
+    Raises:
+        BadInput: the file is too large, or not a regular file.
+    """
+    for line in read_bytes(file, limit).decode("utf-8", "replace").splitlines():
+        try:
+            held = parse_json(line, str(file), dict, finite=False)
+        except BadInput:
+            continue
+        yield line, held
+
+
+def numbers_in(held: Mapping[str, Any]) -> dict[str, float]:
+    """The values of an object that are numbers, without true and false."""
+    return {key: float(value) for key, value in held.items() if type(value) in (int, float)}
 
 
 def parse_yaml(text: str, where: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:

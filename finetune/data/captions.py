@@ -85,7 +85,33 @@ def caption_photos(
         )
     if missing and not templates:
         raise BadInput("data.templates is empty but some photos have no caption file: give at least one template")
-    return [_captioned(photo, found.get(photo.path.name), templates, words) for photo in photos]
+    texts = ([found[photo.path.name]] if photo.path.name in found else [] for photo in photos)
+    return [_captioned(photo, own, templates, words) for photo, own in zip(photos, texts, strict=True)]
+
+
+def caption_rows_of(
+    photos: Sequence[Photo],
+    texts: Sequence[list[str]],
+    *,
+    captions: Literal["auto", "files", "templates"],
+    templates: Sequence[str],
+    words: Words,
+) -> list[Captioned]:
+    """As `caption_photos`, with the captions of each photo as its data set has them; a row may have none.
+
+    Raises:
+        BadInput: `captions` is "files" and rows have none, or a template or noun is missing.
+    """
+    found = [[]] * len(photos) if captions == "templates" else texts
+    missing = [photo.path.name for photo, own in zip(photos, found, strict=True) if not own]
+    if captions == "files" and missing:
+        raise BadInput(
+            f"data.captions is 'files' but {_some(missing)} of {photos[0].path.parent} have no caption: set "
+            "data.captions=auto, which takes data.templates for them, or name another data.caption_column"
+        )
+    if missing and not templates:
+        raise BadInput("data.templates is empty but some rows have no caption: give at least one template")
+    return [_captioned(photo, own, templates, words) for photo, own in zip(photos, found, strict=True)]
 
 
 def _refuse_orphans(folder: Path, found: dict[str, str]) -> None:
@@ -130,9 +156,9 @@ def _without_token(captioned: Sequence[Captioned], words: Words) -> str:
     return f"; WARNING: no token in {', '.join(without)}: write {{token}} into data.templates" if without else ""
 
 
-def _captioned(photo: Photo, text: str | None, templates: Sequence[str], words: Words) -> Captioned:
-    source: Literal["file", "template"] = "template" if text is None else "file"
-    filled = [words.fill(each) for each in (templates if text is None else [text])]
+def _captioned(photo: Photo, texts: Sequence[str], templates: Sequence[str], words: Words) -> Captioned:
+    source: Literal["file", "template"] = "file" if texts else "template"
+    filled = [words.fill(each) for each in texts or templates]
     if not words.trigger:
         return Captioned(photo, filled, source)
     trigger = words.fill(words.trigger)
@@ -182,7 +208,7 @@ def caption_files(folder: Path, photos: Sequence[Photo]) -> dict[str, str]:
         BadInput: a file can't be read, or two say different things of one photo.
     """
     found = caption_rows(folder)
-    beside = _beside(folder, photos)
+    beside = captions_beside(folder, photos)
     for photo in photos:
         if photo.path.stem in beside:
             found[photo.path.name] = _own_caption(photo, beside[photo.path.stem])
@@ -191,10 +217,10 @@ def caption_files(folder: Path, photos: Sequence[Photo]) -> dict[str, str]:
 
 def caption_sources(folder: Path, photos: Sequence[Photo]) -> set[Path]:
     """The files that `caption_files` reads."""
-    return {file for files in _beside(folder, photos).values() for file in files} | set(_lists(folder))
+    return {file for files in captions_beside(folder, photos).values() for file in files} | set(_lists(folder))
 
 
-def _beside(folder: Path, photos: Sequence[Photo]) -> dict[str, list[Path]]:
+def captions_beside(folder: Path, photos: Sequence[Photo]) -> dict[str, list[Path]]:
     """A photo's name without suffix -> its caption files, sorted."""
     stems = {photo.path.stem for photo in photos}
     found: dict[str, list[Path]] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune.core.batch import Geometry
 from finetune.core.rng import generator
 from finetune.data.buckets import Size
-from finetune.data.photos import Photo, open_image
+from finetune.data.photos import Photo
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Crop:
             str(width) if width == height else f"{width}x{height}"
         )  # squares keep the key of earlier versions, so that old caches stay valid
         text = f"{self.photo.digest}:{shape}:{self.resized}:{self.corner}:{self.flip}:lanczos"
+        text += ":srgb" if self.photo.recoloured else ""  # earlier versions cached these with wrong colours
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -74,7 +75,7 @@ class Crop:
 @lru_cache(maxsize=1)
 def _resized(photo: Photo, size: tuple[int, int]) -> Image.Image:
     """Cached for one photo: its crops and flips are used one after another, and decoding is the slow part."""
-    return open_image(photo.path).resize(size, Image.Resampling.LANCZOS)
+    return photo.open().resize(size, Image.Resampling.LANCZOS)
 
 
 def scale_to_cover(size: Size, target: Size) -> float:

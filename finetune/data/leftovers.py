@@ -8,17 +8,19 @@ from pathlib import Path
 from finetune.data.photos import shown
 
 SHOWN = 5  # names in a sentence
+MANIFEST = "data-manifest.json"  # `finetune data` says there what it did: nothing that training should read
 
 
 def leftovers(folder: Path, used: Set[Path]) -> list[str]:
     """The names in a folder that are not among the `used` files, sorted; sub-folders end in "/".
 
-    A sub-folder of which something is used (masks/) is looked into. Hidden files are left out.
+    A sub-folder of which something is used (masks/) is looked into. Hidden files and the manifest of
+    `finetune data` are left out.
     """
     inside = {file.parent for file in used}
     names = []
     for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or entry in used:
+        if entry.name.startswith(".") or entry.name == MANIFEST or entry in used:
             continue
         if entry in inside:
             names += [f"{shown(entry.name)}/{name}" for name in leftovers(entry, used)]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
+from finetune.core.reading import list_items
+
 KNOWN = {"sks": "a rifle"}  # popular tokens that have a meaning for real bases
 ENDINGS = {"wx": "a weather hashtag", "fc": "a football club", "tv": "a TV channel"}  # of 4 or 5 letters
 
@@ -58,7 +60,7 @@ def pieces() -> dict[str, str]:
 
 
 def _lines(name: str) -> list[str]:
-    return [line for line in _text(name).splitlines() if line and not line.startswith("#")]
+    return list_items(_text(name))
 
 
 def _text(name: str) -> str:

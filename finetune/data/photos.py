@@ -7,14 +7,16 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
+from finetune.data.colours import converted_to_srgb, is_converted
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 # Pillow's formats for these files, detected by content. Others stay off: for EPS, Pillow starts Ghostscript
@@ -42,13 +44,38 @@ class BadImage(BadInput):
         self.file, self.reason = file, reason
 
 
-@dataclass(frozen=True)
+class Stored(Protocol):
+    """An image that is not a file of its own, such as one in a data set."""
+
+    def read(self) -> bytes:
+        """Returns its bytes, as they would be in a file.
+
+        Raises:
+            BadInput: they can't be read any more.
+        """
+
+
+@dataclass(frozen=True, slots=True)
 class Photo:
-    """An image file. `size` is (width, height) in pixels after the EXIF rotation; `digest` is its SHA-256."""
+    """An image file. `size` is (width, height) in pixels after the EXIF rotation; `digest` is its SHA-256.
+
+    `recoloured`: its ICC profile is not sRGB, so its values are converted when it is read. `stored`: where the bytes
+    are, if they are not a file of their own. `path` then only names it.
+    """
 
     path: Path
     size: tuple[int, int]
     digest: str
+    recoloured: bool = False
+    stored: Stored | None = field(default=None, compare=False, repr=False)
+
+    def open(self) -> Image.Image:
+        """Returns the photo as `open_image` does.
+
+        Raises:
+            BadImage: it can't be read or decoded.
+        """
+        return open_image(self.path) if self.stored is None else image_of(self.path, self.stored.read())
 
 
 @dataclass(frozen=True)
@@ -158,33 +185,77 @@ def read_photo(file: Path) -> Photo:
     Raises:
         BadImage: it can't be used as a photo.
     """
+    _check_name(file)
+    return photo_of(file, _content(file))
+
+
+def read_image(file: Path) -> tuple[Photo, Image.Image]:
+    """Like `read_photo`, and also returns the image as `open_image` does, decoded once.
+
+    Raises:
+        BadImage: it can't be used as a photo.
+    """
+    _check_name(file)
+    content = _content(file)
+    decoded = _decode(file, content)
+    return _sound(file, content, decoded), _flat(decoded, "white")
+
+
+def _check_name(file: Path) -> None:
     if shown(file) != str(file):
         raise BadImage(file, "its name is not UTF-8: rename it")
-    content = _content(file)
-    width, height = _decode(file, content).size
+
+
+def photo_of(file: Path, content: bytes, stored: Stored | None = None) -> Photo:
+    """Decodes the bytes of an image, and returns its size and hash. `file` names it in messages.
+
+    Raises:
+        BadImage: it can't be used as a photo.
+    """
+    return replace(_sound(file, content, _decode(file, content)), stored=stored)
+
+
+def _sound(file: Path, content: bytes, decoded: Image.Image) -> Photo:
+    width, height = decoded.size
     if min(width, height) < MIN_SIDE:
         raise BadImage(file, f"{width}x{height} pixels is too small")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImage(file, f"{width}x{height} is more than {MAX_ASPECT} times as long as wide: crop it")
-    return Photo(file, (width, height), hashlib.sha256(content).hexdigest())
+    return Photo(file, (width, height), hashlib.sha256(content).hexdigest(), is_converted(decoded))
 
 
 def open_image(file: Path, ground: str = "white", formats: Sequence[str] = FORMATS) -> Image.Image:
-    """Returns a file as an upright 8-bit RGB image.
+    """Returns a file as an upright 8-bit RGB image in sRGB.
 
-    The EXIF rotation is applied, transparency is put on the colour `ground`, 16-bit and float values are scaled, and
-    only the first frame of an animation is read. `formats` are the allowed Pillow formats, detected by content.
+    The EXIF rotation is applied, colours of another ICC profile are converted to sRGB, transparency is put on the
+    colour `ground`, 16-bit and float values are scaled, and only the first frame of an animation is read. `formats`
+    are the allowed Pillow formats, detected by content.
 
     Raises:
         BadImage: it can't be read or decoded.
     """
-    upright = _decode(file, _content(file), formats)
+    return image_of(file, _content(file), ground, formats)
+
+
+def image_of(file: Path, content: bytes, ground: str = "white", formats: Sequence[str] = FORMATS) -> Image.Image:
+    """The same for the bytes of an image. `file` names it in messages.
+
+    Raises:
+        BadImage: it can't be decoded.
+    """
+    return _flat(_decode(file, content, formats), ground)
+
+
+def _flat(upright: Image.Image, ground: str) -> Image.Image:
+    profile = upright.info.get("icc_profile")
     if upright.mode.startswith(("I", "F")):
-        return _scale_deep(upright)
+        return converted_to_srgb(_scale_deep(upright), profile).convert("RGB")
     if _has_alpha(upright):
         layered = upright.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layered.size, ground), layered).convert("RGB")
-    return upright.convert("RGB")
+        coloured = converted_to_srgb(layered.convert("RGB"), profile).convert("RGBA")
+        coloured.putalpha(layered.getchannel("A"))
+        return Image.alpha_composite(Image.new("RGBA", layered.size, ground), coloured).convert("RGB")
+    return converted_to_srgb(upright, profile).convert("RGB")
 
 
 def alpha_channel(file: Path) -> Image.Image | None:

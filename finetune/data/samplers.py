@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -145,6 +146,10 @@ def group_count(counts: Sequence[int], batch_size: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def permutation(seed: int, purpose: str, which: int, epoch: int, count: int) -> list[int]:
-    """Returns the order of an epoch: a permutation of range(count) that depends only on the arguments."""
-    return torch.randperm(count, generator=generator(seed, purpose, which, epoch)).tolist()
+def permutation(seed: int, purpose: str, which: int, epoch: int, count: int) -> Sequence[int]:
+    """Returns the order of an epoch: a permutation of range(count) that depends only on the arguments.
+
+    Of 100,000 samples it takes .4 MB; as a list it would take 4.
+    """
+    order = torch.randperm(count, generator=generator(seed, purpose, which, epoch))
+    return array("I", order.to(torch.int32).numpy().tobytes())

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
 
 from finetune.core.settings import AnyPath, Settings
+
+HUB = re.compile(r"hf:/*(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+def hub_id(path: Path) -> tuple[str, str | None] | None:
+    """The hub id and the revision that `data.photos` names as hf:OWNER/NAME@REVISION; None for a path."""
+    found = HUB.fullmatch(path.as_posix())
+    return (found[1], found[2]) if found else None
 
 
 class SubjectSettings(Settings):
@@ -27,6 +36,9 @@ class SubjectSettings(Settings):
     @field_validator("photos")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
+        on_hub = hub_id(value)
+        if on_hub is not None:
+            return Path(f"hf:{on_hub[0]}" + (f"@{on_hub[1]}" if on_hub[1] else ""))
         return value.expanduser().absolute()
 
 
@@ -42,10 +54,20 @@ class Data(SubjectSettings):
     aspect ratio; the areas of these sizes differ from the square's by at most the share `bucket_tolerance`. `masks`
     mark the subject in a photo, as files beside it, as its alpha channel, or (`auto`) as either; the background has
     the loss weight `mask_floor`. `hold_out` photos of each subject are not trained on: the verdicts are measured on
-    them (`run.verdicts`). Settings that the further `subjects` do not have hold for them too.
+    them (`run.verdicts`). `photos` may name a Hugging Face data set (`source`): it is read through `datasets`, from
+    `image_column` and `caption_column` of `split`, streamed if `streaming`. `cache_dtype` is how cached latents and
+    prompts are stored, `workers` how many threads decode images. Settings that the further `subjects` do not have hold
+    for them too.
     """
 
     subjects: list[SubjectSettings] = []
+    source: str = "auto"  # or one of finetune.data.sources
+    split: str | None = Field(default=None, min_length=1, max_length=200)
+    image_column: str | None = Field(default=None, min_length=1, max_length=200)
+    caption_column: str | None = Field(default=None, min_length=1, max_length=200)
+    streaming: bool = False
+    workers: int | None = Field(default=None, ge=1, le=64)  # None: one for each core, at most 8
+    cache_dtype: Literal["fp32", "fp16"] = "fp32"
     skip_bad: bool = False  # leave out files that can't be used
     hold_out: int = Field(default=0, ge=0, le=100)
     token_pieces: int = Field(default=1, ge=1)

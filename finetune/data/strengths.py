@@ -76,11 +76,6 @@ def _numbers(tokenizer: Any, words: Sequence[str]) -> list[int]:
     return [vocab[word + END] for word in words if word + END in vocab]
 
 
-def prior_strength(family: Family, token: str, noun: str, draws: int = 4) -> float:
-    """Returns `prior_strengths` of one token."""
-    return prior_strengths(family, [token], noun, draws)[0]
-
-
 @torch.no_grad()
 def prior_strengths(family: Family, texts: Sequence[str], noun: str, draws: int = 4) -> list[float]:
     """Returns |eps(a photo of T N) - eps(a photo of N)| / |eps(a photo of N) - eps()| for each token T of `texts`.

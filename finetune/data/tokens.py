@@ -85,7 +85,12 @@ class Token:
 
 
 def check(family: Family, text: str, noun: str | None = None, measure: bool = True) -> Token:
-    """Checks one token, used before the class noun `noun`. With `measure`, also measures its distance and strength."""
+    """Checks one token, used before the class noun `noun`. With `measure`, also measures its distance and strength, if
+    it is one piece in every tokenizer.
+
+    Raises:
+        BadInput: as `describe`.
+    """
     token = describe(family.word_tokenizers, text)
     if not measure or not token.single:
         return token
@@ -168,7 +173,11 @@ def _ordinary(tokenizers: Sequence[Any]) -> list[str]:
 
 
 def describe(tokenizers: Sequence[Any], text: str) -> Token:
-    """Returns what the tokenizers say about a text, without measuring distance and strength."""
+    """Returns what the tokenizers say about a text, without measuring distance and strength.
+
+    Raises:
+        BadInput: the text has no piece in one of the tokenizers, as a blank one has none.
+    """
     pieces = [tokenizer.tokenize(text) for tokenizer in tokenizers]
     if not all(pieces):
         raise BadInput(f"the token {text!r} holds nothing that the base's tokenizer reads: give a word, such as sks")

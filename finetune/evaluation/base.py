@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from finetune.evaluation.statistics import Vectors, among, cosines, interval
 
 Group = Literal["subject", "class"]
 Kind = Literal["object", "live", "style"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Metric(ABC):
     blind: ClassVar[str]
     source: ClassVar[str]
     group: ClassVar[Group] = "subject"
-    for_kinds: ClassVar[tuple[Kind, ...]] = ("object", "live", "style")
+    for_kinds: ClassVar[tuple[Kind, ...]] = KINDS
     default: ClassVar[bool] = False
     least: ClassVar[int] = 1
 
@@ -151,3 +153,38 @@ class Likeness(PromptMetric):
 
     def reference(self, photos: Vectors) -> float | None:
         return among(cosines(photos, photos))
+
+
+class Diversity(PromptMetric):
+    """How different the images of one prompt are. Subclasses say what the difference of a pair is."""
+
+    higher_is_better = True
+    least = 2
+
+    @abstractmethod
+    def between(self, images: Vectors) -> float | None:
+        """The mean difference over all pairs of `images` [n, width]; None for fewer than two."""
+
+    def of_prompt(self, images: Vectors, seen: Seen, number: int) -> float:
+        value = self.between(images)
+        assert value is not None  # because of `least`
+        return value
+
+    def reference(self, photos: Vectors) -> float | None:
+        return self.between(photos)
+
+
+class SetMetric(Metric):
+    """A distance of all images, as one set, to all photos."""
+
+    higher_is_better = False
+
+    def score(self, seen: Seen) -> Score:
+        parts = [seen.images[k] for k in seen.of(self.group)]
+        if sum(map(len, parts)) < 2 or len(seen.photos) < 2:
+            return Score(None, note="it needs two images and two photos at least")
+        return self.of_sets(parts, seen.photos)
+
+    @abstractmethod
+    def of_sets(self, parts: Sequence[Vectors], photos: Vectors) -> Score:
+        """The value for the images of each prompt, [its images, width], and the photos [photos, width]."""

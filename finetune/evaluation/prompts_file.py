@@ -5,19 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from finetune.core.errors import BadInput
-from finetune.core.reading import read_utf8
+from finetune.core.reading import list_items, read_utf8
 from finetune.data.captions import without_trigger
-from finetune.evaluation.base import Kind, Prompt
+from finetune.evaluation.base import GROUPS, Kind, Prompt
 
 TABLE = "prompts.csv"
 COLUMNS = ("file", "prompt", "group")
-GROUPS = ("subject", "class")
 CLASS_PROMPT = "a photo of a {noun}"
 PLACEHOLDER = re.compile(r"\{\s*[\w-]*\s*\}")
 MOST = 10_000  # prompts in a file, rows in a table: more is a slip
@@ -74,7 +72,7 @@ def prompts_for(called: Called) -> Kind:
 
 def live_nouns() -> set[str]:
     """The class nouns of people and animals that are known here."""
-    return {word for line in _lines(_packaged("live-nouns")) for word in line.split()}
+    return {word for line in list_items(_packaged("live-nouns")) for word in line.split()}
 
 
 def templates(file: Path | None, kind: Kind) -> list[str]:
@@ -84,10 +82,10 @@ def templates(file: Path | None, kind: Kind) -> list[str]:
         BadInput: the file is not there, is no text, or holds no prompts.
     """
     if file is None:
-        return _lines(_packaged(kind))
+        return list_items(_packaged(kind))
     if not file.is_file():
         raise BadInput(f"there is no file {file}: give --prompts a text file with one prompt on each line")
-    found = _lines(read_utf8(file))
+    found = list_items(read_utf8(file))
     if not 0 < len(found) <= MOST:
         raise BadInput(f"{file} has {len(found):,} prompts: give a file with one prompt on each line")
     return list(dict.fromkeys(found))
@@ -141,9 +139,3 @@ def _rows(table: Path) -> list[tuple[str, str, str]]:
 
 def _packaged(name: str) -> str:
     return files("finetune.evaluation").joinpath("prompts", f"{name}.txt").read_text(encoding="utf-8")
-
-
-def _lines(text: str) -> list[str]:
-    """Without empty lines and those that begin with #."""
-    lines: Sequence[str] = [line.strip() for line in text.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]

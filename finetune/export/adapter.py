@@ -11,7 +11,8 @@ from torch import Tensor
 from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.core.events import one_step
-from finetune.export.base import Adapter, Bench, Exported, Request
+from finetune.export.base import Adapter, Exported, Request
+from finetune.export.bench import Bench
 from finetune.export.metadata import adapter_metadata
 from finetune.export.registry import adapter_exports, check_formats
 from finetune.export.verify import verify

@@ -5,11 +5,9 @@ To add a format, add one file to this folder.
 
 from __future__ import annotations
 
-import gc
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -17,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from finetune.core.devices import DTYPES
 from finetune.core.records import Check
+from finetune.export.bench import Bench
 from finetune.export.settings import Verify
 from finetune.families.base import Family
 from finetune.families.settings import Base
@@ -27,64 +25,6 @@ from finetune.methods.peft_adapter import PeftAdapter
 from finetune.methods.textual_inversion import Inversion
 
 SMALL = 2.0**-6  # `balanced` changes modules whose largest |B| is below this: larger values fit well in fp16
-Load = Callable[[torch.dtype], Family]  # loads a clean base in this precision, on the CPU
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where and how thoroughly exports are checked.
-
-    `device`, `dtype`: where the clean base for a check is placed, and its precision. `load`: loads that base; only one
-    is in memory at a time. `verify`: the recipe's `export.verify`.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    load: Load
-    verify: Verify = "full"
-
-    @classmethod
-    def of(cls, family: Family, load: Load, verify: Verify = "full") -> Bench:
-        """A bench on the device of `family` and in its denoiser's precision."""
-        return cls(family.device, family.parts.dtype("denoiser"), load, verify)
-
-    @contextmanager
-    def clean(self) -> Iterator[Family]:
-        """Loads a clean base for the block, and frees its memory afterwards."""
-        family = self.load(self.dtype)
-        family.parts.to(self.device)
-        try:
-            with full_fp32():
-                yield family
-        finally:
-            discard(family)
-
-    @property
-    def precision(self) -> str:
-        """The name of `dtype`: "fp32", "fp16" or "bf16"."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-
-
-def discard(family: Family) -> None:
-    """Frees the memory of a family's weights, even if other objects still refer to the family."""
-    family.parts.keep_released = False
-    family.parts.release(list(family.parts))
-    gc.collect()  # pipelines and adapted layers may form reference cycles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def full_fp32() -> Iterator[None]:
-    """Switches TF32 off inside the block. With TF32, GPUs round the inputs of fp32 products and convolutions to a
-    10-bit mantissa, and the error bounds for fp32 do not hold."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32, cudnn.allow_tf32 = False, False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.core.files import save_tensors
 from finetune.core.records import Check
-from finetune.export.base import Bench, EmbeddingExport, Exported, NewWords, Request, unchecked
+from finetune.export.base import EmbeddingExport, Exported, NewWords, Request, unchecked
+from finetune.export.bench import Bench
 from finetune.export.metadata import checkpoint_metadata
 from finetune.export.verify import BOUNDS, predicted, same_prediction
 from finetune.families.base import Family

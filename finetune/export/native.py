@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from finetune.core.devices import doubled
 from finetune.core.errors import BadInput
 from finetune.core.records import Check
-from finetune.export.base import Bench, Exported, NativeExport, Request, full_fp32, unchecked
+from finetune.export.base import Exported, NativeExport, Request, unchecked
+from finetune.export.bench import Bench, full_fp32
 from finetune.export.verify import moved_check, probe, relative, same_prediction
 from finetune.families.base import Family
 from finetune.families.naming.clip import strip_text_model

@@ -20,10 +20,11 @@ from finetune.core.events import phase
 from finetune.core.files import save_tensors, write_json
 from finetune.core.records import Check
 from finetune.core.rng import generator
-from finetune.export.base import Adapter, Bench, Exported, discard, full_fp32, unchecked
+from finetune.export.base import Adapter, Exported, unchecked
+from finetune.export.bench import Bench, discard, full_fp32
 from finetune.export.decompose import LAYERS, Decomposed, Difference, beyond, decompose, unloaded_base
 from finetune.export.lora.peft import Peft
-from finetune.export.verify import BOUNDS, apply_adapter, moved_check, probe, relative, same_prediction
+from finetune.export.verify import BOUNDS, merged, moved_check, probe, relative, same_prediction
 from finetune.families.base import Family
 from finetune.methods.base import Method
 from finetune.methods.peft_adapter import CONFIG, WEIGHTS, PeftAdapter, read_native_form
@@ -93,23 +94,24 @@ def _decompose(deltas: Iterable[tuple[str, str, Tensor]], most: int, count: int)
         return decompose(counted(), most)
 
 
-def with_checks(item: Exported, own: Reduced, bench: Bench) -> Exported:
-    """Adds the approximation's checks to those of the written LoRA. With `export.verify: off`, only a failed
-    export.max_error is added: that error is known already."""
+def with_checks(items: Sequence[Exported], own: Reduced, bench: Bench) -> list[Exported]:
+    """Adds the approximation's checks to those of the written LoRAs, which hold the same matrices. With
+    `export.verify: off`, only a failed export.max_error is added: that error is known already."""
+    added = list(own.checks)
     if bench.verify == "off":
-        return replace(item, checks=[check for check in own.checks if not replace(item, checks=[check]).ok])
-    if bench.verify == "deltas":
-        return replace(item, checks=[*item.checks, *own.checks])
-    return replace(item, checks=[*item.checks, *own.checks, _predicted(own, bench)])
+        added = [check for check in own.checks if not check.passed]
+    if bench.verify == "full" and items:
+        added.append(_predicted(own, bench))
+    return [replace(item, checks=[*item.checks, *added]) for item in items]
 
 
 @torch.no_grad()
 def _predicted(own: Reduced, bench: Bench) -> Check:
     """Compares the prediction of the LoRA on a clean base with that of the trained model."""
-    with bench.clean() as clean:
-        before = probe(clean)
-        apply_adapter(clean, own.adapter)
-        after = probe(clean)
+    with bench.lent() as clean:
+        before = bench.prediction(probe)
+        with merged(clean, own.adapter):
+            after = probe(clean)
     moved = float((own.prediction - before).norm())
     missed = float((own.prediction - after).norm())
     share = missed / max(moved, 1e-30)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from finetune.core.batch import Geometry
 from finetune.core.errors import BadInput
 from finetune.core.records import Check
 from finetune.core.rng import generator
-from finetune.export.base import Adapter, AdapterExport, Bench, Exported, delta, unchecked
+from finetune.export.base import Adapter, AdapterExport, Exported, delta, unchecked
+from finetune.export.bench import Bench
 from finetune.families.base import Family
 from finetune.families.naming.clip import add_text_model
 from finetune.methods.peft_adapter import active_lora
@@ -22,6 +25,7 @@ from finetune.methods.peft_adapter import active_lora
 # bounds for the relative error of a delta, whose B and A are each rounded once
 BOUNDS: dict[torch.dtype, float] = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 PREDICTION_BOUND = 1e-4  # two readers of one file may compute in another order in fp32
+PROBED_SIDE = 32  # latents: the prediction of a larger image costs more and proves no more
 TOO_FAINT = "changes as small as these lose digits in fp16: export in fp32"
 
 
@@ -98,21 +102,21 @@ def read_by_diffusers(trained: Adapter, again: Adapter, path: Path, dtype: torch
     differ from the base's.
     """
     bound = max(BOUNDS[dtype], BOUNDS[bench.dtype])
-    with bench.clean() as family:
+    with bench.lent() as family:
+        clean = bench.prediction(probe)
         pipeline = family.drawing.pipeline()
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
         faint = again if bench.dtype == torch.float16 and _faint(again) else None
         injected = _compare_injected(trained, faint, family, bound)
         theirs = probe(family)
         pipeline.unload_lora_weights()
-        clean = probe(family)
         if injected.fault:
             return Check("diffusers", False, f"diffusers reads another adapter: {injected.fault}")
         if bench.dtype != torch.float32:
             found = Check("diffusers", True, f"diffusers reads it back: {injected.held}")
             return moved_check(found, clean, theirs, bench, lambda: _strength(family, trained))
-        apply_adapter(family, again)
-        ours = probe(family)
+        with merged(family, again):
+            ours = probe(family)
     moved = relative(clean, ours)
     error = relative(theirs, ours)
     line = f"diffusers reads it back: prediction error {error:.1e} (the adapter itself moves it by {moved:.1e})"
@@ -198,11 +202,14 @@ def probe(family: Family) -> Tensor:
 
 
 def predicted(family: Family, cond: dict[str, Tensor]) -> Tensor:
-    """The conditions, and the prediction for one fixed noise and timestep, as one vector on the denoiser's device."""
+    """The conditions, and the prediction for one fixed noise and timestep, as one vector on the denoiser's device.
+
+    Latents are at most 32x32: every weight takes part in each of them.
+    """
     device = family.device
-    side = family.resolution // family.codec.factor
+    side = min(family.resolution // family.codec.factor, PROBED_SIDE)
     noise = torch.randn((1, family.codec.channels, side, side), generator=generator(0, "verify")).to(device)
-    square = (family.resolution, family.resolution)
+    square = (side * family.codec.factor, side * family.codec.factor)
     prediction = family.predict(noise, torch.tensor([500], device=device), cond, [Geometry(square, (0, 0), square)])
     return torch.cat([prediction.float().flatten(), *(value.float().flatten() for value in cond.values())])
 
@@ -211,8 +218,39 @@ def predicted(family: Family, cond: dict[str, Tensor]) -> Tensor:
 def apply_adapter(family: Family, adapter: Adapter, weight: float = 1.0) -> None:
     """Adds weight * scale * B A to the family's own weights, in place. The sum is computed in fp32 and rounded
     once."""
+    for target, a, b in _targets(family, adapter):
+        target.weight.copy_(_sum(target.weight, a, b, adapter.scale * weight))
+
+
+@contextmanager
+def merged(family: Family, adapter: Adapter) -> Iterator[None]:
+    """Inside the block, the family computes with the weights that `apply_adapter` would give it, and it has its own
+    again afterwards. A module has its sum only while it computes, so that no second copy of the base is in memory."""
+    with ExitStack() as undo:
+        for target, a, b in _targets(family, adapter):
+            own = target.weight.data
+            put = partial(_put_sum, own=own, pair=(a, b), scale=adapter.scale)
+            undo.callback(target.register_forward_pre_hook(put).remove)
+            undo.callback(target.register_forward_hook(partial(_put_back, own=own), always_call=True).remove)
+        yield
+
+
+def _targets(family: Family, adapter: Adapter) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """(module of the family, A, B) of every module of the adapter."""
     modules = {part: dict(family.parts[part].named_modules()) for part in adapter.layers}
     for part, module, a, b in adapter.modules():
-        target = _find(modules[part], module).weight
-        change = delta(a, b, adapter.scale * weight).to(target.device)
-        target.copy_(target.float() + change.view_as(target))
+        yield _find(modules[part], module), a, b
+
+
+def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """weight + scale * B A, in the precision of the weight."""
+    change = delta(a, b, scale).to(weight.device)
+    return (weight.float() + change.view_as(weight)).to(weight.dtype)
+
+
+def _put_sum(module: Any, inputs: Any, own: Tensor, pair: tuple[Tensor, Tensor], scale: float) -> None:
+    module.weight.data = _sum(own, *pair, scale)
+
+
+def _put_back(module: Any, inputs: Any, output: Any, own: Tensor) -> None:
+    module.weight.data = own

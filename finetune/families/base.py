@@ -159,6 +159,16 @@ class Family(ABC):
         """The names of the loaded text encoders that can be trained."""
         return [name for name in self.text_encoders if name in self.naming.prefixes]
 
+    @classmethod
+    def tokenizers_of(cls, folder: Path) -> list[tuple[Any, int]]:
+        """The tokenizer of each text encoder of a base's folder, and the number of tokens that the encoder reads. No
+        weights are read.
+
+        Raises:
+            BadInput: a tokenizer is missing or damaged.
+        """
+        return []
+
     @property
     def word_tokenizers(self) -> list[Any]:
         """The tokenizers in which a rare token must be one piece: those of CLIP, since T5 splits such words. All

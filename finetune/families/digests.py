@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.core.errors import BadInput
@@ -24,6 +25,14 @@ def base_files(folder: Path) -> dict[str, str]:
     found = {}
     for file in _files(folder):
         found[file.relative_to(folder).as_posix()] = known.hash_of(file)
+    known.write()
+    return found
+
+
+def file_hashes(files: Iterable[Path]) -> dict[Path, str]:
+    """Each file -> SHA-256 of its content."""
+    known = _Known()
+    found = {file: known.hash_of(file) for file in files}
     known.write()
     return found
 

@@ -70,6 +70,18 @@ class DiffusersFamily(Family):
         folders = {name: self.folder / name.replace("text_encoder", "tokenizer") for name in self.text_encoders}
         return [_tokenizer(folder, self.sources[name].kind) for name, folder in folders.items()]
 
+    @classmethod
+    def tokenizers_of(cls, folder: Path) -> list[tuple[Any, int]]:
+        names = present(cls.sources, folder, ())
+        kinds = {name: cls.sources[name].kind for name in names if name.startswith("text_encoder")}
+        found = []
+        for name, kind in kinds.items():
+            tokenizer = _tokenizer(folder / name.replace("text_encoder", "tokenizer"), kind)
+            length = int(tokenizer.model_max_length)
+            is_t5 = issubclass(kind, transformers.T5EncoderModel)
+            found.append((tokenizer, min(length, cls.t5_length) if is_t5 else length))
+        return found
+
     def _find_unused_parameters(self) -> dict[str, tuple[str, ...]]:
         """`Family.unused_parameters`, from the loaded parts."""
         return {}

@@ -16,19 +16,20 @@ from fractions import Fraction
 from functools import cached_property
 from math import floor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from finetune import __version__
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
-from finetune.core.files import cache_dir, replacing, sha256, write_json
+from finetune.core.files import cache_dir, replacing, write_json
 from finetune.core.processes import ALONE, Processes
 from finetune.core.reading import read_json
 from finetune.core.rng import generator
 from finetune.data.photos import Photo, image_files, scan
 from finetune.families.base import Family
+from finetune.families.digests import file_hashes
 from finetune.sampling.draw import draw
 from finetune.sampling.settings import Sampling
 from finetune.training.priors.class_images import ClassImages
@@ -43,12 +44,13 @@ class ClassSet:
     `captions`: if there are any, image n is drawn for number n % len(captions) of them instead of the class prompt.
     """
 
+    title: ClassVar[str] = "Class images"  # of the phase that draws them
+
     prior: ClassImages
     noun: str
     resolution: int
     base_hash: str
     particulars: Mapping[str, Any] = field(default_factory=dict)  # `Drawing.particulars` of the base
-
     captions: tuple[str, ...] = ()
 
     @cached_property
@@ -95,7 +97,7 @@ class ClassSet:
 
     @property
     def name(self) -> str:
-        """The begin of the folder's name, for people."""
+        """How the folder's name begins, for people."""
         return "captions" if self.captions else _slug(self.noun)
 
     def is_users_own(self) -> bool:
@@ -111,6 +113,8 @@ class OtherSet(ClassSet):
 
     Nothing of the subject is in it, so all runs with this base and resolution use the same images.
     """
+
+    title: ClassVar[str] = "Other images"
 
     empty: float = 0.0
 
@@ -129,7 +133,7 @@ class OtherSet(ClassSet):
 
     @property
     def name(self) -> str:
-        """The begin of the folder's name, for people."""
+        """How the folder's name begins, for people."""
         return "others"
 
 
@@ -159,7 +163,7 @@ def class_images(family: Family, wanted: ClassSet, processes: Processes = ALONE)
     if mine:
         _draw_chunks(family, wanted, files, mine)
     processes.wait()
-    photos = [Photo(file, (wanted.resolution, wanted.resolution), sha256(file)) for file in files]
+    photos = [Photo(file, (wanted.resolution, wanted.resolution), found) for file, found in file_hashes(files).items()]
     if processes.rank == 0:
         made = {photo.path.name: {"sha256": photo.digest, "seed": seed_of(n)} for n, photo in enumerate(photos)}
         write_json(folder / MANIFEST, manifest | {"pictures": manifest["pictures"] | made})
@@ -233,8 +237,8 @@ def _manifest(wanted: ClassSet) -> dict[str, Any]:
 
 
 def _refuse_changed(folder: Path, recorded: dict[str, Any]) -> None:
-    there = [name for name in sorted(recorded) if (folder / name).is_file()]
-    names = [name for name in there if sha256(folder / name) != recorded[name]["sha256"]]
+    there = [folder / name for name in sorted(recorded) if (folder / name).is_file()]
+    names = [file.name for file, found in file_hashes(there).items() if found != recorded[file.name]["sha256"]]
     if names:
         raise BadInput(
             f"class images in {folder} were changed after they were drawn ({', '.join(names)}): remove those files, "
@@ -243,8 +247,7 @@ def _refuse_changed(folder: Path, recorded: dict[str, Any]) -> None:
 
 
 def _draw_chunks(family: Family, wanted: ClassSet, files: list[Path], chunks: list[range]) -> None:
-    label = "Other images" if isinstance(wanted, OtherSet) else "Class images"
-    with phase(label, sum(len(chunk) for chunk in chunks), "images") as advance:
+    with phase(wanted.title, sum(len(chunk) for chunk in chunks), "images") as advance:
         for chunk in chunks:
             _draw_chunk(family, wanted, [files[index] for index in chunk], chunk)
             advance(len(chunk), "")

@@ -12,13 +12,14 @@ from finetune.core.files import cache_dir
 from finetune.core.processes import ALONE, Processes
 from finetune.core.rng import generator
 from finetune.data.batches import Batches
-from finetune.data.cache import Encodable, LatentCache, PromptCache
+from finetune.data.cache import CacheOptions, Encodable, LatentCache, PromptCache
 from finetune.data.crops import make_crops
 from finetune.data.masks import Masks
 from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
 from finetune.families.base import Family
 from finetune.jobs.class_sets import ClassSet, class_images
 from finetune.jobs.prepare import Prepared, class_sets, other_set, used_others
+from finetune.jobs.subjects import workers_of
 from finetune.training.peers import joined
 from finetune.training.step import PromptEncoder
 
@@ -28,7 +29,7 @@ def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]]) -> LatentC
 
     Every process must call this: each encodes its share of what its disk lacks, then reads what the others encoded.
     """
-    cache = LatentCache(cache_dir(), job.base_hash, _encoding_dtype(job.family))
+    cache = LatentCache(cache_dir(), job.base_hash, encoding_dtype(job.family), cache_options(job))
     seen = [crop for stream in streams for sample in stream for crop in sample.crops]
     images: list[Encodable] = list(seen)
     if job.inputs is not None:
@@ -41,6 +42,14 @@ def cache_latents(job: Prepared, streams: Sequence[Sequence[Sample]]) -> LatentC
             shares.wait()
         cache.fill(job.family, images, lambda amount: advance(amount, ""))
     return cache
+
+
+def cache_options(job: Prepared) -> CacheOptions:
+    """How this run's caches are filled. Photos in a folder are encoded one by one, unless `data.workers` is given:
+    several encoders have one core each, which can change the last bits where one had several cores."""
+    data, workers = job.recipe.data, workers_of(job.recipe.data)
+    alone = data.workers is None and torch.get_num_threads() > 1 and not any(s.table for s in job.subjects)
+    return CacheOptions(data.cache_dtype == "fp16", workers, 1 if alone else workers)
 
 
 def load_masks(job: Prepared, streams: Sequence[Sequence[Sample]]) -> Masks | None:
@@ -172,7 +181,8 @@ def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]]) -> P
         return family.encode_prompts
     prompts = [text for stream in streams for sample in stream for text in sample.captions]
     prompts += job.class_nouns  # the class prompts
-    cache = PromptCache(family, job.base_hash, cache_dir(), family.parts.dtype(family.text_encoders[0]))
+    dtype = family.parts.dtype(family.text_encoders[0])
+    cache = PromptCache(family, job.base_hash, cache_dir(), dtype, cache_options(job))
     different = list(dict.fromkeys(["", *prompts]))
     count = len(different) * len(family.text_encoders)
     with phase("Prompts", count, "texts") as advance:
@@ -184,6 +194,6 @@ def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]]) -> P
     return cache
 
 
-def _encoding_dtype(family: Family) -> torch.dtype:
+def encoding_dtype(family: Family) -> torch.dtype:
     """The dtype in which images are encoded. Latents cached in another dtype are not used."""
     return family.parts.dtype(family.codec.parts[0]) if family.codec.parts else torch.float32

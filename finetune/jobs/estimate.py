@@ -24,6 +24,8 @@ from finetune.families.base import Family
 from finetune.families.registry import family_of
 from finetune.families.source import resolve_base
 from finetune.families.toy import expectation
+from finetune.jobs.planned_verdicts import planned_verdicts
+from finetune.runs.plan import verdict_rows
 from finetune.training.accelerate import resolve_precision
 
 
@@ -123,12 +125,14 @@ def report(recipe: Recipe) -> dict[str, str]:
         "method": f"{recipe.method.kind} on {_trained_things(own)}",
         "trained": f"{own.trained_parameters:,} parameters ({share:.2%} of all)",
         "export": f"{_size(written * size)} in {recipe.export.dtype}",
-        "checkpoint": f"{_size(own.trained_parameters * kept)}, of which {recipe.run.keep} are kept",
+        "checkpoint": f"{_size(own.trained_parameters * kept)}, of which {recipe.run.keep} are kept"
+        f"{', and the best' if recipe.run.keep_best else ''}",
         "memory": f"{gib(own.total)}: frozen weights {gib(own.held)}, trained weights with gradients and moments "
         f"{gib(own.trained)}, activations of {_samples(recipe)} sample(s) {gib(own.activations)}",
         "checkpointing": f"{gib(plain.total)} without run.gradient_checkpointing, {gib(light.total)} with it",
         "checks": _checks(recipe, own, family),
         **({"defaults": recipe.defaults} if recipe.defaults else {}),
+        **verdict_rows(planned_verdicts(recipe), None, names=False),
         "not counted": "drawing images, the CUDA context (about 0.5 GiB) and fragmentation",
     }
 

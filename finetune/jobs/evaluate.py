@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from finetune import __version__
 from finetune.core.devices import best_device
@@ -16,19 +16,19 @@ from finetune.core.files import sha256, write_json
 from finetune.core.logging import quieted
 from finetune.data.photos import Photo, scan
 from finetune.evaluation.backbones.base import Backbone
-from finetune.evaluation.base import Kind, Metric, Pictures, Score, Seen
+from finetune.evaluation.base import KINDS, Kind, Metric, Pictures, Score, Seen
 from finetune.evaluation.prompts_file import Called, prompts_for, table_of, templates
 from finetune.evaluation.registry import BACKBONES, chosen_metrics
 from finetune.evaluation.statistics import Vectors
-from finetune.jobs.evaluated import ToldWords, Trained, Wish, drawn, find_source
+from finetune.jobs.evaluated import ToldWords, Trained, Wish, drawn, find_source, photos_trained_on
 from finetune.report.evaluation import write_page
-from finetune.runs.folder import RunFolder
+from finetune.runs.folder import RunFolder, is_run
 from finetune.sampling.settings import Sampling
 
 SCHEMA = 1
-KINDS = ("object", "live", "style")
 PACKAGES = ("torch", "transformers", "diffusers", "pillow", "numpy")  # whose versions can change a number
 RESULT, PAGE = "evaluation.json", "evaluation.html"
+Named = TypeVar("Named", Trained, Pictures)
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,11 @@ class Evaluation:
         metrics: names with commas; None: the usual ones.
         prompts: a file with prompts; None: the package's own for this kind.
         kind: "object", "live" or "style"; None: told by the class noun, or by the run.
+        words: what files and folders are called; of a run, which of its subjects.
         backbones: kind -> a folder, a file or a hub id.
         count, class_count: images for each prompt, and for the class alone.
+        seed: the first; image n of a prompt has `seed` + n.
+        sampling: how images are drawn, but for the guidance. None of its sizes: as trained.
         guidance: None: each run's own, or 5.
         base, step, weight: as for `finetune sample`.
     """
@@ -87,16 +90,19 @@ def evaluate(asked: Evaluation, tell: Callable[[str], None] = lambda line: None)
     words = replace(asked.words, style=asked.kind == "style")
     sources = _named([find_source(path, words, asked.base, asked.step, asked.weight) for path in asked.sources])
     kind = _kind(asked, sources)
+    digests = [photo.digest for photo in photos]
+    trained_on = [photos_trained_on(source, digests) for source in sources]
     wishes = [_wish(asked, source, kind) for source in sources]
     given = [_pictures(folder, _called(asked, sources)) for folder in asked.folders]
     metrics = _metrics(asked, kind)
     eyes = _Eyes.opened(metrics, asked.backbones, photos)
     measured = [eyes.score(pictures, metrics) for pictures in given]
     fresh = [drawn(source, wish, asked.out / "images") for source, wish in zip(sources, wishes, strict=True)]
+    fresh = [_seen_before(item, count, len(photos)) for item, count in zip(fresh, trained_on, strict=True)]
     measured = [eyes.score(pictures, metrics) for pictures in fresh] + measured
-    pictures = _unique([*fresh, *given])
+    pictures = _named([*fresh, *given])
     values = _result(asked, (kind, photos), eyes, metrics, pictures, measured)
-    for note in (*_unread(asked, metrics), *values["notes"]):
+    for note in (*_undrawn(asked), *_unread(asked, metrics), *values["notes"]):
         tell(note)
     write_json(asked.out / RESULT, values)
     write_page(asked.out / PAGE, values, pictures, [photo.path for photo in photos])
@@ -108,7 +114,7 @@ def _check_places(asked: Evaluation) -> None:
         raise BadInput("nothing to evaluate: give a run, a LoRA file, or a folder of images with --images DIR")
     if asked.photos.is_file():
         raise BadInput(f"--on {asked.photos} is a file: give the folder that holds the photos")
-    if (asked.photos / "recipe.yaml").is_file():
+    if is_run(asked.photos):
         raise BadInput(
             f"--on {asked.photos} is a run's folder: the run goes before --on, and the photos' folder after it"
         )
@@ -125,7 +131,7 @@ def _check_places(asked: Evaluation) -> None:
 
 def _check_words(asked: Evaluation) -> None:
     """Refuses what would have no effect: a run has its own base and its own words."""
-    runs = [path for path in asked.sources if (path / "recipe.yaml").is_file()]
+    runs = [path for path in asked.sources if is_run(path)]
     files = len(runs) < len(asked.sources)
     if asked.base is not None and not files:
         raise BadInput(
@@ -138,11 +144,11 @@ def _check_words(asked: Evaluation) -> None:
         raise BadInput(f"{named} is for LoRA files and folders of images, and a run knows its own words: leave it out")
 
 
-def _named(sources: Sequence[Trained]) -> list[Trained]:
-    """With different names."""
-    found: list[Trained] = []
-    for source in sources:
-        found.append(replace(source, name=_free(source.name, [item.name for item in found])))
+def _named(items: Sequence[Named]) -> list[Named]:
+    """The same with different names."""
+    found: list[Named] = []
+    for item in items:
+        found.append(replace(item, name=_free(item.name, [other.name for other in found])))
     return found
 
 
@@ -153,11 +159,12 @@ def _free(name: str, taken: Sequence[str]) -> str:
     return candidate
 
 
-def _unique(pictures: Sequence[Pictures]) -> list[Pictures]:
-    found: list[Pictures] = []
-    for item in pictures:
-        found.append(replace(item, name=_free(item.name, [other.name for other in found])))
-    return found
+def _seen_before(pictures: Pictures, count: int, photos: int) -> Pictures:
+    """With a note where the source was trained on the photos that it is compared with."""
+    if not count:
+        return pictures
+    note = f"{count} of the {photos} photos were trained on, so that a copy of one counts as likeness"
+    return replace(pictures, notes=[note, *pictures.notes])
 
 
 def _kind(asked: Evaluation, sources: Sequence[Trained]) -> Kind:
@@ -211,6 +218,14 @@ def _metrics(asked: Evaluation, kind: Kind) -> list[Metric]:
         if few is not None and asked.sources:
             raise BadInput(f"the metric {few.name} compares images of one prompt: give --count {few.least} or more")
     return metrics
+
+
+def _undrawn(asked: Evaluation) -> list[str]:
+    """Settings of images to draw, where none are drawn."""
+    drawing = {"--prompts": asked.prompts, "--step": asked.step, "--guidance": asked.guidance}
+    drawing["--size"] = asked.sampling.size
+    given = [] if asked.sources else [name for name, value in drawing.items() if value is not None]
+    return [f"{name} changes nothing, as the images of --images exist already" for name in given]
 
 
 def _unread(asked: Evaluation, metrics: Sequence[Metric]) -> list[str]:

@@ -11,18 +11,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.inspection import inspect_adapter
+from finetune.adapters.inspection import open_adapter
 from finetune.core.devices import empty_cache, machine
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.core.files import public_name, sha256
+from finetune.data.photos import BadImage, open_image
 from finetune.evaluation.base import Pictures, Prompt
 from finetune.evaluation.prompts_file import Called
 from finetune.families.base import Family
 from finetune.families.digests import base_hash
 from finetune.jobs.images import name_cut_prompts
 from finetune.jobs.open import base_to_draw, open_result
-from finetune.runs.folder import RunFolder
+from finetune.runs.folder import RunFolder, is_run
+from finetune.runs.inputs import read_inputs
 from finetune.runs.record import RunRecord
 from finetune.sampling.draw import check_sampling, draw
 from finetune.sampling.images import parameters, save_image
@@ -57,7 +59,8 @@ class Trained:
 
     @property
     def is_run(self) -> bool:
-        return (self.path / "recipe.yaml").is_file()
+        """Whether it is a run's folder, and not an adapter."""
+        return is_run(self.path)
 
 
 def find_source(path: Path, words: ToldWords, base: str | None, step: int | None, weight: float) -> Trained:
@@ -67,7 +70,7 @@ def find_source(path: Path, words: ToldWords, base: str | None, step: int | None
         BadInput: it is neither, or what its subject is called is not known.
     """
     name = path.name or path.absolute().name
-    if (path / "recipe.yaml").is_file():
+    if is_run(path):
         folder = RunFolder(path)
         folder.refuse_links()
         called = _called_by(folder.info, words, path)
@@ -80,18 +83,15 @@ def find_source(path: Path, words: ToldWords, base: str | None, step: int | None
     if step is not None:
         raise BadInput(f"--step {step} chooses a run's checkpoint and {path} is no run folder: leave it out")
     chosen = base_to_draw(path, base)
-    called = _called_in(path, inspect_adapter(path, chosen).metadata, words)
+    _, found = open_adapter(path, chosen)  # refuses one of another base: now rather than after the first drawings
+    called = _called_in(path, found.metadata, words)
     digest = base_hash(path) if path.is_dir() else sha256(path)
     return Trained(path, name, called, digest, chosen, weight=weight)
 
 
 def _called_by(info: RunRecord, words: ToldWords, path: Path) -> Called:
     """By a run's record; the token chooses one of several subjects."""
-    if info.reads:
-        raise BadInput(
-            f"the base of {path} draws from more than a prompt ({', '.join(info.reads)}): draw with `finetune sample` "
-            "and give the folder with --images"
-        )
+    _refuse_inputs(path, info.reads)
     known = [(item.token, item.class_noun or "", item.style) for item in info.subjects]
     known = known or [(info.token, info.class_noun or "", info.style)]
     if len(known) > 1:
@@ -161,17 +161,43 @@ def drawn(source: Trained, wish: Wish, folder: Path) -> Pictures:
     size = wish.sampling.size or info.resolution or family.resolution
     guidance = info.guidance if wish.guidance is None else wish.guidance
     sampling = replace(wish.sampling, size=size, guidance=guidance)
-    _check(family, source, sampling)
+    check_sampling(family, sampling, "--")
+    _refuse_inputs(source.path, family.drawing.wants.needed)
     about = _about(source, family, info, sampling, str(dtype).removeprefix("torch."))
     decided = json.dumps({**about, "name": ""}, sort_keys=True).encode()
     place = folder / f"{_plain_name(source.name)}-{hashlib.sha256(decided).hexdigest()[:12]}"
     files = [[place / _file_name(prompt, seed) for seed in seeds] for prompt, seeds in _pairs(wish)]
-    notes = _some(name_cut_prompts(family, [*(prompt.text for prompt in wish.prompts), sampling.negative]))
+    notes = _of_run(source) + _some(
+        name_cut_prompts(family, [*(prompt.text for prompt in wish.prompts), sampling.negative])
+    )
     _draw_missing(family, wish, sampling, files, (source.name, info.base or source.base or ""))
     del family
     gc.collect()
     empty_cache()
     return Pictures(source.name, wish.prompts, files, about, notes)
+
+
+def _of_run(source: Trained) -> list[str]:
+    """That a run has not finished."""
+    if not source.is_run or source.step is not None:
+        return []
+    step = RunFolder(source.path).step_to_open(None)
+    return [] if step is None else [f"the run has not finished: measured is its checkpoint of step {step}"]
+
+
+def photos_trained_on(source: Trained, digests: Sequence[str]) -> int:
+    """How many of the photos with these SHA-256 a run was trained on; 0 for a file, which does not tell.
+
+    Raises:
+        BadInput: the run's record of its photos is damaged.
+    """
+    record = read_inputs(source.path) if source.is_run else None
+    if record is None:
+        return 0
+    planned = RunFolder(source.path).info.planned
+    held_out = planned.verdicts.held_out if planned and planned.verdicts else []
+    own = {photo.sha256 for photo in record.inputs.photos if photo.name not in held_out}
+    return sum(digest in own for digest in digests)
 
 
 def _some(lines: list[str]) -> list[str]:
@@ -180,13 +206,12 @@ def _some(lines: list[str]) -> list[str]:
     return lines if more < 1 else [*lines[:NAMED], f"{more} further prompts are too long for its text encoder"]
 
 
-def _check(family: Family, source: Trained, sampling: Sampling) -> None:
-    check_sampling(family, sampling, "--")
-    needed = family.drawing.wants.needed
+def _refuse_inputs(path: Path, needed: Sequence[str]) -> None:
+    """Refuses a base that needs more than a prompt to draw from, such as an image and a mask."""
     if needed:
         raise BadInput(
-            f"the base of {source.path} draws from more than a prompt ({', '.join(needed)}): draw with `finetune "
-            "sample` and give the folder with --images"
+            f"the base of {path} draws from more than a prompt ({', '.join(needed)}): draw with `finetune sample` "
+            "and give the folder with --images"
         )
 
 
@@ -221,6 +246,15 @@ def _plain_name(name: str) -> str:
     return kept.strip(".-")[:60] or "source"
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether an image is there that can be read; what a full disk cut off is drawn again."""
+    try:
+        open_image(file)
+    except (BadImage, OSError):
+        return False
+    return True
+
+
 def _draw_missing(
     family: Family, wish: Wish, sampling: Sampling, files: list[list[Path]], named: tuple[str, str]
 ) -> None:
@@ -230,7 +264,7 @@ def _draw_missing(
         for (prompt, seeds), own in zip(_pairs(wish), files, strict=True)
         for seed, file in zip(seeds, own, strict=True)
     ]
-    missing = [item for item in wanted if not item[2].is_file()]
+    missing = [item for item in wanted if not _is_whole(item[2])]
     name, model = named
     shown = phase(f"Drawing {name}"[:40], len(wanted), "images") if missing else nullcontext(lambda amount, note: None)
     with shown as advance:

@@ -17,16 +17,8 @@ from finetune.core.errors import BadInput
 from finetune.core.events import one_step
 from finetune.core.logging import quieted
 from finetune.export.adapter import adapter_from, export_adapter
-from finetune.export.base import (
-    Bench,
-    EmbeddingExport,
-    Exported,
-    ModelExport,
-    NativeExport,
-    NewWords,
-    Request,
-    discard,
-)
+from finetune.export.base import EmbeddingExport, Exported, ModelExport, NativeExport, NewWords, Request
+from finetune.export.bench import Bench, discard
 from finetune.export.lora.peft import Peft
 from finetune.export.metadata import written_date
 from finetune.export.native import export_native, trained_prediction, with_prediction
@@ -127,17 +119,19 @@ def export_run(
     options: ExportTo | None = None,
     *,
     place: ExportPlace | None = None,
+    bench: Bench | None = None,
 ) -> list[Exported]:
     """Writes `place` (None: RUN/exports/) from a family with the run's training in it, checks every file, and notes it
     all in exports.json (`ExportPlace.listing`). Without `formats`: those of `options` (None: the recipe's), or all
     that are usual for what was trained. The checks run where the family is, and in its precision. The family is used
-    up: its parts leave memory, since the checks load a clean base."""
+    up: its parts leave memory, since the checks load a clean base. `bench` (None: a new one) may still hold it
+    afterwards."""
     recipe, place = folder.recipe, place or ExportPlace(folder)
     options, artifacts = options or recipe.export, recipe.method.artifacts
     chosen = list(formats or options.formats) or formats_for(artifacts, usual=True)
     check_formats(chosen, artifacts)
     earlier = _earlier(place)  # before anything is written: it may be damaged
-    call = _Call(place, family, options, Bench.of(family, recipe.base.load, options.verify))
+    call = _Call(place, family, options, bench or Bench.of(family, recipe.base.load, options.verify))
     rows = {part: value.cpu() for part, value in embeddings(family).items()}
     exported = [_whole_model(call, item) for item in model_exports(chosen)]
     native = _native(call, native_exports(chosen))
@@ -145,6 +139,8 @@ def export_run(
     discard(family)
     exported += [finish() for finish in native]
     exported += [_embedding(call, rows, item) for item in embedding_exports(chosen)]
+    if bench is None:
+        call.bench.close()
     write_exports(place.listing, _merged(place, exported, earlier))
     return exported
 
@@ -234,8 +230,8 @@ def _reduced(call: _Call, formats: Sequence[str]) -> list[Exported]:
     discard(family)
     lora_name = name if method.is_adapter else f"{name}-lora"  # NAME.safetensors is the whole model
     request = call.request(lora_name, **({} if call.options.metadata == "minimal" else {"method": method.kind}))
-    for item in export_adapter(own.adapter, request, plain, call.bench):
-        exported[item.format] = with_checks(item, own, call.bench)
+    written = export_adapter(own.adapter, request, plain, call.bench)
+    exported |= {item.format: item for item in with_checks(written, own, call.bench)}
     return [exported[item] for item in formats]
 
 

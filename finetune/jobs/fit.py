@@ -51,11 +51,7 @@ def fit_job(
     encode_prompts = make_prompt_encoder(job, streams)
     watch = make_watch(job, streams, cache, encode_prompts, accelerator.is_main_process)
     idle = _idle_parts(job, encode_prompts)
-    family.parts.release(idle)
-    family.parts.place([part for part in family.parts if part not in idle])
-    trained = recipe.method.attach(family, recipe.run.seed)
-    if recipe.run.gradient_checkpointing:
-        family.enable_gradient_checkpointing(recipe.method.part_names(family))
+    trained = _attach(job, idle)
     batches = make_batches(job, streams, cache)
     trainer = Trainer(
         _make_step(job, trained, encode_prompts, batches.samples_per_step),
@@ -82,6 +78,17 @@ def fit_job(
             watch.begin(folder, trainer, encode_prompts)
         trainer.fit(batches, after_step, stop, after_restore)
     family.parts.restore(idle)
+
+
+def _attach(job: Prepared, idle: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Releases the idle parts, places the others on the device, and attaches the method to them."""
+    recipe, family = job.recipe, job.family
+    family.parts.release(idle)
+    family.parts.place([part for part in family.parts if part not in idle])
+    trained = recipe.method.attach(family, recipe.run.seed)
+    if recipe.run.gradient_checkpointing:
+        family.enable_gradient_checkpointing(recipe.method.part_names(family))
+    return trained
 
 
 def _keep(streams: Sequence[Sequence[Sample]], folder: RunFolder, accelerator: Accelerator, pins: Pins | None) -> None:

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from finetune.core.errors import BadInput
-from finetune.core.reading import read_utf8
+from finetune.core.reading import list_items, read_utf8
 from finetune.data.photos import shown
 from finetune.families.source import NEUTRAL_PROMPTS
 from finetune.families.toy import TINY
@@ -43,7 +43,9 @@ def given_prompts(settings: Others) -> OtherPrompts | None:
         return OtherPrompts(_checked(given, key), "of the recipe")
     if not given.is_file():
         raise BadInput(f"{key} is {str(given)!r}, which is no file: give a text file with one prompt a line")
-    return OtherPrompts(_checked(_lines(read_utf8(given, MAX_BYTES)), f"{key} ({given})"), f"of {shown(given.name)}")
+    return OtherPrompts(
+        _checked(list_items(read_utf8(given, MAX_BYTES)), f"{key} ({given})"), f"of {shown(given.name)}"
+    )
 
 
 def other_prompts(settings: Others, source: str, folder: Path) -> OtherPrompts:
@@ -63,17 +65,11 @@ def other_prompts(settings: Others, source: str, folder: Path) -> OtherPrompts:
         return given
     own = folder / NEUTRAL_PROMPTS
     if own.is_file():
-        return OtherPrompts(_checked(_lines(read_utf8(own, MAX_BYTES)), str(own)), "of the base's own list")
+        return OtherPrompts(_checked(list_items(read_utf8(own, MAX_BYTES)), str(own)), "of the base's own list")
     name = INCLUDED.get(source, GENERAL)
     text = files("finetune.training.priors").joinpath(name).read_text(encoding="utf-8")
     origin = f"of the included list for {source}" if source in INCLUDED else "of the included list"
-    return OtherPrompts(_checked(_lines(text), name), origin)
-
-
-def _lines(text: str) -> list[str]:
-    """One prompt a line. Empty lines and those that begin with # are skipped."""
-    stripped = (line.strip() for line in text.splitlines())
-    return [line for line in stripped if line and not line.startswith("#")]
+    return OtherPrompts(_checked(list_items(text), name), origin)
 
 
 def _checked(texts: Iterable[str], where: str) -> tuple[str, ...]:

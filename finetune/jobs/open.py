@@ -16,6 +16,7 @@ from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.core.logging import quieted
 from finetune.export.base import Adapter, AdapterExport, Exported, ModelExport, NativeExport
+from finetune.export.bench import Bench
 from finetune.export.lora.peft import Peft
 from finetune.export.native import open_native
 from finetune.export.registry import EXPORTS, artifact_of, embedding_exports
@@ -27,7 +28,7 @@ from finetune.families.toy import TINY
 from finetune.methods.embeddings import set_embeddings
 from finetune.methods.peft_adapter import read_native_form
 from finetune.optim.state import load_state_tensors
-from finetune.runs.folder import RunFolder
+from finetune.runs.folder import RunFolder, is_run
 from finetune.runs.record import RunRecord
 from finetune.training.accelerate import resolve_precision
 from finetune.training.checkpoint import State
@@ -56,7 +57,7 @@ def open_result(
     """
     if not math.isfinite(weight):
         raise BadInput(f"the LoRA's weight is {weight}: give a number, such as 0.8")
-    if (source / "recipe.yaml").is_file():
+    if is_run(source):
         family, info = open_run(RunFolder(source), device, step)
         _weaken(RunFolder(source), family, weight)
         return family, info
@@ -75,7 +76,7 @@ def base_to_draw(source: Path, base: str | None) -> str:
     Raises:
         BadInput: a base was named beside a run, or none beside a file that was not trained on the tiny base.
     """
-    if (source / "recipe.yaml").is_file():
+    if is_run(source):
         if base is not None:
             raise BadInput(
                 f"--base {base} is for adapter files and the run {source} has its own base: leave --base out"
@@ -151,8 +152,12 @@ def _take_state(recipe: Recipe, parameters: Mapping[str, nn.Parameter], state: S
     copy_into(parameters, state.ema)
 
 
-def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.dtype) -> Family | None:
+def open_exported(
+    folder: RunFolder, exported: Sequence[Exported], dtype: torch.dtype, bench: Bench | None = None
+) -> Family | None:
     """Opens the first export that passed its checks, as another program would: on an unchanged base, in `dtype`.
+
+    `bench`: where they were checked, which may still hold such a base. It holds none afterwards.
 
     Returns:
         The family, or None if no export passed.
@@ -165,8 +170,10 @@ def open_exported(folder: RunFolder, exported: Sequence[Exported], dtype: torch.
         return None
     base, export = folder.recipe.base, EXPORTS[item.format]()
     if isinstance(export, ModelExport):
+        if bench is not None:
+            bench.close()
         return export.open(item.path, base, dtype)
-    family, method, data = base.load(dtype), folder.recipe.method, folder.recipe.data
+    family, method, data = bench.take() if bench else base.load(dtype), folder.recipe.method, folder.recipe.data
     method.add_subject_token(family, data.token, data.class_noun)
     _read_words(family, exported)
     if isinstance(export, NativeExport):

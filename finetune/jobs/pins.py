@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
-from finetune.core.files import sha256
 from finetune.data.samplers import Sample
-from finetune.families.digests import base_files
+from finetune.data.settings import hub_id
+from finetune.data.tables import TableFacts
+from finetune.families.digests import base_files, file_hashes
 from finetune.jobs.prepare import Prepared
 from finetune.jobs.subjects import Subject
 from finetune.runs.inputs import (
     Accepted,
     InputsRecord,
     PinnedPhoto,
+    PinnedTable,
     RunInputs,
     changes,
     in_recorded_order,
@@ -86,7 +90,13 @@ def inputs_of(job: Prepared) -> RunInputs:
     """Everything that the run's result depends on, besides its recipe; the class images are added once drawn."""
     packages = (*PACKAGES, *job.recipe.optim.packages)
     return RunInputs(
-        photos=[_pinned(job, subject, number) for subject in job.subjects for number in range(len(subject.photos))],
+        photos=[
+            _pinned(job, subject, number)
+            for subject in job.subjects
+            if subject.table is None
+            for number in range(len(subject.photos))
+        ],
+        tables=[_pinned_table(subject, subject.table) for subject in job.subjects if subject.table is not None],
         base=base_files(job.family.folder),
         packages={name: version(name) for name in packages} | {"python": platform.python_version()},
         tokens=[subject.token for subject in job.subjects],
@@ -101,24 +111,35 @@ def in_order(job: Prepared, recorded: RunInputs) -> Prepared:
     Each subject is compared with its own part of the record: a photo of two subjects is in both.
     """
     records, first = [recorded] * len(job.subjects), 0
-    if len(recorded.photos) == len(job.photos):
-        for number, subject in enumerate(job.subjects):
+    of_files = {number: each for number, each in enumerate(job.subjects) if each.table is None}
+    if len(recorded.photos) == sum(len(subject.photos) for subject in of_files.values()):
+        for number, subject in of_files.items():
             own = recorded.photos[first : first + len(subject.photos)]
             records[number], first = recorded.model_copy(update={"photos": own}), first + len(own)
     return replace(job, subjects=[_ordered(*pair) for pair in zip(job.subjects, records, strict=True)])
 
 
 def _ordered(subject: Subject, recorded: RunInputs) -> Subject:
+    """Rows of a data set stay as they are: they can't be renamed."""
+    if subject.table is not None:
+        return subject
     order = in_recorded_order([photo.digest for photo in subject.photos], recorded)
     return replace(subject, captioned=[subject.captioned[number] for number in order])
 
 
 def _pinned(job: Prepared, subject: Subject, number: int) -> PinnedPhoto:
     item = subject.captioned[number]
-    beside = {name: sha256(file) for name, file in job.files_beside(item.photo).items()}
+    files = job.files_beside(item.photo)
+    hashes = file_hashes(files.values()) if files else {}
+    beside = {name: hashes[file] for name, file in files.items()}
     return PinnedPhoto(
         name=item.photo.path.name, sha256=item.photo.digest, captions=list(item.captions), beside=beside
     )
+
+
+def _pinned_table(subject: Subject, facts: TableFacts) -> PinnedTable:
+    told = json.dumps([item.captions for item in subject.captioned]).encode()
+    return PinnedTable(**asdict(facts), captions=hashlib.sha256(told).hexdigest())
 
 
 def with_photos(recipe: Recipe, run: Path, photos: Path | None) -> Recipe:
@@ -127,12 +148,13 @@ def with_photos(recipe: Recipe, run: Path, photos: Path | None) -> Recipe:
     Raises:
         BadInput: they are not where they were.
     """
-    if photos is None and recipe.data.photos.exists():
+    if photos is None and (hub_id(recipe.data.photos) is not None or recipe.data.photos.exists()):
         return recipe
     if photos is None:
         raise BadInput(
             f"the photos of {run} are not in {recipe.data.photos} any more: say where they are with "
             f"`finetune resume {run} --photos FOLDER`"
         )
-    data = recipe.data.model_copy(update={"photos": photos.expanduser().absolute()})
+    place = photos if hub_id(photos) is not None else photos.expanduser().absolute()
+    data = recipe.data.model_copy(update={"photos": place})
     return recipe.model_copy(update={"data": data})

@@ -14,7 +14,9 @@ from finetune.data.leftovers import leftovers, listed
 from finetune.data.photos import image_files
 from finetune.data.samplers import group_count
 from finetune.data.tokens import describe
+from finetune.jobs.dataset import held_out_photos
 from finetune.jobs.neutral import other_prompts
+from finetune.jobs.planned_verdicts import planned_verdicts
 from finetune.jobs.prepare import Prepared, other_set, used_others
 from finetune.jobs.subjects import Subject
 from finetune.objectives.registry import build_objective
@@ -46,7 +48,7 @@ def plan(job: Prepared) -> Plan:
         steps=recipe.run.steps,
         batch_size=recipe.run.batch_size,
         accumulate=recipe.run.accumulate,
-        times_seen=recipe.run.steps / _groups(job) if buckets else _seen(job) / len(job.photos),
+        times_seen=recipe.run.steps / _groups(job) if buckets else _seen(job) / len(_trained_sizes(job)),
         **(_buckets(job) if buckets else {"cut": _square_cut(job)}),
         masked=None if recipe.data.masks == "none" else len(job.masks),
         mask_floor=recipe.data.mask_floor,
@@ -64,7 +66,14 @@ def plan(job: Prepared) -> Plan:
         precision=resolve_precision(recipe.run),
         repeatable=is_repeatable(family.device, recipe.run.deterministic),
         defaults=recipe.defaults,
+        verdicts=planned_verdicts(recipe, [job.names[number] for number in sorted(held_out_photos(job))]),
     )
+
+
+def _trained_sizes(job: Prepared) -> list[Size]:
+    """The sizes of the photos that are trained on: of all but those that are held out."""
+    unseen = held_out_photos(job)
+    return [size for number, size in enumerate(job.sizes) if number not in unseen]
 
 
 def _subjects(job: Prepared) -> list[PlannedSubject]:
@@ -113,6 +122,8 @@ def _unused(job: Prepared) -> list[str]:
 
 def _leftovers(job: Prepared, subject: Subject, named: Path) -> list[str]:
     """`named`: what the recipe names, in which the photos' folder may be; or a packed file."""
+    if subject.table is not None:
+        return []
     folder = subject.photos[0].path.parent
     used = set(image_files(folder))
     used |= {file for photo in subject.photos for file in job.files_beside(photo).values()}
@@ -159,7 +170,7 @@ def _others(job: Prepared) -> PlannedOthers | None:
 
 def _groups(job: Prepared) -> int:
     """The number of steps in an epoch with buckets."""
-    return group_count(list(Counter(job.sizes).values()), job.recipe.run.batch_size)
+    return group_count(list(Counter(_trained_sizes(job)).values()), job.recipe.run.batch_size)
 
 
 def _square_cut(job: Prepared) -> Cut | None:
@@ -174,18 +185,20 @@ def _square_cut(job: Prepared) -> Cut | None:
 
 def _buckets(job: Prepared) -> dict[str, Any]:
     """The fields of `Plan` for buckets: the table, the photo that loses most, and the padding."""
-    counts = Counter(job.sizes)
+    trained = _trained_sizes(job)
+    counts = Counter(trained)
     share, name = _most_cut(job, job.sizes)
     places = _groups(job) * job.recipe.run.batch_size
     return {
         "buckets": [PlannedBucket(width=w, height=h, photos=counts[w, h]) for w, h in sorted(counts)],
         "cut": Cut(share=share, photo=name) if share else None,
         "places": places,
-        "repeats": max(0, places - len(job.photos)),
+        "repeats": max(0, places - len(trained)),
     }
 
 
 def _most_cut(job: Prepared, sizes: list[Size]) -> tuple[float, str]:
     """The largest share of a photo that its crop cuts away, and the photo's name."""
-    cut = [(cut_away(photo.size, size), name) for photo, size, name in zip(job.photos, sizes, job.names, strict=True)]
-    return max(cut)
+    pairs = [(photo.size, size) for photo, size in zip(job.photos, sizes, strict=True)]
+    shares = {pair: cut_away(*pair) for pair in set(pairs)}
+    return max((shares[pair], name) for pair, name in zip(pairs, job.names, strict=True))

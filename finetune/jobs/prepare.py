@@ -33,6 +33,7 @@ from finetune.sampling.settings import Sampling
 from finetune.training.accelerate import resolve_precision
 from finetune.training.priors.base import CAPTION
 from finetune.training.priors.class_images import ClassImages
+from finetune.verdicts.due import due_steps, samples_in_step
 
 
 @dataclass
@@ -162,7 +163,8 @@ class Prepared:
     def bucket_sizes(self) -> list[Size]:
         """Returns the bucket (width, height) of each photo, in pixels."""
         table = bucket_table(self.resolution, self.family.size_multiple, self.recipe.data.bucket_tolerance)
-        return [nearest_bucket(photo.size, table) for photo in self.photos]
+        nearest = {size: nearest_bucket(size, table) for size in {photo.size for photo in self.photos}}
+        return [nearest[photo.size] for photo in self.photos]
 
 
 def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = False) -> Prepared:
@@ -175,7 +177,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     """
     scanned = scan_subjects(recipe.data)
     images = recipe.prior.class_images
-    _refuse_hold_out(recipe, scanned)
+    _refuse_hold_out(recipe, scanned, begun)
     if images is not None:
         _refuse_folder(images, recipe)
     if recipe.prior.others is not None:
@@ -191,7 +193,7 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
             f"data.encoder_dropout is {recipe.data.encoder_dropout} but {family.name} has one text encoder: use "
             "data.caption_dropout"
         )
-    _refuse_inputs(recipe, family)
+    _refuse_inputs(recipe, family, scanned)
     _refuse_formats(recipe, family)
     recipe.method.check_fits(family)
     check_sampling(family, recipe.sample.sampling(resolution), "sample.")
@@ -212,13 +214,18 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     base_hash = base_hash_of(family.folder)
     named = _named_images(recipe, family, resolution)
     job = Prepared(recipe, family, base_hash, subjects, resolution, masks=masks, inputs=inputs, drawn_from=named)
+    _check_sets(job, begun)
+    return job
+
+
+def _check_sets(job: Prepared, begun: bool) -> None:
+    """Checks the images of the prior that are there already, and that some are of anything but the subject."""
     for wanted in class_sets(job):
         check_set(wanted, [] if begun else job.photos)
     others = other_set(job)
     if others is not None:
         check_set(others)
         used_others(job, others)
-    return job
 
 
 def _check_drawn(recipe: Recipe, family: Family, resolution: int) -> None:
@@ -237,7 +244,7 @@ def _named_images(recipe: Recipe, family: Family, resolution: int) -> DrawnFrom 
     return open_given(family, given, sample.sampling(resolution), "sample.", sample.image_guidance)
 
 
-def _refuse_hold_out(recipe: Recipe, scanned: Sequence[Scanned]) -> None:
+def _refuse_hold_out(recipe: Recipe, scanned: Sequence[Scanned], begun: bool) -> None:
     """Refuses to hold out all photos of a subject, and to do it for nothing."""
     count = recipe.data.hold_out
     if count and recipe.run.verdicts == "off":
@@ -250,6 +257,11 @@ def _refuse_hold_out(recipe: Recipe, scanned: Sequence[Scanned]) -> None:
                 f"data.hold_out is {count} but {found.folder} has {len(found.photos)} photos: at least one must be "
                 "left to train on"
             )
+    if count and not begun and not due_steps(recipe.run, samples_in_step(recipe.run, recipe.prior)):
+        raise BadInput(
+            f"data.hold_out is {count} but {recipe.run.steps} steps are too few for run.verdicts=auto to measure "
+            "anything on the photos: set run.verdicts=on, or remove data.hold_out"
+        )
 
 
 def _refuse_folder(images: ClassImages, recipe: Recipe) -> None:
@@ -330,7 +342,7 @@ def _check_resolution(recipe: Recipe, resolution: int, family: Family) -> None:
         )
 
 
-def _refuse_inputs(recipe: Recipe, family: Family) -> None:
+def _refuse_inputs(recipe: Recipe, family: Family, scanned: Sequence[Scanned]) -> None:
     """Refuses what does not work with a base that reads extra inputs."""
     if family.inputs is None:
         return
@@ -346,6 +358,11 @@ def _refuse_inputs(recipe: Recipe, family: Family) -> None:
         )
     if INPUTS[family.inputs].any_image:
         return
+    if any(found.table for found in scanned):
+        raise BadInput(
+            f"data.photos is a data set but the base reads {family.inputs} inputs, which lie beside photos as files: "
+            "give a folder of photos"
+        )
     if recipe.prior.class_images is not None:
         raise BadInput(
             f"prior.kind is {recipe.prior.kind} but the base reads {family.inputs} inputs, which class images do "

@@ -25,6 +25,7 @@ def started(folder: RunFolder) -> float | None:
 
 
 def record_of(job: Prepared) -> RunRecord:
+    """The record of a prepared run, with its plan and the versions of the packages."""
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     several = [
         RecordedSubject(token=s.token, class_noun=s.noun, photos=len(s.photos), style=s.trigger) for s in job.subjects

@@ -6,34 +6,49 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
+from finetune.core.parallel import core_count
 from finetune.data import tokens
-from finetune.data.captions import Captioned, Words, caption_photos, summarise
+from finetune.data.captions import Captioned, Words, caption_photos, caption_rows_of, summarise
 from finetune.data.masks import Mask, find_masks
 from finetune.data.photos import Photo, scan_lenient
 from finetune.data.settings import Data, SubjectSettings
+from finetune.data.sources.base import SourceOptions
 from finetune.data.sources.registry import open_source
+from finetune.data.tables import Table, TableFacts
 from finetune.families.base import Family
+from finetune.jobs.stored_tokens import suggested
+
+MOST_WORKERS = 8
+OF_DATA_SETS = ("split", "image_column", "caption_column", "streaming")
+MOST_NAMED = 100  # photos in a message
+TOGETHER = 1_000  # captions that a tokenizer reads at once
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """A subject's photos and masks in `folder`. `left_out` is a sentence about files that are not used, or empty."""
+    """A subject's photos and masks in `folder`. `left_out` is a sentence about files that are not used, or empty.
+
+    `table`: the data set that they come from, whose rows the photos are.
+    """
 
     settings: SubjectSettings
     folder: Path
     photos: list[Photo]
     masks: dict[Path, Mask]
     left_out: str
+    table: Table | None = None
 
 
 @dataclass(frozen=True)
 class Subject:
     """A subject with its token and captions. `summary` is a sentence about where the captions come from.
 
-    `trigger`: the words that call a style, with the token in them; empty for other subjects.
+    `trigger`: the words that call a style, with the token in them; empty for other subjects. `table`: what the data
+    set is that the photos are rows of, by content; None for files.
     """
 
     token: str
@@ -42,6 +57,7 @@ class Subject:
     masks: dict[Path, Mask]
     summary: str
     trigger: str = ""
+    table: TableFacts | None = None
 
     @property
     def photos(self) -> list[Photo]:
@@ -59,11 +75,26 @@ def scan_subjects(data: Data) -> list[Scanned]:
     Raises:
         BadInput: the photos, masks or caption files of a subject can't be used; the message names the folder.
     """
-    return [_scan(data, subject) for subject in data.all_subjects]
+    scanned = [_scan(data, subject) for subject in data.all_subjects]
+    if not any(found.table for found in scanned):
+        _refuse_options_of_data_sets(data)
+    return scanned
+
+
+def _refuse_options_of_data_sets(data: Data) -> None:
+    given = [name for name in OF_DATA_SETS if getattr(data, name) != type(data).model_fields[name].default]
+    if given:
+        raise BadInput(
+            f"data.{given[0]} is {getattr(data, given[0])!r}, which is for data sets, but {data.photos} is none: "
+            "leave it out, or name another data.source"
+        )
 
 
 def _scan(data: Data, subject: SubjectSettings) -> Scanned:
-    opened = open_source(subject.photos)
+    options = SourceOptions(data.split, data.image_column, data.caption_column, data.streaming, workers_of(data))
+    opened = open_source(subject.photos, data.source, options)
+    if opened.table is not None:
+        return _scan_table(data, subject, opened.table)
     with _in_folder(data, subject, opened.folder):
         photos, bad = _photos(opened.folder, data.skip_bad)
         left_out = "; ".join(text for text in (bad, opened.unused) if text)
@@ -71,6 +102,36 @@ def _scan(data: Data, subject: SubjectSettings) -> Scanned:
         words = Words("token", subject.class_noun, data.trigger)  # any word: the token is chosen with the base
         caption_photos(photos, captions=data.captions, templates=data.templates, words=words)
         return Scanned(subject, opened.folder, photos, masks, left_out)
+
+
+def _scan_table(data: Data, subject: SubjectSettings, table: Table) -> Scanned:
+    if data.masks != "none":
+        raise BadInput(
+            f"data.masks is {data.masks} but {subject.photos} is a data set, which has no masks: leave it out, or "
+            "give a folder of photos"
+        )
+    if table.bad and not data.skip_bad:
+        raise BadInput(f"in {subject.photos} {table.sentence}; fix them, or leave them out with --skip-bad")
+    if len(table.photos) > 1 and len({photo.digest for photo in table.photos}) == 1:
+        raise BadInput(f"all {len(table.photos)} rows of {subject.photos} hold the same image: give different ones")
+    left_out = f"{table.sentence}; they are left out" if table.bad else ""
+    words = Words("token", subject.class_noun, data.trigger)  # any word: the token is chosen with the base
+    found = Scanned(subject, subject.photos, table.photos, {}, left_out, table)
+    _captioned(data, found, words)
+    return found
+
+
+def _captioned(data: Data, found: Scanned, words: Words) -> list[Captioned]:
+    if found.table is not None:
+        return caption_rows_of(
+            found.photos, found.table.captions, captions=data.captions, templates=data.templates, words=words
+        )
+    return caption_photos(found.photos, captions=data.captions, templates=data.templates, words=words)
+
+
+def workers_of(data: Data) -> int:
+    """The number of threads that decode images."""
+    return data.workers or min(core_count(), MOST_WORKERS)
 
 
 @contextmanager
@@ -120,10 +181,12 @@ def _caption(recipe: Recipe, family: Family, found: Scanned, token: str) -> Subj
     data, noun = recipe.data, found.settings.class_noun
     with _in_folder(data, found.settings, found.folder):
         words = Words(token, noun, data.trigger)
-        captioned = caption_photos(found.photos, captions=data.captions, templates=data.templates, words=words)
+        captioned = _captioned(data, found, words)
         _refuse_long(recipe, family, captioned)
     summary = "; ".join(text for text in (summarise(captioned, words), found.left_out) if text)
-    return Subject(token, noun, captioned, found.masks, summary, words.fill(data.trigger))
+    facts = found.table.facts if found.table else None
+    trigger = words.fill(data.trigger)
+    return Subject(token, noun, captioned, found.masks, summary, trigger=trigger, table=facts)
 
 
 def refuse_unclear(subjects: Sequence[Subject]) -> None:
@@ -144,16 +207,25 @@ def _refuse_long(recipe: Recipe, family: Family, captioned: list[Captioned]) -> 
         return
     length = max(family.text_length(index) for index in range(len(family.tokenizers)))
     readers = [family.tokenizers[n] for n in range(len(family.tokenizers)) if family.text_length(n) == length]
-    long = [
-        item.photo.path.name
-        for item in captioned
-        if any(len(tokenizer(text)["input_ids"]) > length for tokenizer in readers for text in item.captions)
-    ]
+    texts = list(dict.fromkeys(text for item in captioned for text in item.captions))
+    cut = {text for tokenizer in readers for text in _longer(tokenizer, texts, length)}
+    long = [item.photo.path.name for item in captioned if not cut.isdisjoint(item.captions)] if cut else []
     if long:
         raise BadInput(
-            f"the captions of {', '.join(long)} are longer than the {length} tokens that the text encoder reads: "
+            f"the captions of {_named(long)} are longer than the {length} tokens that the text encoder reads: "
             "shorten them, or set data.long_captions=cut"
         )
+
+
+def _longer(tokenizer: Any, texts: Sequence[str], length: int) -> Iterator[str]:
+    """The texts of more than `length` tokens."""
+    for start in range(0, len(texts), TOGETHER):
+        some = list(texts[start : start + TOGETHER])
+        yield from (text for text, ids in zip(some, tokenizer(some)["input_ids"], strict=True) if len(ids) > length)
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
 
 
 def _tokens(recipe: Recipe, family: Family) -> list[str]:
@@ -186,7 +258,7 @@ def _refuse_pieces(family: Family, token: str, most: int) -> None:
 
 def _rare(family: Family, noun: str | None, taken: set[str]) -> str:
     """The best rare token that no other subject has. The words in `taken` are lower-case."""
-    found = [token.text for token in tokens.suggest(family, len(taken) + 1, noun) if token.text not in taken]
+    found = [text for text in suggested(family, len(taken) + 1, noun) if text not in taken]
     if not found:
         raise BadInput("no rare token was found in this base's tokenizer: give one with data.token=TOKEN")
     return found[0]

@@ -24,6 +24,7 @@ from finetune.core.logging import quieted
 from finetune.core.progress import log, logged
 from finetune.core.signals import Signals, Stop
 from finetune.data.batches import check_split
+from finetune.export.bench import Bench
 from finetune.export.settings import UNCHECKED
 from finetune.jobs.companions import write_companions
 from finetune.jobs.export import export_run
@@ -41,7 +42,7 @@ from finetune.jobs.verdicts import finish_verdicts
 from finetune.report.html import write_report
 from finetune.report.pictures import keep_photos
 from finetune.runs.attention import FOLDER as ATTENTION
-from finetune.runs.folder import RunFolder
+from finetune.runs.folder import RunFolder, is_run
 from finetune.runs.inputs import read_inputs
 from finetune.runs.plan import plan_lines
 from finetune.training.accelerate import make_accelerator
@@ -170,7 +171,7 @@ def check_run(recipe: Recipe, processes: int | None = None) -> Prepared:
 
 def _begun(run_dir: Path | None) -> bool:
     """Whether this folder holds a run that can be continued."""
-    return run_dir is not None and (run_dir / "recipe.yaml").is_file()
+    return run_dir is not None and is_run(run_dir)
 
 
 def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks) -> Path:
@@ -180,7 +181,7 @@ def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: H
         pins.check(job, folder.checkpoints.newest_step())
         info = record_of(job).model_copy(update={"started": started(folder)})
         folder.write_info(info)
-        keep_photos(folder.path, info)
+        keep_photos(folder.path, info, job.photos)
     joined().wait()
     hooks.say(f"{'run folder':>16}  {folder.path}")
     for line in plan_lines(plan(job)):
@@ -242,10 +243,11 @@ def _load_result(job: Prepared, folder: RunFolder) -> None:
 
 
 def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) -> None:
-    dtype = job.family.parts.dtype("denoiser")
-    exported = export_run(folder, job.family)
+    bench = Bench.of(job.family, job.recipe.base.load, job.recipe.export.verify)
+    exported = export_run(folder, job.family, bench=bench)
     after = folder.path / "samples" / "after"
-    shown = None if after.is_dir() else open_exported(folder, exported, dtype)
+    shown = None if after.is_dir() else open_exported(folder, exported, bench.dtype, bench)
+    bench.close()
     if shown is not None:  # the report shows what the exported file draws, not the weights in memory
         shown.parts.device = device
         job.family = shown

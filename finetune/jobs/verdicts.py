@@ -30,17 +30,20 @@ from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.runs.folder import RunFolder
 from finetune.training.peers import joined
+from finetune.training.settings import Run
 from finetune.training.step import PromptEncoder
 from finetune.training.trainer import Trainer
+from finetune.verdicts.advice import means_of
 from finetune.verdicts.bank import Bank, Canvas
-from finetune.verdicts.due import CLASS_DRAWINGS, PHOTO_POINTS, due_steps
+from finetune.verdicts.due import CLASS_DRAWINGS, PHOTO_POINTS, due_steps, samples_in_step
 from finetune.verdicts.memorisation import Memorisation, PhotoLatents, memorised
 from finetune.verdicts.points import Point, Predictor, of_batch
 from finetune.verdicts.probe import BaseProbe, Material, make_sets, neutral_prompts
-from finetune.verdicts.rows import FILE, Row, read_rows, up_to
+from finetune.verdicts.rows import FILE, Row, read_rows, up_to, writable
 from finetune.verdicts.rules import best_row, judged
 from finetune.verdicts.verdict_file import missing, write_verdict
 
+COMPARED = 2_000  # photos that drawn images are compared with, in memory; of more, the first ones
 NOISY = 0.85  # the share of the noise levels above which photos are measured
 CLOSER = 1.2  # how much larger the subject is in a held-out crop: a view that no crop of the training has
 
@@ -88,7 +91,7 @@ class Watch:
             self.after_step(step)
 
     def _note(self, step: int, began: float) -> None:
-        values = self.probe.values()
+        values = writable(self.probe.values() if step else self.probe.of_base)
         row = Row(step, values, time.perf_counter() - began)
         self.rows.append(row)
         emit(Measured(step, values, row.seconds, judged(self.rows).word if step else ""))
@@ -102,17 +105,22 @@ class Watch:
             self.folder.checkpoints.protect(step)
         if joined().from_first(self.folder.checkpoints.newest_step() != step):
             self.trainer.save(step)
+        elif self.material is not None:  # saved before it was the best: the best before it goes now
+            self.folder.checkpoints.drop_others(step, self.job.recipe.run.keep)
 
 
 def finish_verdicts(job: Prepared, folder: RunFolder) -> list[str]:
     """Writes RUN/verdict.json of a finished run, and returns what it says; nothing for a run that was not measured."""
     rows = read_rows(folder.path / FILE)
-    verdict = judged(rows)
+    means = means_of(job.recipe.prior, job.family.inputs, folder.checkpoints.named_steps())
+    verdict = judged(rows, means=means)
     if not verdict.found:
         return []
     copies = _memorised(job, folder.path / "samples" / "after")
-    write_verdict(folder.path, rows, copies, missing(rows))
-    first = f"{', '.join(verdict.found)}: {verdict.sentence} {verdict.advice}".rstrip()
+    write_verdict(folder.path, verdict, rows[-1], copies, missing(rows))
+    last, steps = rows[-1].step, job.recipe.run.steps
+    when = "" if last == steps else f"after step {last} of {steps}, the last that was measured: "
+    first = f"{when}{', '.join(verdict.found)}: {verdict.sentence} {verdict.advice}".rstrip()
     return [first, *([copies.sentence] if copies is not None else [])]
 
 
@@ -125,7 +133,7 @@ def _memorised(job: Prepared, folder: Path) -> Memorisation | None:
     family.parts.restore(list(family.codec.parts))
     family.parts.place(list(family.codec.parts))
     drawn = {name: open_image(file).convert("RGB").resize((side, side)) for name, file in files.items()}
-    crops = [make_crops(photo, side, "center", 1, False, 0)[0].image() for photo in job.photos]
+    crops = [make_crops(photo, side, "center", 1, False, 0)[0].image() for photo in job.photos[:COMPARED]]
     latents, photos = (torch.cat([_latents(family, image) for image in each]) for each in (drawn.values(), crops))
     return memorised(drawn, latents, PhotoLatents(crops, photos))
 
@@ -137,31 +145,46 @@ def _latents(family: Family, image: Image.Image) -> Tensor:
 
 
 def best_step(folder: RunFolder) -> int:
-    """The step that the verdicts recommend, whose weights are there.
+    """The step that the verdicts recommend, whose weights are there; of a run at work, among those so far.
 
     Raises:
-        BadInput: the run was not measured, or that step's checkpoint was not kept.
+        BadInput: this is no run, nothing was measured yet, or that step's checkpoint is not there or damaged.
     """
-    best = best_row(read_rows(folder.path / FILE))
+    run, best = folder.recipe.run, best_row(read_rows(folder.path / FILE))
     if best is None:
-        raise BadInput(
-            f"{folder.path} has no verdicts, which choose the best step: give a number with --step, or train with "
-            "run.verdicts=on"
-        )
+        raise BadInput(f"{folder.path} has no verdicts, which choose the best step: {_unmeasured(folder, run)}")
     kept = folder.checkpoints.steps()
-    if best.step not in kept and not folder.finished(best.step):
+    if best.step in kept or (best.step == run.steps and folder.finished(best.step)):
+        return best.step
+    there = (folder.checkpoints.path / f"step-{best.step:06d}").is_dir()
+    listed = f"(kept: {', '.join(map(str, kept)) or 'none'})"
+    if there:
         raise BadInput(
-            f"the best step of {folder.path} by its verdicts is {best.step}, whose checkpoint was not kept (kept: "
-            f"{', '.join(map(str, kept)) or 'none'}): choose one with --step, or train with run.keep_best=true"
+            f"the checkpoint of step {best.step}, the best of {folder.path} by its verdicts, is damaged {listed}: "
+            "choose another with --step"
         )
-    return best.step
+    again = "it is lost, though run.keep_best is on" if run.keep_best else "or train again with run.keep_best=true"
+    raise BadInput(
+        f"the best step of {folder.path} by its verdicts is {best.step}, whose checkpoint was not kept {listed}: "
+        f"choose one with --step{'; ' if run.keep_best else ', '}{again}"
+    )
+
+
+def _unmeasured(folder: RunFolder, run: Run) -> str:
+    """Why a run has no verdicts, and what to do."""
+    due = due_steps(run, samples_in_step(run, folder.recipe.prior))
+    if due and not folder.finished(run.steps):
+        return f"the first one comes after step {due[0]} of {run.steps}; until then give a number with --step"
+    off = run.verdicts == "off"
+    why = "run.verdicts is off" if off else "it was too short for them" if not due else f"{FILE} is lost"
+    return f"{why}; give a number with --step, or train with run.verdicts=on"
 
 
 def make_watch(
     job: Prepared, streams: list[list[Sample]], cache: LatentCache, encode_prompts: PromptEncoder, is_main: bool
 ) -> Watch:
     """To be called while the VAE and the text encoders are in memory. Fills the caches with what is measured."""
-    due = due_steps(job.recipe.run, job.recipe.run.batch_size * len(streams))
+    due = due_steps(job.recipe.run, samples_in_step(job.recipe.run, job.recipe.prior))
     if not due or not is_main:
         return Watch(job, due)
     trained, unseen = _samples(job, streams)

@@ -46,8 +46,10 @@ def write_page(target: Path, values: Mapping[str, Any], pictures: Sequence[Pictu
     """Writes the page. It loads nothing, and names no folders of this machine.
 
     Args:
-        values: what is in evaluation.json; pictures: the sources' images .
-        photos: the photos that were compared with.
+        target: the page's file.
+        values: what is in evaluation.json.
+        pictures: the images of each source, in the order of `values`.
+        photos: the photos that they were compared with.
     """
     names = [item["name"] for item in values["sources"]]
     sections = [

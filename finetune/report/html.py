@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from finetune.core.errors import BadInput
 from finetune.core.files import write_text
 from finetune.core.records import checks_of
 from finetune.export.settings import UNCHECKED
@@ -21,6 +22,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import read_inputs
 from finetune.runs.metrics import read_metrics
 from finetune.runs.record import RunRecord
+from finetune.verdicts.advice import Means, means_of
 
 # even if a value from a run's files injected markup, the page would run no script and load nothing
 POLICY = (
@@ -45,9 +47,12 @@ pre{background:var(--card);border:1px solid var(--line);border-radius:12px;paddi
 .row img{width:calc(25% - 8px);max-width:160px;height:auto}svg{max-width:100%;height:auto}a{color:inherit}
 .row a{display:inline}
 .strip{display:grid;grid-template-columns:repeat(var(--columns),minmax(56px,120px));gap:4px 8px;margin-bottom:8px}.strip figure{margin:0}.strip img{width:100%;height:auto;margin:0}.strip .prompt{grid-column:1/-1;margin:12px 0 2px}
+.chart{display:grid;grid-template-columns:40px 1fr;gap:2px 8px;margin:14px 0;font-size:12px;color:var(--soft)}.chart figcaption,.chart .steps{grid-column:2}.chart figcaption{display:flex;flex-wrap:wrap;gap:0 16px}.plot{width:100%;height:150px;overflow:visible;border-left:1px solid var(--line)}.axis,.steps{display:flex;justify-content:space-between}.axis{flex-direction:column;text-align:right}
+.measures td:nth-child(2){text-align:right}.measures td:nth-child(-n+3),code.whole{white-space:nowrap}
 figcaption{font-size:12px;color:var(--soft)}.small img{width:96px;height:auto}td,li,code,p{overflow-wrap:anywhere}td[title=format],td[title=size]{white-space:nowrap}
 @media(max-width:700px){.pair{grid-template-columns:1fr}.row img{width:calc(50% - 8px)}main{padding:20px 10px 60px}.card{padding:12px}tr:has(td+td){border-top:1px solid var(--line)}
 tr:has(td+td) td{display:block;padding:2px 0;border:0!important}tr:has(th+th){display:none}td[title]::before{content:attr(title) ": ";color:var(--soft)}
+.measures,.measures tbody,.measures tr{display:block}.measures tr td:nth-child(-n+3){display:inline;white-space:normal;padding-right:8px}.measures tr td:nth-child(4){padding-bottom:8px}code.whole{white-space:normal}
 .plan th,.plan td{display:block;padding:2px 0}.plan td{border:0!important;padding-bottom:8px}}
 """
 
@@ -84,7 +89,7 @@ def write_report(path: Path, with_captions: bool = False, *, step: int | None = 
         _before_after(folder, info, step, linked),
         pictures_of_why(path, info, _after(path, step), finished=step is None),
         over_the_steps(path, info, step, linked),
-        verdict_section(path, step),
+        verdict_section(path, step, _means(folder, info)),
         _plan(info),
         with_and_without(path, info, _after(path, step)),
         _curves([row for row in metrics if step is None or row["step"] <= step]),
@@ -101,6 +106,15 @@ def write_report(path: Path, with_captions: bool = False, *, step: int | None = 
     )
     write_text(target, page)
     return target
+
+
+def _means(folder: RunFolder, info: RunRecord) -> Means:
+    """What the run has against drift; nothing where its recipe can't be read."""
+    try:
+        prior = folder.recipe.prior
+    except BadInput:
+        return Means()
+    return means_of(prior, info.planned.inputs if info.planned else None, folder.checkpoints.named_steps())
 
 
 def _standing(step: int | None, folder: RunFolder) -> str:
@@ -146,9 +160,15 @@ def _subject(path: Path, info: RunRecord, with_captions: bool) -> str:
     base = f"<p class=soft>Class images, drawn by the base before training: {escape(classes)}.</p>" if drawn else ""
     return (
         f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} "
-        f"{'drawings' if info.is_style else 'photos'}; {prompts}"
+        f"{'drawings' if info.is_style else 'photos'}{_held_out(info)}; {prompts}"
         f"{base}<div class=small>{drawn}</div>{_others(path, info)}</div>"
     )
+
+
+def _held_out(info: RunRecord) -> str:
+    """How many of the photos were not trained on."""
+    count = info.planned.verdicts.hold_out if info.planned and info.planned.verdicts else 0
+    return f", of which {count} {'was' if count == 1 else 'were'} held out for the verdict" if count else ""
 
 
 def _others(path: Path, info: RunRecord) -> str:

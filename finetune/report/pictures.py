@@ -13,7 +13,7 @@ from PIL import Image
 
 from finetune.core.errors import BadInput
 from finetune.core.files import leads_out, replacing
-from finetune.data.photos import MAX_ASPECT, BadImage, open_image
+from finetune.data.photos import MAX_ASPECT, BadImage, Photo, open_image
 from finetune.runs.record import RunRecord
 
 SIDE = 160  # pixels: the shorter side of an image in the report
@@ -38,11 +38,18 @@ def copy_of(run: Path, number: int) -> Path:
     return run / "photos" / f"{number:04d}.png"
 
 
-def keep_photos(run: Path, info: RunRecord) -> None:
-    """Writes small copies of the photos to the run folder, so that the report never opens a path named in run.json."""
+def keep_photos(run: Path, info: RunRecord, photos: Sequence[Photo] = ()) -> None:
+    """Writes small copies of the photos to the run folder, so that the report never opens a path named in run.json.
+
+    `photos`: those of the run. Of a data set's, copies that are there stay: reading rows would load all of it.
+    """
     for number in shown_photos(info):
+        held = number < len(photos) and photos[number].stored is not None
+        if held and copy_of(run, number).is_file():
+            continue
+        image = photos[number].open() if held else open_image(Path(info.photos[number]))
         with replacing(copy_of(run, number)) as temporary:
-            small(open_image(Path(info.photos[number]))).save(temporary, format="PNG")
+            small(image).save(temporary, format="PNG")
 
 
 def photo_tags(run: Path, info: RunRecord) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from finetune.verdicts.advice import Means
 from finetune.verdicts.registry import MEASURES
-from finetune.verdicts.rows import FILE, Row, read_rows, up_to
-from finetune.verdicts.rules import GOOD, judged
+from finetune.verdicts.rows import BROKEN, FILE, Row, read_rows, up_to
+from finetune.verdicts.rules import GOOD, judged, limit_of
 from finetune.verdicts.verdict_file import missing, read_remarks
 
 CHARTS = {  # title -> (measures, the unit in words)
@@ -20,20 +22,21 @@ CHARTS = {  # title -> (measures, the unit in words)
 }
 STROKES = ("", "7 4", "2 4", "11 3 2 3")  # so that lines differ without colours too
 TINTS = ("var(--mark)", "var(--good)", "var(--bad)", "var(--soft)")
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 960, 200, 70, 24, 26
+HEIGHT = 150  # pixels; the width is the page's, so only lines are in the SVG, and texts keep their size on a phone
+SETTINGS = re.compile(r"finetune export RUN --step \d+|(?:run|optim|prior)\.[a-z_.]*[a-z](?:=[\w.]+)?")
 
 
-def verdict_section(run: Path, step: int | None) -> str:
+def verdict_section(run: Path, step: int | None, means: Means) -> str:
     """Returns the section as HTML, up to a step; empty for a run that was not measured."""
     rows = up_to(read_rows(run / FILE), step)
-    verdict = judged(rows)
+    verdict = judged(rows, means=means)
     if not verdict.found:
         return ""
     colour = "good" if verdict.word == GOOD else "bad"
-    best = _recommended(run, verdict.step, rows[-1].step)
+    best = "The last step is the best of those measured." if verdict.step == rows[-1].step else ""
     remarks = [*(read_remarks(run) if step is None else []), *(missing(rows) if step is not None else [])]
     charts = "".join(_chart(title, unit, names, rows) for title, (names, unit) in CHARTS.items())
-    said = " ".join(escape(text) for text in (verdict.sentence, verdict.advice, best) if text)
+    said = " ".join(_with_code(text) for text in (verdict.sentence, verdict.advice, best) if text)
     return (
         f'<h2>The verdict</h2><div class=card><p><b class="{colour}">{escape(", ".join(verdict.found).capitalize())}'
         f"</b> after step {rows[-1].step}. {said}</p>{charts}{_meanings(rows)}"
@@ -42,67 +45,62 @@ def verdict_section(run: Path, step: int | None) -> str:
     )
 
 
-def _recommended(run: Path, step: int | None, last: int) -> str:
-    """Which checkpoint to use, and how."""
-    if step is None or step == last:
-        return "The last step is the best of those measured."
-    kept = (run / "checkpoints" / f"step-{step:06d}").is_dir()
-    how = f"its checkpoint is kept: finetune export RUN --step {step}" if kept else "run.keep_best=true would keep it"
-    return f"The best of the measured steps is {step}; {how}."
+def _with_code(text: str) -> str:
+    """As HTML: commands and settings in the type of code, which is not broken at the end of a line."""
+    return SETTINGS.sub(lambda found: f"<code class=whole>{found[0]}</code>", escape(text))
 
 
 def _meanings(rows: Sequence[Row]) -> str:
+    """Each measure with its number, which is marked where it speaks against the run, its limit, and its meaning."""
     held = {name for row in rows for name in row.values}
     order = [name for names, _ in CHARTS.values() for name in names]
     listed = [name for name in (*order, *(other for other in MEASURES if other not in order)) if name in held]
-    cells = "".join(
-        f"<tr><td>{escape(MEASURES[name].title)}</td>"
-        f'<td style="white-space:nowrap">{rows[-1].values.get(name, float("nan")):.2f}</td>'
-        f"<td class=soft>{escape(MEASURES[name].meaning)}</td></tr>"
-        for name in listed
-        if name in MEASURES
+    cells = "".join(_meaning(name, rows[-1].values) for name in listed if name in MEASURES)
+    return f"<table class=measures>{cells}</table>" if cells else ""
+
+
+def _meaning(name: str, values: Mapping[str, float]) -> str:
+    value = values.get(name)
+    number = "" if value is None else f"{value:.2f}" if abs(value) < BROKEN else "no number"
+    limit = limit_of(name)
+    beyond = limit is not None and value is not None and limit.broken_by(name, values)
+    said = "" if limit is None else f"{'at least' if limit.least else 'at most'} {limit.value:g}"
+    return (
+        f"<tr><td>{escape(MEASURES[name].title)}</td><td{' class=bad' if beyond else ''}>{number}</td>"
+        f"<td class=soft>{said}</td><td class=soft>{escape(MEASURES[name].meaning)}</td></tr>"
     )
-    return f"<table>{cells}</table>" if cells else ""
 
 
 def _chart(title: str, unit: str, names: Sequence[str], rows: Sequence[Row]) -> str:
+    rows = [row for row in rows if all(abs(row.values.get(name, 0.0)) < BROKEN for name in names)]
     lines = {name: [(row.step, row.values[name]) for row in rows if name in row.values] for name in names}
     drawn = {name: points for name, points in lines.items() if len(points) > 1}
     return _plot(title, unit, drawn) if drawn else ""
 
 
 def _plot(title: str, unit: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Several lines over the steps as inline SVG, with the ends of both axes and a legend."""
+    """Several lines over the steps as inline SVG, with the ends of both axes and a legend as texts around it."""
     values = [value for points in lines.values() for _, value in points]
     last = max(step for points in lines.values() for step, _ in points)
-    low, high = min(0.0, *values), max(1e-3, *values) * 1.05
-    base = HEIGHT - BOTTOM
+    low, high = min(0.0, *values), max(0.0, *values) * 1.05
+    high = high if high - low > 1e-3 else low + 1e-3
 
     def place(step: float, value: float) -> str:
-        x = LEFT + step / max(1, last) * (WIDTH - LEFT - 10)
-        return f"{x:.1f},{TOP + (1 - (value - low) / (high - low)) * (base - TOP):.1f}"
+        return f"{1000 * step / max(1, last):.1f},{(1 - (value - low) / (high - low)) * HEIGHT:.1f}"
 
-    drawn, legend, x = [], [], WIDTH - 10
-    for number, (name, points) in reversed(list(enumerate(lines.items()))):
-        tint, stroke, text = TINTS[number % 4], STROKES[number % 4], MEASURES[name].title
+    drawn, legend = [], []
+    for number, (name, points) in enumerate(lines.items()):
+        style = f'stroke="{TINTS[number % 4]}" stroke-width="2" stroke-dasharray="{STROKES[number % 4]}"'
         path = " ".join(place(*point) for point in points)
-        drawn.append(f'<polyline points="{path}" stroke="{tint}" stroke-width="2" stroke-dasharray="{stroke}"/>')
-        legend.append(f'<text x="{x}" y="14" text-anchor="end" fill="{tint}">{escape(text)}</text>')
-        end = x - 7.2 * len(text) - 4
-        legend.append(
-            f'<line x1="{end - 26:.0f}" x2="{end:.0f}" y1="10" y2="10" stroke="{tint}" stroke-width="2" '
-            f'stroke-dasharray="{stroke}"/>'
-        )
-        x -= round(7.2 * len(text)) + 48
+        drawn.append(f'<polyline points="{path}" {style} vector-effect="non-scaling-stroke"/>')
+        mark = f'<svg width="26" height="8" aria-hidden="true"><line x1="0" x2="26" y1="4" y2="4" {style}/></svg>'
+        legend.append(f'<span style="color:{TINTS[number % 4]}">{mark} {escape(MEASURES[name].title)}</span>')
     zero = place(0, 0).split(",")[1]
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}: {escape(unit)}"><g fill="none" stroke="var(--line)">'
-        f'<line x1="{LEFT}" y1="{zero}" x2="{WIDTH - 10}" y2="{zero}"/>'
-        f'<line x1="{LEFT}" y1="{TOP}" x2="{LEFT}" y2="{base}"/></g>'
-        f'<g fill="none">{"".join(drawn)}</g><g font-size="12">{"".join(legend)}</g>'
-        f'<g fill="var(--soft)" font-size="12"><text x="0" y="14">{escape(title)}</text>'
-        f'<text x="{LEFT - 8}" y="{TOP + 8}" text-anchor="end">{high:.2g}</text>'
-        f'<text x="{LEFT - 8}" y="{base}" text-anchor="end">{low:.2g}</text><text x="{LEFT}" y="{HEIGHT - 8}">0</text>'
-        f'<text x="{WIDTH - 10}" y="{HEIGHT - 8}" text-anchor="end">step {last}</text></g></svg>'
+        f"<figure class=chart><figcaption><b>{escape(title)}</b> {' '.join(legend)}</figcaption>"
+        f"<div class=axis><span>{high:.2g}</span><span>{low:.2g}</span></div>"
+        f'<svg class=plot viewBox="0 0 1000 {HEIGHT}" preserveAspectRatio="none" height="{HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}: {escape(unit)}"><line x1="0" y1="{zero}" x2="1000" y2="{zero}" '
+        f'stroke="var(--line)" vector-effect="non-scaling-stroke"/><g fill="none">{"".join(drawn)}</g></svg>'
+        f"<div class=steps><span>0</span><span>step {last}</span></div></figure>"
     )

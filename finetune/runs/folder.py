@@ -301,6 +301,11 @@ class RunFolder:
         return None if wanted == sha256(self._trained) else "is not what was written (its hash is another)"
 
 
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run's folder."""
+    return (path / "recipe.yaml").is_file()
+
+
 def next_folder(name: str, parent: Path = Path("runs")) -> Path:
     """Returns <parent>/<name>, or the first <parent>/<name>-<n> (n from 2) that does not exist. Creates nothing."""
     candidate, number = parent / name, 2

@@ -32,9 +32,25 @@ class PinnedPhoto(Record):
     beside: dict[str, str] = {}
 
 
+class PinnedTable(Record):
+    """A data set. `name`: for messages. `files`: its file -> SHA-256. `revision`: of one from the hub, its id and
+    commit. `columns`: which are read. `content`: SHA-256 over all of its images and captions; `captions`: over those
+    that are trained."""
+
+    name: str
+    files: dict[str, str] = {}
+    revision: str = ""
+    split: str = ""
+    columns: dict[str, str] = {}
+    rows: int = 0
+    content: str = ""
+    captions: str = ""
+
+
 class RunInputs(Record):
     """
-    photos: in the order of the run.
+    photos: in the order of the run; without the rows of data sets.
+    tables: the data sets, in the order of their subjects.
     class_images: class prompt -> SHA-256 of each image, in their order; empty before they are drawn.
     others: [prompt, SHA-256] of each image of everything else, in their order; empty before they are drawn.
     base: file of the base, below its folder -> SHA-256.
@@ -45,6 +61,7 @@ class RunInputs(Record):
     """
 
     photos: list[PinnedPhoto] = []
+    tables: list[PinnedTable] = []
     class_images: dict[str, list[str]] = {}
     others: list[list[str]] = []
     base: dict[str, str] = {}
@@ -110,6 +127,7 @@ def changes(recorded: RunInputs, now: RunInputs) -> list[str]:
     """What is not as it was, each with its name; empty where all is the same."""
     return [
         *_changed_photos(recorded.photos, now.photos),
+        *_changed_tables(recorded.tables, now.tables),
         *_changed_class_images(recorded.class_images, now.class_images),
         *_changed_others(recorded.others, now.others),
         *_changed_files(recorded.base, now.base),
@@ -145,6 +163,31 @@ def _changed_photos(recorded: Sequence[PinnedPhoto], now: Sequence[PinnedPhoto])
             yield f"the caption of {photo.name} changed"
         kinds = sorted(old.beside.keys() | photo.beside.keys())
         yield from (f"the {k} of {photo.name} changed" for k in kinds if old.beside.get(k) != photo.beside.get(k))
+
+
+def _changed_tables(recorded: Sequence[PinnedTable], now: Sequence[PinnedTable]) -> Iterator[str]:
+    if len(recorded) != len(now):
+        yield f"there are {len(now)} data sets and were {len(recorded)}"
+        return
+    for old, table in zip(recorded, now, strict=True):
+        named = f"the data set {table.name}"
+        names = sorted(old.files.keys() | table.files.keys())
+        files = [name for name in names if old.files.get(name) != table.files.get(name)]
+        yield from (f"the file {name} of {named} {_what_happened(name, old, table)}" for name in files)
+        if old.revision != table.revision:
+            yield f"{named} is {table.revision or 'no longer from the hub'} and was {old.revision or 'local'}"
+        for what, before, after in (("split", old.split, table.split), ("columns", old.columns, table.columns)):
+            if before != after:
+                yield f"the {what} of {named} is {after} and was {before}"
+        same_files = not files and old.revision == table.revision
+        if same_files and (old.content, old.rows) != (table.content, table.rows):
+            yield f"the images or captions of {named} changed"
+        elif same_files and old.captions != table.captions:
+            yield f"the captions of {named} changed"
+
+
+def _what_happened(name: str, old: PinnedTable, now: PinnedTable) -> str:
+    return "is gone" if name not in now.files else "is new" if name not in old.files else "changed"
 
 
 def _pairs(

@@ -6,10 +6,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune.core.errors import BadInput
 from finetune.core.events import Event, Restored, StepDone
 from finetune.core.files import append_line, write_text
-from finetune.core.reading import parse_json, read_bytes
+from finetune.core.reading import json_lines, numbers_in
 
 DRAWN = {"step", "loss", "lr", "seconds"}
 LARGEST = 1e30  # the largest value to plot; NaN fails the comparison too
@@ -53,11 +52,7 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """Gives each line of a metrics file that holds a step, with its numbers. Skips incomplete lines."""
-    for line in read_bytes(file, MOST).decode("utf-8", "replace").splitlines():
-        try:
-            held = parse_json(line, str(file), dict, finite=False)
-        except BadInput:
-            continue
-        row = {key: float(value) for key, value in held.items() if type(value) in (int, float)}
+    for line, held in json_lines(file, MOST):
+        row = numbers_in(held)
         if "step" in row:
             yield line, row

@@ -116,6 +116,77 @@ class PlannedOthers(Record):
         )
 
 
+class PlannedVerdicts(Record):
+    """When a run is measured against its base (`finetune.verdicts`), on what, and what it costs.
+
+    `steps`: after which, besides the beginning; empty for a run that is not measured, because it is `off` or too
+    short. `predictions` without a gradient in all, which are `share` of the run's work; `drawn_once` more where no run
+    with this base was measured before. `points`: photos that are asked about, and `others` prompts about other things;
+    `classes`: whether there is a class. `hold_out` photos are not trained on; `held_out` are their names, which are
+    private. With `keep_best`, the recommended checkpoint stays beside the newest `keep`.
+    """
+
+    steps: list[int] = []
+    off: bool = False
+    predictions: int = 0
+    drawn_once: int = 0
+    share: float = 0.0
+    points: int = 0
+    others: int = 0
+    classes: bool = True
+    hold_out: int = 0
+    held_out: list[str] = []
+    keep_best: bool = False
+    keep: int = 0
+
+    @property
+    def line(self) -> str:
+        """When, on what and at what cost, in words."""
+        if not self.steps:
+            short = "the run is too short for its time to pay for them; run.verdicts=on measures it all the same"
+            return f"none: {'run.verdicts is off' if self.off else short}"
+        unseen = "what is held out" if self.hold_out else "closer views of them"
+        parts = ["the class"] * self.classes + ["the empty prompt", f"{self.others} everyday prompts"]
+        return (
+            f"after {_listed_steps(self.steps)}: what it learned, on {self.points} photos and on {unseen}; what else "
+            f"it changed, on {', '.join(parts)} (finetune/verdicts/neutral.txt); {self.predictions} predictions "
+            f"without a gradient, {self.share:.1%} of the run's work, and {self.drawn_once} more for the base's own "
+            "drawings of the everyday prompts, which are made once for all runs with it"
+        )
+
+    @property
+    def best(self) -> str:
+        """Which checkpoint stays; "" for none but the newest."""
+        if not self.keep_best:
+            return ""
+        newest = "the newest" if self.keep == 1 else f"the newest {self.keep}"
+        return f"the checkpoint that the verdicts recommend is kept beside {newest}: finetune export RUN --step best"
+
+
+def _listed_steps(steps: list[int]) -> str:
+    """All, or the first two and the last with their number."""
+    if len(steps) < 5:
+        return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+    return f"steps {steps[0]}, {steps[1]}, ..., {steps[-1]} ({len(steps)} times)"
+
+
+def verdict_rows(planned: PlannedVerdicts, photos: int | None, names: bool) -> PlanRows:
+    """The rows about verdicts, held-out photos and the checkpoint that is kept.
+
+    Args:
+        photos: how many there are, if that is known.
+        names: whether the held-out photos are named.
+    """
+    rows: PlanRows = {"verdicts": planned.line}
+    if planned.hold_out:
+        count = _photos_of(planned.hold_out) if photos is None else f"{planned.hold_out} of {_photos_of(photos)}"
+        which = f": {', '.join(planned.held_out)}" if names and planned.held_out else ""
+        rows["held out"] = f"{count}, not trained on but used to measure what was learned{which}"
+    if planned.best:
+        rows["best checkpoint"] = planned.best
+    return rows
+
+
 class Plan(Record):
     """What a run trains on, how often it sees it, and what it trains.
 
@@ -124,6 +195,7 @@ class Plan(Record):
     every crop is square. `places` are the samples of an epoch with buckets; `repeats` of them are padding with weight
     0. `enlarged`, `prior` and `timesteps` are texts from the photos, the prior and the objective. `exports`: what the
     trained parts cost when the files are read. `defaults`: the settings that follow the base, and their sources.
+    `verdicts`: None in older files.
     """
 
     base: str
@@ -157,6 +229,7 @@ class Plan(Record):
     precision: str
     repeatable: bool
     defaults: str = ""
+    verdicts: PlannedVerdicts | None = None
 
     @property
     def photos(self) -> int:
@@ -168,7 +241,7 @@ def plan_rows(plan: Plan) -> PlanRows:
     """Returns the plan as rows (label -> text) for the user who runs it."""
     others = {"not used": plan.unused, "images drawn from": plan.drawn_from}
     named: PlanRows = {label: names for label, names in others.items() if names}
-    return _rows(plan, plan.base, {"training prompts": plan.prompts, **named})
+    return _rows(plan, plan.base, {"training prompts": plan.prompts, **named}, private=True)
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -182,7 +255,7 @@ def shared_rows(plan: Plan) -> PlanRows:
     return _rows(plan, public_name(plan.base), {})
 
 
-def _rows(plan: Plan, base: str, prompts: PlanRows) -> PlanRows:
+def _rows(plan: Plan, base: str, prompts: PlanRows, private: bool = False) -> PlanRows:
     found: PlanRows = {"base": f"{base} ({plan.family}, {plan.prediction})"}
     expected = expectation(plan.base, [subject.noun for subject in plan.subjects])
     found |= {"expect": expected} if expected else {}
@@ -196,7 +269,8 @@ def _rows(plan: Plan, base: str, prompts: PlanRows) -> PlanRows:
     found["steps"] = _steps(plan)
     found["each photo"] = _times(plan)
     found |= _bucket_rows(plan) if plan.buckets else _square_rows(plan)
-    return found | _data_rows(plan) | _training_rows(plan)
+    found |= _data_rows(plan) | _training_rows(plan)
+    return found | (verdict_rows(plan.verdicts, plan.photos, private) if plan.verdicts else {})
 
 
 def _steps(plan: Plan) -> str:

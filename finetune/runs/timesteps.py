@@ -29,6 +29,7 @@ class TimestepLoss(Record):
 
 
 def write_timestep_loss(run: Path, measured: TimestepLoss) -> None:
+    """Writes what was measured to the run folder, in place of what was there."""
     write_json(run / NAME, {"schema": SCHEMA, **measured.model_dump(mode="json")})
 
 

@@ -35,25 +35,24 @@ def positions(family: Family, prompt: str, word: str) -> list[int]:
     Raises:
         BadInput: the prompt does not have the word, or only beyond the length that the text encoder reads.
     """
+    found = _places(family, prompt, word)
+    if not found:
+        raise BadInput(f"the prompt {prompt!r} has no {word!r} to draw a map of: give a word of the prompt")
+    return found
+
+
+def words_of(family: Family, prompt: str, words: Sequence[str]) -> list[str]:
+    """Returns those of `words` that the prompt has, within the length that the text encoder reads."""
+    return [word for word in words if _places(family, prompt, word)]
+
+
+def _places(family: Family, prompt: str, word: str) -> list[int]:
+    """As `positions`, but empty where the prompt does not have the word."""
     assert isinstance(family, UNetFamily)
     text = family.tokenize(0, [prompt])[0].tolist()
     wanted = family.tokenizers[0](word, add_special_tokens=False)["input_ids"]
     starts = [at for at in range(len(text)) if wanted and text[at : at + len(wanted)] == wanted]
-    if not starts:
-        raise BadInput(f"the prompt {prompt!r} has no {word!r} to draw a map of: give a word of the prompt")
     return [at + k for at in starts for k in range(len(wanted))]
-
-
-def words_of(family: Family, prompt: str, words: Sequence[str]) -> list[str]:
-    """Returns those of `words` that the prompt has."""
-    found = []
-    for word in words:
-        try:
-            positions(family, prompt, word)
-        except BadInput:
-            continue
-        found.append(word)
-    return found
 
 
 @dataclass(frozen=True)

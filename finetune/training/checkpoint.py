@@ -91,10 +91,17 @@ class Checkpoints:
             return 0
         return step if isinstance(step, int) and step > 0 else 0
 
+    def drop_others(self, step: int, keep: int) -> None:
+        """Deletes what `save` of this step deletes, after another one was protected."""
+        self._drop_others(self.path / f"step-{step:06d}", keep)
+
     def newest_step(self) -> int:
         """The step of the newest checkpoint by name, whole or not; 0 for none."""
-        folders = self._checkpoints()
-        return int(folders[-1].name.removeprefix("step-")) if folders else 0
+        return max(self.named_steps(), default=0)
+
+    def named_steps(self) -> list[int]:
+        """The steps of the checkpoints by name, whole or not, without reading them."""
+        return [int(folder.name.removeprefix("step-")) for folder in self._checkpoints()]
 
     def _drop_others(self, written: Path, keep: int) -> None:
         """Leaves the one just written and the `keep` - 1 newest sound ones before it. Later ones, which a run that

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finetune.core.batch import Geometry
 from finetune.core.rng import generator
-from finetune.data.cache import load_entry, save_entry
+from finetune.data.entries import load_entry, save_entry
 from finetune.objectives.base import Objective
 from finetune.verdicts.points import Point, Predict
 

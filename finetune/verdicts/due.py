@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from finetune.training.priors.base import PriorSettings
 from finetune.training.settings import Run
 from finetune.verdicts.bank import LEVELS
 
@@ -16,9 +17,16 @@ SELDOM = 3  # fewer show no curve, so that a short run is not measured
 PHOTO_POINTS, CLASS_DRAWINGS, OTHERS = 4, 2, 8
 POINTS = 2 * PHOTO_POINTS + 3 * LEVELS * CLASS_DRAWINGS + 2 * OTHERS  # the class's with three prompts each
 FIRST = POINTS + PHOTO_POINTS + 2 * (LEVELS - 1) * CLASS_DRAWINGS  # and the drawings
+DRAWN_ONCE = 2 * (LEVELS - 1) * OTHERS  # for a base: the drawings for prompts about other things
 
 
-def due_steps(run: Run, samples: int) -> Sequence[int]:
+def samples_in_step(run: Run, prior: PriorSettings) -> float:
+    """The samples in a step, over all processes: photos, class images, and everything else."""
+    others = prior.others.share if prior.others is not None else 0.0
+    return run.batch_size * (1 + (prior.class_images is not None) + others)
+
+
+def due_steps(run: Run, samples: float) -> Sequence[int]:
     """The steps after which a run is measured, besides its beginning; none for a run that is not measured.
 
     The drawings for prompts about other things are not counted: they are made once for a base.

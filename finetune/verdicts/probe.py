@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from torch import Tensor
 
 from finetune.verdicts.bank import LEVELS, Bank
 from finetune.verdicts.base import (
@@ -24,6 +27,8 @@ from finetune.verdicts.base import (
 from finetune.verdicts.due import CLASS_DRAWINGS, OTHERS
 from finetune.verdicts.points import Point, Predict, asked
 from finetune.verdicts.registry import MEASURES
+
+SMALL = {"an", "and", "at", "by", "for", "in", "of", "on", "the", "to", "with", "photo"}  # which name nothing
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,14 @@ class BaseProbe:
 
     def values(self) -> dict[str, float]:
         """The measures of the current weights, by name."""
-        now = {name: self.predict(self.sets[name]) for name in self.read}
+        return self._values({name: self.predict(self.sets[name]) for name in self.read})
+
+    @property
+    def of_base(self) -> dict[str, float]:
+        """The measures of the base itself, which is not asked again."""
+        return self._values(self.base)
+
+    def _values(self, now: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
         look = Look(self.sets, now, self.base)
         return {measure.name: measure.value(look) for measure in self.measures}
 
@@ -104,5 +116,11 @@ def _neutral() -> tuple[str, ...]:
 
 def neutral_prompts(nouns: Sequence[str | None], count: int = OTHERS) -> list[str]:
     """The first `count` prompts of the shipped list that name none of a run's nouns."""
-    words = {word for noun in nouns if noun for word in noun.lower().split()}
-    return [prompt for prompt in _neutral() if not words & set(prompt.lower().split())][:count]
+    words = {word for noun in nouns if noun for word in _words(noun)}
+    return [prompt for prompt in _neutral() if not words & _words(prompt)][:count]
+
+
+def _words(text: str) -> set[str]:
+    """The words that name something, in the singular: that of "man's" is "man", that of "dogs" "dog"."""
+    found = re.findall(r"[^\W\d_]+", text.lower())
+    return {word.removesuffix("s") for word in found if len(word) > 1} - SMALL

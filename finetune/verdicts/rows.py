@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.core.errors import BadInput
 from finetune.core.events import Event, Measured, Restored
 from finetune.core.files import append_line, write_text
-from finetune.core.reading import parse_json, read_bytes
+from finetune.core.reading import json_lines, numbers_in
 
 FILE = "verdicts.jsonl"
 LARGEST = 1e12  # the largest value to plot; NaN fails the comparison too
 MOST = 100_000_000  # bytes
+BROKEN = 1e6  # a measure from here on says that the model is destroyed
+WORST = 1e9  # stands for what is no number, or is too large to be written
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,12 @@ class Row:
     step: int
     values: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+
+
+def writable(values: Mapping[str, float]) -> dict[str, float]:
+    """Measures as they are written, so that those in memory and those read back are the same numbers."""
+    bounded = {name: WORST if math.isnan(v) else max(-WORST, min(WORST, v)) for name, v in values.items()}
+    return {name: round(value, 6) for name, value in bounded.items()}
 
 
 class VerdictsFile:
@@ -41,8 +49,9 @@ class VerdictsFile:
     def _put(self, row: Row) -> None:
         """A step that is measured again, as the first one is at every start, keeps its first line."""
         if row.step not in {old.step for old in read_rows(self.file)}:
-            values = {name: round(value, 6) for name, value in row.values.items()}
-            append_line(self.file, json.dumps({"step": row.step, **values, "seconds": round(row.seconds, 3)}))
+            append_line(
+                self.file, json.dumps({"step": row.step, **writable(row.values), "seconds": round(row.seconds, 3)})
+            )
 
     def _rewind(self, step: int) -> None:
         if self.file.is_file():
@@ -67,12 +76,8 @@ def up_to(rows: Sequence[Row], step: int | None) -> list[Row]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Row]]:
-    for line in read_bytes(file, MOST).decode("utf-8", "replace").splitlines():
-        try:
-            held = parse_json(line, str(file), dict, finite=False)
-        except BadInput:
-            continue
-        values = {key: float(value) for key, value in held.items() if type(value) in (int, float)}
+    for line, held in json_lines(file, MOST):
+        values = numbers_in(held)
         step, seconds = values.pop("step", -1.0), values.pop("seconds", 0.0)
         if len(values) + 2 == len(held) and step >= 0 and step == int(step) and _sound([seconds, *values.values()]):
             yield line, Row(int(step), values, seconds)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finetune.verdicts.rows import Row
+from finetune.verdicts.advice import Best, Means, Word, advice
+from finetune.verdicts.rows import BROKEN, Row
 
-UNDERTRAINED, GOOD, OVERTRAINED = "undertrained", "good", "overtrained"
-DRIFTED, DAMAGED = "class drifted", "base damaged"
+UNDERTRAINED, GOOD, OVERTRAINED, DRIFTED, DAMAGED = (word.value for word in Word)
 WORDS = (UNDERTRAINED, GOOD, OVERTRAINED, DRIFTED, DAMAGED)
 NOTHING = "not measured"
 
@@ -49,6 +50,27 @@ LIMITS = Limits()
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The limit of one measure: what it should be at `least`, or else at most."""
+
+    value: float
+    least: bool
+
+    def broken_by(self, name: str, values: Mapping[str, float]) -> bool:
+        """Whether the measure of that name is beyond it; of what was learned, the larger number counts."""
+        if self.least:
+            return max(values.get("learned", 0.0), values.get("held_out", -math.inf)) < self.value
+        return values.get(name, 0.0) > self.value
+
+
+def limit_of(measure: str) -> Limit | None:
+    """The limit of a measure by its name; None for one that is judged together with others."""
+    if measure in ("learned", "held_out"):
+        return Limit(LIMITS.learned, least=True)
+    return Limit(_drift_limits(LIMITS)[measure], least=False) if measure in _drift_limits(LIMITS) else None
+
+
+@dataclass(frozen=True)
 class RunVerdict:
     """`word` is one of WORDS, or NOTHING; `found` are all words that hold, the gravest first, as `word` is. `sentence`
     says what was measured and `advice` what to do. `step` is the recommended step; None: there is none."""
@@ -60,16 +82,23 @@ class RunVerdict:
     step: int | None
 
 
-def judged(rows: Sequence[Row], limits: Limits = LIMITS) -> RunVerdict:
-    """The verdict on the last row, in view of those before it."""
+def judged(rows: Sequence[Row], limits: Limits = LIMITS, means: Means | None = None) -> RunVerdict:
+    """The verdict on the last row, in view of those before it. `means` of the run decide what is advised."""
     measured = [row for row in rows if row.step]
     if not measured:
         return RunVerdict(NOTHING, (), "", "", None)
-    last, best = measured[-1], best_row(rows, limits)
-    found = tuple(word for word in (DAMAGED, DRIFTED, OVERTRAINED, UNDERTRAINED) if _holds(word, measured, limits))
-    step = best.step if best else None
+    last, best = measured[-1], best_row(rows, limits) or measured[-1]
+    found = _found(measured, limits)
+    until = [row for row in measured if row.step <= best.step]
+    other = None if best is last else Best(best.step, not _found(until, limits))
+    told = advice(found, other, means or Means())
     word = found[0] if found else GOOD
-    return RunVerdict(word, found or (GOOD,), _sentence(found, last.values), _advice(found, last.step, step), step)
+    return RunVerdict(word, found or (GOOD,), _sentence(found, last.values, limits), told, best.step)
+
+
+def _found(rows: Sequence[Row], limits: Limits) -> tuple[str, ...]:
+    """The words that hold of the last row, the gravest first."""
+    return tuple(word for word in (DAMAGED, DRIFTED, OVERTRAINED, UNDERTRAINED) if _holds(word, rows, limits))
 
 
 def best_row(rows: Sequence[Row], limits: Limits = LIMITS) -> Row | None:
@@ -86,6 +115,8 @@ def score(row: Row, limits: Limits = LIMITS) -> float:
     nothing was changed and nothing learned is of no use. Each drift costs what it is above its limit, in units of it.
     """
     values = row.values
+    if _broken(values):
+        return -math.inf
     learned = values.get("held_out", values.get("learned", 0.0)) / limits.learned
     costs = [values.get(name, 0.0) / limit - 1 for name, limit in _drift_limits(limits).items()]
     return min(learned, 2.0) - max(0.0, 1 - learned) - sum(max(0.0, cost) for cost in costs)
@@ -96,8 +127,15 @@ def _drift_limits(limits: Limits) -> dict[str, float]:
     return {name: getattr(limits, name) for name in names}
 
 
+def _broken(values: Mapping[str, float]) -> bool:
+    """Whether the model's predictions are no numbers, or far from all that images need."""
+    return any(abs(value) >= BROKEN for value in values.values())
+
+
 def _holds(word: str, rows: Sequence[Row], limits: Limits) -> bool:
     values = rows[-1].values
+    if _broken(values):
+        return word == DAMAGED
     beyond = {name for name, limit in _drift_limits(limits).items() if values.get(name, 0.0) > limit}
     if word == DAMAGED:
         return bool(beyond & {"elsewhere", "empty_prompt"})
@@ -113,39 +151,38 @@ def _holds(word: str, rows: Sequence[Row], limits: Limits) -> bool:
 
 def in_short(values: Mapping[str, float]) -> str:
     """The measures on one line of the console."""
-    names = {"learned": "learned", "held_out": "unseen views", "class_drift": "class", "elsewhere": "elsewhere"}
+    names = {"learned": "learned", "held_out": "unseen views", "class_drift": "class", "takeover": "class as subject"}
+    names |= {"elsewhere": "elsewhere", "empty_prompt": "empty prompt"}
     return ", ".join(f"{text} {values[name]:.2f}" for name, text in names.items() if name in values)
 
 
-def _sentence(found: Sequence[str], values: Mapping[str, float]) -> str:
-    said = [text for word in (found or (GOOD,)) for text in [_said(word, values)] if text]
+def _sentence(found: Sequence[str], values: Mapping[str, float], limits: Limits) -> str:
+    if _broken(values):
+        return "The model predicts no numbers any more, or far too large ones: it draws nothing."
+    said = [text for word in (found or (GOOD,)) for text in [_said(word, values, limits)] if text]
     return "; ".join(said).capitalize() + "."
 
 
-def _said(word: str, values: Mapping[str, float]) -> str:
+def _said(word: str, values: Mapping[str, float], limits: Limits) -> str:
     """What a word stands on, with its numbers."""
     learned = values.get("held_out", values.get("learned", 0.0))
-    other, empty = values.get("elsewhere", 0.0), values.get("empty_prompt", 0.0)
     return {
-        UNDERTRAINED: f"little of the subject was learned ({learned:.2f} of the prompt's own effect)",
+        UNDERTRAINED: f"little of the subject was learned ({learned:.2f} of the prompt's own effect)"
+        if learned >= 0
+        else "nothing of the subject was learned: its photos are predicted worse than by the base",
         OVERTRAINED: f"the photos were learned by heart ({values.get('learned', 0.0):.2f} on them, {learned:.2f} on "
         "unseen views)",
         DRIFTED: f"the class without the token changed too (drift {values.get('class_drift', 0.0):.2f}, "
         f"{100 * max(0.0, values.get('takeover', 0.0)):.0f} % of the way to the subject)",
-        DAMAGED: f"prompts about other things changed (drift {other:.2f}), and the empty prompt went "
-        f"{100 * max(0.0, empty):.0f} % of the way to the subject",
-        GOOD: f"the subject was learned ({learned:.2f} on unseen views), and little else changed (drift {other:.2f})",
+        DAMAGED: _damage(values, limits),
+        GOOD: f"the subject was learned ({learned:.2f} on unseen views), and little else changed (drift "
+        f"{values.get('elsewhere', 0.0):.2f})",
     }[word]
 
 
-def _advice(found: Sequence[str], last: int, best: int | None) -> str:
-    if not found:
-        return "" if best in (None, last) else f"Step {best} was a little better."
-    earlier = f", or use the checkpoint of step {best}" if best not in (None, last) else ""
-    if found == (UNDERTRAINED,):
-        return "Train longer (run.steps), or raise optim.lr."
-    if DAMAGED in found or DRIFTED in found:
-        kept = "prior.kind=class_images holds the class" if DRIFTED in found else ""
-        rest = "prior.others.count=256 with prior.caption_dropout=0 holds everything else" if DAMAGED in found else ""
-        return f"Lower optim.lr or run.steps{earlier}; {' and '.join(filter(None, [kept, rest]))}."
-    return f"Train less (run.steps) or on more photos{earlier}."
+def _damage(values: Mapping[str, float], limits: Limits) -> str:
+    """Of the two measures of damage those that are beyond their limits."""
+    other, empty = values.get("elsewhere", 0.0), values.get("empty_prompt", 0.0)
+    said = [f"prompts about other things changed (drift {other:.2f})"] * (other > limits.elsewhere)
+    said += [f"the empty prompt went {100 * empty:.0f} % of the way to the subject"] * (empty > limits.empty_prompt)
+    return ", and ".join(said)

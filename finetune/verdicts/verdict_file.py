@@ -14,17 +14,18 @@ from finetune.core.records import check_schema
 from finetune.verdicts.memorisation import Memorisation
 from finetune.verdicts.registry import MEASURES
 from finetune.verdicts.rows import Row
-from finetune.verdicts.rules import judged
+from finetune.verdicts.rules import RunVerdict
 
 FILE = "verdict.json"
 SCHEMA = 1
 
 
-def write_verdict(run: Path, rows: Sequence[Row], memorisation: Memorisation | None, left_out: Sequence[str]) -> None:
-    """`left_out`: sentences about what could not be measured."""
-    verdict = judged(rows)
+def write_verdict(
+    run: Path, verdict: RunVerdict, last: Row, memorisation: Memorisation | None, left_out: Sequence[str]
+) -> None:
+    """`last`: the row that it is about; `left_out`: sentences about what could not be measured."""
     drawn = {} if memorisation is None else {"sentence": memorisation.sentence, **asdict(memorisation)}
-    values: dict[str, Any] = {"schema": SCHEMA, **asdict(verdict), "measures": dict(rows[-1].values)}
+    values: dict[str, Any] = {"schema": SCHEMA, **asdict(verdict), "measures": dict(last.values)}
     write_json(run / FILE, values | {"memorisation": drawn, "left_out": list(left_out)})
 
 

@@ -14,7 +14,7 @@ from test_export import ABOUT, NAMES, bench_of, probe_trained, trained
 from finetune.adapters.algebra import combine, resize
 from finetune.adapters.bases import BASE_HASH
 from finetune.adapters.inspection import inspect_adapter, open_adapter
-from finetune.adapters.operations import extracted, merged, merged_model, verify_file, write
+from finetune.adapters.operations import extracted, merged_files, merged_model, verify_file, write
 from finetune.cli.main import run
 from finetune.core.errors import BadInput
 from finetune.export.adapter import adapter_from, export_adapter
@@ -339,8 +339,8 @@ def test_a_sum_of_adapters_is_the_sum_of_their_deltas(tiny_bases: dict[str, Path
                 wanted = wanted + weight * delta(*pair, adapter.scale)
         assert torch.allclose(delta(a, b, both.scale), wanted, atol=1e-5)
     path = tmp_path / "x.safetensors"
-    doubled, _ = merged([(path, 1.5), (path, 0.5)], str(tiny_bases["sd1"]), None)
-    again, kept = merged([(path, 1.5), (path, 0.5)], str(tiny_bases["sd1"]), 3)
+    doubled, _ = merged_files([(path, 1.5), (path, 0.5)], str(tiny_bases["sd1"]), None)
+    again, kept = merged_files([(path, 1.5), (path, 0.5)], str(tiny_bases["sd1"]), 3)
     assert doubled.rank == 6
     assert kept is not None
     assert kept.error < 1e-6

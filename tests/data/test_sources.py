@@ -72,7 +72,7 @@ def hexed(folder: Path, file: Path) -> Path:
 
 
 def test_ours_are_all_there() -> None:
-    assert list(SOURCES) == ["folder", "kohya", "zip"]
+    assert list(SOURCES) == ["folder", "hub", "imagefolder", "kohya", "parquet", "webdataset", "zip"]
 
 
 def test_a_folder_is_used_where_it_is(captioned: Path) -> None:

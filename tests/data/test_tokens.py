@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
 from finetune.testing.tiny import write_tiny
 
+ROOT = Path(__file__).parents[2]
 REAL = SHARED / "clip-vocab"
 
 
@@ -22,11 +25,17 @@ REAL = SHARED / "clip-vocab"
 def clip() -> transformers.CLIPTokenizer:
     if not REAL.is_dir():
         pytest.skip("the real CLIP vocabulary is not here")
-    import json
+    return benchmark().clip_tokenizer(REAL)
 
-    merges = [tuple(line.split()) for line in (REAL / "merges.txt").read_text().splitlines()[1:48895]]
-    vocab = json.loads((REAL / "vocab.json").read_text())
-    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+def benchmark() -> Any:
+    """benchmarks/tokens.py, which has the name of a module here."""
+    found = spec_from_file_location("tokens_benchmark", ROOT / "benchmarks" / "tokens.py")
+    assert found is not None
+    assert found.loader is not None
+    module = module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def test_known_facts_of_clips_vocabulary(clip: transformers.CLIPTokenizer) -> None:
@@ -80,7 +89,7 @@ def test_the_best_are_told_apart_and_then_weak(tiny_bases: dict[str, Path]) -> N
     words = [token.text for token in found]
     moved = dict(zip(words, strengths.movements(family, words, "mug").amin(1).tolist(), strict=True))
     third = sorted(moved, key=lambda text: -moved[text])[: -(-len(found) // 3)]
-    priors = {text: strengths.prior_strength(family, text, "mug") for text in third}
+    priors = {text: strengths.prior_strengths(family, [text], "mug")[0] for text in third}
     assert len(found) >= 6
     assert found[0].text == min(priors, key=lambda text: priors[text])
 
@@ -114,12 +123,12 @@ def test_prior_strength_is_zero_for_a_token_that_changes_nothing(tiny_bases: dic
     """With the text encoder's embedding of the token set to that of an empty word, hidden states still shift by
     position; so the check is made on the denoiser: without cross attention nothing can change."""
     family = load_family(str(tiny_bases["sd1"]))
-    assert strengths.prior_strength(family, "zwx", "mug") > 0
+    assert strengths.prior_strengths(family, ["zwx"], "mug")[0] > 0
     with torch.no_grad():
         for name, parameter in family.parts["denoiser"].named_parameters():
             if "attn2.to_out" in name:
                 parameter.zero_()
-    assert strengths.prior_strength(family, "zwx", "mug") == 0
+    assert strengths.prior_strengths(family, ["zwx"], "mug") == [0]
 
 
 def test_check_measures_single_tokens_only(tiny_bases: dict[str, Path]) -> None:
@@ -144,6 +153,11 @@ def test_the_lists_say_one_thing_of_each_token() -> None:
     assert all(text.isalpha() and text.islower() and meaning for text, meaning in [*listed.items(), *pieces.items()])
     assert meanings.meaning_of("httr") == "an abbreviation (Hail to the Redskins, a football slogan)"
     assert meanings.meaning_of("zwx") is None
+
+
+def test_the_page_has_the_tokens_that_the_lists_give(clip: transformers.CLIPTokenizer) -> None:
+    """docs/tokens.md: made again with `python benchmarks/tokens.py` after a change of the lists."""
+    assert (ROOT / "docs" / "tokens.md").read_text(encoding="utf-8") == benchmark().page(clip)
 
 
 def test_candidates_of_clip_were_looked_at(clip: transformers.CLIPTokenizer) -> None:

@@ -50,7 +50,10 @@ def test_sizes_captions_and_problems(photos: Path) -> None:
     assert rows["0.png"]["caption"] == "a red mug"
     assert rows["0.png"]["problems"] == ["low resolution: enlarged 1.2 times to 50"]
     assert rows["bad.jpg"]["problems"] == ["not an image, or its beginning is damaged"]
-    assert rows["long.png"]["problems"] == ["extreme shape: a square crop keeps 17% of it"]
+    assert rows["long.png"]["problems"] == [
+        "extreme shape: a square crop keeps 17% of it",
+        "hardly any contrast: its values span 0 of 255",
+    ]
 
 
 def test_twins_are_found_and_strangers_are_not(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_squared_distances_of_vgg_are_gatys_style_loss(tmp_path: Path, images: l
     pixels = torch.stack([eye.prepare(Image.open(file)) for file in images[:2]])
     with torch.no_grad():
         values = pixels
-        for number, layer in enumerate(eye.layers):  # type: ignore[attr-defined]
+        for number, layer in enumerate(eye.model):  # type: ignore[attr-defined]
             values = layer(values)
             if number in GRAM_LAYERS:
                 assert isinstance(layer, nn.ReLU)
@@ -133,7 +133,7 @@ def test_squared_distances_of_alexnet_are_lpips(tmp_path: Path, images: list[Pat
     values = torch.stack([torch.from_numpy((item - shift) / scale).float().permute(2, 0, 1) for item in raw])
     total = 0.0
     with torch.no_grad():
-        for number, layer in enumerate(eye.layers):  # type: ignore[attr-defined]
+        for number, layer in enumerate(eye.model):  # type: ignore[attr-defined]
             values = layer(values)
             if number in LPIPS_LAYERS:
                 unit = values / (values.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)
@@ -238,6 +238,17 @@ def test_what_is_no_such_network_is_refused(folders: dict[str, Path], tmp_path: 
     weights = load_file(broken / "model.safetensors")
     del weights[next(name for name in weights if "norm" in name)]
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    bare, cut, pickled = (shutil.copytree(folders["dino"], tmp_path / name) for name in ("bare", "cut", "pickled"))
+    (bare / "model.safetensors").unlink()
+    (cut / "model.safetensors").write_bytes((folders["dino"] / "model.safetensors").read_bytes()[:-100])
+    (pickled / "model.safetensors").unlink()
+    torch.save({}, pickled / "pytorch_model.bin")
+    mute = shutil.copytree(folders["clip"], tmp_path / "mute")
+    for file in mute.glob("*"):
+        if file.name.startswith(("tokenizer", "vocab", "merges")):
+            file.unlink()
+    odd = shutil.copytree(folders["dino"], tmp_path / "odd")
+    (odd / "config.json").write_text("[]")
     text = tmp_path / "file.txt"
     text.write_text("no weights")
     cases = [
@@ -247,6 +258,11 @@ def test_what_is_no_such_network_is_refused(folders: dict[str, Path], tmp_path: 
         ("dino", text, "it is a file"),
         ("dino", plain, "preprocessor_config.json"),
         ("dino", broken, "missing or have another shape"),
+        ("dino", bare, "--dino: .*has no weights that can be read"),
+        ("dino", cut, "--dino: .*has no weights that can be read"),
+        ("dino", pickled, "--dino: .*--allow-pickle"),
+        ("dino", odd, "config.json"),
+        ("clip", mute, "it has no tokenizer that can be read"),
         ("vgg", empty, r"no weights features\.0\.weight"),
         ("lpips", empty, r"no weights features\.0\.weight"),
         ("vgg", text, "--allow-pickle"),

@@ -16,10 +16,12 @@ import transformers
 from conftest import write_photos
 from networks import write_chain, write_clip, write_dino
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from finetune.cli.main import run
+from finetune.core.files import sha256
 from finetune.evaluation.backbones.convnets import vgg19
 from finetune.evaluation.base import Kind
 from finetune.evaluation.prompts_file import Called, live_nouns, prompts_for, templates
@@ -27,6 +29,7 @@ from finetune.evaluation.registry import BACKBONES, chosen_metrics
 from finetune.families.digests import base_hash
 
 PROMPTS = "# two of our own\na {token} {noun}\n\na {token} {noun} on the beach\n"
+UNDRAWN = ("--prompts", "--size")  # what these tests give, and nothing is drawn with
 TRAINED = ("run.steps=2", "optim.lr=1e-2", "optim.warmup=0", "prior.kind=none", "sample.count=1", "sample.steps=1")
 
 
@@ -128,7 +131,7 @@ def test_the_result_names_what_decided_it_and_no_folders(result: Path, place: Pa
         assert words in page
     assert page.count("<img") == 3 + 3 * 7
     assert "http" not in page.replace("http-equiv", "")
-    assert values["notes"] == []
+    assert values["notes"] == ["dog: 3 of the 3 photos were trained on, so that a copy of one counts as likeness"]
 
 
 def test_a_run_and_its_file_draw_almost_the_same(result: Path) -> None:
@@ -166,14 +169,16 @@ def write_table(folder: Path, rows: list[tuple[str, ...]], head: tuple[str, ...]
     return folder
 
 
-def test_images_of_others_count_without_a_run(place: Path, tmp_path: Path) -> None:
+def test_images_of_others_count_without_a_run(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The photos themselves, as if somebody had drawn them."""
     given = shutil.copytree(place / "photos", tmp_path / "theirs")
     head = ("prompt", "file", "group")
     rows = [("a zwx dog", "0.png", ""), ("a zwx dog", "1.png", "subject"), ("a photo of a dog", "2.png", "class")]
     write_table(given, rows, head)
     words = ["--images", given, "--token", "zwx", "--metrics", "dino,pres,clip_t,div_dino"]
-    assert run(arguments(place, *words, "--out", tmp_path / "out")) == (0, "")
+    assert run(arguments(place, *words, "--size", 32, "--out", tmp_path / "out")) == (0, "")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == [f"note: {name} changes nothing, as the images of --images exist already" for name in UNDRAWN]
     values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [prompt["plain"] for prompt in values["sources"][0]["prompts"]] == ["a dog", "a photo of a dog"]
     rows = features(place / "dino", sorted((place / "photos").glob("*.png")))
@@ -184,7 +189,7 @@ def test_images_of_others_count_without_a_run(place: Path, tmp_path: Path) -> No
     assert found["dino"]["theirs"]["low"] is None  # one prompt has no spread over prompts
     assert run(arguments(place, place / "dog", *words[:2], "--metrics", "dino", "--out", tmp_path / "both")) == (0, "")
     notes = json.loads((tmp_path / "both" / "evaluation.json").read_text())["notes"]
-    assert notes == ["theirs: other prompts or numbers of images than dog: compare with care"]
+    assert notes[-1:] == ["theirs: other prompts or numbers of images than dog: compare with care"]
 
 
 def test_a_file_without_words_needs_them_and_takes_them(
@@ -300,3 +305,102 @@ def test_the_prompts_are_25_of_each_kind_and_fill_in() -> None:
     assert {"dog", "woman", "cat"} <= live_nouns()
     assert [prompts_for(Called("zwx", noun)) for noun in ("mug", "small dog", "Cat")] == ["object", "live", "live"]
     assert prompts_for(Called(style="in zwx style")) == "style"
+
+
+def test_one_photo_is_enough_and_has_no_number_among_photos(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    shutil.copy(place / "photos" / "0.png", tmp_path / "one")
+    words = arguments(place, place / "dog", "--out", tmp_path / "out")
+    words[words.index("--on") + 1] = str(tmp_path / "one")
+    assert run(words) == (0, "")
+    text = (tmp_path / "out" / "evaluation.json").read_text()
+    assert "NaN" not in text
+    metrics = {item["name"]: item for item in json.loads(text)["metrics"]}
+    assert metrics["dino"]["reference"] is None
+    assert metrics["dino"]["values"][0]["value"] is not None
+
+
+def test_a_file_for_another_base_is_refused_before_the_first_image(
+    place: Path, tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    module = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    wide = {f"{module}.lora_down.weight": torch.ones(2, 640), f"{module}.lora_up.weight": torch.ones(640, 2)}
+    save_file(wide | {f"{module}.alpha": torch.tensor(2.0)}, tmp_path / "other.safetensors")
+    words = ["--token", "zwx", "--class-noun", "dog", "--base", tiny_bases["sd1"]]
+    given = arguments(place, place / "dog", tmp_path / "other.safetensors", *words)
+    refused(given, "other.safetensors", out=tmp_path / "no")
+
+
+def test_a_run_that_has_not_finished_is_measured_so_far_and_it_is_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = shutil.copytree(place / "dog", tmp_path / "dog")
+    shutil.rmtree(half / "adapter")
+    words = ["--metrics", "dino", "--dino", place / "dino"]
+    assert run(arguments(place, half, place / "dog", *words, "--out", tmp_path / "out")) == (0, "")
+    notes = json.loads((tmp_path / "out" / "evaluation.json").read_text())["notes"]
+    assert "dog: the run has not finished: measured is its checkpoint of step 2" in notes
+    assert "note: dog: the run has not finished" in capsys.readouterr().out
+    assert list(measured(tmp_path / "out")["dino"]) == ["dog", "dog (2)"]
+    shutil.rmtree(half / "checkpoints")
+    refused(arguments(place, half), "has no checkpoint yet", out=tmp_path / "no")
+
+
+def test_the_photos_of_the_training_are_named_as_such(place: Path, tmp_path: Path) -> None:
+    def notes(on: Path) -> list[str]:
+        words = arguments(place, place / "dog", "--metrics", "dino", "--out", tmp_path / "out")
+        words[words.index("--on") + 1] = str(on)
+        assert run(words) == (0, "")
+        return json.loads((tmp_path / "out" / "evaluation.json").read_text())["notes"]
+
+    said = "dog: {} of the {} photos were trained on, so that a copy of one counts as likeness"
+    own = [note for note in notes(place / "photos") if "trained on" in note]
+    assert own == [said.format(3, 3)]
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copy(place / "photos" / "0.png", moved / "first.png")
+    Image.effect_noise((40, 40), 80).convert("RGB").save(moved / "new.png")
+    assert [note for note in notes(moved) if "trained on" in note] == [said.format(1, 2)]
+    (moved / "first.png").unlink()
+    assert not [note for note in notes(moved) if "trained on" in note]
+
+
+@pytest.mark.slow
+def test_drawings_follow_what_decides_them_and_damaged_ones_are_drawn_again(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    folders: list[str] = []
+
+    def drawn(*more: object, on: Path = place / "photos") -> int:
+        """The number of folders of drawings afterwards."""
+        few = ("--metrics", "dino", "--count", 1, "--class-count", 1, "--out", out)
+        words = arguments(place, *(more or (place / "dog",)), *few)
+        words[words.index("--on") + 1] = str(on)
+        assert run(words) == (0, "")
+        folders[:] = sorted(item.name for item in (out / "images").iterdir())
+        return len(folders)
+
+    dog = place / "dog"
+    assert drawn() == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.effect_noise((40, 40), 80).convert("RGB").save(other / "new.png")
+    assert drawn(on=other) == 1  # photos are only looked at
+    assert drawn(dog, "--seed", 5) == 1  # other files in the same folder
+    assert len(list((out / "images" / folders[0]).iterdir())) == 6
+    assert drawn(dog, "--sampler", "ddim") == 2
+    assert drawn(dog, "--weight", 0.5) == 3
+    assert drawn(dog, "--negative", "blurry") == 4
+    changed = shutil.copytree(dog, tmp_path / "dog")
+    weights = load_file(changed / "adapter" / "trained.safetensors")
+    with safe_open(changed / "adapter" / "trained.safetensors", "pt") as held:
+        about = held.metadata()
+    save_file({name: 2 * value for name, value in weights.items()}, changed / "adapter" / "trained.safetensors", about)
+    hashed = {"trained.safetensors": sha256(changed / "adapter" / "trained.safetensors")}
+    (changed / "adapter" / "manifest.json").write_text(json.dumps(hashed))
+    assert drawn(changed) == 5
+    files = {file: file.read_bytes() for each in folders for file in (out / "images" / each).glob("*.png")}
+    for file, content in files.items():
+        file.write_bytes(content[:200])
+    drawn(dog)
+    drawn(dog, "--seed", 5)
+    assert sum(file.read_bytes() == content for file, content in files.items()) == 6

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from finetune.adapters.inspection import accepted_names, open_adapter
 from finetune.core.errors import BadInput
 from finetune.export.adapter import adapter_from, export_adapter
-from finetune.export.base import Adapter, Bench, Request, delta
+from finetune.export.base import Adapter, Request, delta
+from finetune.export.bench import Bench
 from finetune.export.lora.kohya import Place, join, key_of, key_table, split
 from finetune.export.model.model_folder import export_folder
 from finetune.export.registry import EXPORTS, formats_for

@@ -18,7 +18,8 @@ from finetune.config.load import parse_recipe
 from finetune.core.errors import BadInput, CheckFailed
 from finetune.export import verify as checks
 from finetune.export.adapter import adapter_from, export_adapter
-from finetune.export.base import Bench, Request
+from finetune.export.base import Request
+from finetune.export.bench import Bench
 from finetune.export.model import model_folder as whole_models
 from finetune.export.registry import EXPORTS
 from finetune.export.settings import ExportTo
@@ -67,7 +68,7 @@ def test_what_a_run_says_of_files_that_it_did_not_check(
     out = capsys.readouterr().out
     assert out.count("not checked") == len(listed)
     assert "ok" not in out.replace("kohya", "").split()
-    monkeypatch.setattr(Bench, "clean", refuse)
+    monkeypatch.setattr(Bench, "_loaded", refuse)
     monkeypatch.setattr(whole_models, "loaded", refuse)
     family, _ = open_run(RunFolder(path))
     exported = export_run(RunFolder(path), family, FORMATS[kind], ExportTo(verify="deltas", max_error=1))

@@ -11,17 +11,22 @@ import pytest
 import torch
 from ends import metrics, weights
 
-from finetune.config.load import parse_recipe
+from finetune.config.load import dump_recipe, parse_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
 from finetune.jobs import train as job
 from finetune.jobs.dataset import cache_latents, held_out_photos, make_prompt_encoder, make_streams
 from finetune.jobs.export import export_result
+from finetune.jobs.fit import fit_job
+from finetune.jobs.plan import plan
 from finetune.jobs.prepare import prepare
 from finetune.jobs.verdicts import best_step, make_watch
 from finetune.runs.folder import RunFolder
+from finetune.runs.plan import plan_rows, shared_rows
 from finetune.testing.kill import killed_at
+from finetune.training.accelerate import make_accelerator
 from finetune.training.checkpoint import Checkpoints, State
+from finetune.verdicts.points import Predictor
 from finetune.verdicts.registry import MEASURES
 from finetune.verdicts.rows import FILE, read_rows
 
@@ -156,14 +161,87 @@ def test_a_protected_checkpoint_stays_until_another_is_protected(tmp_path: Path)
     assert kept.steps() == [5]
     kept.save(replace(state, step=3), keep=1)  # a run that went on from an earlier one
     assert kept.steps() == [3]
+    kept.protect(3)
+    kept.save(replace(state, step=6), keep=1)
+    assert kept.steps() == [3, 6]
+    kept.protect(6)
+    kept.drop_others(6, keep=1)
+    assert kept.steps() == [6]
     (kept.path / "best.json").write_text("no JSON")
     assert kept.protected() == 0
 
 
 def test_the_best_step_needs_verdicts_and_its_checkpoint(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    with pytest.raises(BadInput, match="has no verdicts"):
+    with pytest.raises(BadInput, match="is not a run folder"):
         best_step(folder)
+
+    def run(**settings: Any) -> None:
+        (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe_of(tmp_path, tmp_path, run=settings)))
+
+    for settings, said in (
+        ({"verdicts": "off"}, "run.verdicts is off; give a number with --step, or train with run.verdicts=on"),
+        ({"verdicts": "auto"}, "it was too short for them; give a number"),
+        ({"verdicts_every": 3}, "the first one comes after step 3 of 4; until then give a number with --step"),
+    ):
+        run(**settings)
+        with pytest.raises(BadInput, match=f"has no verdicts, which choose the best step: {said}"):
+            best_step(folder)
     (tmp_path / FILE).write_text('{"step": 50, "learned": 1.0, "seconds": 0.1}\n')
     with pytest.raises(BadInput, match=r"is 50, whose checkpoint was not kept \(kept: none\)"):
         best_step(folder)
+    with pytest.raises(BadInput, match=r"train again with run\.keep_best=true"):
+        best_step(folder)
+    run(keep_best=True)
+    with pytest.raises(BadInput, match=r"it is lost, though run\.keep_best is on"):
+        best_step(folder)
+    state = State(50, {"w": torch.zeros(1)}, {})
+    folder.checkpoints.save(state, keep=1)
+    assert best_step(folder) == 50
+    (tmp_path / "checkpoints" / "step-000050" / "trained.safetensors").write_bytes(b"damaged")
+    with pytest.raises(BadInput, match=r"the checkpoint of step 50, the best of .* is damaged \(kept: none\)"):
+        best_step(folder)
+
+
+def test_a_photo_is_not_held_out_of_a_run_that_is_too_short_to_be_measured(
+    tiny_bases: dict[str, Path], photos: Path
+) -> None:
+    recipe = recipe_of(tiny_bases["sd1"], photos, data={"hold_out": 1})
+    with pytest.raises(BadInput, match=r"4 steps are too few for run\.verdicts=auto"):
+        prepare(recipe)
+    assert prepare(recipe, begun=True).photos  # an older run goes on
+
+
+def test_the_plan_says_what_is_measured_and_what_it_costs(
+    tiny_bases: dict[str, Path], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of predictions is that of a real run."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(photos.parent / "cache"))  # where no base has drawn yet
+    asked: list[int] = []
+    predict = Predictor.__call__
+    monkeypatch.setattr(Predictor, "__call__", lambda self, points: asked.append(len(points)) or predict(self, points))
+    for data in ({"hold_out": 1}, {"class_noun": None, "templates": ["a photo of {token}"]}):
+        asked.clear()
+        recipe = recipe_of(tiny_bases["sd1"], photos, data=data, run={"verdicts_every": 2, "keep_best": True})
+        looked = prepare(recipe)
+        planned = plan(looked).verdicts
+        assert planned is not None
+        run = photos.parent / f"run-{len(data)}"
+        run.mkdir()
+        fit_job(looked, RunFolder(run), make_accelerator(recipe.run, True))
+        assert sum(asked) - planned.predictions in (0, planned.drawn_once)
+        assert planned.share == planned.predictions / (3 * 4)
+    looked = prepare(recipe_of(tiny_bases["sd1"], photos, data={"hold_out": 1}, run={"verdicts": "on"}))
+    rows, shared = plan_rows(plan(looked)), shared_rows(plan(looked))
+    (held,) = held_out_photos(looked)
+    assert rows["verdicts"].startswith("after steps 1, 2, 3, 4: what it learned, on 4 photos and on what is held out;")
+    name = looked.names[held]
+    assert rows["held out"] == f"1 of 3 photos, not trained on but used to measure what was learned: {name}"
+    assert name not in shared["held out"]
+    assert rows["each photo"] == "seen 2 times"
+
+
+def test_the_plan_says_that_nothing_is_measured(tiny_bases: dict[str, Path], photos: Path) -> None:
+    short, off = (plan(prepare(recipe_of(tiny_bases["sd1"], photos, run=own))) for own in ({}, {"verdicts": "off"}))
+    assert "too short" in plan_rows(short)["verdicts"]
+    assert plan_rows(off)["verdicts"] == "none: run.verdicts is off"

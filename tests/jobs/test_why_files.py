@@ -16,8 +16,9 @@ import finetune.jobs.train as job
 from finetune.config.load import parse_recipe
 from finetune.core.rng import SampleKey
 from finetune.data.crops import make_crops
+from finetune.jobs import timestep_loss
 from finetune.jobs.prepare import Prepared, prepare
-from finetune.jobs.timestep_loss import BINS, IMAGES, is_measured, losses_by_timestep, measure_trained
+from finetune.jobs.timestep_loss import BINS, IMAGES, images_measured, losses_by_timestep, measure_trained
 from finetune.runs.timesteps import read_timestep_loss
 
 
@@ -40,8 +41,11 @@ def recipe(base: Path, photos: Path, **sections: Any) -> dict[str, Any]:
     } | sections
 
 
-def test_a_run_writes_maps_and_losses(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+def test_a_run_writes_maps_and_losses(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Maps of both words for two seeds, none of the token for the prompt without it; the losses fell."""
+    monkeypatch.setattr(timestep_loss, "SHARE", 10)  # so few steps would not pay for it
     run = job.train(parse_recipe(recipe(tiny_bases["sd1"], photos)), tmp_path / "run")
     maps = sorted(file.name for file in (run / "attention").iterdir())
     assert maps == ["00-5-0.png", "00-5-1.png", "00-6-0.png", "00-6-1.png", "01-5-1.png", "01-6-1.png"]
@@ -71,11 +75,17 @@ def prepared(base: Path, photos: Path, **sections: Any) -> Prepared:
     return prepare(parse_recipe(recipe(base, photos, **sections)))
 
 
-def test_losses_are_the_mean_squares_of_the_denoisers_errors(tiny_bases: dict[str, Path], photos: Path) -> None:
+def test_losses_are_the_mean_squares_of_the_denoisers_errors(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One bin by the formulas of arXiv:2006.11239, with the UNet itself; three photos in turn for eight images."""
     made = prepared(tiny_bases["sd1"], photos)
+    encodings, real = [], type(made.family.codec).encode
+    monkeypatch.setattr(type(made.family.codec), "encode", lambda own, z: encodings.append(z) or real(own, z))
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     found = losses_by_timestep(made)
     assert found == losses_by_timestep(made), "the same noise each time"
+    assert len(encodings) == 3, "each photo is encoded once"
     parts: Any = made.family.parts
     text = made.family.encode_text(0, [made.captions[0][0]])["hidden"]
     errors = []
@@ -123,9 +133,22 @@ def test_a_mask_decides_what_counts(right: int, same: bool, tiny_bases: dict[str
 
 def test_what_is_not_measured(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
     """Short runs, and runs whose base was not measured: an older version began them."""
-    made = prepared(tiny_bases["sd1"], photos)
-    assert is_measured(made)
+    made = prepared(tiny_bases["sd1"], photos, run={"steps": 1_100, "batch_size": 1})
+    assert images_measured(made) == IMAGES
     measure_trained(made, tmp_path)
     assert read_timestep_loss(tmp_path) is None
-    short = made.recipe.model_copy(update={"run": made.recipe.run.model_copy(update={"steps": 9})})
-    assert not is_measured(replace(made, recipe=short))
+    for steps, images in ((9, 0), (100, 0), (400, 3), (1_000, 7), (5_000, IMAGES)):
+        other = made.recipe.model_copy(update={"run": made.recipe.run.model_copy(update={"steps": steps})})
+        assert images_measured(replace(made, recipe=other)) == images
+
+
+def test_fewer_images_are_spread_over_each_part(
+    tiny_bases: dict[str, Path], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two images: at a quarter and three quarters of each part; 20 predictions, and no more."""
+    made, times = prepared(tiny_bases["sd1"], photos), []
+    kind = type(made.family)
+    real = kind.predict
+    monkeypatch.setattr(kind, "predict", lambda own, z, t, *rest: times.extend(t.tolist()) or real(own, z, t, *rest))
+    losses_by_timestep(made, 2)
+    assert sorted(times) == [int((part + place) / BINS * 1000) for part in range(BINS) for place in (0.25, 0.75)]

@@ -79,6 +79,10 @@ def mode_of(call: ast.Call, is_method: bool) -> str:
     return str(said[0].value) if said and isinstance(said[0], ast.Constant) else "r"
 
 
+# things of our own whose `open` gives no text file
+OWN_OPEN = ("os", "Image", "mask", "self.mask", "kind()", "export", "photo", "photos[number]", "chosen(options)")
+
+
 def faults_of_text(module: ast.Module) -> list[str]:
     """Text that is read or written in the system's own encoding, or written with its own newlines."""
     found = []
@@ -88,7 +92,7 @@ def faults_of_text(module: ast.Module) -> list[str]:
         is_method = isinstance(node.func, ast.Attribute)
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
-        if name not in OPENS or owner in ("os", "Image", "mask", "self.mask", "kind()", "export"):
+        if name not in OPENS or owner in OWN_OPEN:
             continue
         mode = "w" if name == "write_text" else "r" if name == "read_text" else mode_of(node, is_method)
         given = {item.arg for item in node.keywords}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +17,16 @@ import psutil
 import pytest
 import torch
 import work
+from ends import metrics, weights
 from PIL import Image
 from safetensors.torch import load_file
 from work import methods_of, wait_for_steps
 
 from finetune.cli.main import run as finetune
+from finetune.jobs.verdicts import best_step
+from finetune.runs.folder import RunFolder
+from finetune.training.checkpoint import Checkpoints
+from finetune.verdicts.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -74,7 +80,19 @@ def class_images(cache: Path) -> dict[str, str]:
 
 
 def entries_of(cache: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in cache.rglob("*.safetensors")}
+    """Key of each entry in the shards below a folder -> SHA-256 over its values."""
+    found = {}
+    for file in cache.rglob("*.safetensors"):
+        tensors = load_file(file)
+        keys = tensors.pop("keys", None)
+        if keys is None:  # not a shard
+            found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            continue
+        del tensors["digests"]
+        for row, key in enumerate(keys):
+            values = b"".join(tensors[name][row].numpy().tobytes() for name in sorted(tensors))
+            found[f"{file.parent.name}/{bytes(key.tolist()).hex()}"] = hashlib.sha256(values).hexdigest()
+    return found
 
 
 @pytest.mark.slow
@@ -99,8 +117,10 @@ def test_one_and_two_processes_end_equal(tiny_bases: dict[str, Path], photos: Pa
     odd = [line for line in written if not line.endswith("/cache") and not any(name in line for name in shared)]
     entries = entries_of(tmp_path / "1" / "cache" / "latents")
     assert entries_of(tmp_path / "2" / "cache" / "latents") == entries, "dealt out, they are the same bits"
-    own = [line for line in written if "/cache/latents/" in line and line.startswith("os.rename")]
-    assert 0.3 * len(entries) < len(own) < 0.7 * len(entries)
+    renamed = [line for line in written if "/cache/latents/" in line and line.startswith("os.rename")]
+    own = {name for line in renamed for name in re.findall(r"[0-9a-f]{64}\.safetensors", line)}
+    shards = [file for file in (tmp_path / "2" / "cache" / "latents").rglob("*.safetensors") if file.name in own]
+    assert 0.3 * len(entries) < sum(len(load_file(file)["keys"]) for file in shards) < 0.7 * len(entries)
     assert not odd, "the second process wrote what is the first one's to write"
 
 
@@ -119,6 +139,30 @@ def test_priors_without_class_images_do_not_depend_on_the_processes(
         one, two = (tmp_path / count / "runs" / name for count in ("1", "2"))
         assert losses(two) == pytest.approx(losses(one), rel=1e-5)
         assert distance(*[load_file(run / "adapter" / "trained.safetensors") for run in (one, two)]) < 1e-5, name
+
+
+@pytest.mark.slow
+def test_verdicts_do_not_depend_on_the_processes(tiny_bases: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    """Not measured, measured, and stopped in between, with images of everything else and EMA: no bit of the run
+    changes with any number of processes, and the curves are the same up to the rounding of the weights."""
+    one_and_two(work, "verdicts", tmp_path, photos, tiny_bases["sd1"])
+    curves = []
+    for count in ("1", "2"):
+        off, on, stopped = (tmp_path / count / "runs" / name for name in ("off", "on", "stopped"))
+        for other in (on, stopped):
+            wanted, found = weights(off), weights(other)
+            assert metrics(other) == metrics(off)
+            assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+        assert not (off / "verdicts.jsonl").exists()
+        rows, again = (read_rows(run / "verdicts.jsonl") for run in (on, stopped))
+        assert [row.step for row in rows] == [0, 2, 4, 6, 8]
+        assert [row.values for row in again] == [row.values for row in rows]
+        kept = [Checkpoints(run).steps() for run in (on, stopped)]
+        assert kept[0] == kept[1] == sorted({best_step(RunFolder(on)), 8})
+        curves.append(rows)
+    for one, two in zip(*curves, strict=True):
+        assert two.values == pytest.approx(one.values, rel=1e-3, abs=1e-4)
+        assert one.step == 0 or any(abs(value) > 1e-2 for value in one.values.values())
 
 
 def command(base: Path, photos: Path, run: Path, *more: str) -> list[str]:

@@ -103,6 +103,42 @@ def priors(arguments: list[str]) -> tuple[int, str]:
     return 0, ""
 
 
+def verdicts(arguments: list[str]) -> tuple[int, str]:
+    """arguments: a folder, the photos, a base. With images of everything else: a run that is not measured, one that
+    is, and one that is stopped after a step that is to be measured, and goes on."""
+    from finetune.core.logging import quiet, quiet_bars
+
+    quiet()
+    quiet_bars()
+    import torch
+
+    from finetune import load_recipe, train
+    from finetune.core.errors import Stopped
+    from finetune.core.events import Event, StepDone
+    from finetune.core.signals import Stop
+
+    torch.set_num_threads(1)
+    out, photos, base = map(Path, arguments)
+    os.environ["FINETUNE_CACHE"] = str(out / "cache")
+    own = [f"base={base}", f"data.photos={photos}", *SETTINGS, *METHODS["lora"], OTHERS["lora"], UNCHECKED]
+    own += ["run.ema=0.9", "run.steps=8", "prior.count=2", "optim.kind=adamw"]
+    measured = ("run.verdicts_every=2", "run.keep_best=true", "run.checkpoint_every=3", "run.keep=1")
+    train(load_recipe("dreambooth-lora", [*own, "run.verdicts=off"]), out / "runs" / "off")
+    recipe, stop = load_recipe("dreambooth-lora", [*own, *measured]), Stop()
+    train(recipe, out / "runs" / "on")
+
+    def end(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 6:
+            stop.request()
+
+    try:
+        train(recipe, out / "runs" / "stopped", events=end, stop=stop)
+    except Stopped:
+        train(recipe, out / "runs" / "stopped")
+        return 0, ""
+    return 1, "it was not stopped"
+
+
 def commands(arguments: list[str]) -> tuple[int, str]:
     """arguments: the words of a `finetune` command each, as JSON. The first that fails ends it."""
     from finetune.cli.main import run

@@ -136,13 +136,27 @@ def test_the_verdict_is_a_sentence_and_curves(run: Path) -> None:
     (run / "verdicts.jsonl").write_text("".join(json.dumps(row | {"seconds": 0.1}) + "\n" for row in rows))
     (run / "verdict.json").write_text(json.dumps({"schema": 1, "left_out": ["No <b>class</b> here."]}))
     page = write_report(run).read_text(encoding="utf-8")
+    assert "<code class=whole>prior.others.count=256</code>" in page
+    page = page.replace("<code class=whole>", "").replace("</code>", "")
     assert "Base damaged" in page
-    assert "The best of the measured steps is 50; run.keep_best=true would keep it." in page
+    assert "the checkpoint of step 50 (it was not kept: train again with run.keep_best=true)" in page
+    assert "prior.others.count=256 holds everything else." in page
     assert "No &lt;b&gt;class&lt;/b&gt; here." in page
     assert "<i>odd" not in page
-    assert page.count("<svg") == 2 + 2
+    assert page.count("<svg class=plot") == 2
+    cells = [
+        row.split("</td>") for row in page.split("<table class=measures>")[1].split("</table>")[0].split("<tr>")[1:]
+    ]
+    shown = {row[0].removeprefix("<td>"): (row[1], row[2]) for row in cells}
+    assert shown["drift elsewhere"] == ("<td class=bad>0.90", "<td class=soft>at most 0.35")
+    assert shown["learned, on the photos"] == ("<td>5.00", "<td class=soft>at least 1.6")
+    held = ["data.photos=photos", "data.class_noun=mug", "prior.others={}", "prior.caption_dropout=0"]
+    (run / "recipe.yaml").write_text(dump_recipe(load_recipe("dreambooth-lora", held)))
     (run / "checkpoints" / "step-000050").mkdir(parents=True)
-    assert "finetune export RUN --step 50" in write_report(run).read_text(encoding="utf-8")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "(it is kept: <code class=whole>finetune export RUN --step 50</code>)" in page
+    assert "The run has a prior of everything else already." in page
+    assert "prior.others" not in page.split("The verdict")[1].split("</p>")[0]
 
 
 def test_a_damaged_verdicts_file_leaves_the_section_out(run: Path) -> None:

@@ -133,6 +133,9 @@ def test_neutral_prompts_name_no_noun_of_the_run() -> None:
     assert set(left) < set(every)
     assert not any({"car", "fish"} & set(prompt.split()) for prompt in left)
     assert len(neutral_prompts(["car"])) == len(neutral_prompts(["mug"]))
+    assert not any("man's" in prompt for prompt in neutral_prompts(["man"], 100))
+    assert not any("mountains" in prompt for prompt in neutral_prompts(["mountain"], 100))
+    assert neutral_prompts(["toy in a box on the shelf of a shop"], 100) == every
 
 
 def test_a_share_of_the_way() -> None:

@@ -11,6 +11,7 @@ from finetune.core.errors import BadInput
 from finetune.core.events import Measured, Restored
 from finetune.verdicts.memorisation import Memorisation, Nearest
 from finetune.verdicts.rows import FILE, Row, VerdictsFile, read_rows, up_to
+from finetune.verdicts.rules import judged
 from finetune.verdicts.verdict_file import read_remarks, write_verdict
 
 
@@ -46,7 +47,8 @@ def test_lines_that_no_run_writes_are_skipped(tmp_path: Path) -> None:
 
 def test_the_record_says_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
     drawn = Memorisation([Nearest("00-0.png", 1, 0.01, 0.1, True)], 0.3, 1.2)
-    write_verdict(tmp_path, [Row(0), Row(5, {"learned": 9.0})], drawn, ["No class."])
+    rows = [Row(0), Row(5, {"learned": 9.0})]
+    write_verdict(tmp_path, judged(rows), rows[-1], drawn, ["No class."])
     held = json.loads((tmp_path / "verdict.json").read_text())
     assert held["word"] == "good"
     assert held["step"] == 5

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from finetune.config.load import load_recipe
+from finetune.core.events import Measured
 from finetune.training.settings import Run
-from finetune.verdicts.due import FIRST, OFTEN, POINTS, SHARE, TRAINED, due_steps
-from finetune.verdicts.rows import Row
+from finetune.verdicts.advice import Means, means_of
+from finetune.verdicts.due import FIRST, OFTEN, POINTS, SHARE, TRAINED, due_steps, samples_in_step
+from finetune.verdicts.rows import Row, VerdictsFile, read_rows, writable
 from finetune.verdicts.rules import (
     DAMAGED,
     DRIFTED,
@@ -108,3 +116,89 @@ def test_off_in_yaml_and_settings_without_effect() -> None:
         Run(verdicts="off", keep_best=True)
     with pytest.raises(ValueError, match="verdicts_every"):
         Run(verdicts="off", verdicts_every=5)
+
+
+@pytest.mark.parametrize(
+    ("means", "advised"),
+    [
+        (Means(), "prior.kind=class_images holds the class and prior.others.count=256 holds everything else."),
+        (Means(holds_class=True), "prior.others.count=256 holds everything else."),
+        (
+            Means(holds_class=True, dropout=0.25),
+            "prior.others.count=256 with prior.caption_dropout=0 holds everything else.",
+        ),
+        (Means(holds_class=True, holds_others=True, dropout=0.1), "prior.caption_dropout=0 holds everything else."),
+        (Means(holds_class=True, holds_others=True), "The run has a prior of the class and one of everything else"),
+        (Means(barred=True), None),
+    ],
+)
+def test_the_advice_is_what_the_run_does_not_do_already(means: Means, advised: str | None) -> None:
+    rows = [BEGIN, row(50, 1.5, 1.4), row(100, 1.5, 1.4, elsewhere=2, class_drift=2)]
+    said = judged(rows, means=means).advice
+    assert said.startswith("Lower optim.lr or run.steps, or use the checkpoint of step 50 (it was not kept")
+    assert advised in said if advised else "prior" not in said
+    for name in ("prior.kind", "prior.others", "caption_dropout"):
+        assert (name in said) == bool(advised and name in advised)
+    assert "(it is kept: finetune export RUN --step 50)" in judged(rows, means=replace(means, kept=(50,))).advice
+
+
+def test_the_advice_is_a_setting_that_the_recipe_takes() -> None:
+    """With each prior: what is advised is accepted, and then it is not advised again."""
+    bad = [BEGIN, row(100, 1.5, 1.4, elsewhere=2, class_drift=2)]
+    for kind in ("none", "class_images", "frozen_base", "distance"):
+        own = ["data.photos=photos", "data.class_noun=mug", f"prior.kind={kind}"]
+        said = judged(bad, means=means_of(load_recipe("dreambooth-lora", own).prior, None, ())).advice
+        told = re.findall(r"prior\.[a-z_.]+=[a-z_0-9]+", said)
+        assert told
+        followed = load_recipe("dreambooth-lora", [*own, *told])
+        again = judged(bad, means=means_of(followed.prior, None, ())).advice
+        assert not [setting for setting in told if setting in again]
+
+
+def test_a_best_step_that_is_not_good_is_not_praised() -> None:
+    rows = [BEGIN, row(50, 1.5, 1.4, elsewhere=2), row(100, 1.5, 1.4, elsewhere=3)]
+    assert "step 50 (it was not kept: train again with run.keep_best=true), the best of" in judged(rows).advice
+    assert "not good either" in judged(rows).advice
+    assert "not good" not in judged([BEGIN, row(50, 1.5, 1.4), rows[-1]]).advice
+
+
+def test_undertrained_and_damaged_is_not_told_to_train_less() -> None:
+    said = judged([BEGIN, row(100, 0.2, 0.2, elsewhere=2)]).advice
+    assert said.startswith("Lower optim.lr.")
+    assert "run.steps" not in said
+
+
+def test_the_sentence_names_what_is_beyond_its_limit_alone() -> None:
+    only = judged([BEGIN, row(100, 1.5, 1.4, empty_prompt=1.5)]).sentence
+    assert "empty prompt" in only
+    assert "other things" not in only
+    assert "empty" not in judged([BEGIN, row(100, 1.5, 1.4, elsewhere=1.5)]).sentence
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_a_model_that_predicts_no_numbers_is_not_good(value: float, tmp_path: Path) -> None:
+    broken = dict.fromkeys(row(1, 0, 0).values, value)
+    rows = [BEGIN, row(50, 1.5, 1.4), Row(100, writable(broken))]
+    verdict = judged(rows)
+    assert verdict.found == (DAMAGED,)
+    assert "no numbers" in verdict.sentence
+    assert verdict.step == 50
+    VerdictsFile(tmp_path)(Measured(100, broken, 0.1))
+    assert judged(read_rows(tmp_path / "verdicts.jsonl")).found == (DAMAGED,)
+
+
+def test_what_is_in_memory_is_what_is_read_back(tmp_path: Path) -> None:
+    """Else a run that goes on after a kill could recommend another step."""
+    values = writable({"learned": 1 / 3, "held_out": 2e-7})
+    VerdictsFile(tmp_path)(Measured(100, values, 0.1))
+    assert dict(read_rows(tmp_path / "verdicts.jsonl")[0].values) == values
+
+
+def test_samples_in_a_step_are_those_of_all_streams() -> None:
+    def samples(*own: str) -> float:
+        recipe = load_recipe("dreambooth-lora", ["data.photos=p", "data.class_noun=mug", "run.batch_size=4", *own])
+        return samples_in_step(recipe.run, recipe.prior)
+
+    assert samples("prior.kind=none") == 4
+    assert samples("prior.kind=class_images") == 8
+    assert samples("prior.kind=none", "prior.others.share=0.25") == 5

@@ -1,7 +1,8 @@
-"""Sources: they turn what `data.photos` names into a folder of photos. To add one, add a file to this package.
+"""Sources: what `data.photos` can name. To add one, add a file to this package.
 
-Every source gives a folder with photos, masks and captions as files. The same source must always give the same files,
-so that a resumed run equals an uninterrupted one.
+A source gives a folder with photos, masks and captions as files, or a table: the images and captions of a data set,
+which are not unpacked. The same source must always give the same photos, so that a resumed run equals an uninterrupted
+one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from finetune.core.errors import BadInput
 from finetune.core.files import cache_dir, replacing, sha256
@@ -19,13 +20,29 @@ from finetune.data.captions import BESIDE, LISTS
 from finetune.data.leftovers import listed
 from finetune.data.photos import APPLE, SUFFIXES, SUFFIXES_SHOWN
 
+if TYPE_CHECKING:
+    from finetune.data.tables import Table
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """The recipe's settings of data sets (`data:`). A folder has none of them."""
+
+    split: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    streaming: bool = False
+    workers: int = 1
+
 
 @dataclass(frozen=True)
 class Opened:
-    """A source as a folder. `unused` is a sentence about what of it is not used, or empty."""
+    """A source as a folder, or as the `table` of a data set. `unused` is a sentence about what of it is not used, or
+    empty."""
 
     folder: Path
     unused: str = ""
+    table: Table | None = None
 
 
 class Source(ABC):
@@ -33,10 +50,13 @@ class Source(ABC):
 
     name: ClassVar[str]
 
+    def __init__(self, options: SourceOptions = SourceOptions()) -> None:
+        self.options = options
+
     @classmethod
     @abstractmethod
     def matches(cls, path: Path) -> bool:
-        """Returns whether the path is a source of this kind."""
+        """Returns whether the path is a source of this kind. `data.source` can name a kind that never matches."""
 
     @abstractmethod
     def open(self, path: Path) -> Opened:

@@ -69,6 +69,12 @@ class Backbone(ABC):
         kind: what metrics and the option `--KIND` call it.
         hub: the hub id that is taken if none is given; "" if it must be given.
         wants: what to give, in words, for messages.
+        reads_text: whether it has `read`.
+
+    Attributes:
+        model: the network.
+        preparation: how it wants its images; unset where `prepare` is its own.
+        hash: the SHA-256 of its files.
     """
 
     kind: ClassVar[str]
@@ -76,7 +82,18 @@ class Backbone(ABC):
     wants: ClassVar[str]
     reads_text: ClassVar[bool] = False
 
+    model: Any
+    preparation: Preparation
+
     def __init__(self, place: Path, name: str) -> None:
+        """
+        Args:
+            place: the file or folder.
+            name: what was given for it: a path or a hub id.
+
+        Raises:
+            BadInput: subclasses load it here, and it is another kind of network, damaged, or not allowed.
+        """
         self.place, self.name = place, public_name(name)
         self.hash = base_hash(place) if place.is_dir() else sha256(place)
         self.device = torch.device("cpu")
@@ -127,17 +144,18 @@ class Backbone(ABC):
         """The error that what was given can't be used."""
         return BadInput(f"{self.place} can't be used as {self.option().split()[0]} ({reason}): give {self.wants}")
 
-    @abstractmethod
     def to(self, device: torch.device) -> None:
         """Moves it to the device that looks at the images."""
+        self.model.to(device)
+        self.device = device
 
-    @abstractmethod
     def prepare(self, image: Image.Image) -> Tensor:
         """An RGB image -> the [3, height, width] float32 that the network reads."""
+        return self.preparation.tensor(image)
 
     @abstractmethod
     def look(self, images: Tensor) -> Tensor:
-        """[n, 3, height, width] -> [n, width]."""
+        """[n, 3, height, width], as `prepare` makes them, on `device` -> [n, width]."""
 
     @torch.no_grad()
     def see(self, files: Sequence[Path]) -> Vectors:
@@ -174,15 +192,12 @@ def read_weights(file: Path) -> dict[str, Any]:
     Raises:
         BadInput: it is a pickle and they are not allowed, or it can't be read.
     """
+    pickled = file.suffix != ".safetensors"
+    if pickled and not may_read_pickles():
+        raise BadInput(f"{file} is a pickle, which can run code: add --allow-pickle to read only its tensors")
     try:
-        if file.suffix == ".safetensors":
-            return dict(load_tensors(file))
-        if not may_read_pickles():
-            raise BadInput(f"{file} is a pickle, which can run code: add --allow-pickle to read only its tensors")
-        values = torch.load(file, map_location="cpu", weights_only=True)
+        values = torch.load(file, map_location="cpu", weights_only=True) if pickled else load_tensors(file)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
         raise BadInput(f"{file} holds no weights that can be read ({_short(error)}): fetch it again") from error
     if not isinstance(values, Mapping):
         raise BadInput(f"{file} holds no named weights: give the published file")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from finetune.evaluation.backbones.base import Backbone, Preparation, read_weights, weight_files
@@ -21,29 +20,21 @@ LPIPS_SHIFT, LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # fo
 class ConvNet(Backbone):
     """A plain chain of layers, of which some are taken."""
 
-    def to(self, device: torch.device) -> None:
-        self.layers.to(device)
-        self.device = device
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        return self.preparation.tensor(image)
-
-    layers: nn.Sequential
-    preparation: Preparation
+    model: nn.Sequential
 
     def _load(self, weights: dict[str, Any]) -> None:
-        own = {f"features.{name}": value for name, value in self.layers.state_dict().items()}
+        own = {f"features.{name}": value for name, value in self.model.state_dict().items()}
         for name, value in own.items():
             found = weights.get(name)
             if not isinstance(found, Tensor) or found.shape != value.shape:
                 raise self.refuse(f"it has no weights {name} of shape {'x'.join(map(str, value.shape))}")
             value.copy_(found)
-        self.layers.eval().requires_grad_(False)
+        self.model.eval().requires_grad_(False)
 
     def _taken(self, images: Tensor, wanted: tuple[int, ...]) -> list[Tensor]:
         """What comes out of the layers with the numbers `wanted`."""
         found = []
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.model):
             images = layer(images)
             if number in wanted:
                 found.append(images)
@@ -63,7 +54,7 @@ class Vgg(ConvNet):
     def __init__(self, place: Path, name: str) -> None:
         super().__init__(place, name)
         self.preparation = Preparation((256, 256))
-        self.layers = vgg19()
+        self.model = vgg19()
         self._load(all_weights(place))
 
     def look(self, images: Tensor) -> Tensor:
@@ -92,7 +83,7 @@ class Lpips(ConvNet):
         super().__init__(place, name)
         mean = tuple((shift + 1) / 2 for shift in LPIPS_SHIFT)  # of values in [0, 1] instead of [-1, 1]
         self.preparation = Preparation((256, 256), mean=mean, std=tuple(scale / 2 for scale in LPIPS_SCALE))
-        self.layers = alexnet()
+        self.model = alexnet()
         weights = all_weights(place)
         self._load(weights)
         self.lins = [self._lin(weights, number) for number in range(len(LPIPS_LAYERS))]

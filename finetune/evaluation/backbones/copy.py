@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -35,20 +34,13 @@ class Copy(Backbone):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                self.module: Any = torch.jit.load(place, map_location="cpu").eval()
+                self.model = torch.jit.load(place, map_location="cpu").eval()
         except (RuntimeError, ValueError, OSError) as error:
             raise self.refuse("it is no TorchScript file that can be read") from error
 
-    def to(self, device: torch.device) -> None:
-        self.module.to(device)
-        self.device = device
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        return self.preparation.tensor(image)
-
     def look(self, images: Tensor) -> Tensor:
         try:
-            found = self.module(images)
+            found = self.model(images)
         except RuntimeError as error:
             raise self.refuse("it does not read images of [n, 3, 320, 320]") from error
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):

@@ -35,7 +35,7 @@ class HubBackbone(Backbone):
         super().__init__(place, name)
         self.preparation = preparation_of(self, place)
         try:
-            self.model: Any = load_weights(place, self._class(kind), torch.float32, **self.options)
+            self.model = load_weights(place, self._class(kind), torch.float32, **self.options)
         except BadInput as fault:
             raise BadInput(
                 f"{self.option().split()[0]}: {str(fault).replace('fetch the base', 'fetch it')}"
@@ -58,16 +58,23 @@ class HubBackbone(Backbone):
 
         return getattr(transformers, self.classes[kind])
 
-    def to(self, device: torch.device) -> None:
-        self.model.to(device)
-        self.device = device
 
-    def prepare(self, image: Image.Image) -> Tensor:
-        return self.preparation.tensor(image)
+class ClassToken:
+    """What a network sees is the class token of its vision transformer's last layer, after its norm.
+
+    It is no `Backbone` itself, so that the registry does not take it for one.
+    """
+
+    model: Any
+
+    def look(self, images: Tensor) -> Tensor:
+        """[n, 3, height, width] -> [n, width]."""
+        token: Tensor = self.model(pixel_values=images).last_hidden_state[:, 0]
+        return token
 
 
-class DinoNetwork(HubBackbone):
-    """The class token of a vision transformer's last layer, after its norm."""
+class DinoNetwork(ClassToken, HubBackbone):
+    """DINO: a ViT that was trained without labels (arXiv:2104.14294)."""
 
     kind = "dino"
     hub = "facebook/dino-vits16"
@@ -75,26 +82,18 @@ class DinoNetwork(HubBackbone):
     classes = {"vit": "ViTModel"}
     options = {"add_pooling_layer": False}  # DINO's weights have none
 
-    def look(self, images: Tensor) -> Tensor:
-        token: Tensor = self.model(pixel_values=images).last_hidden_state[:, 0]
-        return token
 
-
-class DinoV2Network(HubBackbone):
-    """The class token of a vision transformer's last layer, after its norm."""
+class DinoV2Network(ClassToken, HubBackbone):
+    """DINOv2 (arXiv:2304.07193), with or without registers."""
 
     kind = "dinov2"
     hub = "facebook/dinov2-base"
     wants = "a folder of DINOv2 for transformers (hub id facebook/dinov2-base)"
     classes = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
 
-    def look(self, images: Tensor) -> Tensor:
-        token: Tensor = self.model(pixel_values=images).last_hidden_state[:, 0]
-        return token
 
-
-class DinoV3Network(DinoV2Network):
-    """The class token of a vision transformer's last layer, after its norm."""
+class DinoV3Network(ClassToken, HubBackbone):
+    """DINOv3 (arXiv:2508.10104)."""
 
     kind = "dinov3"
     hub = "facebook/dinov3-vits16-pretrain-lvd1689m"
@@ -119,6 +118,9 @@ class ClipNetwork(HubBackbone):
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(place)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise self.refuse(f"it has no tokenizer that can be read: {' '.join(str(error).split())[:100]}") from error
+        one, other = (self.tokenizer(text)["input_ids"] for text in ("a photo of a dog", "a photo of a cat"))
+        if one == other:  # transformers makes an empty tokenizer of a folder without one, which reads every text alike
+            raise self.refuse("it has no tokenizer that can be read: every word is unknown to it")
         self.length = int(self.model.config.text_config.max_position_embeddings)
 
     def look(self, images: Tensor) -> Tensor:

@@ -41,14 +41,10 @@ class Inception(Backbone):
         torch.save(read_weights(place), held)
         held.seek(0)
         try:
-            self.model: Any = module("inception", ["2048"], feature_extractor_weights_path=held)
+            self.model = module("inception", ["2048"], feature_extractor_weights_path=held)
         except (RuntimeError, KeyError, TypeError) as error:
             raise self.refuse("it does not hold the weights of FID's InceptionV3") from error
         self.model.eval().requires_grad_(False)
-
-    def to(self, device: torch.device) -> None:
-        self.model.to(device)
-        self.device = device
 
     def prepare(self, image: Image.Image) -> Tensor:
         return (resized(image, SIDE) - 128) / 128

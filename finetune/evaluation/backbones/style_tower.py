@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from finetune.evaluation.backbones.base import Backbone, Preparation, read_weights, weight_files
@@ -39,7 +38,7 @@ class CsdNetwork(Backbone):
         weights = self._weights(place)
         try:
             self.style = weights.pop("last_layer_style").float()
-            self.model: Any = vision_tower({k[9:]: v for k, v in weights.items() if k.startswith("backbone.")})
+            self.model = vision_tower({k[9:]: v for k, v in weights.items() if k.startswith("backbone.")})
         except (KeyError, RuntimeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
             raise self.refuse(f"it does not hold CSD's weights: {' '.join(str(error).split())[:120]}") from error
         side = self.model.config.image_size
@@ -54,12 +53,8 @@ class CsdNetwork(Backbone):
         return {str(name).removeprefix("module."): value for name, value in dict(inner).items()}
 
     def to(self, device: torch.device) -> None:
-        self.model.to(device)
+        super().to(device)
         self.style = self.style.to(device)
-        self.device = device
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        return self.preparation.tensor(image)
 
     def look(self, images: Tensor) -> Tensor:
         found = self.model(pixel_values=images).pooler_output @ self.style

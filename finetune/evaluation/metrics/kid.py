@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from finetune.evaluation.base import Metric, Score, Seen
+from finetune.evaluation.base import Score, SetMetric
 from finetune.evaluation.statistics import Vectors, among, bounds, cubic_kernel, draws, kernel_distances
 
 
-class Kid(Metric):
+class Kid(SetMetric):
     """The unbiased squared maximum mean discrepancy of InceptionV3's features, images against photos."""
 
     name = "kid"
     place = 12
     title = "KID"
     backbone = "inception"
-    higher_is_better = False
     meaning = "distance of all images to all photos as sets; it is unbiased, so that it can fall below 0"
     blind = "with a few photos of one subject it mostly compares scenes; use it for styles and large sets"
     source = "arXiv:1801.01401; resizing: arXiv:2104.11222"
 
-    def score(self, seen: Seen) -> Score:
-        chosen = seen.of(self.group)
-        sizes = [len(seen.images[k]) for k in chosen]
-        if sum(sizes) < 2 or len(seen.photos) < 2:
-            return Score(None, note="it needs two images and two photos at least")
-        images = np.concatenate([seen.images[k] for k in chosen])
-        others = among(cubic_kernel(seen.photos, seen.photos))
-        assert others is not None
-        parts = (cubic_kernel(images, images), cubic_kernel(images, seen.photos), others)
-        value = float(kernel_distances(*parts, np.ones((1, len(images))))[0])
-        low, high = self._interval(parts, sizes) or (None, None)
+    def of_sets(self, parts: Sequence[Vectors], photos: Vectors) -> Score:
+        images = np.concatenate(parts)
+        others = among(cubic_kernel(photos, photos))
+        assert others is not None  # there are two photos
+        kernels = (cubic_kernel(images, images), cubic_kernel(images, photos), others)
+        value = float(kernel_distances(*kernels, np.ones((1, len(images))))[0])
+        low, high = self._interval(kernels, list(map(len, parts))) or (None, None)
         return Score(value, low, high)
 
-    def _interval(self, parts: tuple[Vectors, Vectors, float], sizes: list[int]) -> tuple[float, float] | None:
+    def _interval(self, kernels: tuple[Vectors, Vectors, float], sizes: list[int]) -> tuple[float, float] | None:
         """Over prompts, whose images count as often as the resample holds the prompt."""
         count = len(sizes)
         if count < 2:
@@ -41,4 +38,4 @@ class Kid(Metric):
         counts = np.stack([np.bincount(drawn, minlength=count) for drawn in draws(count)])
         weights = np.repeat(counts, sizes, axis=1).astype(np.float64)
         different = (weights > 0).sum(axis=1) > 1  # one image alone has no other to be compared with
-        return bounds(kernel_distances(*parts, weights[different]))
+        return bounds(kernel_distances(*kernels, weights[different]))

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from finetune.evaluation.base import PromptMetric, Score, Seen
-from finetune.evaluation.statistics import Vectors, among, cosines, interval
+from finetune.evaluation.base import Likeness, Score, Seen
+from finetune.evaluation.statistics import cosines, interval
 
 
-class Pres(PromptMetric):
+class Pres(Likeness):
     """DINO between images of the class alone ("a photo of a dog") and the photos of the subject."""
 
     name = "pres"
@@ -31,9 +31,3 @@ class Pres(PromptMetric):
         values = [cosines(seen.images[k], seen.photos).mean(axis=1) for k in found.prompts]
         low, high = (interval(list(np.concatenate(values))) if values else None) or (None, None)
         return replace(found, low=low, high=high)
-
-    def of_prompt(self, images: Vectors, seen: Seen, number: int) -> float:
-        return float(np.mean(cosines(images, seen.photos)))
-
-    def reference(self, photos: Vectors) -> float | None:
-        return among(cosines(photos, photos))

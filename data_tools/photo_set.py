@@ -1,0 +1,101 @@
+"""What a folder holds for training: its photos, each with its caption, masks and companions.
+
+A set is read from whatever `data.photos` of a recipe may name. Nothing here writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.core.errors import BadInput
+from finetune.core.reading import parse_json, read_utf8
+from finetune.data.captions import COLUMNS, LISTS, caption_files, captions_beside
+from finetune.data.photos import MASK, Photo, image_files, is_companion
+from finetune.data.sources.registry import open_source
+
+MASKS = "masks"  # the folder masks/NAME.png
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A photo of a set. `beside` are its own caption files, `companions` its masks and NAME.depth.png and the like.
+
+    `caption` is what training would read, or None. `row` holds the other columns of its line in metadata.jsonl.
+    """
+
+    path: Path
+    caption: str | None = None
+    beside: tuple[Path, ...] = ()
+    companions: tuple[Path, ...] = ()
+    row: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The file's name, without the folder."""
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class PhotoSet:
+    """The photos of `folder`. `listed`: some captions are in a list of the whole folder, not in files of their own."""
+
+    folder: Path
+    entries: list[Entry]
+    listed: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def read_set(source: Path) -> PhotoSet:
+    """Reads the photos' names, captions and companions. The photos themselves are not opened.
+
+    Raises:
+        BadInput: there is no such folder, no image in it, or captions that can't be read.
+    """
+    source = Path(source).expanduser()
+    opened = open_source(source)
+    folder = opened.folder
+    paths = image_files(folder)
+    if not paths:
+        raise BadInput(f"{source} holds no images: give the folder with the photos", path=source)
+    photos = [Photo(path, (0, 0), "") for path in paths]
+    captions, beside = caption_files(folder, photos), captions_beside(folder, photos)
+    companions, rows = _companions(folder, paths), _rows(folder / "metadata.jsonl")
+    entries = [
+        Entry(
+            path,
+            captions.get(path.name),
+            tuple(beside.get(path.stem, ())),
+            tuple(companions.get(path.stem, ())),
+            rows.get(path.name, {}),
+        )
+        for path in paths
+    ]
+    listed = any((folder / name).is_file() for name in LISTS)
+    return PhotoSet(folder, entries, listed, (opened.unused,) if opened.unused else ())
+
+
+def _companions(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
+    """A photo's name without suffix -> its masks and other companions, sorted."""
+    stems = {path.stem for path in paths}
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.name.lower().endswith(MASK) and file.name[: -len(MASK)] in stems:
+            found.setdefault(file.name[: -len(MASK)], []).append(file)
+        elif is_companion(file, stems) and file.is_file():
+            found.setdefault(file.stem.rpartition(".")[0], []).append(file)
+    inside = sorted((folder / MASKS).glob("*.png")) if (folder / MASKS).is_dir() else []
+    for file in inside:
+        if file.stem in stems:
+            found.setdefault(file.stem, []).append(file)
+    return found
+
+
+def _rows(file: Path) -> dict[str, dict[str, Any]]:
+    """File name -> the columns of metadata.jsonl besides file name and caption. The lines were checked before."""
+    if not file.is_file():
+        return {}
+    rows = [parse_json(line, str(file), dict) for line in read_utf8(file).splitlines() if line.strip()]
+    own = ("file_name", *COLUMNS)
+    return {str(row["file_name"]): {key: row[key] for key in row if key not in own} for row in rows}

@@ -1,0 +1,50 @@
+"""What the plan says of verdicts: how often a run is measured, on what, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from finetune.config.recipe import Recipe
+from finetune.runs.plan import PlannedVerdicts
+from finetune.verdicts.bank import LEVELS
+from finetune.verdicts.due import (
+    CLASS_DRAWINGS,
+    DRAWN_ONCE,
+    FIRST,
+    OTHERS,
+    PHOTO_POINTS,
+    POINTS,
+    TRAINED,
+    due_steps,
+    samples_in_step,
+)
+from finetune.verdicts.probe import neutral_prompts
+
+
+def planned_verdicts(recipe: Recipe, held_out: Sequence[str] = ()) -> PlannedVerdicts:
+    """The verdicts of a recipe's run.
+
+    Args:
+        held_out: the names of the photos that are not trained on, where they are known.
+    """
+    run, prior, subjects = recipe.run, recipe.prior, recipe.data.all_subjects
+    steps = due_steps(run, samples_in_step(run, prior))
+    others = neutral_prompts([subject.class_noun for subject in subjects])
+    classes = bool(recipe.data.trigger) or any(subject.class_noun is not None for subject in subjects)
+    each = POINTS - (0 if classes else LEVELS * CLASS_DRAWINGS) - 2 * (OTHERS - len(others))
+    predictions = (FIRST - POINTS + each * (len(steps) + 1)) if steps else 0
+    passes = prior.passes + (prior.others.passes if prior.others is not None else 0)
+    return PlannedVerdicts(
+        steps=list(steps),
+        off=run.verdicts == "off",
+        predictions=predictions,
+        drawn_once=DRAWN_ONCE if steps else 0,
+        share=predictions / (TRAINED * run.batch_size * passes * run.steps),
+        points=PHOTO_POINTS,
+        others=len(others),
+        classes=classes,
+        hold_out=recipe.data.hold_out * len(subjects),
+        held_out=list(held_out),
+        keep_best=run.keep_best,
+        keep=run.keep,
+    )
