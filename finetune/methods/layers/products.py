@@ -6,11 +6,11 @@ The results differ from torch's own by rounding (1e-6 of the largest value): all
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -43,7 +43,7 @@ def _is_intel() -> bool:
 
 def memory_of_machine() -> int:
     """The machine's memory in bytes, or that of this process's container if it is smaller."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole = int(psutil.virtual_memory().total)
     file = Path("/sys/fs/cgroup/memory.max")
     limit = file.read_text(encoding="utf-8").strip() if file.is_file() else "max"
     return min(whole, int(limit)) if limit.isdigit() else whole
