@@ -366,7 +366,7 @@ def compare(asked: argparse.Namespace, work: Path) -> None:
                 row = measured(size, work, asked.steps, fast, precision)
                 show(row)
                 if asked.out:
-                    with asked.out.open("a", encoding="utf-8") as file:
+                    with asked.out.open("a", encoding="utf-8", newline="\n") as file:
                         file.write(json.dumps(row) + "\n")
         if not asked.no_start:
             show_start(size, work)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from finetune.families.registry import FAMILIES
@@ -140,8 +141,9 @@ def test_where_the_layers_are_peft_computes_what_is_not_one_plain_lora(tiny_base
         assert torch.allclose(predict(family), tuned, atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             halved = predict(family)
+        config = LoraConfig(r=2, lora_alpha=2)
         for layer in layers:
-            layer.update_layer("second", r=2, lora_alpha=2, init_lora_weights=False, config=None)
+            layer.update_layer("second", r=2, lora_alpha=2, init_lora_weights=False, config=config)
             layer.set_adapter(["default", "second"])
         several = predict(family)
     with torch.no_grad():
