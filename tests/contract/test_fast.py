@@ -141,7 +141,7 @@ def test_where_the_layers_are_peft_computes_what_is_not_one_plain_lora(tiny_base
         assert torch.allclose(predict(family), tuned, atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             halved = predict(family)
-        config = LoraConfig(r=2, lora_alpha=2)
+        config = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False)
         for layer in layers:
             layer.update_layer("second", r=2, lora_alpha=2, init_lora_weights=False, config=config)
             layer.set_adapter(["default", "second"])
