@@ -6,22 +6,24 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
-from data_tools.check import add_base, base_and_resolution
+from data_tools.check import add_base, add_detector, base_and_resolution, detector_of
 from data_tools.geometry import SAVED, Cut, Format, cut_step
 from data_tools.photo_set import Entry, PhotoSet, read_set
 from data_tools.show import add_folders, say_prepared
 from data_tools.subject import EDGES, Subject, find_subject
-from data_tools.vision import Detector
 from data_tools.work import Plan, Prepared, Step, carry_out, kept
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.data.blobs import Box
 from finetune.data.buckets import Size, bucket_table, mismatch
 from finetune.data.photos import BadImage, read_image
+
+if TYPE_CHECKING:
+    from data_tools.vision import Detector
 
 Shape = Literal["square", "buckets"]
 Pixels = tuple[int, int, int, int]  # left, top, right, bottom
@@ -176,29 +178,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", choices=tuple(SAVED), default="png", help="of the photos that are cropped")
     add_detector(parser)
-
-
-def add_detector(parser: argparse.ArgumentParser) -> None:
-    """Adds --detector and --find."""
-    parser.add_argument("--detector", metavar="FOLDER|ID", help="a detector that transformers reads")
-    parser.add_argument(
-        "--find",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="what to look for, such as dog; again for more",
-    )
-
-
-def detector_of(options: argparse.Namespace) -> Detector | None:
-    """The detector that the options name.
-
-    Raises:
-        BadInput: --find without --detector, or a detector that can't be used.
-    """
-    if options.detector is None and options.find:
-        raise BadInput("--find says what a detector looks for: give one with --detector")
-    return None if options.detector is None else Detector(options.detector, options.find)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -14,12 +15,14 @@ from data_tools.photo_set import Entry, PhotoSet, is_mask, read_set
 from data_tools.segment import resized, segment
 from data_tools.show import add_folders, say_prepared
 from data_tools.subject import marked_subject, without_bars
-from data_tools.vision import Segmenter
 from data_tools.work import Plan, Prepared, Step, Written, carry_out, kept
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.data.photos import MASK, BadImage, open_image, read_image
 from finetune.data.saliency import reduced
+
+if TYPE_CHECKING:
+    from data_tools.vision import Segmenter
 
 RADIUS = 4  # pixels of the small mask: how far the photo's edges may move the mask's
 EVEN = 1e-3  # of squared luma from 0 to 1: surfaces with less contrast are even
@@ -158,5 +161,15 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     if options.model is None and (options.find or options.allow_code):
         raise BadInput("--find and --allow-code say how --model is used: give one")
-    model = None if options.model is None else Segmenter(options.model, options.find, options.allow_code)
-    return say_prepared(mask(options.photos, options.out, model, options.unsure, options.dry_run), options.json)
+    done = mask(options.photos, options.out, _segmenter(options), options.unsure, options.dry_run)
+    return say_prepared(done, options.json)
+
+
+def _segmenter(options: argparse.Namespace) -> Segmenter | None:
+    if options.model is None:
+        return None
+    from finetune.core.logging import quiet_import
+
+    with quiet_import():
+        from data_tools.vision import Segmenter
+    return Segmenter(options.model, options.find, options.allow_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -10,9 +11,11 @@ from PIL import Image
 from data_tools.photo_set import Entry, is_mask
 from data_tools.quality import find_bars
 from data_tools.segment import segment
-from data_tools.vision import Detector
 from finetune.data.blobs import Box, box_of
 from finetune.data.photos import alpha_channel, open_image
+
+if TYPE_CHECKING:
+    from data_tools.vision import Detector
 
 WHITE = 127  # of 255: from here on a mask says subject
 EDGES = ("left", "top", "right", "bottom")

@@ -6,6 +6,7 @@ import numpy as np
 
 PART = 0.25  # of the main part's saliency: smaller parts are something else
 FAINT = 0.25  # less than this is nothing, and more than the rest to 1 is all
+ROUGH = 0.03  # of a side: a box around a subject is not more certain
 Box = tuple[float, float, float, float]  # left, top, right and bottom as shares of the sides
 
 
@@ -16,6 +17,19 @@ def box_of(inside: np.ndarray) -> Box | None:
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     height, width = inside.shape
     return columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height
+
+
+def share_in_square(box: Box, size: tuple[int, int]) -> float:
+    """The share of a box that the largest square at the middle of a photo of `size` (width, height) keeps.
+
+    Boxes are rough: what sticks out by less than three percent of a side does not count.
+    """
+    kept = 1.0
+    for low, high, length in zip(box[:2], box[2:], size, strict=True):
+        start, end = (1 - min(size) / length) / 2, (1 + min(size) / length) / 2
+        if low < start - ROUGH or high > end + ROUGH:
+            kept *= max(0.0, min(high, end) - max(low, start)) / (high - low)
+    return kept
 
 
 def border_share(inside: np.ndarray) -> float:
