@@ -48,7 +48,7 @@ def saliency(image: Image.Image, side: int = SIDE) -> np.ndarray:
     `image` is RGB. The result's longer side has `side` pixels, or the image's if that is smaller.
     """
     found = regions_of(lab_of(reduced(image, side)))
-    return salient(found)[found.labels].astype(np.float32)
+    return np.asarray(salient(found)[found.labels].astype(np.float32))
 
 
 def salient_box(image: Image.Image) -> Box | None:
@@ -171,7 +171,7 @@ def _background(apart: np.ndarray, touching: np.ndarray, border: np.ndarray) -> 
         np.minimum(distance, distance[:, middle, None] + distance[None, middle], out=distance)
     share = np.exp(-(distance**2) / (2 * JOINED**2))
     connected = share[:, border].sum(1) / np.sqrt(share.sum(1))
-    return 1 - np.exp(-(connected**2) / 2)
+    return np.asarray(1 - np.exp(-(connected**2) / 2))
 
 
 def _least_squares(contrast: np.ndarray, ground: np.ndarray, apart: np.ndarray, touching: np.ndarray) -> np.ndarray:
