@@ -210,6 +210,8 @@ def _loaded(folder: Path, name: str, option: str) -> Any:
         model = load_weights(folder, getattr(transformers, name), torch.float32, trust_remote_code=False)
     except BadInput as fault:
         raise BadInput(f"{option}: {str(fault).replace('fetch the base', 'fetch it')}") from fault
+    except ImportError as error:  # the classes for things need scipy
+        raise BadInput(f"{option} {folder} needs a package: {' '.join(str(error).split())[:200]}") from error
     return model.eval().requires_grad_(False)
 
 

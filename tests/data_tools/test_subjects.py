@@ -11,9 +11,9 @@ from test_findings_of_a_set import texture
 
 from data_tools.crop import CropRules, choose, crop
 from data_tools.mask import MaskMade, full_mask, guided, mask
+from data_tools.photo_set import read_set
 from data_tools.segment import JOIN, OWN, Mixture, _joined, learn, segment, walk
 from data_tools.subject import find_subject
-from data_tools.photo_set import read_set
 from finetune.core.errors import BadInput
 from finetune.data.blobs import connected, main_part, otsu, share_in_square
 from finetune.data.masks import find_masks

@@ -42,21 +42,21 @@ def write_yolos(folder: Path, box: tuple[float, float, float, float]) -> Path:
     return _prepared(folder, "YolosImageProcessor")
 
 
-def write_owlv2(folder: Path) -> Path:
+def write_owlvit(folder: Path) -> Path:
     torch.manual_seed(2)
     tokenizer = tiny_tokenizer(folder)
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     vision |= {"image_size": SIDE, "patch_size": 8}
     text = tiny_text_config(tokenizer, 16).to_dict() | {"max_position_embeddings": LENGTH}
-    config = transformers.Owlv2Config(text_config=text, vision_config=vision, projection_dim=16)
-    model = transformers.Owlv2ForObjectDetection(config)
+    config = transformers.OwlViTConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = transformers.OwlViTForObjectDetection(config)
     with torch.no_grad():
         model.class_head.logit_shift.bias.fill_(9.0)
     model.save_pretrained(folder)
-    processor = transformers.models.owlv2.image_processing_pil_owlv2.Owlv2ImageProcessorPil(
+    processor = transformers.models.owlvit.image_processing_pil_owlvit.OwlViTImageProcessorPil(
         size={"height": SIDE, "width": SIDE}
     )
-    transformers.Owlv2Processor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
+    transformers.OwlViTProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -82,14 +82,14 @@ def write_mask2former(folder: Path) -> Path:
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
     config = transformers.Mask2FormerConfig(
-        backbone_config=backbone, feature_size=8, mask_feature_size=8, hidden_dim=8, encoder_feedforward_dim=8,
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=8,
         dim_feedforward=8, encoder_layers=1, decoder_layers=2, num_attention_heads=1, num_queries=3, **_names(NAMES),
     )  # fmt: skip
     model = transformers.Mask2FormerForUniversalSegmentation(config)
     with torch.no_grad():
         model.class_predictor.bias.copy_(torch.tensor([9.0, -9.0, -9.0]))
     model.save_pretrained(folder)
-    return _prepared(folder, "Mask2FormerImageProcessor", num_labels=2, ignore_index=255)
+    return _prepared(folder, "Mask2FormerImageProcessor", size={"height": 64, "width": 64}, ignore_index=255)
 
 
 CODE = '''
