@@ -64,8 +64,8 @@ def write_segformer(folder: Path, names: dict[int, str]) -> Path:
     """A segmenter of classes that sees the second one everywhere."""
     torch.manual_seed(3)
     config = transformers.SegformerConfig(
-        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[7, 3], strides=[4, 2],
-        num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=8, **_names(names),
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[7, 3],
+        strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=8, **_names(names),
     )  # fmt: skip
     model = transformers.SegformerForSemanticSegmentation(config)
     with torch.no_grad():

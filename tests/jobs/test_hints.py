@@ -37,7 +37,7 @@ def hints(folder: Path, *overrides: str) -> list[str]:
 
 def test_each_photo_concerned_gets_a_line(folder: Path) -> None:
     cut, small = hints(folder)
-    assert cut.startswith("b.jpg: the square crop at the middle keeps 4")
+    assert cut.startswith("b.jpg: the square crop at the middle keeps 50%")
     assert cut.endswith("finetune data crop moves it")
     assert small.startswith("c.png: its subject fills 1% of it")
     assert "finetune data mask" in small
@@ -70,6 +70,7 @@ def test_a_sideways_photo_is_upright_when_it_is_small(tmp_path: Path) -> None:
     assert (red[0] > 150, red[1] < 60, white[1] > 240) == (True, True, True)
 
 
+@pytest.mark.slow
 def test_the_plan_shows_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "dreambooth-lora", f"data.photos={folder}"])[0] == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("hint")]
