@@ -11,7 +11,7 @@ from PIL import Image
 from data_tools.subject import WHITE, Subject
 from finetune.data.blobs import box_of, share_in_square
 from finetune.data.photos import mask_beside, open_image
-from finetune.data.saliency import QUICK, reduced, salient_box
+from finetune.data.saliency import QUICK, salient_box, shrunk
 
 if TYPE_CHECKING:
     from data_tools.vision import Detector
@@ -48,5 +48,5 @@ def _quick_subject(file: Path, upright: Image.Image) -> Subject | None:
     if beside is not None:
         box = box_of(np.asarray(open_image(beside, "black").convert("L")) > WHITE)
         return None if box is None else Subject(box, "its mask")
-    box = salient_box(reduced(upright, QUICK))
+    box = salient_box(shrunk(upright, QUICK))
     return None if box is None else Subject(box, "its colours")

@@ -19,7 +19,7 @@ from data_tools.work import Plan, Prepared, Step, Written, carry_out, kept
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.data.photos import MASK, BadImage, open_image, read_image
-from finetune.data.saliency import reduced
+from finetune.data.saliency import shrunk
 
 if TYPE_CHECKING:
     from data_tools.vision import Segmenter
@@ -112,7 +112,7 @@ def full_mask(image: Image.Image, made: MaskMade) -> Image.Image:
     """The mask of a photo in its own size, 8-bit grey, with the photo's edges."""
     assert made.values is not None
     part = image.crop(made.inner)
-    gain, offset = guided(_luma(reduced(part, max(made.values.shape))), made.values)
+    gain, offset = guided(_luma(shrunk(part, max(made.values.shape))), made.values)
     values = resized(gain, part.size) * _luma(part) + resized(offset, part.size)
     result = Image.new("L", image.size, 0)
     result.paste(Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)), made.inner[:2])

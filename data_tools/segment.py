@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.data.blobs import border_share, main_blobs, otsu
-from finetune.data.saliency import lab_of, reduced, saliency
+from finetune.data.saliency import lab_of, saliency, shrunk
 
 SIDE = 224  # pixels: the longer side of what is segmented
 SAMPLED = 72  # pixels: the longer side of what the mixtures learn from
@@ -79,8 +79,8 @@ def segment(image: Image.Image) -> Segmented:
 
     The longer side has 224 pixels, or the image's if that is smaller.
     """
-    small = reduced(image, SIDE)
-    lab, sampled = lab_of(small), lab_of(reduced(small, SAMPLED))
+    small = shrunk(image, SIDE)
+    lab, sampled = lab_of(small), lab_of(shrunk(small, SAMPLED))
     start = resized(saliency(image), small.size)
     limit = otsu(start)
     place = PLACE * (start - limit) / max(limit, 0.2)

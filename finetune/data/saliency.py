@@ -47,7 +47,7 @@ def saliency(image: Image.Image, side: int = SIDE) -> np.ndarray:
 
     `image` is RGB. The result's longer side has `side` pixels, or the image's if that is smaller.
     """
-    found = regions_of(lab_of(reduced(image, side)))
+    found = regions_of(lab_of(shrunk(image, side)))
     return np.asarray(salient(found)[found.labels].astype(np.float32))
 
 
@@ -76,7 +76,7 @@ def regions_of(lab: np.ndarray) -> Regions:
     return Regions(labels, means(lab, labels, count), places / max(height, width), middle)
 
 
-def reduced(image: Image.Image, side: int) -> Image.Image:
+def shrunk(image: Image.Image, side: int) -> Image.Image:
     """The image with a longer side of at most `side` pixels."""
     scale = min(1.0, side / max(image.size))
     width, height = (max(1, round(length * scale)) for length in image.size)

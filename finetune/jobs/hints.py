@@ -14,7 +14,7 @@ from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
 from finetune.data.blobs import Box, box_of, share_in_square
 from finetune.data.photos import BadImage, image_files, mask_beside, open_image, opened
-from finetune.data.saliency import QUICK, reduced, salient_box
+from finetune.data.saliency import QUICK, salient_box, shrunk
 
 MOST = 24  # photos: of more none is looked at
 SMALL = 0.06  # of a photo's area: training at 512 pixels shows such a subject with about 125
@@ -63,9 +63,9 @@ def thumbnail(file: Path) -> Image.Image:
     """
     with opened(file, file.read_bytes()) as image:
         if image.format != "JPEG":
-            return reduced(open_image(file), QUICK)
+            return shrunk(open_image(file), QUICK)
         image.draft("RGB", (2 * QUICK, 2 * QUICK))
-        return reduced(ImageOps.exif_transpose(image).convert("RGB"), QUICK)
+        return shrunk(ImageOps.exif_transpose(image).convert("RGB"), QUICK)
 
 
 def _size(file: Path) -> tuple[int, int]:
