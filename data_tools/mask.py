@@ -57,8 +57,8 @@ def mask(
         for entry in photos.entries:
             steps.append(_step(photos, entry, segmenter, unsure))
             advance(1, "")
-    settings = {"model": None if segmenter is None else segmenter.folder.name, "unsure": unsure}
-    settings["find"] = None if segmenter is None else segmenter.names
+    used = {} if segmenter is None else {"model": segmenter.folder.name, "find": segmenter.names}
+    settings = {**used, "unsure": unsure}
     without = sum(step.action == "no mask" for step in steps)
     notes = photos.notes
     if without:
