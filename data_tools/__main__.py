@@ -20,6 +20,8 @@ COMMANDS = {
     "sheet": "write a contact sheet and a page with every finding beside its photo",
     "dedupe": "write a folder without the copies and near-copies of a photo",
     "split": "write a folder of photos for training and one of held-out photos",
+    "crop": "write a folder of photos cropped around their subject",
+    "mask": "write a folder of photos with a mask of the subject beside each",
     "resize": "write a folder of photos of a base's size",
     "tags": "write a folder with changed captions, or count the tags",
     "unpack": "write a data set of the hub, or a local one, as a folder of images with captions",

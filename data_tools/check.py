@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image
 
 from data_tools import alike
+from data_tools.framing import framing
 from data_tools.hashes import NEAR, Look, difference_hash, look_of, near_pairs
 from data_tools.quality import Quality, faults, measure
 from data_tools.show import say_json, whole_number
@@ -23,6 +24,9 @@ from finetune.data.captions import BESIDE, LISTS, caption_files, caption_rows
 from finetune.data.leftovers import MANIFEST
 from finetune.data.photos import MASK, BadImage, Photo, image_files, is_companion, opened, read_image
 from finetune.data.sources.registry import open_source
+
+if TYPE_CHECKING:
+    from data_tools.vision import Detector
 
 __all__ = ["NEAR", "File", "Findings", "check", "difference_hash", "look_at"]
 
@@ -118,10 +122,13 @@ class Findings:
         }
 
 
-def check(folder: Path, resolution: int = USUAL, wanted: Wanted | None = None) -> Findings:
+def check(
+    folder: Path, resolution: int = USUAL, wanted: Wanted | None = None, detector: Detector | None = None
+) -> Findings:
     """Checks every image of a folder for training at `resolution` pixels, and returns the findings.
 
     `folder` may be anything that `data.photos` of a recipe names. `wanted` says what captions are checked against.
+    What a `detector` finds, such as faces, must not be cut at the edges.
 
     Raises:
         BadInput: there is no such folder, or no image in it.
@@ -131,7 +138,7 @@ def check(folder: Path, resolution: int = USUAL, wanted: Wanted | None = None) -
     paths = image_files(place)
     if not paths:
         raise BadInput(f"{folder} holds no images: give the folder with the photos")
-    files = look_at(paths, resolution)
+    files = look_at(paths, resolution, detector)
     _compare(files)
     findings = Findings(place, files, _of_the_set(files), _other_files(place, paths))
     findings.notes += [opened_source.unused] if opened_source.unused else []
@@ -139,17 +146,17 @@ def check(folder: Path, resolution: int = USUAL, wanted: Wanted | None = None) -
     return findings
 
 
-def look_at(paths: Sequence[Path], resolution: int) -> list[File]:
+def look_at(paths: Sequence[Path], resolution: int, detector: Detector | None = None) -> list[File]:
     """Opens every image once and returns what there is to say of each alone."""
     files = []
     with phase("Looking", len(paths), "photos") as advance:
         for number, path in enumerate(paths):
-            files.append(_look(path, resolution, number < alike.MOST))
+            files.append(_look(path, resolution, number < alike.MOST, detector))
             advance(1, "")
     return files
 
 
-def _look(path: Path, resolution: int, with_thumb: bool) -> File:
+def _look(path: Path, resolution: int, with_thumb: bool, detector: Detector | None) -> File:
     file = File(path)
     try:
         photo, upright = read_image(path)
@@ -169,11 +176,21 @@ def _look(path: Path, resolution: int, with_thumb: bool) -> File:
         file.problems.append(f"extreme shape: a square crop keeps {1 / longer:.0%} of it")
     file.quality = measure(upright, resolution)
     file.problems += faults(file.quality) if file.quality is not None else []
+    cut_off, notes = _framing(path, upright, detector)
+    file.problems += cut_off
+    file.notes += notes
     if _is_grey(upright):
         file.notes.append("grey")
     if with_thumb:
         file.thumb = alike.thumb_of(upright)
     return file
+
+
+def _framing(path: Path, upright: Image.Image, detector: Detector | None) -> tuple[list[str], list[str]]:
+    try:
+        return framing(path, upright, detector)
+    except BadImage as fault:
+        return [f"its mask can't be used: {fault.reason}"], []
 
 
 def _is_grey(upright: Image.Image) -> bool:
@@ -300,6 +317,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `check`."""
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder of photos")
     add_base(parser)
+    add_detector(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -318,6 +336,31 @@ def add_base(parser: argparse.ArgumentParser, token: bool = True) -> None:
         parser.add_argument("--token", default="", help="a word that must be in every caption, such as sks")
 
 
+def add_detector(parser: argparse.ArgumentParser) -> None:
+    """Adds --detector and --find."""
+    parser.add_argument("--detector", metavar="FOLDER|ID", help="a detector that transformers reads")
+    parser.add_argument(
+        "--find", action="append", default=[], metavar="NAME", help="what it looks for, such as face; again for more"
+    )
+
+
+def detector_of(options: argparse.Namespace) -> Detector | None:
+    """The detector that the options name.
+
+    Raises:
+        BadInput: --find without --detector, or a detector that can't be used.
+    """
+    if options.detector is None:
+        if options.find:
+            raise BadInput("--find says what a detector looks for: give one with --detector")
+        return None
+    from finetune.core.logging import quiet_import
+
+    with quiet_import():
+        from data_tools.vision import Detector
+    return Detector(options.detector, options.find)
+
+
 def run(options: argparse.Namespace) -> int:
     """Checks, prints and returns the exit code."""
     findings = check_for(options)
@@ -331,7 +374,8 @@ def run(options: argparse.Namespace) -> int:
 def check_for(options: argparse.Namespace) -> Findings:
     """Checks for the base, resolution and token of the command's options."""
     base, resolution, why = base_and_resolution(options)
-    findings = check(options.photos, resolution, read_wanted(base, options.token))
+    wanted = read_wanted(base, options.token)
+    findings = check(options.photos, resolution, wanted, detector_of(options))
     findings.notes.insert(0, f"checked for training at {resolution} pixels ({why})")
     return findings
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.photo_set import MASKS, Entry, PhotoSet
+from data_tools.photo_set import Entry, PhotoSet, is_mask
 from data_tools.work import Step, Writer, Written, companion_name, in_list
 from finetune.data.buckets import Size
 from finetune.data.photos import MASK, alpha_channel, open_image, open_values
@@ -50,10 +50,9 @@ def cut_step(photos: PhotoSet, entry: Entry, cut: Cut, saved: Format, about: tup
     files += [Written(f"{stem}{file.suffix}", file) for file in entry.beside]
     has_mask = False
     for file in entry.companions:
-        is_mask = file.name.lower().endswith(MASK) or file.parent.name == MASKS
-        has_mask |= is_mask
+        has_mask |= is_mask(file)
         name = str(Path(companion_name(file, entry, stem)).with_suffix(".png").as_posix())
-        files.append(Written(name, file, _companion_writer(file, cut, is_mask)))
+        files.append(Written(name, file, _companion_writer(file, cut)))
     if not has_mask and _alpha(entry.path) is not None:
         files.append(Written(f"{stem}{MASK}", entry.path, _alpha_writer(entry.path, cut)))
     return Step(entry.path, about[0], about[1], tuple(files), in_list(photos, entry), entry.row)
@@ -71,8 +70,8 @@ def _photo_writer(file: Path, cut: Cut, saved: Format) -> Writer:
     return lambda path: save(cut.of(open_image(file), Image.Resampling.LANCZOS), path, saved)
 
 
-def _companion_writer(file: Path, cut: Cut, is_mask: bool) -> Writer:
-    if is_mask:  # a filter that does not overshoot at edges
+def _companion_writer(file: Path, cut: Cut) -> Writer:
+    if is_mask(file):  # a filter that does not overshoot at edges
         return lambda path: save(
             cut.of(open_image(file, "black").convert("L"), Image.Resampling.BILINEAR), path, "png"
         )

@@ -76,6 +76,11 @@ def read_set(source: Path) -> PhotoSet:
     return PhotoSet(folder, entries, listed, (opened.unused,) if opened.unused else ())
 
 
+def is_mask(file: Path) -> bool:
+    """Whether a companion of a photo is its mask."""
+    return file.name.lower().endswith(MASK) or file.parent.name == MASKS
+
+
 def _companions(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
     """A photo's name without suffix -> its masks and other companions, sorted."""
     stems = {path.stem for path in paths}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.check import File, Findings, add_base, check_for
+from data_tools.check import File, Findings, add_base, add_detector, check_for
 from data_tools.geometry import WHOLE, Cut, save
 from data_tools.show import add_folders, say_prepared
 from data_tools.work import Plan, Prepared, Step, Writer, Written, carry_out
@@ -53,7 +53,7 @@ def _step(number: int, file: File) -> Step:
     if file.size is None:
         return Step(file.path, file.verdict, why)
     thumb = Written(_thumb_name(number), file.path, _thumb_writer(file))
-    return Step(file.path, file.verdict, why, (thumb,))
+    return Step(file.path, file.verdict, why, (thumb,), quiet=True)
 
 
 def _thumb_name(number: int) -> str:
@@ -147,6 +147,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `sheet`."""
     add_folders(parser)
     add_base(parser)
+    add_detector(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from data_tools.work import Prepared
 
 SHOWN = 20  # lines about single photos; the manifest has all
-SAME = ("copied",)  # actions that need no line of their own
+SAME = ("copied", "good")  # actions that need no line of their own
 
 
 def say(line: str) -> None:

@@ -7,14 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_tools.show import say, whole_number
+from data_tools.show import add_run, say, say_json, whole_number
+from data_tools.work import LIST, SCHEMA
+from finetune import __version__
 from finetune.core.errors import BadInput
-from finetune.core.files import replacing_folder, write_text
+from finetune.core.events import phase
+from finetune.core.files import replacing_folder, sha256, write_json, write_text
+from finetune.data.leftovers import MANIFEST
 from finetune.data.photos import opened
 
 
 def unpack(source: str, out: Path, split: str, image: str, caption: str, limit: int | None) -> int:
-    """Writes OUT/00000.png, ... (the stored bytes, not encoded again) and OUT/metadata.jsonl.
+    """Writes OUT/00000.png, ... (the stored bytes, not encoded again), OUT/metadata.jsonl and the manifest.
 
     Args:
         source: a hub id, an image folder, or a .parquet file.
@@ -30,18 +34,45 @@ def unpack(source: str, out: Path, split: str, image: str, caption: str, limit: 
     Raises:
         BadInput: there is no such data set, split or column; or OUT already exists.
     """
-    if out.exists():
-        raise BadInput(f"{out} already exists: give another folder, or remove it")
-    rows = _rows(source, split, image, caption)
-    lines = []
-    with replacing_folder(out) as temporary:
-        for number, row in enumerate(rows if limit is None else rows.select(range(min(limit, len(rows))))):
+    _refuse_place(out)
+    rows = _chosen(_rows(source, split, image, caption), limit)
+    lines, written, others = [], [], {}
+    with replacing_folder(out) as temporary, phase("Writing", len(rows), "photos") as advance:
+        for number, row in enumerate(rows):
             name = _write(_stored(row[image], source), temporary, number)
+            written.append((f"row {number}", name, sha256(temporary / name)))
             if row.get(caption):
                 lines.append(json.dumps({"file_name": name, "text": row[caption]}, ensure_ascii=False) + "\n")
+            advance(1, "")
         if lines:
-            write_text(temporary / "metadata.jsonl", "".join(lines))
-    return number + 1
+            write_text(temporary / LIST, "".join(lines))
+            others = {LIST: sha256(temporary / LIST)}
+        settings = {"split": split, "image": image, "caption": caption, "limit": limit}
+        write_json(temporary / MANIFEST, _manifest(source, settings, written, others))
+    return len(written)
+
+
+def _chosen(rows: Any, limit: int | None) -> Any:
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _manifest(
+    source: str, settings: dict[str, Any], written: list[tuple[str, str, str]], others: dict[str, str]
+) -> dict[str, Any]:
+    """As `data_tools.work` writes it. `written`: the row, its file, and that file's SHA-256."""
+    photos = [
+        {"source": row, "sha256": digest, "action": "written", "why": "", "files": {name: digest}}
+        for row, name, digest in written
+    ]
+    return {
+        "schema": SCHEMA, "finetune": __version__, "command": "unpack", "settings": settings, "source": source,
+        "notes": [], "photos": photos, "files": others,
+    }  # fmt: skip
+
+
+def _refuse_place(out: Path) -> None:
+    if out.exists():
+        raise BadInput(f"{out} already exists: give another folder, or remove it")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -52,11 +83,23 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", default="image", help="the column that holds the images")
     parser.add_argument("--caption", default="text", help="the column that holds the captions, if there is one")
     parser.add_argument("--limit", type=whole_number(1, "images"), help="write at most this many images")
+    add_run(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
-    count = unpack(options.source, options.out, options.split, options.image, options.caption, options.limit)
+    asked = (options.split, options.image, options.caption)
+    if options.dry_run:
+        _refuse_place(options.out)
+        count = len(_chosen(_rows(options.source, *asked), options.limit))
+    else:
+        count = unpack(options.source, options.out, *asked, options.limit)
+    if options.json:
+        say_json({"command": "unpack", "out": str(options.out), "dry_run": options.dry_run, "images": count})
+        return 0
+    if options.dry_run:
+        say(f"nothing was written (--dry-run): {options.out} would hold {count} images")
+        return 0
     say(f"{count} images in {options.out}; check them with: python -m data_tools check {options.out}")
     return 0
 

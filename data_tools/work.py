@@ -43,7 +43,8 @@ class Step:
     """What becomes of one photo. `files` are written for it, its image first; none if it is left out.
 
     `action` is a past participle such as "copied", and `why` a reason, or empty. `caption` goes into the folder's list
-    (None: it has files of its own, or none); `row` are further columns of that line.
+    (None: it has files of its own, or none); `row` are further columns of that line. `quiet`: what is written is not
+    the photo under another name, and is not told.
     """
 
     source: Path
@@ -52,6 +53,7 @@ class Step:
     files: tuple[Written, ...] = ()
     caption: str | None = None
     row: Mapping[str, Any] = field(default_factory=dict)
+    quiet: bool = False
 
     @property
     def target(self) -> str:
@@ -61,7 +63,7 @@ class Step:
     @property
     def line(self) -> str:
         """The step as a line for people."""
-        to = f" as {self.target}" if self.target and self.target != self.source.name else ""
+        to = f" as {self.target}" if self.target and self.target != self.source.name and not self.quiet else ""
         return shown(f"{self.source.name}: {self.action}{to}{f' ({self.why})' if self.why else ''}")
 
 

@@ -61,14 +61,17 @@ def plan(
         list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
     ] = None,
 ) -> None:
-    """Estimate what a recipe trains, writes and needs in memory. Reads only the base's configs."""
+    """Estimate what a recipe trains, writes and needs in memory. Reads the base's configs and small photos."""
     from finetune.config.load import load_recipe
 
     checked = load_recipe(recipe, overrides or [])  # reports a mistake at once, before the heavy imports
     from finetune.jobs.estimate import report
+    from finetune.jobs.hints import photo_hints
 
     for name, value in report(checked).items():
         typer.echo(f"{name:>16}  {plain(str(value))}")
+    for hint in photo_hints(checked):
+        typer.echo(f"{'hint':>16}  {plain(hint)}")
 
 
 def verify(file: File, base: Against = None) -> None:

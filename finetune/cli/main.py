@@ -243,11 +243,13 @@ def _train(
     loud()
     from finetune.families.toy import expectation
     from finetune.jobs import train as job
+    from finetune.jobs.hints import photo_hints
     from finetune.jobs.plan import plan
     from finetune.runs.plan import plan_lines
 
     if dry_run:
-        for line in plan_lines(plan(job.check_run(recipe, processes))):
+        hints = [f"{'hint':>16}  {hint}" for hint in photo_hints(recipe)]
+        for line in plan_lines(plan(job.check_run(recipe, processes))) + hints:
             say(line)
         return
     tell = say if is_main_process() else _silent

@@ -134,6 +134,12 @@ def companion(photo: Path, kind: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def mask_beside(photo: Path) -> Path | None:
+    """Returns the mask file of a photo, NAME.mask.png or masks/NAME.png, or None."""
+    places = (photo.with_name(f"{photo.stem}{MASK}"), photo.parent / "masks" / f"{photo.stem}.png")
+    return next((place for place in places if place.is_file()), None)
+
+
 def scan(folder: Path) -> list[Photo]:
     """Returns the photos of a folder, sorted by name. Every image file must be usable.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from data_tools.__main__ import main
 from finetune.data.captions import caption_rows
+from finetune.data.leftovers import MANIFEST
 from finetune.data.photos import scan
 
 
@@ -29,6 +31,25 @@ def test_bytes_and_captions_come_out_as_they_went_in(parquet: Path, photos: Path
     for name, file in zip(names, sorted(photos.iterdir()), strict=True):
         assert (tmp_path / "out" / name).read_bytes() == file.read_bytes()
     assert caption_rows(tmp_path / "out") == {names[0]: "a", names[2]: "c, d"}
+
+
+def test_unpacking_leaves_a_manifest_and_can_be_taken_back(
+    parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, out = parquet.read_bytes(), tmp_path / "out"
+    assert main(["unpack", str(parquet), str(out), "--dry-run"]) == 0
+    assert "would hold 3 images" in capsys.readouterr().out
+    assert not out.exists()
+    assert main(["unpack", str(parquet), str(out)]) == 0
+    values = json.loads((out / MANIFEST).read_text())
+    written = {name: digest for row in values["photos"] for name, digest in row["files"].items()} | values["files"]
+    there = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in out.iterdir()}
+    del there[MANIFEST]
+    assert written == there
+    assert (values["command"], values["photos"][1]["source"]) == ("unpack", "row 1")
+    assert main(["unpack", "--undo", str(out)]) == 0
+    assert not out.exists()
+    assert parquet.read_bytes() == before
 
 
 def test_an_image_folder_with_a_limit(photos: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from finetune.data.leftovers import MANIFEST
 
 COMMANDS = {
     "dedupe": [], "split": ["--hold-out", "1"], "resize": ["--resolution", "24"], "tags": ["--drop", "red"],
-    "sheet": [],
+    "sheet": [], "crop": ["--resolution", "24"], "mask": [],
 }  # fmt: skip
 
 
