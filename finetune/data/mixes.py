@@ -26,7 +26,9 @@ Value = TypeVar("Value")
 Parts = list[tuple[str, float]]  # caption, share
 
 
-def mix_captions(folder: Path, photos: Sequence[Photo], mix: Mapping[str, float], templates: Sequence[str]) -> list[Parts]:
+def mix_captions(
+    folder: Path, photos: Sequence[Photo], mix: Mapping[str, float], templates: Sequence[str]
+) -> list[Parts]:
     """The captions of each photo with their shares. The share of `templates` is split evenly among them.
 
     Args:
@@ -38,7 +40,11 @@ def mix_captions(folder: Path, photos: Sequence[Photo], mix: Mapping[str, float]
     found = {name: _texts_of(name, folder, photos) for name in mix if name != TEMPLATES}
     for name, texts in found.items():
         if not texts:
-            where = "caption files" if name == OWN else f"PHOTO.{name}.txt beside a photo, or column {name} of metadata.jsonl"
+            where = (
+                "caption files"
+                if name == OWN
+                else f"PHOTO.{name}.txt beside a photo, or column {name} of metadata.jsonl"
+            )
             raise BadInput(
                 f"data.caption_mix names {name!r} but {folder} has no such captions ({where}): write them with "
                 "`finetune data caption`, or leave the name out"
@@ -84,9 +90,7 @@ def _column(file: Path, name: str) -> dict[str, str]:
     if not file.is_file():
         return {}
     rows = [parse_json(line, str(file), dict) for line in read_utf8(file).splitlines() if line.strip()]
-    return {
-        str(row.get("file_name")): " ".join(row[name].split()) for row in rows if isinstance(row.get(name), str)
-    }
+    return {str(row.get("file_name")): " ".join(row[name].split()) for row in rows if isinstance(row.get(name), str)}
 
 
 def tag_count(text: str) -> int:

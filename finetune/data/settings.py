@@ -69,10 +69,10 @@ class Data(SubjectSettings):
     prompts are stored, `workers` how many threads decode images. Settings that the further `subjects` do not have hold
     for them too.
 
-    `shuffle_tags` draws the order of a caption's comma-separated tags behind the first `keep_tags`: `tag_orders` orders
-    of each caption are encoded, and each step draws one. `caption_mix` gives a photo several captions, each drawn by its
-    share (arXiv:2403.03206 section 5.3): `own`, `templates`, or NAME for files PHOTO.NAME.txt or a column of
-    metadata.jsonl. A photo that lacks one of them draws among its others.
+    `shuffle_tags` draws the order of a caption's comma-separated tags behind the first `keep_tags`: `tag_orders`
+    orders of each caption are encoded, and each step draws one. `caption_mix` gives a photo several captions, each
+    drawn by its share (arXiv:2403.03206 section 5.3): `own`, `templates`, or NAME for files PHOTO.NAME.txt or a column
+    of metadata.jsonl. A photo that lacks one of them draws among its others.
     """
 
     subjects: list[SubjectSettings] = []

@@ -190,9 +190,9 @@ def verdict_rows(planned: PlannedVerdicts, photos: int | None, names: bool) -> P
 class Plan(Record):
     """What a run trains on, how often it sees it, and what it trains.
 
-    `base`, `prompts`, `drawn`, `emphasis`, `unused` and `drawn_from` are private: they can hold a folder of this machine,
-    captions, and the names of files. `drawn`: the captions of photos in their first steps, where steps draw them;
-    `emphasis`: photos that are repeated or weighted. `resolution` is in pixels. `buckets` is empty if
+    `base`, `prompts`, `drawn`, `emphasis`, `unused` and `drawn_from` are private: they can hold a folder of this
+    machine, captions, and the names of files. `drawn`: the captions of photos in their first steps, where steps draw
+    them; `emphasis`: photos that are repeated or weighted. `resolution` is in pixels. `buckets` is empty if
     every crop is square. `places` are the samples of an epoch with buckets; `repeats` of them are padding with weight
     0. `enlarged`, `prior` and `timesteps` are texts from the photos, the prior and the objective. `exports`: what the
     trained parts cost when the files are read. `defaults`: the settings that follow the base, and their sources.

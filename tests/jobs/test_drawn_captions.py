@@ -1,4 +1,4 @@
-"""Tags in drawn orders, several captions a photo, repeats and weights: what is drawn, what the plan says, and resume."""
+"""Tags in drawn orders, several captions a photo, repeats and weights: what is drawn, what the plan says, resume."""
 
 from __future__ import annotations
 
