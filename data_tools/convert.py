@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from data_tools.items import DataSetOptions, Item, Items, read_items
-from data_tools.packed import LARGEST, parquet_schema, parts, write_csv, write_parquet, write_shard
+from data_tools.packed import LARGEST, Shape, parquet_schema, parts, shape_of, write_csv, write_parquet, write_shard
 from data_tools.show import add_run, say, say_json, say_prepared
 from data_tools.trainers import kohya, reading
 from data_tools.trainers.ai_toolkit import of_ai_toolkit
@@ -59,8 +59,8 @@ def convert(
     """Writes the photos and captions of `source` (all that `data.photos` can name) to the new folder `out`.
 
     `to`: captions (NAME.txt beside each photo), jsonl (metadata.jsonl), csv (metadata.csv), imagefolder (train/ with
-    metadata.jsonl), parquet or webdataset (tar shards), in files of at most `largest` bytes of images. The bytes of the
-    images stay as they are. What a format can't hold is named in the notes.
+    metadata.jsonl), parquet or webdataset (tar shards), in files of at most `largest` bytes of images. The images'
+    bytes stay as they are. What a format can't hold is named in the notes.
 
     Raises:
         BadInput: the format is unknown, there are no images, or `out` can't be written.
@@ -89,7 +89,8 @@ def _step(found: Items, item: Item, to: str) -> Step:
     if item.entry is not None and to != "imagefolder":
         own = [file for file in copied(item.entry)[1:] if Path(file.name).suffix.lower() not in BESIDE]
         files += own
-    caption: str | None = item.caption if item.caption is not None else "" if item.row else None
+    listed_anyway = item.row or to == "imagefolder"  # whose readers skip images that have no line
+    caption = item.caption if item.caption is not None else "" if listed_anyway else None
     if to == "captions":
         if item.caption is not None:
             text = f"{item.caption}\n"
@@ -120,7 +121,8 @@ def _extra(good: Sequence[Item], to: str, source: Path, largest: int) -> tuple[W
     sizes = [sum(item.size for item in part) for part in found]
     if to == "webdataset":
         names = [f"{TRAIN}-{number:05d}.tar" for number in range(len(found))]
-        writers = [partial(_shard, part) for part in found]
+        shape = shape_of(good)
+        writers = [partial(_shard, part, shape) for part in found]
     else:
         schema = parquet_schema(good)
         names = [f"{TRAIN}-{number:05d}-of-{len(found):05d}.parquet" for number in range(len(found))]
@@ -128,8 +130,8 @@ def _extra(good: Sequence[Item], to: str, source: Path, largest: int) -> tuple[W
     return tuple(Written(*each) for each in zip(names, [source] * len(found), writers, sizes, strict=True))
 
 
-def _shard(part: Sequence[Item], path: Path) -> None:
-    write_shard(path, part)
+def _shard(part: Sequence[Item], shape: Shape, path: Path) -> None:
+    write_shard(path, part, shape)
 
 
 def _parquet(part: Sequence[Item], schema: Any, path: Path) -> None:
@@ -147,10 +149,25 @@ def _notes(found: Items, to: str) -> tuple[str, ...]:
     columns = sorted({column for item in found.items for column in item.row})
     if to == "captions" and columns:
         notes.append(f"the columns {', '.join(columns)} are left out: captions beside photos have no place for them")
+    if to == "webdataset":
+        notes += _notes_of_shards([item for item in found.items if not item.fault])
     without = sum(item.caption is None for item in found.items)
     if without:
         notes.append(f"{without} of {len(found.items)} photos have no caption")
     return tuple(notes)
+
+
+def _notes_of_shards(good: Sequence[Item]) -> list[str]:
+    shape = shape_of(good)
+    others = sum(not item.name.endswith(f".{shape.ending}") for item in good)
+    notes = (
+        [f"{others} images of another format are named .{shape.ending}, as all: readers go by content"]
+        if others
+        else []
+    )
+    if shape.lost:
+        notes.append(f"the columns {', '.join(shape.lost)} are left out: no sample among the first has them")
+    return notes
 
 
 def convert_settings(

@@ -71,7 +71,7 @@ class Items:
     lost: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_items(source: Path, options: DataSetOptions = DataSetOptions()) -> Items:  # noqa: B008
+def read_items(source: Path, options: DataSetOptions = DataSetOptions()) -> Items:
     """Reads what `source` holds. Images are not decoded; a header that is none is a fault.
 
     Raises:
@@ -138,12 +138,13 @@ def _of_rows(source: Path, kind: type[DataSet], options: DataSetOptions) -> Item
         raise BadInput(f"the data set {name} has no rows: give one with images")
     rows.image = image_column(features, options.image, name)
     caption = caption_column(features, options.caption, name)
-    others = [column for column in features if column not in (rows.image, caption, *KEYS)]
     items: list[Item] = []
     names: set[str] = set()
     lost: dict[str, str] = {}
     with phase("Reading", 0, "photos") as advance:
         for number, (content, path, row) in enumerate(_whole(rows, name)):
+            row |= row.pop("json") if isinstance(row.get("json"), dict) else {}  # of tar shards
+            others = [column for column in row if column not in (rows.image, caption, *KEYS)]
             columns, captions = _plain(row, others, lost), _captions(row.get(caption) if caption else None)
             columns |= {f"{caption}_{index}": text for index, text in enumerate(captions[1:], 2)}
             ending, fault = ("", "no image") if content is None else _format_of(Path(f"row {number}"), content)

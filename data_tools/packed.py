@@ -6,13 +6,16 @@ import csv
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.items import Item
 
 GROUP = 100  # rows of a parquet file that are written, and read, together
+FIRST = 5  # samples of a tar file from which `datasets` infers its columns
 LARGEST = 500_000_000  # bytes of images in one parquet file or tar shard
 
 
@@ -76,25 +79,48 @@ def _row(item: Item, schema: Any) -> dict[str, Any]:
     return row
 
 
-def write_shard(path: Path, items: Sequence[Item]) -> None:
+@dataclass(frozen=True)
+class Shape:
+    """What every sample of a set of tar shards has: `datasets` wants the same endings in all of them.
+
+    ending: of the images; readers go by their content. columns: of NAME.json. lost: columns that are left out, since
+    none of the first samples, from which `datasets` infers their kind, has one.
+    """
+
+    ending: str
+    captions: bool
+    columns: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+def shape_of(items: Sequence[Item]) -> Shape:
+    """The shape of the samples in tar shards: the most frequent ending, and what any of them has."""
+    ending = Counter(item.name.rpartition(".")[2] for item in items).most_common(1)[0][0]
+    columns, known = columns_of(items), columns_of(items[:FIRST])
+    lost = tuple(column for column in columns if column not in known)
+    return Shape(ending, any(item.caption for item in items), tuple(known), lost)
+
+
+def write_shard(path: Path, items: Sequence[Item], shape: Shape) -> None:
     """Writes one tar file: NAME.jpg, NAME.txt with the caption, NAME.json with further columns.
 
     Nothing in it depends on the time or the user, so that the same images give the same file.
     """
     with tarfile.open(path, "w") as held:
         for item in items:
-            for name, content in _members(item):
+            for name, content in _members(item, shape):
                 about = tarfile.TarInfo(name)
                 about.size = len(content)
                 held.addfile(about, io.BytesIO(content))
 
 
-def _members(item: Item) -> Iterator[tuple[str, bytes]]:
-    yield item.name, item.read()
-    if item.caption is not None:
-        yield f"{item.stem}.txt", item.caption.encode()
-    if item.row:
-        yield f"{item.stem}.json", json.dumps(dict(item.row), ensure_ascii=False).encode()
+def _members(item: Item, shape: Shape) -> Iterator[tuple[str, bytes]]:
+    yield f"{item.stem}.{shape.ending}", item.read()
+    if shape.captions:
+        yield f"{item.stem}.txt", (item.caption or "").encode()
+    if shape.columns:
+        row = {column: item.row.get(column) for column in shape.columns}
+        yield f"{item.stem}.json", json.dumps(row, ensure_ascii=False).encode()
 
 
 def write_csv(path: Path, items: Sequence[Item]) -> None:

@@ -220,7 +220,8 @@ def _write(plan: Plan, folder: Path) -> Iterator[dict[str, Any]]:
                 if file.name not in done:  # a.jpg and a.png share a.txt
                     done[file.name] = _write_file(file, folder)
             yield {
-                "source": step.called, "sha256": "" if step.label else _digest(step.source), "action": step.action, "why": step.why,
+                "source": step.called, "sha256": "" if step.label else _digest(step.source),
+                "action": step.action, "why": step.why,
                 "files": {file.name: done[file.name] for file in step.files},
             }  # fmt: skip
             advance(1, "")

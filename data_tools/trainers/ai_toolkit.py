@@ -64,7 +64,7 @@ REASONS = {
     "save.push_to_hub": "nothing is uploaded", "train.noise_scheduler": MODEL, "model.is_flux": MODEL,
     "model.is_xl": MODEL, "model.is_v2": MODEL, "model.is_v3": MODEL, "model.arch": MODEL,
     "model.quantize": "`finetune plan` says what fits", "model.low_vram": "`finetune plan` says what fits",
-    "train.train_unet": "method.parts says what trains", "sample.sampler": "sample.sampler has dpm++, ddim, euler, unipc",
+    "train.train_unet": "method.parts says what trains", "sample.sampler": "choose sample.sampler",
     "sample.width": "images have the size of training", "sample.height": "images have the size of training",
     "sample.walk_seed": "each image has a seed of its own", "type": "a recipe always trains",
     "train.disable_sampling": "sample.every=0 draws none while training",

@@ -59,7 +59,7 @@ REASONS = {
     "repeats": "of one folder repeats only make epochs longer", "cache_latents": "latents are always cached",
     "scale_lr": "write the scaled rate into optim.lr", "sample_batch_size": "prior.batch_size",
     "resume_from_checkpoint": "`finetune resume RUN` goes on", "prior_generation_precision": "run.precision",
-    "pretrained_vae_model_name_or_path": "the base's own VAE is used: put the other one into the base's folder",
+    "pretrained_vae_model_name_or_path": "the base's own VAE is used: put the other into its folder",
     "script": "the recipe's kind of training",
 }  # fmt: skip
 

@@ -221,13 +221,16 @@ def _subsets(settings: Mapping[str, Any], carried: Carried) -> tuple[list[dict[s
 def _put_subsets(subsets: list[dict[str, Any]], carried: Carried) -> None:
     photos = [subset for subset in subsets if not subset.get("is_reg")]
     tokens: set[str] = set()
+    used = []
     for subset in photos:
         folder, words = carried.folder(subset.get("image_dir", "")), str(subset.get("class_tokens") or "")
         token = split_words(words)[0].lower()
         if tokens and (not token or token in tokens):
             why = "a second folder of the same token: move its photos to the first one"
             carried.leave("image_dir", str(folder), why)
-        elif tokens:
+            continue
+        used.append(subset)
+        if tokens:
             _further(subset, folder, words, carried)
         else:
             _first(subset, folder, words, carried)
@@ -235,7 +238,7 @@ def _put_subsets(subsets: list[dict[str, Any]], carried: Carried) -> None:
         if subset.get("metadata_file"):
             why = "captions are read from files beside the photos or metadata.jsonl"
             carried.leave("metadata_file", subset["metadata_file"], why)
-    _repeats(photos, carried)
+    _repeats(used, carried)
     reg = [subset for subset in subsets if subset.get("is_reg")]
     if reg:
         _class_images(reg, carried)
@@ -262,7 +265,7 @@ def _repeats(photos: list[dict[str, Any]], carried: Carried) -> None:
     """Repeats are relative: of one subject they only make epochs longer."""
     given = [whole(subset.get("num_repeats") or 1) for subset in photos]
     subjects = carried.at("data.subjects", [])
-    if len(subjects) + 1 != len(given) or len(set(given)) == 1:
+    if len(set(given)) <= 1:
         for many in sorted(set(given)):
             carried.leave(
                 "num_repeats", many, "equal repeats only make epochs longer: run.steps says how long a run is"

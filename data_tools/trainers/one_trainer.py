@@ -87,7 +87,8 @@ REASONS = {
 OF_CONCEPT = {
     "image.enable_random_flip": Rule("data.flip", truth),
     "image.enable_crop_jitter": Rule("data.crop", lambda value: "random" if truth(value) else "center"),
-    "text.enable_tag_shuffling": Rule("data.shuffle_tags", truth), "text.keep_tags_count": Rule("data.keep_tags", whole),
+    "text.enable_tag_shuffling": Rule("data.shuffle_tags", truth),
+    "text.keep_tags_count": Rule("data.keep_tags", whole),
 }  # fmt: skip
 CONCEPT_REASONS = {
     "name": "a name for people", "seed": "draws follow run.seed", "image_variations": "crops are drawn each step",

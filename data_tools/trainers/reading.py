@@ -14,7 +14,10 @@ from finetune.core.reading import parse_json, parse_yaml, read_utf8
 
 KOHYA, DATASET = "kohya's flags", "kohya's dataset TOML"
 ONE_TRAINER, AI_TOOLKIT, DIFFUSERS = "OneTrainer's JSON", "ai-toolkit's YAML", "diffusers' flags"
-ADVICE = "known are kohya's folders, dataset TOML and flags, OneTrainer's JSON, ai-toolkit's YAML and flags of diffusers' scripts"
+ADVICE = (
+    "known are kohya's folders, dataset TOML and flags, OneTrainer's JSON, ai-toolkit's YAML and the flags of "
+    "diffusers' scripts"
+)
 ENDINGS = (".toml", ".json", ".yaml", ".yml", ".sh", ".bash", ".bat", ".cmd", ".ps1", ".txt")
 OF_KOHYA = ("network_module", "network_dim", "dataset_config", "train_data_dir", "shuffle_caption", "max_train_epochs")
 OF_DIFFUSERS = ("instance_data_dir", "instance_prompt", "checkpointing_steps", "dataset_name", "validation_prompt")
@@ -102,7 +105,8 @@ def flags(text: str, file: Path) -> dict[str, Any]:
         (each for each in lines if "--" in each), ""
     )
     for name, value in sorted(variables.items(), key=lambda pair: -len(pair[0])):
-        line = re.sub(rf"\$(?:env:)?\{{?{re.escape(name)}\}}?(?!\w)|%{re.escape(name)}%", lambda _: value, line)
+        place = rf"\$(?:env:)?\{{?{re.escape(name)}\}}?(?!\w)|%{re.escape(name)}%"
+        line = re.sub(place, value.replace("\\", r"\\"), line)
     try:
         words = shlex.split(line, posix="\\" not in line)
     except ValueError as error:

@@ -96,8 +96,8 @@ def _check_prior(recipe: Recipe) -> None:
         )
     if prior.of_captions and recipe.data.shuffle_tags:
         raise ValueError(
-            "prior.prompt has {caption}, each caption without the trigger, but data.shuffle_tags draws other orders of "
-            "it: leave one of them out"
+            "prior.prompt has {caption}, each caption without the trigger, but data.shuffle_tags draws other orders "
+            "of it: leave one of them out"
         )
     if prior.of_captions and not recipe.data.trigger:
         raise ValueError(
