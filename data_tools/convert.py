@@ -24,7 +24,6 @@ from data_tools.work import Plan, Prepared, Step, Written, carry_out, copied
 from finetune.config.load import SCHEMA, SCHEMA_LINE
 from finetune.core.errors import BadInput
 from finetune.core.files import write_text
-from finetune.data.captions import BESIDE
 from finetune.data.sources.kohya_folder import KohyaFolder
 
 RECIPE = "recipe"
@@ -87,8 +86,8 @@ def _step(found: Items, item: Item, to: str) -> Step:
     image = Written(f"{inside}{item.name}", item.source, _writer(item), item.size)
     files = [image if item.entry is None else Written(image.name, item.source)]
     if item.entry is not None and to != "imagefolder":
-        own = [file for file in copied(item.entry)[1:] if Path(file.name).suffix.lower() not in BESIDE]
-        files += own
+        own = {f"{item.stem}{file.suffix}" for file in item.entry.beside}
+        files += [file for file in copied(item.entry)[1:] if file.name not in own]
     listed_anyway = item.row or to == "imagefolder"  # whose readers skip images that have no line
     caption = item.caption if item.caption is not None else "" if listed_anyway else None
     if to == "captions":
@@ -142,9 +141,10 @@ def _notes(found: Items, to: str) -> tuple[str, ...]:
     notes = list(found.notes)
     if to in (*PACKED, "imagefolder"):
         beside = sum(len(item.entry.companions) for item in found.items if item.entry is not None)
+        beside += sum(len(item.entry.further) for item in found.items if item.entry is not None)
         if beside:
             notes.append(
-                f"{beside} masks, depth maps and images before an edit are left out: {to} has no place for them"
+                f"{beside} masks, depth maps and other files of photos are left out: {to} has no place for them"
             )
     columns = sorted({column for item in found.items for column in item.row})
     if to == "captions" and columns:

@@ -136,6 +136,7 @@ def copied(entry: Entry, folder: str = "", stem: str = "") -> tuple[Written, ...
     inside = f"{folder}/" if folder else ""
     files = [Written(f"{inside}{stem}{entry.path.suffix}", entry.path)]
     files += [Written(f"{inside}{stem}{file.suffix}", file) for file in entry.beside]
+    files += [Written(f"{inside}{companion_name(file, entry, stem)}", file) for file in entry.further]
     files += [Written(f"{inside}{companion_name(file, entry, stem)}", file) for file in entry.companions]
     return tuple(files)
 

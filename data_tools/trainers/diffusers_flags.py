@@ -51,7 +51,7 @@ RULES = {
     "input_perturbation": Rule("objective.input_perturbation", number),
 }  # fmt: skip
 REASONS = {
-    "hub_token": "a secret has no place in a recipe", "push_to_hub": "nothing is uploaded", "logging_dir": "RUN has it",
+    "hub_token": "a secret", "push_to_hub": "nothing is uploaded", "logging_dir": "RUN has it",
     "report_to": "run.trackers=[tensorboard] or [wandb] writes it", "allow_tf32": "only how it is computed",
     "enable_xformers_memory_efficient_attention": "only how it is computed", "variant": "the files are found",
     "dataloader_num_workers": "data.workers, by the number of cores", "local_rank": "the launcher says it",
