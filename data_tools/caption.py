@@ -81,7 +81,8 @@ def caption(
     photos = read_set(source)
     chosen = _chosen(photos, rules.share)
     texts, faults = _texts(photos, chosen, captioner, dry_run)
-    steps = [_step(photos, entry, rules, texts, faults) for entry in photos.entries]
+    found = Found(texts, faults, captioner is not None)
+    steps = [_step(photos, entry, rules, found) for entry in photos.entries]
     if all(step.action in ("copied", "left out") for step in steps):
         raise BadInput(f"this changes no caption of {source}: give --model, --tagger, --template or --replace")
     settings = asdict(rules) | {"network": captioner.name if captioner else None}
@@ -180,15 +181,24 @@ def _key(captioner: Captioner) -> str:
     return hashlib.sha256(json.dumps([told, asked], sort_keys=True).encode()).hexdigest()
 
 
-def _step(
-    photos: PhotoSet, entry: Entry, rules: CaptionRules, texts: Mapping[str, str], faults: Mapping[str, str]
-) -> Step:
+@dataclass(frozen=True)
+class Found:
+    """What new captions are made of, by the photo's name, and why a photo can't be described."""
+
+    texts: Mapping[str, str]
+    faults: Mapping[str, str]
+    by_network: bool
+
+
+def _step(photos: PhotoSet, entry: Entry, rules: CaptionRules, found: Found) -> Step:
     step = kept(photos, entry)
-    if entry.name in faults:
-        return changed(step, action="copied", why=f"not described: {faults[entry.name]}")
-    if entry.name not in texts:
+    if entry.name in found.faults:
+        return changed(step, why=f"not described: {found.faults[entry.name]}")
+    if entry.name not in found.texts:
         return step
-    text = rules.wording.apply(texts[entry.name], entry.name)
+    if found.by_network and not found.texts[entry.name]:
+        return changed(step, why="the network wrote nothing")
+    text = rules.wording.apply(found.texts[entry.name], entry.name)
     if rules.called == OWN and text == (entry.caption or ""):
         return step
     if not text:

@@ -235,7 +235,8 @@ def test_kohyas_flags_with_their_dataset(kohyas: Path, tmp_path: Path) -> None:
 
 ONE_TRAINER = {
     "training_method": "LORA", "model_type": "STABLE_DIFFUSION_XL_10_BASE", "epochs": 4, "batch_size": 2,
-    "base_model_name": "stabilityai/stable-diffusion-xl-base-1.0", "output_model_destination": "models/lora.safetensors",
+    "base_model_name": "stabilityai/stable-diffusion-xl-base-1.0",
+    "output_model_destination": "models/lora.safetensors",
     "learning_rate": 0.0003, "learning_rate_warmup_steps": 1, "lora_rank": 32, "ema": "CPU", "resolution": "1024",
     "optimizer": {"optimizer": "ADAMW_8BIT", "weight_decay": 0.02, "stochastic_rounding": True},
     "text_encoder": {"train": False}, "loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": 5.0,

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 SIDE, PATCH = 16, 8
 WORDS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "a", "cat", "dog", "on", "red", "house", "USER", "ASSISTANT", ":")
+SPECIAL = [0, 1, 2, 3, 4]  # the numbers of those in <>
 VISION: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
     "image_size": SIDE, "patch_size": PATCH,
@@ -61,7 +62,9 @@ def write_llava(folder: Path, template: str | None = None) -> Path:
         vision_config=transformers.CLIPVisionConfig(**VISION), text_config=transformers.LlamaConfig(**TEXT),
         image_token_index=4, image_token_id=4, image_seq_length=4, vision_feature_layer=-1,
     )  # fmt: skip
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.generation_config.suppress_tokens = SPECIAL
+    model.save_pretrained(folder)
     images = transformers.CLIPImageProcessor(size=SQUARE, crop_size=SQUARE)
     transformers.LlavaProcessor(
         images, tokenizer(**IMAGE), patch_size=PATCH, vision_feature_select_strategy="default",
@@ -86,7 +89,10 @@ def write_florence2(folder: Path) -> Path:
         },
         image_token_id=4,
     )  # fmt: skip
-    transformers.Florence2ForConditionalGeneration(config).save_pretrained(folder)
+    model = transformers.Florence2ForConditionalGeneration(config)
+    model.generation_config.forced_eos_token_id = None
+    model.generation_config.suppress_tokens = SPECIAL  # else random weights end at once
+    model.save_pretrained(folder)
     images = transformers.CLIPImageProcessor(size=SQUARE, crop_size=SQUARE, do_center_crop=False)
     images.image_seq_length = 5
     rules = {"PARSE_TASKS": [{"TASK_NAME": "pure_text"}], "pure_text": {}}
@@ -94,8 +100,7 @@ def write_florence2(folder: Path) -> Path:
     return folder
 
 
-VIDEOS = """{"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2,
-"size": {"shortest_edge": 64, "longest_edge": 256}}"""
+VIDEOS = '{"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 4, "merge_size": 2}'
 QWEN_TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}"
     "<vision_start> <image> <vision_end>{% else %} {{ c.text }}{% endif %}{% endfor %}{% endfor %} ASSISTANT :"
@@ -104,7 +109,11 @@ QWEN_TEMPLATE = (
 
 def write_qwen2_vl(folder: Path) -> Path:
     torch.manual_seed(4)
-    special = IMAGE | {"vision_bos_token": "<vision_start>", "vision_eos_token": "<vision_end>", "video_token": "<video>"}
+    special = IMAGE | {
+        "vision_bos_token": "<vision_start>",
+        "vision_eos_token": "<vision_end>",
+        "video_token": "<video>",
+    }
     words = tokenizer(**special)
     ids = {name: words.convert_tokens_to_ids(text) for name, text in special.items()}
     config = transformers.Qwen2VLConfig(
