@@ -308,5 +308,5 @@ def say_prepared_recipe(prepared: Prepared) -> int:
     if prepared.dry_run:
         say(f"nothing was written (--dry-run): it would be {prepared.out}")
     else:
-        say(f"written: {prepared.out}; look at it with: finetune plan {prepared.out / 'recipe.yaml'}")
+        say(f"written: {prepared.out}; look at it with: finetune train {prepared.out / 'recipe.yaml'} --dry-run")
     return 0

@@ -101,6 +101,8 @@ def test_every_command_of_a_page_runs(
         }
     if page.name == "data.md":
         write_tagged(photos, tmp_path / "captioned.parquet")
+        shutil.copytree(photos, tmp_path / "kohya" / "img" / "10_sks mug")
+        shutil.copytree(photos, tmp_path / "kohya" / "reg" / "1_mug")
     if page.name == "inputs.md":
         write_companions(photos)
         for name in ("photo", "mask", "depth"):
