@@ -7,6 +7,7 @@ No code from a model's folder is run, and weights are read from safetensors only
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -93,13 +94,13 @@ class Model(Captioner):
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         try:
             self.processor = _processor(folder)
-            self.model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+            model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
                 folder, use_safetensors=True, dtype=dtype
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise BadInput(f"the model {source} can't be loaded ({reason}): give its whole folder") from error
-        self.model.to(self.device).eval()
+        self.model: Any = model.to(self.device).eval()
 
     def describe(self, image: Image.Image) -> str:
         """As `Captioner.describe`."""
@@ -241,12 +242,11 @@ class Tagger(Captioner):
 
 def _onnxruntime() -> Any:
     try:
-        import onnxruntime
+        return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise BadInput(
             "a tagger needs the package onnxruntime, which is not installed: pip install 'finetune[tagger]'"
         ) from error
-    return onnxruntime
 
 
 def tagger_input(image: Image.Image, side: int) -> np.ndarray:
