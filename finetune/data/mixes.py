@@ -23,12 +23,12 @@ OWN, TEMPLATES = "own", "templates"
 SHOWN = 5  # photos that a message names
 
 Value = TypeVar("Value")
-Parts = list[tuple[str, float]]  # caption, share
+CaptionShares = list[tuple[str, float]]  # caption, share
 
 
 def mix_captions(
     folder: Path, photos: Sequence[Photo], mix: Mapping[str, float], templates: Sequence[str]
-) -> list[Parts]:
+) -> list[CaptionShares]:
     """The captions of each photo with their shares. The share of `templates` is split evenly among them.
 
     Args:
