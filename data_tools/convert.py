@@ -188,6 +188,9 @@ def convert_settings(
     trainer, carried = _carried(source, reg)
     if base is not None:
         carried.put("--base", base, "base.source", base)
+    if not carried.at("base.source"):
+        why = "the settings name no base: give --base, or the recipe trains the small base `tiny`"
+        carried.lines.append(Line("base", None, LEFT, "", why))
     recipe = finished(carried, str(source))
     steps = [Step(source, line.action, line.ours or line.why, label=_label(line)) for line in carried.lines]
     text = recipe_text(source, trainer, carried.lines, recipe)

@@ -116,8 +116,6 @@ def of_folders(photos: Path, reg: Path | None, carried: Carried) -> None:
     if not subsets:
         raise BadInput(f"{photos} has no folder such as '10_sks dog' with images: give the folder around it")
     _put_subsets([*subsets, *(_reg_subsets(reg) if reg is not None else [])], carried)
-    seen = sum(images_in(Path(subset["image_dir"])) * subset["num_repeats"] for subset in subsets)
-    carried.put("num_repeats", seen, "run.checkpoint_every", seen, "an epoch with its repeats, one photo a step")
 
 
 def _named_subsets(around: Path) -> list[dict[str, Any]]:

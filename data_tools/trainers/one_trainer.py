@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_tools.trainers.carried import (
+    LEFT,
     Carried,
+    Line,
     NoCounterpart,
     Rule,
     as_text,
@@ -202,6 +204,7 @@ def _put_concepts(concepts: list[dict[str, Any]], carried: Carried) -> None:
         _emphasis(index, repeats, weight, carried)
     if concepts:
         carried.values["data"]["templates"] = ["{token}"]
+        _refuse_equal_repeats(carried)
 
 
 OF_PLACE = ("path", "balancing", "repeats", "loss_weight", "enabled", "validation_concept")
@@ -219,6 +222,20 @@ def _emphasis(index: int, repeats: float, weight: float, carried: Carried) -> No
     if weight != 1:
         place["weights"] = {"*": weight}
         carried.note(f"concepts[{index}].loss_weight", weight, f"{where}.weights", {"*": weight})
+
+
+def _refuse_equal_repeats(carried: Carried) -> None:
+    """Repeats are relative: equal ones only make epochs longer."""
+    places = [carried.values["data"], *carried.at("data.subjects", [])]
+    if len({place.get("repeats", 1) for place in places}) > 1:
+        return
+    for place in places:
+        place.pop("repeats", None)
+    why = "equal repeats only make epochs longer: run.steps says how long a run is"
+    carried.lines = [
+        Line(line.key, line.value, LEFT, "", why) if line.key.endswith("].balancing") else line
+        for line in carried.lines
+    ]
 
 
 def _length(epochs: int, concepts: list[dict[str, Any]], batch: int, carried: Carried) -> None:

@@ -142,6 +142,7 @@ def test_kohyas_folders_become_a_recipe(kohyas: Path, tmp_path: Path, capsys: py
     assert main(["convert", str(kohyas), str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
     assert "num_repeats = 10: no counterpart" in told
+    assert "base = None: no counterpart (the settings name no base: give --base" in told
     recipe = load_recipe(str(tmp_path / "out" / "recipe.yaml"))
     data = recipe.data
     assert (data.photos.name, data.token, data.class_noun) == ("10_sks dog", "sks", "dog")
@@ -271,6 +272,7 @@ def test_one_trainers_json_with_its_concepts(kohyas: Path, tmp_path: Path) -> No
     assert left["concept"] == "elsewhere"
     assert left["optimizer.stochastic_rounding"] is True
     assert "concepts[0].balancing" in left  # of one folder
+    assert data.repeats == 1
     assert "debug_mode" in {line.key for line in done.lines if line.action == "off"}
 
 
