@@ -276,6 +276,19 @@ def test_one_trainers_json_with_its_concepts(kohyas: Path, tmp_path: Path) -> No
     assert "debug_mode" in {line.key for line in done.lines if line.action == "off"}
 
 
+@pytest.mark.parametrize(("second", "expected"), [(2.0, [None, None]), (3.0, [2, 3])])
+def test_only_repeats_that_differ_are_carried_over(
+    second: float, expected: list[int | None], kohyas: Path, tmp_path: Path
+) -> None:
+    concepts = [
+        {"path": str(kohyas / "img" / "10_sks dog"), "balancing": 2.0},
+        {"path": str(kohyas / "reg" / "1_dog"), "balancing": second},
+    ]
+    (kohyas / "one.json").write_text(json.dumps(ONE_TRAINER | {"concepts": concepts}))
+    data = convert_settings(kohyas / "one.json", tmp_path / "out").recipe["data"]
+    assert [data.get("repeats"), data["subjects"][0].get("repeats")] == expected
+
+
 AI_TOOLKIT = """
 job: extension
 config:
