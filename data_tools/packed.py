@@ -106,7 +106,7 @@ def write_shard(path: Path, items: Sequence[Item], shape: Shape) -> None:
 
     Nothing in it depends on the time or the user, so that the same images give the same file.
     """
-    with tarfile.open(path, "w") as held:
+    with tarfile.TarFile(path, "w") as held:
         for item in items:
             for name, content in _members(item, shape):
                 about = tarfile.TarInfo(name)
