@@ -32,7 +32,7 @@ USELESS_BESIDE = [
     ("objective.logit_std=2", "objective.density=uniform", "objective.density=auto"),
     ("data.mask_count=3", "base.inputs=depth", "base.inputs=inpaint"),
     ("data.edit_dropout=0.1", "base.inputs=inpaint", "base.inputs=edit"),
-    ("data.caption_mix={own: 1}", "data.captions=templates", "data.captions=auto"),
+    ("data.caption_mix={'own': 1.0}", "data.captions=templates", "data.captions=auto"),
     ("sample.image_guidance=2", "base.inputs=depth", "base.inputs=edit"),
 ]
 
