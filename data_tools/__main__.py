@@ -24,6 +24,8 @@ COMMANDS = {
     "mask": "write a folder of photos with a mask of the subject beside each",
     "resize": "write a folder of photos of a base's size",
     "tags": "write a folder with changed captions, or count the tags",
+    "caption": "write captions by models, taggers, templates and replacements, beside the originals",
+    "convert": "convert photos and captions between formats, and other trainers' settings into recipes",
     "unpack": "write a data set of the hub, or a local one, as a folder of images with captions",
 }
 

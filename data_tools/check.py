@@ -15,6 +15,7 @@ from PIL import Image
 from data_tools import alike
 from data_tools.framing import framing
 from data_tools.hashes import NEAR, Look, difference_hash, look_of, near_pairs
+from data_tools.photo_set import further_captions
 from data_tools.quality import Quality, faults, measure
 from data_tools.show import say_json, whole_number
 from data_tools.wording import Wanted, check_caption, read_wanted
@@ -287,11 +288,12 @@ def _some(names: Sequence[str]) -> str:
 def _other_files(folder: Path, images: list[Path]) -> list[str]:
     """Files that training does not read: videos, raw photos, captions whose name matches no image."""
     stems, photos = {path.stem for path in images}, set(images)
+    further = {file for files in further_captions(folder, images).values() for file in files}
     others = []
     for path in sorted(folder.iterdir()):
         is_caption = path.suffix.lower() in BESIDE and path.stem in stems
         is_mask = path.name == "masks" or (path.name.lower().endswith(MASK) and path.name[: -len(MASK)] in stems)
-        beside = is_caption or is_mask or is_companion(path, stems)
+        beside = is_caption or is_mask or is_companion(path, stems) or path in further
         if path.name.startswith(".") or beside or path in photos or path.name in (*LISTS, MANIFEST):
             continue
         others.append(path.name + ("/" if path.is_dir() else ""))

@@ -48,6 +48,7 @@ def cut_step(photos: PhotoSet, entry: Entry, cut: Cut, saved: Format, about: tup
     stem = entry.path.stem
     files = [Written(f"{stem}.{saved}", entry.path, _photo_writer(entry.path, cut, saved))]
     files += [Written(f"{stem}{file.suffix}", file) for file in entry.beside]
+    files += [Written(companion_name(file, entry, stem), file) for file in entry.further]
     has_mask = False
     for file in entry.companions:
         has_mask |= is_mask(file)

@@ -13,6 +13,7 @@ from finetune.core.errors import BadInput
 from finetune.core.reading import parse_json, read_utf8
 from finetune.data.captions import COLUMNS, LISTS, caption_files, captions_beside
 from finetune.data.photos import MASK, Photo, image_files, is_companion
+from finetune.data.settings import MIX_NAME
 from finetune.data.sources.registry import open_source
 
 MASKS = "masks"  # the folder masks/NAME.png
@@ -23,6 +24,7 @@ class Entry:
     """A photo of a set. `beside` are its own caption files, `companions` its masks and NAME.depth.png and the like.
 
     `caption` is what training would read, or None. `row` holds the other columns of its line in metadata.jsonl.
+    `further`: its other captions, PHOTO.NAME.txt.
     """
 
     path: Path
@@ -30,6 +32,7 @@ class Entry:
     beside: tuple[Path, ...] = ()
     companions: tuple[Path, ...] = ()
     row: dict[str, Any] = field(default_factory=dict)
+    further: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -62,6 +65,7 @@ def read_set(source: Path) -> PhotoSet:
     photos = [Photo(path, (0, 0), "") for path in paths]
     captions, beside = caption_files(folder, photos), captions_beside(folder, photos)
     companions, rows = _companions(folder, paths), _rows(folder / "metadata.jsonl")
+    further = further_captions(folder, paths)
     entries = [
         Entry(
             path,
@@ -69,6 +73,7 @@ def read_set(source: Path) -> PhotoSet:
             tuple(beside.get(path.stem, ())),
             tuple(companions.get(path.stem, ())),
             rows.get(path.name, {}),
+            tuple(further.get(path.stem, ())),
         )
         for path in paths
     ]
@@ -94,6 +99,17 @@ def _companions(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
     for file in inside:
         if file.stem in stems:
             found.setdefault(file.stem, []).append(file)
+    return found
+
+
+def further_captions(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
+    """A photo's name without suffix -> its files PHOTO.NAME.txt, sorted, which `data.caption_mix` can name."""
+    stems = {path.stem for path in paths}
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.*.txt")):
+        stem, _, name = file.stem.rpartition(".")
+        if stem in stems and file.stem not in stems and MIX_NAME.fullmatch(name):
+            found.setdefault(stem, []).append(file)
     return found
 
 

@@ -31,11 +31,20 @@ Writer = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Written:
-    """A file of the new folder: a copy of `source`, or what `make` writes to the path that it is given."""
+    """A file of the new folder: a copy of `source`, or what `make` writes to the path that it is given.
+
+    `size`: about how many bytes it will have; None: as many as the source.
+    """
 
     name: str
     source: Path
     make: Writer | None = None
+    size: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """About how many bytes it will have."""
+        return self.source.stat().st_size if self.size is None else self.size
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class Step:
 
     `action` is a past participle such as "copied", and `why` a reason, or empty. `caption` goes into the folder's list
     (None: it has files of its own, or none); `row` are further columns of that line. `quiet`: what is written is not
-    the photo under another name, and is not told.
+    the photo under another name, and is not told. `label`: what to call it where it is no file of its own, such as a
+    row of a data set.
     """
 
     source: Path
@@ -54,6 +64,12 @@ class Step:
     caption: str | None = None
     row: Mapping[str, Any] = field(default_factory=dict)
     quiet: bool = False
+    label: str = ""
+
+    @property
+    def called(self) -> str:
+        """What it is called: its label, or the file's name."""
+        return self.label or self.source.name
 
     @property
     def target(self) -> str:
@@ -64,13 +80,13 @@ class Step:
     def line(self) -> str:
         """The step as a line for people."""
         to = f" as {self.target}" if self.target and self.target != self.source.name and not self.quiet else ""
-        return shown(f"{self.source.name}: {self.action}{to}{f' ({self.why})' if self.why else ''}")
+        return shown(f"{self.called}: {self.action}{to}{f' ({self.why})' if self.why else ''}")
 
 
 @dataclass(frozen=True)
 class Plan:
     """A command's steps. `settings` are the options that led to them, for the manifest; `extra` are files of the
-    folder that belong to no photo."""
+    folder that belong to no photo; `of`: what the steps are."""
 
     command: str
     source: Path
@@ -78,6 +94,7 @@ class Plan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     extra: tuple[Written, ...] = ()
+    of: str = "photos"
 
 
 @dataclass(frozen=True)
@@ -97,12 +114,12 @@ class Prepared:
     def sentence(self) -> str:
         """What was done in one line."""
         counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
-        return f"{len(self.plan.steps)} photos of {self.plan.source}: {counts}"
+        return f"{len(self.plan.steps)} {self.plan.of} of {self.plan.source}: {counts}"
 
     def values(self) -> dict[str, Any]:
         """The plan for JSON."""
         steps = [
-            {"source": step.source.name, "action": step.action, "why": step.why}
+            {"source": step.called, "action": step.action, "why": step.why}
             | {"files": [file.name for file in step.files]}
             for step in self.plan.steps
         ]
@@ -121,6 +138,7 @@ def copied(entry: Entry, folder: str = "", stem: str = "") -> tuple[Written, ...
     inside = f"{folder}/" if folder else ""
     files = [Written(f"{inside}{stem}{entry.path.suffix}", entry.path)]
     files += [Written(f"{inside}{stem}{file.suffix}", file) for file in entry.beside]
+    files += [Written(f"{inside}{companion_name(file, entry, stem)}", file) for file in entry.further]
     files += [Written(f"{inside}{companion_name(file, entry, stem)}", file) for file in entry.companions]
     return tuple(files)
 
@@ -185,7 +203,8 @@ def _refuse_names(plan: Plan) -> None:
 
 def _refuse_little_room(plan: Plan, out: Path) -> None:
     place = next(folder for folder in [out.absolute(), *out.absolute().parents] if folder.exists())
-    needed = ROOM * sum(file.source.stat().st_size for step in plan.steps for file in step.files)
+    needed = ROOM * sum(file.bytes for step in plan.steps for file in step.files)
+    needed += ROOM * sum(file.size or 0 for file in plan.extra)
     free = shutil.disk_usage(place).free
     if needed > free:
         raise BadInput(
@@ -204,7 +223,8 @@ def _write(plan: Plan, folder: Path) -> Iterator[dict[str, Any]]:
                 if file.name not in done:  # a.jpg and a.png share a.txt
                     done[file.name] = _write_file(file, folder)
             yield {
-                "source": step.source.name, "sha256": _digest(step.source), "action": step.action, "why": step.why,
+                "source": step.called, "sha256": "" if step.label else _digest(step.source),
+                "action": step.action, "why": step.why,
                 "files": {file.name: done[file.name] for file in step.files},
             }  # fmt: skip
             advance(1, "")

@@ -26,6 +26,9 @@ class Needs:
 NEEDS = (
     Needs("data.bucket_tolerance", "data.shape", ("buckets",)),
     Needs("data.crops", "data.crop", ("random",)),
+    Needs("data.keep_tags", "data.shuffle_tags", (True,)),
+    Needs("data.tag_orders", "data.shuffle_tags", (True,)),
+    Needs("data.caption_mix", "data.captions", ("auto", "files")),
     Needs("data.mask_floor", "data.masks", ("auto", "alpha", "files")),
     Needs("data.mask_count", "base.inputs", ("inpaint", None)),
     Needs("data.edit_dropout", "base.inputs", ("edit", None)),
@@ -47,6 +50,12 @@ def without_effect(recipe: Recipe) -> list[str]:
                 f"{needs.key} is {value} but {needs.other} is {other}, so it has no effect: leave it out, or set "
                 f"{needs.other}={needs.values[0]}"
             )
+    repeats = [subject.repeats for subject in recipe.data.all_subjects]
+    if isinstance(repeats[0], int) and repeats[0] > 1 and len(set(map(str, repeats))) == 1:
+        found.append(
+            f"data.repeats is {repeats[0]} for every photo, which only makes epochs longer: leave it out (run.steps "
+            "says how long a run is), or repeat one of several subjects or some photos (data.repeats={'close-*': 3})"
+        )
     max_error, warmup, steps = recipe.export.max_error, recipe.optim.warmup, recipe.run.steps
     if not at_default(recipe, "export.max_error") and recipe.leaves_as_trained:
         found.append(

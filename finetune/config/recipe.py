@@ -94,6 +94,11 @@ def _check_prior(recipe: Recipe) -> None:
             f"prior.kind is {prior.kind}, which method.kind {method.kind} does not measure: use "
             "prior.kind=frozen_base, or method.kind=lora"
         )
+    if prior.of_captions and recipe.data.shuffle_tags:
+        raise ValueError(
+            "prior.prompt has {caption}, each caption without the trigger, but data.shuffle_tags draws other orders "
+            "of it: leave one of them out"
+        )
     if prior.of_captions and not recipe.data.trigger:
         raise ValueError(
             "prior.prompt has {caption}, which is each caption without the words of data.trigger: give them, such "

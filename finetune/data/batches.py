@@ -5,7 +5,10 @@ DreamBooth (arXiv:2208.12242) uses two streams: every step has samples of the su
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate as sums
 
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ from finetune.data.crops import Crop
 from finetune.data.masks import Masks
 from finetune.data.samplers import ItemSampler, Sample, Streams
 
-__all__ = ["Batches", "Cache", "Sample", "check_split"]
+__all__ = ["Batches", "Cache", "Sample", "check_split", "drawn_choice"]
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,7 @@ class Batches:
     def _draw(self, step: int, stream: int, pair: int, factor: float) -> Drawn:
         key = SampleKey(self.sampler.seed, step, pair * len(self.streams) + stream)
         sample, crops, weight = self.sampler.place(stream, step, pair)
-        picks = torch.rand(3, generator=key.generator("sample")).tolist()
-        crop = crops[int(picks[0] * len(crops))]
-        caption = sample.captions[int(picks[1] * len(sample.captions))]
-        text = "" if picks[2] < sample.caption_dropout else caption
+        crop, text = drawn_choice(sample, crops, key)
         return Drawn(key, sample.name, crop, text, sample.weight * factor * weight, sample.role)
 
     def _batch(self, drawn: list[Drawn]) -> Batch:
@@ -138,6 +138,18 @@ class Batches:
         if self.inputs is None:
             return None
         return torch.stack([self.inputs.extra(item.crop, item.key, self.cache) for item in drawn])
+
+
+def drawn_choice(sample: Sample, crops: Sequence[Crop], key: SampleKey) -> tuple[Crop, str]:
+    """The crop and the caption of a sample at one position of a run; the caption is empty where it is dropped."""
+    picks = torch.rand(3, generator=key.generator("sample")).tolist()
+    crop = crops[int(picks[0] * len(crops))]
+    if sample.shares:
+        ends = list(sums(sample.shares))
+        number = min(bisect_right(ends, picks[1] * ends[-1]), len(ends) - 1)
+    else:
+        number = int(picks[1] * len(sample.captions))
+    return crop, "" if picks[2] < sample.caption_dropout else sample.captions[number]
 
 
 def check_split(batch_size: int, accumulate: int, world: int) -> None:

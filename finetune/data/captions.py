@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,8 @@ class Captioned:
     """A photo with its possible captions (each step draws one of them), and where they come from.
 
     `plain` holds each caption without the trigger's words, or None where they can't be told from the rest. `added`:
-    whether the trigger was added to a caption that had no token.
+    whether the trigger was added to a caption that had no token. `shares`: how often each caption is drawn, relative
+    to the others; empty if all are drawn equally often.
     """
 
     photo: Photo
@@ -33,6 +34,7 @@ class Captioned:
     source: Literal["file", "template"]
     plain: tuple[str | None, ...] = ()
     added: bool = False
+    shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,17 @@ def caption_rows_of(
     if missing and not templates:
         raise BadInput("data.templates is empty but some rows have no caption: give at least one template")
     return [_captioned(photo, own, templates, words) for photo, own in zip(photos, found, strict=True)]
+
+
+def caption_mixed(
+    photos: Sequence[Photo], parts: Sequence[Sequence[tuple[str, float]]], words: Words
+) -> list[Captioned]:
+    """As `caption_photos`, with (caption, share) of each photo; at least one each."""
+    mixed = []
+    for photo, own in zip(photos, parts, strict=True):
+        made = _captioned(photo, [text for text, _ in own], [], words)
+        mixed.append(replace(made, shares=tuple(share for _, share in own)))
+    return mixed
 
 
 def _refuse_orphans(folder: Path, found: dict[str, str]) -> None:

@@ -20,7 +20,10 @@ from finetune.data.crops import Crop
 
 @dataclass(frozen=True)
 class Sample:
-    """An image's crops and captions; one of each is drawn. `weight` multiplies its loss (lambda for class images)."""
+    """An image's crops and captions; one of each is drawn. `weight` multiplies its loss (lambda for class images).
+
+    `shares`: how often each caption is drawn, relative to the others; empty if all are drawn equally often.
+    """
 
     crops: list[Crop]
     captions: list[str]
@@ -28,6 +31,7 @@ class Sample:
     caption_dropout: float
     name: str
     role: Role = "photo"
+    shares: tuple[float, ...] = ()
 
     def crops_of(self, size: Size) -> list[Crop]:
         """Returns the crops of one size (width, height), in pixels."""

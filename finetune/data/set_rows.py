@@ -128,6 +128,12 @@ class StreamedRows(DatasetRows):
         for row in self._begun():
             yield self._bytes(row[self.image]), None if captions is None else row[captions]
 
+    def whole(self) -> Iterator[tuple[bytes | None, str, dict[str, Any]]]:
+        """Gives each row's stored image, the name of its file (or empty) and its other columns."""
+        for row in self._begun():
+            held = row.pop(self.image)
+            yield self._bytes(held), (held or {}).get("path") or "", row
+
     def content(self, number: int) -> bytes | None:
         with self._lock:
             if number not in self._kept:

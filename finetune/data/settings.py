@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from finetune.core.settings import AnyPath, Settings
 
+Repeats = Annotated[int, Field(ge=1, le=10_000)]
+Weight = Annotated[float, Field(ge=0, le=1_000)]
+Share = Annotated[float, Field(gt=0, le=1_000)]
+MIX_NAME = re.compile(r"[A-Za-z0-9_-]{1,50}")
 HUB = re.compile(r"hf:/*(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -20,11 +24,17 @@ def hub_id(path: Path) -> tuple[str, str | None] | None:
 
 
 class SubjectSettings(Settings):
-    """A further subject in the same run: its photos, its class noun and its token."""
+    """A further subject in the same run: its photos, its class noun and its token.
+
+    `repeats`: how often each photo is seen in an epoch; `weights`: the loss weight of photos. Both may name photos by
+    patterns of their file names ("close-*.jpg"); the first pattern that fits counts, and other photos have 1.
+    """
 
     photos: AnyPath
     class_noun: str | None = Field(default=None, max_length=200)
     token: str = Field(default="auto", min_length=1, max_length=100)
+    repeats: Repeats | dict[str, Repeats] = 1
+    weights: dict[str, Weight] = {}
 
     @field_validator("class_noun", "token")
     @classmethod
@@ -58,6 +68,11 @@ class Data(SubjectSettings):
     `image_column` and `caption_column` of `split`, streamed if `streaming`. `cache_dtype` is how cached latents and
     prompts are stored, `workers` how many threads decode images. Settings that the further `subjects` do not have hold
     for them too.
+
+    `shuffle_tags` draws the order of a caption's comma-separated tags behind the first `keep_tags`: `tag_orders`
+    orders of each caption are encoded, and each step draws one. `caption_mix` gives a photo several captions, each
+    drawn by its share (arXiv:2403.03206 section 5.3): `own`, `templates`, or NAME for files PHOTO.NAME.txt or a column
+    of metadata.jsonl. A photo that lacks one of them draws among its others.
     """
 
     subjects: list[SubjectSettings] = []
@@ -73,6 +88,10 @@ class Data(SubjectSettings):
     token_pieces: int = Field(default=1, ge=1)
     captions: Literal["auto", "files", "templates"] = "auto"
     templates: list[str] = ["a photo of {token} {noun}"]
+    caption_mix: dict[str, Share] = {}
+    shuffle_tags: bool = False
+    keep_tags: int = Field(default=0, ge=0, le=1_000)
+    tag_orders: int = Field(default=16, ge=2, le=1_000)
     trigger: str = Field(default="", max_length=200)
     long_captions: Literal["refuse", "cut"] = "refuse"
     resolution: int | None = Field(default=None, ge=8, le=4096)  # pixels; None: the base's own
@@ -91,6 +110,17 @@ class Data(SubjectSettings):
     edit_dropout: float = Field(
         default=0.05, ge=0, le=1 / 3
     )  # probability of dropping only the image, only the instruction, and both
+
+    @field_validator("caption_mix")
+    @classmethod
+    def _names(cls, value: dict[str, float]) -> dict[str, float]:
+        wrong = next((name for name in value if not MIX_NAME.fullmatch(name)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{wrong!r} is no name of captions: give own, templates, or the NAME of files PHOTO.NAME.txt "
+                "(letters, digits, _ and -)"
+            )
+        return value
 
     @field_validator("trigger")
     @classmethod

@@ -15,6 +15,7 @@ from finetune.data.batches import Batches
 from finetune.data.cache import CacheOptions, Encodable, LatentCache, PromptCache
 from finetune.data.crops import make_crops
 from finetune.data.masks import Masks
+from finetune.data.mixes import tag_orders
 from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
 from finetune.families.base import Family
 from finetune.jobs.class_sets import ClassSet, class_images
@@ -71,22 +72,37 @@ def make_streams(job: Prepared) -> list[list[Sample]]:
         BadInput: the class images can't be used, see `class_images`.
     """
     data, seed = job.recipe.data, job.recipe.run.seed
-    unseen = held_out_photos(job)
-    subject = [
-        Sample(
-            make_crops(photo, size, data.crop, data.crops, data.flip, seed),
-            texts,
-            1.0,
-            data.caption_dropout,
-            name,
-        )
-        for number, (photo, size, texts, name) in enumerate(
-            zip(job.photos, job.sizes, job.captions, job.names, strict=True)
-        )
-        if number not in unseen
-    ]
+    subject = []
+    for number in trained_photos(job):
+        photo, size = job.photos[number], job.sizes[number]
+        crops = make_crops(photo, size, data.crop, data.crops, data.flip, seed)
+        texts, shares = drawable_captions(job, number)
+        many, weight = job.emphasis[number]
+        sample = Sample(crops, texts, weight, data.caption_dropout, job.names[number], shares=shares)
+        subject += [sample] * many
     classes = [sample for wanted in class_sets(job) for sample in _classes(job, wanted)]
     return [stream for stream in (subject, classes, _others(job)) if stream]
+
+
+def trained_photos(job: Prepared) -> list[int]:
+    """The indices in `job.photos` of those that are trained on, in their order."""
+    unseen = held_out_photos(job)
+    return [number for number in range(len(job.photos)) if number not in unseen]
+
+
+def drawable_captions(job: Prepared, number: int) -> tuple[list[str], tuple[float, ...]]:
+    """The captions of a photo of which each step draws one, and their shares (empty: equal).
+
+    With `data.shuffle_tags` they are the drawn orders of its captions, which share what the caption had.
+    """
+    data, texts, shares = job.recipe.data, job.captions[number], job.shares[number]
+    if not data.shuffle_tags:
+        return texts, shares
+    seed, trigger = job.recipe.run.seed, job.triggers[number]
+    orders = [tag_orders(text, data.keep_tags, data.tag_orders, seed, trigger) for text in texts]
+    whole = shares or (1.0,) * len(texts)
+    parts = [share / len(each) for share, each in zip(whole, orders, strict=True) for _ in each]
+    return [text for each in orders for text in each], tuple(parts)
 
 
 def held_out_photos(job: Prepared) -> set[int]:

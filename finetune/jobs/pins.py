@@ -132,8 +132,15 @@ def _pinned(job: Prepared, subject: Subject, number: int) -> PinnedPhoto:
     files = job.files_beside(item.photo)
     hashes = file_hashes(files.values()) if files else {}
     beside = {name: hashes[file] for name, file in files.items()}
+    start = sum(len(each.captioned) for each in job.subjects[: job.subjects.index(subject)])
+    many, weight = job.emphasis[start + number]
     return PinnedPhoto(
-        name=item.photo.path.name, sha256=item.photo.digest, captions=list(item.captions), beside=beside
+        name=item.photo.path.name,
+        sha256=item.photo.digest,
+        captions=list(item.captions),
+        beside=beside,
+        repeats=many,
+        weight=weight,
     )
 
 

@@ -11,10 +11,12 @@ from finetune.data.buckets import Size, cut_away
 from finetune.data.captions import caption_sources
 from finetune.data.crops import enlarged
 from finetune.data.leftovers import leftovers, listed
+from finetune.data.mixes import mix_files
 from finetune.data.photos import image_files
 from finetune.data.samplers import group_count
 from finetune.data.tokens import describe
-from finetune.jobs.dataset import held_out_photos
+from finetune.jobs.dataset import held_out_photos, trained_photos
+from finetune.jobs.drawn import drawn_captions, emphasis_lines
 from finetune.jobs.neutral import other_prompts
 from finetune.jobs.planned_verdicts import planned_verdicts
 from finetune.jobs.prepare import Prepared, other_set, used_others
@@ -43,6 +45,8 @@ def plan(job: Prepared) -> Plan:
         prediction=family.schedule.prediction,
         subjects=_subjects(job),
         prompts=list(dict.fromkeys(text for texts in job.captions for text in texts))[:5],
+        drawn=drawn_captions(job),
+        emphasis=emphasis_lines(job),
         unused=_unused(job),
         resolution=job.resolution,
         steps=recipe.run.steps,
@@ -71,9 +75,8 @@ def plan(job: Prepared) -> Plan:
 
 
 def _trained_sizes(job: Prepared) -> list[Size]:
-    """The sizes of the photos that are trained on: of all but those that are held out."""
-    unseen = held_out_photos(job)
-    return [size for number, size in enumerate(job.sizes) if number not in unseen]
+    """The sizes of an epoch's samples: of all photos but those that are held out, as often as each is repeated."""
+    return [job.sizes[number] for number in trained_photos(job) for _ in range(job.emphasis[number][0])]
 
 
 def _subjects(job: Prepared) -> list[PlannedSubject]:
@@ -129,6 +132,7 @@ def _leftovers(job: Prepared, subject: Subject, named: Path) -> list[str]:
     used |= {file for photo in subject.photos for file in job.files_beside(photo).values()}
     if job.recipe.data.captions != "templates":
         used |= caption_sources(folder, subject.photos)
+        used |= mix_files(folder, subject.photos, job.recipe.data.caption_mix)
     return leftovers(named if named.is_dir() else folder, used)
 
 

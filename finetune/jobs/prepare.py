@@ -24,7 +24,7 @@ from finetune.families.digests import base_hash as base_hash_of
 from finetune.jobs.base_effect import without_effect_on
 from finetune.jobs.class_sets import ClassSet, OtherSet, check_set
 from finetune.jobs.neutral import given_prompts, other_prompts
-from finetune.jobs.subjects import Scanned, Subject, caption_subjects, refuse_unclear, scan_subjects
+from finetune.jobs.subjects import Scanned, Subject, caption_subjects, emphasis, refuse_unclear, scan_subjects
 from finetune.jobs.words import refuse_words
 from finetune.objectives.registry import build_objective
 from finetune.sampling.draw import check_sampling
@@ -62,6 +62,23 @@ class Prepared:
     def captions(self) -> list[list[str]]:
         """The possible captions of each photo."""
         return [item.captions for subject in self.subjects for item in subject.captioned]
+
+    @cached_property
+    def shares(self) -> list[tuple[float, ...]]:
+        """How often each caption of a photo is drawn; empty where all are drawn equally often."""
+        return [item.shares for subject in self.subjects for item in subject.captioned]
+
+    @cached_property
+    def triggers(self) -> list[str]:
+        """The words of each photo's subject that call a style, or empty."""
+        return [subject.trigger for subject in self.subjects for _ in subject.captioned]
+
+    @cached_property
+    def emphasis(self) -> list[tuple[int, float]]:
+        """How often each photo is in an epoch, and its loss weight."""
+        named = zip(self.subjects, self.recipe.data.all_subjects, strict=True)
+        pairs = (emphasis(settings, [photo.path.name for photo in subject.photos]) for subject, settings in named)
+        return [pair for many, weights in pairs for pair in zip(many, weights, strict=True)]
 
     @property
     def captions_from_files(self) -> int:

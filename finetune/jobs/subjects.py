@@ -12,8 +12,9 @@ from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
 from finetune.core.parallel import core_count
 from finetune.data import tokens
-from finetune.data.captions import Captioned, Words, caption_photos, caption_rows_of, summarise
+from finetune.data.captions import Captioned, Words, caption_mixed, caption_photos, caption_rows_of, summarise
 from finetune.data.masks import Mask, find_masks
+from finetune.data.mixes import by_pattern, mix_captions, tag_count
 from finetune.data.photos import Photo, scan_lenient
 from finetune.data.settings import Data, SubjectSettings
 from finetune.data.sources.base import SourceOptions
@@ -100,8 +101,29 @@ def _scan(data: Data, subject: SubjectSettings) -> Scanned:
         left_out = "; ".join(text for text in (bad, opened.unused) if text)
         masks = find_masks(opened.folder, photos, data.masks)
         words = Words("token", subject.class_noun, data.trigger)  # any word: the token is chosen with the base
-        caption_photos(photos, captions=data.captions, templates=data.templates, words=words)
-        return Scanned(subject, opened.folder, photos, masks, left_out)
+        found = Scanned(subject, opened.folder, photos, masks, left_out)
+        _captioned(data, found, words)
+        emphasis_of(found)
+        return found
+
+
+def emphasis_of(found: Scanned) -> tuple[list[int], list[float]]:
+    """How often each photo is in an epoch, and its loss weight, in the order of the photos.
+
+    Raises:
+        BadInput: a pattern fits no photo.
+    """
+    return emphasis(found.settings, [photo.path.name for photo in found.photos])
+
+
+def emphasis(settings: SubjectSettings, names: Sequence[str]) -> tuple[list[int], list[float]]:
+    """As `emphasis_of`, for the photos' names."""
+    repeats = settings.repeats
+    many = [repeats] * len(names) if isinstance(repeats, int) else by_pattern(repeats, names, 1, "data.repeats")
+    weights = by_pattern(settings.weights, names, 1.0, "data.weights")
+    if not any(weights):
+        raise BadInput(f"data.weights gives every photo of {settings.photos} the weight 0: give one of them more")
+    return many, weights
 
 
 def _scan_table(data: Data, subject: SubjectSettings, table: Table) -> Scanned:
@@ -118,10 +140,20 @@ def _scan_table(data: Data, subject: SubjectSettings, table: Table) -> Scanned:
     words = Words("token", subject.class_noun, data.trigger)  # any word: the token is chosen with the base
     found = Scanned(subject, subject.photos, table.photos, {}, left_out, table)
     _captioned(data, found, words)
+    emphasis_of(found)
     return found
 
 
 def _captioned(data: Data, found: Scanned, words: Words) -> list[Captioned]:
+    if data.caption_mix and found.table is not None:
+        raise BadInput(
+            f"data.caption_mix is given but {found.folder} is a data set: make a folder of it with `finetune data "
+            "convert`, whose metadata.jsonl keeps all columns, or leave it out"
+        )
+    if data.caption_mix:
+        return caption_mixed(
+            found.photos, mix_captions(found.folder, found.photos, data.caption_mix, data.templates), words
+        )
     if found.table is not None:
         return caption_rows_of(
             found.photos, found.table.captions, captions=data.captions, templates=data.templates, words=words
@@ -174,7 +206,18 @@ def caption_subjects(recipe: Recipe, family: Family, scanned: Sequence[Scanned])
         BadInput: a token can't be used, or captions are missing or too long.
     """
     words = _tokens(recipe, family)
-    return [_caption(recipe, family, found, token) for found, token in zip(scanned, words, strict=True)]
+    subjects = [_caption(recipe, family, found, token) for found, token in zip(scanned, words, strict=True)]
+    _refuse_no_tags(recipe.data, subjects)
+    return subjects
+
+
+def _refuse_no_tags(data: Data, subjects: Sequence[Subject]) -> None:
+    texts = (text for subject in subjects for item in subject.captioned for text in item.captions)
+    if data.shuffle_tags and all(tag_count(text) < data.keep_tags + 2 for text in texts):
+        raise BadInput(
+            f"data.shuffle_tags is on but no caption has two tags behind the first {data.keep_tags} (data.keep_tags), "
+            "parts with commas between them: leave it out, or keep fewer"
+        )
 
 
 def _caption(recipe: Recipe, family: Family, found: Scanned, token: str) -> Subject:

@@ -205,8 +205,9 @@ def make_watch(
 def _samples(job: Prepared, streams: list[list[Sample]]) -> tuple[list[Sample], list[tuple[Sample, Crop]]]:
     """The trained samples to measure, and samples that are not trained on with a crop of each: photos that were held
     out, or closer crops of the trained ones."""
-    order = torch.randperm(len(streams[0]), generator=generator(job.recipe.run.seed, "verdict photos")).tolist()
-    chosen = [streams[0][index] for index in order[:PHOTO_POINTS]]
+    photos = list({sample.name: sample for sample in streams[0]}.values())  # one that is repeated is measured once
+    order = torch.randperm(len(photos), generator=generator(job.recipe.run.seed, "verdict photos")).tolist()
+    chosen = [photos[index] for index in order[:PHOTO_POINTS]]
     numbers = sorted(held_out_photos(job))
     if not numbers:
         return chosen, [(sample, _closer(sample.crops[0], job.recipe.run.seed)) for sample in chosen]

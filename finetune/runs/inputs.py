@@ -24,12 +24,15 @@ SHOWN = 5  # changes that a message names; the rest is counted
 
 class PinnedPhoto(Record):
     """`name`: its file's, for messages. `sha256`: of the file. `captions`: as they are trained. `beside`: what lies
-    beside it (its mask, a depth map, ...) -> SHA-256 of that file."""
+    beside it (its mask, a depth map, ...) -> SHA-256 of that file. `repeats` and `weight`: by its name, which may
+    change."""
 
     name: str
     sha256: str
     captions: list[str]
     beside: dict[str, str] = {}
+    repeats: int = 1
+    weight: float = 1.0
 
 
 class PinnedTable(Record):
@@ -161,6 +164,8 @@ def _changed_photos(recorded: Sequence[PinnedPhoto], now: Sequence[PinnedPhoto])
     for old, photo in _pairs(recorded, now, set(edited)):
         if old.captions != photo.captions:
             yield f"the caption of {photo.name} changed"
+        if (old.repeats, old.weight) != (photo.repeats, photo.weight):
+            yield f"the repeats or the weight of {photo.name} changed"
         kinds = sorted(old.beside.keys() | photo.beside.keys())
         yield from (f"the {k} of {photo.name} changed" for k in kinds if old.beside.get(k) != photo.beside.get(k))
 

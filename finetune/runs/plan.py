@@ -190,8 +190,9 @@ def verdict_rows(planned: PlannedVerdicts, photos: int | None, names: bool) -> P
 class Plan(Record):
     """What a run trains on, how often it sees it, and what it trains.
 
-    `base`, `prompts`, `unused` and `drawn_from` are private: they can hold a folder of this machine, captions, and the
-    names of files that are not used or that images are drawn from. `resolution` is in pixels. `buckets` is empty if
+    `base`, `prompts`, `drawn`, `emphasis`, `unused` and `drawn_from` are private: they can hold a folder of this
+    machine, captions, and the names of files. `drawn`: the captions of photos in their first steps, where steps draw
+    them; `emphasis`: photos that are repeated or weighted. `resolution` is in pixels. `buckets` is empty if
     every crop is square. `places` are the samples of an epoch with buckets; `repeats` of them are padding with weight
     0. `enlarged`, `prior` and `timesteps` are texts from the photos, the prior and the objective. `exports`: what the
     trained parts cost when the files are read. `defaults`: the settings that follow the base, and their sources.
@@ -203,6 +204,8 @@ class Plan(Record):
     prediction: str
     subjects: list[PlannedSubject]
     prompts: list[str]
+    drawn: list[str] = []
+    emphasis: list[str] = []
     unused: list[str] = []
     resolution: int
     steps: int
@@ -239,7 +242,10 @@ class Plan(Record):
 
 def plan_rows(plan: Plan) -> PlanRows:
     """Returns the plan as rows (label -> text) for the user who runs it."""
-    others = {"not used": plan.unused, "images drawn from": plan.drawn_from}
+    others = {
+        "captions drawn": plan.drawn, "emphasis": plan.emphasis,
+        "not used": plan.unused, "images drawn from": plan.drawn_from,
+    }  # fmt: skip
     named: PlanRows = {label: names for label, names in others.items() if names}
     return _rows(plan, plan.base, {"training prompts": plan.prompts, **named}, private=True)
 

@@ -19,6 +19,8 @@ NEEDED = ["data.photos=x", "data.class_noun=dog"]
 USELESS = [
     ("data.bucket_tolerance=0.2", "data.shape=buckets"),
     ("data.crops=8", "data.crop=random"),
+    ("data.keep_tags=2", "data.shuffle_tags=True"),
+    ("data.tag_orders=4", "data.shuffle_tags=True"),
     ("data.mask_floor=0.3", "data.masks=auto"),
     ("objective.huber_c=0.5", "objective.loss=huber"),
     ("objective.mode_scale=0.8", "objective.density=mode"),
@@ -30,6 +32,7 @@ USELESS_BESIDE = [
     ("objective.logit_std=2", "objective.density=uniform", "objective.density=auto"),
     ("data.mask_count=3", "base.inputs=depth", "base.inputs=inpaint"),
     ("data.edit_dropout=0.1", "base.inputs=inpaint", "base.inputs=edit"),
+    ("data.caption_mix={'own': 1.0}", "data.captions=templates", "data.captions=auto"),
     ("sample.image_guidance=2", "base.inputs=depth", "base.inputs=edit"),
 ]
 

@@ -27,8 +27,8 @@ class KohyaFolder(Source):
         names = ", ".join(repr(shown(folder.name)) for folder in folders)
         if len(folders) > 1:
             raise BadInput(
-                f"{path} has photos in {len(folders)} sub-folders ({names}), whose repeats are not read: move photos "
-                "of one subject into one folder, or give each subject its own entry of data.subjects",
+                f"{path} has photos in {len(folders)} sub-folders ({names}), whose repeats are not read: make a "
+                "recipe of them with `finetune data convert`, which gives each subject its own entry of data.subjects",
                 path=path,
             )
         return Opened(

@@ -1,0 +1,294 @@
+"""Writes captions by models, taggers, templates and replacements, beside the originals, in a new folder."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from dataclasses import replace as changed
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data_tools.captioners import Asked, Captioner, Model, Tagger, network_folder
+from data_tools.photo_set import Entry, PhotoSet, read_set
+from data_tools.show import add_folders, say, say_prepared, whole_number
+from data_tools.work import Plan, Prepared, Step, Written, carry_out, kept, with_caption
+from finetune.core.errors import BadInput
+from finetune.core.events import phase
+from finetune.core.files import append_line, cache_dir, sha256
+from finetune.core.reading import json_lines
+from finetune.data.mixes import OWN, TEMPLATES
+from finetune.data.photos import BadImage, open_image
+from finetune.data.settings import MIX_NAME
+from finetune.families.digests import file_hashes
+
+SYNTHETIC, ORIGINAL = "synthetic", "original"  # names of captions
+DRAFTS = 5  # photos that a dry run describes
+MOST = 1_000_000_000  # bytes of a file with captions that are known
+PLACES = ("{caption}", "{name}")
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a caption is made of what a network wrote, or of the photo's own caption.
+
+    replace: (old, new), in this order; `regex`: the old ones are regular expressions. template: a text with {caption},
+    and perhaps {name}, the file's name; empty for none.
+    """
+
+    replace: tuple[tuple[str, str], ...] = ()
+    regex: bool = False
+    template: str = ""
+
+    def apply(self, text: str, name: str) -> str:
+        """Returns the caption of the photo `name`, in one line."""
+        for old, new in self.replace:
+            text = re.sub(old, new, text) if self.regex else text.replace(old, new)
+        if self.template:
+            text = self.template.replace("{caption}", text).replace("{name}", name)
+        return " ".join(text.split())
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """What is written where.
+
+    called: the name of the new captions: files PHOTO.NAME.txt (or a column of metadata.jsonl) beside the photo's own
+    caption, for `data.caption_mix`. With "own" they take the place of the own ones, which stay as PHOTO.original.txt.
+    share: with "own", the share of the photos that get a new caption; chosen by the SHA-256 of their files.
+    """
+
+    called: str = SYNTHETIC
+    wording: Wording = Wording()
+    share: float = 1.0
+
+
+def caption(
+    source: Path, out: Path, rules: CaptionRules, captioner: Captioner | None = None, dry_run: bool = False
+) -> Prepared:
+    """Copies the photos of `source` to the new folder `out` with further captions, or new ones.
+
+    Without a `captioner` the photos' own captions are worded anew. What a network wrote is kept in the cache, so that
+    an interrupted command goes on. A dry run describes only the first photos.
+
+    Raises:
+        BadInput: a rule can't be used or changes nothing, or `out` can't be written.
+    """
+    _refuse(rules, captioner)
+    photos = read_set(source)
+    chosen = _chosen(photos, rules.share)
+    texts, faults = _texts(photos, chosen, captioner, dry_run)
+    found = Found(texts, faults, captioner is not None)
+    steps = [_step(photos, entry, rules, found) for entry in photos.entries]
+    if all(step.action in ("copied", "left out") for step in steps):
+        raise BadInput(f"this changes no caption of {source}: give --model, --tagger, --template or --replace")
+    settings = asdict(rules) | {"network": captioner.name if captioner else None}
+    return carry_out(Plan("caption", Path(source), steps, settings, photos.notes), out, dry_run)
+
+
+def _refuse(rules: CaptionRules, captioner: Captioner | None) -> None:
+    if rules.called in (TEMPLATES, ORIGINAL) or not MIX_NAME.fullmatch(rules.called):
+        raise BadInput(f"--as {rules.called!r} can't name captions: use letters, digits, _ and -, or own")
+    if not 0 < rules.share <= 1:
+        raise BadInput(f"--share is {rules.share:g}: give a share of the photos, above 0 and at most 1")
+    if rules.share < 1 and rules.called != OWN:
+        raise BadInput(
+            "--share chooses photos whose own caption is replaced, with --as own: leave it out, since "
+            "data.caption_mix of a recipe draws by share in each step"
+        )
+    if rules.wording.template and "{caption}" not in rules.wording.template and captioner is not None:
+        raise BadInput("--template has no {caption}, so what the network writes is lost: write {caption} into it")
+    if rules.wording.regex:
+        for old, new in rules.wording.replace:
+            try:
+                re.sub(old, new, "")
+            except (re.error, IndexError) as error:
+                raise BadInput(f"--replace {old!r} is no regular expression ({error}): correct it") from error
+
+
+def _chosen(photos: PhotoSet, share: float) -> set[str]:
+    """The names of the photos that get a new caption."""
+    names = [entry.name for entry in photos.entries]
+    if share >= 1:
+        return set(names)
+    digests = {entry.name: sha256(entry.path) for entry in photos.entries if entry.path.is_file()}
+    ordered = sorted(digests, key=lambda name: (digests[name], name))
+    return set(ordered[: max(1, round(share * len(names)))])
+
+
+def _texts(
+    photos: PhotoSet, chosen: set[str], captioner: Captioner | None, dry_run: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Name -> what the new caption is made of, and name -> why a photo can't be described."""
+    entries = [entry for entry in photos.entries if entry.name in chosen]
+    if captioner is None:
+        return {entry.name: entry.caption or "" for entry in entries}, {}
+    known = Known(captioner)
+    texts: dict[str, str] = {}
+    faults: dict[str, str] = {}
+    with phase("Captions", len(entries), "photos") as advance:
+        for entry in entries[: DRAFTS if dry_run else None]:
+            try:
+                texts[entry.name] = known.text_of(entry)
+            except BadImage as fault:
+                faults[entry.name] = fault.reason
+            advance(1, "")
+    return texts, faults
+
+
+class Known:
+    """What a network wrote before, by the photos' content: a file of lines in the cache, one for each network and
+    question."""
+
+    def __init__(self, captioner: Captioner) -> None:
+        self.captioner = captioner
+        self.file = cache_dir() / "captions" / f"{_key(captioner)[:32]}.jsonl"
+        self.texts: dict[str, str] = {}
+        if self.file.is_file():
+            rows = (row for _, row in json_lines(self.file, MOST))
+            self.texts = {str(row["photo"]): str(row["text"]) for row in rows if {"photo", "text"} <= row.keys()}
+
+    def text_of(self, entry: Entry) -> str:
+        """The network's caption of a photo.
+
+        Raises:
+            BadImage: the photo can't be read.
+        """
+        image = open_image(entry.path).convert("RGB")
+        digest = sha256(entry.path)
+        if digest not in self.texts:
+            self.texts[digest] = self.captioner.describe(image)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            line = json.dumps({"photo": digest, "text": self.texts[digest]}, ensure_ascii=True)
+            append_line(self.file, line)
+        return self.texts[digest]
+
+
+def _key(captioner: Captioner) -> str:
+    """A hash of the network's files and of what it is asked."""
+    asked: Mapping[str, Any] = {}
+    if isinstance(captioner, Model):
+        asked = {"prompt": captioner.asked.prompt, "tokens": captioner.asked.tokens}
+    if isinstance(captioner, Tagger):
+        asked = {"threshold": captioner.threshold}
+    folder = network_folder(captioner.name, "--model")
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    hashes = file_hashes(files)
+    told = [[file.relative_to(folder).as_posix(), hashes[file]] for file in files]
+    return hashlib.sha256(json.dumps([told, asked], sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What new captions are made of, by the photo's name, and why a photo can't be described."""
+
+    texts: Mapping[str, str]
+    faults: Mapping[str, str]
+    by_network: bool
+
+
+def _step(photos: PhotoSet, entry: Entry, rules: CaptionRules, found: Found) -> Step:
+    step = kept(photos, entry)
+    if entry.name in found.faults:
+        return changed(step, why=f"not described: {found.faults[entry.name]}")
+    if entry.name not in found.texts:
+        return step
+    if found.by_network and not found.texts[entry.name]:
+        return changed(step, why="the network wrote nothing")
+    text = rules.wording.apply(found.texts[entry.name], entry.name)
+    if rules.called == OWN and text == (entry.caption or ""):
+        return step
+    if not text:
+        return changed(step, why="nothing was written")
+    if rules.called == OWN:
+        before = entry.caption
+        step = with_caption(_listed(step, photos), entry, text)
+        if before:
+            step = further_caption(step, entry, ORIGINAL, before)
+        return changed(step, action="captioned anew", why=text)
+    return changed(further_caption(step, entry, rules.called, text), action="captioned", why=text)
+
+
+def _listed(step: Step, photos: PhotoSet) -> Step:
+    """A photo without a caption in a set with a list gets its caption there."""
+    return changed(step, caption="") if photos.listed and step.caption is None and not _has_text(step) else step
+
+
+def _has_text(step: Step) -> bool:
+    return any(PurePosixPath(file.name).with_suffix("") == PurePosixPath(step.target).with_suffix("")
+               for file in step.files[1:])  # fmt: skip
+
+
+def further_caption(step: Step, entry: Entry, called: str, text: str) -> Step:
+    """The step with a further caption of that name: a column of the list, or a file PHOTO.NAME.txt.
+
+    Raises:
+        BadInput: the photo has such a caption already.
+    """
+    if step.caption is not None:
+        if called in step.row:
+            raise BadInput(f"{entry.name} has a caption {called!r} already: give another name with --as")
+        return changed(step, row={**step.row, called: text})
+    name = f"{PurePosixPath(step.target).stem}.{called}.txt"
+    if any(file.name.lower() == name.lower() for file in step.files):
+        raise BadInput(f"{entry.name} has a caption {called!r} already ({name}): give another name with --as")
+
+    def write(path: Path) -> None:
+        path.write_text(f"{text}\n", encoding="utf-8", newline="\n")
+
+    return changed(step, files=(*step.files, Written(name, entry.path, write, len(text.encode()) + 1)))
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `caption`."""
+    add_folders(parser)
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument("--model", metavar="ID", help="a model of transformers for images: folder or hub id")
+    network.add_argument("--tagger", metavar="ID", help="a WD14-style tagger (model.onnx): folder or hub id")
+    parser.add_argument("--prompt", help="what the model is asked; of Florence-2 a task such as '<CAPTION>'")
+    parser.add_argument("--max-tokens", type=whole_number(1, "tokens"), default=128, metavar="N")
+    parser.add_argument("--device", default="auto", help="for the model, such as cpu or cuda (default: the best one)")
+    parser.add_argument("--threshold", type=float, default=None, metavar="P", help="of a tag's probability (0.35)")
+    parser.add_argument("--template", default="", help="a text with {caption}, such as 'sks, {caption}'")
+    parser.add_argument("--replace", nargs=2, action="append", default=[], metavar=("OLD", "NEW"))
+    parser.add_argument("--regex", action="store_true", help="OLD is a regular expression")
+    parser.add_argument("--as", dest="called", metavar="NAME", help="write PHOTO.NAME.txt, or (own) the captions")
+    parser.add_argument("--share", type=float, default=1.0, metavar="S", help="with --as own: of this share of photos")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    wording = Wording(tuple((old, new) for old, new in options.replace), options.regex, options.template)
+    by_network = options.model is not None or options.tagger is not None
+    rules = CaptionRules(options.called or (SYNTHETIC if by_network else OWN), wording, options.share)
+    _refuse_useless(options, by_network)
+    _refuse(rules, None)
+    done = caption(options.photos, options.out, rules, _captioner(options), options.dry_run)
+    code = say_prepared(done, options.json)
+    if not options.json and rules.called != OWN:
+        say(f"a recipe draws both, half and half, with data.caption_mix='{{own: 0.5, {rules.called}: 0.5}}'")
+    return code
+
+
+def _refuse_useless(options: argparse.Namespace, by_network: bool) -> None:
+    if not by_network and not options.template and not options.replace:
+        raise BadInput("this changes no caption: give --model, --tagger, --template or --replace")
+    if options.prompt is not None and options.model is None:
+        raise BadInput("--prompt has no effect without --model: leave it out")
+    if options.threshold is not None and options.tagger is None:
+        raise BadInput("--threshold has no effect without --tagger: leave it out")
+    if options.threshold is not None and not 0 < options.threshold < 1:
+        raise BadInput(f"--threshold is {options.threshold:g}: give a probability between 0 and 1")
+    if options.regex and not options.replace:
+        raise BadInput("--regex has no effect without --replace: leave it out")
+
+
+def _captioner(options: argparse.Namespace) -> Captioner | None:
+    if options.model is not None:
+        return Model(options.model, Asked(options.prompt, options.max_tokens, options.device))
+    if options.tagger is not None:
+        return Tagger(options.tagger, 0.35 if options.threshold is None else options.threshold)
+    return None
