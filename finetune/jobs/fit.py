@@ -16,6 +16,7 @@ from finetune.jobs.images import draw_preview, preview_folder
 from finetune.jobs.nodes import refuse_other_class_images
 from finetune.jobs.pins import Pins
 from finetune.jobs.prepare import Prepared
+from finetune.jobs.sharded import emptied, is_cut, put_together
 from finetune.jobs.verdicts import make_watch
 from finetune.objectives.registry import build_objective
 from finetune.report.pictures import CLASS_IMAGES, OTHER_IMAGES, keep_class_images
@@ -50,11 +51,12 @@ def fit_job(
     encode_prompts = make_prompt_encoder(job, streams)
     watch = make_watch(job, streams, cache, encode_prompts, accelerator.is_main_process)
     idle = _idle_parts(job, encode_prompts)
+    fill = emptied(job, idle) if is_cut(recipe.run) else None
     trained = _attach(job, idle)
     batches = make_batches(job, streams, cache)
     trainer = Trainer(
         _make_step(job, trained, encode_prompts, batches.samples_per_step),
-        Trainable(trained, recipe.method.windows(trained)),
+        Trainable(trained, recipe.method.windows(trained), fill),
         recipe.optim,
         recipe.run,
         accelerator,
@@ -75,6 +77,7 @@ def fit_job(
         watch.after_restore(step)
 
     trainer.fit(batches, after_step, stop, after_restore)
+    put_together(job, trainer)
     family.parts.restore(idle)
 
 
@@ -82,7 +85,8 @@ def _attach(job: Prepared, idle: Sequence[str]) -> dict[str, nn.Parameter]:
     """Releases the idle parts, places the others on the device, and attaches the method to them."""
     recipe, family = job.recipe, job.family
     family.parts.release(idle)
-    family.parts.place([part for part in family.parts if part not in idle])
+    if not is_cut(recipe.run):  # its trained parts go to the device block by block
+        family.parts.place([part for part in family.parts if part not in idle])
     trained = recipe.method.attach(family, recipe.run.seed)
     if recipe.run.gradient_checkpointing:
         family.enable_gradient_checkpointing(recipe.method.part_names(family))
