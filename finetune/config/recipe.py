@@ -85,10 +85,11 @@ def _check_shard(recipe: Recipe) -> None:
     """Refuses what does not work on a part of each weight, or what one process would compute alone."""
     method, optim, run, prior = recipe.method, recipe.optim, recipe.run, recipe.prior
     if not method.shards:
-        raise ValueError(f"run.shard can't cut the weights of method.kind {method.kind}: use method.kind=lora or full")
+        raise ValueError(f"run.shard can't cut the weights of method.kind {method.kind}: use lora or full")
     if optim.shards == "none":
         raise ValueError(
-            f"run.shard can't cut the state of optim.kind {optim.kind}: use adamw, adamw8bit, lion8bit or schedule_free"
+            f"run.shard can't cut the state of optim.kind {optim.kind}: use adamw, adamw8bit, lion8bit or "
+            "schedule_free"
         )
     if prior.needs_distance or (prior.keeps_base and not method.is_adapter):
         raise ValueError(

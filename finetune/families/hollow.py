@@ -1,6 +1,6 @@
 """A part of a base as its structure alone, whose weights are read block by block when they are cut into shards.
 
-So no process ever holds the whole part: a model that is larger than one device, or than one machine's memory, can train.
+So no device ever holds the whole part: a model that is larger than one of them can train.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Hollow:
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         if odd:
             raise BadInput(
-                f"the weights in {self.folder} can't be read block by block ({len(odd)} have other names or shapes than "
-                f"the model, such as {odd[0]})"
+                f"the weights in {self.folder} can't be read block by block ({len(odd)} have other names or shapes "
+                f"than the model, such as {odd[0]})"
             )
 
 

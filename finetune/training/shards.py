@@ -1,6 +1,6 @@
 """Trains a model of which every process holds a part: `run.shard: true`, through FSDP2 (arXiv:2304.11277).
 
-`fully_shard` cuts each weight into rows, one piece for each process, and gathers a block's weights only while the block
+`fully_shard` cuts each weight into rows, one piece for each process, and gathers a block's weights only while it
 computes. Optimiser, averages and clipping see this process's rows as plain tensors, so that every optimiser whose
 update is elementwise works, bitsandbytes' too.
 """
@@ -41,9 +41,6 @@ def held_weights(
     """
     if shard and accelerator.num_processes > 1:
         return Shards(step, trained, accelerator, fill)
-    if fill is not None:
-        for part in step.trained.values():
-            fill(part)
     return Whole(accelerator, trained)
 
 

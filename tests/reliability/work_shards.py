@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,15 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def fits(arguments: list[str]) -> tuple[int, str]:
-    """arguments: a folder, the folder of the bases, "shard" or "whole", the steps, and the names of cases."""
+    """arguments: a folder, the folder of the bases, "shard" or "whole", and the names of cases."""
     tests = Path(__file__).parents[1]
     sys.path[:0] = [str(tests), str(tests / "training")]
     import torch
 
     torch.set_num_threads(1)
-    out, bases, how, steps, *names = arguments
+    out, bases, how, *names = arguments
     for name in names:
-        settings = {"steps": int(steps), "shard": how == "shard", **CASES[name]}
+        settings = {"steps": 4, "checkpoint_every": 2, "shard": how == "shard", **CASES[name]}
         fit(Path(bases) / name.partition("-")[0], Path(out) / name, **settings)
     return 0, ""
 
@@ -99,7 +100,7 @@ JOBS = {
 
 
 def jobs(arguments: list[str]) -> tuple[int, str]:
-    """arguments: a folder, the photos, the folder of the bases, further settings in JSON, and "<family>-<job>" each."""
+    """arguments: a folder, the photos, the folder of the bases, more settings in JSON, and "<family>-<job>" each."""
     from finetune.core.logging import quiet, quiet_bars
 
     quiet()
@@ -121,3 +122,20 @@ def jobs(arguments: list[str]) -> tuple[int, str]:
         except BadInput as error:
             return 2, str(error)
     return 0, ""
+
+
+def everything(arguments: list[str]) -> tuple[int, str]:
+    """arguments: a folder, the photos, the folder of the bases, and in JSON the cases and the jobs. The folder has
+    a run of one process that goes on here."""
+    from finetune.training.peers import joined
+
+    out, photos, bases = arguments[:3]
+    cases, names = json.loads(arguments[3])
+    fits([f"{out}/2", bases, "shard", *cases])
+    if joined().rank == 0:
+        shutil.copytree(f"{out}/2/sd1-full", f"{out}/2 to 2/sd1-full")
+        shutil.rmtree(f"{out}/2 to 2/sd1-full/checkpoints/step-000004")
+    joined().wait()
+    for way in ("1 to 2", "2 to 2"):
+        fits([f"{out}/{way}", bases, "shard", "sd1-full"])
+    return jobs([f"{out}/2", photos, bases, '["run.shard=true"]', *names])
