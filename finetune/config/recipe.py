@@ -91,10 +91,15 @@ def _check_shard(recipe: Recipe) -> None:
             f"run.shard can't cut the state of optim.kind {optim.kind}: use adamw, adamw8bit, lion8bit or "
             "schedule_free"
         )
+    if prior.others is not None and prior.keeps_base:
+        raise ValueError(
+            "run.shard can't ask the frozen base about a part of a batch, as prior.others does here: leave it out, or "
+            "use its images as targets with prior.kind=none"
+        )
     if prior.needs_distance or (prior.keeps_base and not method.is_adapter):
         raise ValueError(
-            f"run.shard can't cut the weights that prior.kind {prior.kind} compares with: use prior.kind=class_images, "
-            "or frozen_base with method.kind=lora"
+            f"run.shard can't cut the weights that prior.kind {prior.kind} compares with: use prior.kind="
+            "class_images, or frozen_base with method.kind=lora"
         )
     if run.precision == "fp16":
         raise ValueError("run.shard has no loss scaling, which run.precision fp16 needs: use bf16 or fp32")

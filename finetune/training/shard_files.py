@@ -75,7 +75,7 @@ def _placed(key: str, value: Tensor, layout: Layout) -> tuple[str, Tensor]:
     """The key and the tensor as they are written: as a piece of a whole one, or as this process's own."""
     weight = layout.weight(key)
     if weight is None or value.ndim == 0 or value.shape != weight.to_local().shape:
-        return f"{key}@{layout.rank}", value.detach()
+        return f"{key}@{layout.rank}", value.detach().clone()  # bitsandbytes' tables are one tensor for all weights
     spec = {"shape": weight.shape, "stride": weight.stride(), "run_check": False}
     return key, DTensor.from_local(value.detach(), weight.device_mesh, weight.placements, **spec)
 

@@ -146,7 +146,8 @@ class Trainer:
             raise BadInput(
                 f"the checkpoint of step {state.step} has the moments of optim.kind {self.optim.kind} in blocks of "
                 f"{state.pieces} pieces, which can't be cut anew: resume with "
-                f"run.shard={str(state.pieces > 1).lower()} and {state.pieces} process(es), or train with optim.kind=adamw"
+                f"run.shard={str(state.pieces > 1).lower()} and {state.pieces} process(es), or train with "
+                "optim.kind=adamw"
             )
         copy_into(self.trained, state.trained)
         load_state_tensors(self.optimizer, state.optimizer, state.values.get("optimizer", {}))
