@@ -16,7 +16,7 @@ from finetune.jobs.images import draw_preview, preview_folder
 from finetune.jobs.nodes import refuse_other_class_images
 from finetune.jobs.pins import Pins
 from finetune.jobs.prepare import Prepared
-from finetune.jobs.sharded import emptied, is_cut, put_together
+from finetune.jobs.sharded import hollowed, is_cut, put_together
 from finetune.jobs.verdicts import make_watch
 from finetune.objectives.registry import build_objective
 from finetune.report.pictures import CLASS_IMAGES, OTHER_IMAGES, keep_class_images
@@ -51,7 +51,7 @@ def fit_job(
     encode_prompts = make_prompt_encoder(job, streams)
     watch = make_watch(job, streams, cache, encode_prompts, accelerator.is_main_process)
     idle = _idle_parts(job, encode_prompts)
-    fill = emptied(job, idle) if is_cut(recipe.run) else None
+    fill = hollowed(job, idle) if is_cut(recipe.run) else None
     trained = _attach(job, idle)
     batches = make_batches(job, streams, cache)
     trainer = Trainer(

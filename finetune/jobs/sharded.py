@@ -53,7 +53,7 @@ def can_draw(job: Prepared) -> bool:
     return bool(size < SPARE * torch.cuda.get_device_properties(device).total_memory)
 
 
-def emptied(job: Prepared, idle: Sequence[str]) -> Callable[[nn.Module], None] | None:
+def hollowed(job: Prepared, idle: Sequence[str]) -> Callable[[nn.Module], None] | None:
     """Drops the trained denoiser's weights, and leaves its structure in its place; the trained parts stay off the
     device until they are cut. Returns what reads the weights of one of its modules; None where they are kept, because
     the files name them otherwise than the model: then every process holds them once in the CPU's memory."""

@@ -122,8 +122,8 @@ class PlannedVerdicts(Record):
     `steps`: after which, besides the beginning; empty for a run that is not measured, because it is `off`, `sharded`
     or too short. `predictions` without a gradient in all, which are `share` of the run's work; `drawn_once` more where
     no run with this base was measured before. `points`: photos that are asked about, and `others` prompts about other
-    things; `classes`: whether there is a class. `hold_out` photos are not trained on; `held_out` are their names, which
-    are private. With `keep_best`, the recommended checkpoint stays beside the newest `keep`.
+    things; `classes`: whether there is a class. `hold_out` photos are not trained on; `held_out` are their names,
+    which are private. With `keep_best`, the recommended checkpoint stays beside the newest `keep`.
     """
 
     steps: list[int] = []

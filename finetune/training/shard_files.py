@@ -80,7 +80,7 @@ def _placed(key: str, value: Tensor, layout: Layout) -> tuple[str, Tensor]:
     return key, DTensor.from_local(value.detach(), weight.device_mesh, weight.placements, **spec)
 
 
-def read_rows(folder: Path, layout: Layout) -> State:
+def read_pieces(folder: Path, layout: Layout) -> State:
     """This process's rows of a checkpoint, which any number of processes wrote, or one alone.
 
     Raises:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from finetune.core.errors import BadInput
 from finetune.training.checkpoint import Checkpoints, State
 from finetune.training.peers import joined
-from finetune.training.shard_files import Layout, read_rows, write_shards
+from finetune.training.shard_files import Layout, read_pieces, write_shards
 from finetune.training.step import Step
 from finetune.training.whole import Held, MakeState, Whole
 
@@ -40,11 +40,11 @@ def held_weights(
         fill: reads the weights of a module that has none yet (`finetune.families.hollow`); None: all have theirs.
     """
     if shard and accelerator.num_processes > 1:
-        return Shards(step, trained, accelerator, fill)
+        return CutWeights(step, trained, accelerator, fill)
     return Whole(accelerator, trained)
 
 
-class Shards:
+class CutWeights:
     """This process's rows of every weight of the trained parts."""
 
     def __init__(
@@ -104,7 +104,7 @@ class Shards:
     def read(self, checkpoints: Checkpoints) -> State | None:
         newest = checkpoints.newest_sound() if self.accelerator.is_main_process else None
         folder = self.peers.from_first(None if newest is None else str(newest))
-        return None if folder is None else read_rows(Path(folder), self._layout)
+        return None if folder is None else read_pieces(Path(folder), self._layout)
 
     def refuse_others(self, made: MakeState) -> None:
         """All have read one folder: there is nothing to compare."""

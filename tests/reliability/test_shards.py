@@ -27,11 +27,11 @@ from finetune.objectives.settings import ObjectiveSettings
 from finetune.training.accelerate import make_accelerator
 from finetune.training.checkpoint import Checkpoints, State, read_state, sign
 from finetune.training.settings import Run
-from finetune.training.shard_files import Layout, read_rows, write_shards
-from finetune.training.shards import Shards
+from finetune.training.shard_files import Layout, read_pieces, write_shards
+from finetune.training.shards import CutWeights
 from finetune.training.step import Step, parts_of
 
-FITS = ("sd1-lora", "sd1-full", "sdxl-lora", "flux-lora", "flux-full", "sd1-adamw8bit", "sd1-schedule_free")
+FITS = ("sd1-lora", "sd1-full", "sdxl-lora", "flux-lora", "flux-full", "sd1-adamw8bit", "sd1-bf16")
 JOBS = ("sd1-lora", "flux-full")
 
 
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_pieces_is_what_was_trained(tiny_bases: dict[str, Path],
     step = Step(
         family, parts_of(trained), build_objective(ObjectiveSettings(), family.schedule), family.encode_prompts
     )
-    held = Shards(step, trained, make_accelerator(run, False))
+    held = CutWeights(step, trained, make_accelerator(run, False))
     optimizer = torch.optim.SGD(held.parameters.values(), lr=0.1)
     held.prepared(step, optimizer)
     gathered = held.gathered()
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_pieces_is_what_was_trained(tiny_bases: dict[str, Path],
     state = State(3, dict(held.parameters), {"0/step": torch.tensor(3.0)}, {}, {"a": 1}, pieces=2)
     write_shards(tmp_path, state, layout)
     sign(tmp_path, state)
-    own, rows = read_state(tmp_path), read_rows(tmp_path, layout)
+    own, rows = read_state(tmp_path), read_pieces(tmp_path, layout)
     theirs = {f"trained/{name}": torch.empty_like(value) for name, value in before.items()}
     load(theirs, storage_reader=HuggingFaceStorageReader(str(tmp_path)))
     for name, value in before.items():

@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "flux-full": {"method": Full()},
     "sd1-adamw8bit": {"method": Full(), "optim": AdamW8bit(lr=1e-3)},
     "sd1-lion8bit": {"method": Full(), "optim": Lion8bit(lr=1e-4)},
+    "sd1-bf16": {"method": LoRA(**LORA), "precision": "bf16"},
     "sd1-schedule_free": {"method": LoRA(**LORA), "optim": ScheduleFree(lr=1e-3)},
 }
 
@@ -39,6 +40,8 @@ def fits(arguments: list[str]) -> tuple[int, str]:
     out, bases, how, *names = arguments
     for name in names:
         settings = {"steps": 4, "checkpoint_every": 2, "shard": how == "shard", **CASES[name]}
+        if how == "whole" and "precision" in settings:  # the micro-batches of two processes: see docs/scale.md
+            settings["accumulate"] = 2
         fit(Path(bases) / name.partition("-")[0], Path(out) / name, **settings)
     return 0, ""
 
@@ -47,6 +50,7 @@ def fit(base: Path, folder: Path, method: Any, optim: Any = None, **settings: An
     """Trains on batches from memory. The last checkpoint holds everything; memory.json what this process held."""
     from test_trainer import Memory
 
+    from finetune.core.devices import DTYPES
     from finetune.core.events import sent_to
     from finetune.families.source import load_family
     from finetune.objectives.registry import build_objective
@@ -60,9 +64,9 @@ def fit(base: Path, folder: Path, method: Any, optim: Any = None, **settings: An
     from finetune.training.trainer import Trainable, Trainer
 
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(batch_size=4, **settings)
+    run = Run(batch_size=4, **{"precision": "fp32", **settings})
     accelerator = make_accelerator(run, method.is_adapter)
-    family = load_family(str(base))
+    family = load_family(str(base), dtype=method.weight_dtype(DTYPES[run.precision]))
     trained = method.attach(family, 0)
     objective = build_objective(ObjectiveSettings(), family.schedule)
     step = Step(family, parts_of(trained), objective, family.encode_prompts)
