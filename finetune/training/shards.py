@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from finetune.core.errors import BadInput
+from finetune.families.recording import keep_recording
 from finetune.training.checkpoint import Checkpoints, State
 from finetune.training.peers import joined
 from finetune.training.shard_files import Layout, read_pieces, write_shards
@@ -131,18 +132,7 @@ def shard_part(part: nn.Module, mesh: DeviceMesh, fill: Fill | None = None) -> N
         if fill is not None:
             fill(module)
         fully_shard(module, mesh=mesh)
-    _keep_recording({old: str(type(module)) for module, old in named.items()})
-
-
-def _keep_recording(renamed: Mapping[str, str]) -> None:
-    """transformers finds what a model may record (its hidden states) by the name of its class, which FSDP changes."""
-    try:
-        from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as REGISTRY
-    except ImportError:  # a version that returns them by itself
-        return
-    for old, new in renamed.items():
-        if dict.__contains__(REGISTRY, old):
-            dict.__setitem__(REGISTRY, new, dict.__getitem__(REGISTRY, old))
+    keep_recording({old: str(type(module)) for module, old in named.items()})
 
 
 def _rows(value: DTensor) -> Tensor:
