@@ -31,8 +31,8 @@ from finetune.training.shard_files import Layout, read_pieces, write_shards
 from finetune.training.shards import CutWeights
 from finetune.training.step import Step, parts_of
 
-FITS = ("sd1-lora", "sd1-full", "sdxl-lora", "flux-lora", "flux-full", "sd1-adamw8bit", "sd1-bf16")
-JOBS = ("sd1-lora", "flux-full")
+FITS = ("sd1-full", "sdxl-lora", "flux-lora", "flux-full", "sd1-adamw8bit")
+JOBS = ("sd1-lora",)
 
 
 def last(run: Path) -> State:
@@ -70,12 +70,13 @@ def test_two_sharded_processes_end_as_one(name: str, both: Path) -> None:
     one, two = both / "1" / name, both / "2" / name
     assert (last(one).pieces, last(two).pieces) == (1, 2)
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    assert distance(last(one).trained, last(two).trained) < 1e-5
+    # 8-bit moments are rounded in blocks, which are cut differently
+    assert distance(last(one).trained, last(two).trained) < (1e-3 if "8bit" in name else 1e-5)
     assert not last(one).ema or distance(last(one).ema, last(two).ema) < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd1-full", "sd1-lora", "flux-full", "flux-lora"])
+@pytest.mark.parametrize("name", ["sd1-full", "sdxl-lora", "flux-full", "flux-lora", "sd1-adamw8bit"])
 def test_each_holds_half_of_weights_gradients_state_and_averages(name: str, both: Path) -> None:
     alone, *shared = (json.loads((both / file).read_text()) for file in (
         f"1/{name}/memory-0.json", f"2/{name}/memory-0.json", f"2/{name}/memory-1.json",
