@@ -56,7 +56,8 @@ class Pieces:
         for first, shape, name, inside in self.index[key]:
             with safe_open(self.folder / name, "pt") as held:
                 if not shape:
-                    return held.get_tensor(inside)
+                    single: Tensor = held.get_tensor(inside)
+                    return single
                 last = first + shape[0]
                 low, high = max(start, first), last if stop is None else min(stop, last)
                 if high > low:
