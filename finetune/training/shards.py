@@ -65,15 +65,16 @@ class CutWeights:
     def prepared(self, step: Step, optimizer: Any) -> tuple[Any, Any]:
         """`evaluation_mode` keeps DistributedDataParallel away, and autocast stays."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._bind()
         self.order = [names[id(item)] for group in optimizer.param_groups for item in group["params"]]
         model = self.accelerator.prepare_model(step, device_placement=False, evaluation_mode=True)
         return model, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
 
     def clip(self, max_norm: float) -> Tensor | None:
         """Hands this process's rows of the gradients to the optimiser, clipped by the norm of all processes' rows."""
+        self._bind()
         for name, value in self.cut.items():
             mine, gradient = self.parameters[name], cast("DTensor | None", value.grad)
-            mine.data = _rows(value)  # FSDP may have moved them when it first computed
             mine.grad = None if gradient is None else gradient.to_local()
             value.grad = None
         gradients = [mine.grad for mine in self.parameters.values() if mine.grad is not None]
@@ -83,6 +84,11 @@ class CutWeights:
         if max_norm < math.inf:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), max_norm, norm)
         return norm
+
+    def _bind(self) -> None:
+        """FSDP moves the rows to other memory when a module is moved, and when it first computes."""
+        for name, value in self.cut.items():
+            self.parameters[name].data = _rows(value)
 
     def save(self, checkpoints: Checkpoints, made: MakeState, keep: int) -> Path | None:
         """Every process writes its rows into one folder, which the main process then signs and renames."""
@@ -103,6 +109,7 @@ class CutWeights:
         return Layout(self.cut, self.order, self.peers.rank, self.pieces)
 
     def read(self, checkpoints: Checkpoints) -> State | None:
+        self._bind()
         newest = checkpoints.newest_sound() if self.accelerator.is_main_process else None
         folder = self.peers.from_first(None if newest is None else str(newest))
         return None if folder is None else read_pieces(Path(folder), self._layout)

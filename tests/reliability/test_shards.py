@@ -14,6 +14,7 @@ import work_shards
 from conftest import write_photos
 from safetensors.torch import load_file
 from test_processes import distance, losses, processes
+from test_trainer import Memory
 from torch import distributed
 
 from finetune.config.load import load_recipe
@@ -170,7 +171,13 @@ def test_a_checkpoint_of_pieces_is_what_was_trained(tiny_bases: dict[str, Path],
     )
     held = CutWeights(step, trained, make_accelerator(run, False))
     optimizer = torch.optim.SGD(held.parameters.values(), lr=0.1)
+    step.move_to(torch.device("cpu"))
     held.prepared(step, optimizer)
+    with torch.no_grad():  # as a checkpoint is loaded: before FSDP first computes
+        for mine in held.parameters.values():
+            mine.mul_(1.5)
+    before = {name: value * 1.5 for name, value in before.items()}
+    step(Memory(4).micro(0, 0))
     gathered = held.gathered()
     assert gathered is not None
     assert all(torch.equal(value, gathered[name]) for name, value in before.items())
