@@ -51,19 +51,17 @@ def fit_job(
     encode_prompts = make_prompt_encoder(job, streams)
     watch = make_watch(job, streams, cache, encode_prompts, accelerator.is_main_process)
     idle = _idle_parts(job, encode_prompts)
-    fill = hollowed(job, idle) if is_cut(recipe.run) else None
     trained = _attach(job, idle)
     batches = make_batches(job, streams, cache)
     trainer = Trainer(
-        _make_step(job, trained, encode_prompts, batches.samples_per_step),
-        Trainable(trained, recipe.method.windows(trained), fill),
+        _make_step(job, dict(trained.parameters), encode_prompts, batches.samples_per_step),
+        trained,
         recipe.optim,
         recipe.run,
         accelerator,
         folder.checkpoints,
     )
     previews = _Previews(job, folder, trainer, idle, accelerator.is_main_process)
-
     if watch.due:
         watch.begin(folder, trainer, encode_prompts)
 
@@ -81,16 +79,17 @@ def fit_job(
     family.parts.restore(idle)
 
 
-def _attach(job: Prepared, idle: Sequence[str]) -> dict[str, nn.Parameter]:
+def _attach(job: Prepared, idle: Sequence[str]) -> Trainable:
     """Releases the idle parts, places the others on the device, and attaches the method to them."""
     recipe, family = job.recipe, job.family
+    fill = hollowed(job, idle) if is_cut(recipe.run) else None
     family.parts.release(idle)
     if not is_cut(recipe.run):  # its trained parts go to the device block by block
         family.parts.place([part for part in family.parts if part not in idle])
     trained = recipe.method.attach(family, recipe.run.seed)
     if recipe.run.gradient_checkpointing:
         family.enable_gradient_checkpointing(recipe.method.part_names(family))
-    return trained
+    return Trainable(trained, recipe.method.windows(trained), fill)
 
 
 def _keep(streams: Sequence[Sequence[Sample]], folder: RunFolder, accelerator: Accelerator, pins: Pins | None) -> None:

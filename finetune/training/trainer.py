@@ -23,9 +23,9 @@ from finetune.optim.state import load_state_tensors, state_tensors
 from finetune.training import nonfinite
 from finetune.training.checkpoint import Checkpoints, State
 from finetune.training.ema import Ema, copy_into
+from finetune.training.fsdp import held_weights
 from finetune.training.peers import joined
 from finetune.training.settings import Run
-from finetune.training.shards import held_weights
 from finetune.training.step import MicroBatches, Step
 
 

@@ -1,4 +1,4 @@
-"""Where the trained weights are: whole on every process, or in shards (`finetune.training.shards`)."""
+"""Where the trained weights are: whole on every process, or in shards (`finetune.training.fsdp`)."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.training.accelerate import make_accelerator
 from finetune.training.checkpoint import Checkpoints, State, read_state, sign
+from finetune.training.fsdp import CutWeights
 from finetune.training.settings import Run
 from finetune.training.shard_files import Layout, read_pieces, write_shards
-from finetune.training.shards import CutWeights
 from finetune.training.step import Step, parts_of
 
 FITS = ("sd1-full", "sdxl-lora", "flux-lora", "flux-full", "sd1-adamw8bit")
