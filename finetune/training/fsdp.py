@@ -25,14 +25,14 @@ from finetune.training.checkpoint import Checkpoints, State
 from finetune.training.peers import joined
 from finetune.training.shard_files import Layout, read_pieces, write_shards
 from finetune.training.step import Step
-from finetune.training.whole import Held, MakeState, Whole
+from finetune.training.whole import HeldWeights, MakeState, Whole
 
 Fill = Callable[[nn.Module], None]
 
 
 def held_weights(
     step: Step, trained: Mapping[str, nn.Parameter], accelerator: Accelerator, shard: bool, fill: Fill | None = None
-) -> Held:
+) -> HeldWeights:
     """The trained weights as the run holds them. One process has nobody to share with: it holds them whole.
 
     Args:

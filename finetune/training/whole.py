@@ -16,7 +16,7 @@ from finetune.training.step import Step
 MakeState = Callable[[], State]
 
 
-class Held(Protocol):
+class HeldWeights(Protocol):
     """How the processes of a run hold its weights. The loop asks nothing else about it.
 
     Attributes:
