@@ -47,6 +47,8 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         _check_training(self)
+        if self.run.shard:
+            _check_shard(self)
         _check_prior(self)
         _check_words(self)
         return self
@@ -77,6 +79,40 @@ def _check_training(recipe: Recipe) -> None:
             f"export.rank is {recipe.export.rank} but a {method.kind} is exported exactly as it was trained: "
             "leave it out, or make the file smaller with `finetune resize`"
         )
+
+
+def _check_shard(recipe: Recipe) -> None:
+    """Refuses what does not work on a part of each weight, or what one process would compute alone."""
+    method, optim, run, prior = recipe.method, recipe.optim, recipe.run, recipe.prior
+    if not method.shards:
+        raise ValueError(f"run.shard can't cut the weights of method.kind {method.kind}: use lora or full")
+    if optim.shards == "none":
+        raise ValueError(
+            f"run.shard can't cut the state of optim.kind {optim.kind}: use adamw, adamw8bit, lion8bit or "
+            "schedule_free"
+        )
+    if prior.others is not None and prior.keeps_base:
+        raise ValueError(
+            "run.shard can't ask the frozen base about a part of a batch, as prior.others does here: leave it out, or "
+            "use its images as targets with prior.kind=none"
+        )
+    if prior.needs_distance or (prior.keeps_base and not method.is_adapter):
+        raise ValueError(
+            f"run.shard can't cut the weights that prior.kind {prior.kind} compares with: use prior.kind="
+            "class_images, or frozen_base with method.kind=lora"
+        )
+    if run.precision == "fp16":
+        raise ValueError("run.shard has no loss scaling, which run.precision fp16 needs: use bf16 or fp32")
+    alone = {
+        "sample.every": bool(recipe.sample.every),
+        "run.verdicts": run.verdicts == "on",
+        "run.verdicts_every": run.verdicts_every is not None,
+        "run.keep_best": run.keep_best,
+        "data.hold_out": bool(recipe.data.hold_out),
+    }
+    named = next((name for name, given in alone.items() if given), None)
+    if named is not None:
+        raise ValueError(f"{named} needs the whole model on one process, which run.shard cuts: leave it out")
 
 
 def _check_prior(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from finetune.jobs.images import draw_preview, preview_folder
 from finetune.jobs.nodes import refuse_other_class_images
 from finetune.jobs.pins import Pins
 from finetune.jobs.prepare import Prepared
+from finetune.jobs.sharded import hollowed, is_cut, put_together
 from finetune.jobs.verdicts import make_watch
 from finetune.objectives.registry import build_objective
 from finetune.report.pictures import CLASS_IMAGES, OTHER_IMAGES, keep_class_images
@@ -54,8 +55,8 @@ def fit_job(
     trained = _attach(job, idle)
     batches = make_batches(job, streams, cache)
     trainer = Trainer(
-        _make_step(job, trained, encode_prompts, batches.samples_per_step),
-        Trainable(trained, recipe.method.windows(trained)),
+        _make_step(job, dict(trained.parameters), encode_prompts, batches.samples_per_step),
+        trained,
         recipe.optim,
         recipe.run,
         accelerator,
@@ -77,18 +78,21 @@ def fit_job(
         if watch.due:
             watch.begin(folder, trainer, encode_prompts)
         trainer.fit(batches, after_step, stop, after_restore)
+    put_together(job, trainer)
     family.parts.restore(idle)
 
 
-def _attach(job: Prepared, idle: Sequence[str]) -> dict[str, nn.Parameter]:
+def _attach(job: Prepared, idle: Sequence[str]) -> Trainable:
     """Releases the idle parts, places the others on the device, and attaches the method to them."""
     recipe, family = job.recipe, job.family
+    fill = hollowed(job, idle) if is_cut(recipe.run) else None
     family.parts.release(idle)
-    family.parts.place([part for part in family.parts if part not in idle])
+    if not is_cut(recipe.run):  # its trained parts go to the device block by block
+        family.parts.place([part for part in family.parts if part not in idle])
     trained = recipe.method.attach(family, recipe.run.seed)
     if recipe.run.gradient_checkpointing:
         family.enable_gradient_checkpointing(recipe.method.part_names(family))
-    return trained
+    return Trainable(trained, recipe.method.windows(trained), fill)
 
 
 def _keep(streams: Sequence[Sequence[Sample]], folder: RunFolder, accelerator: Accelerator, pins: Pins | None) -> None:

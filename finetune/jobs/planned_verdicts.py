@@ -37,6 +37,7 @@ def planned_verdicts(recipe: Recipe, held_out: Sequence[str] = ()) -> PlannedVer
     return PlannedVerdicts(
         steps=list(steps),
         off=run.verdicts == "off",
+        sharded=run.shard,
         predictions=predictions,
         drawn_once=DRAWN_ONCE if steps else 0,
         share=predictions / (TRAINED * run.batch_size * passes * run.steps),

@@ -37,6 +37,7 @@ from finetune.jobs.pins import Pins
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.jobs.run_record import record_of, started
+from finetune.jobs.sharded import can_draw, refuse_unshared
 from finetune.jobs.timestep_loss import measure_base, measure_trained
 from finetune.jobs.verdicts import finish_verdicts
 from finetune.report.html import write_report
@@ -223,7 +224,8 @@ def resume(
 def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks, pins: Pins) -> None:
     """Draws the images from before training, trains, and saves the trained weights in RUN/adapter."""
     recipe = job.recipe
-    if accelerator.is_main_process and not (folder.path / "samples" / "before").is_dir():
+    refuse_unshared(recipe.run, folder.path)
+    if accelerator.is_main_process and can_draw(job) and not (folder.path / "samples" / "before").is_dir():
         measure_base(job, folder.path)
         draw_samples(job, folder.path / "samples" / "before", "Before")
     if recipe.run.trackers:
@@ -246,7 +248,7 @@ def _finish(job: Prepared, folder: RunFolder, device: torch.device, say: Say) ->
     bench = Bench.of(job.family, job.recipe.base.load, job.recipe.export.verify)
     exported = export_run(folder, job.family, bench=bench)
     after = folder.path / "samples" / "after"
-    shown = None if after.is_dir() else open_exported(folder, exported, bench.dtype, bench)
+    shown = None if after.is_dir() or not can_draw(job) else open_exported(folder, exported, bench.dtype, bench)
     bench.close()
     if shown is not None:  # the report shows what the exported file draws, not the weights in memory
         shown.parts.device = device

@@ -36,6 +36,7 @@ class Method(Settings, ABC):
         "adapter",
     )  # the kinds of training results: `finetune.export` has formats for each
     rests: ClassVar[bool] = False  # whether `windows` keeps some weights fixed at times; not all optimisers can
+    shards: ClassVar[bool] = False  # whether it needs no weight of the base before they are cut (`run.shard`)
     kind: str
     parts: list[Part] = Field(default=["denoiser"], min_length=1)
 

@@ -17,6 +17,7 @@ class Full(Method):
     """Trains every weight of the chosen parts, except those that the family never uses."""
 
     artifacts: ClassVar = ("weights",)
+    shards: ClassVar = True
     kind: Literal["full"] = "full"
 
     @property

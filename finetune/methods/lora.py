@@ -29,6 +29,7 @@ class LoRA(Ranked):
 
     marks: ClassVar = (".lora_",)
     low_rank: ClassVar = True
+    shards: ClassVar = True
     kind: Literal["lora"] = "lora"
     dropout: float = Field(default=0.0, ge=0, lt=1)
     rank_stabilised: bool = False

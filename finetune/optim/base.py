@@ -36,12 +36,16 @@ class Optimiser(Settings):
         state_bytes: bytes of state for each trained parameter.
         averages: whether the exported weights are an average that the optimiser keeps, not the weights in training.
         windows: whether a rate of 0 leaves weights bit-identical, so that some weights can stay fixed for a while.
+        shards: whether its steps are right on a part of each weight (`run.shard`): with `any` number of processes;
+            with the `same` number after a resume, because its state is in blocks; or `none`, because a step needs all
+            weights together.
         packages: other packages than torch that compute its steps. A run records their versions.
     """
 
     state_bytes: ClassVar[float]
     averages: ClassVar[bool] = False
     windows: ClassVar[bool] = True
+    shards: ClassVar[Literal["any", "same", "none"]] = "none"
     packages: ClassVar[tuple[str, ...]] = ()
     if TYPE_CHECKING:
         kind: str  # a field of each subclass; as a field here it would come first in recipe.yaml

@@ -19,6 +19,7 @@ class ScheduleFree(Adam):
     the average."""
 
     state_bytes: ClassVar[float] = 8.0
+    shards: ClassVar[Literal["any", "same", "none"]] = "any"
     packages: ClassVar[tuple[str, ...]] = ("schedulefree",)
     averages: ClassVar[bool] = True
     windows: ClassVar[bool] = False  # the average changes even if the rate is 0

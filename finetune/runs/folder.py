@@ -317,7 +317,7 @@ def next_folder(name: str, parent: Path = Path("runs")) -> Path:
 def _changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """The keys that differ, except those that a run may change: more steps, more processes, its folder's name."""
     before, after = (_flat(one.model_dump(mode="json")) | _curve(one) for one in (old, new))
-    free = {"run.dir", "run.name", "run.keep", "run.checkpoint_every", "run.processes"}
+    free = {"run.dir", "run.name", "run.keep", "run.checkpoint_every", "run.processes", "run.shard"}
     free |= {"run.keep_best", "run.verdicts", "run.verdicts_every"}  # what is measured changes nothing
     if after.get("run.steps", 0) >= before.get("run.steps", 0):
         free.add("run.steps")

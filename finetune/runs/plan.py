@@ -119,15 +119,16 @@ class PlannedOthers(Record):
 class PlannedVerdicts(Record):
     """When a run is measured against its base (`finetune.verdicts`), on what, and what it costs.
 
-    `steps`: after which, besides the beginning; empty for a run that is not measured, because it is `off` or too
-    short. `predictions` without a gradient in all, which are `share` of the run's work; `drawn_once` more where no run
-    with this base was measured before. `points`: photos that are asked about, and `others` prompts about other things;
-    `classes`: whether there is a class. `hold_out` photos are not trained on; `held_out` are their names, which are
-    private. With `keep_best`, the recommended checkpoint stays beside the newest `keep`.
+    `steps`: after which, besides the beginning; empty for a run that is not measured, because it is `off`, `sharded`
+    or too short. `predictions` without a gradient in all, which are `share` of the run's work; `drawn_once` more where
+    no run with this base was measured before. `points`: photos that are asked about, and `others` prompts about other
+    things; `classes`: whether there is a class. `hold_out` photos are not trained on; `held_out` are their names,
+    which are private. With `keep_best`, the recommended checkpoint stays beside the newest `keep`.
     """
 
     steps: list[int] = []
     off: bool = False
+    sharded: bool = False
     predictions: int = 0
     drawn_once: int = 0
     share: float = 0.0
@@ -144,6 +145,7 @@ class PlannedVerdicts(Record):
         """When, on what and at what cost, in words."""
         if not self.steps:
             short = "the run is too short for its time to pay for them; run.verdicts=on measures it all the same"
+            short = "a run with run.shard is not measured" if self.sharded else short
             return f"none: {'run.verdicts is off' if self.off else short}"
         unseen = "what is held out" if self.hold_out else "closer views of them"
         parts = ["the class"] * self.classes + ["the empty prompt", f"{self.others} everyday prompts"]

@@ -16,7 +16,7 @@ from finetune.training.peers import joined, on_cpu
 from finetune.training.settings import Run
 
 OTHERS = {
-    "ACCELERATE_USE_FSDP": "weights are not sharded",
+    "ACCELERATE_USE_FSDP": "weights are sharded with run.shard=true alone",
     "ACCELERATE_USE_DEEPSPEED": "weights are not sharded",
     "ACCELERATE_USE_MEGATRON_LM": "weights are not sharded",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "weights are not sharded",

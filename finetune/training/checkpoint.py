@@ -1,13 +1,15 @@
 """Checkpoints: safetensors and JSON with sizes and SHA-256, written to a temporary folder that is then renamed.
 
-RUN/checkpoints/step-000250/{trained,optimizer,ema}.safetensors + state.json
+RUN/checkpoints/step-000250/{trained,optimizer,ema}.safetensors + state.json; of a sharded run (`run.shard`) a file for
+each process, shard-00001-model-00001-of-00001.safetensors and on, with its rows of all of them.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +21,14 @@ from finetune.core.errors import BadInput
 from finetune.core.files import flush, load_tensors, replacing_folder, save_tensors, sha256, write_json
 from finetune.core.reading import read_json
 from finetune.core.records import LaterVersion, check_schema
+from finetune.training.pieces import Pieces
 
-FILES = {"trained.safetensors", "optimizer.safetensors", "ema.safetensors"}
+PARTS = ("trained", "optimizer", "ema")
+FILES = {f"{part}.safetensors" for part in PARTS}
 PROTECTED = "best.json"  # names the checkpoint that the verdicts recommend
+SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # as torch.distributed.checkpoint names them
 SCHEMA = 1  # version of state.json; version 0 had the same keys, but no number
+SHARDED = 2  # version of state.json with `pieces`, which only sharded checkpoints have
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class State:
     optimizer: dict[str, Tensor]
     ema: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)  # no tensors: optimiser counters, loss scaler
+    pieces: int = 1  # into how many the weights were cut when the optimiser's state was made
 
 
 class Checkpoints:
@@ -55,9 +62,10 @@ class Checkpoints:
                 "some space, lower run.keep, or choose another disk with run.dir=PATH"
             )
 
-    def save(self, state: State, keep: int) -> Path:
+    def save(self, state: State, keep: int, write: Callable[[Path, State], None] | None = None) -> Path:
         """Writes a checkpoint to a temporary folder, renames the folder, and deletes old checkpoints beyond the newest
-        `keep` and the one that is protected. Returns the checkpoint's folder.
+        `keep` and the one that is protected. Returns the checkpoint's folder. `write` writes its safetensors files;
+        None: `write_tensors`.
 
         Raises:
             BadInput: it can't be written, for example because the disk is full.
@@ -67,7 +75,8 @@ class Checkpoints:
             shutil.rmtree(left_over, ignore_errors=True)
         try:
             with replacing_folder(folder) as temporary:
-                write_state(temporary, state)
+                (write or write_tensors)(temporary, state)
+                sign(temporary, state)
             flush(folder.parent)
         except OSError as error:
             raise BadInput(
@@ -122,10 +131,15 @@ class Checkpoints:
         Raises:
             BadInput: a later version of this program wrote it.
         """
+        folder = self.newest_sound()
+        return None if folder is None else read_state(folder)
+
+    def newest_sound(self) -> Path | None:
+        """The folder of `latest`; it warns and raises the same."""
         for folder in reversed(self._checkpoints()):
             fault = find_fault(folder)
             if fault is None:
-                return read_state(folder)
+                return folder
             warnings.warn(f"checkpoint {folder} is damaged ({fault}) and is skipped", stacklevel=2)
         return None
 
@@ -175,40 +189,66 @@ class Checkpoints:
         return sorted(folder for folder in self.path.glob("step-*") if folder.name.removeprefix("step-").isdecimal())
 
 
-def write_state(folder: Path, state: State) -> None:
-    tensors = {"trained": state.trained, "optimizer": state.optimizer, "ema": state.ema}
-    for name, part in tensors.items():
+def write_tensors(folder: Path, state: State) -> None:
+    for name in PARTS:
+        part: dict[str, Tensor] = getattr(state, name)
         if part:
             save_tensors(folder / f"{name}.safetensors", part)
+
+
+def sign(folder: Path, state: State) -> None:
+    """Writes state.json: the step, the values, and the sizes and hashes of the files that are there."""
     files = {
         file.name: {"size": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(folder.glob("*.safetensors"))
     }
-    write_json(folder / "state.json", {"schema": SCHEMA, "step": state.step, "values": state.values, "files": files})
+    cut = {"pieces": state.pieces} if state.pieces > 1 else {}
+    schema = SHARDED if cut else SCHEMA
+    about = {"schema": schema, "step": state.step, "values": state.values, "files": files, **cut}
+    write_json(folder / "state.json", about)
 
 
 def read_state(folder: Path) -> State:
-    state = _stated(folder)
-    parts = {name.removesuffix(".safetensors"): load_tensors(folder / name) for name in state["files"]}
-    return State(state["step"], parts["trained"], parts.get("optimizer", {}), parts.get("ema", {}), state["values"])
+    """A checkpoint, with its tensors in one piece."""
+    state = stated(folder)
+    files = Pieces(folder, state["files"])
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    if "pieces" not in state:
+        parts |= {name.removesuffix(".safetensors"): load_tensors(folder / name) for name in state["files"]}
+        return state_of(state, parts)
+    for key in files.mine(0):
+        part, _, name = key.partition("@")[0].partition("/")
+        parts[part][name] = files.read(key)
+    return state_of(state, parts)
 
 
-def _stated(folder: Path) -> dict[str, Any]:
+def state_of(said: Mapping[str, Any], parts: Mapping[str, dict[str, Tensor]]) -> State:
+    """`said`: the content of state.json. `parts`: name -> tensor, of "trained", "optimizer" and "ema"."""
+    pieces: int = said.get("pieces", 1)
+    return State(said["step"], parts["trained"], parts["optimizer"], parts["ema"], said["values"], pieces)
+
+
+def stated(folder: Path) -> dict[str, Any]:
     """The content of state.json.
 
     Raises:
-        BadInput: `write_state` did not write it, or a later version did.
+        BadInput: `sign` did not write it, or a later version did.
     """
     file = folder / "state.json"
     state = read_json(file, dict)
-    check_schema(state.get("schema", 0), file, SCHEMA)
-    files, step = state.get("files"), state.get("step")
-    named = isinstance(files, dict) and "trained.safetensors" in files and files.keys() <= FILES
-    if not isinstance(files, dict) or not named or not all(isinstance(item, dict) for item in files.values()):
+    check_schema(state.get("schema", 0), file, SHARDED)
+    files, step, pieces = state.get("files"), state.get("step"), state.get("pieces", 1)
+    if not isinstance(files, dict) or not _are_checkpoints(files) or not isinstance(pieces, int) or pieces < 1:
         raise BadInput(f"{file}: 'files' does not list the files of a checkpoint")
     if not isinstance(step, int) or step < 0 or not isinstance(state.get("values"), dict):
         raise BadInput(f"{file}: 'step' or 'values' has a value that no run writes")
     return state
+
+
+def _are_checkpoints(files: dict[Any, Any]) -> bool:
+    whole = "trained.safetensors" in files and files.keys() <= FILES
+    cut = bool(files) and all(SHARD.fullmatch(name) for name in files)
+    return (whole or cut) and all(isinstance(item, dict) for item in files.values())
 
 
 def find_fault(folder: Path) -> str | None:
@@ -219,16 +259,16 @@ def find_fault(folder: Path) -> str | None:
             used instead.
     """
     try:
-        files = _stated(folder)["files"]
+        files = stated(folder)["files"]
     except LaterVersion:
         raise
     except (OSError, BadInput) as error:
         return f"state.json: {error}"
-    for name, stated in files.items():
+    for name, about in files.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != stated.get("size") or sha256(file) != stated.get("sha256"):
+        if file.stat().st_size != about.get("size") or sha256(file) != about.get("sha256"):
             return f"{name} was changed after it was written"
     return None
 

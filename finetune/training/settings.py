@@ -37,6 +37,7 @@ class Run(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deterministic: bool = False  # bit-identical results on CUDA too, but slower
     gradient_checkpointing: bool = False
+    shard: bool = False  # each of several processes holds a part of the model, its gradients and the optimiser's state
     released: Literal["reread", "cpu"] = "reread"
     fast: Literal["auto", "off"] = "off"  # off: existing recipes give the same bytes
     ema: float | None = Field(default=None, gt=0, lt=1)

@@ -34,7 +34,7 @@ def shared_state(read: Callable[[], State | None], device: torch.device) -> Stat
     if outline is None:
         return None
     parts = {part: _sent(outline[part], getattr(state, part, None), device) for part in PARTS}
-    return state or State(outline["step"], **parts, values=outline["values"])
+    return state or State(outline["step"], **parts, values=outline["values"], pieces=outline["pieces"])
 
 
 def refuse_other_states(made: Callable[[], State]) -> None:
@@ -75,7 +75,7 @@ def _outline(state: State) -> dict[str, object]:
         part: [[name, str(value.dtype), list(value.shape)] for name, value in getattr(state, part).items()]
         for part in PARTS
     }
-    return {"step": state.step, "values": state.values, **shapes}
+    return {"step": state.step, "values": state.values, "pieces": state.pieces, **shapes}
 
 
 def _sent(

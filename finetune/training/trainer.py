@@ -15,17 +15,17 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from finetune.core.batch import Batch
-from finetune.core.errors import CheckFailed
+from finetune.core.errors import BadInput, CheckFailed
 from finetune.core.events import CheckpointSaved, Restored, StepDone, emit, phase
 from finetune.core.signals import Interrupted, Stop
 from finetune.optim.base import Optimiser, Window
 from finetune.optim.state import load_state_tensors, state_tensors
 from finetune.training import nonfinite
-from finetune.training.checkpoint import Checkpoints, State, to_cpu
+from finetune.training.checkpoint import Checkpoints, State
 from finetune.training.ema import Ema, copy_into
+from finetune.training.fsdp import held_weights
 from finetune.training.peers import joined
 from finetune.training.settings import Run
-from finetune.training.shared_state import refuse_other_states, shared_state
 from finetune.training.step import MicroBatches, Step
 
 
@@ -34,11 +34,13 @@ class Trainable:
     """The trained parameters.
 
     `parameters`: name -> fp32 parameter, from `Method.attach`. `windows`: name -> (start, end) of its training as
-    shares of the run; parameters without an entry are trained throughout.
+    shares of the run; parameters without an entry are trained throughout. `fill`: reads the weights of a module of
+    the trained parts that has none yet (`finetune.families.hollow`); None where all have theirs.
     """
 
     parameters: Mapping[str, nn.Parameter]
     windows: Mapping[str, Window] = field(default_factory=dict)
+    fill: Callable[[nn.Module], None] | None = None
 
 
 class Trainer:
@@ -62,14 +64,16 @@ class Trainer:
         accelerator: Accelerator,
         checkpoints: Checkpoints,
     ) -> None:
-        self.step, self.trained, self.optim, self.run = step, trained.parameters, optim, run
+        self.step, self.optim, self.run = step, optim, run
         self.accelerator, self.checkpoints = accelerator, checkpoints
         self.peers = joined()
         self.peers.wait()  # for models that load slowly: the first collective operation has a timeout
+        self.held = held_weights(step, trained.parameters, accelerator, run.shard, trained.fill)
+        self.trained = self.held.parameters
         step.move_to(accelerator.device)  # the optimiser creates its state there
-        optimizer = optim.build(trained.parameters, trained.windows)
-        self.model, self.optimizer = accelerator.prepare(step, optimizer)
-        self.ema = Ema(trained.parameters, run.ema)
+        optimizer = optim.build(self.trained, trained.windows)
+        self.model, self.optimizer = self.held.prepared(step, optimizer)
+        self.ema = Ema(self.trained, run.ema)
 
     def fit(
         self,
@@ -128,16 +132,23 @@ class Trainer:
         Raises:
             BadInput: afterwards some process has another state than the first.
         """
-        state = shared_state(self.checkpoints.latest, self.accelerator.device)
+        state = self.held.read(self.checkpoints)
         step = state.step if state else 0
         if self.accelerator.is_main_process:
             emit(Restored(step))
         if state is not None:
             self._load(state)
-        refuse_other_states(lambda: self._state(step))
+        self.held.refuse_others(lambda: self._state(step))
         return step
 
     def _load(self, state: State) -> None:
+        if self.optim.shards == "same" and state.pieces != self.held.pieces:
+            raise BadInput(
+                f"the checkpoint of step {state.step} has the moments of optim.kind {self.optim.kind} in blocks of "
+                f"{state.pieces} pieces, which can't be cut anew: resume with "
+                f"run.shard={str(state.pieces > 1).lower()} and {state.pieces} process(es), or train with "
+                "optim.kind=adamw"
+            )
         copy_into(self.trained, state.trained)
         load_state_tensors(self.optimizer, state.optimizer, state.values.get("optimizer", {}))
         if self.accelerator.scaler is not None and "scaler" in state.values:
@@ -145,17 +156,19 @@ class Trainer:
         self.ema.load(state.ema)
 
     def save(self, step: int) -> None:
-        """Writes the state after `step` steps as a checkpoint, on the main process; the others wait for it."""
-        if self.accelerator.is_main_process:
-            emit(CheckpointSaved(step, self.checkpoints.save(self._state(step), self.run.keep)))
+        """Writes the state after `step` steps as a checkpoint; all processes wait until it is there."""
+        folder = self.held.save(self.checkpoints, lambda: self._state(step), self.run.keep)
+        if folder is not None:
+            emit(CheckpointSaved(step, folder))
         self.peers.wait()
 
     def _state(self, step: int) -> State:
+        """What this process holds, which training goes on to change."""
         tensors, values = state_tensors(self.optimizer)
         extra: dict[str, Any] = {"optimizer": values}
         if self.accelerator.scaler is not None:
             extra["scaler"] = self.accelerator.scaler.state_dict()
-        return State(step, to_cpu(self.trained), to_cpu(tensors), to_cpu(self.ema.averages), extra)
+        return State(step, dict(self.trained), tensors, self.ema.averages, extra, self.held.pieces)
 
     def _one_step(self, batches: MicroBatches, n: int) -> str:
         """Runs step n, from 0. Returns a text for the progress bar."""
@@ -179,8 +192,7 @@ class Trainer:
                 accelerator.backward(micro_loss)
                 loss += micro_loss.detach() / count
                 if accelerator.sync_gradients:
-                    parameters = list(self.trained.values())
-                    norm = accelerator.clip_grad_norm_(parameters, self.optim.max_grad_norm or math.inf)
+                    norm = self.held.clip(self.optim.max_grad_norm or math.inf)
                     self._check_finite(n, loss, norm, seen)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -221,4 +233,4 @@ class Trainer:
         """The size of a checkpoint with weights, optimiser state and EMA in fp32. Smaller 8-bit states leave a
         margin."""
         each = 4 + max(8, math.ceil(self.optim.state_bytes)) + 4 * bool(self.run.ema)
-        return sum(parameter.numel() for parameter in self.trained.values()) * each
+        return self.held.values * each

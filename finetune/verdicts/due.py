@@ -27,7 +27,8 @@ def samples_in_step(run: Run, prior: PriorSettings) -> float:
 
 
 def due_steps(run: Run, samples: float) -> Sequence[int]:
-    """The steps after which a run is measured, besides its beginning; none for a run that is not measured.
+    """The steps after which a run is measured, besides its beginning; none for a run that is not measured, as no
+    sharded one is: the main process would need the others for each prediction.
 
     The drawings for prompts about other things are not counted: they are made once for a base.
 
@@ -35,7 +36,7 @@ def due_steps(run: Run, samples: float) -> Sequence[int]:
         run: its settings.
         samples: the number of samples in a step, over all processes.
     """
-    if run.verdicts == "off":
+    if run.verdicts == "off" or run.shard:
         return []
     if run.verdicts_every is not None:
         return sorted({*range(run.verdicts_every, run.steps + 1, run.verdicts_every), run.steps})
