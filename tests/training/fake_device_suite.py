@@ -153,19 +153,7 @@ def test_the_loop_runs_on_a_device(
     assert Checkpoints(tmp_path).latest() is not None
 
 
-COPIES = {
-    "core.batch.Latents.to": 2,  # mean and deviation
-    "core.batch.Batch.to": 1,  # the samples' weights
-    "core.batch.Batch.sample_latents": 1,  # the VAE's noise
-    "training.step.Step.forward.<locals>.<genexpr>": 2,  # the noise, as the target and as what is added
-    "training.step.Step.forward": 1,  # the timesteps
-}
-OWN_COPIES = {
-    "sdxl": {"families.sdxl.StableDiffusionXL.predict": 1},  # the sizes
-    "sdxl-refiner": {"families.sdxl.StableDiffusionXL.predict": 1},
-    "flux": {"families.flux.Flux.predict": 1},  # the places of the tokens
-}
-READS = {"training.trainer.Trainer._check_finite": 2}  # the loss, and the gradient's norm
+COPIES = {"training.parcel.Parcel.on": 1}  # all that a micro-batch needs, from pinned memory under CUDA
 
 
 @every_family
