@@ -57,12 +57,12 @@ def write_bundle(folder: Path, bad: BadStep, samples: Samples) -> None:
     save_tensors(folder / "latents.safetensors", tensors)
 
 
-def sentence(samples: Samples, bundle: Path, bad: BadStep, noticed: int) -> str:
-    """`noticed`: the step that had been done when the fault was read; on a GPU it may be a later one."""
+def sentence(samples: Samples, bundle: Path, bad: BadStep, skipped: bool) -> str:
+    """`skipped`: the step was not applied; else its weights were only in memory."""
     what = f"gradient norm {bad.norm}" if math.isfinite(bad.loss) else f"loss {bad.loss}"
     where = ", ".join(f"{about['name']} (timestep {about['timestep']:g})" for about, _ in samples)
-    kept = "the weights were not updated and" if bad.step == noticed else f"noticed after step {noticed}, not saved;"
+    kept = "the weights were not updated" if skipped else "nothing of it was saved"
     return (
-        f"step {bad.step} is not finite ({what}) on {where}; {kept} the last checkpoint is intact: lower optim.lr, or "
-        f"check these images (the batch is in {bundle})"
+        f"step {bad.step} is not finite ({what}) on {where}; {kept} and the last checkpoint is intact: "
+        f"lower optim.lr, or check these images (the batch is in {bundle})"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,12 +30,18 @@ class BadStep:
 
 @dataclass(frozen=True)
 class Unread:
-    """A step whose numbers may still be computed. `read` is None if nobody asks for them."""
+    """A step whose numbers may still be computed. `due`: they are read even if nothing depends on them."""
 
     step: int
-    read: Callable[[], Rows] | None
+    read: Callable[[], Rows]
+    due: bool
     lr: float
     seconds: float
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether reading a number from `device` waits for it."""
+    return device.type != "cpu"
 
 
 class Readings:
@@ -45,7 +52,7 @@ class Readings:
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator, self.late = accelerator, accelerator.device.type != "cpu"
+        self.accelerator, self.late = accelerator, reads_late(accelerator.device)
         self._bad = torch.zeros(3, device=accelerator.device)  # step, loss and norm of this process's first bad step
 
     def rows(self, step: int, loss: Tensor, norm: Tensor | None, asked: int) -> Rows:
@@ -64,10 +71,15 @@ class Readings:
         row = torch.cat([now, (self._bad[:1] == 0).float(), told, self._bad])[None]
         return row if self.accelerator.num_processes == 1 else self.accelerator.gather(row)
 
-    def skip_bad(self, optimizer: object, rows: Rows) -> None:
+    def skips_bad(self, optimizer: object) -> bool:
+        """Whether no bad step is applied: it is seen before the update, or a fused optimiser leaves its update out."""
+        fused = self.accelerator.scaler is None and getattr(optimizer, "_step_supports_amp_scaling", False)
+        return fused or not self.late
+
+    def skip_bad(self, optimizer: Any, rows: Rows) -> None:
         """Lets a fused optimiser leave out its update if a row is bad, without a reading: as for a loss scaler."""
-        if self.accelerator.scaler is None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.found_inf = (rows[:, WHOLE] < 1).any().float()  # type: ignore[attr-defined]
+        if self.late and self.skips_bad(optimizer):
+            optimizer.found_inf = (rows[:, WHOLE] < 1).any().float()
 
     def bad(self, rows: Rows) -> BadStep | None:
         """The first bad step of any process, from rows on the CPU; the largest fault of its processes."""

@@ -23,7 +23,9 @@ class Run(Settings):
     `verdicts_every` says after how many steps. The results are the same with and without. `keep_best`: the checkpoint
     that the verdicts recommend is kept too. `released`: what happens to frozen parts whose outputs are cached: they
     are dropped and loaded again for images, or kept in the CPU's memory (`cpu`: faster previews, but more main
-    memory).
+    memory). `compile`: on a GPU, run compiled blocks (`regional`) or record each step as a CUDA graph (`graphs`).
+    `tf32`: round the inputs of fp32 products to TF32. `channels_last`: another order of weights and activations in
+    memory. All three change the last bits.
     """
 
     dir: AnyPath | None = None  # None: runs/<name>-<n>
@@ -37,6 +39,9 @@ class Run(Settings):
     deterministic: bool = False  # bit-identical results on CUDA too, but slower
     gradient_checkpointing: bool = False
     released: Literal["reread", "cpu"] = "reread"
+    compile: Literal["off", "regional", "graphs"] = "off"
+    tf32: bool = False
+    channels_last: bool = False
     ema: float | None = Field(default=None, gt=0, lt=1)
     checkpoint_every: int = Field(default=250, ge=1)
     keep: int = Field(default=2, ge=1)
@@ -50,6 +55,11 @@ class Run(Settings):
     @classmethod
     def _a_word_in_yaml(cls, value: Any) -> Any:
         return {False: "off", True: "on"}[value] if isinstance(value, bool) else value  # YAML reads `off` as false
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _off_in_yaml(cls, value: Any) -> Any:
+        return "off" if value is False else value
 
     @model_validator(mode="after")
     def _measured(self) -> Run:

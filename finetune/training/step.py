@@ -69,6 +69,10 @@ class StepInputs:
     batch: Batch
     draws: Draws
 
+    def anonymous(self) -> StepInputs:
+        """The tensors alone: without prompts, sizes, keys, names and roles."""
+        return replace(self, batch=replace(self.batch, prompts=[], geometry=[], keys=[], names=[], roles=[]))
+
 
 class Step(nn.Module):
     """The loss of one micro-batch: adds noise to latents, predicts, and compares.
@@ -99,6 +103,7 @@ class Step(nn.Module):
             replace_dropout(part, name, self.current)
         self.family, self.objective, self.encode_prompts = family, objective, encode_prompts
         self.options = options or StepOptions()
+        self.computed: Callable[[StepInputs, dict[str, Tensor]], Tensor] = self.loss  # or what gives the same faster
 
     def move_to(self, device: torch.device) -> None:
         """Moves the trained parts and the objective's tables to `device`."""
@@ -125,7 +130,7 @@ class Step(nn.Module):
         if draws is None:
             draws = with_tensors(self.draw(batch), lambda value: value.to(batch.latents.mean.device))
         cond = self.encode_prompts(batch.prompts, draws.keep_mask) | batch.conditions
-        return self.loss(StepInputs(batch, draws), cond)
+        return self.computed(StepInputs(batch, draws), cond)
 
     def loss(self, inputs: StepInputs, cond: dict[str, Tensor]) -> Tensor:
         """The loss for the conditioning tensors `cond`. Without penalties, teacher and dropout it reads tensors that

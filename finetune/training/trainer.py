@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ from finetune.training.peers import joined
 from finetune.training.readings import ASKED, LOSS, NORM, BadStep, Readings, Rows, Unread, fetched
 from finetune.training.settings import Run
 from finetune.training.shared_state import refuse_other_states, shared_state
+from finetune.training.speed import apply_choices, tf32
 from finetune.training.step import MicroBatches, Step, StepInputs
+from finetune.training.writing import Writing
 
 MicroInputs = Iterable[Parcel[StepInputs] | StepInputs]  # of one step
 
@@ -71,10 +74,12 @@ class Trainer:
         self.peers = joined()
         self.peers.wait()  # for models that load slowly: the first collective operation has a timeout
         step.move_to(accelerator.device)  # the optimiser creates its state there
+        apply_choices(step, run, accelerator.device, accelerator.num_processes)
         optimizer = optim.build(trained.parameters, trained.windows)
         self.model, self.optimizer = accelerator.prepare(step, optimizer)
         self.ema = Ema(trained.parameters, run.ema)
         self.readings = Readings(accelerator)
+        self.writing = Writing(lambda step, folder: emit(CheckpointSaved(step, folder)))
         self._unread: Unread | None = None  # the last step, if its numbers were not looked at yet
         self._seconds: list[float] = []  # of the steps since the last one that was logged
         self._asked = 0  # the signal by which some process was asked to stop
@@ -106,7 +111,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.checkpoints.check_space(self._checkpoint_bytes() * (self.run.keep + self.run.keep_best + 1))
         self.model.train()
-        with phase("Training", self.run.steps, "steps") as advance, stop.deferred(), self._ahead(batches) as feed:
+        with self._loop(batches) as (advance, feed):
             advance(first, "")
             if first:
                 after_restore(first)
@@ -115,7 +120,9 @@ class Trainer:
                 asked = (stop.received or 0) if self.peers.world == 1 else self._asked
                 if asked or (n + 1) % self.run.checkpoint_every == 0 or n + 1 == self.run.steps:
                     self.save(n + 1)
+                self.writing.look()
                 if asked:
+                    self.settle()
                     raise Interrupted(asked)
                 after_step(n + 1)
         self.peers.wait()
@@ -124,10 +131,22 @@ class Trainer:
         self.accelerator.free_memory()  # it keeps references to the model and the optimiser
 
     @contextmanager
+    def _loop(self, batches: MicroBatches) -> Iterator[tuple[Callable[[int, str], None], Ahead[MicroInputs]]]:
+        """What holds while the loop runs. At its end no thread is left, and the last checkpoint is on the disk."""
+        with (
+            phase("Training", self.run.steps, "steps") as advance,
+            self.stop.deferred(),
+            tf32(self.run.tf32),
+            self._ahead(batches) as feed,
+            self.writing,
+        ):
+            yield advance, feed
+
+    @contextmanager
     def result_weights(self) -> Iterator[None]:
         """Inside the block the trained parameters hold the weights that an export would contain now."""
         if self.peers.world == 1:  # of several processes not all look, and all must learn of a bad step together
-            self._report()
+            self._report(needed=True)
         with self.optim.result_weights(self.optimizer), self.ema.swapped_in():
             yield
 
@@ -156,10 +175,18 @@ class Trainer:
         self.ema.load(state.ema)
 
     def save(self, step: int) -> None:
-        """Writes the state after `step` steps as a checkpoint, on the main process; the others wait for it."""
-        self._report()
+        """Copies the state after `step` steps and begins to write it as a checkpoint, in a thread of the main process.
+
+        An error of writing is raised after a later step, or at the end of the loop.
+        """
+        self._report(needed=True)  # what is not finite is not saved
         if self.accelerator.is_main_process:
-            emit(CheckpointSaved(step, self.checkpoints.save(self._state(step), self.run.keep)))
+            self.writing.settle()  # so that there is never more than one copy
+            self.writing.begin(step, partial(self.checkpoints.save, self._state(step), self.run.keep))
+
+    def settle(self) -> None:
+        """Returns when the checkpoint that is being written is on the disk, on every process."""
+        self.writing.settle()
         self.peers.wait()
 
     def _state(self, step: int) -> State:
@@ -189,9 +216,10 @@ class Trainer:
         lr = self.optim.set_lr(self.optimizer, n, self.run.steps)
         rows = self._update(feed.take(n), n)
         self.ema.update(n)
-        read = fetched(rows) if self._is_logged(n + 1) or self.peers.world > 1 else None
+        due = self._is_logged(n + 1) or self.peers.world > 1
+        read = fetched(rows) if due else rows.cpu
         note = self._report()  # of the step before, which is late
-        self._unread = Unread(n + 1, read, lr, time.perf_counter() - began)
+        self._unread = Unread(n + 1, read, due, lr, time.perf_counter() - began)
         return note if self.readings.late else self._report()
 
     def _update(self, micro_batches: MicroInputs, n: int) -> Rows:
@@ -209,24 +237,23 @@ class Trainer:
                     parameters = list(self.trained.values())
                     norm = accelerator.clip_grad_norm_(parameters, self.optim.max_grad_norm or math.inf)
                     rows = self.readings.rows(n + 1, loss, norm, self.stop.received or 0)
-                    if self.readings.late:
-                        self.readings.skip_bad(self.optimizer.optimizer, rows)
-                    else:
-                        self._refuse_bad(rows, n + 1)
+                    self.readings.skip_bad(self.optimizer.optimizer, rows)
+                    if not self.readings.late:
+                        self._refuse_bad(rows)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         return rows
 
-    def _report(self) -> str:
-        """Looks at the last step's numbers, if that was not done yet. Returns a text for the progress bar."""
+    def _report(self, needed: bool = False) -> str:
+        """Looks at the last step's numbers, if they are due or needed. Returns a text for the progress bar."""
         last, self._unread = self._unread, None
         if last is None:
             return ""
         self._seconds.append(last.seconds)
-        if last.read is None:
+        if not last.due and not needed:
             return ""
         rows = last.read()
-        self._refuse_bad(rows, last.step)
+        self._refuse_bad(rows)
         self._asked = int(rows[:, ASKED].max())
         return self._log(last, rows) if self._is_logged(last.step) else ""
 
@@ -240,15 +267,15 @@ class Trainer:
             emit(StepDone(last.step, mean, last.lr, float(rows[0, NORM]), seconds))
         return f"loss {mean:.4f}"
 
-    def _refuse_bad(self, rows: Rows, step: int) -> None:
-        """Stops every process if a loss or gradient of `step`, or of one before it, is not finite. With fp16, the loss
-        scaler handles infinite gradients: it skips the step."""
+    def _refuse_bad(self, rows: Rows) -> None:
+        """Stops every process if a loss or gradient was not finite. With fp16, the loss scaler handles infinite
+        gradients: it skips the step."""
         bad = self.readings.bad(rows)
         if bad is not None:
             self._feed.close()  # batches are not made in two threads at a time
-            raise CheckFailed(self._words_of(bad, step))
+            raise CheckFailed(self._words_of(bad))
 
-    def _words_of(self, bad: BadStep, step: int) -> str:
+    def _words_of(self, bad: BadStep) -> str:
         """Writes the samples of a bad step into the run folder, on the main process. Returns what the user is told."""
         seen = [self.batches.micro(bad.step - 1, index) for index in range(self.run.accumulate)]
         timesteps = [self.step.objective.timesteps(self.step.positions(batch.keys)) for batch in seen]
@@ -257,7 +284,7 @@ class Trainer:
         bundle = nonfinite.bundle_folder(self.checkpoints.run, bad.step)
         if self.accelerator.is_main_process:
             nonfinite.write_bundle(bundle, bad, samples)
-        return nonfinite.sentence(samples, bundle, bad, step)
+        return nonfinite.sentence(samples, bundle, bad, self.readings.skips_bad(self.optimizer.optimizer))
 
     def _checkpoint_bytes(self) -> int:
         """The size of a checkpoint with weights, optimiser state and EMA in fp32. Smaller 8-bit states leave a
