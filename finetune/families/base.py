@@ -231,7 +231,7 @@ class Family(ABC):
         """The conditions that follow from B images' sizes alone: name -> [B, ...], on the CPU; {} if there are none.
 
         A training step makes them in advance and adds them to the conditions of `predict`, which makes them itself
-        where they are missing.
+        where they are missing. With `run.compile: graphs`, `predict` gets no other sizes.
         """
         return {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -204,8 +204,10 @@ class Trainer:
             return (self.step.inputs(batches.micro(n, index)) for index in range(self.run.accumulate))
 
         def packed(n: int) -> MicroInputs:
+            pinned = device.type == "cuda"
             whole = (self.step.inputs(batches.micro(n, index)) for index in range(self.run.accumulate))
-            return [Parcel.of(inputs, pinned=device.type == "cuda") for inputs in whole]
+            with torch.cuda.device(device) if pinned else nullcontext():  # a thread begins with the first GPU
+                return [Parcel.of(inputs, pinned) for inputs in whole]
 
         self._feed = Ahead(packed if self.readings.late else made, self.run.steps, self.readings.late)
         return self._feed

@@ -1,5 +1,5 @@
-"""The parts of a step that are made for a GPU, on the CPU: late readings, inputs made ahead, one copy, checkpoints in a
-thread, recordings of a step. What they count on a device is in `fake_device_suite.py`."""
+"""The parts of a step that are made for a GPU, on the CPU: late readings, inputs made ahead, one copy, checkpoints in
+a thread, recordings of a step. What they count on a device is in `fake_device_suite.py`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_an_error_of_the_thread_is_raised_in_its_own_step() -> None:
 
     with Ahead(make, 9, threaded=True) as ahead:
         assert [ahead.take(0), ahead.take(1)] == [0, 1]
-        with pytest.raises(BadInput, match="^the photo is gone: put it back$"):
+        with pytest.raises(BadInput, match=r"^the photo is gone: put it back$"):
             ahead.take(2)
 
 
@@ -100,7 +100,8 @@ def test_a_parcel_holds_each_tensor_once_and_gives_back_its_bits() -> None:
     assert (found["word"], found["nothing"], found["batch"].prompts) == ("mug", None, batch.prompts)
     pairs = [
         (found["one"], shared), (found["odd"], odd), (found["batch"].weight, batch.weight),
-        (found["batch"].latents.mean, batch.latents.mean), (found["batch"].conditions["flag"], batch.conditions["flag"]),
+        (found["batch"].latents.mean, batch.latents.mean),
+        (found["batch"].conditions["flag"], batch.conditions["flag"]),
     ]  # fmt: skip
     for got, wanted in pairs:
         assert got.dtype == wanted.dtype
@@ -187,10 +188,17 @@ class Slow(Checkpoints):
 
 
 class Full(Checkpoints):
-    """Its disk is full after the first checkpoint."""
+    """Its disk is full after the first checkpoint, which shows when it is told to go on."""
+
+    def __init__(self, run: Path, waits: bool = False) -> None:
+        super().__init__(run)
+        self.go_on = threading.Event()
+        if not waits:
+            self.go_on.set()
 
     def save(self, state: State, keep: int) -> Path:
         if state.step > 1:
+            assert self.go_on.wait(60)
             raise BadInput(f"the checkpoint of step {state.step} could not be written: free some space")
         return super().save(state, keep)
 
@@ -212,7 +220,6 @@ def fit_with(
 
 def test_the_loop_goes_on_while_a_checkpoint_is_written(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     slow, (plain,) = Slow(tmp_path), folders(tmp_path, "plain")
-    kept: list[dict[str, Tensor]] = []
 
     def after_step(step: int) -> None:
         if step == 3:
@@ -229,18 +236,21 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(tiny_bases: dict[str, Pa
 
 @pytest.mark.parametrize("steps", [2, 3])
 def test_an_error_of_writing_reaches_the_user(steps: int, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="^the checkpoint of step 2 could not be written: free some space$"):
+    with pytest.raises(BadInput, match=r"^the checkpoint of step 2 could not be written: free some space$"):
         fit_with(Full(tmp_path), tiny_bases["sd1"], steps=steps, checkpoint_every=1)
     assert Checkpoints(tmp_path).steps() == [1]
 
 
 def test_an_error_of_writing_does_not_hide_another_one(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    full = Full(tmp_path, waits=True)
+
     def after_step(step: int) -> None:
         if step == 2:
+            full.go_on.set()
             raise CheckFailed("something else")
 
     with pytest.warns(UserWarning, match="step 2 could not be written"), pytest.raises(CheckFailed, match="else"):
-        fit_with(Full(tmp_path), tiny_bases["sd1"], after_step, steps=3, checkpoint_every=2)
+        fit_with(full, tiny_bases["sd1"], after_step, steps=3, checkpoint_every=2)
 
 
 # --- recordings
