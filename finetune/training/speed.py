@@ -44,7 +44,9 @@ def why_not_graphs(step: Step, device: torch.device, world: int) -> str:
         "a prior's penalty changes from step to step": bool(step.options.regularizers or step.options.teacher),
         DROPOUT: _has_dropout(step),
         "gradient checkpointing can't be recorded": any(
-            getattr(part, "is_gradient_checkpointing", False) for part in step.trained.values()
+            getattr(part, "is_gradient_checkpointing", False)
+            for name, part in step.trained.items()
+            if name == "denoiser"
         ),
     }
     return next((why for why, holds in reasons.items() if holds), "")
