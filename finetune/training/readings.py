@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 LOSS, NORM, WHOLE, ASKED, BAD_STEP, BAD_LOSS, BAD_NORM = range(7)  # columns of a row
-Rows = Tensor  # [processes, 7] float32
+ProcessRows = Tensor  # [processes, 7] float32
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Unread:
     """A step whose numbers may still be computed. `due`: they are read even if nothing depends on them."""
 
     step: int
-    read: Callable[[], Rows]
+    read: Callable[[], ProcessRows]
     due: bool
     lr: float
     seconds: float
@@ -55,7 +55,7 @@ class Readings:
         self.accelerator, self.late = accelerator, reads_late(accelerator.device)
         self._bad = torch.zeros(3, device=accelerator.device)  # step, loss and norm of this process's first bad step
 
-    def rows(self, step: int, loss: Tensor, norm: Tensor | None, asked: int) -> Rows:
+    def rows(self, step: int, loss: Tensor, norm: Tensor | None, asked: int) -> ProcessRows:
         """The rows of all processes after the backward of `step` (from 1), on the device: one collective operation.
 
         `asked`: the signal by which this process was asked to stop; 0 for none. With fp16, an infinite gradient is
@@ -76,12 +76,12 @@ class Readings:
         fused = self.accelerator.scaler is None and getattr(optimizer, "_step_supports_amp_scaling", False)
         return fused or not self.late
 
-    def skip_bad(self, optimizer: Any, rows: Rows) -> None:
+    def skip_bad(self, optimizer: Any, rows: ProcessRows) -> None:
         """Lets a fused optimiser leave out its update if a row is bad, without a reading: as for a loss scaler."""
         if self.late and self.skips_bad(optimizer):
             optimizer.found_inf = (rows[:, WHOLE] < 1).any().float()
 
-    def bad(self, rows: Rows) -> BadStep | None:
+    def bad(self, rows: ProcessRows) -> BadStep | None:
         """The first bad step of any process, from rows on the CPU; the largest fault of its processes."""
         found = [row for row in rows.tolist() if row[WHOLE] < 1]
         if not found:
@@ -93,7 +93,7 @@ class Readings:
         return BadStep(int(step), float(row[BAD_LOSS]), None if self.accelerator.scaler else float(row[BAD_NORM]))
 
 
-def fetched(rows: Rows) -> Callable[[], Rows]:
+def fetched(rows: ProcessRows) -> Callable[[], ProcessRows]:
     """Begins to copy rows to the CPU. What it returns waits for them alone, and not for what the device does next."""
     if rows.device.type != "cuda":
         return rows.cpu
@@ -102,7 +102,7 @@ def fetched(rows: Rows) -> Callable[[], Rows]:
     done = torch.cuda.Event()
     done.record()
 
-    def read() -> Rows:
+    def read() -> ProcessRows:
         done.synchronize()
         return there
 

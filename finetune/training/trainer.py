@@ -26,7 +26,7 @@ from finetune.training.checkpoint import Checkpoints, State, to_cpu
 from finetune.training.ema import Ema, copy_into
 from finetune.training.parcel import Parcel
 from finetune.training.peers import joined
-from finetune.training.readings import ASKED, LOSS, NORM, BadStep, Readings, Rows, Unread, fetched
+from finetune.training.readings import ASKED, LOSS, NORM, BadStep, ProcessRows, Readings, Unread, fetched
 from finetune.training.settings import Run
 from finetune.training.shared_state import refuse_other_states, shared_state
 from finetune.training.speed import apply_choices, tf32
@@ -224,7 +224,7 @@ class Trainer:
         self._unread = Unread(n + 1, read, due, lr, time.perf_counter() - began)
         return note if self.readings.late else self._report()
 
-    def _update(self, micro_batches: MicroInputs, n: int) -> Rows:
+    def _update(self, micro_batches: MicroInputs, n: int) -> ProcessRows:
         """Makes one optimiser step. Returns the numbers of all processes, on the device."""
         accelerator, count = self.accelerator, self.run.accumulate
         loss = torch.zeros((), device=accelerator.device)
@@ -262,14 +262,14 @@ class Trainer:
     def _is_logged(self, step: int) -> bool:
         return step % self.run.log_every == 0 or step == self.run.steps
 
-    def _log(self, last: Unread, rows: Rows) -> str:
+    def _log(self, last: Unread, rows: ProcessRows) -> str:
         mean, seconds = float(rows[:, LOSS].mean()), sum(self._seconds) / len(self._seconds)
         self._seconds.clear()
         if self.accelerator.is_main_process:
             emit(StepDone(last.step, mean, last.lr, float(rows[0, NORM]), seconds))
         return f"loss {mean:.4f}"
 
-    def _refuse_bad(self, rows: Rows) -> None:
+    def _refuse_bad(self, rows: ProcessRows) -> None:
         """Stops every process if a loss or gradient was not finite. With fp16, the loss scaler handles infinite
         gradients: it skips the step."""
         bad = self.readings.bad(rows)
