@@ -68,6 +68,15 @@ class Run(Settings):
             raise ValueError(f"run.{name} needs the verdicts, which run.verdicts=off leaves out: remove one of them")
         return self
 
+    @model_validator(mode="after")
+    def _same_bits(self) -> Run:
+        if self.deterministic and self.compile == "regional":
+            raise ValueError(
+                "run.deterministic is true but run.compile is 'regional', and a resumed run may compile other code: use "
+                "run.compile=off or graphs"
+            )
+        return self
+
     @field_validator("name")
     @classmethod
     def _fits_every_system(cls, value: str) -> str:
