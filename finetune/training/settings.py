@@ -72,8 +72,8 @@ class Run(Settings):
     def _same_bits(self) -> Run:
         if self.deterministic and self.compile == "regional":
             raise ValueError(
-                "run.deterministic is true but run.compile is 'regional', and a resumed run may compile other code: use "
-                "run.compile=off or graphs"
+                "run.deterministic is true but run.compile is 'regional', and a resumed run may compile other code: "
+                "use run.compile=off or graphs"
             )
         return self
 
