@@ -76,7 +76,6 @@ def captured(loss: nn.Module, example: tuple[Tensor, ...], pool: Any) -> Callabl
     kind = example[0].device.type
     dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
     with torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):  # cached casts would not be recorded
-        made: Callable[..., Tensor] = torch.cuda.make_graphed_callables(
-            loss, example, allow_unused_input=True, pool=pool
-        )
-    return made
+        made: Any = torch.cuda.make_graphed_callables(loss, example, allow_unused_input=True, pool=pool)
+    found: Callable[..., Tensor] = made
+    return found
