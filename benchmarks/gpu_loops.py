@@ -119,9 +119,9 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
         clock.mark()
         if step == WARM:
             began[0] = time.perf_counter()
+        on_step(step)
         if step >= WARM + 3 and time.perf_counter() - began[0] > ENOUGH:
             raise Enough
-        on_step(step)
 
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[case.dtype]
     plain = Run(steps=WARM + STEPS + 1, batch_size=case.batch, checkpoint_every=10**6, keep=1, precision=precision)
