@@ -34,8 +34,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 CPU_PATIENCE = 6  # factor for the time limits of a GPU
 NAMES = (
-    "device", "demo", "numbers", "resume", "jobs", "stops", "speed-sd1-lora", "speed-sdxl-lora", "tests", "start",
-    "speed-flux-lora", "speed-sd1-full", "speed-sdxl-full", "speed-sd3-lora", "speed-sd3-full",
+    "device", "demo", "numbers", "resume", "jobs", "stops", "waits", "speed-sd1-lora", "speed-sdxl-lora", "tests",
+    "start", "speed-flux-lora", "speed-sd1-full", "speed-sdxl-full", "speed-sd3-lora", "speed-sd3-full",
 )  # fmt: skip
 
 
@@ -44,11 +44,12 @@ def parts() -> dict[str, Any]:
     import gpu_correctness as works
     import gpu_speed as fast
     from gpu_common import Part
+    from gpu_waits import waits
 
     found = [
         Part("device", 20, fast.device), Part("demo", 120, works.demo), Part("numbers", 60, works.numbers),
         Part("resume", 90, works.resume), Part("jobs", 120, works.jobs), Part("stops", 30, works.stops),
-        Part("tests", 120, works.tests), Part("start", 60, fast.start), *fast.SPEED,
+        Part("waits", 90, waits), Part("tests", 120, works.tests), Part("start", 60, fast.start), *fast.SPEED,
     ]  # fmt: skip
     named = {part.name: part for part in found}
     assert set(named) == set(NAMES)

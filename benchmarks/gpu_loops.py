@@ -64,7 +64,7 @@ class Clock:
 
 @dataclass
 class Case:
-    """One family with a method attached. `side` (pixels) and `batch` are those of the current case."""
+    """One family with a method attached. `side` (pixels), `batch` and `settings` are those of the current case."""
 
     where: Where
     family: Any
@@ -76,6 +76,7 @@ class Case:
     side: int = 0
     batch: int = 0
     saving: list[float] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)  # of `run`, in our loop
 
     @property
     def autocast(self) -> Any:
@@ -118,12 +119,13 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
         clock.mark()
         if step == WARM:
             began[0] = time.perf_counter()
+        on_step(step)
         if step >= WARM + 3 and time.perf_counter() - began[0] > ENOUGH:
             raise Enough
-        on_step(step)
 
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[case.dtype]
-    run = Run(steps=WARM + STEPS + 1, batch_size=case.batch, checkpoint_every=10**6, keep=1, precision=precision)
+    plain = Run(steps=WARM + STEPS + 1, batch_size=case.batch, checkpoint_every=10**6, keep=1, precision=precision)
+    run = plain.model_copy(update=case.settings)
     if case.where.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     objective = build_objective(ObjectiveSettings(), case.family.schedule, case.family.shift(case.side))

@@ -18,7 +18,7 @@ the bare step's products, convolutions and attention against what a large bf16 p
 def page(rows: Sequence[Row], about: dict[str, str], cpu: bool) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in about.items() if name != "device")
     sections = [HEAD, f"Device: **{about['device']}**. {facts}.\n", device(rows), works(rows), speed(rows)]
-    return "\n".join(text for text in [*sections, steps(rows), start(rows)] if text)
+    return "\n".join(text for text in [*sections, waits(rows), steps(rows), start(rows)] if text)
 
 
 def device(rows: Sequence[Row]) -> str:
@@ -53,6 +53,16 @@ def speed(rows: Sequence[Row]) -> str:
     }
     cells = [[row["what"], *(number(get(row)) for get in columns.values())] for row in chosen(rows, "speed")]
     return "## Speed and memory\n\n" + grid(["case", *columns], cells) if cells else ""
+
+
+def waits(rows: Sequence[Row]) -> str:
+    names = {
+        "ours_ms": "ours, ms", "waits": "waits", "copies_to_device": "copies to the device",
+        "copies_to_host": "copies to the host", "kernels": "kernels", "host_ms": "host, ms",
+    }  # fmt: skip
+    cells = [[row["what"], *(number(row[name]) for name in names)] for row in chosen(rows, "waits")]
+    head = "## Waits\n\nSD 1.5, LoRA, batch 1. Numbers are for one step of our loop.\n\n"
+    return head + grid(["case", *names.values()], cells) if cells else ""
 
 
 def steps(rows: Sequence[Row]) -> str:

@@ -167,6 +167,7 @@ def our_run(
 
 def timed_protection() -> list[float]:
     """Makes the loop's checks, its check for signals and its metrics record their CPU-seconds. Returns that list."""
+    from finetune.training.readings import Readings
     from finetune.training.trainer import Trainer
 
     spent: list[float] = []
@@ -181,8 +182,8 @@ def timed_protection() -> list[float]:
 
         return run
 
-    for name in ("_check_finite", "_log"):  # the check for signals is inside the first
-        setattr(Trainer, name, timed(getattr(Trainer, name)))
+    for owner, name in ((Readings, "rows"), (Trainer, "_report")):  # signals are asked about in the first
+        setattr(owner, name, timed(getattr(owner, name)))
     return spent
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {
-    "correct": ["numbers", "stops", "tests", "device"],
+    "correct": ["numbers", "stops", "tests", "device", "waits"],
     "jobs": ["jobs"],
     "resume": ["resume", "demo", "start"],
     "speed": [

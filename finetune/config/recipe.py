@@ -101,6 +101,10 @@ def _check_shard(recipe: Recipe) -> None:
             f"run.shard can't cut the weights that prior.kind {prior.kind} compares with: use prior.kind="
             "class_images, or frozen_base with method.kind=lora"
         )
+    kernels = {"fast": run.fast != "off", "compile": run.compile != "off", "channels_last": run.channels_last}
+    untried = next((name for name, given in kernels.items() if given), None)
+    if untried is not None:
+        raise ValueError(f"run.{untried} was not tried on weights that run.shard cuts: leave it out")
     if run.precision == "fp16":
         raise ValueError("run.shard has no loss scaling, which run.precision fp16 needs: use bf16 or fp32")
     alone = {

@@ -71,11 +71,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def sample_latents(self) -> Tensor:
-        """Returns x0 [B, C, h, w] float32, a sample of the latent distribution. Equal keys give equal samples."""
-        shape = self.latents.mean.shape[1:]
-        noise = normal(self.keys, shape, "vae").to(self.latents.mean.device)
-        return self.latents.sample(noise).float()
+    def latent_noise(self) -> Tensor:
+        """Returns the noise [B, C, h, w] of `sample_latents`, on the CPU. Equal keys give equal noise."""
+        return normal(self.keys, self.latents.mean.shape[1:], "vae")
+
+    def sample_latents(self, noise: Tensor | None = None) -> Tensor:
+        """Returns x0 [B, C, h, w] float32, a sample of the latent distribution. Equal keys give equal samples.
+
+        `noise`: `latent_noise` on the latents' device, if it is there already.
+        """
+        drawn = self.latent_noise().to(self.latents.mean.device) if noise is None else noise
+        return self.latents.sample(drawn).float()
 
     def rows_of(self, role: Role) -> list[int]:
         """Returns the indices of the samples with this role."""

@@ -227,6 +227,14 @@ class Family(ABC):
         """The values of `encode_image_conditions` if there is no image, under the same names: [count, ...]."""
         return {}
 
+    def size_conditions(self, geometry: Sequence[Geometry]) -> dict[str, Tensor]:
+        """The conditions that follow from B images' sizes alone: name -> [B, ...], on the CPU; {} if there are none.
+
+        A training step makes them in advance and adds them to the conditions of `predict`, which makes them itself
+        where they are missing. With `run.compile: graphs`, `predict` gets no other sizes.
+        """
+        return {}
+
     # --- denoises
 
     @abstractmethod

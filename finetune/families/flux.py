@@ -99,7 +99,7 @@ class Flux(TransformerFamily):
             encoder_hidden_states=cond["hidden"].to(dtype),
             pooled_projections=cond["pooled"].to(dtype),
             txt_ids=torch.zeros(cond["hidden"].shape[1], 3, device=noisy.device, dtype=dtype),
-            img_ids=image_ids(height, width).to(noisy.device, dtype),
+            img_ids=image_ids(height, width, noisy.device).to(dtype),
             return_dict=False,
         )[0]
         return unpack_latents(packed, height, width)
@@ -117,7 +117,8 @@ def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-def image_ids(height: int, width: int) -> Tensor:
+def image_ids(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """[h w, 3]: a zero, the row and the column of each token, for the rotary position embedding."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    sides = (torch.arange(height, device=device), torch.arange(width, device=device))
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()

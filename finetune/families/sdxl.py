@@ -94,6 +94,10 @@ class StableDiffusionXL(UNetFamily):
         """{"hidden": [B, length, w1 + w2], "pooled": [B, w2]}."""
         return {"hidden": torch.cat([one["hidden"] for one in encoded], dim=-1), "pooled": encoded[-1]["pooled"]}
 
+    def size_conditions(self, geometry: Sequence[Geometry]) -> dict[str, Tensor]:
+        """{"time_ids": [B, 6]}, float32; the refiner's [B, 5]."""
+        return {"time_ids": self._time_ids(geometry)}
+
     def predict(
         self, noisy: Tensor, timesteps: Tensor, cond: dict[str, Tensor], geometry: Sequence[Geometry]
     ) -> Tensor:
@@ -101,7 +105,8 @@ class StableDiffusionXL(UNetFamily):
         read = self._read(noisy)
         dtype = read.dtype
         # the sizes stay fp32: bf16 would round 1365 pixels to 1368, which has another embedding
-        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": self._time_ids(geometry).to(noisy.device)}
+        sizes = cond if "time_ids" in cond else self.size_conditions(geometry)
+        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": sizes["time_ids"].to(noisy.device)}
         predicted: Tensor = denoiser(
             read,
             timesteps,

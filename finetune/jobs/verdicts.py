@@ -98,6 +98,7 @@ class Watch:
 
     def _keep_best(self, step: int) -> None:
         """Saves a checkpoint if this step is the best so far; it stays until a later one is better."""
+        self.trainer.settle()  # checkpoints are not dropped while one is written
         best = best_row(self.rows)
         if not joined().from_first(best is not None and best.step == step):
             return

@@ -57,10 +57,16 @@ def check_machine(run: Run) -> None:
     """
     if resolve_precision(run) == "fp16" and not torch.cuda.is_available():
         raise BadInput("run.precision is 'fp16' but there is no CUDA GPU here: set run.precision=fp32 or bf16")
+    if run.tf32 and not _has_tf32():
+        raise BadInput("run.tf32 is true but there is no NVIDIA GPU with TF32 (Ampere or later) here: leave it out")
     installed = {str(tracker.value) for tracker in get_available_trackers()}
     missing = next((name for name in run.trackers if name not in installed), None)
     if missing is not None:  # Accelerate would leave it out in silence
         raise BadInput(f"run.trackers has {missing!r}, which is not installed: pip install {missing}, or leave it out")
+
+
+def _has_tf32() -> bool:
+    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability()[0] >= 8
 
 
 def _allow_another_precision(mixed: str) -> None:

@@ -59,7 +59,9 @@ class CutWeights:
             shard_part(part, self.mesh, fill)
         found = {f"{name}.{key}": p for name, part in step.trained.items() for key, p in part.named_parameters()}
         self.cut = {name: cast(DTensor, found[name]) for name in trained}
-        self.parameters = {name: nn.Parameter(_rows(value)) for name, value in self.cut.items()}
+        self.parameters: Mapping[str, nn.Parameter] = {
+            name: nn.Parameter(_rows(value)) for name, value in self.cut.items()
+        }
         self.order: Sequence[str] = ()
 
     def prepared(self, step: Step, optimizer: Any) -> tuple[Any, Any]:
@@ -90,10 +92,11 @@ class CutWeights:
         for name, value in self.cut.items():
             self.parameters[name].data = _rows(value)
 
-    def save(self, checkpoints: Checkpoints, made: MakeState, keep: int) -> Path | None:
-        """Every process writes its rows into one folder, which the main process then signs and renames."""
+    def save(self, checkpoints: Checkpoints, made: MakeState, keep: int) -> Callable[[], Path] | None:
+        """Every process writes its rows into one folder, at once, which the main process then signs and renames."""
         if self.accelerator.is_main_process:
-            return checkpoints.save(made(), keep, self._write)
+            folder = checkpoints.save(made(), keep, self._write)
+            return lambda: folder
         try:
             self._write(None, made())
         except OSError as error:
@@ -121,7 +124,7 @@ class CutWeights:
         """One weight at a time, so that no process holds more than one in one piece on its device."""
         whole: dict[str, Tensor] = {}
         for name, value in self.cut.items():
-            full = value.detach().full_tensor()
+            full = cast(DTensor, value.detach()).full_tensor()
             if self.accelerator.is_main_process:
                 whole[name] = full.cpu()
         return whole if self.accelerator.is_main_process else None
@@ -144,4 +147,5 @@ def shard_part(part: nn.Module, mesh: DeviceMesh, fill: Fill | None = None) -> N
 
 def _rows(value: DTensor) -> Tensor:
     """This process's rows, in the same memory."""
-    return value.detach().to_local()
+    rows: Tensor = cast(DTensor, value.detach()).to_local()
+    return rows

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from finetune.core.batch import Batch
 from finetune.core.files import save_tensors, write_json
+from finetune.training.readings import BadStep
 
 Samples = list[tuple[dict[str, Any], dict[str, Tensor]]]
 
@@ -41,12 +42,12 @@ def bundle_folder(run: Path, step: int) -> Path:
     return run / f"bad-step-{step:06d}"
 
 
-def write_bundle(folder: Path, step: int, loss: float, grad_norm: float | None, samples: Samples) -> None:
+def write_bundle(folder: Path, bad: BadStep, samples: Samples) -> None:
     """Writes RUN/bad-step-000012/{step.json,latents.safetensors}, and replaces an older bundle of the same step."""
     shutil.rmtree(folder, ignore_errors=True)
-    numbers = {"loss": loss, "grad_norm": grad_norm}
+    numbers = {"loss": bad.loss, "grad_norm": bad.norm}
     facts = {
-        "step": step,
+        "step": bad.step,
         **{key: value if value is None or math.isfinite(value) else str(value) for key, value in numbers.items()},
         "again": f"finetune resume {folder.parent.as_posix()}",
         "samples": [about for about, _ in samples],
@@ -56,10 +57,12 @@ def write_bundle(folder: Path, step: int, loss: float, grad_norm: float | None, 
     save_tensors(folder / "latents.safetensors", tensors)
 
 
-def sentence(step: int, loss: float, grad_norm: float | None, samples: Samples, bundle: Path) -> str:
-    what = f"gradient norm {grad_norm}" if math.isfinite(loss) else f"loss {loss}"
+def sentence(samples: Samples, bundle: Path, bad: BadStep, skipped: bool) -> str:
+    """`skipped`: the step was not applied; else its weights were only in memory."""
+    what = f"gradient norm {bad.norm}" if math.isfinite(bad.loss) else f"loss {bad.loss}"
     where = ", ".join(f"{about['name']} (timestep {about['timestep']:g})" for about, _ in samples)
+    kept = "the weights were not updated" if skipped else "nothing of it was saved"
     return (
-        f"step {step} is not finite ({what}) on {where}; the weights were not updated and the last checkpoint is "
-        f"intact: lower optim.lr, or check these images (the batch is in {bundle})"
+        f"step {bad.step} is not finite ({what}) on {where}; {kept} and the last checkpoint is intact: "
+        f"lower optim.lr, or check these images (the batch is in {bundle})"
     )

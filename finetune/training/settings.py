@@ -24,7 +24,10 @@ class Run(Settings):
     that the verdicts recommend is kept too. `released`: what happens to frozen parts whose outputs are cached: they
     are dropped and loaded again for images, or kept in the CPU's memory (`cpu`: faster previews, but more main
     memory). `fast`: on a CPU, frozen and LoRA layers are computed by other kernels (`auto`; see
-    `finetune.training.fast`). The result differs by rounding.
+    `finetune.training.fast`).
+    `compile`: on a GPU, run compiled blocks (`regional`) or record each step as a CUDA graph (`graphs`). `tf32`: round
+    the inputs of fp32 products to TF32. `channels_last`: another order of weights and activations in memory. All of
+    these change the last bits.
     """
 
     dir: AnyPath | None = None  # None: runs/<name>-<n>
@@ -40,6 +43,9 @@ class Run(Settings):
     shard: bool = False  # each of several processes holds a part of the model, its gradients and the optimiser's state
     released: Literal["reread", "cpu"] = "reread"
     fast: Literal["auto", "off"] = "off"  # off: existing recipes give the same bytes
+    compile: Literal["off", "regional", "graphs"] = "off"
+    tf32: bool = False
+    channels_last: bool = False
     ema: float | None = Field(default=None, gt=0, lt=1)
     checkpoint_every: int = Field(default=250, ge=1)
     keep: int = Field(default=2, ge=1)
@@ -54,11 +60,25 @@ class Run(Settings):
     def _a_word_in_yaml(cls, value: Any) -> Any:
         return {False: "off", True: "on"}[value] if isinstance(value, bool) else value  # YAML reads `off` as false
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _off_in_yaml(cls, value: Any) -> Any:
+        return "off" if value is False else value
+
     @model_validator(mode="after")
     def _measured(self) -> Run:
         if self.verdicts == "off" and (self.keep_best or self.verdicts_every is not None):
             name = "keep_best" if self.keep_best else "verdicts_every"
             raise ValueError(f"run.{name} needs the verdicts, which run.verdicts=off leaves out: remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _same_bits(self) -> Run:
+        if self.deterministic and self.compile == "regional":
+            raise ValueError(
+                "run.deterministic is true but run.compile is 'regional', and a resumed run may compile other code: "
+                "use run.compile=off or graphs"
+            )
         return self
 
     @field_validator("name")

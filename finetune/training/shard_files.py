@@ -53,9 +53,9 @@ def write_shards(folder: Path, state: State, layout: Layout) -> None:
     Raises:
         OSError: some process could not write; on all of them.
     """
-    from torch.distributed.checkpoint import save
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors = dict(_placed(key, value, layout) for key, value in _keyed(state))
     try:
@@ -76,8 +76,8 @@ def _placed(key: str, value: Tensor, layout: Layout) -> tuple[str, Tensor]:
     weight = layout.weight(key)
     if weight is None or value.ndim == 0 or value.shape != weight.to_local().shape:
         return f"{key}@{layout.rank}", value.detach().clone()  # bitsandbytes' tables are one tensor for all weights
-    spec = {"shape": weight.shape, "stride": weight.stride(), "run_check": False}
-    return key, DTensor.from_local(value.detach(), weight.device_mesh, weight.placements, **spec)
+    mesh, placements, shape = weight.device_mesh, weight.placements, weight.shape
+    return key, DTensor.from_local(value.detach(), mesh, placements, shape=shape, stride=weight.stride())
 
 
 def read_pieces(folder: Path, layout: Layout) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from finetune.families.base import Family
 from finetune.objectives.base import Objective
 from finetune.objectives.loss import per_sample
 from finetune.training.dropout import CurrentSamples, replace_dropout
+from finetune.training.parcel import with_tensors
 from finetune.training.regularizers import NoisedBatch, Regularizer, Teacher
 
 PromptEncoder = Callable[[Sequence[str], Tensor | None], dict[str, Tensor]]
@@ -46,6 +47,33 @@ class StepOptions:
     teacher: Teacher | None = None
 
 
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one micro-batch: functions of its keys, made on the CPU.
+
+    `latent_noise` [B, C, h, w]: of the latents' distribution. `noise` and `added` [B, C, h, w]: for the target and for
+    the denoiser's input, often the same tensor. `t` [B]: timesteps. `keep_mask`: as `Step.keep_mask`.
+    """
+
+    latent_noise: Tensor
+    noise: Tensor
+    added: Tensor
+    t: Tensor
+    keep_mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Everything of a micro-batch that a step computes with."""
+
+    batch: Batch
+    draws: Draws
+
+    def anonymous(self) -> StepInputs:
+        """The tensors alone: without prompts, sizes, keys, names and roles."""
+        return replace(self, batch=replace(self.batch, prompts=[], geometry=[], keys=[], names=[], roles=[]))
+
+
 class Step(nn.Module):
     """The loss of one micro-batch: adds noise to latents, predicts, and compares.
 
@@ -75,25 +103,45 @@ class Step(nn.Module):
             replace_dropout(part, name, self.current)
         self.family, self.objective, self.encode_prompts = family, objective, encode_prompts
         self.options = options or StepOptions()
+        self.computed: Callable[[StepInputs, dict[str, Tensor]], Tensor] = self.loss  # or what gives the same faster
 
     def move_to(self, device: torch.device) -> None:
         """Moves the trained parts and the objective's tables to `device`."""
         self.to(device)
         self.objective = self.objective.to(device)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The mean over the batch of weight * error(prediction, target), plus the regularizers: a float32 scalar."""
+    def inputs(self, batch: Batch) -> StepInputs:
+        """All that is drawn for a batch, on the CPU: `forward` then moves nothing to the device."""
+        sizes = self.family.size_conditions(batch.geometry)
+        return StepInputs(replace(batch, conditions=batch.conditions | sizes), self.draw(batch))
+
+    def draw(self, batch: Batch) -> Draws:
+        """The random numbers of a batch."""
+        noise, added = self.objective.noises(batch.keys, batch.latents.mean.shape[1:])
+        t = self.objective.timesteps(self.positions(batch.keys))
+        return Draws(batch.latent_noise(), noise, added, t, self.keep_mask(batch.keys))
+
+    def forward(self, batch: Batch, draws: Draws | None = None) -> Tensor:
+        """The mean over the batch of weight * error(prediction, target), plus the regularizers: a float32 scalar.
+
+        `draws`: those of the batch, on its device; None: they are made here.
+        """
         self.current.keys = batch.keys
-        x0 = batch.sample_latents()
-        noise, added = (value.to(x0.device) for value in self.objective.noises(batch.keys, x0.shape[1:]))
-        t = self.objective.timesteps(self.positions(batch.keys)).to(x0.device)
-        keep_mask = self.keep_mask(batch.keys)
-        cond = self.encode_prompts(batch.prompts, keep_mask) | batch.conditions
-        noisy = batch.concat_conditioning(self.objective.add_noise(x0, added, t))
+        if draws is None:
+            draws = with_tensors(self.draw(batch), lambda value: value.to(batch.latents.mean.device))
+        cond = self.encode_prompts(batch.prompts, draws.keep_mask) | batch.conditions
+        return self.computed(StepInputs(batch, draws), cond)
+
+    def loss(self, inputs: StepInputs, cond: dict[str, Tensor]) -> Tensor:
+        """The loss for the conditioning tensors `cond`. Without penalties, teacher and dropout it reads tensors that
+        are given and nothing else, so that a recording of it serves every step of the same shapes."""
+        batch, draws = inputs.batch, inputs.draws
+        x0, t = batch.sample_latents(draws.latent_noise), draws.t
+        noisy = batch.concat_conditioning(self.objective.add_noise(x0, draws.added, t))
         prediction = self.family.predict(noisy, t, cond, batch.geometry)
         weight = self.objective.weight(t)
-        at = NoisedBatch(batch, noisy, t, weight * batch.weight, keep_mask, self.current)
-        target = self.objective.target(x0, noise, t)
+        at = NoisedBatch(batch, noisy, t, weight * batch.weight, draws.keep_mask, self.current)
+        target = self.objective.target(x0, draws.noise, t)
         if self.options.teacher is not None:
             target = self.options.teacher(at, target)
         error = per_sample(self.objective.error(prediction.float(), target), batch.mask)

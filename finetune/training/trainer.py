@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
-from finetune.core.batch import Batch
 from finetune.core.errors import BadInput, CheckFailed
 from finetune.core.events import CheckpointSaved, Restored, StepDone, emit, phase
 from finetune.core.signals import Interrupted, Stop
 from finetune.optim.base import Optimiser, Window
 from finetune.optim.state import load_state_tensors, state_tensors
 from finetune.training import nonfinite
+from finetune.training.ahead import Ahead
 from finetune.training.checkpoint import Checkpoints, State
 from finetune.training.ema import Ema, copy_into
 from finetune.training.fsdp import held_weights
+from finetune.training.parcel import Parcel
 from finetune.training.peers import joined
+from finetune.training.readings import ASKED, LOSS, NORM, BadStep, ProcessRows, Readings, Unread, fetched
 from finetune.training.settings import Run
-from finetune.training.step import MicroBatches, Step
+from finetune.training.speed import apply_choices, tf32
+from finetune.training.step import MicroBatches, Step, StepInputs
+from finetune.training.writing import Writing
+
+MicroInputs = Iterable[Parcel[StepInputs] | StepInputs]  # of one step
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,15 @@ class Trainer:
         self.held = held_weights(step, trained.parameters, accelerator, run.shard, trained.fill)
         self.trained = self.held.parameters
         step.move_to(accelerator.device)  # the optimiser creates its state there
+        apply_choices(step, run, accelerator.device, accelerator.num_processes)
         optimizer = optim.build(self.trained, trained.windows)
         self.model, self.optimizer = self.held.prepared(step, optimizer)
         self.ema = Ema(self.trained, run.ema)
+        self.readings = Readings(accelerator)
+        self.writing = Writing(lambda step, folder: emit(CheckpointSaved(step, folder)))
+        self._unread: Unread | None = None  # the last step, if its numbers were not looked at yet
+        self._seconds: list[float] = []  # of the steps since the last one that was logged
+        self._asked = 0  # the signal by which some process was asked to stop
 
     def fit(
         self,
@@ -93,24 +105,27 @@ class Trainer:
 
         Raises:
             BadInput: the disk has no space for the checkpoints.
-            CheckFailed: a loss or gradient is not finite. The weights are not updated.
+            CheckFailed: a loss or gradient is not finite. The weights are not updated. On a GPU it is noticed when
+                the step is logged (`run.log_every`), and one step late; no such state is saved.
             Interrupted: `stop` was requested. The step was completed and its checkpoint written.
         """
-        stop = stop or Stop()
+        self.stop = stop = stop or Stop()
         first = self.restore()
         if self.accelerator.is_main_process:
             self.checkpoints.check_space(self._checkpoint_bytes() * (self.run.keep + self.run.keep_best + 1))
         self.model.train()
-        with phase("Training", self.run.steps, "steps") as advance, stop.deferred():
+        with self._loop(batches) as (advance, feed):
             advance(first, "")
             if first:
                 after_restore(first)
             for n in range(first, self.run.steps):
-                advance(1, self._one_step(batches, n))
-                asked = self._all_reduce_max(stop.received or 0)
+                advance(1, self._one_step(feed, n))
+                asked = (stop.received or 0) if self.peers.world == 1 else self._asked
                 if asked or (n + 1) % self.run.checkpoint_every == 0 or n + 1 == self.run.steps:
                     self.save(n + 1)
+                self.writing.look()
                 if asked:
+                    self.settle()
                     raise Interrupted(asked)
                 after_step(n + 1)
         self.peers.wait()
@@ -119,8 +134,22 @@ class Trainer:
         self.accelerator.free_memory()  # it keeps references to the model and the optimiser
 
     @contextmanager
+    def _loop(self, batches: MicroBatches) -> Iterator[tuple[Callable[[int, str], None], Ahead[MicroInputs]]]:
+        """What holds while the loop runs. At its end no thread is left, and the last checkpoint is on the disk."""
+        with (
+            phase("Training", self.run.steps, "steps") as advance,
+            self.stop.deferred(),
+            tf32(self.run.tf32),
+            self._ahead(batches) as feed,
+            self.writing,
+        ):
+            yield advance, feed
+
+    @contextmanager
     def result_weights(self) -> Iterator[None]:
         """Inside the block the trained parameters hold the weights that an export would contain now."""
+        if self.peers.world == 1:  # of several processes not all look, and all must learn of a bad step together
+            self._report(needed=True)
         with self.optim.result_weights(self.optimizer), self.ema.swapped_in():
             yield
 
@@ -156,10 +185,20 @@ class Trainer:
         self.ema.load(state.ema)
 
     def save(self, step: int) -> None:
-        """Writes the state after `step` steps as a checkpoint; all processes wait until it is there."""
-        folder = self.held.save(self.checkpoints, lambda: self._state(step), self.run.keep)
-        if folder is not None:
-            emit(CheckpointSaved(step, folder))
+        """Copies the state after `step` steps and begins to write it as a checkpoint, in a thread of the main process.
+        Of sharded weights all processes write, and wait until it is there.
+
+        An error of writing is raised after a later step, or at the end of the loop.
+        """
+        self._report(needed=True)  # what is not finite is not saved
+        self.writing.settle()  # so that there is never more than one copy
+        job = self.held.save(self.checkpoints, lambda: self._state(step), self.run.keep)
+        if job is not None:
+            self.writing.begin(step, job)
+
+    def settle(self) -> None:
+        """Returns when the checkpoint that is being written is on the disk, on every process."""
+        self.writing.settle()
         self.peers.wait()
 
     def _state(self, step: int) -> State:
@@ -170,64 +209,96 @@ class Trainer:
             extra["scaler"] = self.accelerator.scaler.state_dict()
         return State(step, dict(self.trained), tensors, self.ema.averages, extra, self.held.pieces)
 
-    def _one_step(self, batches: MicroBatches, n: int) -> str:
+    def _ahead(self, batches: MicroBatches) -> Ahead[MicroInputs]:
+        """The inputs of each step; for a GPU they are made in a thread, and each micro-batch is copied at once."""
+        self.batches, device = batches, self.accelerator.device
+
+        def made(n: int) -> MicroInputs:
+            return (self.step.inputs(batches.micro(n, index)) for index in range(self.run.accumulate))
+
+        def packed(n: int) -> MicroInputs:
+            pinned = device.type == "cuda"
+            whole = (self.step.inputs(batches.micro(n, index)) for index in range(self.run.accumulate))
+            with torch.cuda.device(device) if pinned else nullcontext():  # a thread begins with the first GPU
+                return [Parcel.of(inputs, pinned) for inputs in whole]
+
+        self._feed = Ahead(packed if self.readings.late else made, self.run.steps, self.readings.late)
+        return self._feed
+
+    def _one_step(self, feed: Ahead[MicroInputs], n: int) -> str:
         """Runs step n, from 0. Returns a text for the progress bar."""
         began = time.perf_counter()
         lr = self.optim.set_lr(self.optimizer, n, self.run.steps)
-        loss, norm = self._update(batches, n)
+        rows = self._update(feed.take(n), n)
         self.ema.update(n)
-        return self._log(n + 1, loss, norm, lr, time.perf_counter() - began)
+        due = self._is_logged(n + 1) or self.peers.world > 1
+        read = fetched(rows) if due else rows.cpu
+        note = self._report()  # of the step before, which is late
+        self._unread = Unread(n + 1, read, due, lr, time.perf_counter() - began)
+        return note if self.readings.late else self._report()
 
-    def _update(self, batches: MicroBatches, n: int) -> tuple[Tensor, Tensor | None]:
-        """Makes one optimiser step. Returns the mean loss of its micro-batches, and the gradient norm before
-        clipping."""
+    def _update(self, micro_batches: MicroInputs, n: int) -> ProcessRows:
+        """Makes one optimiser step. Returns the numbers of all processes, on the device."""
         accelerator, count = self.accelerator, self.run.accumulate
         loss = torch.zeros((), device=accelerator.device)
-        norm, seen = None, []
-        for index in range(count):
-            batch = batches.micro(n, index).to(accelerator.device)
-            seen.append(batch)
+        rows = torch.empty(0)
+        for item in micro_batches:
+            inputs = item.on(accelerator.device) if isinstance(item, Parcel) else item
             with accelerator.accumulate(self.model):
-                micro_loss = self.model(batch)
+                micro_loss = self.model(inputs.batch, inputs.draws)
                 accelerator.backward(micro_loss)
                 loss += micro_loss.detach() / count
                 if accelerator.sync_gradients:
                     norm = self.held.clip(self.optim.max_grad_norm or math.inf)
-                    self._check_finite(n, loss, norm, seen)
+                    rows = self.readings.rows(n + 1, loss, norm, self.stop.received or 0)
+                    self.readings.skip_bad(self.optimizer.optimizer, rows)
+                    if not self.readings.late:
+                        self._refuse_bad(rows)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        return loss, norm
+        return rows
 
-    def _check_finite(self, n: int, loss: Tensor, norm: Tensor | None, seen: list[Batch]) -> None:
-        """Stops every process before an update with a loss or gradient that is not finite. With fp16, the loss scaler
-        handles infinite gradients: it skips the step."""
-        value = float(loss)
-        length = None if norm is None or self.accelerator.scaler is not None else float(norm)
-        bad = not math.isfinite(value) or (length is not None and not math.isfinite(length))
-        if not self._all_reduce_max(int(bad)):
-            return
-        timesteps = [self.step.objective.timesteps(self.step.positions(batch.keys)) for batch in seen]
-        everyone = gather_object([(value, nonfinite.describe_samples(seen, timesteps))])
-        worst = next((loss for loss, _ in everyone if not math.isfinite(loss)), value)
-        samples = [sample for _, part in everyone for sample in part]
-        bundle = nonfinite.bundle_folder(self.checkpoints.run, n + 1)
-        if self.accelerator.is_main_process:
-            nonfinite.write_bundle(bundle, n + 1, worst, length, samples)
-        raise CheckFailed(nonfinite.sentence(n + 1, worst, length, samples, bundle))
-
-    def _log(self, step: int, loss: Tensor, norm: Tensor | None, lr: float, seconds: float) -> str:
-        if step % self.run.log_every and step != self.run.steps:
+    def _report(self, needed: bool = False) -> str:
+        """Looks at the last step's numbers, if they are due or needed. Returns a text for the progress bar."""
+        last, self._unread = self._unread, None
+        if last is None:
             return ""
-        mean = float(self.accelerator.reduce(loss, reduction="mean"))
+        self._seconds.append(last.seconds)
+        if not last.due and not needed:
+            return ""
+        rows = last.read()
+        self._refuse_bad(rows)
+        self._asked = int(rows[:, ASKED].max())
+        return self._log(last, rows) if self._is_logged(last.step) else ""
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.run.log_every == 0 or step == self.run.steps
+
+    def _log(self, last: Unread, rows: ProcessRows) -> str:
+        mean, seconds = float(rows[:, LOSS].mean()), sum(self._seconds) / len(self._seconds)
+        self._seconds.clear()
         if self.accelerator.is_main_process:
-            emit(StepDone(step, mean, lr, float(norm) if norm is not None else 0.0, seconds))
+            emit(StepDone(last.step, mean, last.lr, float(rows[0, NORM]), seconds))
         return f"loss {mean:.4f}"
 
-    def _all_reduce_max(self, own: int) -> int:
-        """The largest number of all processes, so that all react in the same step to what one has found."""
-        if self.accelerator.num_processes == 1:
-            return own
-        return int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
+    def _refuse_bad(self, rows: ProcessRows) -> None:
+        """Stops every process if a loss or gradient was not finite. With fp16, the loss scaler handles infinite
+        gradients: it skips the step."""
+        bad = self.readings.bad(rows)
+        if bad is not None:
+            self._feed.close()  # batches are not made in two threads at a time
+            raise CheckFailed(self._words_of(bad))
+
+    def _words_of(self, bad: BadStep) -> str:
+        """Writes the samples of a bad step into the run folder, on the main process. Returns what the user is told."""
+        seen = [self.batches.micro(bad.step - 1, index) for index in range(self.run.accumulate)]
+        timesteps = [self.step.objective.timesteps(self.step.positions(batch.keys)) for batch in seen]
+        everyone = gather_object([nonfinite.describe_samples(seen, timesteps)])
+        samples = [sample for part in everyone for sample in part]
+        bundle = nonfinite.bundle_folder(self.checkpoints.run, bad.step)
+        if self.accelerator.is_main_process:
+            nonfinite.write_bundle(bundle, bad, samples)
+        return nonfinite.sentence(samples, bundle, bad, self.readings.skips_bad(self.optimizer.optimizer))
 
     def _checkpoint_bytes(self) -> int:
         """The size of a checkpoint with weights, optimiser state and EMA in fp32. Smaller 8-bit states leave a

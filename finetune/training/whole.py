@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,8 +38,9 @@ class HeldWeights(Protocol):
         """Clips the gradients of all processes together. Returns their norm before."""
         ...
 
-    def save(self, checkpoints: Checkpoints, made: MakeState, keep: int) -> Path | None:
-        """Writes a checkpoint; all processes call it. Returns its folder, on the main process."""
+    def save(self, checkpoints: Checkpoints, made: MakeState, keep: int) -> Callable[[], Path] | None:
+        """Copies the state for a checkpoint; all processes call it. Returns what writes it, perhaps in a thread, and
+        gives its folder; None on other processes than the main one."""
         ...
 
     def read(self, checkpoints: Checkpoints) -> State | None:
@@ -72,10 +74,11 @@ class Whole:
         return model, prepared
 
     def clip(self, max_norm: float) -> Tensor | None:
-        return self.accelerator.clip_grad_norm_(list(self.parameters.values()), max_norm)
+        norm: Tensor | None = self.accelerator.clip_grad_norm_(list(self.parameters.values()), max_norm)
+        return norm
 
-    def save(self, checkpoints: Checkpoints, made: MakeState, keep: int) -> Path | None:
-        return checkpoints.save(in_memory(made()), keep) if self.accelerator.is_main_process else None
+    def save(self, checkpoints: Checkpoints, made: MakeState, keep: int) -> Callable[[], Path] | None:
+        return partial(checkpoints.save, in_memory(made()), keep) if self.accelerator.is_main_process else None
 
     def read(self, checkpoints: Checkpoints) -> State | None:
         return shared_state(checkpoints.latest, self.accelerator.device)

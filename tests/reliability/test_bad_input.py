@@ -401,6 +401,11 @@ setting(
     "paged_without_gpu", "optim.kind=paged_adamw8bit", words=("paged_adamw8bit", "NVIDIA GPU", "optim.kind=adamw8bit")
 )
 setting("fp16_without_gpu", "run.precision=fp16", words=("fp16", "no CUDA GPU", "run.precision=fp32"))
+setting(
+    "deterministic_and_compiled", "run.deterministic=true", "run.compile=regional",
+    words=("run.deterministic is true", "run.compile is 'regional'", "run.compile=off"),
+)  # fmt: skip
+setting("tf32_without_gpu", "run.tf32=true", words=("run.tf32", "no NVIDIA GPU", "leave it out"))
 setting("more_processes_than_started", "run.processes=4", words=("run.processes is 4", "--processes 4"))
 setting("no_class_noun", "data.class_noun=null", words=("data.class_noun", "dog"))
 setting("resolution_not_divisible", "data.resolution=33", words=("data.resolution", "33", "32"))
