@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -220,8 +221,10 @@ class Pages:
 
     async def download(self, request: Request) -> Any:
         file = self.views.export(request.path_params["run"], request.path_params["path"])
-        shown = {"content-disposition": f"attachment; filename*=UTF-8''{quote(file.name)}"}
-        return FileResponse(file, media_type="application/octet-stream", headers=shown)
+        if file.is_file():
+            return _attached(file, file.name)
+        packed = await run_in_threadpool(self.uploads.packed, file)
+        return _attached(packed, f"{file.name}.zip", BackgroundTask(packed.unlink))
 
     async def _draft(self, request: Request) -> Draft:
         values = await _values(request)
@@ -229,6 +232,12 @@ class Pages:
         return draft_of(
             values, _relative(photos), {name: _relative(path) for name, path in bases_in(self.rooms.bases).items()}
         )
+
+
+def _attached(file: Path, name: str, after: BackgroundTask | None = None) -> Response:
+    """A file that the browser keeps and does not show."""
+    headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
+    return FileResponse(file, media_type="application/octet-stream", headers=headers, background=after)
 
 
 def _told(answer: Callable[[Request], Awaitable[Any]]) -> Answer:

@@ -91,6 +91,7 @@ class RunViews:
             "verdict_words": VERDICTS_IN_WORDS.get(str(_status(folder).get("verdict")), ""),
             "images": _images(folder),
             "log": log,
+            "exports": len(_listings(folder)),
             "report": (folder / "report.html").is_file(),
         }
         errors = [line for line in log if line.startswith("error: ")]
@@ -140,15 +141,13 @@ class RunViews:
         return path
 
     def export(self, name: str, path: str) -> Path:
-        """A file that the run has exported.
+        """A file or folder that the run has exported.
 
         Raises:
             BadInput: it has exported none of that name.
         """
-        from finetune.runs.exports import read_exports
-
         folder = self.folder(name)
-        if path not in {item["path"] for item in read_exports(folder)} or not (folder / path).is_file():
+        if path not in {item["path"] for item in _files(folder)} or not (folder / path).exists():
             raise BadInput("the run has no such file: load the page again")
         return folder / path
 
@@ -255,20 +254,24 @@ def _checkpoints(folder: Path) -> list[int]:
     return sorted(int(name[5:]) for name in names if name[5:].isdecimal())
 
 
+def _listings(folder: Path) -> dict[int | None, Path]:
+    """The lists of exported files: of the result (None), and of each step whose checkpoint was exported."""
+    steps = [file for file in (folder / "exports").glob("step-*/exports.json") if file.parent.name[5:].isdecimal()]
+    found: dict[int | None, Path] = {int(file.parent.name[5:]): file for file in sorted(steps)}
+    return ({None: folder / "exports.json"} if (folder / "exports.json").is_file() else {}) | found
+
+
 def _files(folder: Path) -> list[dict[str, Any]]:
-    """The exported files: where each goes, and what its checks said."""
+    """The exported files: where each goes, and what its checks said; what most programs read comes first."""
     from finetune.core.records import checks_of
     from finetune.runs.exports import read_exports
 
     found = []
-    for item in read_exports(folder):
-        checks = [{"passed": check.passed, "line": without_places(check.line)} for check in checks_of(item)]
-        places = PLACES.get(item["format"], {})
-        keys = ("format", "path", "size", "read_by")
-        found.append(
-            {key: item[key] for key in keys}
-            | {"limits": item.get("limits", [])}
-            | {"checks": checks}
-            | {"places": places}
-        )
-    return found
+    for step, listing in _listings(folder).items():
+        for item in read_exports(folder, listing):
+            checks = [{"passed": check.passed, "line": without_places(check.line)} for check in checks_of(item)]
+            own = {key: item[key] for key in ("format", "path", "size", "read_by")}
+            more = {"limits": item.get("limits", []), "checks": checks, "places": PLACES.get(item["format"], {})}
+            found.append(own | more | {"step": step})
+    order = list(PLACES)
+    return sorted(found, key=lambda each: order.index(each["format"]) if each["format"] in order else len(order))

@@ -6,11 +6,12 @@ import re
 import secrets
 import shutil
 import unicodedata
+import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from finetune.core.errors import BadInput
-from finetune.core.files import leads_out, replacing, sha256, write_text
+from finetune.core.files import find_link_out, leads_out, replacing, sha256, write_text
 
 LARGEST_PHOTO = 200_000_000  # bytes
 LARGEST_CAPTION = 100_000
@@ -136,6 +137,23 @@ class Uploads:
         folder = self.folder / "looked-at" / secrets.token_hex(8)
         folder.mkdir(parents=True)
         return arrived.rename(folder / wanted)
+
+    def packed(self, folder: Path) -> Path:
+        """A zip file of a folder, which the caller removes.
+
+        Raises:
+            BadInput: a link in it leads out of it, or the disk is nearly full.
+        """
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        if find_link_out(folder) is not None:
+            raise BadInput("this folder has a link out of it: it is not sent")
+        if shutil.disk_usage(self.folder).free < SPARE + sum(file.stat().st_size for file in files):
+            raise BadInput("the disk is nearly full, so the folder could not be packed: free some space")
+        target = self.folder / "incoming" / secrets.token_hex(8)
+        with replacing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as held:
+            for file in files:
+                held.write(file, f"{folder.name}/{file.relative_to(folder).as_posix()}")
+        return target
 
     async def _receive(self, name: str, body: AsyncIterator[bytes], limit: int) -> Path:
         """Writes a body to a file with a name that nobody knows, and returns it."""

@@ -387,7 +387,7 @@ function runView(name) {
   repeat(async () => {
     const told = await ask(`/api/runs/${path}/live`);
     busy = ["running", "starting"].includes(told.state); more = told.more;
-    const mark = `${told.state} ${told.images.length} ${told.phase}`;
+    const mark = `${told.state} ${told.images.length} ${told.phase} ${told.exports}`;
     if (mark !== aboutOf) { about = await ask(`/api/runs/${path}`); aboutOf = mark; }
     buttons.show(told.state, told.report && told.state === "finished");
     title.show({ trigger: about.trigger, base: about.base, family: about.family, resolution: about.resolution, photos: about.photos });
@@ -404,7 +404,7 @@ function drawNow(state, phase, done, total, step, steps, eta, loss, pace, error)
   const busy = state === "running";
   const training = phase === "Training";
   const left = busy && eta ? `about ${duration(eta)} left${training ? "" : " in this part"}` : "";
-  const figures = [["Step", steps ? `${step} of ${steps}` : "–"], ["Loss now", loss === null || loss === undefined ? "–" : loss.toPrecision(3)], ["Seconds a step", pace ? pace.toPrecision(2) : "–"]];
+  const figures = [["Steps", `${step} of ${steps}`], busy && loss ? ["Loss now", loss.toPrecision(3)] : null, pace ? ["Seconds a step", pace.toPrecision(2)] : null, pace ? ["Training so far", duration(pace * step)] : null].filter(Boolean);
   return [h("div.line", {}, h("b", {}, chip(state)), h("span.soft", {}, busy ? [phase, total > 1 ? `${done} of ${total}` : "", left].filter(Boolean).join(" · ") : "")),
     busy || state === "starting" ? h("progress", state === "starting" || !total ? { "aria-label": "Starting" } : { max: total, value: done, "aria-label": phase }) : null,
     error ? h("p.fault", { role: "alert" }, upper(error)) : null,
@@ -418,9 +418,9 @@ function drawVerdict(found, words, state, path) {
   const out = h("p.hint", { role: "status" });
   const step = final && found.step ? h("div.actions", {}, h("button", { type: "button", onclick: async (event) => {
     event.target.disabled = true; out.textContent = "Writing and checking the files…";
-    try { const { chore: number } = await post(`/api/runs/${path}/export`, { step: found.step }); const told = await chore(number); out.textContent = `${told.map((file) => file.format).join(", ")} of step ${found.step} are written and checked; they are in the run's folder exports.`; } catch (error) { out.textContent = error.message; event.target.disabled = false; }
+    try { const { chore: number } = await post(`/api/runs/${path}/export`, { step: found.step }); const told = await chore(number); out.textContent = `${told.map((file) => file.format).join(", ")} of step ${found.step} are written and checked: see Your files.`; } catch (error) { out.textContent = error.message; event.target.disabled = false; }
   } }, `Export step ${found.step}, the recommended one`)) : null;
-  return h(`section.card.verdict${good ? ".good" : ""}`, { "aria-label": "Verdict" }, h("h2", {}, final ? "The verdict" : "So far"),
+  return h(`section.card.verdict${good ? ".good" : ""}`, { "aria-label": "Verdict" }, h("p.soft", {}, final ? "The verdict" : "The verdict so far"),
     h("p.big", {}, final ? upper(found.word) : words), final ? [h("p", {}, found.sentence), found.advice ? h("p", {}, found.advice) : null, found.copies ? h("p.soft", {}, found.copies) : null, step, out] : null);
 }
 const sampleSource = (path, column, file) => `/runs/${path}/samples/${column.folder}/${file}`;
@@ -466,7 +466,17 @@ function smoothed(points) {
 }
 function drawLoss(curve) {
   if (curve.length < 2) return [];
-  return h("section", {}, h("h2", {}, "Training"), h("p.soft", {}, "The loss is noisy, and says little about likeness: look at the images."), h("div.card", {}, chart("Loss", [{ title: "loss", points: smoothed(curve.map((row) => [row[0], row[1]])) }], curve, "running mean, and the range of single steps")));
+  return h("section", {}, h("h2", {}, "Training"), h("p.soft", {}, "The loss is noisy, and says little about likeness: look at the images."), h("div.card", {}, chart("Loss", [{ title: "loss", points: smoothed(curve.map((row) => [row[0], row[1]])) }], joined(curve), "running mean, and the range of single steps")));
+}
+/** Neighbouring points as one, so that the range of single steps shows as a band. */
+function joined(curve, most = 160) {
+  const size = Math.max(1, Math.ceil(curve.length / most)), found = [];
+  for (let at = 0; at < curve.length; at += size) {
+    const part = curve.slice(at, at + size);
+    const mean = part.reduce((sum, row) => sum + row[1], 0) / part.length;
+    found.push([part.at(-1)[0], mean, Math.min(...part.map((row) => row[2])), Math.max(...part.map((row) => row[3]))]);
+  }
+  return found;
 }
 const LEARNED = ["learned", "held_out", "overfit"];
 function drawMeasured(verdicts) {
@@ -478,9 +488,9 @@ function drawMeasured(verdicts) {
 function drawFiles(list, path) {
   if (!list?.length) return [];
   return h("section", {}, h("h2", {}, "Your files"), h("p.soft", {}, "Each was opened again and compared with what was trained."), h("div.card", {}, list.map((file) => h("div.file", {},
-    h("div.top", {}, h("div", {}, h("b", {}, file.format), " ", h("span.soft", {}, `${file.path.split("/").pop()}, ${megabytes(file.size)}`)), h("a.button", { href: `/runs/${path}/files/${file.path.split("/").map(encodeURIComponent).join("/")}`, download: "" }, "Download")),
+    h("div.top", {}, h("div", {}, h("b", {}, file.step ? `${file.format}, step ${file.step}` : file.format), " ", h("span.soft", {}, `${file.path.split("/").pop()}, ${megabytes(file.size)}`)), h("a.button", { href: `/runs/${path}/files/${file.path.split("/").map(encodeURIComponent).join("/")}`, download: "" }, "Download")),
     h("dl.places", {}, Object.entries(file.places).map(([program, place]) => [h("dt", {}, program), h("dd", {}, "put it here: ", h("code", {}, place))])),
-    h("details", {}, h("summary", {}, file.checks.every((check) => check.passed) ? `${file.checks.length} checks passed` : "a check failed"), h("ul", {}, file.checks.map((check) => h(check.passed ? "li" : "li.bad-text", {}, check.line)), file.limits.map((text) => h("li.soft", {}, text))))))));
+    h("details", {}, h("summary", {}, file.checks.every((check) => check.passed) ? file.checks.length === 1 ? "its check passed" : `${file.checks.length} checks passed` : "a check failed"), h("ul", {}, file.checks.map((check) => h(check.passed ? "li" : "li.bad-text", {}, check.line)), file.limits.map((text) => h("li.soft", {}, text))))))));
 }
 
 // ---- a LoRA file ----
