@@ -112,12 +112,15 @@ def plan_run(given: Mapping[str, Any]) -> Any:
 
     recipe = load_recipe(given["recipe"], given["settings"])
     found = plan(check_run(recipe))
-    rows = [
-        [name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)]
-        for name, value in plan_rows(found).items()
-    ]
-    rows = [row for row in rows if row[1] and row[1] != "None"]
-    return {"words": _in_words(found, recipe), "rows": rows, "fits": _fitting(recipe), "steps": found.steps}
+    listed = {name: value if isinstance(value, list) else [value] for name, value in plan_rows(found).items()}
+    rows = [[name, ", ".join(map(str, value))] for name, value in listed.items() if value not in ([None], [""], [])]
+    return {
+        "words": _in_words(found, recipe),
+        "rows": rows,
+        "fits": _fitting(recipe),
+        "steps": found.steps,
+        "batch_size": found.batch_size,
+    }
 
 
 def _in_words(plan: Any, recipe: Any) -> list[str]:

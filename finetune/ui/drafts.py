@@ -46,15 +46,15 @@ class Draft:
 
     @property
     def run_name(self) -> str:
-        """What the run folder is called."""
-        return self.noun or "style"
+        """What the run folder and the exported files are called."""
+        return re.sub(r"[^\w-]+", "-", self.noun).strip("-_") or "style"
 
     def settings(self) -> list[str]:
         """key=value for the command line."""
         own = [f"data.photos={self.photos.as_posix()}"]
         own += [f"data.class_noun={self.noun}"] if self.kind == "thing" else []
         own += [f"base.source={self.base}", f"base.like={self.like}"] if self.like else [f"base={self.base}"]
-        return [*own, *self.more]
+        return [*own, f"run.name={self.run_name}", *self.more]
 
     def arguments(self) -> list[str]:
         """What follows `finetune train`."""

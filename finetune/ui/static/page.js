@@ -208,6 +208,7 @@ function newRunView(form, state, bases) {
     const own = ++number;
     await wait(0.25);
     if (own !== number) return;
+    if (form.kind === "thing" && !form.noun) { aside.show(null, ""); return; }
     try { const told = await post("/api/recipe", wish(form)); aside.show(told, ""); } catch (error) { aside.show(null, error.message); }
   }
   aside.show(null, "");
@@ -381,7 +382,7 @@ function runView(name) {
   title.show(null);
   async function act(what) {
     fault.textContent = "";
-    try { await post(`/api/runs/${path}/${what}`); say(what === "stop" ? "It ends after this step" : "It goes on"); fault.textContent = ""; } catch (error) { fault.textContent = error.message; }
+    try { await post(`/api/runs/${path}/${what}`); say(what === "stop" ? "It ends after this step" : "It goes on"); } catch (error) { fault.textContent = error.message; }
   }
   let busy = true, more = false;
   repeat(async () => {
