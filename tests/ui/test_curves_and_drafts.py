@@ -105,7 +105,8 @@ def test_the_command_and_the_recipe_are_the_same_run(tmp_path: Path, monkeypatch
     "more",
     [
         "data.photos=/etc", "run.dir=elsewhere", "prior.folder=x", "base=x", "base.source=x", "sample.image=x",
-        "steps=4",        "optim.lr", "sample.prompts=['/etc/passwd']", "optim.kind=~/x", "run.trackers=[x]", "profile=x", "__class__=1",
+        "steps=4", "optim.lr", "sample.prompts=['/etc/passwd']", "optim.kind=~/x", "run.trackers=[x]", "profile=x",
+        "__class__=1",
     ],
 )  # fmt: skip
 def test_a_page_sets_no_path(more: str) -> None:

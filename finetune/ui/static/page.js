@@ -378,7 +378,7 @@ function runView(name) {
   const log = part("div", {}, (lines) => lines.length ? h("details", {}, h("summary", {}, "What it says"), h("pre.log", { tabIndex: 0, role: "region", "aria-label": "Log" }, lines.join("\n"))) : []);
   const origin = part("div", {}, (told) => !told ? [] : h("section", {}, h("h2", {}, "How it was made"), h("details", {}, h("summary", {}, "The plan"), h("dl.facts", {}, Object.entries(told.plan).map(([key, value]) => [h("dt", {}, key), h("dd", {}, value)]))),
     told.command ? h("details", {}, h("summary", {}, "As a command"), code("Command", told.command)) : null, told.recipe ? h("details", {}, h("summary", {}, "The recipe in full"), code("Recipe", told.recipe)) : null));
-  fill(main, h("div.head", {}, title.node, buttons.node), fault, now.node, verdict.node, sides.node, film.node, files.node, loss.node, measured.node, origin.node, log.node);
+  fill(main, h("div.head", {}, title.node, buttons.node), fault, now.node, verdict.node, sides.node, files.node, film.node, loss.node, measured.node, origin.node, log.node);
   title.show(null);
   async function act(what) {
     fault.textContent = "";
@@ -405,7 +405,7 @@ function drawNow(state, phase, done, total, step, steps, eta, loss, pace, error)
   const busy = state === "running";
   const training = phase === "Training";
   const left = busy && eta ? `about ${duration(eta)} left${training ? "" : " in this part"}` : "";
-  const figures = [["Steps", `${step} of ${steps}`], busy && loss ? ["Loss now", loss.toPrecision(3)] : null, pace ? ["Seconds a step", pace.toPrecision(2)] : null, pace ? ["Training so far", duration(pace * step)] : null].filter(Boolean);
+  const figures = [["Steps", `${step} of ${steps}`], busy && loss ? ["Loss now", loss.toPrecision(3)] : null, pace ? ["Seconds a step", pace.toPrecision(2)] : null, pace ? [busy ? "Training so far" : "Training", duration(pace * step)] : null].filter(Boolean);
   return [h("div.line", {}, h("b", {}, chip(state)), h("span.soft", {}, busy ? [phase, total > 1 ? `${done} of ${total}` : "", left].filter(Boolean).join(" · ") : "")),
     busy || state === "starting" ? h("progress", state === "starting" || !total ? { "aria-label": "Starting" } : { max: total, value: done, "aria-label": phase }) : null,
     error ? h("p.fault", { role: "alert" }, upper(error)) : null,
@@ -484,7 +484,7 @@ function drawMeasured(verdicts) {
   const drawn = verdicts.filter((line) => line.points.length > 1);
   if (!drawn.length) return [];
   const groups = [["What it learned", drawn.filter((line) => LEARNED.includes(line.name)), "higher is better, but for overfit"], ["What else it changed", drawn.filter((line) => !LEARNED.includes(line.name)), "lower is better"]];
-  return h("section", {}, h("h2", {}, "Measured against the base"), h("p.soft", {}, "In the model's own space, in units of the base's own effect of prompts."), groups.filter(([, lines]) => lines.length).map(([title, lines, note]) => h("div.card", { style: null }, chart(title, lines, null, note))));
+  return h("section", {}, h("h2", {}, "Measured against the base"), h("p.soft", {}, "In the model's own space, in units of the base's own effect of prompts."), groups.filter(([, lines]) => lines.length).map(([title, lines, note]) => h("div.card", {}, chart(title, lines, null, note))));
 }
 function drawFiles(list, path) {
   if (!list?.length) return [];
