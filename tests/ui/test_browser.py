@@ -1,4 +1,4 @@
-"""The whole way in a real browser, on the tiny base: photos, findings, plan, start, live, server killed, stop, resume."""
+"""The way of a person in a real browser, on the tiny base: photos, plan, start, live, server killed, stop."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import pytest
 pytest.importorskip("starlette", reason="the extra ui is not installed: pip install 'finetune-diffusion[ui]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+from test_pages import end_runs  # noqa: E402
 
 from finetune.jobs.demo import demo_images  # noqa: E402
 
@@ -65,6 +67,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     found.start()
     yield found
     found.kill()
+    end_runs(tmp_path)
 
 
 @pytest.fixture
@@ -104,7 +107,7 @@ def test_the_way_of_a_person(server: Server, page: Any, tmp_path: Path) -> None:
     page.wait_for_selector(".words >> text=from 5 photos")
     page.click("text=Start training")
     page.wait_for_selector(".figures")
-    page.wait_for_function("document.querySelectorAll('.film td').length >= 8")  # before and a preview, live
+    page.wait_for_selector(".film th >> text=step 2")  # a preview, while it trains
     page.wait_for_selector(".chart[class] >> text=Loss")
 
     server.kill()
@@ -112,7 +115,8 @@ def test_the_way_of_a_person(server: Server, page: Any, tmp_path: Path) -> None:
     before = steps_of(page)
     server.start()
     page.wait_for_selector("#lost", state="hidden")
-    page.wait_for_function(f"parseInt(document.querySelector('.figures dd').textContent) > {before}")
+    while steps_of(page) <= before:
+        page.wait_for_timeout(500)
 
     page.click("button:has-text('Stop')")  # the page is older than the server, and asks for its new token
     page.wait_for_selector(".chip.stopped")
