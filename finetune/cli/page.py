@@ -21,7 +21,7 @@ def ui(
     ] = "127.0.0.1",
 ) -> None:
     """Open a web page: photos in, adapter out, with the proof. It runs on this machine."""
-    from finetune.ui.serve import Wish, serve
+    from finetune.ui.serve import Opening, serve
 
     password = os.environ.get("FINETUNE_UI_PASSWORD", "")
-    serve(Wish(folder, runs, bases, host, port, password), say)
+    serve(Opening(folder, runs, bases, host, port, password), say)

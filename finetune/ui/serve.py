@@ -19,7 +19,7 @@ SHORTEST_PASSWORD = 8
 
 
 @dataclass(frozen=True)
-class Wish:
+class Opening:
     """What the command was asked for. `host` other than this machine's needs a `password`. `port` None: a free one."""
 
     own: Path
@@ -30,7 +30,7 @@ class Wish:
     password: str = ""
 
 
-def serve(wish: Wish, say: Callable[[str], None]) -> None:
+def serve(wish: Opening, say: Callable[[str], None]) -> None:
     """Serves the page until SIGINT or SIGTERM. Runs that it started live on.
 
     Raises:
@@ -60,7 +60,7 @@ def serve(wish: Wish, say: Callable[[str], None]) -> None:
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def check_exposure(wish: Wish) -> None:
+def check_exposure(wish: Opening) -> None:
     """
     Raises:
         BadInput: other machines could open the page, and no good password is set.

@@ -14,7 +14,7 @@ CHUNK = 256 * 1024  # bytes that one update reads: about 2,000 lines, so that it
 
 
 @dataclass
-class Point:
+class CurvePoint:
     """Neighbouring steps as one point of a curve: the last step, and mean, lowest and highest loss."""
 
     step: int
@@ -23,17 +23,17 @@ class Point:
     low: float
     high: float
 
-    def joined(self, other: Point) -> Point:
+    def joined(self, other: CurvePoint) -> CurvePoint:
         """This point and the next one as one."""
         both = min(self.low, other.low), max(self.high, other.high)
-        return Point(other.step, self.count + other.count, self.total + other.total, *both)
+        return CurvePoint(other.step, self.count + other.count, self.total + other.total, *both)
 
 
 class ThinCurve:
     """Points of equally many steps. When there are too many, neighbours are joined: memory stays the same."""
 
     def __init__(self) -> None:
-        self.points: list[Point] = []
+        self.points: list[CurvePoint] = []
         self.stride = 1
         self.seconds = 0.0  # of all steps
         self.steps = 0
@@ -42,7 +42,7 @@ class ThinCurve:
     def add(self, step: int, loss: float, lr: float, seconds: float) -> None:
         """Adds the next step."""
         self.steps, self.seconds, self.lr = self.steps + 1, self.seconds + seconds, lr
-        point = Point(step, 1, loss, loss, loss)
+        point = CurvePoint(step, 1, loss, loss, loss)
         if self.points and self.points[-1].count < self.stride:
             self.points[-1] = self.points[-1].joined(point)
             return

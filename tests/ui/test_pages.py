@@ -24,7 +24,7 @@ from finetune.core.errors import BadInput
 from finetune.runs.at_work import is_at_work
 from finetune.ui import guard, uploads
 from finetune.ui.chores import check_photos, unpack_zip
-from finetune.ui.serve import Wish, bound, check_exposure
+from finetune.ui.serve import Opening, bound, check_exposure
 
 
 @pytest.fixture
@@ -133,11 +133,11 @@ def test_a_password_is_asked_for(here: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_other_machines_need_a_password() -> None:
     place = Path("x")
     with pytest.raises(BadInput, match="FINETUNE_UI_PASSWORD"):
-        check_exposure(Wish(place, place, place, host="0.0.0.0"))
+        check_exposure(Opening(place, place, place, host="0.0.0.0"))
     with pytest.raises(BadInput, match="at least 8"):
-        check_exposure(Wish(place, place, place, host="0.0.0.0", password="short"))
-    check_exposure(Wish(place, place, place, host="0.0.0.0", password="long enough"))
-    check_exposure(Wish(place, place, place))
+        check_exposure(Opening(place, place, place, host="0.0.0.0", password="short"))
+    check_exposure(Opening(place, place, place, host="0.0.0.0", password="long enough"))
+    check_exposure(Opening(place, place, place))
 
 
 def test_a_taken_port_is_named_and_a_free_one_is_found() -> None:
