@@ -111,20 +111,23 @@ const large = document.getElementById("large");
 let gallery = [], shown = 0;
 function enlarge(images, index) {
   gallery = images; shown = index;
-  showLarge();
+  showLarge("close");
   if (!large.open) large.showModal();
 }
-function showLarge() {
+const turn = (by, focus) => { shown = (shown + by + gallery.length) % gallery.length; showLarge(focus); };
+function showLarge(focus) {
   const { src, alt } = gallery[shown];
-  const turn = (by) => { shown = (shown + by + gallery.length) % gallery.length; showLarge(); };
-  fill(large, h("img", { src, alt }), h("p", {}, alt), h("div.turn", {},
-    gallery.length > 1 ? h("button", { type: "button", onclick: () => turn(-1) }, "← Before") : null,
-    h("button", { type: "button", onclick: () => large.close() }, "Close"),
-    gallery.length > 1 ? h("button", { type: "button", onclick: () => turn(1) }, "Next →") : null));
+  const button = (name, text, act) => h("button", { type: "button", "data-name": name, onclick: act }, text);
+  const several = gallery.length > 1;
+  fill(large, h("img", { src, alt }), h("p", {}, several ? `${alt} (${shown + 1} of ${gallery.length})` : alt), h("div.turn", {},
+    several ? button("previous", "← Previous", () => turn(-1, "previous")) : null,
+    button("close", "Close", () => large.close()),
+    several ? button("next", "Next →", () => turn(1, "next")) : null));
+  large.querySelector(`[data-name=${focus}]`)?.focus();
 }
 large.addEventListener("keydown", (event) => {
   const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (by && gallery.length > 1) { shown = (shown + by + gallery.length) % gallery.length; showLarge(); }
+  if (by && gallery.length > 1) turn(by, "close");
 });
 large.addEventListener("click", (event) => { if (event.target === large) large.close(); });
 function picture(images, index) {
@@ -369,7 +372,7 @@ function runView(name) {
     report ? h("a.button", { href: `/runs/${path}/report.html`, target: "_blank", rel: "noopener" }, "The whole report") : null]);
   const fault = h("p.fault", { role: "alert" });
   const now = part("div.now", {}, drawNow);
-  const verdict = part("div", {}, (found, words, state) => drawVerdict(found, words, state, path));
+  const verdict = part("div", {}, (found, words, state, kept) => drawVerdict(found, words, state, kept, path));
   const film = part("div", {}, (images, prompts) => drawFilm(images, prompts, path));
   const sides = part("div", {}, (images, prompts) => drawSides(images, prompts, path));
   const loss = part("div", {}, drawLoss);
@@ -393,7 +396,7 @@ function runView(name) {
     buttons.show(told.state, told.report && told.state === "finished");
     title.show({ trigger: about.trigger, base: about.base, family: about.family, resolution: about.resolution, photos: about.photos });
     now.show(told.state, told.phase, told.done, told.total, told.step, told.steps, told.eta, told.loss, told.seconds_per_step, told.error);
-    verdict.show(about.verdict, told.verdict_words, told.state);
+    verdict.show(about.verdict, told.verdict_words, told.state, about.checkpoints.includes(about.verdict.step) && about.verdict.step !== told.steps);
     const after = told.images.some((column) => column.folder === "after") && told.images.some((column) => column.folder === "before");
     sides.show(after && told.state === "finished" ? told.images : [], about.prompts);
     film.show(told.images.some((column) => column.step !== null) || !after ? told.images : [], about.prompts);
@@ -412,12 +415,13 @@ function drawNow(state, phase, done, total, step, steps, eta, loss, pace, error)
     state === "ended" ? h("p.soft", {}, "Its process ended without a word, as when the machine is switched off. Nothing is lost: Go on continues from the last checkpoint.") : null,
     steps ? h("dl.figures", {}, figures.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))) : null];
 }
-function drawVerdict(found, words, state, path) {
+/** `kept`: the recommended checkpoint is another than the last, and there to be exported. */
+function drawVerdict(found, words, state, kept, path) {
   const final = found?.word && state === "finished";
   if (!final && !words) return [];
   const good = final ? found.word === "good" : false;
   const out = h("p.hint", { role: "status" });
-  const step = final && found.step ? h("div.actions", {}, h("button", { type: "button", onclick: async (event) => {
+  const step = final && kept ? h("div.actions", {}, h("button", { type: "button", onclick: async (event) => {
     event.target.disabled = true; out.textContent = "Writing and checking the files…";
     try { const { chore: number } = await post(`/api/runs/${path}/export`, { step: found.step }); const told = await chore(number); out.textContent = `${told.map((file) => file.format).join(", ")} of step ${found.step} are written and checked: see Your files.`; } catch (error) { out.textContent = error.message; event.target.disabled = false; }
   } }, `Export step ${found.step}, the recommended one`)) : null;
