@@ -54,11 +54,12 @@ def small_copies(photo: Path, folder: Path) -> bool:
 
 def unpack_zip(given: Mapping[str, Any]) -> Any:
     """Adds the photos of a zip file to a set. Returns the names of what was added, and of what was not used."""
+    import shutil
     import zipfile
 
     from finetune.data.sources.base import is_usable
     from finetune.data.sources.zip import Zip
-    from finetune.ui.uploads import LARGEST_PHOTO, LARGEST_ZIP, MOST_FILES, place_beside, safe_name
+    from finetune.ui.uploads import LARGEST_PHOTO, LARGEST_ZIP, MOST_FILES, SPARE, place_beside, safe_name
 
     file, folder, shown = Path(given["zip"]), Path(given["photos"]), str(given["name"])
     try:
@@ -71,6 +72,8 @@ def unpack_zip(given: Mapping[str, Any]) -> Any:
         raise BadInput(
             f"{shown} holds {len(sizes)} files of {sum(sizes) / 1e6:,.0f} MB, too much for photos: send fewer"
         )
+    if shutil.disk_usage(folder).free < SPARE + sum(sizes):
+        raise BadInput(f"the disk is nearly full, so {shown} was not unpacked: free some space")
     added, unused = [], []
     for number, (name, content) in enumerate(Zip().files(file)):
         if not is_usable(name):

@@ -104,7 +104,8 @@ class Starter:
 
     def _start(self, name: str, arguments: list[str]) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
-        write_json(self._record(name), {"command": shown_command(arguments)})
+        if not self.was_started(name):  # what began it, and not what continued it
+            write_json(self._record(name), {"command": shown_command(arguments)})
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         with (self.logs / f"{name}.log").open("wb") as log:
             self._own[name] = subprocess.Popen(

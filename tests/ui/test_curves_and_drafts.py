@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from finetune.config.load import load_recipe
 from finetune.core.errors import BadInput
 from finetune.ui.drafts import Draft, base_of, bases_in, draft_of
 from finetune.ui.plain_words import MEASURE_TITLES, without_places
+from finetune.ui.serve import Opening, serve
 from finetune.ui.thinning import CHUNK, POINTS, GrowingMetrics
 
 
@@ -159,6 +161,18 @@ def test_sentences_name_no_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert without_places("C:\\Users\\me\\a.png is broken") == "a.png is broken"
     assert without_places("stabilityai/sdxl at 3/4 of it, 1.5 steps/s") == "stabilityai/sdxl at 3/4 of it, 1.5 steps/s"
+
+
+@pytest.mark.parametrize("missing", ["uvicorn", "starlette"])
+def test_without_the_extra_a_sentence_says_what_to_install(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    for name in [name for name in sys.modules if name.startswith(("finetune.ui.pages", "finetune.ui.guard"))]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(BadInput, match=r"pip install 'finetune-diffusion\[ui\]'"):
+        serve(Opening(tmp_path / "own", tmp_path, tmp_path), print)
+    assert not (tmp_path / "own").exists()
 
 
 def test_measures_are_called_as_in_the_report() -> None:
