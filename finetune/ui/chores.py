@@ -26,7 +26,8 @@ def check_photos(given: Mapping[str, Any]) -> Any:
 
     found = check(Path(given["photos"]), int(given.get("resolution") or 512)).values()
     small = Path(given["small"])
-    for item in found["files"]:  # type: ignore[attr-defined]
+    files: Any = found["files"]
+    for item in files:
         item["shown"] = small_copies(Path(given["photos"]) / item["name"], small)
     found.pop("folder")
     return found
