@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "finetune").rglob("*.py"))
 # From the ground up. A module may import its own package and those before it in this list.
 PACKAGES = (
     "core", "objectives", "optim", "families", "methods", "data", "sampling", "evaluation", "training", "verdicts",
-    "export", "adapters", "config", "runs", "report", "jobs", "cli", "testing",
+    "export", "adapters", "config", "runs", "report", "jobs", "ui", "cli", "testing",
 )  # fmt: skip
 RANK = {name: number for number, name in enumerate(PACKAGES)}
 API = ("__init__", "__main__")  # what `import finetune` and `python -m finetune` show
@@ -27,6 +27,8 @@ HOMES = {
     "bitsandbytes": ("optim.",),
     "prodigyopt": ("optim.",),
     "schedulefree": ("optim.",),
+    "starlette": ("ui",),
+    "uvicorn": ("ui",),
     "typer": ("cli",),
     "rich": ("cli",),
 }

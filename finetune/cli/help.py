@@ -7,7 +7,10 @@ from typing import Any
 from finetune.cli.output import PlainGroup
 
 SECTIONS = {
-    "Train, draw and export": ("demo", "dreambooth", "train", "sample", "evaluate", "export", "resume", "report"),
+    "Train, draw and export": (
+        *("demo", "dreambooth", "train", "sample", "evaluate"),
+        *("export", "resume", "report", "ui"),
+    ),
     "Before a run": ("data", "plan", "recipes", "tokens", "inspect", "doctor"),
     "LoRA files": ("verify", "convert", "resize", "merge", "extract"),
 }

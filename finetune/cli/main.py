@@ -17,6 +17,7 @@ from finetune.cli.adapters import BaseOption, register, say_exported
 from finetune.cli.evaluate import evaluate
 from finetune.cli.help import HELP, Sections
 from finetune.cli.output import loud, progress_shown, say
+from finetune.cli.page import ui
 from finetune.cli.sample import StepOption, sample
 from finetune.core.allocator import keep_freed_memory
 from finetune.core.errors import BadInput, CheckFailed, Stopped
@@ -40,7 +41,7 @@ app = typer.Typer(
 for part in (lists.recipes_app, lists.tokens_app):
     app.add_typer(part)
 register(app)
-for own in (evaluate, sample):
+for own in (evaluate, sample, ui):
     app.command()(own)
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

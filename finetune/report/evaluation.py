@@ -10,7 +10,8 @@ from typing import Any
 from finetune.core.files import write_text
 from finetune.data.photos import BadImage, open_image
 from finetune.evaluation.base import Pictures
-from finetune.report.html import POLICY, STYLE
+from finetune.report.html import POLICY
+from finetune.report.look import STYLE
 from finetune.report.pictures import image_tag
 
 SHOWN = 4  # images of each prompt and source

@@ -25,6 +25,7 @@ from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
 from finetune.core.files import find_link_out, load_tensors, save_tensors, sha256, sweep, write_json, write_text
 from finetune.core.reading import read_json
+from finetune.runs.at_work import is_at_work
 from finetune.runs.exports import read_exports
 from finetune.runs.inputs import FILE as INPUTS
 from finetune.runs.record import RunRecord, read_record, write_record
@@ -122,16 +123,7 @@ class RunFolder:
 
     def at_work(self) -> bool:
         """Whether a process trains here now; one that ended, however it ended, does not."""
-        if not (self.path / "run.lock").is_file():
-            return False
-        lock = FileLock(self.path / "run.lock", fallback_to_soft=False, preserve_lock_file=True)
-        try:
-            with lock.acquire(blocking=False):
-                return False
-        except Timeout:
-            return True
-        except OSError:  # no locks here, or no right to take one: nobody can train here either
-            return False
+        return is_at_work(self.path)
 
     def refuse_work(self) -> None:
         """Raises:

@@ -1,0 +1,1 @@
+"""The web page: `finetune ui`. It starts and reads ordinary runs; it needs the extra `ui`."""
