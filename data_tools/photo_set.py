@@ -103,12 +103,15 @@ def _companions(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
 
 
 def further_captions(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
-    """A photo's name without suffix -> its files PHOTO.NAME.txt, sorted, which `data.caption_mix` can name."""
-    stems = {path.stem for path in paths}
+    """A photo's name without suffix -> its files PHOTO.NAME.txt, sorted, which `data.caption_mix` can name.
+
+    a.png.txt is none: it was meant to be the own caption of a.png.
+    """
+    stems, names = {path.stem for path in paths}, {path.name for path in paths}
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.glob("*.*.txt")):
         stem, _, name = file.stem.rpartition(".")
-        if stem in stems and file.stem not in stems and MIX_NAME.fullmatch(name):
+        if stem in stems and file.stem not in stems | names and MIX_NAME.fullmatch(name):
             found.setdefault(stem, []).append(file)
     return found
 

@@ -105,8 +105,8 @@ def test_a_checkpoint_without_a_schema_is_read_and_a_later_ones_is_not_passed_ov
     assert values.pop("schema") == 1
     file.write_text(json.dumps(values))
     assert folder.checkpoints.latest().step == 2
-    file.write_text(json.dumps(values | {"schema": 2}))
-    with pytest.raises(BadInput, match=r"step-000002.state\.json has schema 2.*up to 1"):
+    file.write_text(json.dumps(values | {"schema": 3}))
+    with pytest.raises(BadInput, match=r"step-000002.state\.json has schema 3.*up to 2"):
         folder.checkpoints.latest()
 
 

@@ -167,9 +167,10 @@ def test_sentences_name_no_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_without_the_extra_a_sentence_says_what_to_install(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
-    for name in [name for name in sys.modules if name.startswith(("finetune.ui.pages", "finetune.ui.guard"))]:
+    loaded = (f"{missing}.", "finetune.ui.pages", "finetune.ui.guard")
+    for name in [name for name in sys.modules if name.startswith(loaded)]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(BadInput, match=r"pip install 'finetune-diffusion\[ui\]'"):
         serve(Opening(tmp_path / "own", tmp_path, tmp_path), print)
     assert not (tmp_path / "own").exists()
