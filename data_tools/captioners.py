@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune.core.errors import BadInput
+from finetune.core.errors import BadInput, first_line
 from finetune.core.reading import read_json, read_utf8
 
 QUESTION = "Describe this image in one or two sentences, as a caption."
@@ -98,8 +98,9 @@ class Model(Captioner):
                 folder, use_safetensors=True, dtype=dtype
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            raise BadInput(f"the model {source} can't be loaded ({reason}): give its whole folder") from error
+            raise BadInput(
+                f"the model {source} can't be loaded ({first_line(error)}): give its whole folder"
+            ) from error
         self.model: Any = model.to(self.device).eval()
 
     def describe(self, image: Image.Image) -> str:
@@ -229,8 +230,7 @@ class Tagger(Captioner):
         try:
             self.session = runtime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
         except Exception as error:  # of onnxruntime, which has classes of its own for each fault
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise BadInput(f"{folder / 'model.onnx'} can't be loaded ({reason}): copy it again") from error
+            raise BadInput(f"{folder / 'model.onnx'} can't be loaded ({first_line(error)}): copy it again") from error
         put = self.session.get_inputs()[0]
         self.put, self.side = put.name, int(put.shape[1]) if isinstance(put.shape[1], int) else 448
 

@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image
 
 from data_tools import alike
+from data_tools.for_base import USUAL, add_base, add_detector, base_and_resolution, detector_of
 from data_tools.framing import framing
 from data_tools.hashes import NEAR, Look, difference_hash, look_of, near_pairs
 from data_tools.photo_set import further_captions
 from data_tools.quality import Quality, faults, measure
-from data_tools.show import say_json, whole_number
+from data_tools.show import say_json
 from data_tools.wording import Wanted, check_caption, read_wanted
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["NEAR", "File", "Findings", "check", "difference_hash", "look_at"]
 
-USUAL = 512  # pixels: of SD 1.x
 ORIENTATIONS = {
     2: "mirrored",
     3: "upside down",
@@ -323,46 +323,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def add_base(parser: argparse.ArgumentParser, token: bool = True) -> None:
-    """Adds --base, --resolution and --token: what photos and captions are checked against, or made for."""
-    parser.add_argument(
-        "--base",
-        help="the base to train: tiny, a diffusers folder or a hub id; sets the resolution and the longest caption",
-    )
-    parser.add_argument(
-        "--resolution",
-        type=whole_number(1, "pixels"),
-        help="training resolution in pixels (default: the base's, or 512)",
-    )
-    if token:
-        parser.add_argument("--token", default="", help="a word that must be in every caption, such as sks")
-
-
-def add_detector(parser: argparse.ArgumentParser) -> None:
-    """Adds --detector and --find."""
-    parser.add_argument("--detector", metavar="FOLDER|ID", help="a detector that transformers reads")
-    parser.add_argument(
-        "--find", action="append", default=[], metavar="NAME", help="what it looks for, such as face; again for more"
-    )
-
-
-def detector_of(options: argparse.Namespace) -> Detector | None:
-    """The detector that the options name.
-
-    Raises:
-        BadInput: --find without --detector, or a detector that can't be used.
-    """
-    if options.detector is None:
-        if options.find:
-            raise BadInput("--find says what a detector looks for: give one with --detector")
-        return None
-    from finetune.core.logging import quiet_import
-
-    with quiet_import():
-        from data_tools.vision import Detector
-    return Detector(options.detector, options.find)
-
-
 def run(options: argparse.Namespace) -> int:
     """Checks, prints and returns the exit code."""
     findings = check_for(options)
@@ -380,35 +340,6 @@ def check_for(options: argparse.Namespace) -> Findings:
     findings = check(options.photos, resolution, wanted, detector_of(options))
     findings.notes.insert(0, f"checked for training at {resolution} pixels ({why})")
     return findings
-
-
-def base_and_resolution(options: argparse.Namespace) -> tuple[Path | None, int, str]:
-    """The folder of the base (None: none was named), the resolution in pixels, and where that is from."""
-    base = _base_folder(options.base) if options.base else None
-    return base, *_resolution(options, base)
-
-
-def _base_folder(source: str) -> Path:
-    from finetune.core.logging import quiet_import
-
-    with quiet_import():
-        from finetune.families.source import resolve_base
-
-    return resolve_base(source, weights=False)
-
-
-def _resolution(options: argparse.Namespace, base: Path | None) -> tuple[int, str]:
-    """The training resolution in pixels, and where it is from."""
-    if options.resolution:
-        return options.resolution, "--resolution"
-    if base is None:
-        return USUAL, "SD 1.x's resolution; --base NAME takes another base's, --resolution any"
-    from finetune.families.configs import well_formed
-    from finetune.families.registry import family_of
-
-    with well_formed(base):
-        family = family_of(base)
-        return family.resolution_of(base), f"the resolution of {options.base}, family {family.name}"
 
 
 def _print_table(findings: Findings) -> None:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
-from data_tools.check import add_base, add_detector, base_and_resolution, detector_of
+from data_tools.for_base import add_base, add_detector, base_and_resolution, detector_of
 from data_tools.geometry import SAVED, Cut, Format, cut_step
 from data_tools.photo_set import Entry, PhotoSet, read_set
 from data_tools.show import add_folders, say_prepared
 from data_tools.subject import EDGES, Subject, find_subject
-from data_tools.work import Plan, Prepared, Step, carry_out, kept
+from data_tools.work import Plan, Prepared, Step, carry_out, kept, steps_of
 from finetune.core.errors import BadInput
-from finetune.core.events import phase
 from finetune.data.blobs import Box
 from finetune.data.buckets import Size, bucket_table, mismatch
 from finetune.data.photos import BadImage, read_image
@@ -61,11 +60,7 @@ def crop(
     _check(rules)
     photos = read_set(source)
     sizes = _sizes(rules)
-    steps = []
-    with phase("Looking", len(photos.entries), "photos") as advance:
-        for entry in photos.entries:
-            steps.append(_step(photos, entry, rules, sizes, detector))
-            advance(1, "")
+    steps = steps_of(photos, lambda entry: _step(photos, entry, rules, sizes, detector))
     whole = sum(step.action == "not cropped" for step in steps)
     notes = photos.notes
     if whole:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_tools.photo_set import Entry, read_set
-from finetune.core.errors import BadInput
+from finetune.core.errors import BadInput, first_line
 from finetune.core.events import phase
 from finetune.data.photos import BadImage, opened
 from finetune.data.set_rows import StreamedRows
@@ -177,8 +177,7 @@ def _whole(rows: StreamedRows, name: str) -> Iterator[tuple[bytes | None, str, d
     except BadInput:
         raise
     except Exception as error:  # of Arrow, of tar files, of the network: whatever reads the files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise BadInput(f"the data set {name} can't be read to its end ({reason}): copy it again") from error
+        raise BadInput(f"the data set {name} can't be read to its end ({first_line(error)}): copy it again") from error
 
 
 def _reader(rows: StreamedRows, number: int) -> Callable[[], bytes]:

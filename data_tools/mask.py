@@ -15,9 +15,8 @@ from data_tools.photo_set import Entry, PhotoSet, is_mask, read_set
 from data_tools.segment import resized, segment
 from data_tools.show import add_folders, say_prepared
 from data_tools.subject import marked_subject, without_bars
-from data_tools.work import Plan, Prepared, Step, Written, carry_out, kept
+from data_tools.work import Plan, Prepared, Step, Written, carry_out, kept, steps_of
 from finetune.core.errors import BadInput
-from finetune.core.events import phase
 from finetune.data.photos import MASK, BadImage, open_image, read_image
 from finetune.data.saliency import shrunk
 
@@ -52,11 +51,7 @@ def mask(
     """
     photos = read_set(source)
     _refuse_same_names(photos)
-    steps = []
-    with phase("Looking", len(photos.entries), "photos") as advance:
-        for entry in photos.entries:
-            steps.append(_step(photos, entry, segmenter, unsure))
-            advance(1, "")
+    steps = steps_of(photos, lambda entry: _step(photos, entry, segmenter, unsure))
     used = {} if segmenter is None else {"model": segmenter.folder.name, "find": segmenter.names}
     settings = {**used, "unsure": unsure}
     without = sum(step.action == "no mask" for step in steps)

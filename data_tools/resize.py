@@ -6,13 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Literal
 
-from data_tools.check import add_base, base_and_resolution
+from data_tools.for_base import add_base, base_and_resolution
 from data_tools.geometry import SAVED, WHOLE, Cut, Format, cut_step
 from data_tools.photo_set import Entry, PhotoSet, read_set
 from data_tools.show import add_folders, say_prepared
-from data_tools.work import Plan, Prepared, Step, carry_out, kept
+from data_tools.work import Plan, Prepared, Step, carry_out, kept, steps_of
 from finetune.core.errors import BadInput
-from finetune.core.events import phase
 from finetune.data.buckets import Size
 from finetune.data.photos import BadImage, read_photo
 
@@ -33,11 +32,7 @@ def resize(
     if saved not in SAVED:
         raise BadInput(f"the format {saved!r} is unknown: use {', '.join(SAVED)}")
     photos = read_set(source)
-    steps = []
-    with phase("Looking", len(photos.entries), "photos") as advance:
-        for entry in photos.entries:
-            steps.append(_step(photos, entry, resolution, side, saved))
-            advance(1, "")
+    steps = steps_of(photos, lambda entry: _step(photos, entry, resolution, side, saved))
     settings = {"resolution": resolution, "side": side, "format": saved}
     return carry_out(Plan("resize", source, steps, settings, photos.notes), out, dry_run)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.check import File, Findings, add_base, add_detector, check_for
+from data_tools.check import File, Findings, check_for
+from data_tools.for_base import add_base, add_detector
 from data_tools.geometry import WHOLE, Cut, save
 from data_tools.show import add_folders, say_prepared
 from data_tools.work import Plan, Prepared, Step, Writer, Written, carry_out

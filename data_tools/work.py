@@ -159,6 +159,16 @@ def kept(photos: PhotoSet, entry: Entry, action: str = "copied", why: str = "", 
     return Step(entry.path, action, why, copied(entry, folder), in_list(photos, entry), entry.row)
 
 
+def steps_of(photos: PhotoSet, made: Callable[[Entry], Step]) -> list[Step]:
+    """What becomes of each photo, with progress."""
+    steps = []
+    with phase("Looking", len(photos.entries), "photos") as advance:
+        for entry in photos.entries:
+            steps.append(made(entry))
+            advance(1, "")
+    return steps
+
+
 def carry_out(plan: Plan, out: Path, dry_run: bool = False) -> Prepared:
     """Writes the new folder `out` with its manifest; with `dry_run` only looks whether that could be done.
 

@@ -11,11 +11,13 @@ from typing import Any
 
 from data_tools.trainers.carried import (
     Carried,
-    NoCounterpart,
     Rule,
     as_text,
+    choice,
     flat,
+    min_snr,
     number,
+    one_of,
     optimiser,
     positive,
     precision,
@@ -31,16 +33,9 @@ STEPS, LR = 1000, 1e-6  # defaults
 NETWORKS = {"lora": "lora", "locon": "lora", "lokr": "lokr", "dora": "dora"}
 
 
-def network(value: Any) -> str:
-    """The recipe's `method.kind`."""
-    if value not in NETWORKS:
-        raise NoCounterpart(f"there are {', '.join(NETWORKS)}")
-    return NETWORKS[value]
-
-
 RULES = {
     "name": Rule("run.name", run_name), "model.name_or_path": Rule("base.source", as_text),
-    "network.type": Rule("method.kind", network), "network.linear": Rule("method.rank", whole),
+    "network.type": Rule("method.kind", one_of(NETWORKS)), "network.linear": Rule("method.rank", whole),
     "network.rank": Rule("method.rank", whole), "network.linear_alpha": Rule("method.alpha", positive),
     "network.alpha": Rule("method.alpha", positive), "network.dropout": Rule("method.dropout", number),
     "save.save_every": Rule("run.checkpoint_every", whole), "save.max_step_saves_to_keep": Rule("run.keep", whole),
@@ -52,7 +47,7 @@ RULES = {
     "train.gradient_checkpointing": Rule("run.gradient_checkpointing", truth),
     "train.max_grad_norm": Rule("optim.max_grad_norm", number),
     "train.noise_offset": Rule("objective.noise_offset", number),
-    "train.min_snr_gamma": Rule("objective.weighting", lambda value: {"kind": "min_snr", "gamma": positive(value)}),
+    "train.min_snr_gamma": Rule("objective.weighting", min_snr),
     "sample.sample_every": Rule("sample.every", whole), "sample.guidance_scale": Rule("sample.guidance", number),
     "sample.sample_steps": Rule("sample.steps", whole), "sample.seed": Rule("sample.seed", whole),
     "sample.neg": Rule("sample.negative", as_text),
@@ -72,9 +67,9 @@ REASONS = {
 OF_DATASET = {
     "caption_dropout_rate": Rule("data.caption_dropout", number), "shuffle_tokens": Rule("data.shuffle_tags", truth),
     "keep_tokens": Rule("data.keep_tags", whole), "flip_x": Rule("data.flip", truth),
-    "random_crop": Rule("data.crop", lambda value: "random" if truth(value) else "center"),
-    "buckets": Rule("data.shape", lambda value: "buckets" if truth(value) else "square"),
-    "alpha_mask": Rule("data.masks", lambda value: "alpha" if truth(value) else "none"),
+    "random_crop": Rule("data.crop", choice("random", "center")),
+    "buckets": Rule("data.shape", choice("buckets", "square")),
+    "alpha_mask": Rule("data.masks", choice("alpha", "none")),
     "mask_min_value": Rule("data.mask_floor", number),
 }  # fmt: skip
 DATASET_REASONS = {

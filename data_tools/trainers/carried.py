@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,27 @@ def truth(value: Any) -> bool:
 def as_text(value: Any) -> str:
     """A text."""
     return str(value)
+
+
+def one_of(table: Mapping[Any, Any]) -> Callable[[Any], Any]:
+    """A maker that takes the value from a table."""
+
+    def made(value: Any) -> Any:
+        if value not in table:
+            raise NoCounterpart(f"there are {', '.join(table)}")
+        return deepcopy(table[value])  # rules may add to it
+
+    return made
+
+
+def choice(yes: str, no: str) -> Callable[[Any], str]:
+    """A maker of one of two words, from true or false."""
+    return lambda value: yes if truth(value) else no
+
+
+def min_snr(value: Any) -> dict[str, Any]:
+    """The recipe's `objective.weighting`, from its gamma."""
+    return {"kind": "min_snr", "gamma": positive(value)}
 
 
 def optimiser(value: Any) -> str:

@@ -16,9 +16,12 @@ from data_tools.trainers.carried import (
     NoCounterpart,
     Rule,
     as_text,
+    choice,
     epochs_to_steps,
     images_in,
+    min_snr,
     number,
+    one_of,
     optimiser,
     pairs_of,
     positive,
@@ -37,7 +40,8 @@ from finetune.data.sources.kohya_folder import NAME
 
 STEPS, BATCH = 1600, 1  # the defaults of max_train_steps and train_batch_size
 ALPHA = 1.0  # of network_alpha
-NETWORKS = {"networks.lora": "lora", "networks.oft": "oft"}
+# network_args may say another algorithm of lycoris
+NETWORKS = {"networks.lora": "lora", "networks.oft": "oft", "lycoris.kohya": "lora"}
 ALGORITHMS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr", "oft": "oft", "diag-oft": "oft"}
 
 
@@ -46,15 +50,6 @@ def warmup(value: Any) -> int:
     if 0 < float(value) < 1:
         raise NoCounterpart("a share of the run: write its steps into optim.warmup")
     return whole(value)
-
-
-def network(value: Any) -> str:
-    """The recipe's `method.kind`."""
-    if value == "lycoris.kohya":
-        return "lora"  # network_args may say another algorithm
-    if value not in NETWORKS:
-        raise NoCounterpart(f"there are {', '.join(NETWORKS)} and lycoris.kohya")
-    return NETWORKS[value]
 
 
 RULES = {
@@ -68,15 +63,15 @@ RULES = {
     "text_encoder_lr": Rule("optim.text_lr", positive), "optimizer_type": Rule("optim.kind", optimiser),
     "lr_scheduler": Rule("optim.schedule", schedule), "lr_warmup_steps": Rule("optim.warmup", warmup),
     "max_grad_norm": Rule("optim.max_grad_norm", number),
-    "network_module": Rule("method.kind", network), "network_dim": Rule("method.rank", whole),
+    "network_module": Rule("method.kind", one_of(NETWORKS)), "network_dim": Rule("method.rank", whole),
     "network_alpha": Rule("method.alpha", positive), "network_dropout": Rule("method.dropout", number),
     "noise_offset": Rule("objective.noise_offset", number),
     "ip_noise_gamma": Rule("objective.input_perturbation", number),
-    "min_snr_gamma": Rule("objective.weighting", lambda value: {"kind": "min_snr", "gamma": positive(value)}),
+    "min_snr_gamma": Rule("objective.weighting", min_snr),
     "prior_loss_weight": Rule("prior.weight", number),
     "resolution": Rule("data.resolution", resolution), "flip_aug": Rule("data.flip", truth),
-    "enable_bucket": Rule("data.shape", lambda value: "buckets" if truth(value) else "square"),
-    "random_crop": Rule("data.crop", lambda value: "random" if truth(value) else "center"),
+    "enable_bucket": Rule("data.shape", choice("buckets", "square")),
+    "random_crop": Rule("data.crop", choice("random", "center")),
     "shuffle_caption": Rule("data.shuffle_tags", truth), "keep_tokens": Rule("data.keep_tags", whole),
     "caption_dropout_rate": Rule("data.caption_dropout", number),
     "sample_every_n_steps": Rule("sample.every", whole),

@@ -13,13 +13,14 @@ from data_tools.trainers.carried import (
     LEFT,
     Carried,
     Line,
-    NoCounterpart,
     Rule,
     as_text,
+    choice,
     epochs_to_steps,
     flat,
     images_in,
     number,
+    one_of,
     optimiser,
     positive,
     precision,
@@ -34,21 +35,10 @@ from finetune.core.reading import parse_json, read_utf8
 EPOCHS, RANK, ALPHA, WARMUP, LR = 100, 16, 1.0, 200, 3e-6  # defaults that a preset leaves out
 METHODS = {"LORA": "lora", "FINE_TUNE": "full", "EMBEDDING": "textual_inversion"}
 PEFT = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr", "OFT_2": "oft"}
-WEIGHTS = {"CONSTANT": "none", "P2": "p2", "DEBIASED_ESTIMATION": "debiased", "MIN_SNR_GAMMA": "min_snr"}
-
-
-def method(value: Any) -> str:
-    """The recipe's `method.kind`."""
-    if value not in METHODS:
-        raise NoCounterpart(f"there are {', '.join(METHODS)}")
-    return METHODS[value]
-
-
-def loss_weight(value: Any) -> Any:
-    """The recipe's `objective.weighting`."""
-    if value not in WEIGHTS:
-        raise NoCounterpart(f"there are {', '.join(WEIGHTS)}")
-    return {"kind": WEIGHTS[value]}
+WEIGHTS = {
+    "CONSTANT": {"kind": "none"}, "P2": {"kind": "p2"}, "DEBIASED_ESTIMATION": {"kind": "debiased"},
+    "MIN_SNR_GAMMA": {"kind": "min_snr"},
+}  # fmt: skip
 
 
 def name_of(destination: Any) -> str:
@@ -58,7 +48,7 @@ def name_of(destination: Any) -> str:
 
 RULES = {
     "base_model_name": Rule("base.source", as_text), "output_model_destination": Rule("run.name", name_of),
-    "training_method": Rule("method.kind", method), "lora_rank": Rule("method.rank", whole),
+    "training_method": Rule("method.kind", one_of(METHODS)), "lora_rank": Rule("method.rank", whole),
     "lora_alpha": Rule("method.alpha", positive), "dropout_probability": Rule("method.dropout", number),
     "batch_size": Rule("run.batch_size", whole), "resolution": Rule("data.resolution", resolution),
     "train_dtype": Rule("run.precision", precision), "learning_rate": Rule("optim.lr", positive),
@@ -69,11 +59,11 @@ RULES = {
     "optimizer": Rule("optim.kind", optimiser), "optimizer.optimizer": Rule("optim.kind", optimiser),
     "optimizer.weight_decay": Rule("optim.weight_decay", number), "optimizer.eps": Rule("optim.eps", positive),
     "weight_decay": Rule("optim.weight_decay", number), "optimizer.d_coef": Rule("optim.d_coef", positive),
-    "aspect_ratio_bucketing": Rule("data.shape", lambda value: "buckets" if truth(value) else "square"),
+    "aspect_ratio_bucketing": Rule("data.shape", choice("buckets", "square")),
     "offset_noise_weight": Rule("objective.noise_offset", number),
     "perturbation_noise_weight": Rule("objective.input_perturbation", number),
-    "loss_weight_fn": Rule("objective.weighting", loss_weight),
-    "masked_training": Rule("data.masks", lambda value: "auto" if truth(value) else "none"),
+    "loss_weight_fn": Rule("objective.weighting", one_of(WEIGHTS)),
+    "masked_training": Rule("data.masks", choice("auto", "none")),
     "unmasked_weight": Rule("data.mask_floor", number),
 }  # fmt: skip
 FILES = "exports, checkpoints and caches of a run have places of their own"
@@ -88,7 +78,7 @@ REASONS = {
 }  # fmt: skip
 OF_CONCEPT = {
     "image.enable_random_flip": Rule("data.flip", truth),
-    "image.enable_crop_jitter": Rule("data.crop", lambda value: "random" if truth(value) else "center"),
+    "image.enable_crop_jitter": Rule("data.crop", choice("random", "center")),
     "text.enable_tag_shuffling": Rule("data.shuffle_tags", truth),
     "text.keep_tags_count": Rule("data.keep_tags", whole),
 }  # fmt: skip

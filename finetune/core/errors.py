@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+LONGEST = 300  # characters of another program's message inside ours
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:LONGEST]
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of the innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
 
 class BadInput(ValueError):
     """Input that can't be used. The message says what is wrong, which value, and what to do. Exit code 2.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.core.errors import BadInput
+from finetune.core.errors import BadInput, first_line
 from finetune.core.events import phase
 from finetune.core.files import cache_dir
 from finetune.core.parallel import mapped
@@ -165,9 +165,7 @@ def _read(rows: DatasetRows, caption: str | None, name: str) -> Iterator[tuple[b
     except BadInput:
         raise
     except Exception as error:  # of Arrow, of tar files, of the network: whatever reads the files
-        raise BadInput(
-            f"the data set {name} can't be read to its end ({_first_line(error)}): copy it again"
-        ) from error
+        raise BadInput(f"the data set {name} can't be read to its end ({first_line(error)}): copy it again") from error
 
 
 def _checked(item: tuple[Path, int, bytes | None, Any]) -> tuple[Photo | None, str, list[str]]:
@@ -242,10 +240,6 @@ def _holds_text(kind: Any) -> bool:
 
 def _kind(kind: Any) -> str:
     return str(getattr(kind, "dtype", None) or type(kind).__name__)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _tensors(scan: _Scan) -> dict[str, torch.Tensor]:

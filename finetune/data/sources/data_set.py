@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.core.errors import BadInput
+from finetune.core.errors import BadInput, reason_of
 from finetune.data.set_rows import DatasetRows, MappedRows, StreamedRows
 from finetune.data.sources.base import Opened, Source
 from finetune.families.digests import file_hashes
@@ -120,13 +120,6 @@ def without_bars() -> Iterator[Any]:
     finally:
         if shown:
             datasets.enable_progress_bars()
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line of the innermost cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def split_of(file: Path) -> str:

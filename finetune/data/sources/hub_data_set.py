@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finetune.core.errors import BadInput
+from finetune.core.errors import BadInput, reason_of
 from finetune.data.settings import hub_id
-from finetune.data.sources.data_set import DataSet, NamedDataSet, reason_of, without_bars
+from finetune.data.sources.data_set import DataSet, NamedDataSet, without_bars
 
 
 class Hub(DataSet):

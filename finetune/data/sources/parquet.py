@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.core.errors import BadInput
+from finetune.core.errors import BadInput, reason_of
 from finetune.data.photos import image_files
 from finetune.data.set_rows import DatasetRows
-from finetune.data.sources.data_set import DataSet, NamedDataSet, files_by_split, not_empty, reason_of
+from finetune.data.sources.data_set import DataSet, NamedDataSet, files_by_split, not_empty
 
 SUFFIX = ".parquet"
 
