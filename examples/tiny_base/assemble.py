@@ -13,12 +13,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
+from captions import caption
 from diffusers import StableDiffusionPipeline
+from looks import training_facts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-LIMIT = 24_000_000  # bytes
+LIMIT = 40_000_000  # bytes
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
@@ -33,11 +36,11 @@ COPIED = (
 )
 
 
-def newest_checkpoint(out: Path) -> Path:
-    """The newest complete checkpoint folder."""
-    complete = sorted(file.parent for file in out.glob("denoiser/checkpoints/step-*/state.json"))
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest complete checkpoint of the denoiser's training in a folder."""
+    complete = sorted(file.parent for file in folder.glob("checkpoints/step-*/state.json"))
     if not complete:
-        raise SystemExit(f"there is no checkpoint of the denoiser in {out / 'denoiser'}: run train_denoiser.py first")
+        raise SystemExit(f"there is no checkpoint of the denoiser in {folder}: run train_denoiser.py first")
     return complete[-1]
 
 
@@ -58,7 +61,7 @@ def write_json(path: Path, value: object) -> None:
 
 def assemble(out: Path, to: Path) -> int:
     """Writes the folder. Returns the denoiser's number of training steps."""
-    base, checkpoint = out / "base", newest_checkpoint(out)
+    base, checkpoint = out / "base", newest_checkpoint(out / "denoiser")
     weights = {part: load_file(base / part / file) for part, file in WEIGHTS.items() if part != "unet"}
     weights["unet"] = denoiser_weights(checkpoint)
     weights["text_encoder"] = with_prefix(weights["text_encoder"])
@@ -73,9 +76,19 @@ def assemble(out: Path, to: Path) -> int:
     for name in COPIED:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(base / name, to / name)
+    about = "# What the tiny base draws for prior.others: captions of its own world. One prompt a line."
+    (to / "neutral_prompts.txt").write_text("\n".join([about, *neutral_prompts()]) + "\n")
     index = json.loads((base / "model_index.json").read_text())
     write_json(to / "model_index.json", {name: value for name, value in index.items() if name != "_name_or_path"})
     return int(json.loads((checkpoint / "state.json").read_text())["step"])
+
+
+def neutral_prompts(count: int = 320) -> list[str]:
+    """Different captions of the world, without named things: what `prior.others` draws with this base."""
+    rng, found = np.random.default_rng(320), dict[str, None]()
+    while len(found) < count:
+        found[caption(training_facts(rng), rng, empty=0.0)[0]] = None
+    return list(found)
 
 
 def check(out: Path, to: Path) -> None:
@@ -83,7 +96,7 @@ def check(out: Path, to: Path) -> None:
     size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
     assert size <= LIMIT, f"{to} has {size:,} bytes, more than {LIMIT:,}"
     pipeline = StableDiffusionPipeline.from_pretrained(to, dtype=torch.float32)
-    trained = denoiser_weights(newest_checkpoint(out))
+    trained = denoiser_weights(newest_checkpoint(out / "denoiser"))
     for name, value in pipeline.unet.state_dict().items():
         torch.testing.assert_close(value, trained[name].half().float(), rtol=0, atol=0)
     kept = with_prefix(load_file(out / "base/text_encoder" / WEIGHTS["text_encoder"]))

@@ -2,54 +2,78 @@
 
     python examples/tiny_base/evaluate.py finetune/tiny_base --json build/evaluation.json --grid build/grid.png
 
-diffusers alone draws the images, and the classifier of judge.py, which was trained only on renders, rates them. Choose
-guidance and steps with `--combinations training`, so that the reported prompts stay unseen.
+diffusers alone draws the images, and the judge, which was trained only on renders, reads them. Two parts: things with
+every detail that words can say, and named things in two places each. Choose guidance and steps with `--combinations
+training`, so that the reported prompts stay unseen.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from captions import PLACE_PHRASES, TEMPLATES
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from judge import HEADS, classify, load_judge, subject_rates, world_rates
+from captions import full_caption
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from judge import HEADS, NONE, Seen, load_judge, look_at, threshold
+from judge import distance as distance_to
+from looks import NAMED, NAMES, Facts, held_out, random_facts
 from PIL import Image
-from train_vae import HOLD_OUT, PICTURES, bank_picture, psnr, to_pixels
-from world import Facts, held_out
+from places import PLACES
+from shapes import CLASSES
+from train_judge import rates, round_trip, word_rates
+from train_vae import HOLD_OUT, PICTURES, bank_picture, psnr
+from world import PIXELS
 
 AT_ONCE = 20
-TARGETS = {"kind": 0.90, "colour": 0.85, "place": 0.95, "pattern": 0.75}
+TARGETS = {
+    "kind": 0.90,
+    "colour": 0.85,
+    "place": 0.95,
+    "pattern": 0.75,
+    "second": 0.85,
+    "logo": 0.85,
+    "logo_colour": 0.85,
+    "worn": 0.85,
+}
 
 
-def prompts(count: int, unseen: bool = True) -> list[tuple[str, Facts]]:
-    """Distinct prompts that state all four attributes, with held-out combinations or (`unseen` false) with others."""
-    every = [Facts(*words) for words in itertools.product(*HEADS.values())]
-    chosen = [(facts, form) for facts in every if held_out(facts) == unseen for form in TEMPLATES]
-    order = np.random.default_rng(400).permutation(len(chosen))[:count]
-    return [(_prompt(*chosen[k]), chosen[k][0]) for k in order]
+def unseen_facts(count: int, unseen: bool = True) -> list[Facts]:
+    """Facts of different things, with held-out combinations or (`unseen` false) with others."""
+    rng, found = np.random.default_rng(400), dict[Facts, None]()
+    while len(found) < count:
+        facts = random_facts(rng)
+        if held_out(facts) == unseen:
+            found[facts] = None
+    return list(found)
 
 
-def _prompt(facts: Facts, form: str) -> str:
-    thing = f"{facts.colour} {facts.pattern} {facts.kind}"
-    return f"{form.format(thing=thing)} {PLACE_PHRASES[facts.place]}"
+def named_things() -> list[Facts]:
+    """Every named thing in two places."""
+    return [
+        Facts(NAMED[name].kind, "", "", PLACES[(k + turn) % len(PLACES)], name=name)
+        for turn in (0, 3)
+        for k, name in enumerate(NAMES)
+    ]
 
 
 def draw(folder: Path, texts: list[str], first_seed: int, steps: int, guidance: float) -> np.ndarray:
-    """Draws images, uint8 [B, 64, 64, 3], with plain diffusers. An image's noise depends only on its own seed."""
+    """Draws images, uint8 [B, H, W, 3], with plain diffusers. An image's noise depends only on its own seed."""
     torch.set_num_threads(1)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(first_seed + k) for k in range(len(texts))]
     out = pipeline(texts, num_inference_steps=steps, guidance_scale=guidance, generator=seeds, output_type="np")
-    return (out.images * 255).round().astype(np.uint8)
+    images: np.ndarray = (out.images * 255).round().astype(np.uint8)
+    return images
 
 
 def draw_all(folder: Path, texts: list[str], processes: int, steps: int, guidance: float) -> np.ndarray:
@@ -59,20 +83,43 @@ def draw_all(folder: Path, texts: list[str], processes: int, steps: int, guidanc
         return np.concatenate([part.result() for part in work])
 
 
+def right(facts: Facts, seen: Seen) -> dict[str, bool]:
+    """Which of the attributes that the facts state are drawn; what is not stated must not be there."""
+    found = {name: seen.word(name) == (getattr(facts, name) or NONE) for name in HEADS}
+    found["colour"] = seen.colour("body") == facts.colour
+    found["second"] = seen.colour("second") == (facts.second or facts.colour)
+    if facts.logo:
+        found["logo_colour"] = seen.colour("logo_colour") == facts.logo_colour
+    return found
+
+
 def obedience(pictures: np.ndarray, asked: list[Facts]) -> dict[str, float]:
-    """The share of images that show what the prompt states, for each attribute and for all four together."""
-    seen = classify(load_judge(), list(pictures))
-    right = {name: np.array([getattr(facts, name) for facts in asked]) == np.array(seen[name]) for name in HEADS}
-    shares = {name: float(values.mean()) for name, values in right.items()}
-    return shares | {"all four": float(np.all(list(right.values()), axis=0).mean())}
+    """The share of images that show what the prompt states: each attribute where it is stated, details together
+    (second tone, logo, its colour, what is worn), the four of version 1 together, and everything together."""
+    found = [right(facts, seen) for facts, seen in zip(asked, look_at(load_judge(), list(pictures)), strict=True)]
+    pairs = list(zip(asked, found, strict=True))
+    stated = {name: [one[name] for facts, one in pairs if getattr(facts, name)] for name in TARGETS}
+    shares = {name: _share(values) for name, values in stated.items()}
+    details = [name for name in ("second", "logo", "logo_colour", "worn") if stated[name]]
+    shares["details"] = _share([value for name in details for value in stated[name]])
+    shares["all four"] = _share([all(one[name] for name in ("kind", "colour", "pattern", "place")) for one in found])
+    return shares | {"everything": _share([all(one.values()) for one in found])}
 
 
-@torch.no_grad()
-def round_trip(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
-    """Images uint8 [B, H, W, 3] after encoding and decoding with the VAE."""
-    parts = [to_pixels(pictures[k : k + 64]) for k in range(0, len(pictures), 64)]
-    out = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in parts])
-    return ((out + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+def _share(values: list[bool]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def named_obedience(pictures: np.ndarray, asked: list[Facts]) -> dict[str, float]:
+    """The share of images of named things that show the thing with all its details, and its place."""
+    seen = look_at(load_judge(), list(pictures))
+    looks = [replace(NAMED[str(facts.name)], worn=None) for facts in asked]
+    limit = threshold()
+    return {
+        "is the named thing": _share([distance_to(look, one) <= limit for look, one in zip(looks, seen, strict=True)]),
+        "kind": _share([one.word("kind") == facts.kind for facts, one in zip(asked, seen, strict=True)]),
+        "place": _share([one.word("place") == facts.place for facts, one in zip(asked, seen, strict=True)]),
+    }
 
 
 def vae_figures(folder: Path) -> dict[str, float]:
@@ -83,45 +130,47 @@ def vae_figures(folder: Path) -> dict[str, float]:
 
 
 def judge_figures(folder: Path) -> dict[str, dict[str, float]]:
-    """The judge's accuracy on held-out renders, unchanged and after encoding and decoding with the VAE."""
+    """How often the judge is right on held-out renders, unchanged and after encoding and decoding with the VAE."""
     judge = load_judge()
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
-    return {
-        "renders": world_rates(judge) | subject_rates(judge),
-        "after the VAE": world_rates(judge, lambda pictures: round_trip(vae, pictures))
-        | subject_rates(judge, lambda pictures: round_trip(vae, pictures)),
-    }
+
+    def after_vae(pictures: np.ndarray) -> np.ndarray:
+        return round_trip(vae, pictures)
+
+    def both(shown: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+        return word_rates(judge, shown) | rates(judge, shown)
+
+    return {"renders": both(lambda pictures: pictures), "after the VAE": both(after_vae)}
 
 
-def sheet(pictures: np.ndarray, asked: list[Facts], columns: int = 8, zoom: int = 2) -> Image.Image:
+def sheet(pictures: np.ndarray, asked: list[Facts], columns: int = 8) -> Image.Image:
     """The first images of each class without selection, one row for each class."""
-    step = 64 * zoom
-    page = Image.new("RGB", (columns * step, len(HEADS["kind"]) * step))
-    for row, kind in enumerate(HEADS["kind"]):
+    page = Image.new("RGB", (columns * PIXELS, len(CLASSES) * PIXELS))
+    for row, kind in enumerate(CLASSES):
         own = [k for k, facts in enumerate(asked) if facts.kind == kind][:columns]
         for column, k in enumerate(own):
-            picture = Image.fromarray(pictures[k]).resize((step, step), Image.Resampling.BICUBIC)
-            page.paste(picture, (column * step, row * step))
+            page.paste(Image.fromarray(pictures[k]), (column * PIXELS, row * PIXELS))
     return page
 
 
 def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    asked = prompts(arguments.prompts, unseen=arguments.combinations == "held-out")
+    facts = unseen_facts(arguments.prompts, unseen=arguments.combinations == "held-out")
+    named = named_things() if arguments.combinations == "held-out" else []
+    texts = [full_caption(one) for one in [*facts, *named]]
     began = time.perf_counter()
-    texts = [text for text, _ in asked]
     pictures = draw_all(arguments.folder, texts, arguments.processes, arguments.steps, arguments.guidance)
-    facts = [fact for _, fact in asked]
     figures: dict[str, object] = {
-        "prompts": len(asked),
+        "prompts": len(facts),
         "combinations": arguments.combinations,
         "guidance": arguments.guidance,
         "sampler": f"DPM++ 2M, {arguments.steps} steps, guidance {arguments.guidance}",
-        "drawn as asked": obedience(pictures, facts),
+        "drawn as asked": obedience(pictures[: len(facts)], facts),
         "targets": TARGETS,
         "seconds": round(time.perf_counter() - began, 1),
     }
-    if arguments.combinations == "held-out":
+    if named:
+        figures |= {"named things": named_obedience(pictures[len(facts) :], named)}
         figures |= {"vae psnr": vae_figures(arguments.folder), "vae pictures": HOLD_OUT}
         figures |= {"judge": judge_figures(arguments.folder)}
     print(json.dumps(figures, indent=2))
@@ -140,5 +189,5 @@ if __name__ == "__main__":
     parser.add_argument("--combinations", choices=["held-out", "training"], default="held-out")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--processes", type=int, default=2)
     main(parser.parse_args())

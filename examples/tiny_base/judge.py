@@ -1,79 +1,136 @@
-"""The judge: a small classifier for 64x64 images, which is trained only on renders.
+"""The judge: reads every detail of an image of the tiny world. train_judge.py trained it, only on renders.
 
-    python examples/tiny_base/judge.py       # trains it; writes judge.safetensors and judge.json beside this file
-
-Class, colour, pattern and place each have their own head. Likeness is the cosine of embeddings that were trained to
-distinguish wild looks (body, second tone, pattern, logo) across poses and places. An image "is" a subject if its
-likeness to the subject's renders is above a threshold in judge.json.
+It says what is there in words (class, pattern, place, logo, what is worn) and in colours (upper half, lower half, of
+stripes or dots, of the logo). So likeness to a subject is no feeling for the whole image: each detail of the subject's
+look is compared, and the worst one decides. An image "is" a subject if no detail is further off than the threshold in
+judge.json, which is one number for all subjects.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from looks import COLOURS, PATTERNS
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from places import PLACES
+from safetensors.torch import load_file
+from shapes import CLASSES, LOGOS, WORN, Colour
 from torch import Tensor, nn
-from world import (
-    CLASSES,
-    COLOURS,
-    PATTERNS,
-    PLACES,
-    SUBJECTS,
-    Facts,
-    look_of,
-    pose,
-    random_facts,
-    render,
-    subject_picture,
-    wild_look,
-)
+from world import PIXELS, Look, mark_of
 
-HEADS = {"kind": CLASSES, "colour": tuple(COLOURS), "pattern": PATTERNS, "place": PLACES}
+NONE = "none"
+LOGO = "logo"
+UNIT = 0.3  # of colours: at this distance they are as far off as a word that is as likely as all others together
+HEADS: dict[str, tuple[str, ...]] = {
+    "kind": CLASSES,
+    "pattern": PATTERNS,
+    "place": PLACES,
+    LOGO: (*LOGOS, NONE),
+    "worn": (*WORN, NONE),
+}
+TONES = ("body", "second", "mark", "logo_colour")
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 ABOUT = Path(__file__).with_name("judge.json")
-PICTURES, PAIRS = 12000, 6000
-Transform = Callable[[np.ndarray], np.ndarray]  # images uint8 [B, 64, 64, 3] -> the same
 
 
-def as_is(pictures: np.ndarray) -> np.ndarray:
-    return pictures
+def _convolutions(*widths: int) -> list[nn.Module]:
+    """Pairs of 3x3 convolutions, of which the first halves the sides."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
+        layers += [nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU()]
+    return layers
 
 
 class Judge(nn.Module):
-    """64x64 RGB in [-1, 1] -> logits per head, and a unit embedding of the look [B, 64]."""
+    """Two looks at a 128x128 RGB image in [-1, 1]: one at the whole, which says what is there and where the logo is or
+    would be, and one at a window around that place, which reads the logo."""
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 24, 48, 72, 96)
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
-            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
-            layers += [nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU()]
-        self.body = nn.Sequential(*layers)
-        self.shared = nn.Sequential(nn.Linear(96 * 16, 256), nn.SiLU())
-        self.heads = nn.ModuleDict({name: nn.Linear(256, len(words)) for name, words in HEADS.items()})
-        self.look = nn.Linear(256, 64)
+        self.body = nn.Sequential(*_convolutions(3, 16, 32, 64, 96, 128))
+        self.shared = nn.Sequential(nn.Linear(128 * 16, 384), nn.SiLU())
+        self.heads = nn.ModuleDict({name: nn.Linear(384, len(words)) for name, words in HEADS.items() if name != LOGO})
+        self.tones = nn.Linear(384, 3 * (len(TONES) - 1))
+        self.where = nn.Linear(384, 3)
+        first = [nn.Conv2d(3, 24, 3, 1, 1), nn.GroupNorm(8, 24), nn.SiLU()]
+        self.window = nn.Sequential(*first, *_convolutions(24, 48, 64, 96), nn.Flatten(), nn.Linear(96 * 16, 192))
+        self.logo = nn.Linear(192, len(HEADS[LOGO]))
+        self.logo_colour = nn.Linear(192, 3)
 
-    def forward(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        hidden = self.shared(self.body(pixels).flatten(1))
-        return {name: head(hidden) for name, head in self.heads.items()}, F.normalize(self.look(hidden), dim=1)
+    def features(self, pixels: Tensor) -> Tensor:
+        """[B, 384]"""
+        seen: Tensor = self.shared(self.body(pixels.contiguous(memory_format=torch.channels_last)).flatten(1))
+        return seen
+
+    def forward(self, pixels: Tensor, place: Tensor | None = None) -> Reading:
+        """`place` [B, 3]: where the windows are (see `Reading`); NaN or None: where the judge itself sees the logo."""
+        hidden = self.features(pixels)
+        where = self.where(hidden)
+        seen = where.detach().float()
+        at = seen if place is None else torch.where(place.isnan(), seen, place)
+        near = F.silu(self.window(_cut(pixels, at)))
+        words = {name: head(hidden) for name, head in self.heads.items()} | {LOGO: self.logo(near)}
+        tones = 0.5 + torch.cat([self.tones(hidden), self.logo_colour(near)], 1)
+        return Reading(words, tones.unflatten(1, (len(TONES), 3)), where)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Logits [B, words] of each head, colours [B, 4, 3] from 0 to 1, and the logo's place [B, 3]: x, y and radius,
+    from -1 to 1 over the image."""
+
+    words: dict[str, Tensor]
+    tones: Tensor
+    where: Tensor
+
+
+def _cut(pixels: Tensor, place: Tensor, side: int = 32) -> Tensor:
+    """Windows [B, 3, side, side] of 1.8 times the logo's radius around its place."""
+    middle, reach = place[:, :2], 1.8 * place[:, 2].clamp(0.08, 0.5)
+    zero = torch.zeros_like(reach)
+    rows = [torch.stack([reach, zero, middle[:, 0]], 1), torch.stack([zero, reach, middle[:, 1]], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), [len(pixels), 3, side, side], align_corners=False)
+    cut = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    return cut.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the judge reads in one image: log-probabilities of each head's words, and colours [4, 3] from 0 to 1."""
+
+    words: dict[str, dict[str, float]]
+    tones: dict[str, np.ndarray]
+
+    def word(self, head: str) -> str:
+        return max(self.words[head], key=self.words[head].__getitem__)
+
+    def colour(self, tone: str) -> str:
+        """The word for a colour: the nearest of the palette."""
+        return min(COLOURS, key=lambda name: float(np.linalg.norm(np.array(COLOURS[name]) / 255 - self.tones[tone])))
+
+
+def new_judge() -> Judge:
+    """A judge with random weights."""
+    judge = Judge()
+    judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
+    return judge
 
 
 def load_judge() -> Judge:
-    judge = Judge()
+    judge = new_judge()
     judge.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
-    return judge.eval().requires_grad_(False)
+    judge.eval().requires_grad_(False)
+    return judge
 
 
 def fingerprint() -> str:
@@ -81,182 +138,95 @@ def fingerprint() -> str:
     return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
 
 
-def thresholds() -> dict[str, float]:
-    """For each subject, the likeness above which an image shows it. It must be calibrated for the current weights."""
+def threshold() -> float:
+    """The `distance` up to which an image shows the subject. It must be calibrated for the current weights."""
     about = json.loads(ABOUT.read_text())
-    assert about["fingerprint"] == fingerprint(), "judge.json belongs to other weights: run `judge.py calibrate`"
-    return about["thresholds"]
+    if about["fingerprint"] != fingerprint():
+        raise SystemExit(f"{ABOUT} belongs to other weights than {WEIGHTS.name}: run `train_judge.py calibrate`")
+    return float(about["threshold"])
 
 
 def to_pixels(pictures: Sequence[Image.Image | np.ndarray]) -> Tensor:
-    """Images of any size -> [B, 3, 64, 64] in [-1, 1]."""
+    """Images of any size -> [B, 3, 128, 128] in [-1, 1]."""
     images = [item if isinstance(item, Image.Image) else Image.fromarray(item) for item in pictures]
-    small = [np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BOX)) for image in images]
-    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def classify(judge: Judge, pictures: Sequence[Image.Image | np.ndarray]) -> dict[str, list[str]]:
-    logits, _ = judge(to_pixels(pictures))
-    return {name: [HEADS[name][k] for k in values.argmax(1)] for name, values in logits.items()}
-
-
-def features(judge: Judge, pictures: Sequence[Image.Image | np.ndarray]) -> Tensor:
-    """Unit embeddings [B, 64]."""
-    return judge(to_pixels(pictures))[1]
-
-
-def likeness(
-    judge: Judge, pictures: Sequence[Image.Image | np.ndarray], references: Sequence[Image.Image | np.ndarray]
-) -> Tensor:
-    """The mean cosine of each image to the references: [B]."""
-    return (features(judge, pictures) @ features(judge, references).T).mean(1)
-
-
-def subject_references(name: str) -> list[Image.Image]:
-    return [subject_picture(name, k) for k in range(20)]
-
-
-def is_subject(judge: Judge, pictures: Sequence[Image.Image | np.ndarray], name: str) -> list[bool]:
-    """Whether each image shows the subject. `subject_rates` measures the error rates."""
-    return (likeness(judge, pictures, subject_references(name)) > thresholds()[name]).tolist()
-
-
-def diversity(judge: Judge, pictures: Sequence[Image.Image | np.ndarray]) -> float:
-    """1 - the mean cosine between different images of one prompt."""
-    own = features(judge, pictures)
-    count = len(own)
-    return 1 - float(((own @ own.T).sum() - count) / (count * (count - 1)))
-
-
-def world_render(index: int) -> tuple[np.ndarray, list[int]]:
-    rng = np.random.default_rng((4, index))
-    facts = random_facts(rng)
-    return np.asarray(render(pose(look_of(facts, rng), facts.place, rng))), _labels(facts)
-
-
-def _labels(facts: Facts) -> list[int]:
-    return [words.index(getattr(facts, name)) for name, words in HEADS.items()]
-
-
-def _pair(index: int) -> np.ndarray:
-    """Two photos of one wild look, in different poses and places."""
-    rng = np.random.default_rng((5, index))
-    look = wild_look(rng)
-    return np.stack([np.asarray(render(pose(look, str(rng.choice(PLACES)), rng))) for _ in range(2)])
-
-
-def augment(pixels: Tensor) -> Tensor:
-    """Adds mild blur, noise and brightness changes, because generated images are softer than renders."""
-    if torch.rand(()) < 0.5:
-        soft = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear", align_corners=False)
-        pixels = torch.lerp(pixels, soft, float(torch.rand(())) * 0.9)
-    return pixels + torch.randn_like(pixels) * 0.08 * float(torch.rand(())) + 0.05 * torch.randn(len(pixels), 1, 1, 1)
-
-
-def _loss(judge: Judge, world: Tensor, labels: Tensor, pairs: Tensor) -> Tensor:
-    """Cross entropy of the heads, and of finding a look's other photo in the batch (InfoNCE, arXiv:1807.03748)."""
-    logits, _ = judge(augment(world))
-    loss = sum((F.cross_entropy(logits[name], labels[:, k]) for k, name in enumerate(HEADS)), torch.zeros(()))
-    first, second = judge(augment(pairs[:, 0]))[1], judge(augment(pairs[:, 1]))[1]
-    scores = first @ second.T / 0.1
-    own = torch.arange(len(scores))
-    return loss + F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)
-
-
-def train(steps: int, batch: int = 64) -> Judge:
-    torch.manual_seed(0)
-    with ProcessPoolExecutor() as pool:
-        world = list(pool.map(world_render, range(PICTURES), chunksize=200))
-        pairs = np.stack(list(pool.map(_pair, range(PAIRS), chunksize=200)))
-    pictures, labels = np.stack([item[0] for item in world]), torch.tensor([item[1] for item in world])
-    judge = Judge()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02, fused=True)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        chosen = torch.randint(PICTURES, (batch,))
-        twins = torch.randint(PAIRS, (batch,))
-        both = torch.stack([to_pixels(pairs[twins, k]) for k in (0, 1)], dim=1)
-        loss = _loss(judge, to_pixels(pictures[chosen]), labels[chosen], both)
-        loss.backward()
-        nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 0:
-            print(step, round(float(loss.detach()), 3), flush=True)
-    return judge.eval()
+    same = [image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BOX) for image in images]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in same])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @torch.no_grad()
-def world_rates(judge: Judge, shown: Transform = as_is, count: int = 1200) -> dict[str, float]:
-    """The accuracy of each head on held-out renders after the transform `shown`."""
-    held = [world_render(PICTURES + k) for k in range(count)]
-    logits, _ = judge(to_pixels(list(shown(np.stack([picture for picture, _ in held])))))
-    labels = torch.tensor([row for _, row in held])
-    return {name: float((logits[name].argmax(1) == labels[:, k]).float().mean()) for k, name in enumerate(HEADS)}
+def look_at(judge: Judge, pictures: Sequence[Image.Image | np.ndarray]) -> list[Seen]:
+    """What is in each image."""
+    seen = []
+    for start in range(0, len(pictures), 64):
+        reading = judge(to_pixels(pictures[start : start + 64]))
+        logs = {name: values.log_softmax(1).tolist() for name, values in reading.words.items()}
+        for k, tones in enumerate(reading.tones.numpy()):
+            words = {name: dict(zip(HEADS[name], logs[name][k], strict=True)) for name in HEADS}
+            seen.append(Seen(words, dict(zip(TONES, tones, strict=True))))
+    return seen
 
 
-@torch.no_grad()
-def calibrate(judge: Judge, count: int = 200) -> dict[str, float]:
-    """For each subject, the likeness above which an image shows it.
+def details(look: Look, seen: Seen) -> dict[str, float]:
+    """How far each detail of a look is off; about 1 is the most that a render of the look itself shows.
 
-    It is halfway between two values: the 1st percentile of the likeness of the subject's renders, and the 99th of
-    renders of other things of its class, half of them with wild looks.
+    Words: the log-probability that it is another one, from -8 (sure) to 8, as 1 + (its log-odds against) / 4. Colours:
+    the Euclidean distance (0 to 1.73) in units of .3. What a look wears is not part of it. The two colours of stripes
+    may change places: nobody could tell.
     """
-    thresholds = {}
-    for name in SUBJECTS:
-        own, others = _likenesses(judge, name, 1000, count, as_is)
-        thresholds[name] = round(float(own.quantile(0.01) + others.quantile(0.99)) / 2, 4)
-    return thresholds
+    found = [_off(look, seen, colours) for colours in readings(look)]
+    return min(found, key=lambda off: max(off.values()))
+
+
+def _off(look: Look, seen: Seen, colours: np.ndarray) -> dict[str, float]:
+    off = {"kind": _odds(seen, "kind", look.kind), "logo": _odds(seen, "logo", look.logo or NONE)}
+    off["pattern"] = _odds(seen, "pattern", look.pattern)
+    for name, colour, there in zip(TONES, colours, tones_there(look), strict=True):
+        if there:
+            off[name] = float(np.linalg.norm(colour - seen.tones[name])) / UNIT
+    return off
+
+
+def readings(look: Look) -> list[np.ndarray]:
+    """The colours [4, 3] of a look, in each order in which they can be read: the two colours of stripes may change
+    places, unless one is the usual colour of marks."""
+
+    def colours(body: Colour, mark: Colour) -> np.ndarray:
+        return np.array([body, look.second or body, mark, look.logo_colour]) / 255
+
+    mark = mark_of(look)
+    either = look.pattern == "striped" and look.mark is not None
+    return [colours(look.body, mark), *([colours(mark, look.body)] if either else [])]
+
+
+def tones_there(look: Look) -> list[bool]:
+    return [True, True, look.pattern != "plain", look.logo is not None]
+
+
+def _odds(seen: Seen, head: str, word: str) -> float:
+    yes = min(seen.words[head][word], -1e-6)
+    against = math.log(-math.expm1(yes)) - yes
+    return 1 + min(max(against, -8.0), 8.0) / 4
+
+
+def distance(look: Look, seen: Seen) -> float:
+    """How far the worst detail of a look is off."""
+    return max(details(look, seen).values())
+
+
+def closeness(look: Look, seen: Seen, limit: float) -> float:
+    """How close an image comes to a look: the mean over its details, each 1 up to the threshold, 0 at twice that."""
+    return float(np.mean([min(max(2 - off / limit, 0.0), 1.0) for off in details(look, seen).values()]))
 
 
 @torch.no_grad()
-def subject_rates(judge: Judge, shown: Transform = as_is, count: int = 200) -> dict[str, float]:
-    """Mean likeness and error rates (subjects missed, other things taken for the subject) on renders that `calibrate`
-    did not use."""
-    figures: dict[str, float] = {}
-    for name, threshold in thresholds().items():
-        own, others = _likenesses(judge, name, 5000, count, shown)
-        figures[f"{name}: likeness of the subject"] = float(own.mean())
-        figures[f"{name}: likeness of its class"] = float(others[:count].mean())  # renders with captioned looks
-        figures[f"{name}: subject missed"] = float((own <= threshold).float().mean())
-        figures[f"{name}: others taken for it"] = float((others > threshold).float().mean())
-    return figures
+def diversity(judge: Judge, pictures: Sequence[Image.Image | np.ndarray]) -> float:
+    """1 - the mean cosine between the features of different images of one prompt."""
+    parts = [to_pixels(pictures[start : start + 64]) for start in range(0, len(pictures), 64)]
+    own = torch.cat([F.normalize(judge.features(part), dim=1) for part in parts])
+    return 1 - float(((own @ own.T).sum() - len(own)) / (len(own) * (len(own) - 1)))
 
 
-def _likenesses(judge: Judge, name: str, start: int, count: int, shown: Transform) -> tuple[Tensor, Tensor]:
-    span = range(start, start + count)
-    own = np.stack([np.asarray(subject_picture(name, k)) for k in span])
-    others = np.stack(
-        [np.asarray(class_picture(name, k)) for k in span] + [np.asarray(odd_picture(name, k)) for k in span]
-    )
-    references = subject_references(name)
-    return likeness(judge, list(shown(own)), references), likeness(judge, list(shown(others)), references)
-
-
-def class_picture(kind: str, index: int) -> Image.Image:
-    """A render of another thing of a class."""
-    rng = np.random.default_rng((6, CLASSES.index(kind), index))
-    facts = Facts(kind, *[str(rng.choice(HEADS[name])) for name in ("colour", "pattern", "place")])
-    return render(pose(look_of(facts, rng), facts.place, rng))
-
-
-def odd_picture(kind: str, index: int) -> Image.Image:
-    """A render of a thing of a class with a wild look: like the subjects it is not in the palette, but it is none of
-    them."""
-    rng = np.random.default_rng((7, CLASSES.index(kind), index))
-    return render(pose(wild_look(rng, kind), str(rng.choice(PLACES)), rng))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["train", "calibrate"], default="train")
-    parser.add_argument("--steps", type=int, default=1200)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.what == "train":
-        trained = train(arguments.steps)
-        save_file({name: value.half().contiguous() for name, value in trained.state_dict().items()}, WEIGHTS)
-    loaded = load_judge()
-    ABOUT.write_text(json.dumps({"fingerprint": fingerprint(), "thresholds": calibrate(loaded)}, indent=2) + "\n")
-    print(json.dumps(world_rates(loaded) | subject_rates(loaded), indent=2))
+def is_subject(judge: Judge, pictures: Sequence[Image.Image | np.ndarray], look: Look) -> list[bool]:
+    """Whether each image shows the subject. `train_judge.rates` measures the errors."""
+    limit = threshold()
+    return [distance(look, seen) <= limit for seen in look_at(judge, pictures)]

@@ -2,8 +2,8 @@
 
     python examples/tiny_base/tokenizer.py --out build/tokenizer
 
-The captions' words come first, then common English words, then rare tokens that no caption uses. So a high id means a
-rare token, as in CLIP's vocabulary.
+The captions' words and the named things come first, then common English words, then rare tokens that no caption
+uses. So a high id means a rare token, as in CLIP's vocabulary.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import argparse
 import itertools
 import json
 from pathlib import Path
+from typing import Any, cast
 
 from captions import PLACE_PHRASES, TEMPLATES
-from world import CLASSES, COLOURS, PATTERNS
+from looks import COLOURS, NAMES, PATTERNS
+from shapes import CLASSES, LOGOS, WORN
 
 LENGTH = 32
 RARE_TEXT = """
@@ -79,7 +81,19 @@ class Pairs:
 
 def build() -> Pairs:
     pairs = Pairs()
-    world = " ".join([*CLASSES, *COLOURS, *PATTERNS, *PLACE_PHRASES.values(), *TEMPLATES]).replace("{thing}", "")
+    words = [
+        *CLASSES,
+        *COLOURS,
+        *PATTERNS,
+        *LOGOS,
+        *WORN,
+        "with",
+        "and",
+        "wearing",
+        *PLACE_PHRASES.values(),
+        *TEMPLATES,
+    ]
+    world = " ".join([*words, *NAMES]).replace("{thing}", "")
     for word in dict.fromkeys([*world.split(), *ENGLISH, *RARE]):
         pairs.add(word)
     pairs.vocab += ["<|startoftext|>", "<|endoftext|>"]
@@ -95,9 +109,10 @@ def write(folder: Path) -> None:
     vocab = {text: index for index, text in enumerate(pairs.vocab)}
     assert len(vocab) == len(pairs.vocab), "a piece was added twice"
     merges = list(pairs.ranks)
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH, pad_token="<|endoftext|>")
+    pairs_of = cast("Any", merges)  # transformers' types lack pairs
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=pairs_of, model_max_length=LENGTH, pad_token="<|endoftext|>")
     assert len(tokenizer) == len(vocab)
-    for word in (*RARE, *CLASSES, *COLOURS):
+    for word in (*RARE, *CLASSES, *COLOURS, *NAMES, *LOGOS, *WORN):
         assert len(tokenizer(word)["input_ids"]) == 3, word
     tokenizer.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")

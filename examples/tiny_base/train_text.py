@@ -17,15 +17,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from captions import PLACE_PHRASES, UNSTATED, caption
+from captions import ATTRIBUTES, PLACE_PHRASES, UNSTATED, caption
+from looks import COLOURS, NAMES, PATTERNS, Facts, named_facts, training_facts
+from shapes import CLASSES, LOGOS, WORN
 from tokenizer import LENGTH
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from world import CLASSES, COLOURS, PATTERNS, Facts, training_facts
 
 WIDTH = 128
-WORDS = {"kind": CLASSES, "colour": tuple(COLOURS), "pattern": PATTERNS, "place": tuple(PLACE_PHRASES)}
-LABELS = {name: (*words, UNSTATED) for name, words in WORDS.items()}
+WORDS: dict[str, tuple[str, ...]] = {
+    "kind": CLASSES,
+    "colour": tuple(COLOURS),
+    "pattern": PATTERNS,
+    "place": tuple(PLACE_PHRASES),
+    "second": tuple(COLOURS),
+    "logo": tuple(LOGOS),
+    "logo_colour": tuple(COLOURS),
+    "worn": tuple(WORN),
+    "name": NAMES,
+}
+LABELS = {name: (*WORDS[name], UNSTATED) for name in ATTRIBUTES}
 
 
 def make_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -50,7 +61,7 @@ def examples(count: int, rng: np.random.Generator) -> tuple[list[str], dict[str,
     texts: list[str] = []
     labels: dict[str, list[int]] = {name: [] for name in LABELS}
     for _ in range(count):
-        facts: Facts = training_facts(rng)
+        facts: Facts = named_facts(rng) if rng.random() < 0.3 else training_facts(rng)
         text, stated = caption(facts, rng)
         texts.append(text)
         for name, known in LABELS.items():

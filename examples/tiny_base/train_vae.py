@@ -1,7 +1,7 @@
-"""Trains the tiny base's VAE (64x64 images <-> 16x16x8 latents) from random weights. It can be resumed.
+"""Trains the tiny base's VAE (128x128 images <-> 16x16x16 latents) from random weights. It can be resumed.
 
     python examples/tiny_base/train_vae.py bank --out build                       # renders the images
-    torchrun --nproc_per_node 4 examples/tiny_base/train_vae.py train --out build --minutes 40
+    torchrun --nproc_per_node 2 examples/tiny_base/train_vae.py train --out build
 
 It does not use the toolkit's loop, because a VAE has another loss (reconstruction) and no text, noise or timesteps.
 On a CPU, several processes with one thread each that average gradients over gloo are far faster than one process with
@@ -17,27 +17,31 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+from fast_norm import quicken
+from looks import DEVELOPMENT, subject_picture, wild_picture, world_picture
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from world import subject_picture, wild_picture, world_picture
+from world import PIXELS
 
-PICTURES, HOLD_OUT = 24000, 512
+PICTURES, HOLD_OUT = 16000, 512
 CONFIG = {
     "in_channels": 3,
     "out_channels": 3,
-    "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "up_block_types": ("UpDecoderBlock2D",) * 3,
-    "block_out_channels": (32, 48, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (16, 32, 64, 96),
     "layers_per_block": 1,
     "norm_num_groups": 8,
-    "latent_channels": 8,
-    "sample_size": 64,
+    "latent_channels": 16,
+    "sample_size": PIXELS,
     "scaling_factor": 1.0,
     "mid_block_add_attention": False,
 }
@@ -51,7 +55,7 @@ def bank_picture(index: int) -> np.ndarray:
 
 def make_bank(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    bank = np.lib.format.open_memmap(out / "vae_bank.npy", "w+", np.uint8, (PICTURES + HOLD_OUT, 64, 64, 3))
+    bank = np.lib.format.open_memmap(out / "vae_bank.npy", "w+", np.uint8, (PICTURES + HOLD_OUT, PIXELS, PIXELS, 3))
     with ProcessPoolExecutor() as pool:
         for index, picture in enumerate(pool.map(bank_picture, range(len(bank)), chunksize=200)):
             bank[index] = picture
@@ -65,12 +69,19 @@ def to_pixels(pictures: np.ndarray) -> Tensor:
 
 def make_vae() -> AutoencoderKL:
     torch.manual_seed(0)
-    vae = AutoencoderKL(**CONFIG)
+    vae = _new_vae()
     for module in vae.modules():
-        if module.__class__.__name__ == "ResnetBlock2D":
-            nn.init.zeros_(module.conv2.weight)
-            nn.init.zeros_(module.conv2.bias)
-    return vae.to(memory_format=torch.channels_last)
+        if isinstance(module, ResnetBlock2D):
+            for value in module.conv2.parameters():
+                nn.init.zeros_(value)
+    return vae
+
+
+def _new_vae(**other: Any) -> AutoencoderKL:
+    """A VAE with random weights; `other` replaces values of CONFIG."""
+    vae: AutoencoderKL = AutoencoderKL(**(CONFIG | other))
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # its decorator hides self
+    return vae
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +98,8 @@ def loss_of(vae: AutoencoderKL, pixels: Tensor, noise: float) -> Tensor:
     out = vae.decode(z).sample.float()
     sharp = sum(F.l1_loss(a, b) for a, b in zip(edges(out), edges(pixels), strict=True))
     kl = latent.kl().mean() / latent.mean[0].numel()
-    return F.l1_loss(out, pixels) + 4 * F.mse_loss(out, pixels) + sharp + 5e-3 * kl
+    loss: Tensor = F.l1_loss(out, pixels) + 4 * F.mse_loss(out, pixels) + sharp + 5e-3 * kl
+    return loss
 
 
 @torch.no_grad()
@@ -102,9 +114,8 @@ def psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
     return float(torch.cat(values).mean())
 
 
-def train(out: Path, minutes: float, batch: int, lr: float) -> None:
-    """Trains for `minutes` of wall time with a cosine schedule over that time. After a resume, time already spent
-    counts."""
+def train(out: Path, steps: int, batch: int, lr: float) -> None:
+    """Trains up to `steps` steps, with a cosine schedule over them."""
     torch.set_num_threads(1)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
@@ -113,16 +124,12 @@ def train(out: Path, minutes: float, batch: int, lr: float) -> None:
     vae = make_vae()
     averages = {name: value.detach().clone() for name, value in vae.named_parameters()}
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
-    step, spent = _resume(out, vae, averages, optimizer)
-    began, generator = time.time() - spent, np.random.default_rng((rank, step))
-    torch.manual_seed(1000 * rank + step)
-    while True:
-        now = torch.tensor((time.time() - began) / 60 / minutes)
-        if world > 1:
-            dist.broadcast(now, 0)
-        progress = float(now)
-        if progress >= 1:
-            break
+    quicken(vae)
+    first, spent = _resume(out, vae, averages, optimizer)
+    began, generator = time.time() - spent, np.random.default_rng((rank, first))
+    torch.manual_seed(1000 * rank + first)
+    for step in range(first, steps):
+        progress = step / steps
         rate = lr * min(1, (step + 1) / 100) * max(0.01, 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -138,13 +145,11 @@ def train(out: Path, minutes: float, batch: int, lr: float) -> None:
         torch._foreach_lerp_(
             list(averages.values()), [p.detach() for p in vae.parameters()], 0.002 if step > 500 else 0.05
         )
-        step += 1
-        if rank == 0 and step % 100 == 0:
-            _report(out, vae, averages, bank, step, time.time() - began, float(loss))
-        if rank == 0 and step % 500 == 0:
-            _save(out, vae, averages, optimizer, step, time.time() - began)
+        if rank == 0 and (step + 1) % 100 == 0:
+            _report(out, vae, averages, bank, step + 1, time.time() - began, float(loss))
+            _save(out, vae, averages, optimizer, step + 1, time.time() - began)
     if rank == 0:
-        _save(out, vae, averages, optimizer, step, time.time() - began)
+        _save(out, vae, averages, optimizer, steps, time.time() - began)
         _finish(out, vae, averages, bank)
     if world > 1:
         dist.barrier()
@@ -153,7 +158,7 @@ def train(out: Path, minutes: float, batch: int, lr: float) -> None:
 def _average_gradients(vae: nn.Module, world: int) -> None:
     if world == 1:
         return
-    gradients = [parameter.grad for parameter in vae.parameters()]
+    gradients = [parameter.grad for parameter in vae.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
     dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -181,7 +186,7 @@ def _report(
 
 
 def _averaged(vae: AutoencoderKL, averages: dict[str, Tensor]) -> AutoencoderKL:
-    copy = AutoencoderKL(**CONFIG).to(memory_format=torch.channels_last)
+    copy = _new_vae()
     copy.load_state_dict(averages)
     return copy
 
@@ -225,31 +230,67 @@ def _resume(
 
 
 @torch.no_grad()
-def whiten(vae: AutoencoderKL, pictures: np.ndarray) -> None:
-    """Folds per-channel whitening into the quant convolutions, so that latents have mean 0 and deviation 1."""
-    latents = torch.cat(
-        [vae.encode(to_pixels(pictures[k : k + 64])).latent_dist.mean for k in range(0, len(pictures), 64)]
-    )
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    channels = len(mean)
-    quant, post = vae.quant_conv, vae.post_quant_conv
-    quant.weight[:channels] /= std.view(-1, 1, 1, 1)
-    quant.bias[:channels] = (quant.bias[:channels] - mean) / std
-    quant.bias[channels:] -= 2 * std.log()  # the log-variance
-    post.bias += (post.weight[:, :, 0, 0] * mean).sum(1)
-    post.weight *= std.view(1, -1, 1, 1)
+def prune(vae: AutoencoderKL, pictures: np.ndarray) -> AutoencoderKL:
+    """The same VAE without the latent channels that hold more noise than image, and with whitened ones: each sampled
+    channel has mean 0 and deviation 1.
+
+    The KL term leaves some channels unused. Whitened by their means alone they would be noise that is ten times as
+    large as the rest, and a denoiser could learn little else. The quant convolutions are folded into their
+    neighbours, as far as zero padding allows: at the border a constant of the decoder's first layer is approximated.
+    """
+    parts = [vae.encode(to_pixels(pictures[k : k + 64])).latent_dist for k in range(0, len(pictures), 64)]
+    means, noise = torch.cat([part.mean for part in parts]), torch.cat([part.var for part in parts]).mean((0, 2, 3))
+    live = (noise < means.var((0, 2, 3))).nonzero()[:, 0]
+    shift, scale = means.mean((0, 2, 3)), (means.var((0, 2, 3)) + noise).sqrt()[live]
+    small = _new_vae(latent_channels=len(live))
+    shapes = {name: value.shape for name, value in small.state_dict().items()}
+    small.load_state_dict({k: v for k, v in vae.state_dict().items() if shapes[k] == v.shape}, strict=False)
+    _prune_encoder(vae, small, live, shift, scale)
+    _prune_decoder(vae, small, live, shift, scale)
+    return small
+
+
+def _prune_encoder(vae: AutoencoderKL, small: AutoencoderKL, live: Tensor, shift: Tensor, scale: Tensor) -> None:
+    (last, last_bias), count = _values(vae.encoder.conv_out), len(shift)
+    quant, bias = _values(vae.quant_conv)
+    weight = quant[:, :, 0, 0]
+    rows = torch.cat([weight[live] / scale[:, None], weight[count + live]])
+    offset = torch.cat([(bias[live] - shift[live]) / scale, bias[count + live] - 2 * scale.log()])  # the log-variance
+    _set(small.encoder.conv_out, torch.einsum("om,mihw->oihw", rows, last), rows @ last_bias + offset)
+    _set(small.quant_conv, torch.eye(len(rows))[:, :, None, None], torch.zeros(len(rows)))
+
+
+def _prune_decoder(vae: AutoencoderKL, small: AutoencoderKL, live: Tensor, shift: Tensor, scale: Tensor) -> None:
+    (first, first_bias), (quant, bias) = _values(vae.decoder.conv_in), _values(vae.post_quant_conv)
+    post = quant[:, :, 0, 0]
+    constant = post @ shift + bias
+    inside = torch.linalg.lstsq(post[:, live], constant[:, None]).solution[:, 0]
+    rest = constant - post[:, live] @ inside
+    _set(small.post_quant_conv, torch.diag(scale)[:, :, None, None], inside)
+    weight = torch.einsum("omhw,ml->olhw", first, post[:, live])
+    _set(small.decoder.conv_in, weight, first_bias + torch.einsum("omhw,m->o", first, rest))
+
+
+def _values(layer: nn.Conv2d | None) -> tuple[Tensor, Tensor]:
+    """The weight and the bias; this VAE has every convolution, with both."""
+    assert layer is not None
+    assert layer.bias is not None
+    return layer.weight, layer.bias
+
+
+def _set(layer: nn.Conv2d | None, weight: Tensor, bias: Tensor) -> None:
+    for own, value in zip(_values(layer), (weight, bias), strict=True):
+        own.copy_(value)
 
 
 def _finish(out: Path, vae: AutoencoderKL, averages: dict[str, Tensor], bank: np.ndarray) -> None:
     held = _averaged(vae, averages).eval()
     before = psnr(held, bank[PICTURES:])
-    whiten(held, bank[:2048])
+    held = prune(held, bank[:2048])
     after = psnr(held, bank[PICTURES:])
-    subjects = np.stack(
-        [np.asarray(subject_picture(name, k)) for name in ("mug", "backpack", "car") for k in range(20)]
-    )
+    subjects = np.stack([np.asarray(subject_picture(name, k)) for name in DEVELOPMENT for k in range(20)])
     held.save_pretrained(out / "vae")
-    figures = {"psnr": after, "psnr_before_whitening": before, "psnr_subjects": psnr(held, subjects)}
+    figures = {"psnr": after, "psnr_before_pruning": before, "psnr_subjects": psnr(held, subjects)}
     (out / "vae.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
@@ -257,11 +298,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["bank", "train"])
     parser.add_argument("--out", type=Path, default=Path("build"))
-    parser.add_argument("--minutes", type=float, default=40)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     arguments = parser.parse_args()
     if arguments.what == "bank":
         make_bank(arguments.out)
     else:
-        train(arguments.out, arguments.minutes, arguments.batch, arguments.lr)
+        train(arguments.out, arguments.steps, arguments.batch, arguments.lr)
