@@ -1,11 +1,16 @@
-"""DreamBooth's claims, measured on the tiny base: 3 subjects x 3 seeds x {LoRA, full} x {no prior, class images}.
+"""DreamBooth's claims, measured on the tiny base: development and held-out subjects, methods, priors, seeds.
 
-    python benchmarks/dreambooth_claims.py                    # all 36 runs, then docs/results.md
-    python benchmarks/dreambooth_claims.py --subjects mug --seeds 0 --methods lora run.steps=200   # a trial
+    python benchmarks/dreambooth_claims.py                           # what is missing, then docs/results.md
+    python benchmarks/dreambooth_claims.py --only levers             # what was tried on the development subjects
+    python benchmarks/dreambooth_claims.py --subjects mug --seeds 0 --cases lora run.steps=200     # a trial
+    python benchmarks/dreambooth_claims.py --table                   # only the tables, from the stored rows
 
-Each run trains with `finetune.train` and the included recipe, and draws 24 images for each prompt with the trained
-weights. A classifier that was trained only on renders (examples/tiny_base/judge.py) rates them. Finished runs are kept
-under --work and not repeated. Overrides apply to every run; their results are a trial and not written to the page.
+The subjects are those of examples/tiny_base/looks.py: four for development, which may be tuned on, and twelve
+held-out ones (two of each class) that a fixed seed chose before any recipe was tuned. Every run trains with
+`finetune.train` and a recipe (claims_cases.py), and with verdicts on, which change nothing in the result.
+claims_measure.py says what is measured. Rows are added to claims.jsonl beside this file, and one that is there is not
+measured again. A row names its base, its judge and the recipe's settings; rows of others are not shown. Overrides are
+a trial: they have rows of their own, and the page is not written.
 """
 
 from __future__ import annotations
@@ -14,255 +19,238 @@ import argparse
 import hashlib
 import json
 import os
-import statistics
+import shlex
+import shutil
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "tiny_base"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SUBJECTS, SEEDS, METHODS, PRIORS = ("mug", "backpack", "car"), (0, 1, 2), ("lora", "full"), ("none", "class_images")
-PHOTO_PLACES = ("table", "grass", "city", "table", "grass")  # there are no photos on the beach or in the snow
-COUNT, GUIDANCE, STEPS = 24, 3.0, 20
-RECIPES = {"lora": "demo", "full": "demo-full"}
+import claims_page
+import torch
+from claims_cases import CASES, FAULTS, LEVERS, METHODS, PEERS, PRIORS, Case
+from claims_measure import SUBJECTS, Drawn, copies, kind_of, load, masked, measure, photos_of, real_figures, save
+
+from finetune import load_recipe, train
+from finetune.config.recipe import Recipe
+from finetune.core.logging import quiet
+from finetune.data import tokens
+from finetune.families.digests import base_hash
+from finetune.families.source import load_family, resolve_base
+from finetune.jobs.open import open_result
+from finetune.verdicts.rows import FILE, read_rows
+
+import judge  # isort: skip - examples/tiny_base, which claims_measure has put on the path
+from looks import DEVELOPMENT, HELD_OUT  # isort: skip
+
+DONE = "done.json"  # in a folder of images: all of them are there; the share of copies
+ROWS = Path(__file__).with_name("claims.jsonl")
+SEEDS = (0, 1, 2)
+FIRST_SEED = SEEDS[:1]  # of cases that stand beside the default recipe
+FIRST_SUBJECTS = tuple({kind_of(name): name for name in reversed(HELD_OUT)}.values())  # one held-out of a class
+Row = dict[str, Any]
+Key = tuple[str, int, str, str]  # subject, seed, case ("base" for the untouched base), overrides
 
 
-def photos_of(subject: str, work: Path) -> Path:
-    """Writes five 256-pixel photos of a subject that the base has never seen."""
-    from world import subject_picture
+@dataclass(frozen=True)
+class Group:
+    """Cases with the subjects and seeds that are measured if nothing else is asked for."""
 
-    folder = work / "photos" / subject
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, place in enumerate(PHOTO_PLACES):
-        file = folder / f"{number}.png"
-        if not file.is_file():
-            subject_picture(subject, 100 + number, place, pixels=256).save(file)
-    return folder
+    cases: tuple[Case, ...]
+    subjects: tuple[str, ...] = tuple(SUBJECTS)
+    seeds: tuple[int, ...] = FIRST_SEED
 
 
-def one_run(
-    work: Path, subject: str, seed: int, method: str, prior: str, overrides: tuple[str, ...]
-) -> dict[str, Any]:
-    """Trains one combination, unless its result exists, and measures it."""
-    from finetune.core.logging import quiet
+GROUPS = {
+    "default": Group(METHODS[:1], seeds=SEEDS),
+    "methods": Group(METHODS[1:], FIRST_SUBJECTS),
+    "priors": Group(PRIORS, FIRST_SUBJECTS),
+    "peers": Group(PEERS, FIRST_SUBJECTS),
+    "levers": Group(LEVERS, tuple(DEVELOPMENT)),
+    "faults": Group(FAULTS),
+}
 
+
+def key_of(row: Row) -> Key:
+    return row["subject"], row["seed"], row["case"], row["overrides"]
+
+
+@cache
+def stamp() -> dict[str, str]:
+    """The base and the judge that a row belongs to."""
+    return {"base": base_hash(resolve_base("tiny")), "judge": judge.fingerprint()}
+
+
+@cache
+def settings_of(case: str, overrides: tuple[str, ...] = ()) -> str:
+    """A hash of a case's whole recipe: all that its subjects and seeds have in common."""
+    if case == "base":
+        return ""
+    same = _of(Path("photos"), "mug", 0)
+    recipe = load_recipe(CASES[case].recipe, [*same, *CASES[case].settings, *overrides])
+    same_everywhere = recipe.model_dump_json(exclude={"profile": True, "data": {"photos"}})
+    digest = hashlib.sha256(same_everywhere.encode()).hexdigest()[:12]
+    return f"{digest}-{CASES[case].weight:g}"
+
+
+def stored() -> dict[Key, Row]:
+    """The rows of this base, this judge and the cases' settings of today."""
+    if not ROWS.is_file():
+        return {}
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["case"] in {"base", *CASES} and stamp().items() <= row.items()]
+    return {key_of(row): row for row in rows if row["settings"] == _settings_now(row)}
+
+
+def _settings_now(row: Row) -> str:
+    return settings_of(row["case"], tuple(shlex.split(row["overrides"])))
+
+
+def store(row: Row) -> None:
+    with ROWS.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(row, sort_keys=True) + "\n")
+
+
+def one_run(work: Path, of: tuple[str, int], case: Case, overrides: tuple[str, ...]) -> Row:
+    """Trains one combination, draws its images and measures them. What is stored of it is not made again, so another
+    judge only reads the images."""
     quiet()
-    import torch
-
     torch.set_num_threads(1)
-    from finetune import load_recipe, train
-    from finetune.jobs.open import open_result
+    subject, seed = of
+    own, photos = settings_of(case.name, overrides), photos_of(subject, work)
+    given = masked(photos) if case.masked else photos
+    recipe = load_recipe(case.recipe, [*_of(given, subject, seed), *case.settings, *overrides])
+    folder = work / stamp()["base"][:8] / f"{subject}-{seed}-{own.partition('-')[0]}"
+    seconds = _trained(recipe, folder)
+    drawn = folder / f"drawn-{case.weight:g}"
+    if not (drawn / DONE).is_file():
+        family, info = open_result(folder, weight=case.weight)
+        sets = Drawn(kind_of(subject), f"{info.token} {kind_of(subject)}", seed, family).sets()
+        save(sets, drawn)
+        (drawn / DONE).write_text(json.dumps(copies(sets["own"], photos, family)), encoding="utf-8", newline="\n")
+    row: Row = {"subject": subject, "seed": seed, "case": case.name, "overrides": shlex.join(overrides)}
+    row |= {
+        "steps": recipe.run.steps,
+        "cpu_seconds": seconds,
+        "copies": json.loads((drawn / DONE).read_text(encoding="utf-8")),
+    }
+    figures = measure(load(drawn, kind_of(subject)), subject)
+    row |= {name: round(value, 4) for name, value in figures.items()} | stamp() | {"settings": own}
+    return row | {"verdicts": [{"step": one.step, **one.values} for one in read_rows(folder / FILE)]}
 
-    name = f"{subject}-{seed}-{method}-{prior}"
-    tag = hashlib.sha256(" ".join(overrides).encode()).hexdigest()[:6] if overrides else "default"
-    folder = work / tag / name
-    done = folder / "measured.json"
-    if done.is_file():
-        return json.loads(done.read_text(encoding="utf-8"))
-    settings = [
-        f"data.photos={photos_of(subject, work)}",
-        f"data.class_noun={subject}",
+
+def _trained(recipe: Recipe, folder: Path) -> float:
+    """Trains a run, unless it is there. Returns its CPU-seconds."""
+    took = folder / "cpu-seconds.json"
+    if not took.is_file():
+        if folder.exists():
+            shutil.rmtree(folder)  # left by a benchmark that was stopped
+        began = time.process_time()
+        train(recipe, folder)
+        took.write_text(json.dumps(round(time.process_time() - began, 1)), encoding="utf-8", newline="\n")
+    return float(json.loads(took.read_text(encoding="utf-8")))
+
+
+def _of(photos: Path, subject: str, seed: int) -> list[str]:
+    """What every run has: its subject and seed, and no more drawing and exporting than the measurement needs."""
+    return [
+        "base=tiny",
+        f"data.photos={photos}",
+        f"data.class_noun={kind_of(subject)}",
         f"run.seed={seed}",
+        "run.verdicts=on",
         "sample.prompts=['a photo of {token} {noun}']",
         "sample.count=1",
-        f"prior.kind={prior}",
+        "sample.guidance=5",
+        "export.verify=off",
     ]
-    began = time.process_time()
-    train(load_recipe(RECIPES[method], [*settings, *overrides]), folder)
-    seconds = time.process_time() - began
-    family, info = open_result(folder)
-    measured = {"subject": subject, "seed": seed, "method": method, "prior": prior, "cpu_seconds": seconds}
-    measured |= measure(family, subject, f"{info.token} {subject}", seed, folder)
-    done.write_text(json.dumps(measured, indent=2), encoding="utf-8", newline="\n")
-    return measured
 
 
-def measure(family: Any, subject: str, thing: str, seed: int, folder: Path | None = None) -> dict[str, float]:
-    """The judge's ratings of 24 images for each of three prompts."""
-    import judge
-    from world import subject_picture
-
-    from finetune.sampling.draw import draw
-    from finetune.sampling.images import grid
-    from finetune.sampling.settings import Sampling
-
-    prompts = {
-        "subject": f"a photo of {thing}",
-        "class": f"a photo of a {subject}",
-        "beach": f"a photo of {thing} on the beach",
-    }
-    seeds = [1000 * seed + number for number in range(COUNT)]
-    drawn = {
-        name: draw(family, [text] * COUNT, Sampling(steps=STEPS, guidance=GUIDANCE, size=64), seeds=seeds)
-        for name, text in prompts.items()
-    }
-    if folder is not None:
-        for name, images in drawn.items():
-            grid(images, 8).save(folder / f"{name}.png")
-    model = judge.load_judge()
-    references = [subject_picture(subject, number) for number in range(20)]
-    real = judge.likeness(model, [subject_picture(subject, 500 + n) for n in range(40)], references)
-    others = judge.likeness(model, [judge.class_picture(subject, n) for n in range(100)], references)
-    threshold = float(real.mean() + others.mean()) / 2
-    own = judge.likeness(model, drawn["subject"], references)
-    plain = judge.likeness(model, drawn["class"], references)
-    places = judge.classify(model, drawn["beach"])["place"]
-    return {
-        "real": float(real.mean()),
-        "likeness": float(own.mean()),
-        "is_subject": float((own > threshold).float().mean()),
-        "class_likeness": float(plain.mean()),
-        "class_is_subject": float((plain > threshold).float().mean()),
-        "class_diversity": judge.diversity(model, drawn["class"]),
-        "beach": sum(place == "beach" for place in places) / COUNT,
-        "beach_likeness": float(judge.likeness(model, drawn["beach"], references).mean()),
-    }
-
-
-def base_figures(work: Path, subject: str, seed: int) -> dict[str, Any]:
-    """The same measurements for the base before training."""
-    from finetune.core.logging import quiet
-
+def of_base(work: Path, kind: str, seed: int) -> list[Row]:
+    """The same measurements of the untouched base for all subjects of a class, and of renders of each."""
     quiet()
-    import torch
-
     torch.set_num_threads(1)
-    from finetune.data import tokens
-    from finetune.families.source import load_family
-
-    file = work / "base" / f"{subject}-{seed}.json"
-    if not file.is_file():
+    drawn = work / stamp()["base"][:8] / f"base-{kind}-{seed}"
+    if not (drawn / DONE).is_file():
         family = load_family("tiny")
-        token = tokens.suggest(family, 1, subject)[0].text
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(
-            json.dumps(measure(family, subject, f"{token} {subject}", seed)), encoding="utf-8", newline="\n"
-        )
-    return {"subject": subject, "seed": seed, **json.loads(file.read_text(encoding="utf-8"))}
+        save(Drawn(kind, f"{tokens.suggest(family, 1, kind)[0].text} {kind}", seed, family).sets(), drawn)
+        (drawn / DONE).write_text("", encoding="utf-8", newline="\n")
+    rows = []
+    for subject in (name for name in SUBJECTS if kind_of(name) == kind):
+        row = {"subject": subject, "seed": seed, "case": "base", "overrides": "", "cpu_seconds": 0.0, "steps": 0}
+        figures = measure(load(drawn, kind), subject) | real_figures(subject)
+        rows.append(row | {name: round(value, 4) for name, value in figures.items()} | stamp() | {"settings": ""})
+    return rows
 
 
-def derive(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
-    """The figures for the claims: the gain from the class towards the subject, and diversity relative to the base."""
-
-    def gain(key: str) -> float:
-        return (row[key] - base["class_likeness"]) / (row["real"] - base["class_likeness"])
-
-    return {
-        "gain": gain("likeness"),
-        "gain on the beach": gain("beach_likeness"),
-        "is the subject": row["is_subject"],
-        "“a noun” is the subject": row["class_is_subject"],
-        "diversity": row["class_diversity"] / base["class_diversity"],
-        "on the beach": row["beach"],
-        "CPU-s": row["cpu_seconds"],
-    }
+def missing(arguments: argparse.Namespace) -> tuple[list[tuple[str, int]], list[tuple[str, int, str]]]:
+    """(class, seed) of the bases and (subject, seed, case) of the runs that are wanted and not stored."""
+    there, overrides = stored(), shlex.join(arguments.overrides)
+    wanted = dict.fromkeys(_wanted(arguments))
+    bases = {(kind_of(s), n): None for s, n, _ in wanted if (s, n, "base", "") not in there}
+    return list(bases), [key for key in wanted if (*key, overrides) not in there]
 
 
-def table(rows: list[dict[str, Any]], bases: dict[tuple[str, int], dict[str, Any]]) -> str:
-    """A Markdown table: mean and, over subjects and seeds, standard deviation."""
-    untouched = [derive(base | {"cpu_seconds": 0.0}, base) for base in bases.values()]
-    lines = [
-        f"| method | prior | runs | {' | '.join(untouched[0])} |",
-        "|---" * (len(untouched[0]) + 3) + "|",
-        f"| the base, untouched | | | {' | '.join(_cells(untouched))} |",
-    ]
-    for method, prior in product(METHODS, PRIORS):
-        chosen = [
-            derive(r, bases[r["subject"], r["seed"]]) for r in rows if (r["method"], r["prior"]) == (method, prior)
-        ]
-        if chosen:
-            lines.append(f"| {method} | {prior.replace('_', ' ')} | {len(chosen)} | {' | '.join(_cells(chosen))} |")
-    return "\n".join(lines)
+def _wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
+    """Seed by seed and group by group, so that a table of a part of the runs compares like with like."""
+    groups = [GROUPS[name] for name in arguments.only]
+    if arguments.cases:
+        groups = [Group(tuple(CASES[name] for name in arguments.cases))]
+    for seed, group in product(arguments.seeds or SEEDS, groups):
+        if seed in (arguments.seeds or group.seeds):
+            for case, subject in product(group.cases, arguments.subjects or group.subjects):
+                yield subject, seed, case.name
 
 
-def _cells(chosen: list[dict[str, float]]) -> list[str]:
-    return [_cell([item[key] for item in chosen]) for key in chosen[0]]
+def run_missing(arguments: argparse.Namespace) -> int:
+    """Measures what is missing, the bases first, and stores each row as it comes. Returns how many runs failed."""
+    work, (bases, runs) = arguments.work.absolute(), missing(arguments)
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        started: list[Future[Any]] = [pool.submit(of_base, work, kind, seed) for kind, seed in bases]
+        for subject, seed, case in runs:
+            started.append(pool.submit(one_run, work, (subject, seed), CASES[case], tuple(arguments.overrides)))
+        return sum(not _stored(future) for future in as_completed(started))
 
 
-def _cell(values: list[float]) -> str:
-    digits = 0 if max(values) > 10 else 2
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
-
-
-def verdicts(rows: list[dict[str, Any]], bases: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
-    """Each claim with its bound and the measured mean over subjects and seeds."""
-
-    def mean(key: str, method: str, prior: str) -> float:
-        chosen = [r for r in rows if (r["method"], r["prior"]) == (method, prior)]
-        return statistics.mean(derive(r, bases[r["subject"], r["seed"]])[key] for r in chosen)
-
-    lines = []
-    for method in METHODS:
-        claims = (
-            ("likeness gain", "gain", "class_images", 0.7, True),
-            (
-                "“a noun” has become the subject, with class images",
-                "“a noun” is the subject",
-                "class_images",
-                0.05,
-                False,
-            ),
-            ("diversity of “a noun” against the base, with class images", "diversity", "class_images", 0.8, True),
-            ("collapse without class images", "“a noun” is the subject", "none", 0.4, True),
-            ("new places drawn", "on the beach", "class_images", 0.9, True),
-        )
-        for text, key, prior, bound, at_least in claims:
-            value = mean(key, method, prior)
-            holds = value >= bound if at_least else value <= bound
-            sign = "≥" if at_least else "≤"
-            lines.append(
-                f"- {'holds' if holds else '**DOES NOT HOLD**'}: {method}, {text}: {value:.2f} ({sign} {bound})"
-            )
-    return lines
+def _stored(future: Future[Any]) -> bool:
+    """Stores the rows of a run that is over; False if it failed. The other runs go on."""
+    if future.exception():
+        traceback.print_exception(future.exception())
+        return False
+    found = future.result()
+    for row in found if isinstance(found, list) else [found]:
+        store(row)
+        print(claims_page.line(row, stored()), flush=True)
+    return True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="section.key=value: a trial")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "dreambooth-claims")
-    parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=SUBJECTS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--priors", nargs="+", default=PRIORS, choices=PRIORS)
+    parser.add_argument("--only", nargs="+", default=list(GROUPS), choices=GROUPS, help="groups of cases")
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS)
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="instead of groups")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
-    work = arguments.work.absolute()
-    combinations = list(product(arguments.subjects, arguments.seeds, arguments.methods, arguments.priors))
-    with ProcessPoolExecutor(arguments.jobs) as pool:
-        pairs = list(product(arguments.subjects, arguments.seeds))
-        bases = [pool.submit(base_figures, work, *pair) for pair in pairs]
-        runs = [pool.submit(one_run, work, *combination, tuple(arguments.overrides)) for combination in combinations]
-        held = {pair: future.result() for pair, future in zip(pairs, bases, strict=True)}
-        rows = []
-        for future in runs:
-            rows.append(future.result())
-            row = rows[-1]
-            figures = {key: round(value, 2) for key, value in derive(row, held[row["subject"], row["seed"]]).items()}
-            print(row["subject"], row["seed"], row["method"], row["prior"], figures, flush=True)
-    print(table(rows, held))
-    whole = len(combinations) == len(SUBJECTS) * len(SEEDS) * len(METHODS) * len(PRIORS) and not arguments.overrides
-    if whole:
-        lines = verdicts(rows, held)
-        print("\n".join(lines))
-        write_results(table(rows, held), lines)
-
-
-def write_results(text: str, lines: list[str]) -> None:
-    """Replaces the text between the markers in docs/results.md."""
-    file = ROOT / "docs" / "results.md"
-    before, _, rest = file.read_text(encoding="utf-8").partition("<!-- claims -->")
-    _, _, after = rest.partition("<!-- end of claims -->")
-    claims = "\n".join(lines)
-    file.write_text(
-        f"{before}<!-- claims -->\n{text}\n\n{claims}\n<!-- end of claims -->{after}", encoding="utf-8", newline="\n"
-    )
+    failed = 0 if arguments.table else run_missing(arguments)
+    tables = claims_page.tables(stored(), shlex.join(arguments.overrides))
+    print(tables)
+    if not arguments.overrides:
+        claims_page.write(tables)
+    if failed:
+        sys.exit(f"{failed} runs failed: see above")
 
 
 if __name__ == "__main__":

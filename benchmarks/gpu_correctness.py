@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,17 @@ def demo(where: Where) -> Iterator[Row]:
     """Runs the demo, and lets the judge rate what was learned (as tests/jobs/test_demo.py does)."""
     sys.path.insert(0, str(ROOT / "examples" / "tiny_base"))
     import judge
+    from looks import DEMO, SUBJECTS
     from PIL import Image
 
     from finetune import load_recipe, train
     from finetune.jobs.demo import demo_images
 
-    short = ["run.steps=2", "prior.count=2", "prior.steps=2", "sample.steps=2", "sample.count=1"] if where.tiny else []
+    short = (
+        ["run.steps=2", "prior.count=2", "prior.others=null", "prior.steps=2", "sample.steps=2", "sample.count=1"]
+        if where.tiny
+        else []
+    )
     began = time.perf_counter()
     run = train(load_recipe("demo", [f"data.photos={demo_images()}", *short]), where.work / "demo")
     yield check("demo: from photos to page", (run / "report.html").is_file(), f"{time.perf_counter() - began:.0f} s")
@@ -73,7 +79,7 @@ def demo(where: Where) -> Iterator[Row]:
         ("afterwards it draws the mug", "after", 0, 0.75, 1.0),
         ('"a mug" draws that mug', "after", 3, 0.0, 0.25),
     ):
-        found = judge.is_subject(known, images(when, prompt), "mug")
+        found = judge.is_subject(known, images(when, prompt), SUBJECTS[DEMO])
         share = sum(found) / len(found)
         yield check(f"demo: {what}", where.tiny or least <= share <= most, f"{share:.2f} ({least:g} to {most:g})")
 
@@ -90,7 +96,7 @@ def numbers(where: Where) -> Iterator[Row]:
             for precision in PRECISIONS:
                 yield attempt(
                     f"{family} {kind} {precision}: gradient",
-                    lambda f=family, k=kind, p=precision, w=wanted: compared(where, f, k, p, w),
+                    partial(compared, where, family, kind, precision, wanted),
                 )
 
 
@@ -118,7 +124,7 @@ def loss_and_gradient(base: Path, kind: str, device: torch.device, precision: st
     from finetune.objectives.settings import ObjectiveSettings
     from finetune.training.step import Step
 
-    method = METHODS[kind]()
+    method = METHODS[kind](kind=kind)
     dtype = DTYPES[precision]
     family = load_family(str(base), dtype=method.weight_dtype(dtype))
     family.parts.to(device)
@@ -157,9 +163,7 @@ def resume(where: Where) -> Iterator[Row]:
         precision = [f"run.precision={where.precision('fp16')}"] if "run.precision=fp16" in overrides else []
         settings = (*overrides, *precision, "run.steps=6", "run.checkpoint_every=3", "run.deterministic=true")
         name = re.sub(r"\W+", "-", what)
-        yield attempt(
-            where.label(f"deterministic run: {what}"), lambda n=name, f=family, s=settings: half(where, n, f, s)
-        )
+        yield attempt(where.label(f"deterministic run: {what}"), partial(half, where, name, family, settings))
         if (where.work / f"{name}-again").is_dir():
             command = [sys.executable, "-m", "finetune", "resume", str(where.work / f"{name}-again")]
             started[what] = (
@@ -204,7 +208,7 @@ def jobs(where: Where) -> Iterator[Row]:
     """Runs complete jobs on small random bases, from photos to verified exports, and then the commands."""
     for what, (family, overrides) in JOBS.items():
         settings = tuple(text.replace("fp16", where.precision("fp16")) for text in overrides)
-        yield attempt(where.label(f"job: {what}"), lambda w=what, f=family, s=settings: whole_job(where, w, f, s))
+        yield attempt(where.label(f"job: {what}"), partial(whole_job, where, what, family, settings))
     run = where.work / folder_of(next(iter(JOBS)))
     if run.is_dir():
         file = next(run.glob("exports/*.safetensors"))
@@ -239,7 +243,7 @@ def stops(where: Where) -> Iterator[Row]:
         for kind in ("lora", "full"):
             chosen = where.precision(precision)
             yield attempt(
-                where.label(f"stop at NaN: {kind} {precision}"), lambda k=kind, p=chosen: stopped_at_nan(where, k, p)
+                where.label(f"stop at NaN: {kind} {precision}"), partial(stopped_at_nan, where, kind, chosen)
             )
 
 
@@ -257,7 +261,7 @@ def stopped_at_nan(where: Where, kind: str, precision: str) -> str:
     from finetune.training.step import Step, parts_of
     from finetune.training.trainer import Trainable, Trainer
 
-    method = METHODS[kind]()
+    method = METHODS[kind](kind=kind)
     run = Run(steps=3, precision=precision)
     family = load_family(str(tiny_base(where, "sd1")), dtype=method.weight_dtype(DTYPES[precision]))
     family.parts.to(where.device)
@@ -268,9 +272,12 @@ def stopped_at_nan(where: Where, kind: str, precision: str) -> str:
         def micro(self, step: int, index: int) -> Any:
             batch = fixed_batch(family.codec.channels)
             if step == 1:
-                before.update({name: value.detach().clone() for name, value in trained.items()})
                 batch.latents.mean.fill_(math.nan)
             return batch
+
+    def after(step: int) -> None:
+        if step == 1:  # batches are made ahead, in a thread: what they saw would be other weights
+            before.update({name: value.detach().clone() for name, value in trained.items()})
 
     folder = where.work / f"nan-{kind}-{precision}"
     folder.mkdir(exist_ok=True)
@@ -284,7 +291,7 @@ def stopped_at_nan(where: Where, kind: str, precision: str) -> str:
         Checkpoints(folder),
     )
     try:
-        trainer.fit(Spoiled())
+        trainer.fit(Spoiled(), after)
     except CheckFailed as stop:
         if all(torch.equal(before[name], value) for name, value in trained.items()):
             return str(stop).split(";")[0]

@@ -151,15 +151,17 @@ def timed_checkpoints(case: Case) -> Any:
     """Checkpoints that record their time. Those of whole models are not written, since they would fill the disk."""
     from finetune.training.checkpoint import Checkpoints, State
 
+    Write = Callable[[Path, State], None]
+
     class Timed(Checkpoints):
         def check_space(self, needed: int) -> None:
             """Checks nothing: the checkpoints of whole models, which would not fit, are not written."""
 
-        def save(self, state: State, keep: int) -> Path:
+        def save(self, state: State, keep: int, write: Write | None = None) -> Path:
             if not case.method.is_adapter:
                 return self.path
             began = time.perf_counter()
-            path = super().save(state, keep)
+            path = super().save(state, keep, write)
             case.saving.append(time.perf_counter() - began)
             return path
 
@@ -201,7 +203,7 @@ def forward_backward(case: Case) -> Callable[[], None]:
 @torch.no_grad()
 def given_to_denoiser(case: Case) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with which `Family.predict` calls the denoiser, on the device."""
-    seen: list[Any] = []
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     denoiser = case.family.parts["denoiser"]
     handle = denoiser.register_forward_pre_hook(lambda m, args, named: seen.append((args, named)), with_kwargs=True)
     batch = case.micro(0, 0).to(case.where.device)
@@ -219,7 +221,7 @@ def counted(step: Callable[[], None]) -> int:
 
     with FlopCounterMode(display=False) as counter:
         step()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def graphed(case: Case) -> Row:
@@ -276,6 +278,9 @@ def summary(profiler: Any, steps: int, seconds: float) -> Row:
     events = profiler.events()
     on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     waits = [event for event in events if event.name.startswith("cuda") and "Synchronize" in event.name]
+    waits.sort(key=lambda event: event.time_range.start)
+    if waits and waits[-1].name == "cudaDeviceSynchronize":
+        waits.pop()  # the profiler's own, when it stops: a step waits for a stream or an event
     copies = [event.name for event in on_device if event.name.startswith("Memcpy")]
     kernels = [event for event in on_device if not event.name.startswith(("Memcpy", "Memset"))]
     waited = sum(event.cpu_time_total for event in waits) / 1000

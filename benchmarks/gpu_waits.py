@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from gpu_common import Row, Where, check, forget
 from gpu_loops import our_loop, profiled
 from gpu_speed import BATCHES, SIDES, prepared
 
 # with log_every=1 each step is read, one step late; with 1000 no step that is measured is read
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "each step logged": {"log_every": 1},
     "no step logged": {"log_every": 1000},
     "no step logged, channels_last": {"log_every": 1000, "channels_last": True},

@@ -8,6 +8,8 @@ its peak is its own; "growth" is what is above the peak after the imports and th
 latents up instead of encoding them, and scans without decoding: the parts "warm" and "steps" are as they would be.
 
 "before" encodes a hundred pictures as version 0.1 did: one after another in one thread, one file and one fsync each.
+Every part's result is added to benchmarks/growth.jsonl. "waited_s" is how long its threads stood in the queue for a
+core: on a free machine it is 0.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from memory import peak_memory
 
@@ -145,7 +148,7 @@ def _from_header(file: Path, content: bytes, stored: Any = None) -> Any:
     from finetune.data.photos import Photo
 
     with Image.open(io.BytesIO(content)) as image:
-        return Photo(file, image.size, hashlib.sha256(content).hexdigest(), stored)
+        return Photo(file, image.size, hashlib.sha256(content).hexdigest(), stored=stored)
 
 
 def make_up(pictures: Path, workers: int | None) -> dict[str, Any]:
@@ -155,14 +158,14 @@ def make_up(pictures: Path, workers: int | None) -> dict[str, Any]:
     from finetune.core.files import cache_dir
     from finetune.data import tables
     from finetune.data.cache import LatentCache
-    from finetune.jobs.dataset import cache_options, make_prompt_encoder, make_streams
+    from finetune.jobs.dataset import cache_options, encoding_dtype, make_prompt_encoder, make_streams
     from finetune.jobs.prepare import prepare
 
-    tables.photo_of = _from_header
-    job = prepare(recipe_of(pictures, workers))
+    with patch.object(tables, "photo_of", _from_header):
+        job = prepare(recipe_of(pictures, workers))
     codec = job.family.codec
     side = job.resolution // codec.factor
-    cache = LatentCache(cache_dir(), job.base_hash, job.family.parts.dtype("vae"), cache_options(job))
+    cache = LatentCache(cache_dir(), job.base_hash, encoding_dtype(job.family), cache_options(job))
     made = torch.Generator().manual_seed(0)
     streams = make_streams(job)
     for sample in streams[0]:
@@ -183,7 +186,7 @@ def warm(pictures: Path, workers: int | None) -> dict[str, Any]:
     cache = cache_latents(job, streams)
     encode = make_prompt_encoder(job, streams)
     batch = make_batches(job, streams, cache).micro(0, 0)
-    encode(batch.prompts)
+    encode(batch.prompts, None)
     return {}
 
 
@@ -245,15 +248,23 @@ def measured(part: str, count: int, work: Path, workers: int | None) -> dict[str
     return found
 
 
+def waited() -> float:
+    """Seconds that the threads of this process, which still live, have waited for a core; 0 where nothing tells it."""
+    tasks = Path("/proc/self/task")
+    files = [task / "schedstat" for task in tasks.iterdir()] if tasks.is_dir() else []
+    return sum(int(file.read_text(encoding="utf-8").split()[1]) for file in files if file.is_file()) / 1e9
+
+
 def run_part(part: str, count: int, work: Path, workers: int | None) -> None:
     pictures = work / f"pictures-{count}"
     imports()
-    base = peak_memory()
+    base, stood = peak_memory(), waited()
     began = time.perf_counter(), time.process_time()
     found = PARTS[part](pictures, workers) if part in PARTS else {}
     found |= {
         "s": time.perf_counter() - began[0],
         "cpu_s": time.process_time() - began[1],
+        "waited_s": waited() - stood,
         "peak_mb": peak_memory() / 1e6,
         "growth_mb": (peak_memory() - base) / 1e6,
     }
@@ -265,6 +276,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--work", type=Path, default=Path("/tmp/finetune-growth"))
     parser.add_argument("--workers", type=int)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--cached-only", action="store_true")
     parser.add_argument("--part")
     asked = parser.parse_args()
@@ -278,6 +290,10 @@ def main() -> None:
         for part in parts:
             found = measured(part, count, asked.work, asked.workers)
             print(f"{count:>7,} {part:>8}  " + "  ".join(f"{k} {v:,.2f}" for k, v in found.items()), flush=True)
+            rounded = {name: round(value, 3) for name, value in found.items()}
+            told = {"pictures": count, "part": part, "workers": asked.workers, **rounded}
+            with asked.out.open("a", encoding="utf-8", newline="\n") as opened:
+                opened.write(json.dumps(told) + "\n")
 
 
 if __name__ == "__main__":

@@ -61,13 +61,13 @@ class Meter:
 
 def base_of(size: str, work: Path) -> str:
     from full_size import write_sd15
-    from step import write_34m
+    from step import source_of
 
-    if size == "demo":
-        return "tiny"
+    if size != "sd15":
+        return source_of("tiny" if size == "demo" else size, work)
     folder = work / size
     if not (folder / "model_index.json").is_file():
-        (write_34m if size == "34M" else write_sd15)(folder)
+        write_sd15(folder)
     return str(folder)
 
 
@@ -115,11 +115,14 @@ def floor_job(size: str, work: Path, steps: int) -> dict[str, float]:
     from finetune.data.photos import open_image, scan
     from finetune.families.source import load_family
     from finetune.methods.lora import LoRA
+    from finetune.objectives.schedule import Schedule
 
     torch.set_num_threads(1)
     recipe = recipe_of(size, work, steps)
     meter.pay("imports")
     family = load_family(recipe.base.source)
+    schedule = family.schedule
+    assert isinstance(schedule, Schedule), "the floor's loss is that of a base that predicts noise"
     meter.pay("Base")
     side, latents = SIDE, []
     with torch.no_grad():
@@ -137,8 +140,8 @@ def floor_job(size: str, work: Path, steps: int) -> dict[str, float]:
     meter.pay(REST)
     for step in range(steps):
         x0 = torch.cat([latents[(step * BATCH + n) % len(latents)] for n in range(BATCH)])
-        noise, t = torch.randn_like(x0), torch.randint(0, family.schedule.steps, (BATCH,))
-        alphas = family.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+        noise, t = torch.randn_like(x0), torch.randint(0, schedule.steps, (BATCH,))
+        alphas = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
         noisy = alphas.sqrt() * x0 + (1 - alphas).sqrt() * noise
         (family.predict(noisy, t, cond, geometry).float() - noise).square().mean().backward()
         optimizer.step()

@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 BEGAN = time.perf_counter()
 
 SIZES = {
-    "tiny": "the embedded tiny base, 64 px",
+    "tiny": "the embedded tiny base, 128 px",
     "34M": "a 34M UNet of SD1's shape, random weights, 256 px",
     "860M": "SD1.5's UNet with random weights, 256 px; about 12 GB of memory",
 }
@@ -43,7 +43,8 @@ def write_base(size: str, folder: Path) -> None:
     """Writes a diffusers folder with a four-level UNet like SD1's with 34M parameters, or of its size, and other small
     parts."""
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     from finetune.testing.tiny_unets import tiny_scheduler, write_sd
 
@@ -69,7 +70,8 @@ def write_base(size: str, folder: Path) -> None:
     )
     unet.save_pretrained(folder / "unet")
     vae.save_pretrained(folder / "vae")
-    tiny_scheduler("epsilon").save_pretrained(folder / "scheduler")
+    scheduler: Any = tiny_scheduler("epsilon")
+    scheduler.save_pretrained(folder / "scheduler")
 
 
 def source_of(size: str, work: Path) -> str:
@@ -85,7 +87,7 @@ def make_photos(work: Path) -> Path:
     from PIL import Image
 
     folder = work / "photos"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for number in range(4):
         Image.linear_gradient("L").rotate(90 * number).convert("RGB").save(folder / f"{number}.png")
     return folder
@@ -106,7 +108,7 @@ def floor_step(source: str) -> Callable[[], None]:
     with torch.no_grad():
         cond = family.encode_prompts(["a photo of a mug"] * BATCH)
     side = family.resolution // family.codec.factor
-    channels = family.parts["denoiser"].config.in_channels
+    channels = family.codec.channels
     noisy, target = torch.randn(BATCH, channels, side, side), torch.randn(BATCH, channels, side, side)
     timesteps = torch.tensor([300, 700])
     geometry = [Geometry((side, side), (0, 0), (side, side))] * BATCH
@@ -133,12 +135,13 @@ def our_run(
     from finetune.training.accelerate import make_accelerator
     from finetune.training.checkpoint import Checkpoints, State
 
+    Write = Callable[[Path, State], None]
     saving: list[float] = []
 
     class TimedCheckpoints(Checkpoints):
-        def save(self, state: State, keep: int) -> Path:
+        def save(self, state: State, keep: int, write: Write | None = None) -> Path:
             began = time.perf_counter()
-            path = super().save(state, keep)
+            path = super().save(state, keep, write)
             saving.append(time.perf_counter() - began)
             return path
 
@@ -173,10 +176,10 @@ def timed_protection() -> list[float]:
     spent: list[float] = []
 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
+        def run(*arguments: Any, **named: Any) -> Any:
             began = time.process_time()
             try:
-                return call(*arguments)
+                return call(*arguments, **named)
             finally:
                 spent.append(time.process_time() - began)
 
@@ -295,7 +298,9 @@ def alone(size: str, work: Path, which: str) -> dict[str, float]:
 
 def child(size: str, work: Path, which: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--work", str(work), "--alone", which, "--sizes", size]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def show(row: dict[str, Any]) -> None:

@@ -38,13 +38,15 @@ from finetune.sampling.images import grid
 from finetune.sampling.settings import Sampling
 
 import judge  # isort: skip - examples/tiny_base, which style_drawings.py has put on the path
+from evaluate import right as drawn_right  # isort: skip
+from world import PIXELS  # isort: skip
 
 ROOT = Path(__file__).parents[1]
 PRIORS = ("none", "class_images", "frozen_base")
 KINDS = (*SHOWN, *NEVER_SHOWN)
 PICTURED = "blue lines"
 EACH = 4  # scenes of each kind of thing
-SAMPLING = Sampling(steps=12, guidance=3.0, size=64)
+SAMPLING = Sampling(steps=12, guidance=3.0)
 # the tiny base is small: it needs a larger rate and more modules than the recipe's, as `demo` has them
 TINY = (
     "base=tiny", "method.targets=conv", "method.rank=16", "optim.lr=2e-3", "objective.weighting=min_snr",
@@ -87,10 +89,10 @@ def of_artist(style: str, first: int = 0) -> Pictures:
 
 def right(pictures: Pictures, keys: Sequence[str] = ("kind", "colour", "place")) -> float:
     """The share of images in which the judge sees all that the caption says."""
-    seen = judge.classify(judge.load_judge(), pictures)
+    seen = judge.look_at(judge.load_judge(), pictures)
     wanted = [facts_of(kind, n) for kind, _, n in scenes()]
-    hits = [all(seen[key][i] == getattr(facts, key) for key in keys) for i, facts in enumerate(wanted)]
-    return sum(hits) / len(hits)
+    found = [drawn_right(facts, one) for facts, one in zip(wanted, seen, strict=True)]
+    return sum(all(one[key] for key in keys) for one in found) / len(found)
 
 
 def measure(with_style: Pictures, without: Pictures, plain: Pictures, style: str) -> Row:
@@ -122,7 +124,7 @@ def one_run(work: Path, style: str, prior: str, overrides: Sequence[str]) -> Row
     seconds = time.process_time() - began
     family, info = open_result(run)
     with_style, without = drawn(family, f"in {info.token} style"), drawn(family, "")
-    drawings = [each.resize((64, 64), Image.Resampling.BOX) for each in of_artist(style)]
+    drawings = [each.resize((PIXELS, PIXELS), Image.Resampling.BOX) for each in of_artist(style)]
     page = [*of_base(work), *without, *with_style, *drawings]
     grid(page, len(scenes())).save(folder / "looked.png")
     about = {"name": style, "prior": prior, "overrides": list(overrides)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from PIL import Image, ImageFilter
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny_base"))
 
-from captions import PLACE_PHRASES  # noqa: E402
+from captions import full_caption  # noqa: E402
+from looks import Facts, held_out, look_of, random_facts  # noqa: E402
 from shapes import CLASSES  # noqa: E402
-from world import Facts, held_out, look_of, pose, random_facts, render  # noqa: E402
+from world import PIXELS, pose, render  # noqa: E402
 
 Inks = list[tuple[int, int, int]]  # from dark to light
 SIDE = 256  # pixels of a drawing
@@ -89,17 +91,16 @@ DEVELOPMENT, HELD_OUT = ("blue lines", "sunset", "hatched"), ("halftone", "mosai
 
 
 def facts_of(kind: str, number: int) -> Facts:
-    """What scene `number` with a kind of thing shows."""
+    """What scene `number` with a kind of thing shows: without details, which a drawing hides."""
     rng = np.random.default_rng((88, CLASSES.index(kind), number))
     while (facts := random_facts(rng)).kind != kind or held_out(facts):
         pass
-    return facts
+    return replace(facts, second=None, logo=None, logo_colour=None, worn=None)
 
 
 def caption_of(facts: Facts) -> str:
     """A caption that states everything, without a style."""
-    pattern = "" if facts.pattern == "plain" else f"{facts.pattern} "
-    return f"a {facts.colour} {pattern}{facts.kind} {PLACE_PHRASES[facts.place]}"
+    return full_caption(facts).removeprefix("a photo of ")
 
 
 def drawing(style: str, facts: Facts, number: int) -> Image.Image:
@@ -122,15 +123,14 @@ def write_drawings(style: str, folder: Path, count: int = 40) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheet", type=Path, required=True)
-    side, things = 128, (*SHOWN, *NEVER_SHOWN)
+    asked = parser.parse_args()
+    side, things = PIXELS, (*SHOWN, *NEVER_SHOWN)
     page = Image.new("RGB", (side * len(things), side * len(STYLES)))
     for row, style in enumerate(STYLES):
         for column, kind in enumerate(things):
-            small = (
-                drawing(style, facts_of(kind, 1000), 1000).resize((64, 64), Image.Resampling.BOX).resize((side, side))
-            )
+            small = drawing(style, facts_of(kind, 1000), 1000).resize((side, side), Image.Resampling.BOX)
             page.paste(small, (column * side, row * side))
-    page.save(parser.parse_args().sheet)
+    page.save(asked.sheet)
 
 
 if __name__ == "__main__":

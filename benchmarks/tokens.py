@@ -36,7 +36,7 @@ def clip_tokenizer(folder: Path) -> Any:
 
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [tuple(line.split()) for line in lines[1:48895]]
+    merges: Any = [tuple(line.split()) for line in lines[1:48895]]  # transformers' types lack pairs
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 

@@ -15,7 +15,7 @@ SELDOM = 3  # fewer show no curve, so that a short run is not measured
 
 # How many points each set has; all are compared with the base's at the same points, so few are enough.
 PHOTO_POINTS, CLASS_DRAWINGS, OTHERS = 4, 2, 8
-POINTS = 2 * PHOTO_POINTS + 3 * LEVELS * CLASS_DRAWINGS + 2 * OTHERS  # the class's with three prompts each
+POINTS = 2 * PHOTO_POINTS + LEVELS * (3 * CLASS_DRAWINGS + 2 * OTHERS)  # the class's with three prompts each
 FIRST = POINTS + PHOTO_POINTS + 2 * (LEVELS - 1) * CLASS_DRAWINGS  # and the drawings
 DRAWN_ONCE = 2 * (LEVELS - 1) * OTHERS  # for a base: the drawings for prompts about other things
 

@@ -5,7 +5,7 @@ Two distances must agree, because each alone is fooled: latents by a shared back
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+Bits = NDArray[np.bool_]
+Distances = NDArray[np.float64]
 SIDE = 8  # of the hash: 64 bits
+TOGETHER = 4096  # values of each image's latents in one product
 NEAR = 0.5  # a copy is nearer to its photo than this share of the usual distance between photos
 ALIKE = 10 / 64  # where there is one photo: the bits by which near-duplicates usually differ (Krawetz, "dHash", 2013)
 ALIKE_LATENTS = 0.35  # and the share of the latents' own spread
@@ -54,27 +57,37 @@ class Memorisation:
 
 @dataclass(frozen=True)
 class PhotoLatents:
-    """Images and their latents [N, C, h, w]."""
+    """Images by their hashes [N, 64], the hashes of their mirror images, and their latents [N, C, h, w]."""
 
-    images: Sequence[Image.Image]
+    hashes: Bits
+    mirrored: Bits
     latents: Tensor
 
 
-def memorised(drawn: Mapping[str, Image.Image], latents: Tensor, photos: PhotoLatents) -> Memorisation:
-    """Compares each drawn image, by its name, with every photo and with its mirror image.
+def photo_latents(pairs: Iterable[tuple[Image.Image, Tensor]]) -> PhotoLatents:
+    """Reads images and their latents [C, h, w] one after another: only one image is in memory at a time."""
+    hashes, mirrored, latents = [], [], []
+    for image, latent in pairs:
+        hashes.append(difference_hash(image))
+        mirrored.append(difference_hash(ImageOps.mirror(image)))
+        latents.append(latent)
+    return PhotoLatents(np.stack(hashes), np.stack(mirrored), torch.stack(latents))
+
+
+def memorised(names: Sequence[str], drawn: PhotoLatents, photos: PhotoLatents) -> Memorisation:
+    """Compares each drawn image with every photo and with its mirror image.
 
     Args:
-        drawn: name -> image.
-        latents: [N, C, h, w] of the drawn images, in their order.
+        names: of the drawn images.
         photos: the training photos, cropped as the images are.
     """
-    mirrored = PhotoLatents([ImageOps.mirror(image) for image in photos.images], photos.latents.flip(-1))
     spread = float(photos.latents.std()) or 1.0
-    both = [_distances(list(drawn.values()), latents, side, spread) for side in (photos, mirrored)]
-    hashes, spaces = (np.minimum(*each) for each in zip(*both, strict=True))
+    hashes = np.minimum(*(_hash_distances(drawn.hashes, each) for each in (photos.hashes, photos.mirrored)))
+    sides = (photos.latents, photos.latents.flip(-1))
+    spaces = np.minimum(*(_latent_distances(drawn.latents, each) / spread for each in sides))
     own_hash, own_latents = _between(photos, spread)
     nearest = []
-    for number, name in enumerate(drawn):
+    for number, name in enumerate(names):
         photo = int((hashes[number] / own_hash + spaces[number] / own_latents).argmin())
         near, space = float(hashes[number, photo]), float(spaces[number, photo])
         copied = near < NEAR * own_hash and space < NEAR * own_latents
@@ -82,29 +95,40 @@ def memorised(drawn: Mapping[str, Image.Image], latents: Tensor, photos: PhotoLa
     return Memorisation(nearest, round(own_hash, 4), round(own_latents, 4))
 
 
-def difference_hash(image: Image.Image) -> NDArray[np.bool_]:
+def difference_hash(image: Image.Image) -> Bits:
     """[64]: whether each pixel of the image at 9x8 is brighter than its left neighbour (dHash)."""
     grey = np.asarray(image.convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX), dtype=np.int16)
-    bits: NDArray[np.bool_] = (grey[:, 1:] > grey[:, :-1]).ravel()
+    bits: Bits = (grey[:, 1:] > grey[:, :-1]).ravel()
     return bits
 
 
-def _distances(
-    images: Sequence[Image.Image], latents: Tensor, photos: PhotoLatents, spread: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """[images, photos] each: by hash and by latents."""
-    one, other = (np.stack([difference_hash(image) for image in each]) for each in (images, photos.images))
-    hashes = (one[:, None] != other[None]).mean(2)
-    squares = torch.stack([(photos.latents - each).square().flatten(1).mean(1) for each in latents])
-    return hashes, (squares.sqrt() / spread).double().numpy()
+def _hash_distances(one: Bits, other: Bits) -> Distances:
+    """[N, M]: the share of bits that differ, between hashes [N, 64] and [M, 64]."""
+    return np.stack([(bits != other).mean(1) for bits in one])
+
+
+def _latent_distances(one: Tensor, other: Tensor) -> Distances:
+    """[N, M]: the root mean square differences between latents [N, ...] and [M, ...].
+
+    By |a - b|^2 = |a|^2 + |b|^2 - 2 ab, in float64: 2,000 photos of SDXL with each other are one product, and not
+    2,000 passes over 500 MB. Some values at a time, so that there is no second copy of all.
+    """
+    flat = one.flatten(1), other.flatten(1)
+    squares = torch.zeros(len(one), len(other), dtype=torch.float64)
+    for start in range(0, flat[0].shape[1], TOGETHER):
+        a, b = (each[:, start : start + TOGETHER].double() for each in flat)
+        squares += a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * (a @ b.T)
+    found: Distances = (squares.clamp(min=0) / flat[0].shape[1]).sqrt().numpy()
+    return found
 
 
 def _between(photos: PhotoLatents, spread: float) -> tuple[float, float]:
     """The median over photos of the distance to the nearest other photo; for one photo, what is usual."""
-    if len(photos.images) < 2:
+    if len(photos.hashes) < 2:
         return ALIKE / NEAR, ALIKE_LATENTS / NEAR
     found = []
-    for distances in _distances(photos.images, photos.latents, photos, spread):
+    both = _hash_distances(photos.hashes, photos.hashes), _latent_distances(photos.latents, photos.latents) / spread
+    for distances in both:
         np.fill_diagonal(distances, np.inf)
         found.append(float(np.median(distances.min(1))))
     return max(found[0], ALIKE), max(found[1], 1e-6)

@@ -91,7 +91,7 @@ class BaseProbe:
 
 def make_sets(material: Material, bank: Bank) -> dict[str, Sequence[Point]]:
     """The points of every set; empty where the material has nothing for it. To be called before training."""
-    others = [way[number % LEVELS] for number, way in enumerate(bank.drawings(list(material.others)))]
+    others = [point for way in bank.drawings(list(material.others)) for point in way]
     pairs = [material.classes[number % len(material.classes)] for number in range(CLASS_DRAWINGS)]
     ways = bank.drawings([plain if plain is not None else named for plain, named in pairs])
     points = [point for way in ways for point in way]

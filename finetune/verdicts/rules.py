@@ -19,31 +19,33 @@ class Limits:
     """Where a verdict changes, in units of the base's own effect of prompts (`finetune.verdicts.base`).
 
     They were set on development runs of `benchmarks/verdicts.py` alone: between the values of runs on either side of
-    them, by the judge (docs/status.md says how many). In brackets: what was seen, and what the judge saw there.
+    them, by the judge (docs/verdicts.md says how many). In brackets: the nearest values, and what the judge saw there.
 
     Attributes:
-        learned: less was learned: "undertrained" (mug, 1.58: a gain of .15; backpack, 1.63: .84; 4.4: .87). The two
-            subjects touch here: between 1 and 3 this word is not to be trusted until more runs have been judged.
-        overfit: a larger share of what was learned holds for the photos alone: "overtrained" (.33: .88 of the images
-            on the beach are there; .41: .44).
-        fall: the unseen views lost more than this share of their best value: "overtrained". More than the noise of
-            the measure, which is a tenth; no run was seen to reach it.
-        class_drift: what the class's prompt does moved farther: "class drifted" (.85: the class is as it was; 1.27: it
-            is gone). At 1 the prompt may as well not be there.
-        takeover: the class went more of the way to the subject: "class drifted" (.38: .06 of the class's images show
-            the subject; .57: .94; .97: all).
-        elsewhere: what other prompts do moved farther: "base damaged" (.16: .94 of them are right; .52: .75).
-        empty_prompt: the empty prompt went more of the way to the subject: "base damaged" (.38: it draws the class
-            no more than before; .43: always).
+        learned: less was learned, on photos and unseen views: "undertrained" (.74: a gain of .07; .86: .73).
+        overfit: a larger share of what was learned holds for the photos alone: "overtrained" (.52: all places are
+            drawn; .95: a third of the images of one place).
+        fall: the unseen views lost more than this share of their best value: "overtrained" (.34: all places; .74: a
+            third).
+        class_drift: what the class's prompt does moved farther: "class drifted". No run was seen that this limit
+            tells (1.39: the class is no more the subject than before). At 1.4 the prompt may as well not be there.
+        takeover: the class went more of the way to the subject: "class drifted" (.35: no image of the class shows it;
+            1.01: a quarter).
+        elsewhere: what other prompts do moved farther: "base damaged" (.70: .10 fewer of them are right; .78: .70).
+        empty_class: the empty prompt went more of the way to the class: "base damaged" (.34: it draws the class .33
+            of the time more often, and in another run .42; .58: .58).
+        empty_prompt: the empty prompt went more of the way to the subject: "base damaged" (.41: it draws the class no
+            more than before; .99: half of the time more).
     """
 
-    learned: float = 1.6
-    overfit: float = 0.37
-    fall: float = 0.25
-    class_drift: float = 1.1
-    takeover: float = 0.5
-    elsewhere: float = 0.35
-    empty_prompt: float = 0.4
+    learned: float = 0.8
+    overfit: float = 0.7
+    fall: float = 0.5
+    class_drift: float = 1.4
+    takeover: float = 0.6
+    elsewhere: float = 0.74
+    empty_class: float = 0.45
+    empty_prompt: float = 0.6
 
 
 LIMITS = Limits()
@@ -123,7 +125,7 @@ def score(row: Row, limits: Limits = LIMITS) -> float:
 
 
 def _drift_limits(limits: Limits) -> dict[str, float]:
-    names = ("class_drift", "takeover", "elsewhere", "empty_prompt")
+    names = ("class_drift", "takeover", "elsewhere", "empty_class", "empty_prompt")
     return {name: getattr(limits, name) for name in names}
 
 
@@ -138,7 +140,7 @@ def _holds(word: str, rows: Sequence[Row], limits: Limits) -> bool:
         return word == DAMAGED
     beyond = {name for name, limit in _drift_limits(limits).items() if values.get(name, 0.0) > limit}
     if word == DAMAGED:
-        return bool(beyond & {"elsewhere", "empty_prompt"})
+        return bool(beyond & {"elsewhere", "empty_class", "empty_prompt"})
     if word == DRIFTED:
         return bool(beyond & {"class_drift", "takeover"})
     learned, unseen = values.get("learned", 0.0), values.get("held_out", values.get("learned", 0.0))
@@ -152,7 +154,7 @@ def _holds(word: str, rows: Sequence[Row], limits: Limits) -> bool:
 def in_short(values: Mapping[str, float]) -> str:
     """The measures on one line of the console."""
     names = {"learned": "learned", "held_out": "unseen views", "class_drift": "class", "takeover": "class as subject"}
-    names |= {"elsewhere": "elsewhere", "empty_prompt": "empty prompt"}
+    names |= {"elsewhere": "elsewhere", "empty_class": "empty as class", "empty_prompt": "empty as subject"}
     return ", ".join(f"{text} {values[name]:.2f}" for name, text in names.items() if name in values)
 
 
@@ -181,8 +183,9 @@ def _said(word: str, values: Mapping[str, float], limits: Limits) -> str:
 
 
 def _damage(values: Mapping[str, float], limits: Limits) -> str:
-    """Of the two measures of damage those that are beyond their limits."""
-    other, empty = values.get("elsewhere", 0.0), values.get("empty_prompt", 0.0)
+    """Of the measures of damage those that are beyond their limits."""
+    other, of_class, empty = (values.get(name, 0.0) for name in ("elsewhere", "empty_class", "empty_prompt"))
     said = [f"prompts about other things changed (drift {other:.2f})"] * (other > limits.elsewhere)
+    said += [f"the empty prompt went {100 * of_class:.0f} % of the way to the class"] * (of_class > limits.empty_class)
     said += [f"the empty prompt went {100 * empty:.0f} % of the way to the subject"] * (empty > limits.empty_prompt)
     return ", and ".join(said)

@@ -52,9 +52,11 @@ def read_remarks(run: Path) -> list[str]:
 def missing(rows: Sequence[Row]) -> list[str]:
     """A sentence for each measure that the rows do not hold."""
     held = {name for row in rows for name in row.values}
+    classless = "the run has no class noun and no captions without its trigger"
     reasons = {
-        "class_drift": "the run has no class noun and no captions without its trigger",
-        "takeover": "the run has no class noun and no captions without its trigger",
+        "class_drift": classless,
+        "takeover": classless,
+        "empty_class": f"{classless}, or an older version measured it",
     }
     return [
         f"“{kind.title}” was not measured: {reasons.get(name, 'the run has nothing to measure it with')}."

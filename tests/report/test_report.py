@@ -15,6 +15,7 @@ from finetune.core.records import Check
 from finetune.report.html import curve, smooth, write_report
 from finetune.report.pictures import keep_class_images
 from finetune.runs.inputs import Accepted, InputsRecord, RunInputs, write_inputs
+from finetune.verdicts.rules import LIMITS
 
 
 @pytest.fixture
@@ -148,8 +149,8 @@ def test_the_verdict_is_a_sentence_and_curves(run: Path) -> None:
         row.split("</td>") for row in page.split("<table class=measures>")[1].split("</table>")[0].split("<tr>")[1:]
     ]
     shown = {row[0].removeprefix("<td>"): (row[1], row[2]) for row in cells}
-    assert shown["drift elsewhere"] == ("<td class=bad>0.90", "<td class=soft>at most 0.35")
-    assert shown["learned, on the photos"] == ("<td>5.00", "<td class=soft>at least 1.6")
+    assert shown["drift elsewhere"] == ("<td class=bad>0.90", f"<td class=soft>at most {LIMITS.elsewhere:g}")
+    assert shown["learned, on the photos"] == ("<td>5.00", f"<td class=soft>at least {LIMITS.learned:g}")
     held = ["data.photos=photos", "data.class_noun=mug", "prior.others={}", "prior.caption_dropout=0"]
     (run / "recipe.yaml").write_text(dump_recipe(load_recipe("dreambooth-lora", held)))
     (run / "checkpoints" / "step-000050").mkdir(parents=True)

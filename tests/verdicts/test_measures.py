@@ -73,7 +73,8 @@ def test_nothing_has_moved_before_training_and_the_right_things_after(
     moved = {measure for measure, value in probe.values().items() if value != 0}
     assert {"learned", "held_out", "overfit"} <= moved
     only_the_word = kind == "textual_inversion"  # no other prompt has it, so nothing else can move
-    assert bool(moved & {"class_drift", "elsewhere", "empty_prompt", "takeover"}) != only_the_word
+    drifts = {"class_drift", "elsewhere", "empty_class", "empty_prompt", "takeover"}
+    assert bool(moved & drifts) != only_the_word
 
 
 def test_the_measures_are_their_formulas(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
@@ -112,6 +113,8 @@ def test_the_measures_are_their_formulas(tiny_bases: dict[str, Path], tmp_path: 
     empty = outputs(SUBJECT, False, "") - outputs(SUBJECT, True, "")
     way = outputs(SUBJECT, False) - outputs(SUBJECT, True, "")
     close("empty_prompt", (empty * way).mean() / max(way.square().mean(), effect(SUBJECT)))
+    way = outputs(CLASS, True) - outputs(CLASS, True, "")
+    close("empty_class", (empty * way).mean() / effect(CLASS))
     target = torch.stack([point.target for point in probe.sets[PHOTOS]])  # type: ignore[misc]
     better = [(outputs(PHOTOS, base) - target).square().mean() for base in (True, False)]
     close("learned", (better[0] - better[1]) / effect(PHOTOS))
@@ -122,8 +125,8 @@ def test_what_can_not_be_measured_is_left_out(tiny_bases: dict[str, Path], tmp_p
     family = load_family(str(tiny_bases["sd1"]))
     LoRA(rank=2).attach(family, 0)
     probe = probe_of(family, tmp_path, classes=False)
-    assert probe.left_out == ["class_drift", "takeover"]
-    assert set(probe.values()) == set(MEASURES) - {"class_drift", "takeover"}
+    assert probe.left_out == ["class_drift", "empty_class", "takeover"]
+    assert set(probe.values()) == set(MEASURES) - {"class_drift", "empty_class", "takeover"}
 
 
 def test_neutral_prompts_name_no_noun_of_the_run() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from finetune.verdicts.memorisation import PhotoLatents, difference_hash, memorised
+from finetune.verdicts import memorisation
+from finetune.verdicts.memorisation import PhotoLatents, difference_hash, memorised, photo_latents
 
 
 def picture(seed: int) -> Image.Image:
@@ -20,6 +25,10 @@ def latents(images: list[Image.Image]) -> Tensor:
     """Pixels at an eighth of the size: a linear codec."""
     small = [np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=np.float32) / 127.5 - 1 for image in images]
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2)
+
+
+def of(images: list[Image.Image]) -> PhotoLatents:
+    return photo_latents(zip(images, latents(images), strict=True))
 
 
 def noisy(image: Image.Image) -> Image.Image:
@@ -36,10 +45,10 @@ def test_the_hash_is_the_sign_of_each_step_to_the_right() -> None:
 
 def test_copies_are_told_from_other_images() -> None:
     photos = [picture(seed) for seed in range(5)]
-    held = PhotoLatents(photos, latents(photos))
+    held = of(photos)
     copies = {"copy": noisy(photos[3]), "mirrored": ImageOps.mirror(noisy(photos[1]))}
     drawn = copies | {"new": picture(50), "other": picture(51)}
-    found = memorised(drawn, latents(list(drawn.values())), held)
+    found = memorised(list(drawn), of(list(drawn.values())), held)
     assert [item.copied for item in found.nearest] == [True, True, False, False]
     assert [item.photo for item in found.nearest[:2]] == [3, 1]
     assert found.copies == 2
@@ -49,7 +58,38 @@ def test_copies_are_told_from_other_images() -> None:
 def test_one_photo_has_no_distance_between_photos() -> None:
     photos = [picture(0)]
     drawn = {"copy": noisy(photos[0]), "new": picture(7)}
-    found = memorised(drawn, latents(list(drawn.values())), PhotoLatents(photos, latents(photos)))
+    found = memorised(list(drawn), of(list(drawn.values())), of(photos))
     assert [item.copied for item in found.nearest] == [True, False]
-    others = memorised({"new": picture(7)}, latents([picture(7)]), PhotoLatents(photos, latents(photos)))
+    others = memorised(["new"], of([picture(7)]), of(photos))
     assert others.sentence.startswith("None of 1")
+
+
+def test_the_distances_are_those_of_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, from the latents and hashes themselves; the values of an image in several parts."""
+    monkeypatch.setattr(memorisation, "TOGETHER", 50)
+    photos, drawn = [picture(seed) for seed in range(6)], [picture(70), noisy(picture(2)), picture(2)]
+    spaces, own, spread = latents(photos), latents(drawn), float(latents(photos).std())
+    found = memorised(["a", "b", "c"], of(drawn), of(photos))
+    for number, item in enumerate(found.nearest):
+        sides = (spaces[item.photo], spaces[item.photo].flip(-1))
+        apart = min(float((own[number] - side).square().mean().sqrt()) for side in sides) / spread
+        faces = (photos[item.photo], ImageOps.mirror(photos[item.photo]))
+        bits = min(float((difference_hash(drawn[number]) != difference_hash(face)).mean()) for face in faces)
+        assert (item.latents, item.hash) == (pytest.approx(apart, abs=1e-4), pytest.approx(bits, abs=1e-4))
+    assert found.nearest[2].latents == 0.0
+    others = [sorted(float((one - other).square().mean().sqrt()) / spread for other in spaces)[1] for one in spaces]
+    assert found.latents == pytest.approx(float(np.median(others)), abs=1e-4)
+
+
+def test_no_image_is_kept() -> None:
+    """2,000 photos of 1,024 pixels would be 8 GB."""
+    alive: list[weakref.ref[Image.Image]] = []
+
+    def images() -> Iterator[tuple[Image.Image, Tensor]]:
+        for seed in range(4):
+            image = picture(seed)
+            assert sum(each() is not None for each in alive) <= 1
+            alive.append(weakref.ref(image))
+            yield image, latents([image])[0]
+
+    assert photo_latents(images()).hashes.shape == (4, 64)

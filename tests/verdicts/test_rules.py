@@ -28,7 +28,7 @@ from finetune.verdicts.rules import (
     score,
 )  # fmt: skip
 
-NONE = dict.fromkeys(("class_drift", "takeover", "elsewhere", "empty_prompt"), 0.0)
+NONE = dict.fromkeys(("class_drift", "takeover", "elsewhere", "empty_class", "empty_prompt"), 0.0)
 
 
 def row(step: int, learned: float, held_out: float, **drifts: float) -> Row:
@@ -47,10 +47,11 @@ BEGIN = row(0, 0, 0)
         ([row(50, 0.4, 0.3)], UNDERTRAINED),
         ([row(50, 1.0, 0.9), row(100, 1.6, 1.5)], GOOD),
         ([row(50, 1.6, 1.5), row(100, 4.0, 1.0)], OVERTRAINED),
-        ([row(50, 2.0, 2.0), row(100, 2.2, 1.2)], OVERTRAINED),
+        ([row(50, 2.0, 2.0), row(100, 2.2, 0.9)], OVERTRAINED),
         ([row(50, 1.6, 1.5, class_drift=1.5)], DRIFTED),
         ([row(50, 1.6, 1.5, takeover=1.5)], DRIFTED),
         ([row(50, 1.6, 1.5, elsewhere=1.5)], DAMAGED),
+        ([row(50, 1.6, 1.5, empty_class=1.1)], DAMAGED),
         ([row(50, 1.6, 1.5, empty_prompt=1.1, class_drift=2.0)], DAMAGED),
     ],
 )
@@ -146,7 +147,7 @@ def test_the_advice_is_a_setting_that_the_recipe_takes() -> None:
     """With each prior: what is advised is accepted, and then it is not advised again."""
     bad = [BEGIN, row(100, 1.5, 1.4, elsewhere=2, class_drift=2)]
     for kind in ("none", "class_images", "frozen_base", "distance"):
-        own = ["data.photos=photos", "data.class_noun=mug", f"prior.kind={kind}"]
+        own = ["data.photos=photos", "data.class_noun=mug", f"prior.kind={kind}", "prior.others=null"]
         said = judged(bad, means=means_of(load_recipe("dreambooth-lora", own).prior, None, ())).advice
         told = re.findall(r"prior\.[a-z_.]+=[a-z_0-9]+", said)
         assert told
@@ -196,7 +197,8 @@ def test_what_is_in_memory_is_what_is_read_back(tmp_path: Path) -> None:
 
 def test_samples_in_a_step_are_those_of_all_streams() -> None:
     def samples(*own: str) -> float:
-        recipe = load_recipe("dreambooth-lora", ["data.photos=p", "data.class_noun=mug", "run.batch_size=4", *own])
+        same = ["data.photos=p", "data.class_noun=mug", "run.batch_size=4", "prior.others=null"]
+        recipe = load_recipe("dreambooth-lora", [*same, *own])
         return samples_in_step(recipe.run, recipe.prior)
 
     assert samples("prior.kind=none") == 4

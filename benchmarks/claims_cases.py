@@ -1,0 +1,90 @@
+"""The cases of dreambooth_claims.py: recipes, and what is changed in them. `base` is the untouched base.
+
+METHODS, PRIORS and PEERS are measured on every subject. LEVERS say what was tried on the development subjects alone,
+before the default recipe was fixed. FAULTS are made to be bad, so that verdicts.py can ask whether verdicts see it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PEERS_FOLDER = Path(__file__).with_name("peers")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe's name or file, settings that are changed in it, the strength at which its adapter is drawn, and
+    whether the photos get masks by `finetune data mask`."""
+
+    name: str
+    recipe: str
+    settings: tuple[str, ...] = ()
+    weight: float = 1.0
+    masked: bool = False
+
+
+def _lora(name: str, *settings: str, weight: float = 1.0, masked: bool = False) -> Case:
+    return Case(name, "dreambooth-lora", settings, weight, masked)
+
+
+def _peer(file: str, *settings: str) -> Case:
+    return Case(file + (", our rate and steps" if settings else ""), str(PEERS_FOLDER / f"{file}.yaml"), settings)
+
+
+NO_OTHERS = "prior.others=null"
+WITHOUT_CLASS_IMAGES = ("prior.others={guidance: 3.0}", "prior.caption_dropout=0")
+OTHERS = (*WITHOUT_CLASS_IMAGES, "prior.steps=20")
+QUICKER = ("prior.others={guidance: 3.0, steps: 12}", "prior.steps=12", "prior.caption_dropout=0.25")
+FEWER = ("prior.count=64", "prior.steps=12", "prior.others={guidance: 3.0, count: 128, steps: 12}")
+TEACHER = (*OTHERS, "prior.others.target=base")
+OUR_PACE = ("optim.lr=2e-3", "optim.schedule=cosine", "run.steps=500")
+
+DEFAULT = "lora"
+METHODS = (
+    _lora(DEFAULT),
+    Case("full", "dreambooth-full"),
+    Case("textual inversion", "textual-inversion"),
+    Case("pivotal", "pivotal"),
+)
+PRIORS = (
+    _lora("lora, no prior", "prior.kind=none", NO_OTHERS),
+    _lora("lora, class images", "prior.kind=class_images", NO_OTHERS),
+    _lora("lora, frozen base", "prior.kind=frozen_base", NO_OTHERS),
+    _lora("lora, everything else by the base", "prior.kind=class_images", *TEACHER),
+    Case("full, no prior", "dreambooth-full", ("prior.kind=none", NO_OTHERS)),
+    Case("full, class images", "dreambooth-full", ("prior.kind=class_images", NO_OTHERS)),
+)
+PEERS = (_peer("diffusers"), _peer("diffusers", *OUR_PACE), _peer("kohya"), _peer("kohya", *OUR_PACE))
+LEVERS = (
+    _lora("class images alone", "prior.kind=class_images", NO_OTHERS, "prior.steps=20"),
+    _lora("class images without dropout", "prior.kind=class_images", NO_OTHERS, "prior.caption_dropout=0"),
+    _lora("others", *OTHERS),
+    _lora("others by the base", *TEACHER),
+    _lora("others, half", *OTHERS, "prior.others.share=0.5"),
+    _lora("others, frozen base", "prior.kind=frozen_base", *WITHOUT_CLASS_IMAGES, "prior.others.target=base"),
+    _lora("others, rank 4", *OTHERS, "method.rank=4"),
+    _lora("others, rank 32", *OTHERS, "method.rank=32"),
+    _lora("others, half the rate", *OTHERS, "optim.lr=1e-3"),
+    _lora("others, 300 steps", *OTHERS, "run.steps=300"),
+    _lora("others, 800 steps", *OTHERS, "run.steps=800"),
+    _lora("others, attention alone", *OTHERS, "method.targets=attention"),
+    _lora("others, EMA", *OTHERS, "run.ema=0.99"),
+    _lora("others, no weighting", *OTHERS, "objective.weighting=none"),
+    _lora("others, less of the high noise", *OTHERS, "objective.density={kind: logit_normal, mean: -0.5}"),
+    _lora("others, the text encoder too", *OTHERS, "method.parts=[denoiser,text_encoders]", "optim.text_lr=2e-4"),
+    _lora("others, strength .8", *OTHERS, weight=0.8),
+    _lora("others, masks", *OTHERS, "data.masks=auto", masked=True),
+    _lora("others, 12 steps each, with dropout", *QUICKER),
+    _lora("others, half as many images, 12 steps each", *FEWER, "prior.caption_dropout=0"),
+    _lora("others, half as many images, 12 steps each, 300 steps", *FEWER, "prior.caption_dropout=0", "run.steps=300"),
+)
+FAULTS = (
+    _lora("too short", "run.steps=60"),
+    _lora("too faint", "optim.lr=1e-4", "run.steps=250"),
+    _lora("too hot", "optim.lr=6e-3"),
+    _lora("too hot, no prior", "optim.lr=6e-3", "prior.kind=none", NO_OTHERS, "optim.schedule=constant"),
+    _lora("too long, no prior", "run.steps=1000", "prior.kind=none", NO_OTHERS),
+)
+ON_ALL = (*METHODS, *PRIORS, *PEERS)
+CASES = {case.name: case for case in (*ON_ALL, *LEVERS, *FAULTS)}
