@@ -15,8 +15,11 @@ from typing import Any
 from finetune.core.errors import BadInput, CheckFailed
 from finetune.core.events import Event, PhaseAdvanced, PhaseStarted, sent_to
 from finetune.core.reading import parse_json
+from finetune.ui.lora_work import convert_lora, merge_loras, verify_lora
+from finetune.ui.photo_work import small_copies, try_changes
+from finetune.ui.prompt_box import draw_wish
+from finetune.ui.pushing import push_run
 
-SMALL, LARGE = 360, 1600  # pixels of the longer side of a photo's copies
 Chore = Callable[[Mapping[str, Any]], Any]
 
 
@@ -31,26 +34,6 @@ def check_photos(given: Mapping[str, Any]) -> Any:
         item["shown"] = small_copies(Path(given["photos"]) / item["name"], small)
     found.pop("folder")
     return found
-
-
-def small_copies(photo: Path, folder: Path) -> bool:
-    """Writes NAME.small.jpg and NAME.large.jpg into `folder`, without metadata. Returns whether that was possible."""
-    from finetune.core.files import replacing
-    from finetune.data.photos import BadImage, open_image
-
-    targets = {folder / f"{photo.name}.small.jpg": SMALL, folder / f"{photo.name}.large.jpg": LARGE}
-    if all(file.is_file() and file.stat().st_mtime >= photo.stat().st_mtime for file in targets):
-        return True
-    try:
-        image = open_image(photo).convert("RGB")
-    except (BadImage, OSError):
-        return False
-    image.info = {}
-    for file, side in sorted(targets.items(), key=lambda item: -item[1]):
-        image.thumbnail((side, side))
-        with replacing(file) as temporary:
-            image.save(temporary, "JPEG", quality=86)
-    return True
 
 
 def unpack_zip(given: Mapping[str, Any]) -> Any:
@@ -167,23 +150,6 @@ def _fitting(recipe: Any) -> dict[str, Any]:
     return {"needed": needed, "there": there, "fits": needed <= there, "lever": lever}
 
 
-def verify_lora(given: Mapping[str, Any]) -> Any:
-    """What `finetune verify` says of a LoRA file."""
-    from finetune.adapters.operations import verify_file
-
-    found = verify_file(Path(given["file"]), given.get("base") or None)
-    return {
-        "called": found.called,
-        "family": found.family,
-        "size": found.size,
-        "ranks": sorted(found.ranks),
-        "compared": found.compared.line,
-        "readers": [[reader, state, why or ""] for reader, (state, why) in found.verdicts.items()],
-        "notes": list(found.notes),
-        "problems": [problem.line for problem in found.problems],
-    }
-
-
 def export_step(given: Mapping[str, Any]) -> Any:
     """Exports a checkpoint of a run, checked, and returns what was written."""
     from finetune.jobs.export import export_result
@@ -194,11 +160,16 @@ def export_step(given: Mapping[str, Any]) -> Any:
 
 CHORES: dict[str, Chore] = {
     "check": check_photos,
+    "try": try_changes,
     "unpack": unpack_zip,
     "inspect": inspect_base,
     "plan": plan_run,
     "verify": verify_lora,
+    "convert": convert_lora,
+    "merge": merge_loras,
     "export": export_step,
+    "draw": draw_wish,
+    "push": push_run,
 }
 
 

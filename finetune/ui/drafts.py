@@ -11,26 +11,20 @@ from typing import Any
 from finetune.core.errors import BadInput
 from finetune.ui.plain_words import without_places
 from finetune.ui.started import shown_command
+from finetune.ui.uploads import MASK
 
 RECIPES = {"thing": "dreambooth-lora", "style": "style-lora"}
 TINY = "tiny"
+TINY_SIDE = 128  # pixels that the tiny base draws; reading its configs would load torch
 HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 MOST_SETTINGS = 60
-# Settings that a page may change. None of them takes a path: what is read and where it is written stays the page's.
-FREE = re.compile(
-    r"(optim|objective)\.[a-z_.]+|method\.(rank|alpha|targets|dropout|parts)"
-    r"|run\.(steps|batch_size|accumulate|seed|precision|gradient_checkpointing|checkpoint_every|keep|keep_best|ema"
-    r"|verdicts|verdicts_every)|sample\.(count|every|steps|guidance|seed|sampler|prompts|negative)"
-    r"|prior\.(count|weight|guidance|steps)|data\.(resolution|flip|crop|shape|caption_dropout|hold_out|skip_bad|masks)"
-    r"|export\.(formats|rank|dtype|verify)"
-)
 PATH_SIGNS = ("/", "\\", "~", "$")
 
 
 @dataclass(frozen=True)
 class Draft:
     """A run that is not started yet. `kind` is "thing" or "style"; `base` what `data.base` of a recipe says; `more`
-    are further settings, such as "optim.lr=1e-4"."""
+    are further settings, such as "optim.lr=1e-4". `file`: a recipe that was sent."""
 
     photos: Path
     kind: str
@@ -38,11 +32,12 @@ class Draft:
     base: str
     like: str = ""
     more: tuple[str, ...] = ()
+    file: Path | None = None
 
     @property
     def recipe(self) -> str:
-        """The name of the shipped recipe."""
-        return RECIPES[self.kind]
+        """The name of the shipped recipe, or the file that was sent in its place."""
+        return RECIPES[self.kind] if self.file is None else self.file.as_posix()
 
     @property
     def run_name(self) -> str:
@@ -77,12 +72,13 @@ class Draft:
         return without_places(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def draft_of(values: Mapping[str, Any], photos: Path, bases: Mapping[str, Path]) -> Draft:
+def draft_of(values: Mapping[str, Any], photos: Path, bases: Mapping[str, Path], file: Path | None = None) -> Draft:
     """The draft that a page sent.
 
     Args:
         values: kind, noun, base (tiny, local:NAME or a hub id), like (a hub id) and more (a list of key=value).
         bases: the folders and files that the page may use, by name.
+        file: a recipe that was sent.
 
     Raises:
         BadInput: a value can't be used.
@@ -97,9 +93,13 @@ def draft_of(values: Mapping[str, Any], photos: Path, bases: Mapping[str, Path])
         raise BadInput(f"{like!r:.80} is not a hub id: write OWNER/NAME")
     given = values.get("more", [])
     more = tuple(_free(text) for text in given if str(text).strip()) if isinstance(given, list) else ()
+    if not any(text.startswith("data.masks=") for text in more) and any(photos.glob(f"*{MASK}")):
+        more = (*more, "data.masks=auto")
     if len(more) > MOST_SETTINGS:
         raise BadInput(f"these are more than {MOST_SETTINGS} settings: write them into a recipe file")
-    return Draft(photos, kind, noun if kind == "thing" else "", base_of(values.get("base"), bases), like, more)
+    thing = noun if kind == "thing" else ""
+    base = base_of(values.get("base"), bases)
+    return Draft(photos=photos, kind=kind, noun=thing, base=base, like=like, more=more, file=file)
 
 
 def base_of(name: Any, bases: Mapping[str, Path]) -> str:
@@ -131,9 +131,11 @@ def bases_in(folder: Path) -> dict[str, Path]:
 
 
 def _free(text: Any) -> str:
+    from finetune.ui.settings_list import free_settings
+
     setting = " ".join(str(text).split())
     key, equals, value = (part.strip() for part in setting.partition("="))
-    if not equals or not FREE.fullmatch(key):
+    if not equals or key not in free_settings():
         raise BadInput(f"{setting!r:.80} can't be set here: write section.key=value, such as optim.lr=1e-4")
     if any(sign in value for sign in PATH_SIGNS):
         raise BadInput(f"{setting!r:.80} looks like a path, which the page does not take: use a recipe file for it")

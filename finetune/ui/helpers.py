@@ -105,6 +105,7 @@ class Helpers:
         assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(chore.given).encode())
+            chore.given.pop("token", None)  # it was used: nothing keeps it
             process.stdin.close()
             async for line in process.stdout:
                 _take(chore, line)

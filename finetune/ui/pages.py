@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from starlette.applications import Starlette
-from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from finetune import __version__
 from finetune.core.errors import BadInput
-from finetune.core.reading import parse_json
 from finetune.report.look import STYLE
-from finetune.ui.drafts import Draft, base_of, bases_in, draft_of
+from finetune.ui.answers import body_of, sent_file, told_in_words, values_of, whole_number
+from finetune.ui.cards import card_page
+from finetune.ui.changes import KINDS, Changes
+from finetune.ui.drafts import TINY_SIDE, Draft, base_of, bases_in, draft_of
 from finetune.ui.guard import Guard, Rules
 from finetune.ui.helpers import Helpers
-from finetune.ui.plain_words import without_places
+from finetune.ui.kept_drafts import LARGEST_RECIPE, KeptDrafts
+from finetune.ui.lora_pages import LoraPages
+from finetune.ui.prompt_box import Drawings, wish_of
+from finetune.ui.pushing import files_to_send, push_of
 from finetune.ui.run_views import RunViews
 from finetune.ui.started import Starter
-from finetune.ui.uploads import Uploads
+from finetune.ui.uploads import MOST_FILES, Uploads
 
 STATIC = Path(__file__).parent / "static"
 REPORT_POLICY = "sandbox allow-same-origin; default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'"
-MOST_TOLD = 1_000_000  # bytes of JSON in a request
-Answer = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,11 @@ class Pages:
     def __init__(self, rooms: Rooms, rules: Rules) -> None:
         self.rooms, self.rules = rooms, rules
         self.uploads = Uploads(rooms.own)
+        self.changes = Changes(self.uploads)
+        self.drafts = KeptDrafts(self.uploads)
         self.starter = Starter(rooms.runs, rooms.own / "logs")
         self.views = RunViews(self.starter)
+        self.drawings = Drawings(rooms.own)
         self.helpers: Helpers | None = None
 
     def app(self) -> Starlette:
@@ -60,25 +63,32 @@ class Pages:
         routes = [
             Route("/", self.page),
             Route("/page.css", self.style),
-            Route("/page.js", self.script),
-            Route("/api/home", _told(self.home)),
-            Route("/api/sets", _told(self.new_set), methods=["POST"]),
-            Route("/api/sets/{set}", _told(self.photos)),
-            Route("/api/sets/{set}/files", _told(self.add_file), methods=["PUT"]),
-            Route("/api/sets/{set}/{what:str}", _told(self.change_set), methods=["POST"]),
-            Route("/api/sets/{set}/small/{file}", _told(self.small)),
-            Route("/api/chores/{number}", _told(self.chore)),
-            Route("/api/base", _told(self.inspect), methods=["POST"]),
-            Route("/api/recipe", _told(self.recipe), methods=["POST"]),
-            Route("/api/plan", _told(self.plan), methods=["POST"]),
-            Route("/api/start", _told(self.start), methods=["POST"]),
-            Route("/api/lora", _told(self.verify), methods=["PUT"]),
-            Route("/api/runs/{run}", _told(self.run)),
-            Route("/api/runs/{run}/live", _told(self.live)),
-            Route("/api/runs/{run}/{what}", _told(self.change_run), methods=["POST"]),
-            Route("/runs/{run}/report.html", _told(self.report)),
-            Route("/runs/{run}/samples/{folder}/{file}", _told(self.image)),
-            Route("/runs/{run}/files/{path:path}", _told(self.download)),
+            Route("/{file:str}.js", told_in_words(self.script)),
+            Route("/api/home", told_in_words(self.home)),
+            Route("/api/sets", told_in_words(self.new_set), methods=["POST"]),
+            Route("/api/sets/{set}", told_in_words(self.photos)),
+            Route("/api/sets/{set}/files", told_in_words(self.add_file), methods=["PUT"]),
+            Route("/api/sets/{set}/{what:str}", told_in_words(self.change_set), methods=["POST"]),
+            Route("/api/sets/{set}/small/{file}", told_in_words(self.small)),
+            Route("/api/chores/{number}", told_in_words(self.chore)),
+            Route("/api/base", told_in_words(self.inspect), methods=["POST"]),
+            Route("/api/recipe", told_in_words(self.recipe), methods=["POST"]),
+            Route("/api/recipes", told_in_words(self.add_recipe), methods=["PUT"]),
+            Route("/api/settings", told_in_words(self.settings), methods=["POST"]),
+            Route("/api/plan", told_in_words(self.plan), methods=["POST"]),
+            Route("/api/start", told_in_words(self.start), methods=["POST"]),
+            *LoraPages(self.uploads, self.rooms.bases, lambda: self._helpers).routes(),
+            Route("/api/runs/{run}", told_in_words(self.run)),
+            Route("/api/runs/{run}/live", told_in_words(self.live)),
+            Route("/api/runs/{run}/drawn", told_in_words(self.drawn)),
+            Route("/api/runs/{run}/push", told_in_words(self.to_send)),
+            Route("/api/drawn/{name}/remove", told_in_words(self.remove_drawing), methods=["POST"]),
+            Route("/drawn/{name}/{side}/{file}", told_in_words(self.drawn_image)),
+            Route("/api/runs/{run}/{what}", told_in_words(self.change_run), methods=["POST"]),
+            Route("/runs/{run}/report.html", told_in_words(self.report)),
+            Route("/runs/{run}/card.html", told_in_words(self.card)),
+            Route("/runs/{run}/samples/{folder}/{file}", told_in_words(self.image)),
+            Route("/runs/{run}/files/{path:path}", told_in_words(self.download)),
         ]
         return Starlette(routes=routes, middleware=[Middleware(Guard, rules=self.rules)], lifespan=self._life)
 
@@ -100,21 +110,33 @@ class Pages:
     async def style(self, request: Request) -> Response:
         return Response(STYLE + (STATIC / "page.css").read_text(encoding="utf-8"), media_type="text/css")
 
-    async def script(self, request: Request) -> Response:
-        return FileResponse(STATIC / "page.js", media_type="text/javascript")
+    async def script(self, request: Request) -> Any:
+        wanted = f"{request.path_params['file']}.js"
+        found = [file for file in STATIC.glob("*.js") if file.name == wanted]
+        if not found:
+            raise BadInput("the page has no such part: load it again")
+        return FileResponse(found[0], media_type="text/javascript")
 
     async def home(self, request: Request) -> Any:
         """The list of runs, photos that were sent, and bases."""
         runs = await run_in_threadpool(self.views.listed)
         bases = sorted(bases_in(self.rooms.bases))
-        return {"runs": runs, "sets": self.uploads.sets()[:20], "bases": bases, "version": __version__}
+        return {
+            "runs": runs,
+            "sets": await run_in_threadpool(self.drafts.listed),
+            "bases": bases,
+            "tiny_side": TINY_SIDE,
+            "version": __version__,
+        }
 
     async def new_set(self, request: Request) -> Any:
         return {"set": self.uploads.new_set()}
 
     async def photos(self, request: Request) -> Any:
-        """What was left out of a set; what is in it, a check tells."""
-        return {"left_out": self.uploads.left_out(request.path_params["set"])}
+        """What was left out of a set, changed in it, and filled in beside it; what is in it, a check tells."""
+        chosen = request.path_params["set"]
+        told = {"left_out": self.uploads.left_out(chosen), "changed": self.changes.of(chosen)}
+        return told | {"draft": self.drafts.of(chosen)}
 
     async def add_file(self, request: Request) -> Any:
         """Takes one file as the body of the request; its name is ?name=."""
@@ -130,14 +152,27 @@ class Pages:
             file.unlink(missing_ok=True)
 
     async def change_set(self, request: Request) -> Any:
-        """check: looks at the photos; out: leaves one out or takes it back; caption: writes one."""
-        chosen, what, values = request.path_params["set"], request.path_params["what"], await _values(request)
+        """check: looks at the photos; try: what a crop or a mask would do, keep: does it, undo: takes it back;
+        out: leaves one out or takes it back; caption: writes one; draft: keeps what was filled in."""
+        chosen, what, values = request.path_params["set"], request.path_params["what"], await values_of(request)
         photos, name = self.uploads.photos_of(chosen), str(values.get("name", ""))
         if what == "check":
             small = self.uploads.small_of(chosen)
-            given = {"photos": str(photos), "small": str(small), "resolution": _whole(values.get("resolution"), 512)}
+            given = {
+                "photos": str(photos),
+                "small": str(small),
+                "resolution": whole_number(values.get("resolution"), 512),
+            }
             return {"chore": self._helpers.order("check", given)}
-        if what == "out":
+        if what == "try":
+            return {"chore": self._helpers.order("try", self._trial(chosen, values))}
+        if what == "keep":
+            return {"name": self.changes.keep(chosen, name, str(values.get("change", "")))}
+        if what == "undo":
+            return {"name": self.changes.undo(chosen, name)}
+        if what == "draft":
+            self.drafts.keep(chosen, values)
+        elif what == "out":
             self.uploads.leave_out(chosen, name, bool(values.get("out")))
         elif what == "caption":
             self.uploads.caption(chosen, name, str(values.get("text", "")))
@@ -145,8 +180,24 @@ class Pages:
             raise BadInput("the server knows nothing of this: load the page again")
         return {"done": True}
 
+    def _trial(self, chosen: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What the chore of a trial is given."""
+        names, what = values.get("names"), str(values.get("change", ""))
+        if not isinstance(names, list) or not names or len(names) > MOST_FILES:
+            raise BadInput("no photo was named: load the page again")
+        tried = {str(name): str(self.changes.tried(chosen, str(name), what)) for name in names}
+        folders = {"photos": str(self.uploads.photos_of(chosen)), "small": str(self.uploads.small_of(chosen))}
+        return {
+            **folders,
+            "tried": tried,
+            "what": what,
+            "resolution": whole_number(values.get("resolution"), 512) or 512,
+        }
+
     async def small(self, request: Request) -> Any:
         folder = self.uploads.small_of(request.path_params["set"])
+        tried = request.query_params.get("tried", "")
+        folder = folder / tried if tried in KINDS else folder
         wanted = request.path_params["file"]
         found = [file for file in folder.iterdir() if file.name == wanted] if folder.is_dir() else []
         if not found or not wanted.endswith(".jpg"):
@@ -157,7 +208,7 @@ class Pages:
         return self._helpers.look(request.path_params["number"]).told
 
     async def inspect(self, request: Request) -> Any:
-        values = await _values(request)
+        values = await values_of(request)
         base = base_of(values.get("base"), bases_in(self.rooms.bases))
         return {"chore": self._helpers.order("inspect", {"base": base, "like": str(values.get("like", "")) or None})}
 
@@ -165,6 +216,16 @@ class Pages:
         """The recipe and the command of what is chosen so far."""
         draft = await self._draft(request)
         return {"command": draft.command(), "recipe": await run_in_threadpool(draft.as_yaml), "name": draft.recipe}
+
+    async def add_recipe(self, request: Request) -> Any:
+        """Takes a recipe file as the body of the request."""
+        return await run_in_threadpool(self.drafts.take_recipe, await body_of(request, LARGEST_RECIPE))
+
+    async def settings(self, request: Request) -> Any:
+        """Every setting that a page may change, and what the recipe would choose for a base."""
+        values = await values_of(request)
+        base = base_of(values.get("base"), bases_in(self.rooms.bases))
+        return await run_in_threadpool(_settings, str(values.get("kind")), base, str(values.get("like", "")))
 
     async def plan(self, request: Request) -> Any:
         draft = await self._draft(request)
@@ -174,19 +235,11 @@ class Pages:
 
     async def start(self, request: Request) -> Any:
         """Starts the run of a plan: what was seen is what is started."""
-        plan = self._helpers.look(str((await _values(request)).get("plan", "")))
+        plan = self._helpers.look(str((await values_of(request)).get("plan", "")))
         if plan.name != "plan" or plan.state != "done":
             raise BadInput("the plan is not ready: wait for it, then start")
         wish = [plan.given["recipe"], *plan.given["settings"]]
         return {"run": self.starter.train(wish, plan.given["name"])}
-
-    async def verify(self, request: Request) -> Any:
-        """Looks at a LoRA file that was dropped, and removes it again."""
-        file = await self.uploads.take_lora(request.query_params.get("name", ""), request.stream())
-        try:
-            return await self._helpers.done("verify", {"file": str(file)})
-        finally:
-            shutil.rmtree(file.parent, ignore_errors=True)
 
     async def run(self, request: Request) -> Any:
         return await run_in_threadpool(self.views.about, request.path_params["run"])
@@ -195,17 +248,46 @@ class Pages:
         return await run_in_threadpool(self.views.live, request.path_params["run"])
 
     async def change_run(self, request: Request) -> Any:
-        """stop, resume, or export a checkpoint."""
-        name, what, values = request.path_params["run"], request.path_params["what"], await _values(request)
+        """stop, resume, export a checkpoint, draw with one, or push the files to the hub."""
+        name, what, values = request.path_params["run"], request.path_params["what"], await values_of(request)
         folder = self.views.folder(name)
         if what == "export":
             step = values.get("step")
-            given = {"run": str(folder), "step": None if step is None else _whole(step, 0)}
-            return {"chore": self._helpers.order("export", given)}
+            asked = {"run": str(folder), "step": None if step is None else whole_number(step, 0)}
+            return {"chore": self._helpers.order("export", asked)}
+        if what == "draw":
+            wish = asdict(wish_of(values, self.views.folder))
+            given = {"wish": wish, "runs": str(self.rooms.runs), "folder": str(self.drawings.new())}
+            return {"chore": self._helpers.order("draw", given)}
+        if what == "push":
+            return {"chore": self._helpers.order("push", push_of(values, folder))}
         if what not in ("stop", "resume"):
             raise BadInput("the server knows nothing of this: load the page again")
         await run_in_threadpool(self.starter.stop if what == "stop" else self.starter.resume, name)
         return {"done": True}
+
+    async def drawn(self, request: Request) -> Any:
+        """What was drawn with a run, the newest first."""
+        run = self.views.folder(request.path_params["run"]).name
+        return {"drawn": await run_in_threadpool(self.drawings.of, run)}
+
+    async def to_send(self, request: Request) -> Any:
+        """What a push would send."""
+        return {"files": await run_in_threadpool(files_to_send, self.views.folder(request.path_params["run"]))}
+
+    async def drawn_image(self, request: Request) -> Any:
+        where = request.path_params
+        file = self.drawings.image(where["name"], f"{where['side']}/{where['file']}")
+        return FileResponse(file, media_type="image/png", headers={"cache-control": "private, max-age=3600"})
+
+    async def remove_drawing(self, request: Request) -> Any:
+        await run_in_threadpool(self.drawings.remove, request.path_params["name"])
+        return {"done": True}
+
+    async def card(self, request: Request) -> Any:
+        """The model card, as the hub would show it."""
+        page = await run_in_threadpool(card_page, self.views.folder(request.path_params["run"]))
+        return Response(page, media_type="text/html", headers={"content-security-policy": REPORT_POLICY})
 
     async def report(self, request: Request) -> Any:
         folder = self.views.folder(request.path_params["run"])
@@ -220,54 +302,24 @@ class Pages:
         return FileResponse(file, media_type="image/png", headers={"cache-control": "private, max-age=3600"})
 
     async def download(self, request: Request) -> Any:
-        file = self.views.export(request.path_params["run"], request.path_params["path"])
-        if file.is_file():
-            return _attached(file, file.name)
-        packed = await run_in_threadpool(self.uploads.packed, file)
-        return _attached(packed, f"{file.name}.zip", BackgroundTask(packed.unlink))
-
-    async def _draft(self, request: Request) -> Draft:
-        values = await _values(request)
-        photos = self.uploads.photos_of(str(values.get("set", "")))
-        return draft_of(
-            values, _relative(photos), {name: _relative(path) for name, path in bases_in(self.rooms.bases).items()}
+        return await sent_file(
+            self.uploads, self.views.export(request.path_params["run"], request.path_params["path"])
         )
 
-
-def _attached(file: Path, name: str, after: BackgroundTask | None = None) -> Response:
-    """A file that the browser keeps and does not show."""
-    headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
-    return FileResponse(file, media_type="application/octet-stream", headers=headers, background=after)
-
-
-def _told(answer: Callable[[Request], Awaitable[Any]]) -> Answer:
-    """What is refused is told in one sentence, without places of this machine."""
-
-    async def responding(request: Request) -> Response:
-        try:
-            found = await answer(request)
-        except BadInput as error:
-            return JSONResponse({"error": without_places(str(error))}, status_code=422)
-        except OSError as error:
-            sentence = f"the disk refused this ({error.strerror or 'unknown error'}): free some space, or try again"
-            return JSONResponse({"error": sentence}, status_code=507)
-        return found if isinstance(found, Response) else JSONResponse(found)
-
-    return responding
+    async def _draft(self, request: Request) -> Draft:
+        values = await values_of(request)
+        photos = self.uploads.photos_of(str(values.get("set", "")))
+        bases = {name: _relative(path) for name, path in bases_in(self.rooms.bases).items()}
+        file = self.drafts.recipe(str(values.get("file", "")))
+        return draft_of(values, _relative(photos), bases, None if file is None else _relative(file))
 
 
-async def _values(request: Request) -> dict[str, Any]:
-    """The JSON object of a request."""
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST_TOLD:
-            raise BadInput("this is more than a page sends: load it again")
-    return parse_json(body.decode("utf-8", "replace") or "{}", "the request", dict, "load the page again")
+def _settings(of_kind: str, base: str, like: str) -> dict[str, Any]:
+    from finetune.families.known import known_base
+    from finetune.families.settings import Base
+    from finetune.ui.settings_list import settings_rows
 
-
-def _whole(value: Any, default: int) -> int:
-    return value if type(value) is int and 0 <= value < 10**9 else default
+    return settings_rows(of_kind, known_base(Base(source=base, like=like or None)))
 
 
 def _relative(path: Path) -> Path:

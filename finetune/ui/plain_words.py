@@ -34,8 +34,10 @@ MEASURE_TITLES = {
     "class_drift": "class drift",
     "takeover": "class became the subject",
     "elsewhere": "drift elsewhere",
+    "empty_class": "empty prompt became the class",
     "empty_prompt": "empty prompt became the subject",
 }
+WITH_STRENGTH = ("lora",)  # methods whose result can be drawn with at another strength; a test compares them
 VERDICTS_IN_WORDS = {
     "good": "It has learned the subject, and the rest of the model is whole.",
     "undertrained": "It has not learned enough yet.",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune.core.errors import BadInput
 from finetune.core.files import leads_out
 from finetune.core.reading import numbers_in, read_json
 from finetune.runs.at_work import is_at_work
-from finetune.ui.plain_words import MEASURE_TITLES, PLACES, VERDICTS_IN_WORDS, without_places
+from finetune.ui.plain_words import MEASURE_TITLES, PLACES, VERDICTS_IN_WORDS, WITH_STRENGTH, without_places
 from finetune.ui.started import NAME, Starter
 from finetune.ui.thinning import GrowingMetrics
 from finetune.verdicts.rows import BROKEN, read_rows
@@ -22,6 +23,7 @@ FRESH = 20.0  # seconds: a status is written every second, but not while a base 
 OPEN_CURVES = 8
 MOST_RUNS = 200
 MOST_COLUMNS = 12  # of the strip
+Reading = TypeVar("Reading")
 IMAGE_FOLDER = re.compile(r"before|after|step-\d{1,9}")
 IMAGE_FILE = re.compile(r"\d{1,4}-[\w-]{1,40}\.png")
 
@@ -32,6 +34,7 @@ class RunViews:
     def __init__(self, starter: Starter) -> None:
         self.starter = starter
         self._curves: OrderedDict[str, GrowingMetrics] = OrderedDict()
+        self._measures: OrderedDict[str, VerdictCurves] = OrderedDict()
 
     def folder(self, name: str) -> Path:
         """The folder of a run.
@@ -79,6 +82,7 @@ class RunViews:
         """All that changes while a run works. Each call reads a bounded part of its metrics."""
         folder = self.folder(name)
         metrics = self._metrics(name, folder)
+        measures = _kept(self._measures, name, lambda: VerdictCurves(folder))
         more = metrics.update()
         curve = metrics.curve
         pace = curve.seconds / curve.steps if curve.steps else None
@@ -87,7 +91,7 @@ class RunViews:
             "curve": curve.rows(),
             "more": more,
             "seconds_per_step": pace,
-            "verdicts": verdict_curves(folder),
+            "verdicts": measures.update(),
             "verdict_words": VERDICTS_IN_WORDS.get(str(_status(folder).get("verdict")), ""),
             "images": _images(folder),
             "log": log,
@@ -116,7 +120,7 @@ class RunViews:
             "base": record.public_base if record.base else "",
             "family": record.family,
             "resolution": record.resolution,
-            "photos": len(record.photos),
+            "photos": record.count,
             "prompts": record.prompts,
             "plan": rows,
             "command": self.starter.command(name),
@@ -124,6 +128,8 @@ class RunViews:
             "verdict": _verdict(folder),
             "files": _files(folder),
             "checkpoints": _checkpoints(folder),
+            "has_strength": _method(folder) in WITH_STRENGTH,
+            "has_card": (folder / "exports" / "README.md").is_file(),
         }
 
     def image(self, name: str, inside: str, file: str) -> Path:
@@ -162,12 +168,37 @@ class RunViews:
         return None
 
     def _metrics(self, name: str, folder: Path) -> GrowingMetrics:
-        if name not in self._curves:
-            self._curves[name] = GrowingMetrics(folder / "metrics.jsonl")
-        self._curves.move_to_end(name)
-        while len(self._curves) > OPEN_CURVES:
-            self._curves.popitem(last=False)
-        return self._curves[name]
+        return _kept(self._curves, name, lambda: GrowingMetrics(folder / "metrics.jsonl"))
+
+
+def _kept(held: OrderedDict[str, Reading], name: str, make: Callable[[], Reading]) -> Reading:
+    """What is held of a run, made if it is not there; of the runs that were looked at last, `OPEN_CURVES` are held."""
+    if name not in held:
+        held[name] = make()
+    held.move_to_end(name)
+    while len(held) > OPEN_CURVES:
+        held.popitem(last=False)
+    return held[name]
+
+
+class VerdictCurves:
+    """The measures of a run, read again only when their file has changed: it gets a line in hundreds of steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._seen: tuple[int, int, int] | None = None
+        self._curves: list[dict[str, Any]] = []
+
+    def update(self) -> list[dict[str, Any]]:
+        """Name, title and [step, value] pairs of each measure."""
+        try:
+            about = (self.folder / VERDICTS).stat()
+        except FileNotFoundError:
+            return []
+        seen = about.st_ino, about.st_size, about.st_mtime_ns
+        if seen != self._seen:
+            self._curves, self._seen = verdict_curves(self.folder), seen
+        return self._curves
 
 
 def verdict_curves(folder: Path) -> list[dict[str, Any]]:
@@ -229,6 +260,18 @@ def _base_and_batch(folder: Path) -> tuple[str, int]:
         return "", 0
     base, batch = at(values, "base.source", at(values, "base")), at(values, "run.batch_size")
     return str(base), batch if type(batch) is int else 0
+
+
+def _method(folder: Path) -> str:
+    """method.kind of a run's recipe; "" where it can't be read."""
+    from finetune.config.profiles import at
+    from finetune.core.reading import parse_yaml, read_utf8
+
+    try:
+        values = parse_yaml(read_utf8(folder / "recipe.yaml"), "recipe.yaml")
+    except (BadInput, OSError):
+        return ""
+    return str(at(values, "method.kind", ""))
 
 
 def _recipe(folder: Path) -> str:

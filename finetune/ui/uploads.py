@@ -20,6 +20,7 @@ LARGEST_LORA = 4_000_000_000
 MOST_FILES = 2_000  # in one set
 SPARE = 500_000_000  # bytes that stay free on the disk
 LONGEST_NAME = 120  # characters
+MASK = ".mask.png"  # as in finetune.data.photos, which loads numpy: a test compares them
 JOINER = "\u200d"  # inside emojis; the only invisible character that may be in a name
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows
 SET_ID = re.compile(r"photos-[0-9a-f]{8}")
@@ -91,6 +92,15 @@ class Uploads:
         found = [each for each in home.iterdir() if SET_ID.fullmatch(each.name)] if home.is_dir() else []
         filled = [each for each in found if each.is_dir() and any(each.iterdir())]
         return [each.name for each in sorted(filled, key=lambda each: each.stat().st_mtime, reverse=True)]
+
+    def count(self, name: str) -> int:
+        """The number of photos of a set, by the names of its files.
+
+        Raises:
+            BadInput: there is no such set.
+        """
+        beside = (".txt", ".caption", ".jsonl", ".csv", MASK)
+        return sum(not file.name.lower().endswith(beside) for file in self.photos_of(name).iterdir())
 
     async def add(self, name: str, file_name: str, body: AsyncIterator[bytes]) -> str:
         """Writes a sent photo or caption into a set. Another file of the same name stays: the new one gets a number.
@@ -175,21 +185,21 @@ class Uploads:
     def left_out(self, name: str) -> list[str]:
         """The photos that were left out of a set."""
         folder = self.left_out_of(name)
-        files = folder.iterdir() if folder.is_dir() else []
-        return sorted(file.name for file in files if file.suffix.lower() not in (".txt", ".caption"))
+        files = list(folder.iterdir()) if folder.is_dir() else []
+        stems = {file.stem for file in files}
+        return sorted(file.name for file in files if not any(_belongs(file, stem) for stem in stems))
 
     def leave_out(self, name: str, file_name: str, out: bool) -> None:
-        """Moves a photo, with its caption, out of the set, or back.
+        """Moves a photo, with its captions and masks, out of the set, or back.
 
         Raises:
             BadInput: the set has no such photo.
         """
         here, there = self.photos_of(name), self.left_out_of(name)
         source, target = (here, there) if out else (there, here)
-        file = _one_of(source, file_name)
+        file = one_of(source, file_name)
         target.mkdir(parents=True, exist_ok=True)
-        captions = [file.with_suffix(suffix) for suffix in (".txt", ".caption")]
-        for each in (file, *(caption for caption in captions if caption.is_file())):
+        for each in [file, *(other for other in source.iterdir() if _belongs(other, file.stem))]:
             each.replace(target / each.name)
 
     def caption(self, name: str, file_name: str, text: str) -> None:
@@ -198,7 +208,7 @@ class Uploads:
         Raises:
             BadInput: the set has no such photo, or the caption is too long.
         """
-        file = _one_of(self.photos_of(name), file_name).with_suffix(".txt")
+        file = one_of(self.photos_of(name), file_name).with_suffix(".txt")
         words = " ".join(text.split())
         if len(words) > 2_000:
             raise BadInput(f"the caption has {len(words)} characters: write at most 2000")
@@ -208,12 +218,21 @@ class Uploads:
             file.unlink(missing_ok=True)
 
 
-def _one_of(folder: Path, name: str) -> Path:
+def one_of(folder: Path, name: str) -> Path:
     """The file of that name in a folder; looked up among its files, so that a name leads nowhere else."""
     found = [file for file in folder.iterdir() if file.name == name and file.is_file()] if folder.is_dir() else []
     if not found or found[0].is_symlink():
         raise BadInput(f"there is no photo {_printable(name)!r} here: load the page again")
     return found[0]
+
+
+def _belongs(file: Path, stem: str) -> bool:
+    """Whether a file is the caption, the mask or another companion of the photo `stem`, by its name."""
+    from finetune.data.captions import BESIDE
+    from finetune.data.photos import is_companion
+
+    own = file.stem == stem and file.suffix.lower() in BESIDE
+    return own or file.name.lower() == f"{stem}{MASK}".lower() or is_companion(file, {stem})
 
 
 def place_beside(arrived: Path, folder: Path, name: str) -> str:

@@ -10,10 +10,16 @@ import pytest
 
 from finetune.config.load import load_recipe
 from finetune.core.errors import BadInput
-from finetune.ui.drafts import Draft, base_of, bases_in, draft_of
+from finetune.core.events import Measured, Restored
+from finetune.families.facts import facts
+from finetune.families.source import resolve_base
+from finetune.ui import run_views
+from finetune.ui.drafts import TINY_SIDE, Draft, base_of, bases_in, draft_of
 from finetune.ui.plain_words import MEASURE_TITLES, without_places
+from finetune.ui.run_views import VerdictCurves
 from finetune.ui.serve import Opening, serve
 from finetune.ui.thinning import CHUNK, POINTS, GrowingMetrics
+from finetune.verdicts.rows import VerdictsFile, read_rows
 
 
 def line(step: int, loss: float) -> str:
@@ -81,6 +87,20 @@ def test_a_file_that_a_resumption_wrote_anew_is_read_again(tmp_path: Path) -> No
     assert [row[:2] for row in metrics.curve.rows()] == [[step, 2.0] for step in range(1, 11)]
 
 
+def test_measures_are_read_again_only_when_there_are_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page looks every second; a run of a day measures some hundred times."""
+    reads: list[Path] = []
+    monkeypatch.setattr(run_views, "read_rows", lambda file: (reads.append(file), read_rows(file))[1])
+    curves, rows = VerdictCurves(tmp_path), VerdictsFile(tmp_path)
+    assert curves.update() == []
+    for step in (10, 20):
+        rows(Measured(step, {"learned": step / 100}, 1.0))
+        assert all(curves.update()[0]["points"][-1] == [step, step / 100] for _ in range(5))
+    assert len(reads) == 2
+    rows(Restored(10))
+    assert curves.update()[0]["points"] == [[10, 0.1]]
+
+
 @pytest.mark.parametrize("odd", ["{}", "[]", "x", '{"step": NaN, "loss": 1, "lr": 1, "seconds": 1}', "{" * 300_000])
 def test_lines_that_no_run_writes_are_skipped(odd: str, tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
@@ -141,6 +161,10 @@ def test_a_base_is_one_of_the_list_or_a_hub_id(tmp_path: Path, monkeypatch: pyte
     for wrong in ("local:../own", "/etc/passwd", "own/model", "..", "a/../b", "~/x", "x", "C:/x", 5, ["a"]):
         with pytest.raises(BadInput):
             base_of(wrong, bases)
+
+
+def test_the_page_knows_the_size_of_the_tiny_base() -> None:
+    assert facts(resolve_base("tiny"))["resolution"].split(" ")[0] == str(TINY_SIDE)
 
 
 def test_a_draft_is_refused_before_anything_is_read() -> None:
