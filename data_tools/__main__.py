@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_too
     """Runs a command and returns its exit code: 0 no problems, 1 problems found, 2 bad input."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _undo_parser(prog).parse_args(_undo_arguments(given)) if "--undo" in given else _parsed(given, prog)
-    from finetune.core.errors import BadInput
+    from finetune.core.errors import BadInput, disk_sentence
     from finetune.core.logging import plain, printable
 
     printable()
@@ -44,6 +44,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_too
             return code
     except BadInput as error:
         print(plain(f"error: {error}"), file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not disk_sentence(error):
+            raise
+        print(plain(f"error: {disk_sentence(error)}"), file=sys.stderr)
         return 2
 
 
@@ -65,6 +70,7 @@ def _undo_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"{prog} --undo", description="Take back what a command wrote.")
     parser.add_argument("--undo", type=Path, metavar="FOLDER", help="a folder that a command wrote, or its manifest")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_undo)
     return parser
 
@@ -75,10 +81,14 @@ def _undo_arguments(given: list[str]) -> list[str]:
 
 
 def _undo(options: argparse.Namespace) -> int:
-    from data_tools.show import say
+    from data_tools.show import say, say_json
     from data_tools.undo import undo
 
-    say(undo(options.undo, options.dry_run).sentence)
+    done = undo(options.undo, options.dry_run)
+    if options.json:
+        say_json(done.values())
+    else:
+        say(done.sentence)
     return 0
 
 

@@ -6,16 +6,18 @@ import argparse
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import replace as changed
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from PIL import Image
+
 from data_tools.captioners import Asked, Captioner, Model, Tagger, network_folder
 from data_tools.photo_set import Entry, PhotoSet, read_set
 from data_tools.show import add_folders, say, say_prepared, whole_number
-from data_tools.work import Plan, Prepared, Step, Written, carry_out, kept, with_caption
+from data_tools.work import Plan, Prepared, Step, Written, carry_out, kept, refuse_place, with_caption
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.core.files import append_line, cache_dir, sha256
@@ -26,9 +28,10 @@ from finetune.data.settings import MIX_NAME
 from finetune.families.digests import file_hashes
 
 SYNTHETIC, ORIGINAL = "synthetic", "original"  # names of captions
+NOTHING = "not captioned"  # a photo that stays as it is, and why is told
 DRAFTS = 5  # photos that a dry run describes
 MOST = 1_000_000_000  # bytes of a file with captions that are known
-PLACES = ("{caption}", "{name}")
+PLACES = ("{caption}", "{name}", "{token}", "{noun}")  # the last two are filled in by training
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Wording:
         for old, new in self.replace:
             text = re.sub(old, new, text) if self.regex else text.replace(old, new)
         if self.template:
-            text = self.template.replace("{caption}", text).replace("{name}", name)
+            values = {"{caption}": text, "{name}": name}  # in one go: the caption itself may hold {name}
+            text = re.sub(r"\{caption\}|\{name\}", lambda place: values[place[0]], self.template)
         return " ".join(text.split())
 
 
@@ -78,15 +82,27 @@ def caption(
         BadInput: a rule can't be used or changes nothing, or `out` can't be written.
     """
     _refuse(rules, captioner)
+    refuse_place(source, out)
     photos = read_set(source)
-    chosen = _chosen(photos, rules.share)
-    texts, faults = _texts(photos, chosen, captioner, dry_run)
-    found = Found(texts, faults, captioner is not None)
+    wanted = captioner.batch if captioner else 0
+    found = _found(photos, _chosen(photos, rules.share), captioner, dry_run)
     steps = [_step(photos, entry, rules, found) for entry in photos.entries]
-    if all(step.action in ("copied", "left out") for step in steps):
-        raise BadInput(f"this changes no caption of {source}: give --model, --tagger, --template or --replace")
+    if all(step.action in ("copied", "left out", NOTHING) for step in steps):
+        raise BadInput(f"this changes no caption of {source}: {_why_nothing(photos, rules, captioner)}")
     settings = asdict(rules) | {"network": captioner.name if captioner else None}
-    return carry_out(Plan("caption", Path(source), steps, settings, photos.notes), out, dry_run)
+    notes = photos.notes
+    if captioner and captioner.batch < wanted:
+        notes += (f"{wanted} images did not fit into the memory together: {captioner.batch} at a time did",)
+    return carry_out(Plan("caption", Path(source), steps, settings, notes), out, dry_run)
+
+
+def _why_nothing(photos: PhotoSet, rules: CaptionRules, captioner: Captioner | None) -> str:
+    if captioner is not None:
+        return "the network wrote nothing, or no photo can be read"
+    if not any(entry.caption for entry in photos.entries):
+        return "no photo has one, so there is nothing to put into {caption} or to replace"
+    olds = ", ".join(repr(old) for old, _ in rules.wording.replace)
+    return f"{olds} of --replace is in none of them" if olds else "the template makes the same ones"
 
 
 def _refuse(rules: CaptionRules, captioner: Captioner | None) -> None:
@@ -101,8 +117,17 @@ def _refuse(rules: CaptionRules, captioner: Captioner | None) -> None:
         )
     if rules.wording.template and "{caption}" not in rules.wording.template and captioner is not None:
         raise BadInput("--template has no {caption}, so what the network writes is lost: write {caption} into it")
-    if rules.wording.regex:
-        for old, new in rules.wording.replace:
+    _refuse_wording(rules.wording)
+
+
+def _refuse_wording(wording: Wording) -> None:
+    unknown = [word for word in re.findall(r"\{\w+\}", wording.template) if word not in PLACES]
+    if unknown:
+        raise BadInput(f"--template has {unknown[0]}, which nothing fills in: known are {', '.join(PLACES)}")
+    if any(not old for old, _ in wording.replace):
+        raise BadInput("--replace '' would write between all letters: give the words that are replaced")
+    if wording.regex:
+        for old, new in wording.replace:
             try:
                 re.sub(old, new, "")
             except (re.error, IndexError) as error:
@@ -119,24 +144,23 @@ def _chosen(photos: PhotoSet, share: float) -> set[str]:
     return set(ordered[: max(1, round(share * len(names)))])
 
 
-def _texts(
-    photos: PhotoSet, chosen: set[str], captioner: Captioner | None, dry_run: bool
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Name -> what the new caption is made of, and name -> why a photo can't be described."""
+def _found(photos: PhotoSet, chosen: set[str], captioner: Captioner | None, dry_run: bool) -> Found:
+    """What the chosen photos' new captions are made of."""
     entries = [entry for entry in photos.entries if entry.name in chosen]
     if captioner is None:
-        return {entry.name: entry.caption or "" for entry in entries}, {}
+        return Found({entry.name: entry.caption or "" for entry in entries}, {}, False)
     known = Known(captioner)
     texts: dict[str, str] = {}
     faults: dict[str, str] = {}
+    todo = entries[: DRAFTS if dry_run else None]
     with phase("Captions", len(entries), "photos") as advance:
-        for entry in entries[: DRAFTS if dry_run else None]:
-            try:
-                texts[entry.name] = known.text_of(entry)
-            except BadImage as fault:
-                faults[entry.name] = fault.reason
-            advance(1, "")
-    return texts, faults
+        while todo:
+            group, todo = todo[: captioner.batch], todo[captioner.batch :]  # it may shrink meanwhile
+            found = known.read(group)
+            texts |= found.texts
+            faults |= found.faults
+            advance(len(group), "")
+    return Found(texts, faults, True)
 
 
 class Known:
@@ -151,20 +175,29 @@ class Known:
             rows = (row for _, row in json_lines(self.file, MOST))
             self.texts = {str(row["photo"]): str(row["text"]) for row in rows if {"photo", "text"} <= row.keys()}
 
-    def text_of(self, entry: Entry) -> str:
-        """The network's caption of a photo.
+    def read(self, entries: Sequence[Entry]) -> Found:
+        """The network's captions of photos; those it does not know yet are described together."""
+        faults: dict[str, str] = {}
+        digests: dict[str, str] = {}
+        new: dict[str, Image.Image] = {}
+        for entry in entries:
+            try:
+                image = open_image(entry.path).convert("RGB")
+            except BadImage as fault:
+                faults[entry.name] = fault.reason
+                continue
+            digest = digests[entry.name] = sha256(entry.path)
+            if digest not in self.texts:
+                new[digest] = image
+        if new:
+            self._keep(dict(zip(new, self.captioner.describe_all(list(new.values())), strict=True)))
+        return Found({name: self.texts[digest] for name, digest in digests.items()}, faults, True)
 
-        Raises:
-            BadImage: the photo can't be read.
-        """
-        image = open_image(entry.path).convert("RGB")
-        digest = sha256(entry.path)
-        if digest not in self.texts:
-            self.texts[digest] = self.captioner.describe(image)
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            line = json.dumps({"photo": digest, "text": self.texts[digest]}, ensure_ascii=True)
-            append_line(self.file, line)
-        return self.texts[digest]
+    def _keep(self, texts: Mapping[str, str]) -> None:
+        self.texts |= texts
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        for digest, text in texts.items():
+            append_line(self.file, json.dumps({"photo": digest, "text": text}, ensure_ascii=True))
 
 
 def _key(captioner: Captioner) -> str:
@@ -192,17 +225,21 @@ class Found:
 
 def _step(photos: PhotoSet, entry: Entry, rules: CaptionRules, found: Found) -> Step:
     step = kept(photos, entry)
+    if not step.files:
+        return step
     if entry.name in found.faults:
-        return changed(step, why=f"not described: {found.faults[entry.name]}")
+        return changed(step, action=NOTHING, why=f"not described: {found.faults[entry.name]}")
     if entry.name not in found.texts:
         return step
     if found.by_network and not found.texts[entry.name]:
-        return changed(step, why="the network wrote nothing")
+        return changed(step, action=NOTHING, why="the network wrote nothing")
+    if not found.texts[entry.name] and "{caption}" in rules.wording.template:
+        return changed(step, action=NOTHING, why="it has no caption for {caption}")
     text = rules.wording.apply(found.texts[entry.name], entry.name)
     if rules.called == OWN and text == (entry.caption or ""):
         return step
     if not text:
-        return changed(step, why="nothing was written")
+        return changed(step, action=NOTHING, why="nothing was written")
     if rules.called == OWN:
         before = entry.caption
         step = with_caption(_listed(step, photos), entry, text)
@@ -250,6 +287,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--tagger", metavar="ID", help="a WD14-style tagger (model.onnx): folder or hub id")
     parser.add_argument("--prompt", help="what the model is asked; of Florence-2 a task such as '<CAPTION>'")
     parser.add_argument("--max-tokens", type=whole_number(1, "tokens"), default=128, metavar="N")
+    parser.add_argument(
+        "--batch-size", type=whole_number(1, "images"), metavar="N",
+        help="images that the model describes together (default: 8 on a GPU, else 1)",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="for the model, such as cpu or cuda (default: the best one)")
     parser.add_argument("--threshold", type=float, default=None, metavar="P", help="of a tag's probability (0.35)")
     parser.add_argument("--template", default="", help="a text with {caption}, such as 'sks, {caption}'")
@@ -266,6 +307,7 @@ def run(options: argparse.Namespace) -> int:
     rules = CaptionRules(options.called or (SYNTHETIC if by_network else OWN), wording, options.share)
     _refuse_useless(options, by_network)
     _refuse(rules, None)
+    refuse_place(options.photos, options.out)  # before a model is loaded
     done = caption(options.photos, options.out, rules, _captioner(options), options.dry_run)
     code = say_prepared(done, options.json)
     if not options.json and rules.called != OWN:
@@ -278,6 +320,8 @@ def _refuse_useless(options: argparse.Namespace, by_network: bool) -> None:
         raise BadInput("this changes no caption: give --model, --tagger, --template or --replace")
     if options.prompt is not None and options.model is None:
         raise BadInput("--prompt has no effect without --model: leave it out")
+    if options.batch_size is not None and options.model is None:
+        raise BadInput("--batch-size has no effect without --model: leave it out")
     if options.threshold is not None and options.tagger is None:
         raise BadInput("--threshold has no effect without --tagger: leave it out")
     if options.threshold is not None and not 0 < options.threshold < 1:
@@ -288,7 +332,7 @@ def _refuse_useless(options: argparse.Namespace, by_network: bool) -> None:
 
 def _captioner(options: argparse.Namespace) -> Captioner | None:
     if options.model is not None:
-        return Model(options.model, Asked(options.prompt, options.max_tokens, options.device))
+        return Model(options.model, Asked(options.prompt, options.max_tokens, options.device, options.batch_size))
     if options.tagger is not None:
         return Tagger(options.tagger, 0.35 if options.threshold is None else options.threshold)
     return None

@@ -23,6 +23,7 @@ from finetune.core.reading import read_json, read_utf8
 
 QUESTION = "Describe this image in one or two sentences, as a caption."
 FLORENCE_TASK = "<MORE_DETAILED_CAPTION>"
+ON_GPU = 8  # images that are described together there; beyond that little is won, and memory is short
 FLORENCE, NO_QUESTION = "florence2", ("blip", "blip-2", "git")  # model types; all others take part in a chat
 GENERAL, CHARACTER = "0", "4"  # categories in selected_tags.csv; 9 is a rating
 SHORTEST_WORD = 4  # characters: shorter tags such as ^_^ keep their underscores
@@ -31,21 +32,30 @@ PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.onnx", 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a model is asked. `prompt`: None for the usual one of its kind; `tokens`: the most it may write."""
+    """What a model is asked. `prompt`: None for the usual one of its kind; `tokens`: the most it may write.
+
+    batch: images that are described together, at most; None: 8 on a GPU, else 1.
+    """
 
     prompt: str | None = None
     tokens: int = 128
     device: str = "auto"
+    batch: int | None = None
 
 
 class Captioner(ABC):
-    """Describes images. `name` says which network it is."""
+    """Describes images. `name` says which network it is, `batch` how many images it wants at a time."""
 
     name: str
+    batch: int = 1
 
     @abstractmethod
     def describe(self, image: Image.Image) -> str:
         """The caption of an RGB image; empty if the network says nothing."""
+
+    def describe_all(self, images: Sequence[Image.Image]) -> list[str]:
+        """The captions of RGB images, in their order; each as it would be alone."""
+        return [self.describe(image) for image in images]
 
 
 def network_folder(source: str, option: str) -> Path:
@@ -102,47 +112,94 @@ class Model(Captioner):
                 f"the model {source} can't be loaded ({first_line(error)}): give its whole folder"
             ) from error
         self.model: Any = model.to(self.device).eval()
+        self.batch = asked.batch or (ON_GPU if self.device.type == "cuda" else 1)
+        self._ready_to_pad()
+
+    def _ready_to_pad(self) -> None:
+        """Questions of a batch may differ in length, as images have different numbers of tokens: what goes on writing
+        behind its input must have it at the end, so that the padding is before it."""
+        words = getattr(self.processor, "tokenizer", None)
+        if words is None:
+            return
+        if not self.model.config.is_encoder_decoder:
+            words.padding_side = "left"
+        if words.pad_token is None:
+            words.pad_token = words.eos_token
 
     def describe(self, image: Image.Image) -> str:
         """As `Captioner.describe`."""
+        return self.describe_all([image])[0]
+
+    def describe_all(self, images: Sequence[Image.Image]) -> list[str]:
+        """As `Captioner.describe_all`. Images that do not fit into the memory together are described in halves, and
+        `batch` is as large as what fits.
+
+        Raises:
+            BadInput: not even one fits.
+        """
         import torch
 
-        inputs = self._inputs(image).to(self.device)
+        try:
+            return self._together(list(images))
+        except torch.OutOfMemoryError as error:
+            if len(images) == 1:
+                raise BadInput(
+                    f"{self.name} needs more memory for one image than {self.device} has: give a smaller model, "
+                    "or --device cpu"
+                ) from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.batch = half = (len(images) + 1) // 2
+        return [*self.describe_all(images[:half]), *self.describe_all(images[half:])]
+
+    def _together(self, images: list[Image.Image]) -> list[str]:
+        import torch
+
+        inputs = self._inputs(images).to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         with torch.no_grad():
             written = self.model.generate(**inputs, max_new_tokens=self.asked.tokens, do_sample=False, num_beams=1)
-        return " ".join(self._text(written, inputs, image).split())
+        return [" ".join(text.split()) for text in self._texts(written, inputs, images)]
 
-    def _inputs(self, image: Image.Image) -> Any:
-        prompt = self.asked.prompt
+    def _inputs(self, images: list[Image.Image]) -> Any:
+        prompt, count = self.asked.prompt, len(images)
+        together: dict[str, Any] = {"return_tensors": "pt", **({"padding": True} if count > 1 else {})}
         if self.kind == FLORENCE:
-            return self.processor(text=prompt or FLORENCE_TASK, images=image, return_tensors="pt")
+            return self.processor(text=[prompt or FLORENCE_TASK] * count, images=images, **together)
         if self.kind in NO_QUESTION:
-            words = {"text": prompt} if prompt else {"text": ""} if self.kind == "blip-2" else {}
-            return self.processor(images=image, return_tensors="pt", **words)
+            words = prompt if prompt else "" if self.kind == "blip-2" else None
+            return self.processor(images=images, **({} if words is None else {"text": [words] * count}), **together)
         question = prompt or QUESTION
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
             return self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+                [_message(image, question) for image in images],
+                add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=together,
             )  # fmt: skip
         token = getattr(self.processor, "image_token", "<image>")
         text = f"USER: {getattr(token, 'content', token)}\n{question} ASSISTANT:"  # Llava's form
-        return self.processor(text=text, images=image, return_tensors="pt")
+        return self.processor(text=[text] * count, images=images, **together)
 
-    def _text(self, written: Any, inputs: Any, image: Image.Image) -> str:
-        """What was written, without the question."""
+    def _texts(self, written: Any, inputs: Any, images: list[Image.Image]) -> list[str]:
+        """What was written of each image, without the question."""
         if self.kind == FLORENCE:
-            task = self.asked.prompt or FLORENCE_TASK
-            raw = self.processor.batch_decode(written, skip_special_tokens=False)[0]
-            found = self.processor.post_process_generation(raw, task=task, image_size=image.size)
-            return str(found.get(task, ""))
+            return [self._florence_text(ids, image) for ids, image in zip(written, images, strict=True)]
         asked = inputs["input_ids"] if "input_ids" in inputs else written[:, :0]
         count = asked.shape[1]
         echoed = written.shape[1] >= count and bool((written[:, :count] == asked).all())
-        return str(self.processor.batch_decode(written[:, count if echoed else 0 :], skip_special_tokens=True)[0])
+        answers = written[:, count if echoed else 0 :]
+        return [str(text) for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
+
+    def _florence_text(self, ids: Any, image: Image.Image) -> str:
+        task = self.asked.prompt or FLORENCE_TASK
+        ids = ids[ids != self.processor.tokenizer.pad_token_id]  # behind what ends before the others of its batch
+        raw = self.processor.batch_decode(ids[None], skip_special_tokens=False)[0]
+        return str(self.processor.post_process_generation(raw, task=task, image_size=image.size).get(task, ""))
+
+
+def _message(image: Image.Image, question: str) -> list[dict[str, Any]]:
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
 
 
 def _processor(folder: Path) -> Any:
@@ -168,23 +225,29 @@ class ImagesOnly:
         own = folder / "chat_template.jinja"
         self.chat_template = read_utf8(own) if own.is_file() else self.words.chat_template
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> Any:
-        """The question and one image, as the whole processor gives them."""
+    def apply_chat_template(self, chats: list[list[dict[str, Any]]], **_: Any) -> Any:
+        """Questions with one image each, as the whole processor gives them; shorter ones are padded in front."""
         import torch
         from transformers import BatchFeature
 
-        image = next(part["image"] for part in messages[0]["content"] if part["type"] == "image")
-        pixels = self.images(images=image, return_tensors="pt")
-        count = int(pixels["image_grid_thw"].prod()) // self.images.merge_size**2
-        text = self.words.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
-        )
-        ids = self.words(text)["input_ids"]
-        place = ids.index(self.image_id)
-        whole = torch.tensor([[*ids[:place], *[self.image_id] * count, *ids[place + 1 :]]])
-        kinds = (whole == self.image_id).int()
-        words = {"input_ids": whole, "attention_mask": torch.ones_like(whole), "mm_token_type_ids": kinds}
+        images = [part["image"] for chat in chats for part in chat[0]["content"] if part["type"] == "image"]
+        pixels = self.images(images=images, return_tensors="pt")
+        counts = pixels["image_grid_thw"].prod(-1) // self.images.merge_size**2
+        rows = [self._ids(chat, int(count)) for chat, count in zip(chats, counts, strict=True)]
+        longest, pad = max(map(len, rows)), self.words.pad_token_id or 0
+        whole = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        told = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        words = {"input_ids": whole, "attention_mask": told, "mm_token_type_ids": (whole == self.image_id).int()}
         return BatchFeature({**words, **pixels})
+
+    def _ids(self, chat: list[dict[str, Any]], count: int) -> list[int]:
+        """The ids of a question whose image has `count` tokens."""
+        text = self.words.apply_chat_template(
+            chat, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+        )
+        ids: list[int] = self.words(text)["input_ids"]
+        place = ids.index(self.image_id)
+        return [*ids[:place], *[self.image_id] * count, *ids[place + 1 :]]
 
     def batch_decode(self, ids: Any, **options: Any) -> list[str]:
         """The texts of ids."""

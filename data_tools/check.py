@@ -24,7 +24,7 @@ from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.data.captions import BESIDE, LISTS, caption_files, caption_rows
 from finetune.data.leftovers import MANIFEST
-from finetune.data.photos import MASK, BadImage, Photo, image_files, is_companion, opened, read_image
+from finetune.data.photos import MASK, BadImage, Photo, image_files, is_companion, no_images, opened, read_image
 from finetune.data.sources.registry import open_source
 
 if TYPE_CHECKING:
@@ -42,8 +42,10 @@ ORIENTATIONS = {
     8: "sideways",
 }
 CROPPED_AWAY = 2.0  # longer side / shorter side: a square crop then loses half of the photo or more
+FURTHER = ("MPO",)  # phones' JPEGs: what else they hold is no film
 MOST_FRAMES = 1_000  # counting stops here
 NAMED = 5  # names in a sentence
+ROWS = 200  # of the table, the worst first: of thousands only the best would still be on the screen
 Verdict = Literal["leave out", "look at it", "good"]
 VERDICTS: tuple[Verdict, ...] = ("leave out", "look at it", "good")  # the worst first
 
@@ -109,7 +111,7 @@ class Findings:
         if self.fine:
             return "nothing to do"
         counts = Counter(file.verdict for file in self.files)
-        parts = [f"{counts[verdict]} to {verdict}" for verdict in VERDICTS[:2] if counts[verdict]]
+        parts = [f"{counts[verdict]} to {verdict.removesuffix(' it')}" for verdict in VERDICTS[:2] if counts[verdict]]
         parts += [f"{len(self.problems)} of the whole set"] if self.problems else []
         return f"see the problems above ({', '.join(parts)})"
 
@@ -138,7 +140,7 @@ def check(
     place = opened_source.folder
     paths = image_files(place)
     if not paths:
-        raise BadInput(f"{folder} holds no images: give the folder with the photos")
+        raise no_images(folder, place)
     files = look_at(paths, resolution, detector)
     _compare(files)
     findings = Findings(place, files, _of_the_set(files), _other_files(place, paths))
@@ -203,7 +205,7 @@ def _header(file: File, content: bytes) -> None:
     """Notes what the file's header says, before the image is turned upright and converted to RGB."""
     with opened(file.path, content) as image:
         file.orientation = ORIENTATIONS.get(image.getexif().get(0x0112, 1), "")
-        mode = image.mode
+        mode, file_format = image.mode, image.format
         alpha = mode in ("RGBA", "LA", "PA") or "transparency" in image.info
         frames = _frames(image)
     if alpha:
@@ -212,7 +214,9 @@ def _header(file: File, content: bytes) -> None:
         file.notes.append("16 bits or more: scaled to 8")
     if mode == "CMYK":
         file.notes.append("CMYK: converted")
-    if frames > 1:
+    if frames > 1 and file_format in FURTHER:
+        file.notes.append("the file holds a further picture, such as a gain map, which is not used")
+    elif frames > 1:
         many = f"more than {MOST_FRAMES}" if frames > MOST_FRAMES else frames
         file.notes.append(f"the first of {many} frames is used")
 
@@ -235,7 +239,7 @@ def _compare(files: list[File]) -> None:
         if other is not file:
             file.copy_of = other.name
             file.problems.append(f"the same file as {other.name}")
-    seen = [file for file in files if file.look is not None]
+    seen = [file for file in sorted(files, key=_rank) if file.look is not None]  # as dedupe chooses: the largest stays
     said: set[int] = set()
     for pair in near_pairs([file.look for file in seen if file.look is not None]):
         one, other = seen[pair.second], seen[pair.first]
@@ -243,6 +247,11 @@ def _compare(files: list[File]) -> None:
             continue
         said.add(pair.second)
         one.problems.append(f"nearly the same as {other.name} ({pair.bits} of 64 bits differ)")
+
+
+def _rank(file: File) -> tuple[int, str]:
+    width, height = file.size or (0, 0)
+    return -width * height, file.name
 
 
 def _of_the_set(files: list[File]) -> list[str]:
@@ -349,12 +358,17 @@ def _print_table(findings: Findings) -> None:
 
     console = Console()
     table = Table("file", "size", "stored", "problems", "notes", "caption", box=None)
-    for file in findings.worst_first:
+    listed, further = findings.worst_first[:ROWS], findings.worst_first[ROWS:]
+    for file in listed:
         size = "x".join(map(str, file.size)) if file.size else ""
         problems, notes = (escape("; ".join(texts)) for texts in (file.problems, file.notes))
         caption = escape(file.caption or "")
         table.add_row(escape(file.name), size, file.orientation, f"[red]{problems}[/]", notes, caption)
     console.print(table)
+    if further:
+        bad = sum(bool(file.problems) for file in further)
+        told = f"... and {len(further)} more, {bad} of them with problems: --json and finetune data sheet show all"
+        console.print(told, highlight=False, markup=False)
     for text in findings.problems:
         console.print(f"[red]problem[/] {escape(text)}", highlight=False)
     for text in findings.notes:

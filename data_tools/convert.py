@@ -13,17 +13,28 @@ from typing import Any
 import yaml
 
 from data_tools.items import DataSetOptions, Item, Items, read_items
-from data_tools.packed import LARGEST, Shape, parquet_schema, parts, shape_of, write_csv, write_parquet, write_shard
+from data_tools.packed import (
+    LARGEST,
+    Shape,
+    parquet_schema,
+    parts,
+    samples,
+    shape_of,
+    write_csv,
+    write_parquet,
+    write_shard,
+)
 from data_tools.show import add_run, say, say_json, say_prepared
 from data_tools.trainers import kohya, reading
 from data_tools.trainers.ai_toolkit import of_ai_toolkit
 from data_tools.trainers.carried import CARRIED, LEFT, OFF, Carried, Line, finished, short
 from data_tools.trainers.diffusers_flags import of_diffusers
 from data_tools.trainers.one_trainer import of_one_trainer
-from data_tools.work import Plan, Prepared, Step, Written, carry_out, copied
+from data_tools.work import Plan, Prepared, Step, Written, carry_out, copied, refuse_place
 from finetune.config.load import SCHEMA, SCHEMA_LINE
 from finetune.core.errors import BadInput
 from finetune.core.files import write_text
+from finetune.data.photos import shown
 from finetune.data.sources.kohya_folder import KohyaFolder
 
 RECIPE = "recipe"
@@ -66,6 +77,7 @@ def convert(
     """
     if to not in (*FILES, *PACKED):
         raise BadInput(f"the format {to!r} is unknown: use {', '.join(FORMATS)}")
+    refuse_place(source, out)
     found = read_items(source, options)
     good = [item for item in found.items if not item.fault]
     if not good:
@@ -116,6 +128,7 @@ def _extra(good: Sequence[Item], to: str, source: Path, largest: int) -> tuple[W
         return (Written("metadata.csv", source, lambda path: write_csv(path, good), 0),)
     if to not in PACKED:
         return ()
+    good = samples(good) if to == "webdataset" else good
     found = parts(good, largest)
     sizes = [sum(item.size for item in part) for part in found]
     if to == "webdataset":
@@ -165,6 +178,10 @@ def _notes_of_shards(good: Sequence[Item]) -> list[str]:
         if others
         else []
     )
+    renamed = [item.name for item, new in zip(good, samples(good), strict=True) if item.name != new.name]
+    if renamed:
+        why = "a sample's name has no dots and is there once"
+        notes.append(f"{len(renamed)} samples have other names, such as that of {shown(renamed[0])}: {why}")
     if shape.lost:
         notes.append(f"the columns {', '.join(shape.lost)} are left out: no sample among the first has them")
     return notes

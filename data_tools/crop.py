@@ -15,7 +15,7 @@ from data_tools.geometry import SAVED, Cut, Format, cut_step
 from data_tools.photo_set import Entry, PhotoSet, read_set
 from data_tools.show import add_folders, say_prepared
 from data_tools.subject import EDGES, Subject, find_subject
-from data_tools.work import Plan, Prepared, Step, carry_out, kept, steps_of
+from data_tools.work import Plan, Prepared, Step, carry_out, kept, refuse_place, steps_of
 from finetune.core.errors import BadInput
 from finetune.data.blobs import Box
 from finetune.data.buckets import Size, bucket_table, mismatch
@@ -58,6 +58,7 @@ def crop(
         BadInput: there are no photos, a rule is out of range, or `out` can't be written.
     """
     _check(rules)
+    refuse_place(source, out)
     photos = read_set(source)
     sizes = _sizes(rules)
     steps = steps_of(photos, lambda entry: _step(photos, entry, rules, sizes, detector))
@@ -141,7 +142,7 @@ def _told(subject: Subject, size: Size, window: Pixels, sizes: tuple[Size, Size]
     told = [f"cut: {', '.join(parts) or 'nothing'}", f"{size[0]}x{size[1]} to {now[0]}x{now[1]}"]
     if now != wanted:
         told.append(f"smaller than {wanted[0]}x{wanted[1]}, which training will enlarge it to")
-    told.append(f"the subject, by {subject.by}, is {subject.area:.0%} of the photo")
+    told.append(f"the subject, by {subject.by}, has a box of {subject.area:.0%} of the photo")
     if subject.cut:
         told.append(f"and ends at the photo's {' and '.join(subject.cut)} edge")
     return "; ".join(told)

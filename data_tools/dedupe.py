@@ -10,7 +10,7 @@ from pathlib import Path
 from data_tools.hashes import NEAR, Look, Pair, look_of, near_pairs
 from data_tools.photo_set import Entry, PhotoSet, read_set
 from data_tools.show import add_folders, say_prepared, whole_number
-from data_tools.work import Plan, Prepared, Step, carry_out, kept, with_caption
+from data_tools.work import Plan, Prepared, Step, carry_out, kept, refuse_place, with_caption
 from finetune.core.events import phase
 from finetune.data.photos import BadImage, read_image
 
@@ -39,6 +39,7 @@ def dedupe(source: Path, out: Path, near: int = NEAR, dry_run: bool = False) -> 
     Raises:
         BadInput: there are no photos, or `out` can't be written.
     """
+    refuse_place(source, out)
     photos = read_set(source)
     seen, bad = _look(photos)
     looks = [item.look for item in seen]

@@ -8,23 +8,28 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data_tools.endings import damage_of, damage_of_bytes, ending_of
 from data_tools.photo_set import Entry, read_set
-from finetune.core.errors import BadInput, first_line
+from finetune.core.errors import BadInput
 from finetune.core.events import phase
-from finetune.data.photos import BadImage, opened
-from finetune.data.set_rows import StreamedRows
+from finetune.data.photos import BadImage, opened, shown
+from finetune.data.set_rows import StreamedRows, to_the_end
 from finetune.data.sources.base import SourceOptions
-from finetune.data.sources.data_set import DataSet, chosen_split, load_split
+from finetune.data.sources.data_set import DataSet, chosen_split
 from finetune.data.sources.registry import AUTO, SOURCES
-from finetune.data.tables import caption_column, image_column
+from finetune.data.tables import caption_column, image_column, texts_of
 
 PLAIN = re.compile(r"[\w][\w .+()-]{0,150}")  # a stem that every file system can have
 KEYS = ("__key__", "__url__")  # what `datasets` adds to the columns of tar shards
 READ = 1_000_000  # bytes of a file that tell its format, at most
+TAKEN = ("file_name", "text", "image")  # columns that each written list has of its own
+OPTIONS = {"data.image_column": "--image", "data.caption_column": "--caption", "data.split": "--split"}
+OTHER = "other_"  # before the name of a further column that is called so
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ class Items:
 
 
 def read_items(source: Path, options: DataSetOptions = DataSetOptions()) -> Items:
-    """Reads what `source` holds. Images are not decoded; a header that is none is a fault.
+    """Reads what `source` holds. An image is a fault without a right header, or if it can't be decoded to its end;
+    that is tried where its last bytes do not show it.
 
     Raises:
         BadInput: there are no images, or the data set has no such split or column.
@@ -81,7 +87,22 @@ def read_items(source: Path, options: DataSetOptions = DataSetOptions()) -> Item
     kind = _kind(source, options)
     if kind is None:
         return _of_folder(source, options)
-    return _of_rows(source, kind, options)
+    with _options_named():
+        return _of_rows(source, kind, options)
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Names the command's options in messages that name a recipe's keys."""
+    try:
+        yield
+    except BadInput as error:
+        text = str(error)
+        for key, option in OPTIONS.items():
+            text = text.replace(key, option)
+        if text == str(error):
+            raise
+        raise BadInput(text, path=error.path) from error
 
 
 def _kind(source: Path, options: DataSetOptions) -> type[DataSet] | None:
@@ -103,7 +124,7 @@ def _of_folder(source: Path, options: DataSetOptions) -> Items:
     items = []
     with phase("Reading", len(photos.entries), "photos") as advance:
         for entry in photos.entries:
-            _, fault = _format_of(entry.path, _start_of(entry.path))
+            fault = _fault_of(entry.path)
             size = entry.path.stat().st_size if entry.path.exists() else 0
             caption, row = entry.caption, entry.row
             items.append(
@@ -113,21 +134,33 @@ def _of_folder(source: Path, options: DataSetOptions) -> Items:
     return Items(source, photos.folder, items, photos.notes)
 
 
-def _start_of(file: Path) -> bytes:
+def _fault_of(file: Path) -> str:
+    """Why a file can't be used, as far as its name and first bytes say, or empty."""
+    if shown(file) != str(file):
+        return "its name is not UTF-8: rename it"
     try:
         with file.open("rb") as held:
-            return held.read(READ)
-    except OSError:
-        return b""
+            start = held.read(READ)
+            if not start:
+                return "empty file"
+            ending, fault = _format_of(file, start)
+            return fault or damage_of(file, held, ending)
+    except OSError as error:
+        return error.strerror or type(error).__name__
 
 
 def _format_of(file: Path, content: bytes) -> tuple[str, str]:
     """The ending that fits the content, and why it is no image, or empty."""
     try:
         with opened(file, content) as image:
-            return (image.format or "png").lower().replace("jpeg", "jpg"), ""
+            return ending_of(image), ""
     except BadImage as fault:
         return "", fault.reason
+
+
+def _of_bytes(name: Path, content: bytes) -> tuple[str, str]:
+    ending, fault = _format_of(name, content)
+    return ending, fault or damage_of_bytes(name, content, ending)
 
 
 def _of_rows(source: Path, kind: type[DataSet], options: DataSetOptions) -> Items:
@@ -141,13 +174,15 @@ def _of_rows(source: Path, kind: type[DataSet], options: DataSetOptions) -> Item
     items: list[Item] = []
     names: set[str] = set()
     lost: dict[str, str] = {}
+    renamed: dict[str, str] = {}
     with phase("Reading", 0, "photos") as advance:
-        for number, (content, path, row) in enumerate(_whole(rows, name)):
+        for number, (content, path, row) in enumerate(to_the_end(rows.whole(), name)):
             row |= row.pop("json") if isinstance(row.get("json"), dict) else {}  # of tar shards
             others = [column for column in row if column not in (rows.image, caption, *KEYS)]
-            columns, captions = _plain(row, others, lost), _captions(row.get(caption) if caption else None)
+            columns, captions = _plain(row, others, lost), texts_of(row.get(caption) if caption else None)
             columns |= {f"{caption}_{index}": text for index, text in enumerate(captions[1:], 2)}
-            ending, fault = ("", "no image") if content is None else _format_of(Path(f"row {number}"), content)
+            columns = _free(columns, renamed)
+            ending, fault = ("", "no image") if content is None else _of_bytes(Path(f"row {number}"), content)
             stem = _stem(str(row.get("__key__") or path), number, names)
             items.append(
                 Item(
@@ -156,28 +191,17 @@ def _of_rows(source: Path, kind: type[DataSet], options: DataSetOptions) -> Item
                 )
             )  # fmt: skip
             advance(1, "")
-    return Items(source, source, items, tuple(f"{column}: {why}" for column, why in lost.items()), lost)
+    notes = [f"{column}: {why}" for column, why in lost.items()]
+    notes += [f"the column {old} is written as {new}: lists have an own {old}" for old, new in renamed.items()]
+    return Items(source, source, items, tuple(notes), lost)
 
 
 def _rows(source: Path, kind: type[DataSet], options: DataSetOptions) -> StreamedRows:
-    named = kind(SourceOptions()).named(source)
-    split = chosen_split(list(named.splits), options.split, str(source))
-    files = {each: [str(file) for file in found] for each, found in named.splits.items() if each == split and found}
-    arguments = {**named.arguments, **({"data_files": files} if files else {})}
-
-    def load() -> Any:
-        return load_split(named.loader, str(source), split=split, streaming=True, **arguments)
-
-    return StreamedRows(load, [source if source.is_dir() else source.parent], str(source))
-
-
-def _whole(rows: StreamedRows, name: str) -> Iterator[tuple[bytes | None, str, dict[str, Any]]]:
-    try:
-        yield from rows.whole()
-    except BadInput:
-        raise
-    except Exception as error:  # of Arrow, of tar files, of the network: whatever reads the files
-        raise BadInput(f"the data set {name} can't be read to its end ({first_line(error)}): copy it again") from error
+    data_set = kind(SourceOptions(streaming=True))
+    named = data_set.named(source)
+    rows = data_set.rows(source, named, chosen_split(list(named.splits), options.split, str(source)))
+    assert isinstance(rows, StreamedRows)
+    return rows
 
 
 def _reader(rows: StreamedRows, number: int) -> Callable[[], bytes]:
@@ -185,11 +209,6 @@ def _reader(rows: StreamedRows, number: int) -> Callable[[], bytes]:
         return rows.content(number) or b""
 
     return read
-
-
-def _captions(held: Any) -> list[str]:
-    texts = [held] if isinstance(held, str) else list(held or [])
-    return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
 
 
 def _plain(row: Mapping[str, Any], columns: Sequence[str], lost: dict[str, str]) -> dict[str, Any]:
@@ -200,10 +219,24 @@ def _plain(row: Mapping[str, Any], columns: Sequence[str], lost: dict[str, str])
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError):
-            lost.setdefault(column, f"left out: it holds {type(value).__name__}, which a list of captions can't hold")
+            kind = f"{value}" if isinstance(value, float) else type(value).__name__
+            lost.setdefault(column, f"left out where it holds {kind}, which a list of captions can't hold")
             continue
         if value is not None:
             found[column] = value
+    return found
+
+
+def _free(columns: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:
+    """The columns under names that no list has of its own. New names are noted in `renamed`."""
+    found = {}
+    for column, value in columns.items():
+        name = column
+        while name in TAKEN or (name != column and name in columns):
+            name = f"{OTHER}{name}"
+        if name != column:
+            renamed[column] = name
+        found[name] = value
     return found
 
 

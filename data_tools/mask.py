@@ -15,7 +15,7 @@ from data_tools.photo_set import Entry, PhotoSet, is_mask, read_set
 from data_tools.segment import resized, segment
 from data_tools.show import add_folders, say_prepared
 from data_tools.subject import marked_subject, without_bars
-from data_tools.work import Plan, Prepared, Step, Written, carry_out, kept, steps_of
+from data_tools.work import Plan, Prepared, Step, Written, carry_out, kept, refuse_place, steps_of
 from finetune.core.errors import BadInput
 from finetune.data.photos import MASK, BadImage, open_image, read_image
 from finetune.data.saliency import shrunk
@@ -49,6 +49,7 @@ def mask(
     Raises:
         BadInput: there are no photos, two of them share a name, or `out` can't be written.
     """
+    refuse_place(source, out)
     photos = read_set(source)
     _refuse_same_names(photos)
     steps = steps_of(photos, lambda entry: _step(photos, entry, segmenter, unsure))

@@ -8,7 +8,7 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,22 @@ def shape_of(items: Sequence[Item]) -> Shape:
     columns, known = columns_of(items), columns_of(items[:FIRST])
     lost = tuple(column for column in columns if column not in known)
     return Shape(ending, any(item.caption for item in items), tuple(known), lost)
+
+
+def samples(items: Sequence[Item]) -> list[Item]:
+    """The images under names that tar shards can have: a sample's name ends at its first dot, and is there once."""
+    found: list[Item] = []
+    taken = {item.stem for item in items if "." not in item.stem}
+    used: set[str] = set()
+    for item in items:
+        key = stem = item.stem.replace(".", "_")
+        number = 1
+        while key in used or (key in taken and key != item.stem):
+            number += 1
+            key = f"{stem}-{number}"
+        used.add(key)
+        found.append(replace(item, name=f"{key}.{item.name.rpartition('.')[2]}"))
+    return found
 
 
 def write_shard(path: Path, items: Sequence[Item], shape: Shape) -> None:

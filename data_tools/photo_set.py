@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.core.errors import BadInput
-from finetune.core.reading import parse_json, read_utf8
-from finetune.data.captions import COLUMNS, LISTS, caption_files, captions_beside
-from finetune.data.photos import MASK, Photo, image_files, is_companion
+from finetune.data.captions import LISTS, caption_files, captions_beside, further_columns
+from finetune.data.photos import MASK, Photo, image_files, is_companion, no_images
 from finetune.data.settings import MIX_NAME
 from finetune.data.sources.registry import open_source
 
@@ -23,7 +21,7 @@ MASKS = "masks"  # the folder masks/NAME.png
 class Entry:
     """A photo of a set. `beside` are its own caption files, `companions` its masks and NAME.depth.png and the like.
 
-    `caption` is what training would read, or None. `row` holds the other columns of its line in metadata.jsonl.
+    `caption` is what training would read, or None. `row` holds the other columns of its line in the list.
     `further`: its other captions, PHOTO.NAME.txt.
     """
 
@@ -61,10 +59,10 @@ def read_set(source: Path) -> PhotoSet:
     folder = opened.folder
     paths = image_files(folder)
     if not paths:
-        raise BadInput(f"{source} holds no images: give the folder with the photos", path=source)
+        raise no_images(source, folder)
     photos = [Photo(path, (0, 0), "") for path in paths]
     captions, beside = caption_files(folder, photos), captions_beside(folder, photos)
-    companions, rows = _companions(folder, paths), _rows(folder / "metadata.jsonl")
+    companions, rows = _companions(folder, paths), further_columns(folder)
     further = further_captions(folder, paths)
     entries = [
         Entry(
@@ -114,12 +112,3 @@ def further_captions(folder: Path, paths: list[Path]) -> dict[str, list[Path]]:
         if stem in stems and file.stem not in stems | names and MIX_NAME.fullmatch(name):
             found.setdefault(stem, []).append(file)
     return found
-
-
-def _rows(file: Path) -> dict[str, dict[str, Any]]:
-    """File name -> the columns of metadata.jsonl besides file name and caption. The lines were checked before."""
-    if not file.is_file():
-        return {}
-    rows = [parse_json(line, str(file), dict) for line in read_utf8(file).splitlines() if line.strip()]
-    own = ("file_name", *COLUMNS)
-    return {str(row["file_name"]): {key: row[key] for key in row if key not in own} for row in rows}

@@ -10,7 +10,7 @@ from data_tools.for_base import add_base, base_and_resolution
 from data_tools.geometry import SAVED, WHOLE, Cut, Format, cut_step
 from data_tools.photo_set import Entry, PhotoSet, read_set
 from data_tools.show import add_folders, say_prepared
-from data_tools.work import Plan, Prepared, Step, carry_out, kept, steps_of
+from data_tools.work import Plan, Prepared, Step, carry_out, kept, refuse_place, steps_of
 from finetune.core.errors import BadInput
 from finetune.data.buckets import Size
 from finetune.data.photos import BadImage, read_photo
@@ -31,6 +31,7 @@ def resize(
     """
     if saved not in SAVED:
         raise BadInput(f"the format {saved!r} is unknown: use {', '.join(SAVED)}")
+    refuse_place(source, out)
     photos = read_set(source)
     steps = steps_of(photos, lambda entry: _step(photos, entry, resolution, side, saved))
     settings = {"resolution": resolution, "side": side, "format": saved}

@@ -13,8 +13,8 @@ from data_tools.check import File, Findings, check_for
 from data_tools.for_base import add_base, add_detector
 from data_tools.geometry import WHOLE, Cut, save
 from data_tools.show import add_folders, say_prepared
-from data_tools.work import Plan, Prepared, Step, Writer, Written, carry_out
-from finetune.data.photos import open_image
+from data_tools.work import Plan, Prepared, Step, Writer, Written, carry_out, refuse_place
+from finetune.data.photos import open_image, shown
 
 CELL, TEXT, GAP = 256, 34, 8  # pixels: a photo, the lines below it, and between two
 COLUMNS = 6
@@ -82,13 +82,20 @@ def _page_writer(findings: Findings) -> Writer:
 def page(findings: Findings) -> str:
     """The page as HTML. It loads nothing from elsewhere."""
     figures = "\n".join(_figure(number, file) for number, file in enumerate(findings.worst_first))
-    name = escape(findings.folder.name)
+    name = _told(findings.folder.name)
     return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>\n'
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}</title><style>{STYLE}</style>\n"
         f"<h1>{name}</h1>\n<p>{len(findings.files)} photos: {escape(findings.verdict.replace(' above', ''))}.</p>\n"
         f"{_list(findings.problems, '')}{_list(findings.notes, 'note')}"
         f'<div class="set">\n{figures}\n</div></html>\n'
     )
+
+
+def _told(text: str) -> str:
+    """A text for the page; a file's name may be no UTF-8."""
+    return escape(shown(text))
 
 
 def _figure(number: int, file: File) -> str:
@@ -96,13 +103,13 @@ def _figure(number: int, file: File) -> str:
     size = f" {file.size[0]}x{file.size[1]}" if file.size else ""
     caption = f'<p class="caption">{escape(file.caption)}</p>' if file.caption else ""
     return (
-        f'<figure style="border-color: {COLOURS[file.verdict]}">{image}<figcaption><b>{escape(file.name)}</b>{size}: '
+        f'<figure style="border-color: {COLOURS[file.verdict]}">{image}<figcaption><b>{_told(file.name)}</b>{size}: '
         f"{file.verdict}{_list(file.problems, '')}{_list(file.notes, 'note')}{caption}</figcaption></figure>"
     )
 
 
 def _list(texts: Sequence[str], kind: str) -> str:
-    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    items = "".join(f"<li>{_told(text)}</li>" for text in texts)
     return f'<ul class="{kind}">{items}</ul>\n' if items else ""
 
 
@@ -153,4 +160,5 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
+    refuse_place(options.photos, options.out)
     return say_prepared(sheet(check_for(options), options.out, options.dry_run), options.json)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from data_tools.work import Prepared
 
 SHOWN = 20  # lines about single photos; the manifest has all
-SAME = ("copied", "good")  # actions that need no line of their own
+LEFT_OUT = "left out"
+SAME = ("copied", "good", "packed")  # actions that need no line of their own
 
 
 def say(line: str) -> None:
@@ -59,7 +60,10 @@ def say_prepared(done: Prepared, as_json: bool) -> int:
     if as_json:
         say_json(done.values())
         return 0
-    lines = [step.line for step in done.plan.steps if step.action not in SAME]
+    told = [step for step in done.plan.steps if step.action not in SAME]
+    if len(told) > SHOWN:
+        told.sort(key=lambda step: step.action != LEFT_OUT)  # what is missing must not be among those "more"
+    lines = [step.line for step in told]
     for line in lines[:SHOWN]:
         say(line)
     if len(lines) > SHOWN:

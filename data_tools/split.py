@@ -8,7 +8,7 @@ from pathlib import Path
 from data_tools.hashes import look_of, near_pairs
 from data_tools.photo_set import PhotoSet, read_set
 from data_tools.show import add_folders, say_prepared, whole_number
-from data_tools.work import Plan, Prepared, Step, carry_out, kept
+from data_tools.work import Plan, Prepared, Step, carry_out, kept, refuse_place
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.data.photos import BadImage, read_image
@@ -26,6 +26,7 @@ def split(source: Path, out: Path, hold_out: int, dry_run: bool = False) -> Prep
     Raises:
         BadInput: there are too few photos that look like no other one, or `out` can't be written.
     """
+    refuse_place(source, out)
     photos = read_set(source)
     digests, bad = _candidates(photos)
     if hold_out > len(digests) or hold_out >= len(photos.entries) - len(bad):

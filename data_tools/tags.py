@@ -11,7 +11,7 @@ from pathlib import Path
 from data_tools.photo_set import read_set
 from data_tools.show import add_run, say, say_json, say_prepared, whole_number
 from data_tools.wording import plain_tag, split_tags
-from data_tools.work import Plan, Prepared, Step, carry_out, kept, with_caption
+from data_tools.work import Plan, Prepared, Step, carry_out, kept, refuse_place, with_caption
 from finetune.core.errors import BadInput
 from finetune.core.reading import read_utf8
 
@@ -50,13 +50,14 @@ def tags(source: Path, out: Path, rules: TagRules, dry_run: bool = False) -> Pre
     Raises:
         BadInput: no photo has a caption, the rules change nothing, or `out` can't be written.
     """
+    refuse_place(source, out)
     photos = read_set(source)
     _refuse_uncaptioned(source, [entry.caption for entry in photos.entries])
     steps = []
     for entry in photos.entries:
         step = kept(photos, entry)
         new = change(entry.caption, rules, entry.name) if entry.caption else entry.caption
-        if new != entry.caption:
+        if new != entry.caption and step.files:
             step = with_caption(step, entry, new or None)
             step = Step(step.source, "captioned anew", new or "no tag is left", step.files, step.caption, step.row)
         steps.append(step)

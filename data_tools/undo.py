@@ -33,6 +33,13 @@ class Undone:
         stays = f"; {len(self.kept)} stay, changed or added since: {', '.join(self.kept[:5])}" if self.kept else ""
         return f"{len(self.removed)} files of {self.folder} {verb}{stays}"
 
+    def values(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "command": "undo", "folder": str(self.folder), "dry_run": self.dry_run, "removed": self.removed,
+            "kept": self.kept,
+        }  # fmt: skip
+
 
 def undo(place: Path, dry_run: bool = False) -> Undone:
     """Removes the files that a manifest names, each only if its content is what was written, and empty folders.
@@ -41,13 +48,16 @@ def undo(place: Path, dry_run: bool = False) -> Undone:
     goes last.
 
     Raises:
-        BadInput: there is no manifest, it is not one of a command, or it names files outside of its folder.
+        BadInput: there is no manifest, it is not one of a command, or it names files outside of its folder; or what
+            it was made from is gone.
     """
     place = Path(place).expanduser()
     manifest = place / MANIFEST if place.is_dir() else place
     if manifest.name != MANIFEST or not manifest.is_file():
         raise BadInput(f"there is no {MANIFEST} in {place}: {ADVICE}", path=place)
-    folder, files = manifest.parent, _files(manifest)
+    values = read_json(manifest, dict, ADVICE)
+    folder, files = manifest.parent, _files(manifest, values)
+    _refuse_only_copies(manifest, values)
     there = {name for name in files if (folder / name).is_file()}
     with phase("Comparing", len(there), "files") as advance:
         removed = [name for name in sorted(there) if _as_written(folder / name, folder, files[name], advance)]
@@ -59,9 +69,19 @@ def undo(place: Path, dry_run: bool = False) -> Undone:
     return Undone(folder, removed, _others(folder, {*removed, MANIFEST}), dry_run)
 
 
-def _files(manifest: Path) -> dict[str, str]:
+def _refuse_only_copies(manifest: Path, values: dict[str, Any]) -> None:
+    """Nothing is removed where the source is gone. Of a data set of the hub, whose id is no path, it is the hub."""
+    source = str(values.get("source", ""))
+    if Path(source).is_absolute() and not Path(source).exists():
+        raise BadInput(
+            f"{source}, which {manifest.parent} was made from, is gone, so these may be the only copies: "
+            "nothing was removed",
+            path=manifest,
+        )
+
+
+def _files(manifest: Path, values: dict[str, Any]) -> dict[str, str]:
     """Name -> SHA-256 of every file that was written."""
-    values = read_json(manifest, dict, ADVICE)
     check_schema(values.get("schema"), manifest, SCHEMA)
     try:
         found: dict[str, str] = dict(values["files"])

@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_tools.endings import ending_of
 from data_tools.show import add_run, say, say_json, whole_number
 from data_tools.work import LIST, SCHEMA
 from finetune import __version__
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
-from finetune.core.files import replacing_folder, sha256, write_json, write_text
+from finetune.core.files import new_folder, sha256, write_json, write_text
 from finetune.data.leftovers import MANIFEST
 from finetune.data.photos import opened
 
@@ -37,7 +38,7 @@ def unpack(source: str, out: Path, split: str, image: str, caption: str, limit: 
     _refuse_place(out)
     rows = _chosen(_rows(source, split, image, caption), limit)
     lines, written, others = [], [], {}
-    with replacing_folder(out) as temporary, phase("Writing", len(rows), "photos") as advance:
+    with new_folder(out) as temporary, phase("Writing", len(rows), "photos") as advance:
         for number, row in enumerate(rows):
             name = _write(_stored(row[image], source), temporary, number)
             written.append((f"row {number}", name, sha256(temporary / name)))
@@ -71,7 +72,7 @@ def _manifest(
 
 
 def _refuse_place(out: Path) -> None:
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise BadInput(f"{out} already exists: give another folder, or remove it")
 
 
@@ -151,7 +152,6 @@ def _stored(image: dict[str, Any], source: str) -> bytes:
 def _write(data: bytes, folder: Path, number: int) -> str:
     """Writes the stored bytes to a file with the extension of their actual format; returns its name."""
     with opened(folder / f"{number:05d}", data) as image:
-        ending = (image.format or "png").lower().replace("jpeg", "jpg")
-    name = f"{number:05d}.{ending}"
+        name = f"{number:05d}.{ending_of(image)}"
     (folder / name).write_bytes(data)
     return name

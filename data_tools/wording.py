@@ -18,6 +18,7 @@ OF_SCENE = (
 OF_ONE = (
     {"open mouth", "closed mouth"}, {"standing", "sitting", "lying"}, {"short hair", "long hair"},
 )  # fmt: skip  # of a single figure
+BRACES = re.compile(r"\{\s*[\w-]+\s*\}")  # as training finds places that nothing fills in
 FEWEST = 3  # comma-separated parts: a caption with fewer is a sentence
 LONGEST_TAG = 5  # words: of a longer part the caption is a sentence
 
@@ -52,13 +53,25 @@ def is_tag_list(caption: str) -> bool:
 
 def plain_tag(tag: str) -> str:
     """A tag as it is compared: in lower case, with spaces, without weights and escapes such as (red_hair:1.2)."""
-    return re.sub(r":[\d.]+$", "", tag.strip("() \\").lower()).replace("_", " ").replace("\\", "")
+    text = tag.strip().lower().lstrip("( ")
+    while text.endswith(")") and not text.endswith("\\)") and _open(text) < 0:
+        text = text[:-1].rstrip()
+    return re.sub(r"(?<=.):[\d.]+$", "", text).replace("\\", "").replace("_", " ").strip()
+
+
+def _open(text: str) -> int:
+    """How many brackets without a backslash are open at the end; below 0 if more were closed."""
+    plain = re.sub(r"\\.", "", text)
+    return plain.count("(") - plain.count(")")
 
 
 def check_caption(caption: str, wanted: Wanted) -> CaptionFaults:
     """Returns what is wrong with one caption. {token} in it counts as the token."""
     faults = CaptionFaults()
     _length(caption, wanted, faults)
+    left = BRACES.search(caption.replace("{token}", "").replace("{noun}", ""))
+    if left:
+        faults.problems.append(f"training refuses {left[0]!r} in its caption: leave the braces out")
     if wanted.token and "{token}" not in caption and not _has_word(caption, wanted.token):
         faults.problems.append(f"the token {wanted.token!r} is not in its caption")
     if is_tag_list(caption):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from data_tools.photo_set import MASKS, Entry, PhotoSet
 from finetune import __version__
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
-from finetune.core.files import replacing_folder, sha256, write_json, write_text
+from finetune.core.files import new_folder, sha256, write_json, write_text
 from finetune.data.leftovers import MANIFEST
 from finetune.data.photos import shown
 
@@ -119,7 +120,7 @@ class Prepared:
     def values(self) -> dict[str, Any]:
         """The plan for JSON."""
         steps = [
-            {"source": step.called, "action": step.action, "why": step.why}
+            {"source": shown(step.called), "action": step.action, "why": step.why}
             | {"files": [file.name for file in step.files]}
             for step in self.plan.steps
         ]
@@ -150,12 +151,18 @@ def companion_name(file: Path, entry: Entry, stem: str) -> str:
 
 
 def in_list(photos: PhotoSet, entry: Entry) -> str | None:
-    """The caption that must go into the new folder's list: those from files of their own are copied with these."""
-    return entry.caption if photos.listed and not entry.beside else None
+    """The caption that must go into the new folder's list: those from files of their own are copied with these.
+
+    It is empty, not None, where only the line's further columns are kept.
+    """
+    caption = entry.caption if photos.listed and not entry.beside else None
+    return "" if caption is None and entry.row else caption
 
 
 def kept(photos: PhotoSet, entry: Entry, action: str = "copied", why: str = "", folder: str = "") -> Step:
-    """A step that copies a photo with all that belongs to it."""
+    """A step that copies a photo with all that belongs to it; a name that is not UTF-8 can't be written."""
+    if shown(entry.path) != str(entry.path):
+        return Step(entry.path, "left out", "its name is not UTF-8: rename it")
     return Step(entry.path, action, why, copied(entry, folder), in_list(photos, entry), entry.row)
 
 
@@ -177,31 +184,46 @@ def carry_out(plan: Plan, out: Path, dry_run: bool = False) -> Prepared:
             or the disk has too little room.
     """
     out = Path(out).expanduser()
-    _refuse_place(plan, out)
+    refuse_place(plan.source, out)
     _refuse_names(plan)
     _refuse_little_room(plan, out)
     if not dry_run:
-        with replacing_folder(out) as temporary:
-            rows = list(_write(plan, temporary))
-            others = _write_lists(plan, temporary) | {file.name: _write_file(file, temporary) for file in plan.extra}
-            write_json(temporary / MANIFEST, _manifest(plan, rows, others))
+        _write_all(plan, out)
     return Prepared(plan, out, dry_run)
 
 
-def _refuse_place(plan: Plan, out: Path) -> None:
+def _write_all(plan: Plan, out: Path) -> None:
+    try:
+        with new_folder(out) as temporary:
+            rows = list(_write(plan, temporary))
+            others = _write_lists(plan, temporary) | {file.name: _write_file(file, temporary) for file in plan.extra}
+            write_json(temporary / MANIFEST, _manifest(plan, rows, others))
+    except FileExistsError as error:
+        if Path(error.filename or "") != out:
+            raise
+        raise BadInput(f"another command made {out} meanwhile: this one wrote nothing, give a new folder") from error
+
+
+def refuse_place(source: Path, out: Path) -> None:
+    """Looks where a command is to write, before hours of work.
+
+    Raises:
+        BadInput: `out` exists, or lies inside the source or around it.
+    """
+    source, out = Path(source).expanduser(), Path(out).expanduser()
     if out.exists() or out.is_symlink():
         raise BadInput(f"{out} already exists: give a new folder, or take that one back with --undo {out}", path=out)
-    here, source = out.resolve(), plan.source.resolve()
-    if here.is_relative_to(source) or source.is_relative_to(here):
-        raise BadInput(f"{out} lies inside {plan.source}, which stays as it is: give a folder elsewhere", path=out)
+    here, home = out.resolve(), source.resolve()
+    if here.is_relative_to(home) or home.is_relative_to(here):
+        raise BadInput(f"{out} lies inside {source}, which stays as it is: give a folder elsewhere", path=out)
 
 
 def _refuse_names(plan: Plan) -> None:
-    """Two files of one name, on file systems that know no case either."""
+    """Two files of one name, on file systems that know no case either, or no two ways to write an accent."""
     seen: dict[str, Path] = {}
     for step in plan.steps:
         for file in step.files:
-            other = seen.setdefault(file.name.lower(), file.source)
+            other = seen.setdefault(unicodedata.normalize("NFC", file.name).lower(), file.source)
             if other != file.source:
                 raise BadInput(
                     f"{shown(other.name)} and {shown(file.source.name)} would both become {shown(file.name)}: "
@@ -233,7 +255,7 @@ def _write(plan: Plan, folder: Path) -> Iterator[dict[str, Any]]:
                 if file.name not in done:  # a.jpg and a.png share a.txt
                     done[file.name] = _write_file(file, folder)
             yield {
-                "source": step.called, "sha256": "" if step.label else _digest(step.source),
+                "source": shown(step.called), "sha256": "" if step.label else _digest(step.source),
                 "action": step.action, "why": step.why,
                 "files": {file.name: done[file.name] for file in step.files},
             }  # fmt: skip
@@ -282,8 +304,10 @@ def _manifest(plan: Plan, rows: list[dict[str, Any]], others: dict[str, str]) ->
 
 def with_caption(step: Step, entry: Entry, caption: str | None) -> Step:
     """The step with a new caption (None: none), in a file or in the list, wherever the old one was."""
-    if step.caption is not None:
-        return replace(step, caption=caption)
+    if not step.files:
+        return step
+    if step.caption is not None and not entry.beside:
+        return replace(step, caption="" if caption is None and step.row else caption)
     place = PurePosixPath(step.target)
     own = {f"{place.with_suffix(file.suffix)}" for file in entry.beside}
     files = [file for file in step.files if file.name not in own]

@@ -146,6 +146,8 @@ def finished(carried: Carried, where: str) -> dict[str, Any]:
             if refused is None:
                 raise BadInput(f"{where} makes no valid recipe: {error}") from error
             carried.drop(refused, str(error))
+            if refused == "prior.folder" and carried.at("prior.count") is not None:
+                carried.drop("prior.count", "it was the number of these class images")
     raise BadInput(f"{where} makes no valid recipe: {ROUNDS} of its settings are refused")
 
 

@@ -78,11 +78,60 @@ def test_models_of_the_true_classes_describe_images(kind: str, tmp_path: Path) -
     assert Model(str(folder), Asked(tokens=5, device="cpu")).describe(random_image()) == text
 
 
+def images_of_many_shapes() -> list[Image.Image]:
+    draw = np.random.default_rng(5)
+    sizes = {(40, 48): 255, (16, 16): 50, (64, 24): 150, (24, 64): 230, (33, 31): 100}
+    return [Image.fromarray(draw.integers(0, light, (*size, 3), dtype=np.uint8)) for size, light in sizes.items()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale"), [("blip2", 1), ("llava", 25), ("joycaption", 25), ("florence2", 25), ("qwen2_vl", 25)]
+)
+def test_captions_of_a_batch_are_those_of_each_image_alone(kind: str, scale: float, tmp_path: Path) -> None:
+    """Also where the images of one batch have different numbers of tokens (Qwen), and where captions end after
+    different numbers of words (BLIP-2). Larger random weights make more of the images."""
+    folder = getattr(tiny_captioners, f"write_{kind}")(tmp_path / kind)
+    images, model = images_of_many_shapes(), Model(str(folder), Asked(tokens=12, device="cpu"))
+    for values in model.model.parameters():
+        if values.ndim > 1:
+            values.data.mul_(scale)
+    alone = [model.describe(image) for image in images]
+    assert len(set(alone)) >= 3
+    assert model.describe_all(images) == alone
+
+
+def test_a_batch_that_does_not_fit_into_the_memory_is_halved(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    folder = tiny_captioners.write_llava(tmp_path / "llava")
+    seen: list[int] = []
+    limit = 2
+    together = Model._together
+
+    def short_of_memory(model: Model, images: list[Image.Image]) -> list[str]:
+        seen.append(len(images))
+        if len(images) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return together(model, images)
+
+    monkeypatch.setattr(Model, "_together", short_of_memory)
+    arguments = ["caption", str(photos), "--model", str(folder), "--max-tokens", "2", "--device", "cpu"]
+    assert main([*arguments, str(tmp_path / "out"), "--batch-size", "3"]) == 0
+    assert seen == [3, 2, 1]
+    assert "3 images did not fit into the memory together: 2 at a time did" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.synthetic.txt"))) == 3
+    limit = 0
+    assert main([*arguments, str(tmp_path / "none"), "--max-tokens", "3"]) == 2
+    assert "needs more memory for one image than cpu has" in capsys.readouterr().err
+
+
 def test_a_chat_template_and_a_question_are_used(tmp_path: Path) -> None:
-    """JoyCaption is a Llava with a chat template: what is asked is in the input, and not in the caption."""
-    template = "{% for m in messages %}<image> {{ m.content[1].text }} ASSISTANT :{% endfor %}"
-    model = Model(str(tiny_captioners.write_llava(tmp_path / "joy", template)), Asked("a red dog", 3, "cpu"))
-    inputs = model._inputs(random_image())
+    """What is asked is in the input, and not in the caption."""
+    model = Model(str(tiny_captioners.write_joycaption(tmp_path / "joy")), Asked("a red dog", 3, "cpu"))
+    inputs = model._inputs([random_image()])
     asked = model.processor.batch_decode(inputs["input_ids"])[0]
     assert asked.split()[-5:] == ["a", "red", "dog", "ASSISTANT", ":"]
     assert asked.split().count("<image>") == 4
@@ -111,7 +160,7 @@ def test_new_words_replace_the_own_ones_which_stay_as_originals(captioned: Path,
     arguments = ["caption", str(captioned), str(out), "--replace", "sks", "zwx", "--template", "{caption}, of {name}"]
     assert main(arguments) == 0
     assert caption_files(out, scan(out)) == {
-        "0.png": "zwx, red hair, of 0.png", "1.png": "zwx, blue, of 1.png", "2.png": ", of 2.png",
+        "0.png": "zwx, red hair, of 0.png", "1.png": "zwx, blue, of 1.png",
     }  # fmt: skip
     assert (out / "0.original.txt").read_text() == "sks, red hair\n"
     assert not (out / "2.original.txt").exists()
@@ -178,6 +227,19 @@ def test_other_commands_take_further_captions_along(captioned: Path, tmp_path: P
     assert not any("blip" in problem for problem in [*check(tmp_path / "three", 30).problems])
 
 
+def test_braces_of_a_caption_are_no_places() -> None:
+    wording = Wording(template="{name}: {caption}, {token}")
+    assert wording.apply("a {name} on {caption}", "0.png") == "0.png: a {name} on {caption}, {token}"
+
+
+def test_a_template_leaves_a_photo_without_a_caption_as_it_is(captioned: Path, tmp_path: Path) -> None:
+    """It became "sks,", which training took in place of its own templates."""
+    (captioned / "1.txt").unlink()
+    assert main(["caption", str(captioned), str(tmp_path / "out"), "--template", "sks, {caption}"]) == 0
+    assert not (tmp_path / "out" / "1.txt").exists()
+    assert (tmp_path / "out" / "0.txt").read_text(encoding="utf-8").startswith("sks, ")
+
+
 def test_a_regular_expression_replaces() -> None:
     wording = Wording(((r"\b(\w+) hair", r"hair that is \1"),), True, "{caption}!")
     assert wording.apply("red hair", "a") == "hair that is red!"
@@ -238,6 +300,7 @@ def test_without_onnxruntime_it_is_one_sentence(
     [
         ([], "give --model, --tagger, --template or --replace"),
         (["--prompt", "x", "--template", "{caption}"], "--prompt has no effect"),
+        (["--batch-size", "2", "--template", "{caption}"], "--batch-size has no effect"),
         (["--threshold", "0.2", "--template", "{caption}"], "--threshold has no effect"),
         (["--regex", "--template", "a {caption}"], "--regex has no effect"),
         (["--replace", "(", "x", "--regex"], "no regular expression"),
@@ -245,7 +308,9 @@ def test_without_onnxruntime_it_is_one_sentence(
         (["--template", "a {caption}", "--as", "templates"], "can't name captions"),
         (["--template", "a {caption}", "--as", "x", "--share", "0.5"], "--share chooses photos"),
         (["--template", "a {caption}", "--share", "0"], "--share is 0"),
-        (["--replace", "nothing", "x"], "changes no caption"),
+        (["--replace", "nothing", "x"], "'nothing' of --replace is in none of them"),
+        (["--replace", "", "x"], "would write between all letters"),
+        (["--template", "{captoin}, sks"], "{captoin}, which nothing fills in"),
         (["--model", "/nowhere"], "there is no /nowhere"),
         (["--model", "{photos}"], "holds no config.json"),
     ],

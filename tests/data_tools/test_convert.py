@@ -100,6 +100,56 @@ def test_images_of_two_formats_are_in_one_set_of_shards(captioned: Path, tmp_pat
     assert content(tmp_path / "out").keys() == {"0.png", "1.png", "2.jpg"}
 
 
+def test_a_phones_jpeg_with_a_second_picture_keeps_a_name_that_training_reads(photos: Path, tmp_path: Path) -> None:
+    """It was written as 0.mpo, which nothing reads."""
+    stills = [Image.open(file).convert("RGB") for file in sorted(photos.iterdir())]
+    (tmp_path / "phone").mkdir()
+    stills[0].save(tmp_path / "phone" / "0.jpg", format="MPO", save_all=True, append_images=stills[1:])
+    convert(tmp_path / "phone", tmp_path / "packed", "parquet")
+    convert(tmp_path / "packed", tmp_path / "back", "captions")
+    assert [photo.path.name for photo in scan(tmp_path / "back")] == ["0.jpg"]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "gif", "bmp", "tiff", "avif", "heic"])
+def test_an_image_that_ends_early_is_named(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was packed without a word, and training then refused it."""
+    if ending == "heic":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    (tmp_path / "photos").mkdir()
+    noise = Image.effect_noise((64, 48), 90).convert("RGB")
+    noise.save(tmp_path / "photos" / f"whole.{ending}")
+    stored = (tmp_path / "photos" / f"whole.{ending}").read_bytes()
+    (tmp_path / "photos" / f"cut.{ending}").write_bytes(stored[: -len(stored) // 4])
+    assert main(["convert", str(tmp_path / "photos"), str(tmp_path / "out"), "--to", "jsonl"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"cut.{ending}: "))
+    assert line.startswith(f"cut.{ending}: left out (")
+    assert [file.name for file in (tmp_path / "out").glob(f"*.{ending}")] == [f"whole.{ending}"]
+    monkeypatch.setattr("data_tools.endings.image_of", lambda *_: pytest.fail("a whole file was decoded"))
+    if ending not in ("bmp", "tiff"):  # these do not say where they end
+        (tmp_path / "photos" / f"cut.{ending}").unlink()
+        convert(tmp_path / "photos", tmp_path / "again", "jsonl")
+
+
+def test_a_row_that_ends_early_is_named(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    stored = [file.read_bytes() for file in sorted(photos.iterdir())]
+    stored[1] = stored[1][: len(stored[1]) // 2]
+    images = [{"bytes": each, "path": None} for each in stored]
+    parquet.write_table(pyarrow.table({"image": images}), tmp_path / "set.parquet")
+    done = convert(tmp_path / "set.parquet", tmp_path / "out", "webdataset")
+    left = [step.line for step in done.plan.steps if step.action == "left out"]
+    assert left == ["row 1: left out (truncated)"]
+    monkeypatch.setattr("data_tools.show.SHOWN", 1)
+    assert main(["convert", str(tmp_path / "set.parquet"), str(tmp_path / "files"), "--to", "jsonl"]) == 0
+    assert capsys.readouterr().out.startswith("row 1: left out (truncated)\n... and 2 more\n")
+
+
 def test_files_are_as_large_as_was_asked_and_the_same_each_time(captioned: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         convert(captioned, tmp_path / name, "webdataset", largest=1)
@@ -123,7 +173,7 @@ def test_rows_of_several_captions_and_odd_names(tmp_path: Path, photos: Path) ->
     rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert rows == [{"file_name": "a.png", "text": "a", "captions_2": "b"}, {"file_name": "ok name.png", "text": "c"}]
     assert sorted(file.name for file in (tmp_path / "out").glob("*.png")) == ["00002.png", "a.png", "ok name.png"]
-    assert "embedding: left out: it holds bytes" in done.plan.notes[0]
+    assert "embedding: left out where it holds bytes" in done.plan.notes[0]
 
 
 @pytest.fixture
@@ -350,6 +400,29 @@ def test_a_shell_line_of_diffusers(kohyas: Path, tmp_path: Path) -> None:
     assert recipe.sample.prompts == ["A photo of {token} {noun} in a bucket"]
     left = {line.key for line in done.lines if line.action == "no counterpart"}
     assert {"report_to", "push_to_hub"} <= left
+
+
+def test_the_number_of_class_images_goes_with_their_folder(kohyas: Path, tmp_path: Path) -> None:
+    """Three is how many lie in the folder: without it the base draws as many as it usually does."""
+    write_photos(kohyas / "img" / "10_zwx cat")
+    done = convert_settings(kohyas, tmp_path / "several")
+    assert {"kind", "prompt"} <= done.recipe["prior"].keys()
+    assert not {"folder", "count"} & done.recipe["prior"].keys()
+    left = [line.why for line in done.lines if line.action == "no counterpart" and line.why]
+    assert "it was the number of these class images" in left
+    assert any("there are several class nouns" in why for why in left)
+
+
+def test_class_images_that_are_not_there_leave_no_number(kohyas: Path, tmp_path: Path) -> None:
+    """Of a shell line the number stays that it gives: the base draws so many."""
+    shutil.rmtree(kohyas / "reg")
+    (kohyas / "set.toml").write_text(TOML)
+    (kohyas / "run.sh").write_text(SHELL)
+    done = convert_settings(kohyas / "set.toml", tmp_path / "toml")
+    assert not {"folder", "count"} & done.recipe["prior"].keys()
+    assert "no images are there: the base draws class images" in [line.why for line in done.lines]
+    shell = convert_settings(kohyas / "run.sh", tmp_path / "shell")
+    assert ("folder" in shell.recipe["prior"], shell.recipe["prior"]["count"]) == (False, 200)
 
 
 @pytest.mark.parametrize("text", [FLAGS, SHELL], ids=["kohya", "diffusers"])

@@ -12,6 +12,7 @@ import pytest
 from conftest import SHARED
 from PIL import Image
 
+from data_tools.__main__ import main
 from data_tools.check import NEAR, Findings, check, difference_hash
 from finetune.data.photos import open_image
 
@@ -97,12 +98,15 @@ def test_notes_are_facts_that_the_training_handles(tmp_path: Path) -> None:
     Image.fromarray(noise[:, ::-1, 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
     frames = [Image.fromarray(noise[:, :, k]) for k in (1, 2)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    stills = [Image.fromarray(noise[shift:, :, :3]).resize((64, 64)) for shift in (9, 30)]
+    stills[0].save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=stills[1:])
     findings = check(tmp_path, 64)
     assert {file.name: file.notes for file in findings.files} == {
         "alpha.png": ["transparency: put on white"],
         "cmyk.tiff": ["CMYK: converted"],
         "deep.png": ["16 bits or more: scaled to 8", "grey"],
         "moving.gif": ["the first of 2 frames is used", "grey"],
+        "phone.jpg": ["the file holds a further picture, such as a gain map, which is not used"],
     }
     assert findings.fine
 
@@ -135,6 +139,22 @@ def test_the_table_and_exit_codes(photos: Path, tmp_path: Path) -> None:
         assert missing.stderr.startswith("error: there is no folder")
         assert missing.stderr.count("\n") == 1
     assert call("check", str(photos), "--resolution", "many").returncode == 2
+
+
+def test_a_long_table_ends_with_what_it_leaves_out(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data_tools.check.ROWS", 1)
+    assert main(["check", str(photos), "--resolution", "41"]) == 1
+    told = capsys.readouterr().out
+    assert "... and 2 more, 2 of them with problems: --json and finetune data sheet show all" in told
+    assert ("0.png" in told, "2.png" in told) == (True, False)
+    assert len(json.loads(_json_of(capsys, photos))["files"]) == 3
+
+
+def _json_of(capsys: pytest.CaptureFixture[str], photos: Path) -> str:
+    main(["check", str(photos), "--resolution", "41", "--json"])
+    return capsys.readouterr().out
 
 
 def test_it_imports_nothing_heavy(photos: Path) -> None:
@@ -170,7 +190,7 @@ def test_it_says_for_which_resolution_it_checked(tiny_bases: dict[str, Path]) ->
     assert told()[0] == 1, "256 pixels are few for 512"
     assert told()[1].startswith("checked for training at 512 pixels (SD 1.x")
     code, note = told("--base", "tiny")
-    assert (code, "64 pixels (the resolution of tiny, family sd1)" in note) == (0, True)
+    assert (code, "128 pixels (the resolution of tiny, family sd1)" in note) == (0, True)
     assert told("--base", "tiny", "--resolution", "600") == (1, "checked for training at 600 pixels (--resolution)")
     wrong = call("check", str(MUGS), "--base", "/nowhere")
     assert (wrong.returncode, "/nowhere" in wrong.stderr) == (2, True)

@@ -73,6 +73,11 @@ def write_llava(folder: Path, template: str | None = None) -> Path:
     return folder
 
 
+def write_joycaption(folder: Path) -> Path:
+    """JoyCaption is a Llava with a chat template."""
+    return write_llava(folder, "{% for m in messages %}<image> {{ m.content[1].text }} ASSISTANT :{% endfor %}")
+
+
 def write_florence2(folder: Path) -> Path:
     torch.manual_seed(3)
     config = transformers.Florence2Config(
