@@ -30,7 +30,7 @@ SHORT = (
     "run.steps=2", "sample.steps=1", "sample.count=1", "sample.prompts=['a photo of {token}']", "optim.warmup=0",
     "optim.lr=1e-3",
 )  # fmt: skip
-FEW_CLASS_IMAGES = ("prior.count=2", "prior.steps=1")
+FEW_CLASS_IMAGES = ("prior.count=2", "prior.others=null", "prior.steps=1")
 # What `.ci/run` and `make` run themselves; the demo has a test of its own (jobs/test_demo.py).
 BY_MAKE = (
     "make demo", "make test", "make check", "python3 -m venv .venv",

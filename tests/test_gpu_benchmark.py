@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,3 +69,19 @@ def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "--cpu" in done.stderr
     assert "--out" in run("--cpu").stderr
+
+
+def test_the_profilers_own_wait_is_none_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's profiler synchronises the device when it stops, inside of what it records."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu_loops import summary
+
+    def event(name: str, start: float) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name, device_type=None, cpu_time_total=1000.0, time_range=SimpleNamespace(start=start)
+        )
+
+    own, read = event("cudaDeviceSynchronize", 9.0), event("cudaStreamSynchronize", 2.0)
+    for events, waits in (([own], 0), ([own, read], 1), ([read], 1)):
+        found = summary(SimpleNamespace(events=lambda events=events: events), 1, 0.005)
+        assert (found["waits"], found["host_ms"]) == (waits, 5.0 - waits)

@@ -14,7 +14,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples" / "notebook.ipynb"
 SHORT = [
-    "run.steps=2", "optim.warmup=0", "prior.count=2", "prior.steps=1", "sample.steps=1", "sample.count=1",
+    "run.steps=2", "optim.warmup=0", "prior.count=2", "prior.others=null",
+    "prior.steps=1", "sample.steps=1", "sample.count=1",
     "sample.prompts=['a photo of {token} {noun}']",
 ]  # fmt: skip
 
@@ -41,7 +42,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     assert "2 steps; mean loss" in done.stdout
     assert "demo.safetensors" in done.stdout
     assert "ok:" in done.stdout
-    assert Image.open(next((run / "samples" / "after").glob("*.png"))).size == (64, 64)
+    assert Image.open(next((run / "samples" / "after").glob("*.png"))).size == (128, 128)
 
 
 def test_the_notebook_is_stored_without_outputs() -> None:

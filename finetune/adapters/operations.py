@@ -21,7 +21,7 @@ from finetune.export.adapter import export_adapter
 from finetune.export.base import Adapter, Exported, Request
 from finetune.export.bench import Bench
 from finetune.export.decompose import Kept, unloaded
-from finetune.export.lora.kohya import keys_of
+from finetune.export.lora.kohya import NEEDS_OUT_PROJ, keys_of, lacks_out_proj
 from finetune.export.registry import model_exports
 from finetune.export.verify import BOUNDS, apply_adapter, read_by_diffusers
 from finetune.families.configs import read_config
@@ -60,10 +60,16 @@ def _read_by_diffusers(found: Inspection) -> tuple[str, str]:
     except AssertionError:  # diffusers' reader of joined matrices only accepts the sizes of the real Flux.1
         return "unknown", "its reader of such keys only accepts the full-size model"
     except READER_ERRORS as error:
-        return "refused", " ".join(str(error).split())[:160]
+        return "refused", _reason(found, " ".join(str(error).split())[:160])
     finally:
         bench.close()
-    return "fully" if check.passed else "partly", check.message
+    return ("fully", check.message) if check.passed else ("partly", _reason(found, check.message))
+
+
+def _reason(found: Inspection, said: str) -> str:
+    """Why diffusers does not read a file: what is known of it, or what its loader said."""
+    known = found.kind == "kohya" and found.adapter is not None and lacks_out_proj(found.adapter)
+    return NEEDS_OUT_PROJ if known else said
 
 
 def _bench(adapter: Adapter, weights: bool = True) -> Bench:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sys
@@ -20,7 +19,7 @@ from finetune.cli.output import loud, progress_shown, say
 from finetune.cli.page import ui
 from finetune.cli.sample import StepOption, sample
 from finetune.core.allocator import keep_freed_memory
-from finetune.core.errors import BadInput, CheckFailed, Stopped
+from finetune.core.errors import BadInput, CheckFailed, Stopped, disk_sentence
 from finetune.core.launcher import end_with_launcher
 from finetune.core.logging import plain, printable, quiet
 from finetune.core.pickles import pickles_allowed
@@ -44,10 +43,6 @@ register(app)
 for own in (evaluate, sample, ui):
     app.command()(own)
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DENIED = (errno.EACCES, errno.EROFS, errno.EPERM)
-OTHER_THINGS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT, errno.ELOOP)
-NAMES = (errno.ENAMETOOLONG, errno.EINVAL)
 
 NO_MEMORY = "can't allocate memory"
 OUT_OF_MEMORY = (
@@ -210,15 +205,17 @@ def report(
 @app.command()
 def doctor(
     rehash: Annotated[
-        bool, typer.Option("--rehash", help="forget the stored hashes of bases, and hash them again")
+        bool, typer.Option("--rehash", help="forget the stored hashes of bases and photos, and hash them again")
     ] = False,
 ) -> None:
     """Check what works on this machine. It says how to fix what does not."""
     loud()
     if rehash:
+        from finetune.data.known_photos import forget_scans
         from finetune.families.digests import forget_hashes
 
         forget_hashes()
+        forget_scans()
     from rich.console import Console
     from rich.table import Table
 
@@ -335,27 +332,14 @@ def run(arguments: list[str]) -> tuple[int, str]:
     except Stopped as stop:
         return 128 + stop.number, f"\n{stop}"
     except OSError as error:
-        if debug or not _sentence(error):
+        if debug or not disk_sentence(error):
             raise
-        return 2, f"error: {_sentence(error)}"
+        return 2, f"error: {disk_sentence(error)}"
     except (MemoryError, RuntimeError) as error:
         if debug or not _is_out_of_memory(error):
             raise
         return 2, f"error: {OUT_OF_MEMORY}"
     return 0, ""
-
-
-def _sentence(error: OSError) -> str:
-    """What the disk refused, as a sentence; "" for an error that names no file, which may be a bug."""
-    place = error.filename2 or error.filename
-    if error.errno in NO_SPACE or error.errno in DENIED:
-        advice = "free some space" if error.errno in NO_SPACE else "choose a folder that you may write to"
-        return f"{place or 'a file'} could not be written ({error.strerror}): {advice}"
-    if place and error.errno in OTHER_THINGS:
-        return f"{place} could not be used ({error.strerror}): look what is there, or give another path"
-    if place and error.errno in NAMES:
-        return f"{str(place)[:80]!r} can't be the name of a file ({error.strerror}): give another"
-    return ""
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:

@@ -73,7 +73,7 @@ class ProgressBars:
             self._open[-1][0].stop()
         progress = _bar()
         progress.start()
-        self._open.append((progress, progress.add_task(event.title, total=event.total, note="", rate="")))
+        self._open.append((progress, progress.add_task(event.title, total=event.total or None, note="", rate="")))
 
 
 PROGRESS: ContextVar[Progress | None] = ContextVar("finetune_progress", default=None)

@@ -47,6 +47,8 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         _check_training(self)
+        if self.run.weights == "bf16":
+            _check_bf16(self)
         if self.run.shard:
             _check_shard(self)
         _check_prior(self)
@@ -78,6 +80,33 @@ def _check_training(recipe: Recipe) -> None:
         raise ValueError(
             f"export.rank is {recipe.export.rank} but a {method.kind} is exported exactly as it was trained: "
             "leave it out, or make the file smaller with `finetune resize`"
+        )
+
+
+def _check_bf16(recipe: Recipe) -> None:
+    """Refuses what does not train in weights that are bf16."""
+    method, optim, run, prior = recipe.method, recipe.optim, recipe.run, recipe.prior
+    if not method.holds_bf16:
+        raise ValueError(
+            f"run.weights is bf16 but method.kind {method.kind} trains an adapter, whose few weights stay in fp32: "
+            "leave it out, or use method.kind=full"
+        )
+    if run.precision not in ("auto", "bf16"):
+        raise ValueError(
+            f"run.weights is bf16 but run.precision is {run.precision}: set run.precision=bf16, or leave "
+            "run.weights out"
+        )
+    if optim.whole:
+        raise ValueError(
+            f"run.weights is bf16 but optim.kind {optim.kind} {optim.whole}: use adamw, adamw8bit, lion8bit or "
+            "paged_adamw8bit"
+        )
+    if run.shard:
+        raise ValueError("run.weights=bf16 was not tried on weights that run.shard cuts: leave one of them out")
+    if prior.needs_distance:
+        raise ValueError(
+            f"run.weights is bf16, whose steps are coarser than the changes that prior.kind {prior.kind} measures: "
+            "use another prior, or leave run.weights out"
         )
 
 
@@ -127,7 +156,7 @@ def _check_prior(recipe: Recipe) -> None:
     if prior.others is not None and method.artifacts == ("embedding",):
         raise ValueError(
             f"prior.others is given but method.kind {method.kind} trains only a new word, which changes no "
-            "prompt without it: leave prior.others out"
+            "prompt without it: leave prior.others out, or set prior.others=null"
         )
     if prior.needs_distance and not method.measures_distance:
         raise ValueError(

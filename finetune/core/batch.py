@@ -93,17 +93,16 @@ class Batch:
 
     def part(self, rows: Sequence[int]) -> Batch:
         """Returns the samples with these indices."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.latents.mean.device)
         return Batch(
-            latents=Latents(self.latents.mean[index], self.latents.std[index]),
+            latents=Latents(picked(self.latents.mean, rows), picked(self.latents.std, rows)),
             prompts=[self.prompts[row] for row in rows],
-            weight=self.weight[index],
+            weight=picked(self.weight, rows),
             geometry=[self.geometry[row] for row in rows],
             keys=[self.keys[row] for row in rows],
             names=[self.names[row] for row in rows],
-            mask=None if self.mask is None else self.mask[index],
-            extra=None if self.extra is None else self.extra[index],
-            conditions={name: value[index] for name, value in self.conditions.items()},
+            mask=None if self.mask is None else picked(self.mask, rows),
+            extra=None if self.extra is None else picked(self.extra, rows),
+            conditions={name: picked(value, rows) for name, value in self.conditions.items()},
             roles=[self.roles[row] for row in rows] if self.roles else [],
         )
 
@@ -121,3 +120,9 @@ class Batch:
             extra=None if self.extra is None else self.extra.to(device),
             conditions={name: value.to(device) for name, value in self.conditions.items()},
         )
+
+
+def picked(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """Returns the given rows of values [B, ...]. An index tensor would have to be copied to the values' device, and
+    under CUDA that copy waits for all that the device has still to do."""
+    return torch.stack([values[row] for row in rows]) if rows else values[:0]

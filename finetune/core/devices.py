@@ -50,6 +50,12 @@ def doubled(values: Tensor) -> Tensor:
     return values.to(exact_device(values.device)).double()
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a small tensor of the CPU on `device`. Under CUDA a copy from ordinary memory would wait for all that
+    the device has still to do, so it is copied from pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def empty_cache() -> None:
     """Returns the memory that torch caches but no longer uses to the GPU."""
     if torch.cuda.is_available():

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 LONGEST = 300  # characters of another program's message inside ours
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DENIED = (errno.EACCES, errno.EROFS, errno.EPERM)
+OTHER_THINGS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT, errno.ELOOP)
+NAMES = (errno.ENAMETOOLONG, errno.EINVAL)
 
 
 def first_line(error: BaseException) -> str:
@@ -44,3 +49,16 @@ class Stopped(BaseException):  # not a KeyboardInterrupt: typer would handle tha
     def __init__(self, path: Path, number: int) -> None:
         super().__init__(f"stopped; go on with: finetune resume {path}")
         self.number = number
+
+
+def disk_sentence(error: OSError) -> str:
+    """What the disk refused, as a sentence; "" for an error that names no file, which may be a bug."""
+    place = error.filename2 or error.filename
+    if error.errno in NO_SPACE or error.errno in DENIED:
+        advice = "free some space" if error.errno in NO_SPACE else "choose a folder that you may write to"
+        return f"{place or 'a file'} could not be written ({error.strerror}): {advice}"
+    if place and error.errno in OTHER_THINGS:
+        return f"{place} could not be used ({error.strerror}): look what is there, or give another path"
+    if place and error.errno in NAMES:
+        return f"{str(place)[:80]!r} can't be the name of a file ({error.strerror}): give another"
+    return ""

@@ -15,7 +15,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class PhaseStarted:
-    """A phase of work began. `total` is its number of units, such as 250 steps or 96 images; `unit` is their name."""
+    """A phase of work began. `total` is its number of units, such as 250 steps or 96 images, or 0
+    if that is not known; `unit` is their name."""
 
     title: str
     total: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ NO_FOLLOW, BINARY = (
     getattr(os, "O_NOFOLLOW", 0),
     getattr(os, "O_BINARY", 0),
 )  # O_NOFOLLOW is POSIX only, O_BINARY Windows only
+DAY = 24 * 3600  # seconds
 
 
 def cache_dir() -> Path:
@@ -131,6 +133,30 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """As `replacing_folder`, but a folder that another process makes meanwhile is never replaced.
+
+    What a killed process left of the same folder is removed when it is a day old.
+
+    Raises:
+        FileExistsError: `path` is there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if left.is_dir() and not left.is_symlink() and left.stat().st_mtime < time.time() - DAY:
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists() or path.is_symlink():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

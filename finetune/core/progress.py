@@ -17,7 +17,8 @@ LOGGER = logging.getLogger("finetune")
 
 
 class Pace:
-    """How far a phase is. `total` is its number of units. Units that a resumed phase finds done are not its work."""
+    """How far a phase is. `total` is its number of units, 0 if that is not known. Units that a resumed phase finds
+    done are not its work."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self._skipped, self._began = total, 0, 0, time.monotonic()
@@ -45,8 +46,8 @@ class Pace:
 
     @property
     def left(self) -> float | None:
-        """The estimated seconds until the phase ends; None before its first unit."""
-        return (self.total - self.done) / self.speed if self.worked > 0 else None
+        """The estimated seconds until the phase ends; None before its first unit, and where no total is known."""
+        return (self.total - self.done) / self.speed if self.worked > 0 and self.total else None
 
 
 class ProgressLines:
@@ -68,7 +69,8 @@ class ProgressLines:
             inner = self._open[-1]
             first_note = bool(event.note) and not inner.note
             inner.advance(event)
-            if inner.pace.done < inner.pace.total and (first_note or time.monotonic() - inner.said >= self._every):
+            ended = inner.pace.done >= inner.pace.total > 0
+            if not ended and (first_note or time.monotonic() - inner.said >= self._every):
                 self._tell(inner.progress)
         elif isinstance(event, PhaseEnded) and self._open:
             self._tell(self._open.pop().end)
@@ -106,7 +108,8 @@ class _Phase:
 
     @property
     def _count(self) -> str:
-        count = f"{self.pace.done} of {self.pace.total} {self.unit}".rstrip()
+        of = f" of {self.pace.total}" if self.pace.total else ""
+        count = f"{self.pace.done}{of} {self.unit}".rstrip()
         return f"{count}{f', {self.note}' if self.note else ''}"
 
     @property

@@ -33,9 +33,13 @@ def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
 
     The same arguments always give a generator with the same numbers.
     """
+    return torch.Generator().manual_seed(derived_seed(seed, purpose, *counters))
+
+
+def derived_seed(seed: int, purpose: str, *counters: int) -> int:
+    """Returns the seed of `generator`, from 0 to 2**63 - 1, for a generator of another device."""
     key = ":".join(str(part) for part in (seed, purpose, *counters))
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def normal(keys: Sequence[SampleKey], shape: Sequence[int], purpose: str) -> Tensor:

@@ -80,8 +80,8 @@ def connected(inside: np.ndarray) -> np.ndarray:
     runs = np.where(inside, np.cumsum(starts.ravel()).reshape(inside.shape), 0)
     parents = np.arange(int(runs.max()) + 1)
     both = inside[1:] & inside[:-1]
-    for one, other in np.unique(np.stack([runs[1:][both], runs[:-1][both]], axis=-1), axis=0).tolist():
-        _join(parents, one, other)
+    for pair in np.unique(runs[1:][both] * len(parents) + runs[:-1][both]).tolist():
+        _join(parents, *divmod(pair, len(parents)))
     roots = np.array([_root(parents, number) for number in range(len(parents))])
     return np.unique(roots, return_inverse=True)[1][runs]
 

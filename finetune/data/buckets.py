@@ -9,8 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 Size = tuple[int, int]  # (width, height), pixels
+
+
+@lru_cache(maxsize=4096)
+def shared_pair(x: int, y: int) -> tuple[int, int]:
+    """The same tuple for the same numbers: 100,000 photos have few different sizes, and each tuple takes 56 bytes."""
+    return x, y
 
 
 def bucket_table(resolution: int, multiple: int, tolerance: float = 0.1) -> list[Size]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -163,6 +164,7 @@ class PromptCache:
     ) -> None:
         self.family, self.folder, self.options = family, folder / "prompts", options
         self.shards = Shards(self.folder, f"{base_hash}:{dtype}", options.narrow)
+        self._reading = threading.Lock()
         self._near: OrderedDict[str, list[dict[str, Tensor]]] = OrderedDict()
         self._size = 0
 
@@ -180,9 +182,10 @@ class PromptCache:
             missing = set(self.shards.find([_key(part, prompt) for prompt in prompts], self.options.workers))
             wanted = [prompt for prompt in dict.fromkeys(prompts) if _key(part, prompt) in missing]
             advance(len(prompts) - len(wanted))
+            if wanted:
+                self.family.parts.place([part])
             try:
                 for prompt in wanted:
-                    self.family.parts.place([part])
                     encoded = self.family.encode_text(index, [prompt])
                     self.shards.add(_key(part, prompt), {name: value[0] for name, value in encoded.items()})
                     advance(1)
@@ -195,25 +198,33 @@ class PromptCache:
 
     def __call__(self, prompts: Sequence[str], keep_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Returns the conditions of the prompts, as `Family.encode_prompts` does. Raises KeyError for a new prompt."""
-        rows = [self._row(prompt) for prompt in prompts]
-        encoded = [
-            {name: torch.stack([row[index][name] for row in rows]) for name in rows[0][index]}
-            for index in range(len(rows[0]))
-        ]
-        return self.family.join_texts(encoded, keep_mask)
+        return self.family.join_texts(_stacked([self._row(prompt) for prompt in prompts]), keep_mask)
+
+    def stored(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Each text encoder's outputs for the prompts, name -> [B, ...], on the CPU. Any thread may ask; together with
+        `Family.join_texts` it is what a call gives. Raises KeyError for a new prompt."""
+        return _stacked([self._read(prompt) for prompt in prompts])
+
+    def _read(self, prompt: str) -> list[dict[str, Tensor]]:
+        with self._reading:
+            return [self.shards.read(_key(part, prompt)) for part in self.family.text_encoders]
 
     def _row(self, prompt: str) -> list[dict[str, Tensor]]:
         """Each encoder's output for a prompt, on the device."""
         if prompt in self._near:
             self._near.move_to_end(prompt)
             return self._near[prompt]
-        found = [self.shards.read(_key(part, prompt)) for part in self.family.text_encoders]
-        row = [{name: value.to(self.family.device) for name, value in each.items()} for each in found]
+        row = [{name: value.to(self.family.device) for name, value in each.items()} for each in self._read(prompt)]
         self._near[prompt] = row
         self._size += _size(row)
         while self._size > IN_MEMORY and len(self._near) > 1:
             self._size -= _size(self._near.popitem(last=False)[1])
         return row
+
+
+def _stacked(rows: Sequence[Sequence[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
+    """The outputs of B prompts by text encoder, each [B, ...]."""
+    return [{name: torch.stack([each[name] for each in own]) for name in own[0]} for own in zip(*rows, strict=True)]
 
 
 def _key(part: str, prompt: str) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from finetune.core.errors import BadInput
 from finetune.core.reading import parse_json, read_utf8
@@ -280,18 +280,54 @@ def _jsonl(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     found: list[tuple[str, str]] = []
-    for number, line in enumerate(read_utf8(file).splitlines(), 1):
+    # not splitlines: JSON may hold other line ends, such as U+2028, inside of a text
+    for number, line in enumerate(read_utf8(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = parse_json(line, f"{file} line {number}", dict)
-            column = next((key for key in COLUMNS if key in row), COLUMNS[0])
-            found.append((str(row["file_name"]), str(row[column])))
+            name, text = str(row["file_name"]), row[caption_key(row)]
         except (BadInput, KeyError) as error:
             raise BadInput(
                 f'{file} line {number} is not {{"file_name": ..., "text": ...}}: correct it', path=file
             ) from error
+        if isinstance(text, list | dict):
+            kind = "a list" if isinstance(text, list) else "an object"
+            raise BadInput(f"{file} line {number} has {kind} as its caption: give one text", path=file)
+        found.append((name, "" if text is None else str(text)))
     return _by_name(file, found)
+
+
+def caption_key(columns: Iterable[str]) -> str:
+    """Which column of a list has the captions: the first of `COLUMNS` that is there."""
+    there = set(columns)
+    return next((key for key in COLUMNS if key in there), COLUMNS[0])
+
+
+def further_columns(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name -> the columns besides file name and caption of metadata.jsonl, or else of metadata.csv (as text).
+
+    What the lists say was checked before, by `caption_rows`.
+    """
+    file = folder / "metadata.jsonl"
+    rows = _table_rows(folder / "metadata.csv")
+    if file.is_file():
+        lines = (line for line in read_utf8(file).split("\n") if line.strip())
+        rows += [parse_json(line, str(file), dict) for line in lines]
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        others = {key: value for key, value in row.items() if key not in ("file_name", caption_key(row))}
+        found.setdefault(str(row.get("file_name")), {}).update(others)
+    return found
+
+
+def _table_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of metadata.csv; empty cells are left out, except that of the caption."""
+    rows = _csv_rows(file)
+    header = [name.strip() for name in rows[0]] if rows else []
+    kept = ("file_name", caption_key(header))
+    told = [dict(zip(header, (cell.strip() for cell in row), strict=False)) for row in rows[1:]]
+    return [{name: cell for name, cell in row.items() if name and (cell or name in kept)} for row in told]
 
 
 def _by_name(file: Path, rows: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Colours as screens show them: images with another ICC profile (Display P3, Adobe RGB, CMYK) are converted to sRGB.
+"""Colours as screens show them: 8-bit RGB; images with another ICC profile (Display P3, Adobe RGB, CMYK) become sRGB.
 
 An image without a profile is taken as sRGB, as browsers do. One whose profile is sRGB keeps its exact values.
 """
@@ -43,6 +43,25 @@ def is_converted(image: Image.Image) -> bool:
     return transform is not None and (image.mode == transform[0] or "CMYK" not in (image.mode, transform[0]))
 
 
+def flat_rgb(upright: Image.Image, ground: str) -> Image.Image:
+    """An 8-bit RGB image in sRGB: transparency is put on the colour `ground`; 16-bit and float values are scaled."""
+    profile = upright.info.get("icc_profile")
+    if upright.mode.startswith(("I", "F")):
+        return converted_to_srgb(_scale_deep(upright), profile).convert("RGB")
+    if has_alpha(upright):
+        layered = upright.convert("RGBA")
+        coloured = converted_to_srgb(layered.convert("RGB"), profile).convert("RGBA")
+        coloured.putalpha(layered.getchannel("A"))
+        return Image.alpha_composite(Image.new("RGBA", layered.size, ground), coloured).convert("RGB")
+    return converted_to_srgb(upright, profile).convert("RGB")
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether an image has transparency."""
+    keyed = "transparency" in image.info and not image.mode.startswith(("I", "F"))  # Pillow can't convert those
+    return image.mode in ("RGBA", "LA", "PA") or keyed
+
+
 @lru_cache(maxsize=16)
 def transform_of(profile: bytes) -> tuple[str, Any] | None:
     """The mode of the images that an ICC profile describes and Pillow's transform to sRGB; None if it changes nothing
@@ -80,3 +99,17 @@ def _lab_to_srgb(image: Image.Image) -> Image.Image:
     changed = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     assert changed is not None
     return changed
+
+
+def _scale_deep(image: Image.Image) -> Image.Image:
+    """Scales 16-bit integers by their full range and floats by their own range: Pillow's convert would clip both.
+
+    Mode "I" does not say how many bits the file has, so the values decide.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    if image.mode.startswith("F"):
+        low, high = float(values.min()), float(values.max())
+        values = (values - low) / (high - low) * 255 if high > low else values * 0
+    else:
+        values = values / (257 if image.mode.startswith("I;16") or values.max() > 255 else 1)
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")

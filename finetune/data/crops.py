@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune.core.batch import Geometry
 from finetune.core.rng import generator
-from finetune.data.buckets import Size
+from finetune.data.buckets import Size, shared_pair
 from finetune.data.photos import Photo
 
 
@@ -110,11 +110,11 @@ def make_crops(
     pixels. With `crop="random"` there are up to `crops` positions, which depend only on the seed and the photo's
     content. With `flip`, every crop appears mirrored too.
     """
-    size = (size, size) if isinstance(size, int) else size
+    size = shared_pair(size, size) if isinstance(size, int) else size
     scale = scale_to_cover(photo.size, size)
-    resized = (max(size[0], round(photo.size[0] * scale)), max(size[1], round(photo.size[1] * scale)))
+    resized = shared_pair(max(size[0], round(photo.size[0] * scale)), max(size[1], round(photo.size[1] * scale)))
     spare = (resized[0] - size[0], resized[1] - size[1])
-    corners = [(spare[0] // 2, spare[1] // 2)]
+    corners = [shared_pair(spare[0] // 2, spare[1] // 2)]
     if crop == "random":
         drawn = generator(seed, f"crop:{photo.digest}")
         numbers = torch.rand(crops, 2, generator=drawn).tolist()

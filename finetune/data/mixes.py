@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from finetune.core.errors import BadInput
-from finetune.core.reading import parse_json, read_utf8
+from finetune.core.reading import read_utf8
 from finetune.core.rng import generator
-from finetune.data.captions import caption_files, with_trigger
+from finetune.data.captions import caption_files, further_columns, with_trigger
 from finetune.data.photos import Photo, shown
 
 OWN, TEMPLATES = "own", "templates"
@@ -37,30 +37,53 @@ def mix_captions(
     Raises:
         BadInput: no photo has captions of one of the names, or a photo has none at all; the message names it.
     """
-    found = {name: _texts_of(name, folder, photos) for name in mix if name != TEMPLATES}
+    columns = further_columns(folder) if set(mix) - {OWN, TEMPLATES} else {}
+    found = {name: _texts_of(name, folder, photos, columns) for name in mix if name != TEMPLATES}
     for name, texts in found.items():
         if not texts:
             where = (
                 "caption files"
                 if name == OWN
-                else f"PHOTO.{name}.txt beside a photo, or column {name} of metadata.jsonl"
+                else f"PHOTO.{name}.txt beside a photo, or column {name} of metadata.jsonl or .csv"
             )
             raise BadInput(
                 f"data.caption_mix names {name!r} but {folder} has no such captions ({where}): write them with "
                 "`finetune data caption`, or leave the name out"
             )
+    names = [photo.path.name for photo in photos]
+    held = {part: [[texts[name]] if name in texts else [] for name in names] for part, texts in found.items()}
+    return mix_rows(str(folder), names, held, mix, templates)
+
+
+def mix_rows(
+    where: str,
+    names: Sequence[str],
+    held: Mapping[str, Sequence[Sequence[str]]],
+    mix: Mapping[str, float],
+    templates: Sequence[str],
+) -> list[CaptionShares]:
+    """As `mix_captions`, of captions that were read: `held` has those of each photo for each name of the mix.
+
+    The share of a name is split evenly among a photo's captions of it.
+
+    Raises:
+        BadInput: no photo has captions of one of the names, or a photo has none at all; the message names it.
+    """
+    for part, texts in held.items():
+        if not any(texts):
+            raise BadInput(f"data.caption_mix names {part!r} but {where} has no such captions: leave the name out")
     if TEMPLATES in mix and not templates:
         raise BadInput("data.caption_mix names 'templates' but data.templates is empty: give at least one template")
     parts = []
-    for photo in photos:
-        own = [(texts[photo.path.name], mix[name]) for name, texts in found.items() if photo.path.name in texts]
+    for number in range(len(names)):
+        own = [(text, mix[part] / len(texts[number])) for part, texts in held.items() for text in texts[number]]
         own += [(text, mix[TEMPLATES] / len(templates)) for text in templates if TEMPLATES in mix]
         parts.append(own)
-    missing = [photo.path.name for photo, own in zip(photos, parts, strict=True) if not own]
+    missing = [name for name, own in zip(names, parts, strict=True) if not own]
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise BadInput(
-            f"{', '.join(map(shown, missing[:SHOWN]))}{more} of {folder} have no caption of data.caption_mix "
+            f"{', '.join(map(shown, missing[:SHOWN]))}{more} of {where} have no caption of data.caption_mix "
             f"({', '.join(mix)}): add one, or the name 'templates'"
         )
     return parts
@@ -73,24 +96,19 @@ def mix_files(folder: Path, photos: Sequence[Photo], mix: Mapping[str, float]) -
     return {file for file in beside if file.is_file()}
 
 
-def _texts_of(name: str, folder: Path, photos: Sequence[Photo]) -> dict[str, str]:
+def _texts_of(
+    name: str, folder: Path, photos: Sequence[Photo], columns: Mapping[str, Mapping[str, Any]]
+) -> dict[str, str]:
     """File name -> caption. A file beside a photo wins over the column."""
     if name == OWN:
         return caption_files(folder, photos)
-    found = _column(folder / "metadata.jsonl", name)
+    found = {file: " ".join(row[name].split()) for file, row in columns.items() if isinstance(row.get(name), str)}
     for photo in photos:
         file = folder / f"{photo.path.stem}.{name}.txt"
         if file.is_file():
             found[photo.path.name] = " ".join(read_utf8(file).split())
     names = {photo.path.name for photo in photos}
     return {photo: text for photo, text in found.items() if text and photo in names}
-
-
-def _column(file: Path, name: str) -> dict[str, str]:
-    if not file.is_file():
-        return {}
-    rows = [parse_json(line, str(file), dict) for line in read_utf8(file).splitlines() if line.strip()]
-    return {str(row.get("file_name")): " ".join(row[name].split()) for row in rows if isinstance(row.get(name), str)}
 
 
 def tag_count(text: str) -> int:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
-from finetune.data.colours import converted_to_srgb, is_converted
+from finetune.core.parallel import mapped
+from finetune.data.colours import flat_rgb, has_alpha, is_converted
+from finetune.data.known_photos import KnownPhotos, file_state
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 # Pillow's formats for these files, detected by content. Others stay off: for EPS, Pillow starts Ghostscript
@@ -114,6 +117,18 @@ def image_files(folder: Path) -> list[Path]:
     return [file for file in images if not is_companion(file, stems)]
 
 
+def no_images(source: Path, folder: Path) -> BadInput:
+    """The error for a `source` whose `folder` holds none. It names a folder in it that does."""
+    return BadInput(f"{source} holds no images: {_where_photos_are(folder)}", path=source)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError:
+        return []
+
+
 def _has_images(folder: Path) -> bool:
     try:
         return bool(image_files(folder))
@@ -152,8 +167,10 @@ def scan(folder: Path) -> list[Photo]:
     return found.photos
 
 
-def scan_lenient(folder: Path) -> Scan:
-    """Opens and decodes every image of a folder once, and returns the good and the bad ones.
+def scan_lenient(folder: Path, workers: int = 1) -> Scan:
+    """Opens and decodes every image of a folder once, in so many threads, and returns the good and the bad ones.
+
+    Those that an earlier scan decoded, and whose files did not change, are not opened (`finetune.data.known_photos`).
 
     Raises:
         BadInput: there is no such folder, or no usable image in it.
@@ -161,21 +178,40 @@ def scan_lenient(folder: Path) -> Scan:
     files = image_files(folder)
     if not files:
         raise BadInput(f"{folder} holds no images ({SUFFIXES_SHOWN}): {_where_photos_are(folder)}", path=folder)
-    found = Scan([], [])
+    known = KnownPhotos(folder)
+    seen: dict[Path, Photo | BadImage] = {file: Photo(file, *facts) for file in files if (facts := known.find(file))}
+    unseen = [file for file in files if file not in seen]
     with phase("Photos", len(files), "photos") as advance:
-        for file in files:
-            try:
-                found.photos.append(read_photo(file))
-            except BadImage as fault:
-                found.bad.append(fault)
+        advance(len(seen), "")
+        for file, photo in zip(unseen, mapped(partial(_read_and_known, known), unseen, workers), strict=True):
+            seen[file] = photo
             advance(1, "")
+    known.write()
+    found = Scan(
+        [photo for file in files if isinstance(photo := seen[file], Photo)],
+        [fault for file in files if isinstance(fault := seen[file], BadImage)],
+    )
     if not found.photos:
         raise BadInput(f"{folder} holds no images that can be used: {found.names}; fix them", path=folder)
     return found
 
 
+def _read_and_known(known: KnownPhotos, file: Path) -> Photo | BadImage:
+    """One photo of a scan, or why it can't be used."""
+    before = file_state(file)
+    try:
+        photo = read_photo(file)
+    except BadImage as fault:
+        return fault
+    known.add(file, before, (photo.size, photo.digest, photo.recoloured))
+    return photo
+
+
 def _where_photos_are(folder: Path) -> str:
-    inside = next((entry.name for entry in sorted(folder.iterdir()) if entry.is_dir() and _has_images(entry)), None)
+    """What to do about a folder without images. It names a folder in it, or one level deeper, that has some."""
+    folders = _folders_in(folder)
+    deeper = [*folders, *(each for place in folders for each in _folders_in(place))]
+    inside = next((place.relative_to(folder).as_posix() for place in deeper if _has_images(place)), None)
     hint = f"; there are some in its folder {shown(inside)!r}" if inside is not None else ""
     return f"give the folder with the photos{hint}"
 
@@ -204,7 +240,7 @@ def read_image(file: Path) -> tuple[Photo, Image.Image]:
     _check_name(file)
     content = _content(file)
     decoded = _decode(file, content)
-    return _sound(file, content, decoded), _flat(decoded, "white")
+    return _sound(file, content, decoded), flat_rgb(decoded, "white")
 
 
 def _check_name(file: Path) -> None:
@@ -249,19 +285,7 @@ def image_of(file: Path, content: bytes, ground: str = "white", formats: Sequenc
     Raises:
         BadImage: it can't be decoded.
     """
-    return _flat(_decode(file, content, formats), ground)
-
-
-def _flat(upright: Image.Image, ground: str) -> Image.Image:
-    profile = upright.info.get("icc_profile")
-    if upright.mode.startswith(("I", "F")):
-        return converted_to_srgb(_scale_deep(upright), profile).convert("RGB")
-    if _has_alpha(upright):
-        layered = upright.convert("RGBA")
-        coloured = converted_to_srgb(layered.convert("RGB"), profile).convert("RGBA")
-        coloured.putalpha(layered.getchannel("A"))
-        return Image.alpha_composite(Image.new("RGBA", layered.size, ground), coloured).convert("RGB")
-    return converted_to_srgb(upright, profile).convert("RGB")
+    return flat_rgb(_decode(file, content, formats), ground)
 
 
 def alpha_channel(file: Path) -> Image.Image | None:
@@ -271,7 +295,7 @@ def alpha_channel(file: Path) -> Image.Image | None:
         BadImage: it can't be read or decoded.
     """
     upright = _decode(file, _content(file))
-    return upright.convert("RGBA").getchannel("A") if _has_alpha(upright) else None
+    return upright.convert("RGBA").getchannel("A") if has_alpha(upright) else None
 
 
 def open_values(file: Path) -> np.ndarray:
@@ -283,11 +307,6 @@ def open_values(file: Path) -> np.ndarray:
     upright = _decode(file, _content(file))
     grey = upright if upright.mode.startswith(("I", "F")) else open_image(file).convert("L")
     return np.asarray(grey, dtype=np.float32)
-
-
-def _has_alpha(image: Image.Image) -> bool:
-    keyed = "transparency" in image.info and not image.mode.startswith(("I", "F"))  # Pillow can't convert those
-    return image.mode in ("RGBA", "LA", "PA") or keyed
 
 
 def _content(file: Path) -> bytes:
@@ -362,17 +381,3 @@ def _decode(file: Path, content: bytes, formats: Sequence[str] = FORMATS) -> Ima
     with opened(file, content, formats) as image:
         image.load()
         return ImageOps.exif_transpose(image)
-
-
-def _scale_deep(image: Image.Image) -> Image.Image:
-    """Scales 16-bit integers by their full range and floats by their own range: Pillow's convert would clip both.
-
-    Mode "I" does not say how many bits the file has, so the values decide.
-    """
-    values = np.asarray(image, dtype=np.float64)
-    if image.mode.startswith("F"):
-        low, high = float(values.min()), float(values.max())
-        values = (values - low) / (high - low) * 255 if high > low else values * 0
-    else:
-        values = values / (257 if image.mode.startswith("I;16") or values.max() > 255 else 1)
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -105,25 +105,38 @@ def regions(lab: np.ndarray) -> np.ndarray:
     row, column = (y * rows / height).astype(int), (x * columns / width).astype(int)
     weight = COMPACT / step
     features = np.concatenate([lab, (weight * y)[..., None], (weight * x)[..., None]], axis=-1)
+    planes = [np.ascontiguousarray(plane) for plane in np.moveaxis(features, -1, 0)]
+    around = _around((row, column), (rows, columns))
     labels = row * columns + column
     for _ in range(ROUNDS):
-        centres = means(features, labels, rows * columns)
-        labels = _nearest(features, centres, (row, column), (rows, columns))
+        labels = _nearest(planes, means(features, labels, rows * columns), around)
     _, compact = np.unique(labels, return_inverse=True)
     return compact.reshape(height, width)
 
 
-def _nearest(
-    features: np.ndarray, centres: np.ndarray, at: tuple[np.ndarray, np.ndarray], grid: tuple[int, int]
-) -> np.ndarray:
-    """Each pixel's nearest centre among the nine that started around it."""
-    best, labels = np.full(at[0].shape, np.inf, dtype=np.float32), np.zeros(at[0].shape, dtype=int)
-    for down in (-1, 0, 1):
-        for right in (-1, 0, 1):
-            number = np.clip(at[0] + down, 0, grid[0] - 1) * grid[1] + np.clip(at[1] + right, 0, grid[1] - 1)
-            apart = ((features - centres[number]) ** 2).sum(-1)
-            nearer = apart < best
-            best[nearer], labels[nearer] = apart[nearer], number[nearer]
+def _around(at: tuple[np.ndarray, np.ndarray], grid: tuple[int, int]) -> list[np.ndarray]:
+    """The numbers of the nine regions that start around each pixel, nine times [height, width]."""
+    (row, column), (rows, columns) = at, grid
+    return [
+        np.clip(row + down, 0, rows - 1) * columns + np.clip(column + right, 0, columns - 1)
+        for down in (-1, 0, 1)
+        for right in (-1, 0, 1)
+    ]
+
+
+def _nearest(planes: list[np.ndarray], centres: np.ndarray, around: list[np.ndarray]) -> np.ndarray:
+    """Each pixel's nearest centre among the nine that started around it.
+
+    Plane by plane: numpy's sums over five values of a pixel take five times as long.
+    """
+    best, labels = np.full(around[0].shape, np.inf, dtype=np.float32), np.zeros(around[0].shape, dtype=int)
+    for number in around:
+        apart = np.zeros_like(best)
+        for plane, centre in zip(planes, centres.T, strict=True):
+            apart += (plane - np.ascontiguousarray(centre)[number]) ** 2
+        nearer = apart < best
+        np.copyto(best, apart, where=nearer)
+        np.copyto(labels, number, where=nearer)
     return labels
 
 
@@ -138,13 +151,21 @@ def means(values: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
 def salient(found: Regions) -> np.ndarray:
     """The saliency of each region, [n] in [0, 1]."""
     labels, count = found.labels, len(found.colours)
-    apart = np.sqrt(((found.colours[:, None] - found.colours[None]) ** 2).sum(-1))
+    apart = np.sqrt(_squares(found.colours))
     touching = _touching(labels, count)
     ground = _background(apart, touching, _on_border(labels, count))
-    near = np.exp(-((found.places[:, None] - found.places[None]) ** 2).sum(-1) / (2 * NEAR**2))
+    near = np.exp(-_squares(found.places) / (2 * NEAR**2))
     contrast = (apart * near * ground).sum(1) * found.middle
     contrast = np.minimum(contrast / max(float(np.quantile(contrast, TOP)), 1e-6), 1)
     return _least_squares(contrast, ground, apart, touching)
+
+
+def _squares(points: np.ndarray) -> np.ndarray:
+    """The squared distances of points [n, dimensions], [n, n]."""
+    total = np.zeros((len(points), len(points)), dtype=points.dtype)
+    for values in points.T:
+        total += (values[:, None] - values[None]) ** 2
+    return total
 
 
 def _touching(labels: np.ndarray, count: int) -> np.ndarray:

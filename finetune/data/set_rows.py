@@ -12,10 +12,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from finetune.core.errors import BadInput
+from finetune.core.errors import BadInput, first_line
 
+T = TypeVar("T")
 LET_GO = 128_000_000  # bytes read from mapped files before they are mapped anew: pages that were read count as memory
 BEHIND = 64  # images of a stream that are kept, since workers ask a little out of order
 
@@ -47,8 +48,8 @@ class DatasetRows(ABC):
         return 0
 
     @abstractmethod
-    def scanned(self, captions: str | None) -> Iterator[tuple[bytes | None, Any]]:
-        """Gives each row's stored image (None where it has none) and what its caption column holds."""
+    def scanned(self, captions: Sequence[str]) -> Iterator[tuple[bytes | None, list[Any]]]:
+        """Gives each row's stored image (None where it has none) and what its columns of captions hold."""
 
     @abstractmethod
     def content(self, number: int) -> bytes | None:
@@ -86,10 +87,9 @@ class MappedRows(DatasetRows):
     def count(self) -> int:
         return len(self._mapped())
 
-    def scanned(self, captions: str | None) -> Iterator[tuple[bytes | None, Any]]:
+    def scanned(self, captions: Sequence[str]) -> Iterator[tuple[bytes | None, list[Any]]]:
         for number in range(self.count):
-            text = None if captions is None else self._mapped()[captions][number]
-            yield self.content(number), text
+            yield self.content(number), [self._mapped()[column][number] for column in captions]
 
     def content(self, number: int) -> bytes | None:
         with self._lock:
@@ -124,9 +124,9 @@ class StreamedRows(DatasetRows):
             self._features = dict(loaded.features or dict.fromkeys(next(iter(loaded), {})))
         return self._features
 
-    def scanned(self, captions: str | None) -> Iterator[tuple[bytes | None, Any]]:
+    def scanned(self, captions: Sequence[str]) -> Iterator[tuple[bytes | None, list[Any]]]:
         for row in self._begun():
-            yield self._bytes(row[self.image]), None if captions is None else row[captions]
+            yield self._bytes(row[self.image]), [row[column] for column in captions]
 
     def whole(self) -> Iterator[tuple[bytes | None, str, dict[str, Any]]]:
         """Gives each row's stored image, the name of its file (or empty) and its other columns."""
@@ -161,6 +161,20 @@ def _undecoded(rows: Any, column: str) -> Any:
     import datasets
 
     return rows.cast_column(column, datasets.Image(decode=False))
+
+
+def to_the_end(rows: Iterator[T], name: str) -> Iterator[T]:
+    """Gives all `rows` of the data set `name`.
+
+    Raises:
+        BadInput: its files can't be read any further.
+    """
+    try:
+        yield from rows
+    except (BadInput, MemoryError):
+        raise
+    except Exception as error:  # of Arrow, of tar files, of the network: whatever reads the files
+        raise BadInput(f"the data set {name} can't be read to its end ({first_line(error)}): copy it again") from error
 
 
 @dataclass(frozen=True, slots=True)

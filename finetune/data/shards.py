@@ -9,6 +9,7 @@ would count as this process's memory, and Windows could not replace or remove th
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -48,7 +49,7 @@ class RowLayout(NamedTuple):
     @property
     def size(self) -> int:
         """The bytes of one row."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

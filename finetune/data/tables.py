@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.core.errors import BadInput, first_line
+from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.core.files import cache_dir
 from finetune.core.parallel import mapped
 from finetune.core.reading import parse_json
+from finetune.data.buckets import shared_pair
 from finetune.data.entries import load_entry, save_entry
 from finetune.data.photos import BadImage, Photo, photo_of
-from finetune.data.set_rows import DatasetRow, DatasetRows
+from finetune.data.set_rows import DatasetRow, DatasetRows, to_the_end
 
 VERSION = 1  # of the scan: another one is scanned again
 IMAGES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")  # names of columns, the best first
@@ -52,12 +53,16 @@ class TableFacts:
 
 @dataclass(frozen=True)
 class Table:
-    """The usable images of a data set, their captions (several are possible for each), and why others are not used."""
+    """The usable images of a data set, their captions (several are possible for each), and why others are not used.
+
+    further: column -> other captions, as `captions`.
+    """
 
     facts: TableFacts
     photos: list[Photo]
     captions: list[list[str]]
     bad: list[BadImage]
+    further: dict[str, list[list[str]]] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:
@@ -69,10 +74,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The columns that a recipe names; None: the usual names."""
+    """The columns that a recipe names; None: the usual names. further: of `data.caption_mix`."""
 
     image: str | None
     caption: str | None
+    further: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class _Scan:
     digests: np.ndarray
     captions: list[list[str]]
     bad: dict[int, str]
+    further: dict[str, list[list[str]]] = field(default_factory=dict)
 
 
 def open_table(path: Path, rows: DatasetRows, facts: TableFacts, wanted: Wanted, workers: int) -> Table:
@@ -97,7 +104,8 @@ def open_table(path: Path, rows: DatasetRows, facts: TableFacts, wanted: Wanted,
     Raises:
         BadInput: a column is missing or holds something else, or there is no row, or none that can be used.
     """
-    source = json.dumps([VERSION, facts.files, facts.revision, facts.split, wanted.image, wanted.caption])
+    told = [VERSION, facts.files, facts.revision, facts.split, wanted.image, wanted.caption]
+    source = json.dumps([*told, *([list(wanted.further)] if wanted.further else [])])
     folder = cache_dir() / "tables"
     scan = _restored(load_entry(folder, source))
     if scan is None:
@@ -113,7 +121,7 @@ def _table(path: Path, rows: DatasetRows, facts: TableFacts, scan: _Scan) -> Tab
     photos = [
         Photo(
             _named(path, number),
-            (sizes[number][0], sizes[number][1]),
+            shared_pair(*sizes[number]),
             digests[number],
             stored=DatasetRow(rows, number),
         )
@@ -121,10 +129,16 @@ def _table(path: Path, rows: DatasetRows, facts: TableFacts, scan: _Scan) -> Tab
     ]
     captions = [scan.captions[number] for number in good]
     bad = [BadImage(_named(path, number), reason) for number, reason in sorted(scan.bad.items())]
+    facts = replace(facts, columns=scan.columns, rows=len(scan.sizes), content=content_of(photos, captions))
+    further = {column: [texts[number] for number in good] for column, texts in scan.further.items()}
+    return Table(facts, photos, captions, bad, further)
+
+
+def content_of(photos: Sequence[Photo], captions: Sequence[Sequence[str]]) -> str:
+    """SHA-256 over the digests of all images and over all captions, in their order."""
     content = hashlib.sha256("\n".join(photo.digest for photo in photos).encode())
     content.update(json.dumps(captions).encode())
-    facts = replace(facts, columns=scan.columns, rows=len(scan.sizes), content=content.hexdigest())
-    return Table(facts, photos, captions, bad)
+    return content.hexdigest()
 
 
 def _named(path: Path, number: int) -> Path:
@@ -138,13 +152,16 @@ def _scanned(path: Path, rows: DatasetRows, name: str, wanted: Wanted, workers: 
     rows.image = image_column(features, wanted.image, name)
     caption = caption_column(features, wanted.caption, name)
     columns = {"image": rows.image} | ({"caption": caption} if caption else {})
+    for column in wanted.further:
+        _check_further(features, column, name)
     sizes, digests, captions, bad = [], [], [], {}
     with phase("Photos", rows.count, "photos") as advance:
-        items = ((path, number, *row) for number, row in enumerate(_read(rows, caption, name)))
+        read = to_the_end(rows.scanned([*([caption] if caption else []), *wanted.further]), name)
+        items = ((path, number, *row) for number, row in enumerate(read))
         for number, (photo, fault, texts) in enumerate(mapped(_checked, items, workers)):
             sizes.append(photo.size if photo else (0, 0))
             digests.append(bytes.fromhex(photo.digest) if photo else bytes(32))
-            captions.append(texts)
+            captions.append(texts if caption else [[], *texts])
             if fault:
                 bad[number] = fault
             advance(1, "")
@@ -155,30 +172,34 @@ def _scanned(path: Path, rows: DatasetRows, name: str, wanted: Wanted, workers: 
             f"no image of the data set {name} can be used: row 0 ({bad[0]}): name another data.image_column"
         )
     held = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
-    return _Scan(columns, np.array(sizes, dtype=np.int32), held, captions, bad)
+    further = {column: [texts[place] for texts in captions] for place, column in enumerate(wanted.further, 1)}
+    return _Scan(columns, np.array(sizes, dtype=np.int32), held, [texts[0] for texts in captions], bad, further)
 
 
-def _read(rows: DatasetRows, caption: str | None, name: str) -> Iterator[tuple[bytes | None, Any]]:
-    """Raises BadInput where `datasets` meets a damaged file."""
-    try:
-        yield from rows.scanned(caption)
-    except BadInput:
-        raise
-    except Exception as error:  # of Arrow, of tar files, of the network: whatever reads the files
-        raise BadInput(f"the data set {name} can't be read to its end ({first_line(error)}): copy it again") from error
+def _check_further(features: Mapping[str, Any], column: str, name: str) -> None:
+    if column not in features or not _holds_text(features[column]):
+        raise BadInput(
+            f"data.caption_mix names {column!r}, which is no column of text in the data set {name}: it has "
+            f"{', '.join(features)}"
+        )
 
 
-def _checked(item: tuple[Path, int, bytes | None, Any]) -> tuple[Photo | None, str, list[str]]:
-    """A row's photo, or why it can't be used; and its captions."""
-    path, number, content, text = item
-    texts = [text] if isinstance(text, str) else list(text or [])
-    kept = [" ".join(each.split()) for each in texts if isinstance(each, str) and each.strip()]
+def _checked(item: tuple[Path, int, bytes | None, list[Any]]) -> tuple[Photo | None, str, list[list[str]]]:
+    """A row's photo, or why it can't be used; and the captions of each column."""
+    path, number, content, columns = item
+    kept = [texts_of(held) for held in columns]
     if content is None:
         return None, "no image", kept
     try:
         return photo_of(_named(path, number), content), "", kept
     except BadImage as fault:
         return None, fault.reason, kept
+
+
+def texts_of(held: Any) -> list[str]:
+    """The captions in a cell of a data set, which is a text, a list of texts, or empty."""
+    texts = [held] if isinstance(held, str) else list(held or [])
+    return [" ".join(each.split()) for each in texts if isinstance(each, str) and each.strip()]
 
 
 def image_column(features: Mapping[str, Any], wanted: str | None, name: str) -> str:
@@ -243,7 +264,8 @@ def _kind(kind: Any) -> str:
 
 
 def _tensors(scan: _Scan) -> dict[str, torch.Tensor]:
-    told = json.dumps([scan.columns, scan.captions, sorted(scan.bad.items())]).encode()
+    parts = [scan.columns, scan.captions, sorted(scan.bad.items()), *([scan.further] if scan.further else [])]
+    told = json.dumps(parts).encode()
     return {
         "sizes": torch.from_numpy(scan.sizes),
         "digests": torch.from_numpy(scan.digests.copy()),
@@ -254,5 +276,6 @@ def _tensors(scan: _Scan) -> dict[str, torch.Tensor]:
 def _restored(tensors: Mapping[str, torch.Tensor] | None) -> _Scan | None:
     if tensors is None:
         return None
-    columns, captions, bad = parse_json(tensors["told"].numpy().tobytes().decode(), "the scan of a data set", list)
-    return _Scan(columns, tensors["sizes"].numpy(), tensors["digests"].numpy(), captions, dict(bad))
+    told = parse_json(tensors["told"].numpy().tobytes().decode(), "the scan of a data set", list)
+    columns, captions, bad, *further = told
+    return _Scan(columns, tensors["sizes"].numpy(), tensors["digests"].numpy(), captions, dict(bad), *further)

@@ -320,9 +320,14 @@ class NewWords:
 
 
 def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The delta of a weight: scale * B A, in the shape of the weight [out, in(, k, k)], float32.
+    """The delta of a weight: scale * B A, in the shape of the weight [out, in(, k, k)], in fp32 or wider.
 
     A is [r, in(, k, k)] and B [out, r(, 1, 1)] (arXiv:2106.09685 section 4.1).
     """
-    product = b.float().flatten(1) @ a.float().flatten(1)
+    product = widened(b).flatten(1) @ widened(a).flatten(1)
     return scale * product.view(b.shape[0], *a.shape[1:])
+
+
+def widened(value: Tensor) -> Tensor:
+    """`value` in fp32, or in fp64 if it is that."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -113,7 +113,7 @@ class Difference:
 
     def _layers_of(self, part: str, adapted: bool) -> Iterator[tuple[str, str, Tensor]]:
         """A function of its own: its local references would keep a part in memory while the next one is loaded."""
-        with loaded(self.base, part) as old, loaded(self.tuned, part) as new:
+        with loaded_part(self.base, part) as old, loaded_part(self.tuned, part) as new:
             if adapted:
                 yield from _moved_layers(part, old, new)
             self.beyond[part] = _moved_otherwise(old, new, adapted)
@@ -154,7 +154,7 @@ def unloaded_base(family: Family, dtype: torch.dtype) -> Family:
 
 
 @contextmanager
-def loaded(family: Family, part: str) -> Iterator[nn.Module]:
+def loaded_part(family: Family, part: str) -> Iterator[nn.Module]:
     """A part of the family. If it was released, it is in memory inside the block only."""
     absent = isinstance(family.parts[part], Released)
     family.parts.restore([part])

@@ -37,6 +37,7 @@ class Family(ABC):
         resolution: native side length in pixels.
         dtype: the precision it was loaded in; some parts may have a wider one.
         autocast: the half precision in which fp32 weights compute, in training and drawing. None: no autocast.
+        trained_dtype: the dtype of a base's own weights once a method trains them (`run.weights`).
         inputs: extra channels after the noisy latents: "inpaint", "depth", "edit" (`conditioning.py`); None: none.
         widened: whether `widen` added those channels.
         unused_parameters: part -> prefixes of parameter names that never get a gradient. They must stay frozen,
@@ -59,6 +60,7 @@ class Family(ABC):
     resolution: int
     dtype: torch.dtype
     autocast: torch.dtype | None = None
+    trained_dtype: torch.dtype = torch.float32
     inputs: str | None = None
     widened: bool = False
     unused_parameters: dict[str, tuple[str, ...]] = {}

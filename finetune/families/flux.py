@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from finetune.core.batch import Geometry
+from finetune.core.devices import sent
 from finetune.core.errors import BadInput
 from finetune.families.drawing import DiffusersDrawing
 from finetune.families.naming.base import Labels
@@ -80,7 +81,7 @@ class Flux(TransformerFamily):
         if index == 1:
             return self._encode_t5(index, prompts)
         encoder: Any = self.parts["text_encoder"]
-        return {"pooled": encoder(self.tokenize(0, prompts).to(encoder.device)).pooler_output}
+        return {"pooled": encoder(sent(self.tokenize(0, prompts), encoder.device)).pooler_output}
 
     def _join(self, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {"hidden": encoded[1]["t5"], "pooled": encoded[0]["pooled"]}

@@ -54,12 +54,13 @@ def _most_special(matching: Sequence[type[Family]]) -> type[Family]:
 
 
 def weight_shapes(folder: Path) -> dict[str, dict[str, torch.Size]]:
-    """part -> module path, without `text_model.` -> the shape of its weight. Only configs are read."""
+    """part -> module path, without `text_model.` -> the shape of its weight, but for tables of embeddings, which no
+    LoRA changes. Only configs are read."""
     return {
         part: {
             strip_text_model(path): child.weight.shape
             for path, child in skeleton.named_modules()
-            if isinstance(getattr(child, "weight", None), torch.Tensor)
+            if isinstance(getattr(child, "weight", None), torch.Tensor) and not isinstance(child, torch.nn.Embedding)
         }
         for part, skeleton in family_of(folder).skeletons(folder).items()
     }

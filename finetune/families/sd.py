@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.core.batch import Geometry
+from finetune.core.devices import sent
 from finetune.families.estimator import estimate_depth, has_estimator
 from finetune.families.naming.base import Labels, SingleFile
 from finetune.families.naming.ldm import SD_READERS, UNetNaming
@@ -66,7 +67,7 @@ class StableDiffusion1(UNetFamily):
     def encode_text(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden": [B, length, width]}: the encoder's last hidden state."""
         encoder: Any = self.parts["text_encoder"]
-        ids = self.tokenize(0, prompts).to(encoder.device)
+        ids = sent(self.tokenize(0, prompts), encoder.device)
         return {"hidden": encoder(ids).last_hidden_state}
 
     def _join(self, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from finetune.core.batch import Geometry
+from finetune.core.devices import sent
 from finetune.core.errors import BadInput
 from finetune.families.drawing import DiffusersDrawing
 from finetune.families.naming.base import Labels
@@ -95,7 +96,7 @@ class StableDiffusion3(TransformerFamily):
         if self.text_encoders[index] == T5:
             return self._encode_t5(index, prompts)
         encoder: Any = self.parts[self.text_encoders[index]]
-        out = encoder(self.tokenize(index, prompts).to(encoder.device), output_hidden_states=True)
+        out = encoder(sent(self.tokenize(index, prompts), encoder.device), output_hidden_states=True)
         return {"hidden": out.hidden_states[-2], "pooled": out[0]}
 
     def _join(self, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from finetune.core.batch import Geometry
+from finetune.core.devices import sent
 from finetune.families.configs import read_config
 from finetune.families.naming.base import Labels, SingleFile
 from finetune.families.naming.ldm import SDXL_READERS, UNetNaming
@@ -85,7 +86,7 @@ class StableDiffusionXL(UNetFamily):
     def encode_text(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden": [B, length, width]}: the second-last layer; the second encoder's "pooled" [B, width] too."""
         encoder: Any = self.parts[self.text_encoders[index]]
-        ids = self.tokenize(index, prompts).to(encoder.device)
+        ids = sent(self.tokenize(index, prompts), encoder.device)
         out = encoder(ids, output_hidden_states=True)
         hidden = {"hidden": out.hidden_states[-2]}
         return hidden if self.text_encoders[index] == "text_encoder" else hidden | {"pooled": out[0]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 TINY = "tiny"
-KINDS = ("mug", "ball", "house", "car", "fish", "backpack")  # what examples/tiny_base/world.py draws
+KINDS = ("mug", "ball", "house", "car", "fish", "backpack")  # what examples/tiny_base/looks.py holds
 REAL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -18,6 +18,6 @@ def expectation(base: str, nouns: Iterable[str | None]) -> str | None:
         f"It does not know {' or '.join(map(repr, strange))}: nothing will look like the photos. " if strange else ""
     )
     return (
-        f"tiny is a toy model that knows six kinds of things ({', '.join(KINDS)}), drawn at 64 pixels. {unknown}"
+        f"tiny is a toy model that knows six kinds of things ({', '.join(KINDS)}), drawn at 128 pixels. {unknown}"
         f"It is for trying the tool; for real photos choose a real base (dreambooth: --base {REAL}; train: base=...)"
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from finetune.core.devices import sent
 from finetune.core.errors import BadInput
 from finetune.families.loading import DiffusersFamily
 
@@ -43,5 +44,5 @@ class TransformerFamily(DiffusersFamily):
     def _encode_t5(self, index: int, prompts: Sequence[str]) -> dict[str, Tensor]:
         """{"t5": [B, length, width]}, without an attention mask, as in the sampling pipelines."""
         encoder: Any = self.parts[self.text_encoders[index]]
-        ids = self.tokenize(index, prompts).to(encoder.device)
+        ids = sent(self.tokenize(index, prompts), encoder.device)
         return {"t5": encoder(ids)[0]}

@@ -1,4 +1,4 @@
-"""`finetune demo`: a whole run on the built-in tiny base, with five images of a mug."""
+"""`finetune demo`: a whole run on the built-in tiny base, with five photos of a mug."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from finetune.runs.folder import RunFolder
 
 LOOK = """
 Look at {run}/report.html, and compare before and after:
-  1. "{thing}": is it teal above and orange below, as the mug of the five images? Its star comes out as a white mark.
-  2. The beach and the snow, which no image shows: most have its colours, a few stay another mug.
-  3. "a mug" without the token: most are mugs of any kind, and some take a little of its colours.
+  1. "{thing}": is it pink with orange stripes and a purple square, as the mug of the five images?
+  2. The beach and the snow, which no image shows: does the same mug stand there?
+  3. "a mug" without the token: other mugs, as before.
 
 With your own photos (about 5 of one subject, in different places) take a real base; this one is a toy:
   finetune dreambooth PHOTOS --class-noun dog --base stable-diffusion-v1-5/stable-diffusion-v1-5
@@ -33,7 +33,7 @@ def run_demo(out: Path | None, say: Callable[[str], None]) -> Path:
     `say` gets lines of text for the user. Raises as `finetune.jobs.train.train`.
     """
     recipe = load_recipe("demo", [f"data.photos={demo_images()}"])
-    with threads_at_most(2):  # with 64-pixel images, more threads only wait for each other
+    with threads_at_most(2):  # with so small a base, more threads only wait for each other
         run = train(recipe, out, say)
     info = RunFolder(run).info
     say(LOOK.format(run=run, thing=info.trigger))

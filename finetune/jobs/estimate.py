@@ -25,8 +25,13 @@ from finetune.families.registry import family_of
 from finetune.families.source import resolve_base
 from finetune.families.toy import expectation
 from finetune.jobs.planned_verdicts import planned_verdicts
+from finetune.jobs.precision import base_dtype, set_precision
 from finetune.runs.plan import verdict_rows
 from finetune.training.accelerate import resolve_precision
+from finetune.training.blocks import block_weights
+from finetune.training.rounding import scratch_bytes
+
+SHOWN = 4  # numbers of processes
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,9 @@ class Estimate:
     of new words). Bytes: `held` are frozen weights that stay in memory; `trained` are the trained weights with their
     gradients and optimiser state; `activations` are those of one micro-batch; `clean` is a whole unchanged base in the
     run's precision.
+
+    For `run.shard` (bytes): `cut` of `held` and `trained` are shared out among the processes; a process has `gathered`
+    in one piece at a time. `processes` share the activations that are given.
     """
 
     parameters: dict[str, int]
@@ -47,11 +55,19 @@ class Estimate:
     held: float
     trained: float
     activations: float
+    cut: float = 0.0
+    gathered: float = 0.0
+    processes: int = 1
 
     @property
     def total(self) -> float:
         """The bytes that a training step needs."""
         return self.held + self.trained + self.activations
+
+    def of_each(self, processes: int) -> float:
+        """The bytes that a step needs on each of so many processes with `run.shard`, of the same whole batch."""
+        whole = self.held + self.trained - self.cut + self.gathered
+        return whole + self.cut / processes + self.activations * self.processes / processes
 
 
 def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
@@ -65,9 +81,9 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
     """
     recipe = settled(recipe, download=True)
     base, method = recipe.base, recipe.method
-    dtype = DTYPES[resolve_precision(recipe.run)]
     folder = resolve_base(base.source, base.revision, base.like, weights=False)
-    family = family_of(folder).on_meta(folder, method.weight_dtype(dtype), base.without)
+    family = family_of(folder).on_meta(folder, base_dtype(recipe), base.without)
+    set_precision(family, recipe)
     counts = {part: sum(p.numel() for p in module.parameters()) for part, module in family.parts.items()}
     clean = sum(_frozen_bytes(module) for module in family.parts.values())
     method.add_subject_token(family, recipe.data.token, recipe.data.class_noun)
@@ -80,14 +96,16 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
     if recipe.run.gradient_checkpointing if checkpointing is None else checkpointing:
         family.enable_gradient_checkpointing(method.part_names(family))
     held = sum(_frozen_bytes(family.parts[part]) for part in busy)
-    each = 8 + recipe.optim.state_bytes
-    if not method.is_adapter and dtype != torch.float32:  # autocast computes with a copy of the weights
-        each += 2
+    each, copied = 2 * recipe.run.weight_bytes + recipe.optim.state_bytes + 4 * bool(recipe.run.ema), 0
+    if family.autocast is not None:  # autocast computes with a copy of the weights
+        copied = 2 * count
         for part in family.parts.values():
-            part.to(dtype)
+            part.to(family.autocast)
     if recipe.prior.keeps_base:
         held += method.reference_bytes(family)
     activations = _activations(family, method.part_names(family), _samples(recipe), _side(recipe, family))
+    if recipe.run.weights == "bf16":  # an update needs memory of its own, when the activations are gone
+        activations = max(activations, scratch_bytes(parameter.numel() for parameter in trained.values()))
     return Estimate(
         parameters=counts,
         trained_parameters=count,
@@ -95,9 +113,21 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
         vectors=vectors,
         clean=clean,
         held=held,
-        trained=count * each,
+        trained=count * each + copied,
         activations=activations,
+        cut=count * each + sum(_frozen_bytes(family.parts[part]) for part in method.part_names(family)),
+        gathered=max(_gathered(family.parts[part]) for part in method.part_names(family)),
+        processes=recipe.run.processes or 1,
     )
+
+
+def _gathered(part: nn.Module) -> float:
+    """The bytes of a cut part that are in one piece while it computes: what is in no block, two blocks' weights (one
+    computes, the next one is fetched), and one block's gradients."""
+    blocks = block_weights(part)
+    sizes = sorted((sum(p.numel() * p.element_size() for p in block) for block in blocks[:-1]), reverse=True)
+    gradients = (sum(p.numel() * 4 for p in block if p.requires_grad) for block in blocks)
+    return sum(p.numel() * p.element_size() for p in blocks[-1]) + sum(sizes[:2]) + max(gradients)
 
 
 def report(recipe: Recipe) -> dict[str, str]:
@@ -115,7 +145,8 @@ def report(recipe: Recipe) -> dict[str, str]:
     written = own.trained_parameters if recipe.method.is_adapter else whole
     size = {"fp32": 4, "fp16": 2, "bf16": 2}[recipe.export.dtype]
     share = own.trained_parameters / whole
-    kept = 4 + max(8, recipe.optim.state_bytes) + 4 * bool(recipe.run.ema)  # bytes of one parameter in a checkpoint
+    moments = max(8, recipe.optim.state_bytes)
+    kept = recipe.run.weight_bytes + moments + 4 * bool(recipe.run.ema)  # bytes of one parameter in a checkpoint
     expected = expectation(recipe.base.source, [subject.class_noun for subject in recipe.data.all_subjects])
     return {
         "base": f"{recipe.base.source} ({family.name}), {_side(recipe, family)} pixels",
@@ -130,11 +161,23 @@ def report(recipe: Recipe) -> dict[str, str]:
         "memory": f"{gib(own.total)}: frozen weights {gib(own.held)}, trained weights with gradients and moments "
         f"{gib(own.trained)}, activations of {_samples(recipe)} sample(s) {gib(own.activations)}",
         "checkpointing": f"{gib(plain.total)} without run.gradient_checkpointing, {gib(light.total)} with it",
+        **({"sharded": _sharded(recipe, own)} if recipe.run.shard else {}),
         "checks": _checks(recipe, own, family),
         **({"defaults": recipe.defaults} if recipe.defaults else {}),
         **verdict_rows(planned_verdicts(recipe), None, names=False),
         "not counted": "drawing images, the CUDA context (about 0.5 GiB) and fragmentation",
     }
+
+
+def _sharded(recipe: Recipe, own: Estimate) -> str:
+    """What each process needs, for the numbers of processes among which the batch can be split."""
+    run = recipe.run
+    photos = run.batch_size // run.accumulate
+    counts = [run.processes] if run.processes else [count for count in range(2, photos + 1) if photos % count == 0]
+    if not counts or counts == [1]:
+        return "one process has nobody to share with: raise run.batch_size, and start several processes"
+    listed = ", ".join(f"{gib(own.of_each(count))} on each of {count} processes" for count in counts[:SHOWN])
+    return f"{listed}; {gib(own.gathered)} of it are blocks in one piece while they compute"
 
 
 def _checks(recipe: Recipe, own: Estimate, family: type[Family]) -> str:
@@ -153,6 +196,8 @@ def _checks(recipe: Recipe, own: Estimate, family: type[Family]) -> str:
 
 def _precision(recipe: Recipe) -> str:
     chosen = resolve_precision(recipe.run)
+    if recipe.run.weights == "bf16":
+        return f"{chosen}, with the trained weights in bf16 too (stochastic rounding)"
     if recipe.run.precision == "auto" and not torch.cuda.is_available():
         return f"{chosen}, because this machine has no GPU; set run.precision=bf16 to estimate for one"
     return chosen
@@ -169,7 +214,8 @@ def _side(recipe: Recipe, family: Family | type[Family]) -> int:
 def _samples(recipe: Recipe) -> int:
     """The predictions with a gradient in one micro-batch: photos, class images or class prompts, and everything
     else."""
-    photos, others = recipe.run.batch_size // recipe.run.accumulate, recipe.prior.others
+    run, others = recipe.run, recipe.prior.others
+    photos = max(1, run.batch_size // (run.accumulate * (run.processes or 1)))
     return photos * recipe.prior.predictions + (math.ceil(photos * others.share) if others else 0)
 
 

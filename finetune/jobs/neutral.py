@@ -11,13 +11,11 @@ from finetune.core.errors import BadInput
 from finetune.core.reading import list_items, read_utf8
 from finetune.data.photos import shown
 from finetune.families.source import NEUTRAL_PROMPTS
-from finetune.families.toy import TINY
 from finetune.jobs.words import PLACEHOLDER
 from finetune.training.priors.others import Others
 
 MAX_BYTES = 1_000_000  # of a list of prompts
-INCLUDED = {TINY: "tiny_prompts.txt"}  # base.source -> the list that comes with this package
-GENERAL = "neutral_prompts.txt"
+INCLUDED = "neutral_prompts.txt"  # the list that comes with this package
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,11 @@ def given_prompts(settings: Others) -> OtherPrompts | None:
     )
 
 
-def other_prompts(settings: Others, source: str, folder: Path) -> OtherPrompts:
+def other_prompts(settings: Others, folder: Path) -> OtherPrompts:
     """The prompts for a base.
 
     Args:
         settings: the recipe's.
-        source: `base.source`.
         folder: the base's, which may have a list of its own beside model_index.json. It is one of the base's files, so
             a run records its hash.
 
@@ -66,10 +63,8 @@ def other_prompts(settings: Others, source: str, folder: Path) -> OtherPrompts:
     own = folder / NEUTRAL_PROMPTS
     if own.is_file():
         return OtherPrompts(_checked(list_items(read_utf8(own, MAX_BYTES)), str(own)), "of the base's own list")
-    name = INCLUDED.get(source, GENERAL)
-    text = files("finetune.training.priors").joinpath(name).read_text(encoding="utf-8")
-    origin = f"of the included list for {source}" if source in INCLUDED else "of the included list"
-    return OtherPrompts(_checked(list_items(text), name), origin)
+    text = files("finetune.training.priors").joinpath(INCLUDED).read_text(encoding="utf-8")
+    return OtherPrompts(_checked(list_items(text), INCLUDED), "of the included list")
 
 
 def _checked(texts: Iterable[str], where: str) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from torch import nn
 
 from finetune.adapters.inspection import inspect_adapter, open_adapter
 from finetune.config.recipe import Recipe
-from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.core.logging import quieted
 from finetune.export.base import Adapter, AdapterExport, Exported, ModelExport, NativeExport
@@ -25,12 +24,12 @@ from finetune.families.base import Family
 from finetune.families.digests import is_base_of
 from finetune.families.source import load_family
 from finetune.families.toy import TINY
+from finetune.jobs.precision import base_dtype, set_precision
 from finetune.methods.embeddings import set_embeddings
 from finetune.methods.peft_adapter import read_native_form
 from finetune.optim.state import load_state_tensors
 from finetune.runs.folder import RunFolder, is_run
 from finetune.runs.record import RunRecord
-from finetune.training.accelerate import resolve_precision
 from finetune.training.checkpoint import State
 from finetune.training.ema import copy_into
 
@@ -124,9 +123,8 @@ def open_run(
     chosen = folder.step_to_open(step)
     state = None if chosen is None else folder.checkpoints.state(chosen)
     result = folder.result() if state is None else {}
-    precision = DTYPES[resolve_precision(recipe.run)]
-    family = recipe.base.load(recipe.method.weight_dtype(precision))
-    family.autocast = recipe.method.autocast_dtype(precision)
+    family = recipe.base.load(base_dtype(recipe))
+    set_precision(family, recipe)
     if not is_base_of(family.folder, info.base_hash):
         raise BadInput(
             f"the base {recipe.base.source!r} is not the one that {folder.path} was trained on (its content changed): "

@@ -17,6 +17,7 @@ from finetune.data.settings import hub_id
 from finetune.data.tables import TableFacts
 from finetune.families.digests import base_files, file_hashes
 from finetune.jobs.prepare import Prepared
+from finetune.jobs.run_record import LISTED
 from finetune.jobs.subjects import Subject
 from finetune.runs.inputs import (
     Accepted,
@@ -24,6 +25,7 @@ from finetune.runs.inputs import (
     PinnedPhoto,
     PinnedTable,
     RunInputs,
+    caption_pin,
     changes,
     in_recorded_order,
     read_inputs,
@@ -90,12 +92,7 @@ def inputs_of(job: Prepared) -> RunInputs:
     """Everything that the run's result depends on, besides its recipe; the class images are added once drawn."""
     packages = (*PACKAGES, *job.recipe.optim.packages)
     return RunInputs(
-        photos=[
-            _pinned(job, subject, number)
-            for subject in job.subjects
-            if subject.table is None
-            for number in range(len(subject.photos))
-        ],
+        photos=_pinned_photos(job),
         tables=[_pinned_table(subject, subject.table) for subject in job.subjects if subject.table is not None],
         base=base_files(job.family.folder),
         packages={name: version(name) for name in packages} | {"python": platform.python_version()},
@@ -127,21 +124,25 @@ def _ordered(subject: Subject, recorded: RunInputs) -> Subject:
     return replace(subject, captioned=[subject.captioned[number] for number in order])
 
 
-def _pinned(job: Prepared, subject: Subject, number: int) -> PinnedPhoto:
-    item = subject.captioned[number]
-    files = job.files_beside(item.photo)
-    hashes = file_hashes(files.values()) if files else {}
-    beside = {name: hashes[file] for name, file in files.items()}
-    start = sum(len(each.captioned) for each in job.subjects[: job.subjects.index(subject)])
-    many, weight = job.emphasis[start + number]
-    return PinnedPhoto(
-        name=item.photo.path.name,
-        sha256=item.photo.digest,
-        captions=list(item.captions),
-        beside=beside,
-        repeats=many,
-        weight=weight,
-    )
+def _pinned_photos(job: Prepared) -> list[PinnedPhoto]:
+    """The photos that are files. Of many, their captions are recorded by a digest."""
+    of_files = [subject.table is None for subject in job.subjects for _ in subject.captioned]
+    items = [item for subject in job.subjects for item in subject.captioned]
+    chosen = [number for number, is_file in enumerate(of_files) if is_file]
+    beside = {number: job.files_beside(items[number].photo) for number in chosen}
+    files = {file for found in beside.values() for file in found.values()}
+    hashes = file_hashes(files) if files else {}
+    return [
+        PinnedPhoto(
+            name=items[number].photo.path.name,
+            sha256=items[number].photo.digest,
+            captions=caption_pin(items[number].captions) if len(chosen) > LISTED else list(items[number].captions),
+            beside={name: hashes[file] for name, file in beside[number].items()},
+            repeats=job.emphasis[number][0],
+            weight=job.emphasis[number][1],
+        )
+        for number in chosen
+    ]
 
 
 def _pinned_table(subject: Subject, facts: TableFacts) -> PinnedTable:

@@ -158,7 +158,7 @@ def _others(job: Prepared) -> PlannedOthers | None:
         return None
     used = used_others(job, wanted)
     prompts = [wanted.prompt_of(number) for number in used]
-    origin = other_prompts(settings, job.recipe.base.source, job.family.folder).origin
+    origin = other_prompts(settings, job.family.folder).origin
     return PlannedOthers(
         count=len(used),
         left_out=settings.count - len(used),

@@ -31,7 +31,7 @@ def planned_verdicts(recipe: Recipe, held_out: Sequence[str] = ()) -> PlannedVer
     steps = due_steps(run, samples_in_step(run, prior))
     others = neutral_prompts([subject.class_noun for subject in subjects])
     classes = bool(recipe.data.trigger) or any(subject.class_noun is not None for subject in subjects)
-    each = POINTS - (0 if classes else LEVELS * CLASS_DRAWINGS) - 2 * (OTHERS - len(others))
+    each = POINTS - (0 if classes else LEVELS * CLASS_DRAWINGS) - 2 * LEVELS * (OTHERS - len(others))
     predictions = (FIRST - POINTS + each * (len(steps) + 1)) if steps else 0
     passes = prior.passes + (prior.others.passes if prior.others is not None else 0)
     return PlannedVerdicts(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,30 +9,34 @@ from pathlib import Path
 import torch
 
 from finetune.config.recipe import Recipe
-from finetune.core.devices import DTYPES
 from finetune.core.errors import BadInput
 from finetune.core.events import one_step
 from finetune.data.buckets import Size, bucket_table, nearest_bucket
 from finetune.data.captions import Words
-from finetune.data.conditioning.base import INPUTS, Choices, Inputs, make_inputs
+from finetune.data.conditioning.base import Choices, Inputs, make_inputs
 from finetune.data.masks import Mask
 from finetune.data.photos import Photo
-from finetune.export.registry import check_formats, model_exports
+from finetune.export.registry import check_formats
 from finetune.families.base import Family
 from finetune.families.digests import base_hash as base_hash_of
-from finetune.jobs.base_effect import without_effect_on
 from finetune.jobs.class_sets import ClassSet, OtherSet, check_set
 from finetune.jobs.neutral import given_prompts, other_prompts
-from finetune.jobs.subjects import Scanned, Subject, caption_subjects, emphasis, refuse_unclear, scan_subjects
+from finetune.jobs.precision import base_dtype, set_precision
+from finetune.jobs.refusals import (
+    check_drawn,
+    check_resolution,
+    refuse_folder,
+    refuse_formats,
+    refuse_hold_out,
+    refuse_inputs,
+    refuse_useless,
+)
+from finetune.jobs.subjects import Subject, caption_subjects, emphasis, refuse_unclear, scan_subjects
 from finetune.jobs.words import refuse_words
 from finetune.objectives.registry import build_objective
 from finetune.sampling.draw import check_sampling
 from finetune.sampling.given import DrawnFrom, Given, open_given
-from finetune.sampling.settings import Sampling
-from finetune.training.accelerate import resolve_precision
 from finetune.training.priors.base import CAPTION
-from finetune.training.priors.class_images import ClassImages
-from finetune.verdicts.due import due_steps, samples_in_step
 
 
 @dataclass
@@ -194,34 +197,34 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     """
     scanned = scan_subjects(recipe.data)
     images = recipe.prior.class_images
-    _refuse_hold_out(recipe, scanned, begun)
+    refuse_hold_out(recipe, scanned, begun)
     if images is not None:
-        _refuse_folder(images, recipe)
+        refuse_folder(images, recipe)
     if recipe.prior.others is not None:
         given_prompts(recipe.prior.others)
     check_formats(recipe.export.formats, recipe.method.artifacts)
-    precision = DTYPES[resolve_precision(recipe.run)]
     with one_step("Base"):
-        family = recipe.base.load(recipe.method.weight_dtype(precision))
+        family = recipe.base.load(base_dtype(recipe))
     resolution = recipe.data.resolution or family.resolution
-    _check_resolution(recipe, resolution, family)
+    check_resolution(recipe, resolution, family)
     if recipe.data.encoder_dropout and len(family.text_encoders) == 1:
         raise BadInput(
             f"data.encoder_dropout is {recipe.data.encoder_dropout} but {family.name} has one text encoder: use "
             "data.caption_dropout"
         )
-    _refuse_inputs(recipe, family, scanned)
-    _refuse_formats(recipe, family)
+    refuse_inputs(recipe, family, scanned)
+    refuse_formats(recipe, family)
     recipe.method.check_fits(family)
     check_sampling(family, recipe.sample.sampling(resolution), "sample.")
-    _check_drawn(recipe, family, resolution)
+    check_drawn(recipe, family, resolution)
     choices = Choices(recipe.run.seed, recipe.data.mask_count, recipe.data.edit_dropout, recipe.sample.image_guidance)
     inputs = make_inputs(family, [photo for found in scanned for photo in found.photos], choices)
-    family.parts.device, family.autocast = torch.device(device), recipe.method.autocast_dtype(precision)
+    family.parts.device = torch.device(device)
+    set_precision(family, recipe)
     family.parts.keep_released = recipe.run.released == "cpu"
     build_objective(recipe.objective, family.schedule, family.shift(resolution))
     if not begun:
-        _refuse_useless(recipe, family)
+        refuse_useless(recipe, family)
     subjects = caption_subjects(recipe, family, scanned)
     if recipe.prior.of_captions:
         refuse_unclear(subjects)
@@ -245,52 +248,12 @@ def _check_sets(job: Prepared, begun: bool) -> None:
         used_others(job, others)
 
 
-def _check_drawn(recipe: Recipe, family: Family, resolution: int) -> None:
-    """Refuses settings with which the base can't draw the images of the prior."""
-    images, others = recipe.prior.class_images, recipe.prior.others
-    for key, own in (("prior.", images), ("prior.others.", others.drawn_as if others else None)):
-        if own is not None:
-            check_sampling(family, Sampling("", own.sampler, own.steps, own.guidance, resolution), key)
-
-
 def _named_images(recipe: Recipe, family: Family, resolution: int) -> DrawnFrom | None:
     sample = recipe.sample
     if not sample.files:
         return None
     given = Given(sample.image, sample.mask, sample.depth)
     return open_given(family, given, sample.sampling(resolution), "sample.", sample.image_guidance)
-
-
-def _refuse_hold_out(recipe: Recipe, scanned: Sequence[Scanned], begun: bool) -> None:
-    """Refuses to hold out all photos of a subject, and to do it for nothing."""
-    count = recipe.data.hold_out
-    if count and recipe.run.verdicts == "off":
-        raise BadInput(
-            f"data.hold_out is {count} but run.verdicts is off, which nothing is held out for: remove one of them"
-        )
-    for found in scanned:
-        if count >= len(found.photos):
-            raise BadInput(
-                f"data.hold_out is {count} but {found.folder} has {len(found.photos)} photos: at least one must be "
-                "left to train on"
-            )
-    if count and not begun and not due_steps(recipe.run, samples_in_step(recipe.run, recipe.prior)):
-        raise BadInput(
-            f"data.hold_out is {count} but {recipe.run.steps} steps are too few for run.verdicts=auto to measure "
-            "anything on the photos: set run.verdicts=on, or remove data.hold_out"
-        )
-
-
-def _refuse_folder(images: ClassImages, recipe: Recipe) -> None:
-    """Refuses class images that are in no folder, or are the subject itself."""
-    folder = images.folder
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise BadInput(f"prior.folder is {str(folder)!r}, which is a file: give a folder of class images")
-    if folder is not None and any(folder.absolute() == subject.photos for subject in recipe.data.all_subjects):
-        raise BadInput(
-            f"prior.folder is {str(folder)!r}, which holds the subject's photos: give a folder with images of others "
-            "of its class, or leave it out, so that they are drawn"
-        )
 
 
 def class_sets(job: Prepared) -> list[ClassSet]:
@@ -314,7 +277,7 @@ def other_set(job: Prepared) -> OtherSet | None:
     others = job.recipe.prior.others
     if others is None:
         return None
-    prompts = other_prompts(others, job.recipe.base.source, job.family.folder)
+    prompts = other_prompts(others, job.family.folder)
     return OtherSet(
         prior=others.drawn_as,
         noun="",
@@ -341,60 +304,3 @@ def used_others(job: Prepared, wanted: OtherSet) -> list[int]:
             "give other prompts, or another data.token"
         )
     return used
-
-
-def _refuse_useless(recipe: Recipe, family: Family) -> None:
-    for useless in without_effect_on(family, recipe):
-        raise BadInput(useless)
-
-
-def _check_resolution(recipe: Recipe, resolution: int, family: Family) -> None:
-    buckets = recipe.data.shape == "buckets"
-    multiple = family.size_multiple if buckets else family.square_multiple
-    if resolution % multiple:
-        raise BadInput(
-            f"data.resolution is {resolution}, but {family.name} needs a multiple of {multiple}"
-            f"{' (with data.shape=buckets)' if buckets else ''}: "
-            f"choose {max(1, round(resolution / multiple)) * multiple}"
-        )
-
-
-def _refuse_inputs(recipe: Recipe, family: Family, scanned: Sequence[Scanned]) -> None:
-    """Refuses what does not work with a base that reads extra inputs."""
-    if family.inputs is None:
-        return
-    if family.widened and (recipe.method.is_adapter or "denoiser" not in recipe.method.parts):
-        raise BadInput(
-            f"base.inputs={family.inputs} adds new weights to this base, and only method.kind=full with the denoiser "
-            "trains them: use that method, or a base that already reads these inputs"
-        )
-    if recipe.data.subjects:
-        raise BadInput(
-            f"data.subjects has further subjects but the base reads {family.inputs} inputs, so its images are "
-            "drawn from the photo of one subject: train each subject in a run of its own"
-        )
-    if INPUTS[family.inputs].any_image:
-        return
-    if any(found.table for found in scanned):
-        raise BadInput(
-            f"data.photos is a data set but the base reads {family.inputs} inputs, which lie beside photos as files: "
-            "give a folder of photos"
-        )
-    if recipe.prior.class_images is not None:
-        raise BadInput(
-            f"prior.kind is {recipe.prior.kind} but the base reads {family.inputs} inputs, which class images do "
-            "not have: set prior.kind=none"
-        )
-    if recipe.prior.others is not None:
-        raise BadInput(
-            f"prior.others is given but the base reads {family.inputs} inputs, which its images do not have: leave it "
-            "out"
-        )
-
-
-def _refuse_formats(recipe: Recipe, family: Family) -> None:
-    """Refuses, before training, formats of whole models that can't hold this base."""
-    for export in model_exports(recipe.export.formats):
-        obstacle = export.obstacle(family)
-        if obstacle:
-            raise BadInput(f"export.formats has {export.name!r}, which can't hold {obstacle}: use folder")

@@ -14,7 +14,7 @@ from finetune.core.parallel import core_count
 from finetune.data import tokens
 from finetune.data.captions import Captioned, Words, caption_mixed, caption_photos, caption_rows_of, summarise
 from finetune.data.masks import Mask, find_masks
-from finetune.data.mixes import by_pattern, mix_captions, tag_count
+from finetune.data.mixes import OWN, TEMPLATES, by_pattern, mix_captions, mix_rows, tag_count
 from finetune.data.photos import Photo, scan_lenient
 from finetune.data.settings import Data, SubjectSettings
 from finetune.data.sources.base import SourceOptions
@@ -92,12 +92,15 @@ def _refuse_options_of_data_sets(data: Data) -> None:
 
 
 def _scan(data: Data, subject: SubjectSettings) -> Scanned:
-    options = SourceOptions(data.split, data.image_column, data.caption_column, data.streaming, workers_of(data))
+    further = tuple(name for name in data.caption_mix if name not in (OWN, TEMPLATES))
+    options = SourceOptions(
+        data.split, data.image_column, data.caption_column, data.streaming, workers_of(data), further
+    )
     opened = open_source(subject.photos, data.source, options)
     if opened.table is not None:
         return _scan_table(data, subject, opened.table)
     with _in_folder(data, subject, opened.folder):
-        photos, bad = _photos(opened.folder, data.skip_bad)
+        photos, bad = _photos(opened.folder, data.skip_bad, workers_of(data))
         left_out = "; ".join(text for text in (bad, opened.unused) if text)
         masks = find_masks(opened.folder, photos, data.masks)
         words = Words("token", subject.class_noun, data.trigger)  # any word: the token is chosen with the base
@@ -146,10 +149,12 @@ def _scan_table(data: Data, subject: SubjectSettings, table: Table) -> Scanned:
 
 def _captioned(data: Data, found: Scanned, words: Words) -> list[Captioned]:
     if data.caption_mix and found.table is not None:
-        raise BadInput(
-            f"data.caption_mix is given but {found.folder} is a data set: make a folder of it with `finetune data "
-            "convert`, whose metadata.jsonl keeps all columns, or leave it out"
-        )
+        held = dict(found.table.further)
+        if OWN in data.caption_mix:
+            held = {OWN: found.table.captions, **held}
+        names = [photo.path.name for photo in found.photos]
+        mixed = mix_rows(str(found.folder), names, held, data.caption_mix, data.templates)
+        return caption_mixed(found.photos, mixed, words)
     if data.caption_mix:
         return caption_mixed(
             found.photos, mix_captions(found.folder, found.photos, data.caption_mix, data.templates), words
@@ -183,9 +188,9 @@ def _in_folder(data: Data, subject: SubjectSettings, folder: Path) -> Iterator[N
         raise BadInput(f"in {subject.photos}: {error}") from error
 
 
-def _photos(folder: Path, skip_bad: bool) -> tuple[list[Photo], str]:
+def _photos(folder: Path, skip_bad: bool, workers: int) -> tuple[list[Photo], str]:
     """The photos, and a sentence about the files that were left out."""
-    found = scan_lenient(folder)
+    found = scan_lenient(folder, workers)
     if found.bad and not skip_bad:
         raise BadInput(
             f"in {folder} {found.sentence}; fix or remove them, or leave them out with --skip-bad", path=folder

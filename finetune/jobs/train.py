@@ -36,7 +36,7 @@ from finetune.jobs.open import open_exported
 from finetune.jobs.pins import Pins
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
-from finetune.jobs.run_record import record_of, started
+from finetune.jobs.run_record import listed_photos, record_of, started
 from finetune.jobs.sharded import can_draw, refuse_unshared
 from finetune.jobs.timestep_loss import measure_base, measure_trained
 from finetune.jobs.verdicts import finish_verdicts
@@ -182,7 +182,7 @@ def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: H
         pins.check(job, folder.checkpoints.newest_step())
         info = record_of(job).model_copy(update={"started": started(folder)})
         folder.write_info(info)
-        keep_photos(folder.path, info, job.photos)
+        keep_photos(folder.path, info, [job.photos[index] for index in listed_photos(job)])
     joined().wait()
     hooks.say(f"{'run folder':>16}  {folder.path}")
     for line in plan_lines(plan(job)):

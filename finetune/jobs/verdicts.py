@@ -36,7 +36,7 @@ from finetune.training.trainer import Trainer
 from finetune.verdicts.advice import means_of
 from finetune.verdicts.bank import Bank, Canvas
 from finetune.verdicts.due import CLASS_DRAWINGS, PHOTO_POINTS, due_steps, samples_in_step
-from finetune.verdicts.memorisation import Memorisation, PhotoLatents, memorised
+from finetune.verdicts.memorisation import Memorisation, memorised, photo_latents
 from finetune.verdicts.points import Point, Predictor, of_batch
 from finetune.verdicts.probe import BaseProbe, Material, make_sets, neutral_prompts
 from finetune.verdicts.rows import FILE, Row, read_rows, up_to, writable
@@ -133,16 +133,16 @@ def _memorised(job: Prepared, folder: Path) -> Memorisation | None:
     family, side = job.family, job.resolution
     family.parts.restore(list(family.codec.parts))
     family.parts.place(list(family.codec.parts))
-    drawn = {name: open_image(file).convert("RGB").resize((side, side)) for name, file in files.items()}
-    crops = [make_crops(photo, side, "center", 1, False, 0)[0].image() for photo in job.photos[:COMPARED]]
-    latents, photos = (torch.cat([_latents(family, image) for image in each]) for each in (drawn.values(), crops))
-    return memorised(drawn, latents, PhotoLatents(crops, photos))
+    drawn = (open_image(file).convert("RGB").resize((side, side)) for file in files.values())
+    crops = (make_crops(photo, side, "center", 1, False, 0)[0].image() for photo in job.photos[:COMPARED])
+    seen, photos = (photo_latents((image, _latents(family, image)) for image in each) for each in (drawn, crops))
+    return memorised(list(files), seen, photos)
 
 
 def _latents(family: Family, image: Image.Image) -> Tensor:
-    """[1, C, h, w] on the CPU."""
+    """[C, h, w] on the CPU."""
     values = torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
-    return family.codec.encode(values.to(family.device)).mean.cpu()
+    return family.codec.encode(values.to(family.device)).mean[0].cpu()
 
 
 def best_step(folder: RunFolder) -> int:

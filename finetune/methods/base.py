@@ -37,6 +37,7 @@ class Method(Settings, ABC):
     )  # the kinds of training results: `finetune.export` has formats for each
     rests: ClassVar[bool] = False  # whether `windows` keeps some weights fixed at times; not all optimisers can
     shards: ClassVar[bool] = False  # whether it needs no weight of the base before they are cut (`run.shard`)
+    holds_bf16: ClassVar[bool] = False  # whether its weights get the family's `trained_dtype` (`run.weights`)
     kind: str
     parts: list[Part] = Field(default=["denoiser"], min_length=1)
 
@@ -100,8 +101,8 @@ class Method(Settings, ABC):
     def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
         """Makes the family trainable, in place. The same seed creates the same initial weights.
 
-        Returns the trained parameters, fp32, by full name ("denoiser.down_blocks.0...lora_A.default.weight"). All
-        other parameters keep requires_grad=False.
+        Returns the trained parameters by full name ("denoiser.down_blocks.0...lora_A.default.weight"): fp32, or the
+        family's `trained_dtype` if the method `holds_bf16`. All other parameters keep requires_grad=False.
 
         Raises:
             BadInput: the family has no modules that this method can train.

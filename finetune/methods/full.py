@@ -1,4 +1,4 @@
-"""Full fine-tuning: the denoiser's and/or the text encoders' own weights, in fp32."""
+"""Full fine-tuning: the denoiser's and/or the text encoders' own weights, in fp32 or bf16."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Full(Method):
 
     artifacts: ClassVar = ("weights",)
     shards: ClassVar = True
+    holds_bf16: ClassVar = True
     kind: Literal["full"] = "full"
 
     @property
@@ -27,7 +28,7 @@ class Full(Method):
     def attach(self, family: Family, seed: int) -> dict[str, nn.Parameter]:
         trained = self._parameters(family)
         for parameter in trained.values():
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(family.trained_dtype)
             parameter.requires_grad_(True)
         return trained
 

@@ -16,6 +16,7 @@ class AdamW(Adam):
     """torch's AdamW, fused: one kernel for all parameters."""
 
     state_bytes: ClassVar[float] = 8.0
+    whole: ClassVar[str] = ""
     shards: ClassVar[Literal["any", "same", "none"]] = "any"
     kind: Literal["adamw"] = "adamw"
 

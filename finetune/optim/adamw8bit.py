@@ -16,6 +16,7 @@ class AdamW8bit(Adam):
     """bitsandbytes' AdamW with 8-bit state (arXiv:2110.02861): 2.03 bytes per parameter instead of 8."""
 
     state_bytes: ClassVar[float] = 2.03  # two moments of 1 byte, each with a scale of 4 bytes for 256 values
+    whole: ClassVar[str] = ""
     shards: ClassVar[Literal["any", "same", "none"]] = "same"
     packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     min_8bit_size: ClassVar[int] = 4096

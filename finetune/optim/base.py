@@ -39,6 +39,8 @@ class Optimiser(Settings):
         shards: whether its steps are right on a part of each weight (`run.shard`): with `any` number of processes;
             with the `same` number after a resume, because its state is in blocks; or `none`, because a step needs all
             weights together.
+        whole: why a step needs more than one weight and its gradient at a time, so that weights can't be bf16
+            (`run.weights`), as the end of "optim.kind NAME ..."; "" if it does not.
         packages: other packages than torch that compute its steps. A run records their versions.
     """
 
@@ -46,6 +48,7 @@ class Optimiser(Settings):
     averages: ClassVar[bool] = False
     windows: ClassVar[bool] = True
     shards: ClassVar[Literal["any", "same", "none"]] = "none"
+    whole: ClassVar[str] = "may need all weights in a step"
     packages: ClassVar[tuple[str, ...]] = ()
     if TYPE_CHECKING:
         kind: str  # a field of each subclass; as a field here it would come first in recipe.yaml

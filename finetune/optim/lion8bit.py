@@ -18,6 +18,7 @@ class Lion8bit(Optimiser):
     """Lion (arXiv:2302.06675): steps by the sign of the momentum. Its rate should be 3 to 10 times below AdamW's."""
 
     state_bytes: ClassVar[float] = 1.02
+    whole: ClassVar[str] = ""
     shards: ClassVar[Literal["any", "same", "none"]] = "same"
     packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     min_8bit_size: ClassVar[int] = 4096

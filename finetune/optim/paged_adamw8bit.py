@@ -17,6 +17,7 @@ class PagedAdamW8bit(Adam):
     """`adamw8bit` with its moments in CUDA's managed memory: they move to main memory when the GPU's is full."""
 
     state_bytes: ClassVar[float] = 2.03
+    whole: ClassVar[str] = ""
     packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     kind: Literal["paged_adamw8bit"] = "paged_adamw8bit"
 

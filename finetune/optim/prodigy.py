@@ -21,6 +21,7 @@ class Prodigy(Adam):
 
     state_bytes: ClassVar[float] = 16.0  # two moments, and the initial weights and s of its estimate
     packages: ClassVar[tuple[str, ...]] = ("prodigyopt",)
+    whole: ClassVar[str] = "estimates one rate from all weights together"
     windows: ClassVar[bool] = False  # its single rate also changes groups whose rate is set to 0
     kind: Literal["prodigy"] = "prodigy"
     lr: float = Field(default=1.0, gt=0, le=1_000)

@@ -21,6 +21,7 @@ class ScheduleFree(Adam):
     state_bytes: ClassVar[float] = 8.0
     shards: ClassVar[Literal["any", "same", "none"]] = "any"
     packages: ClassVar[tuple[str, ...]] = ("schedulefree",)
+    whole: ClassVar[str] = "reads its average back from the trained weights, which rounding would change"
     averages: ClassVar[bool] = True
     windows: ClassVar[bool] = False  # the average changes even if the rate is 0
     kind: Literal["schedule_free"] = "schedule_free"

@@ -133,7 +133,7 @@ def _subject(path: Path, info: RunRecord, with_captions: bool) -> str:
     classes = planned.sets if planned else "some of them"
     base = f"<p class=soft>Class images, drawn by the base before training: {escape(classes)}.</p>" if drawn else ""
     return (
-        f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{len(info.photos)} "
+        f"<h2>What it learned from</h2><div class=card>{small}<p class=soft>{info.count} "
         f"{'drawings' if info.is_style else 'photos'}{_held_out(info)}; {prompts}"
         f"{base}<div class=small>{drawn}</div>{_others(path, info)}</div>"
     )

@@ -27,7 +27,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")  # the formats that a run writes and browsers 
 
 def shown_photos(info: RunRecord) -> list[int]:
     """Returns the indices into `info.photos` of the photos in the report: up to SHOWN of each subject."""
-    counts = [subject.photos for subject in info.subjects] or [len(info.photos)]
+    counts = [s.photos if s.listed is None else s.listed for s in info.subjects] or [len(info.photos)]
     starts = [sum(counts[:number]) for number in range(len(counts))]
     chosen = [range(start, start + min(SHOWN, count)) for start, count in zip(starts, counts, strict=True)]
     return [number for numbers in chosen for number in numbers if number < len(info.photos)]
@@ -41,7 +41,7 @@ def copy_of(run: Path, number: int) -> Path:
 def keep_photos(run: Path, info: RunRecord, photos: Sequence[Photo] = ()) -> None:
     """Writes small copies of the photos to the run folder, so that the report never opens a path named in run.json.
 
-    `photos`: those of the run. Of a data set's, copies that are there stay: reading rows would load all of it.
+    `photos`: those that `info` lists. Of a data set's, copies that are there stay: reading rows would load all of it.
     """
     for number in shown_photos(info):
         held = number < len(photos) and photos[number].stored is not None

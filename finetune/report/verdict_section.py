@@ -16,12 +16,12 @@ from finetune.verdicts.verdict_file import missing, read_remarks
 CHARTS = {  # title -> (measures, the unit in words)
     "what it learned": (("learned", "held_out", "overfit"), "better than the base, in effects of the prompt"),
     "what else it changed": (
-        ("class_drift", "takeover", "elsewhere", "empty_prompt"),
+        ("class_drift", "takeover", "elsewhere", "empty_class", "empty_prompt"),
         "distance from the base, in effects of the prompt",
     ),
 }
-STROKES = ("", "7 4", "2 4", "11 3 2 3")  # so that lines differ without colours too
-TINTS = ("var(--mark)", "var(--good)", "var(--bad)", "var(--soft)")
+STROKES = ("", "7 4", "2 4", "11 3 2 3", "1 2")  # so that lines differ without colours too
+TINTS = ("var(--mark)", "var(--good)", "var(--bad)", "var(--soft)", "var(--ink)")
 HEIGHT = 150  # pixels; the width is the page's, so only lines are in the SVG, and texts keep their size on a phone
 SETTINGS = re.compile(r"finetune export RUN --step \d+|(?:run|optim|prior)\.[a-z_.]*[a-z](?:=[\w.]+)?")
 
@@ -90,11 +90,12 @@ def _plot(title: str, unit: str, lines: Mapping[str, Sequence[tuple[int, float]]
 
     drawn, legend = [], []
     for number, (name, points) in enumerate(lines.items()):
-        style = f'stroke="{TINTS[number % 4]}" stroke-width="2" stroke-dasharray="{STROKES[number % 4]}"'
+        tint, stroke = TINTS[number % len(TINTS)], STROKES[number % len(STROKES)]
+        style = f'stroke="{tint}" stroke-width="2" stroke-dasharray="{stroke}"'
         path = " ".join(place(*point) for point in points)
         drawn.append(f'<polyline points="{path}" {style} vector-effect="non-scaling-stroke"/>')
         mark = f'<svg width="26" height="8" aria-hidden="true"><line x1="0" x2="26" y1="4" y2="4" {style}/></svg>'
-        legend.append(f'<span style="color:{TINTS[number % 4]}">{mark} {escape(MEASURES[name].title)}</span>')
+        legend.append(f'<span style="color:{tint}">{mark} {escape(MEASURES[name].title)}</span>')
     zero = place(0, 0).split(",")[1]
     return (
         f"<figure class=chart><figcaption><b>{escape(title)}</b> {' '.join(legend)}</figcaption>"

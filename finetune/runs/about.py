@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from finetune import __version__
@@ -16,7 +17,8 @@ def about_run(folder: RunFolder, metadata: str | None = None) -> dict[str, str]:
     """Returns the metadata that exports of this run carry, as `metadata` asks (None: the recipe's `export.metadata`):
     name -> text.
 
-    Paths and captions are in it only if that is "full". The resolution is in pixels.
+    Paths and captions are in it only if that is "full"; of more than 1,000 photos, those captions that the record
+    lists. The resolution is in pixels.
 
     Raises:
         BadInput: the run's recipe or record is missing or damaged.
@@ -34,7 +36,7 @@ def about_run(folder: RunFolder, metadata: str | None = None) -> dict[str, str]:
         "steps": str(recipe.run.steps),
         "seed": str(recipe.run.seed),
         "version": __version__,
-        "train_images": str(len(info.photos)),
+        "train_images": str(info.count),
         **({"started": str(info.started)} if info.started is not None else {}),
         **_date(folder),
     }
@@ -44,11 +46,11 @@ def about_run(folder: RunFolder, metadata: str | None = None) -> dict[str, str]:
     return standard | {
         "recipe": dump_recipe(recipe),
         "captions": json.dumps(captions, ensure_ascii=False),
-        "tag_frequency": json.dumps({info.trigger: _tags(info.captions)}, ensure_ascii=False),
+        "tag_frequency": json.dumps({info.trigger: info.tags or caption_tags(info.captions)}, ensure_ascii=False),
     }
 
 
-def _tags(captions: list[list[str]]) -> dict[str, int]:
+def caption_tags(captions: Iterable[list[str]]) -> dict[str, int]:
     """Each part of a caption between commas -> the number of photos that have it, as kohya counts tags."""
     counted: Counter[str] = Counter()
     for texts in captions:

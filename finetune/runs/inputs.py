@@ -5,7 +5,10 @@ Paths are not compared: photos may move, and are put into the recorded order by 
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -23,9 +26,9 @@ SHOWN = 5  # changes that a message names; the rest is counted
 
 
 class PinnedPhoto(Record):
-    """`name`: its file's, for messages. `sha256`: of the file. `captions`: as they are trained. `beside`: what lies
-    beside it (its mask, a depth map, ...) -> SHA-256 of that file. `repeats` and `weight`: by its name, which may
-    change."""
+    """`name`: its file's, for messages. `sha256`: of the file. `captions`: as they are trained; of many photos their
+    `caption_pin`. `beside`: what lies beside it (its mask, a depth map, ...) -> SHA-256 of that file. `repeats` and
+    `weight`: by its name, which may change."""
 
     name: str
     sha256: str
@@ -116,14 +119,19 @@ def in_recorded_order(digests: Sequence[str], recorded: RunInputs) -> list[int]:
 
     Photos that are not in the record come last, in the order that they have.
     """
-    left = list(enumerate(digests))
-    order = []
-    for photo in recorded.photos:
-        found = next((place for place in left if place[1] == photo.sha256), None)
-        if found is not None:
-            left.remove(found)
-            order.append(found[0])
-    return order + [index for index, _ in left]
+    places: dict[str, deque[int]] = defaultdict(deque)
+    for index, digest in enumerate(digests):
+        places[digest].append(index)
+    order = [left.popleft() for photo in recorded.photos if (left := places.get(photo.sha256))]
+    return order + sorted(index for left in places.values() for index in left)
+
+
+def caption_pin(captions: list[str]) -> list[str]:
+    """A SHA-256 in place of a photo's captions; of one, itself. The captions of 100,000 photos would take more than a
+    JSON file may have."""
+    if len(captions) == 1 and re.fullmatch(r"sha256:[0-9a-f]{64}", captions[0]):
+        return captions
+    return ["sha256:" + hashlib.sha256(json.dumps(captions).encode()).hexdigest()]
 
 
 def changes(recorded: RunInputs, now: RunInputs) -> list[str]:
@@ -155,14 +163,14 @@ def _changed_photos(recorded: Sequence[PinnedPhoto], now: Sequence[PinnedPhoto])
     before, after = Counter(p.sha256 for p in recorded), Counter(p.sha256 for p in now)
     gone = _names(recorded, before - after)
     new = _names(now, after - before)
-    edited = [name for name in gone if name in new]
-    yield from (f"the photo {name} is not the same image" for name in edited)
+    edited = set(gone) & set(new)
+    yield from (f"the photo {name} is not the same image" for name in gone if name in edited)
     yield from (f"the photo {name} is gone" for name in gone if name not in edited)
     yield from (f"the photo {name} is new" for name in new if name not in edited)
     if before == after and [p.sha256 for p in recorded] != [p.sha256 for p in now]:
         yield "the photos come in another order"
-    for old, photo in _pairs(recorded, now, set(edited)):
-        if old.captions != photo.captions:
+    for old, photo in _pairs(recorded, now, edited):
+        if old.captions != photo.captions and caption_pin(old.captions) != caption_pin(photo.captions):
             yield f"the caption of {photo.name} changed"
         if (old.repeats, old.weight) != (photo.repeats, photo.weight):
             yield f"the repeats or the weight of {photo.name} changed"
@@ -199,16 +207,18 @@ def _pairs(
     recorded: Sequence[PinnedPhoto], now: Sequence[PinnedPhoto], edited: Collection[str]
 ) -> Iterator[tuple[PinnedPhoto, PinnedPhoto]]:
     """Each recorded photo that is still there, with what it is now: found by content, an `edited` one by its name."""
-    left = list(now)
+    taken: set[int] = set()
     found: dict[int, PinnedPhoto] = {}
     for field, wanted in (("sha256", None), ("name", edited)):
+        places: dict[str, deque[int]] = defaultdict(deque)
+        for place, photo in enumerate(now):
+            if place not in taken:
+                places[getattr(photo, field)].append(place)
         for number, old in enumerate(recorded):
-            if number in found or (wanted is not None and old.name not in wanted):
-                continue
-            same = next((photo for photo in left if getattr(photo, field) == getattr(old, field)), None)
-            if same is not None:
-                left.remove(same)
-                found[number] = same
+            left = places.get(getattr(old, field))
+            if left and number not in found and (wanted is None or old.name in wanted):
+                taken.add(left[0])
+                found[number] = now[left.popleft()]
     yield from ((recorded[number], found[number]) for number in sorted(found))
 
 

@@ -18,22 +18,28 @@ SCHEMA = 1
 
 
 class RecordedSubject(Record):
-    """One of several subjects. `photos` is its number of photos, `style` the words that call it if it is a style."""
+    """One of several subjects. `photos` is its number of photos, `style` the words that call it if it is a style.
+
+    `listed`: how many of its photos are in `RunRecord.photos`; None: all.
+    """
 
     token: str
     class_noun: str | None
     photos: int
     style: str = ""
+    listed: int | None = None
 
 
 class RunRecord(Record):
     """The content of run.json.
 
     `plan` holds the rows that were printed. `planned` is the plan as a record, or None in an older file. `captions`
-    holds the captions of each photo, in the order of `photos` (paths). `subjects` is empty for a single subject;
-    `token`, `class_noun` and `style` belong to the first. `resolution` is in pixels. `style` holds the words that
-    call a style, such as "in zwx style"; it is empty for other subjects. `reads` is what the base must be given
-    besides a prompt: "image", "mask", "depth". `started`: when the run began, in seconds since 1970.
+    holds the captions of each photo, in the order of `photos` (paths). Of more than 1,000 photos both have the first
+    ones of each subject alone; then `photo_count` is the number of all, `content` the SHA-256 over all of them and
+    their captions, and `tags` how many photos have each of the most frequent parts of captions. `subjects` is empty
+    for a single subject; `token`, `class_noun` and `style` belong to the first. `resolution` is in pixels. `style`
+    holds the words that call a style, such as "in zwx style"; it is empty for other subjects. `reads` is what the base
+    must be given besides a prompt: "image", "mask", "depth". `started`: when the run began, in seconds since 1970.
     """
 
     token: str = ""
@@ -48,6 +54,9 @@ class RunRecord(Record):
     captions: list[list[str]] = []
     captions_from_files: int = 0
     photos: list[str] = []
+    photo_count: int | None = None
+    content: str = ""
+    tags: dict[str, int] = {}
     subjects: list[RecordedSubject] = []
     prompts: list[str] = []
     guidance: float = 5.0
@@ -62,6 +71,11 @@ class RunRecord(Record):
         called = [(subject.style, subject.token, subject.class_noun) for subject in self.subjects]
         called = called or [(self.style, self.token, self.class_noun)]
         return [style.lstrip(" ,;:") or " ".join(text for text in pair if text) for style, *pair in called]
+
+    @property
+    def count(self) -> int:
+        """The number of photos of all subjects."""
+        return len(self.photos) if self.photo_count is None else self.photo_count
 
     @property
     def is_style(self) -> bool:

@@ -28,14 +28,15 @@ def make_accelerator(run: Run, adapter: bool) -> Accelerator:
     """An Accelerator with the recipe's device, precision, accumulation and processes.
 
     An adapter on a bf16 base trains without autocast: the adapter is fp32, and the base is cast once. Full training in
-    bf16 keeps fp32 weights and uses autocast. With fp16, both need Accelerate's loss scaling.
+    bf16 keeps fp32 weights and uses autocast, unless they are bf16 too (`run.weights`). With fp16, both need
+    Accelerate's loss scaling.
 
     Raises:
         BadInput: the machine or the launcher can't do what the recipe asks for.
     """
     precision = resolve_precision(run)
     check_machine(run)
-    mixed = {"fp32": "no", "bf16": "no" if adapter else "bf16", "fp16": "fp16"}[precision]
+    mixed = {"fp32": "no", "bf16": "no" if adapter or run.weights == "bf16" else "bf16", "fp16": "fp16"}[precision]
     _allow_another_precision(mixed)
     _refuse_environment(run)
     joined()  # sets up the process group, with the timeout of a step
@@ -110,5 +111,7 @@ def _refuse_environment(run: Run) -> None:
 
 
 def resolve_precision(run: Run) -> str:
-    """The value of `run.precision` on this machine: "fp32", "bf16" or "fp16"."""
-    return auto_precision() if run.precision == "auto" else run.precision
+    """The value of `run.precision` on this machine: "fp32", "bf16" or "fp16". Weights in bf16 compute in bf16."""
+    if run.precision == "auto":
+        return "bf16" if run.weights == "bf16" else auto_precision()
+    return run.precision

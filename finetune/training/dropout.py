@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from finetune.core.rng import SampleKey
+from finetune.core.rng import SampleKey, derived_seed
 
 
 @dataclass
@@ -42,6 +42,7 @@ class CurrentSamples:
 class SampleDropout(nn.Module):
     """`nn.Dropout` with one mask for each sample, drawn on the input's device.
 
+    A mask is a function of seed, step, sample, layer and kind of device: CUDA and CPU draw other numbers from a seed.
     `current` holds the samples of a forward pass, in the order of the input's first dimension. The same samples always
     get the same mask, which gradient checkpointing needs.
     """
@@ -61,7 +62,7 @@ class SampleDropout(nn.Module):
         return x * torch.stack(masks) / (1 - self.p)
 
     def _mask(self, key: SampleKey, like: Tensor) -> Tensor:
-        seed = key.generator(f"dropout {self.name}").initial_seed()
+        seed = derived_seed(key.seed, f"dropout {self.name}", key.step, key.sample)
         generator = torch.Generator(like.device).manual_seed(seed)
         return torch.rand(like.shape, generator=generator, device=like.device) >= self.p
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from finetune.core.errors import BadInput
 from finetune.families.recording import keep_recording
+from finetune.training.blocks import cut_blocks
 from finetune.training.checkpoint import Checkpoints, State
 from finetune.training.peers import joined
 from finetune.training.shard_files import Layout, read_pieces, write_shards
@@ -135,10 +136,8 @@ def shard_part(part: nn.Module, mesh: DeviceMesh, fill: Fill | None = None) -> N
 
     Only one block at a time is whole in memory if `fill` reads its weights now.
     """
-    kinds = set(getattr(part, "_no_split_modules", None) or ())
-    blocks = [module for module in part.modules() if module is not part and type(module).__name__ in kinds]
     named = {module: str(type(module)) for module in part.modules()}
-    for module in (*reversed(blocks), part):
+    for module in cut_blocks(part):
         if fill is not None:
             fill(module)
         fully_shard(module, mesh=mesh)

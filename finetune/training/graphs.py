@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.training.parcel import with_tensors
+from finetune.training.parcel import RECORDING, with_tensors
 from finetune.training.step import Step, StepInputs
 
 Capture = Callable[[nn.Module, tuple[Tensor, ...], Any], Callable[..., Tensor]]
@@ -45,14 +45,17 @@ class Recordable(nn.Module):
 class Graphs:
     """In place of `Step.loss`: one recording for each shape of a micro-batch.
 
-    `accumulates`: gradients of several micro-batches are added. They then need memory of their own, since a replay
-    overwrites that of the recording.
+    Weights that were moved, as previews do on a small GPU, are recorded anew: a recording would read and change the
+    memory where they were. `accumulates`: gradients of several micro-batches are added. They then need memory of their
+    own, since a replay overwrites that of the recording.
     """
 
     def __init__(self, step: Step, accumulates: bool, capture: Capture | None = None) -> None:
         self.step, self.accumulates, self.capture = step, accumulates, capture or captured
         self.made: dict[Any, Callable[..., Tensor]] = {}
         self._pool: Any = None
+        self._weights = list(step.trained.parameters())
+        self._places: list[int] = []
 
     def __call__(self, inputs: StepInputs, cond: dict[str, Tensor]) -> Tensor:
         example = Recordable(self.step, inputs, cond)
@@ -60,6 +63,10 @@ class Graphs:
         batch = inputs.batch
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
         form = (*cond, *batch.conditions, batch.mask is None, batch.extra is None, shapes)
+        places = [weight.data_ptr() for weight in self._weights]
+        if places != self._places:
+            self.made.clear()
+            self._pool, self._places = None, places
         if form not in self.made:
             if self._pool is None and tensors[0].device.type == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
@@ -75,7 +82,8 @@ def captured(loss: nn.Module, example: tuple[Tensor, ...], pool: Any) -> Callabl
     """The recorded forward and backward of `loss`, after three passes that warm it up."""
     kind = example[0].device.type
     dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):  # cached casts would not be recorded
+    # cached casts would not be recorded
+    with torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False), RECORDING:
         made: Any = torch.cuda.make_graphed_callables(loss, example, allow_unused_input=True, pool=pool)
     found: Callable[..., Tensor] = made
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -10,16 +11,21 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+RECORDING = threading.Lock()  # CUDA refuses to record a graph while another thread asks it for memory
 ALIGNED = 64  # bytes: what vectorised kernels want of an address
 
 
 def with_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
-    """Returns `value` with `change` applied to every tensor in it: in dataclasses and dictionaries, at any depth."""
+    """Returns `value` with `change` applied to every tensor in it, in dataclasses, dictionaries and lists."""
     held: Any = value
     if isinstance(held, Tensor):
         return change(held)  # type: ignore[return-value]
     if isinstance(held, dict):
         return {name: with_tensors(item, change) for name, item in held.items()}  # type: ignore[return-value]
+    if isinstance(held, list):
+        items = [with_tensors(item, change) for item in held]
+        same = all(item is old for item, old in zip(items, held, strict=True))
+        return value if same else items  # type: ignore[return-value]
     if is_dataclass(held) and not isinstance(held, type):
         inside = {field.name: getattr(held, field.name) for field in fields(held)}
         changed = {name: with_tensors(item, change) for name, item in inside.items()}
@@ -55,7 +61,8 @@ class Parcel(Generic[T]):
             return tensor
 
         with_tensors(value, note)
-        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        with RECORDING:
+            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         for tensor in tensors:
             _part(buffer, starts[id(tensor)], tensor).copy_(tensor)
         return cls(value, buffer, starts)

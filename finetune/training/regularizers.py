@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from finetune.core.batch import Batch
+from finetune.core.batch import Batch, picked
 from finetune.core.rng import uniform
 from finetune.families.base import Family
 from finetune.methods.base import Method
@@ -28,7 +28,8 @@ class NoisedBatch:
     """One micro-batch inside a step.
 
     `latents`: the denoiser's input z_t [B, C, h, w] at timesteps `t` [B]. `weight` [B]: the objective's weight at t
-    times the sample's weight. `keep_mask` [encoders, B]: the argument `kept` of `Family.encode_prompts`.
+    times the sample's weight. `keep_mask` [encoders, B]: the argument `kept` of `Family.encode_prompts`. `cond`: the
+    conditioning tensors of the samples' own prompts, name -> [B, ...]; empty if the step has none.
     """
 
     batch: Batch
@@ -37,13 +38,19 @@ class NoisedBatch:
     weight: Tensor
     keep_mask: Tensor | None
     current: CurrentSamples = field(default_factory=CurrentSamples)
+    cond: Mapping[str, Tensor] = field(default_factory=dict)
 
     def part(self, rows: Sequence[int]) -> NoisedBatch:
         """The samples with these indices."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.latents.device)
-        mask = None if self.keep_mask is None else self.keep_mask[:, index.to(self.keep_mask.device)]
+        mask = None if self.keep_mask is None else picked(self.keep_mask.T, rows).T
         return NoisedBatch(
-            self.batch.part(rows), self.latents[index], self.t[index], self.weight[index], mask, self.current
+            batch=self.batch.part(rows),
+            latents=picked(self.latents, rows),
+            t=picked(self.t, rows),
+            weight=picked(self.weight, rows),
+            keep_mask=mask,
+            current=self.current,
+            cond={name: picked(value, rows) for name, value in self.cond.items()},
         )
 
 
@@ -145,7 +152,10 @@ class BaseAsTeacher:
             return target
         own = at.part(rows)
         with at.current.without_dropout(), self.base() as base:
-            encode = base.encode_prompts if self.texts_train else self.encode
-            cond = encode(own.batch.prompts, own.keep_mask) | own.batch.conditions
+            cond = dict(own.cond)
+            if self.texts_train or not cond:
+                encode = base.encode_prompts if self.texts_train else self.encode
+                cond = encode(own.batch.prompts, own.keep_mask) | own.batch.conditions
             wanted = base.predict(own.latents, own.t, cond, own.batch.geometry).float()
-        return target.index_copy(0, torch.tensor(rows, device=target.device), wanted.to(target.dtype))
+        taught = dict(zip(rows, wanted.to(target.dtype), strict=True))
+        return torch.stack([taught.get(row, values) for row, values in enumerate(target)])

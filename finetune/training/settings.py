@@ -25,6 +25,8 @@ class Run(Settings):
     are dropped and loaded again for images, or kept in the CPU's memory (`cpu`: faster previews, but more main
     memory). `fast`: on a CPU, frozen and LoRA layers are computed by other kernels (`auto`; see
     `finetune.training.fast`).
+    `weights`: what full training holds its weights in; bf16 needs half of the memory or less, and rounds each update
+    stochastically (see `finetune.training.rounding`).
     `compile`: on a GPU, run compiled blocks (`regional`) or record each step as a CUDA graph (`graphs`). `tf32`: round
     the inputs of fp32 products to TF32. `channels_last`: another order of weights and activations in memory. All of
     these change the last bits.
@@ -38,6 +40,7 @@ class Run(Settings):
     accumulate: int = Field(default=1, ge=1)
     processes: int | None = Field(default=None, ge=1)  # None: the number that was launched
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    weights: Literal["fp32", "bf16"] = "fp32"  # of full training
     deterministic: bool = False  # bit-identical results on CUDA too, but slower
     gradient_checkpointing: bool = False
     shard: bool = False  # each of several processes holds a part of the model, its gradients and the optimiser's state
@@ -54,6 +57,11 @@ class Run(Settings):
     verdicts_every: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=1, ge=1)
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
+
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of a trained weight, and of its gradient."""
+        return 2 if self.weights == "bf16" else 4
 
     @field_validator("verdicts", "fast", mode="before")
     @classmethod

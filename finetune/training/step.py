@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from finetune.core.batch import Batch
 from finetune.core.rng import SampleKey, generator, uniform
+from finetune.data.cache import PromptCache
 from finetune.families.base import Family
 from finetune.objectives.base import Objective
 from finetune.objectives.loss import per_sample
@@ -64,14 +65,20 @@ class Draws:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Everything of a micro-batch that a step computes with."""
+    """Everything of a micro-batch that a step computes with.
+
+    `texts`: each text encoder's outputs for the prompts, name -> [B, ...]; None: the step asks for them itself.
+    """
 
     batch: Batch
     draws: Draws
+    texts: list[dict[str, Tensor]] | None = None
 
     def anonymous(self) -> StepInputs:
         """The tensors alone: without prompts, sizes, keys, names and roles."""
-        return replace(self, batch=replace(self.batch, prompts=[], geometry=[], keys=[], names=[], roles=[]))
+        return replace(
+            self, texts=None, batch=replace(self.batch, prompts=[], geometry=[], keys=[], names=[], roles=[])
+        )
 
 
 class Step(nn.Module):
@@ -110,10 +117,15 @@ class Step(nn.Module):
         self.to(device)
         self.objective = self.objective.to(device)
 
-    def inputs(self, batch: Batch) -> StepInputs:
-        """All that is drawn for a batch, on the CPU: `forward` then moves nothing to the device."""
+    def inputs(self, batch: Batch, with_texts: bool = False) -> StepInputs:
+        """All that is drawn for a batch, on the CPU: `forward` then moves nothing to the device.
+
+        `with_texts`: cached prompts are read now, from the disk if they are many.
+        """
         sizes = self.family.size_conditions(batch.geometry)
-        return StepInputs(replace(batch, conditions=batch.conditions | sizes), self.draw(batch))
+        encode = self.encode_prompts
+        texts = encode.stored(batch.prompts) if with_texts and isinstance(encode, PromptCache) else None
+        return StepInputs(replace(batch, conditions=batch.conditions | sizes), self.draw(batch), texts)
 
     def draw(self, batch: Batch) -> Draws:
         """The random numbers of a batch."""
@@ -121,15 +133,21 @@ class Step(nn.Module):
         t = self.objective.timesteps(self.positions(batch.keys))
         return Draws(batch.latent_noise(), noise, added, t, self.keep_mask(batch.keys))
 
-    def forward(self, batch: Batch, draws: Draws | None = None) -> Tensor:
+    def forward(
+        self, batch: Batch, draws: Draws | None = None, texts: list[dict[str, Tensor]] | None = None
+    ) -> Tensor:
         """The mean over the batch of weight * error(prediction, target), plus the regularizers: a float32 scalar.
 
-        `draws`: those of the batch, on its device; None: they are made here.
+        `draws` and `texts`: those of the batch (see `StepInputs`), on its device; None: they are made here.
         """
         self.current.keys = batch.keys
         if draws is None:
             draws = with_tensors(self.draw(batch), lambda value: value.to(batch.latents.mean.device))
-        cond = self.encode_prompts(batch.prompts, draws.keep_mask) | batch.conditions
+        if texts is None:
+            cond = self.encode_prompts(batch.prompts, draws.keep_mask)
+        else:
+            cond = self.family.join_texts(texts, draws.keep_mask)
+        cond = cond | batch.conditions
         return self.computed(StepInputs(batch, draws), cond)
 
     def loss(self, inputs: StepInputs, cond: dict[str, Tensor]) -> Tensor:
@@ -140,7 +158,7 @@ class Step(nn.Module):
         noisy = batch.concat_conditioning(self.objective.add_noise(x0, draws.added, t))
         prediction = self.family.predict(noisy, t, cond, batch.geometry)
         weight = self.objective.weight(t)
-        at = NoisedBatch(batch, noisy, t, weight * batch.weight, draws.keep_mask, self.current)
+        at = NoisedBatch(batch, noisy, t, weight * batch.weight, draws.keep_mask, current=self.current, cond=cond)
         target = self.objective.target(x0, draws.noise, t)
         if self.options.teacher is not None:
             target = self.options.teacher(at, target)

@@ -27,6 +27,7 @@ from finetune.training.fsdp import held_weights
 from finetune.training.parcel import Parcel
 from finetune.training.peers import joined
 from finetune.training.readings import ASKED, LOSS, NORM, BadStep, ProcessRows, Readings, Unread, fetched
+from finetune.training.rounding import RoundedOptimizer, build_optimizer
 from finetune.training.settings import Run
 from finetune.training.speed import apply_choices, tf32
 from finetune.training.step import MicroBatches, Step, StepInputs
@@ -39,9 +40,10 @@ MicroInputs = Iterable[Parcel[StepInputs] | StepInputs]  # of one step
 class Trainable:
     """The trained parameters.
 
-    `parameters`: name -> fp32 parameter, from `Method.attach`. `windows`: name -> (start, end) of its training as
-    shares of the run; parameters without an entry are trained throughout. `fill`: reads the weights of a module of
-    the trained parts that has none yet (`finetune.families.hollow`); None where all have theirs.
+    `parameters`: name -> parameter, from `Method.attach`: fp32, or bf16 as `run.weights` says. `windows`: name ->
+    (start, end) of its training as shares of the run; parameters without an entry are trained throughout. `fill`:
+    reads the weights of a module of the trained parts that has none yet (`finetune.families.hollow`); None where all
+    have theirs.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -78,7 +80,8 @@ class Trainer:
         self.trained = self.held.parameters
         step.move_to(accelerator.device)  # the optimiser creates its state there
         apply_choices(step, run, accelerator.device, accelerator.num_processes)
-        optimizer = optim.build(self.trained, trained.windows)
+        optimizer = build_optimizer(optim, self.trained, trained.windows, run)
+        self.rounded = optimizer if isinstance(optimizer, RoundedOptimizer) else None
         self.model, self.optimizer = self.held.prepared(step, optimizer)
         self.ema = Ema(self.trained, run.ema)
         self.readings = Readings(accelerator)
@@ -218,7 +221,7 @@ class Trainer:
 
         def packed(n: int) -> MicroInputs:
             pinned = device.type == "cuda"
-            whole = (self.step.inputs(batches.micro(n, index)) for index in range(self.run.accumulate))
+            whole = (self.step.inputs(batches.micro(n, index), True) for index in range(self.run.accumulate))
             with torch.cuda.device(device) if pinned else nullcontext():  # a thread begins with the first GPU
                 return [Parcel.of(inputs, pinned) for inputs in whole]
 
@@ -229,6 +232,8 @@ class Trainer:
         """Runs step n, from 0. Returns a text for the progress bar."""
         began = time.perf_counter()
         lr = self.optim.set_lr(self.optimizer, n, self.run.steps)
+        if self.rounded is not None:
+            self.rounded.number = n
         rows = self._update(feed.take(n), n)
         self.ema.update(n)
         due = self._is_logged(n + 1) or self.peers.world > 1
@@ -245,7 +250,7 @@ class Trainer:
         for item in micro_batches:
             inputs = item.on(accelerator.device) if isinstance(item, Parcel) else item
             with accelerator.accumulate(self.model):
-                micro_loss = self.model(inputs.batch, inputs.draws)
+                micro_loss = self.model(inputs.batch, inputs.draws, inputs.texts)
                 accelerator.backward(micro_loss)
                 loss += micro_loss.detach() / count
                 if accelerator.sync_gradients:
@@ -301,7 +306,7 @@ class Trainer:
         return nonfinite.sentence(samples, bundle, bad, self.readings.skips_bad(self.optimizer.optimizer))
 
     def _checkpoint_bytes(self) -> int:
-        """The size of a checkpoint with weights, optimiser state and EMA in fp32. Smaller 8-bit states leave a
-        margin."""
-        each = 4 + max(8, math.ceil(self.optim.state_bytes)) + 4 * bool(self.run.ema)
+        """The size of a checkpoint with weights as they are held, and optimiser state and EMA in fp32. Smaller 8-bit
+        states leave a margin."""
+        each = self.run.weight_bytes + max(8, math.ceil(self.optim.state_bytes)) + 4 * bool(self.run.ema)
         return self.held.values * each

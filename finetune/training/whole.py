@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -74,7 +75,10 @@ class Whole:
         return model, prepared
 
     def clip(self, max_norm: float) -> Tensor | None:
-        norm: Tensor | None = self.accelerator.clip_grad_norm_(list(self.parameters.values()), max_norm)
+        weights = list(self.parameters.values())
+        if any(weight.grad is not None and weight.dtype == torch.bfloat16 for weight in weights):
+            return clip_in_fp32(weights, max_norm)
+        norm: Tensor | None = self.accelerator.clip_grad_norm_(weights, max_norm)
         return norm
 
     def save(self, checkpoints: Checkpoints, made: MakeState, keep: int) -> Callable[[], Path] | None:
@@ -88,6 +92,15 @@ class Whole:
 
     def gathered(self) -> dict[str, Tensor] | None:
         return None
+
+
+def clip_in_fp32(weights: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Clips bf16 gradients by their norm, which torch would sum in bf16. Returns the norm before, in fp32."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
+    return norm
 
 
 def in_memory(state: State) -> State:

@@ -143,7 +143,7 @@ def test_tokens_are_suggested_and_checked(finetune: Command) -> None:
 
 
 SHORT = (
-    "run.steps=2", "prior.count=2", "prior.steps=1", "sample.steps=1", "sample.count=1",
+    "run.steps=2", "prior.count=2", "prior.others=null", "prior.steps=1", "sample.steps=1", "sample.count=1",
     "sample.prompts=['a photo of {token} {noun}']", "run.checkpoint_every=1",
 )  # fmt: skip
 

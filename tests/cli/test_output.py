@@ -17,7 +17,8 @@ from finetune.cli.main import run
 
 ROOT = Path(__file__).parents[2]
 SHORT = (
-    "run.steps=2", "prior.count=2", "prior.steps=1", "sample.steps=1", "sample.count=1", "sample.every=2",
+    "run.steps=2", "prior.count=2", "prior.others=null",
+    "prior.steps=1", "sample.steps=1", "sample.count=1", "sample.every=2",
     "sample.prompts=['a photo of {token} {noun}']", "optim.warmup=0",
 )  # fmt: skip
 PHASES = ("photos", "base", "before", "class images", "latents", "prompts", "training", "preview", "export kohya",

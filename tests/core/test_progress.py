@@ -43,6 +43,18 @@ def test_a_line_at_begin_first_step_every_thirty_seconds_and_end(now: list[float
     ]
 
 
+def test_a_phase_whose_length_is_not_known_is_told_without_it(now: list[float]) -> None:
+    """It said "5 of 0 photos", and nothing between begin and end."""
+    lines: list[str] = []
+    with sent_to(ProgressLines(lines.append)), phase("Reading", 0, "photos") as advance:
+        for _ in range(50):
+            now[0] += 1
+            advance(1, "")
+    assert [line.strip() for line in lines] == [
+        "reading  0 photos", "reading  30 photos", "reading  50 photos, done after 0:50",
+    ]  # fmt: skip
+
+
 def test_what_was_done_before_is_no_speed(now: list[float]) -> None:
     pace = Pace(250)
     pace.advance(200)

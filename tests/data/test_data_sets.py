@@ -26,10 +26,11 @@ from finetune.core.files import cache_dir, sha256
 from finetune.core.parallel import mapped
 from finetune.core.signals import Stop
 from finetune.data import set_rows
+from finetune.data.captions import Words
 from finetune.data.photos import scan
 from finetune.data.settings import Data, hub_id
 from finetune.data.sources.data_set import chosen_split, split_of
-from finetune.jobs.subjects import Scanned, scan_subjects
+from finetune.jobs.subjects import Scanned, _captioned, scan_subjects
 from finetune.runs.inputs import read_inputs
 
 TEXTS = ["a {token} {noun} on a table", "the {token} {noun}", None]
@@ -156,6 +157,22 @@ def refused(*words: str, **values: Any) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mix_of_captions_is_of_columns(streaming: bool, photos: Path, tmp_path: Path) -> None:
+    qwen = [["q0", "q00"], ["q1"], ["q2"]]
+    file = write_parquet(photos, tmp_path / "a.parquet", ["a", "b", None], qwen=qwen, number=[1, 2, 3])
+    mix = {"own": 1.0, "qwen": 3.0, "templates": 2.0}
+    chosen: dict[str, Any] = {"templates": ["{token}"], "streaming": streaming}
+    for _ in range(2):  # the second time from what the first one kept
+        data = Data(class_noun="mug", photos=file, caption_mix=mix, **chosen)
+        (found,) = scan_subjects(data)
+        mixed = _captioned(data, found, Words("sks", "mug"))
+        assert [item.captions for item in mixed] == [["a", "q0", "q00", "sks"], ["b", "q1", "sks"], ["q2", "sks"]]
+        assert [item.shares for item in mixed] == [(1.0, 1.5, 1.5, 2.0), (1.0, 3.0, 2.0), (3.0, 2.0)]
+    refused("'number', which is no column of text", photos=file, caption_mix={"own": 1, "number": 1})
+    refused("row 2 of", "have no caption of data.caption_mix", photos=file, caption_mix={"own": 1})
+
+
 def test_bad_data_sets_are_refused_by_name(photos: Path, tmp_path: Path) -> None:
     file = write_parquet(photos, tmp_path / "set.parquet", label=[1, 2, 3])
     refused("no column 'words'", "it has image, text, label", photos=file, caption_column="words")
@@ -182,6 +199,25 @@ def test_bad_data_sets_are_refused_by_name(photos: Path, tmp_path: Path) -> None
     held = contents(photos)
     parquet.write_table(pyarrow.table({"image": [held[0]] * 2}), tmp_path / "same.parquet")
     refused("all 2 rows of", "hold the same image", photos=tmp_path / "same.parquet")
+
+
+def test_a_streamed_parquet_file_is_not_kept_in_memory(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow's read-ahead kept all of a file: 1.15 GB for one of 0.75 GB, and 0.47 GB without it."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))  # nothing is known of this file
+    write_parquet(photos, tmp_path / "set.parquet")
+    given: list[Any] = []
+    load = datasets.load_dataset
+
+    def watched(loader: str, **options: Any) -> Any:
+        given.append(options.get("fragment_scan_options"))
+        return load(loader, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", watched)
+    scanned(photos=tmp_path / "set.parquet", streaming=True)
+    assert given
+    assert not any(options.pre_buffer for options in given)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])

@@ -229,7 +229,7 @@ def test_nearest_is_the_mean_of_the_largest_cosines() -> None:
 def test_picks_on_the_shipped_base_are_those_of_the_results() -> None:
     """docs/results.md was measured with these words."""
     family = load_family("tiny")
-    assert [tokens.suggest(family, 1, noun)[0].text for noun in ("mug", "car", None)] == ["vqp", "fvx", "wzd"]
+    assert [tokens.suggest(family, 1, noun)[0].text for noun in ("mug", "car", None)] == ["wzd", "qzjk", "wzd"]
 
 
 def test_a_known_word_gets_a_sentence(clip: transformers.CLIPTokenizer) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ from test_svd import recipe_of
 from finetune.cli.main import run
 from finetune.core.devices import DTYPES, exact_device
 from finetune.core.records import Check
+from finetune.export import verify
 from finetune.export.adapter import adapter_from, export_adapter
 from finetune.export.base import Adapter, Request, delta
 from finetune.export.bench import full_fp32
 from finetune.export.registry import EXPORTS, formats_for
-from finetune.export.verify import apply_adapter, moved_check, read_by_diffusers
+from finetune.export.verify import FP64_ROUNDING, apply_adapter, error_in_fp64, moved_check, read_by_diffusers
 from finetune.families.settings import Base
 from finetune.families.source import load_family
 from finetune.jobs import train as job
@@ -114,6 +117,34 @@ def test_a_header_with_another_alpha_is_found(
     other = Adapter(name, adapter.base_folder, adapter.layers, adapter.scale * 1.03)
     export.write(other, path, torch.float32, {})
     assert "modules differ" in read_by_diffusers(adapter, adapter, path, torch.float32, bench).message
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux"])
+def test_in_fp64_two_readers_agree_to_the_last_digits(
+    name: str, tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fp32 leaves in doubt is decided there: a fault of 1e-5 of the adapter's scale is above rounding."""
+    adapter = adapter_from(*trained(tiny_bases[name], alpha=7))
+    bench, export = bench_of(tiny_bases[name], torch.float32), EXPORTS["diffusers"]()
+    path = export.path(tmp_path, "x", name)
+    export.write(adapter, path, torch.float32, {})
+    off = replace(adapter, scale=adapter.scale * (1 + 1e-5))
+    with bench.lent() as family:
+        before = {part: deepcopy(family.parts[part].state_dict()) for part in family.parts}
+        right, wrong = (error_in_fp64(family, found, path) for found in (adapter, off))
+        for part, state in before.items():
+            for key, value in family.parts[part].state_dict().items():
+                assert value.dtype == state[key].dtype, key
+                assert torch.equal(value, state[key]), key
+    assert right < FP64_ROUNDING / 10
+    assert right < wrong / 10
+    monkeypatch.setattr(verify, "same_prediction", lambda error, moved: False)
+    check = read_by_diffusers(adapter, adapter, path, torch.float32, bench)
+    assert check.passed
+    assert "in fp64" in check.message
+    assert not read_by_diffusers(
+        adapter, replace(adapter, scale=adapter.scale * 1.03), path, torch.float32, bench
+    ).passed
 
 
 def test_an_adapter_fainter_than_fp16_is_not_called_broken(tiny_bases: dict[str, Path], tmp_path: Path) -> None:

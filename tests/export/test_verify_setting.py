@@ -69,7 +69,7 @@ def test_what_a_run_says_of_files_that_it_did_not_check(
     assert out.count("not checked") == len(listed)
     assert "ok" not in out.replace("kohya", "").split()
     monkeypatch.setattr(Bench, "_loaded", refuse)
-    monkeypatch.setattr(whole_models, "loaded", refuse)
+    monkeypatch.setattr(whole_models, "loaded_part", refuse)
     family, _ = open_run(RunFolder(path))
     exported = export_run(RunFolder(path), family, FORMATS[kind], ExportTo(verify="deltas", max_error=1))
     assert all(item.ok and item.checks and item.read_by for item in exported), exported
@@ -105,7 +105,7 @@ def test_a_spoilt_folder_is_found_from_its_files(
     name: str, tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = load_family(str(tiny_bases[name]))
-    monkeypatch.setattr(whole_models, "loaded", refuse)
+    monkeypatch.setattr(whole_models, "loaded_part", refuse)
     item = whole_models.export_folder(family, tmp_path / "x", "fp16", "deltas")
     assert item.ok, item.checks
     assert item.modules == sum(1 for part in family.parts.values() for _ in part.named_parameters())

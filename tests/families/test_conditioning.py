@@ -85,12 +85,12 @@ def test_published_channel_counts() -> None:
 
 
 @pytest.mark.parametrize("kind", ["depth", "edit"])
-def test_a_base_of_8_latent_channels_is_widened_by_its_own_number(kind: str, tmp_path: Path) -> None:
-    """The tiny base has 8: no published base tells that these counts follow from the latents."""
+def test_a_base_of_11_latent_channels_is_widened_by_its_own_number(kind: str, tmp_path: Path) -> None:
+    """The tiny base has 11: no published base tells that these counts follow from the latents."""
     family = load_family("tiny")
     before = draw(family, ["a mug"], Sampling(steps=2, size=32, guidance=1.0), seeds=[1])[0]
     family.widen(kind)
-    assert family.parts["denoiser"].conv_in.in_channels == {"depth": 9, "edit": 16}[kind]
+    assert family.parts["denoiser"].conv_in.in_channels == {"depth": 12, "edit": 22}[kind]
     given = ImageCondition(torch.rand(3, 32, 32), torch.rand(1, 32, 32))
     image = draw(family, ["a mug"], Sampling(steps=2, size=32, guidance=1.0), seeds=[1], condition=given)[0]
     if kind == "edit":  # the depth pipeline starts from grey latents under noise
@@ -100,7 +100,7 @@ def test_a_base_of_8_latent_channels_is_widened_by_its_own_number(kind: str, tmp
 
 
 def test_diffusers_paints_with_4_latent_channels_alone() -> None:
-    with pytest.raises(BadInput, match="has 8 latent channels"):
+    with pytest.raises(BadInput, match="has 11 latent channels"):
         load_family("tiny").widen("inpaint")
 
 

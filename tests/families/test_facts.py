@@ -39,7 +39,7 @@ def test_published_sizes_without_any_weights(tmp_path: Path) -> None:
 def test_the_command(tiny_bases: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", "tiny"]) == (0, "")
     said = capsys.readouterr().out
-    for words in ("sd1", "v_prediction", "64 pixels", "licence"):
+    for words in ("sd1", "v_prediction", "128 pixels", "licence"):
         assert words in said
     code, message = run(["inspect", "/nowhere"])
     assert code == 2

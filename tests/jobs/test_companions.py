@@ -142,7 +142,7 @@ def test_the_cards_snippet_draws_with_the_tiny_base() -> None:
     found: dict[str, Any] = {}
     assert code.count('pipeline("zwx mug")') == 1
     exec(code.replace('pipeline("zwx mug")', 'drawn = pipeline("zwx mug", num_inference_steps=1)'), found)
-    assert found["drawn"].size == (64, 64)
+    assert found["drawn"].size == (128, 128)
 
 
 def card_of(base: str) -> Card:

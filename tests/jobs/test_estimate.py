@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -235,3 +236,31 @@ def test_the_command(tiny_bases: dict[str, Path], capsys: pytest.CaptureFixture[
     code, message = run(["plan", "demo", "base=/nowhere"])
     assert code == 2
     assert "/nowhere" in message
+
+
+def test_a_sharded_run_is_counted_for_each_process(tiny_bases: dict[str, Path]) -> None:
+    """Flux, full: 16 bytes of each weight, shared out; in one piece are what is in no block, two blocks' weights and
+    one block's gradients. A LoRA's frozen weights are shared out too."""
+    run = {"shard": True, "batch_size": 8, "accumulate": 2, "precision": "fp32", "ema": 0.9}
+    asked = recipe(tiny_bases["flux"], method={"kind": "full"}, run=run)
+    own, denoiser = estimate(asked), load_family(str(tiny_bases["flux"])).parts["denoiser"]
+    counts: dict[str, int] = {}
+    for name, weight in denoiser.named_parameters():
+        block = re.match(r"(single_)?transformer_blocks\.\d+\.", name)
+        counts[block[0] if block else ""] = counts.get(block[0] if block else "", 0) + weight.numel()
+    rest, blocks = counts.pop(""), sorted(counts.values())
+    in_one_piece = 4 * (rest + blocks[-1] + blocks[-2] + max(rest, blocks[-1]))
+    for processes in (2, 4):
+        wanted = own.trained_parameters * (4 + 4 + 8 + 4) / processes + in_one_piece + own.activations / processes
+        assert own.of_each(processes) == pytest.approx(wanted + own.held)
+    assert own.held == 0
+    row = report(asked)["sharded"]
+    assert "on each of 2 processes" in row
+    assert "on each of 4 processes" in row
+    assert "on each of 3 processes" not in row
+    lora = estimate(recipe(tiny_bases["flux"], run=run))
+    assert lora.cut > 0.9 * lora.held
+    each = estimate(recipe(tiny_bases["flux"], run=run | {"processes": 4}))
+    assert each.activations == pytest.approx(lora.activations / 4, rel=0.05)
+    assert each.of_each(4) == pytest.approx(lora.of_each(4), rel=0.02)
+    assert "nobody to share with" in report(recipe(tiny_bases["flux"], run={"shard": True}))["sharded"]

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from finetune.core.errors import BadInput
 from finetune.core.events import sent_to
 from finetune.core.files import sha256
 from finetune.families.digests import base_hash
-from finetune.families.source import load_family
+from finetune.families.source import load_family, resolve_base
 from finetune.jobs import train as job
 from finetune.jobs.class_sets import OtherSet, class_images
 from finetune.jobs.dataset import make_streams
@@ -178,36 +179,39 @@ def test_a_base_that_reads_more_than_latents_is_refused(wide_bases: dict[tuple[s
 def test_whose_prompts(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     """The recipe's, else the base's own file, which counts as one of the base's, else the included list."""
     base = shutil.copytree(tiny_bases["sd1"], tmp_path / "base")
-    general, tiny = (other_prompts(Others(), source, base) for source in (str(base), "tiny"))
-    assert "included list" in general.origin
-    assert general.texts != tiny.texts
+    assert "included list" in other_prompts(Others(), base).origin
     before = base_hash(base)
     (base / "neutral_prompts.txt").write_text("# ours\na hat\n\na hat\n a coat \n", encoding="utf-8")
-    assert other_prompts(Others(), "tiny", base).texts == ("a hat", "a coat")
+    assert other_prompts(Others(), base).texts == ("a hat", "a coat")
     assert base_hash(base) != before
     (tmp_path / "own.txt").write_text("\ufeffa boat\n", encoding="utf-8")
-    assert other_prompts(Others(prompts=tmp_path / "own.txt"), "tiny", base).texts == ("a boat",)
-    assert other_prompts(Others(prompts=("a kite",)), "tiny", base).texts == ("a kite",)
+    assert other_prompts(Others(prompts=tmp_path / "own.txt"), base).texts == ("a boat",)
+    assert other_prompts(Others(prompts=("a kite",)), base).texts == ("a kite",)
 
 
-def test_the_included_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many and different; the tiny base's are of its own words, and none is a combination that it never saw."""
-    general, tiny = (other_prompts(Others(), source, tmp_path).texts for source in ("other", "tiny"))
+def test_the_included_list(tmp_path: Path) -> None:
+    """Many and different."""
+    general = other_prompts(Others(), tmp_path).texts
     assert len(general) >= 300
     assert all(re.fullmatch(r"[A-Za-z3' ,-]+", text) for text in general)
     assert len({text.split()[-1] for text in general[:218]}) > 150
+
+
+def test_tinys_own_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its own words, without named things, and none is a combination that it never saw."""
+    tiny = other_prompts(Others(), resolve_base("tiny")).texts
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
     import captions
-    import world
+    import looks
 
-    words = {*captions.TEMPLATES[0].split(), *"the picture".split(), *world.CLASSES, *world.COLOURS, *world.PATTERNS}
-    words |= {word for phrase in captions.PLACE_PHRASES.values() for word in phrase.split()}
-    assert {word for text in tiny for word in text.split()} <= words
-    every = {(k, c, p, w) for k in world.CLASSES for c in world.COLOURS for p in world.PATTERNS for w in world.PLACES}
-    unseen = [world.Facts(*four) for four in every if world.held_out(world.Facts(*four))]
-    things = {f"{fact.colour} {fact.pattern} {fact.kind} {captions.PLACE_PHRASES[fact.place]}" for fact in unseen}
+    every = product(looks.CLASSES, looks.COLOURS, looks.PATTERNS, looks.PLACES)
+    unseen = [looks.Facts(*four) for four in every if looks.held_out(looks.Facts(*four))]
+    ends = {captions.full_caption(facts).removeprefix("a photo of a ") for facts in unseen}
     assert len(tiny) >= 300
-    assert not [text for text in tiny if any(text.endswith(thing) for thing in things)]
+    assert not [text for text in tiny if any(re.search(rf"(?<!and ){end}$", text) for end in ends)]
+    words = {word for text in tiny for word in text.split()}
+    assert not words & set(looks.NAMES)
+    assert {"star", "hat", "dotted", "snow", "and"} <= words
 
 
 def test_off_by_default_and_kept_when_the_kind_changes() -> None:
@@ -218,7 +222,12 @@ def test_off_by_default_and_kept_when_the_kind_changes() -> None:
         assert changed_recipe(recipe, ["prior.others.count=7"]).prior.others == Others(count=7)
         both = ["prior.kind=none", "prior.others={}", f"prior.kind={kind}"]
         assert parse_recipe(values, both).prior.others == Others()
-    assert load_recipe("dreambooth-lora", {"data.photos": "x", "data.class_noun": "x"}).prior.others is None
+    subject = {"data.photos": "x", "data.class_noun": "x"}
+    assert (
+        load_recipe("dreambooth-lora", {**subject, "base": "stable-diffusion-v1-5/stable-diffusion-v1-5"}).prior.others
+        is None
+    )
+    assert load_recipe("dreambooth-lora", {**subject, "base": "tiny"}).prior.others == Others(guidance=3.0, steps=12)
     assert "others: null" in dump_recipe(recipe)
 
 

@@ -164,7 +164,8 @@ def test_every_shipped_recipe_trains(
         f"data.photos={photos}", f"base={stand_in}", "run.steps=2", "sample.steps=1", "sample.count=1",
         "data.token=sks", "data.resolution=null",
         "optim.warmup=0", "optim.lr=1e-3",
-        *(["prior.count=2", "prior.steps=1"] if load_recipe(name).prior.kind == "class_images" else []),
+        *(["prior.count=2", "prior.others=null",
+        "prior.steps=1"] if load_recipe(name).prior.kind == "class_images" else []),
     ]  # fmt: skip
     run = job.train(load_recipe(name, short), tmp_path / "run")
     assert (run / "report.html").is_file()

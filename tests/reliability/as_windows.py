@@ -170,7 +170,8 @@ def first_steps(work: Path, photos: Path) -> None:
 
     folder = work / "run"
     small = [
-        f"data.photos={photos}", f"run.dir={folder}", "prior.count=2", "prior.steps=1", "run.checkpoint_every=1",
+        f"data.photos={photos}", f"run.dir={folder}", "prior.count=2", "prior.others=null",
+        "prior.steps=1", "run.checkpoint_every=1",
         "run.keep=1", "sample.steps=1", "sample.count=1", "sample.every=1", "run.ema=0.9",
     ]  # fmt: skip
     finetune("train", "demo", *small, "run.steps=2", "--dry-run")

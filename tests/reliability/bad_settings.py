@@ -236,6 +236,7 @@ SETTINGS: tuple[tuple[str, str], ...] = (
     ("run.processes=-1", "give at least 1"),
     ("run.precision=fp8", "use 'auto', 'fp32', 'bf16' or 'fp16'"),
     ("run.precision=16", "use 'auto', 'fp32', 'bf16' or 'fp16'"),
+    ("run.weights=fp16", "known are 'fp32' or 'bf16'"),
     ("run.deterministic=perhaps", "write true or false"),
     ("run.released=disk", "use 'reread' or 'cpu'"),
     ("run.compile=true", "use 'off', 'regional' or 'graphs'"),

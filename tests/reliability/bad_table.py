@@ -35,6 +35,7 @@ class Place:
             "data.class_noun=mug",
             "prior.kind=class_images",
             "prior.count=2",
+            "prior.others=null",
             "prior.steps=1",
             "sample.steps=1",
             "sample.count=1",

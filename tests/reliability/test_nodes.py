@@ -18,7 +18,8 @@ from test_processes import entries_of, environment, losses
 from work import wait_for_steps
 
 SETTINGS = (
-    "data.class_noun=mug", "data.token=zwx", "prior.count=2", "prior.steps=1", "prior.batch_size=1", "run.steps=8",
+    "data.class_noun=mug", "data.token=zwx", "prior.count=2", "prior.others=null",
+    "prior.steps=1", "prior.batch_size=1", "run.steps=8",
     "run.checkpoint_every=2", "run.batch_size=2", "run.ema=0.9", "sample.steps=1", "sample.count=1",
     "sample.prompts=['a {noun}']", "export.verify=off", "method.dropout=0.1", "objective.timesteps=stratified",
 )  # fmt: skip

@@ -45,7 +45,8 @@ from finetune.training.priors.class_images import ClassImages
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
-    "data.class_noun=mug", "prior.count=2", "prior.steps=1", "sample.steps=1", "sample.count=1", "run.steps=2",
+    "data.class_noun=mug", "prior.others=null",
+    "prior.count=2", "prior.steps=1", "sample.steps=1", "sample.count=1", "run.steps=2",
     "sample.prompts=['a photo of {token} {noun}']", "optim.lr=1e-2",
 )  # fmt: skip
 TEXT = {".json", ".jsonl", ".yaml", ".html", ".md", ".txt", ".lock", ".jinja"}

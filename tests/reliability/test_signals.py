@@ -82,7 +82,8 @@ def words(tiny_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     photos = write_photos(tmp_path_factory.mktemp("signals") / "photos")
     return [
         "train", "dreambooth-lora", f"base={tiny_bases['sd1']}", f"data.photos={photos}", "data.class_noun=mug",
-        "prior.count=2", "prior.steps=1", f"run.steps={STEPS}", "run.checkpoint_every=100000", "sample.steps=1",
+        "prior.count=2", "prior.others=null",
+        "prior.steps=1", f"run.steps={STEPS}", "run.checkpoint_every=100000", "sample.steps=1",
         "sample.count=1", "optim.lr=1e-3",
     ]  # fmt: skip
 

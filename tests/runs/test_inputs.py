@@ -14,6 +14,7 @@ from finetune.runs.inputs import (
     InputsRecord,
     PinnedPhoto,
     RunInputs,
+    caption_pin,
     changes,
     in_recorded_order,
     read_inputs,
@@ -132,3 +133,25 @@ def test_the_refusal_counts_what_it_does_not_name(tmp_path: Path) -> None:
 
 def test_a_record_without_a_precision_is_of_an_older_version() -> None:
     assert changes(WHOLE.model_copy(update={"precision": ""}), WHOLE) == []
+
+
+def test_the_captions_of_many_photos_are_compared_by_a_digest() -> None:
+    """Also with a record that has them in full, as older versions wrote it."""
+    several = PinnedPhoto(name="a.png", sha256="a", captions=["a dog", "a big dog"])
+    short = several.model_copy(update={"captions": caption_pin(several.captions)})
+    assert len(short.captions) == 1
+    assert caption_pin(short.captions) == short.captions
+    for one, other in ((several, short), (short, several), (short, short)):
+        assert changes(RunInputs(photos=[one]), RunInputs(photos=[other])) == []
+    edited = short.model_copy(update={"captions": caption_pin(["a dog", "a big cat"])})
+    for old in (several, short):
+        assert changes(RunInputs(photos=[old]), RunInputs(photos=[edited])) == ["the caption of a.png changed"]
+
+
+def test_a_hundred_thousand_photos_are_compared_in_any_order() -> None:
+    """Looking for each among all would take 10 billion comparisons, which no test could wait for."""
+    names = [f"{number}.png" for number in range(100_000)]
+    recorded = RunInputs(photos=[PinnedPhoto.model_construct(name=n, sha256=n, captions=["a dog"]) for n in names])
+    assert in_recorded_order(names[::-1], recorded) == list(range(100_000))[::-1]
+    now = recorded.model_copy(update={"photos": [*recorded.photos[:0:-1], photo("new.png")]})
+    assert changes(recorded, now) == ["the photo 0.png is gone", "the photo new.png is new"]

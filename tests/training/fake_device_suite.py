@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from fake_device import FakeDevice, Generator, fake_device
 from test_trainer import Memory
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.cli import doctor
 from finetune.core import devices
@@ -34,12 +35,17 @@ from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.optim.adamw import AdamW
 from finetune.training.checkpoint import Checkpoints
+from finetune.training.ema import Ema
 from finetune.training.priors.distance import Distance
 from finetune.training.priors.frozen_base import FrozenBase
+from finetune.training.priors.none import NoPrior
+from finetune.training.priors.others import Others
 from finetune.training.regularizers import PriorContext, Regularizer
+from finetune.training.rounding import build_optimizer
 from finetune.training.settings import Run
 from finetune.training.step import Step, StepOptions, parts_of
 from finetune.training.trainer import Trainable, Trainer
+from finetune.training.whole import clip_in_fp32
 
 ONLY = {"textual_inversion": ["text_encoders"]}
 # a device meets a family's code and a method's: each family with the two usual methods, each method on a UNet and a
@@ -178,6 +184,69 @@ def test_a_step_copies_once_and_reads_nothing(
     )
     with pytest.raises(Enough):
         trainer.fit(One(gpu, family))
+    assert dict(gpu.copies) == COPIES
+    assert dict(gpu.reads) == {}
+
+
+def test_weights_in_bf16_are_rounded_without_a_read(gpu: FakeDevice) -> None:
+    """Two updates, the first of which makes the state: clipped, in fp32, rounded with noise that is drawn there, and
+    perhaps left out as the loop says where it does not look."""
+    shapes = {"denoiser.w": (80, 80), "denoiser.b": (5,)}
+    held = {name: nn.Parameter(torch.ones(shape, device=gpu.device).bfloat16()) for name, shape in shapes.items()}
+    rounded: Any = build_optimizer(AdamW(), held, {}, Run(weights="bf16"))
+    ema = Ema(held, 0.9)
+    rounded.found_inf = torch.zeros((), device=gpu.device)
+    gpu.copies.clear()
+    gpu.reads.clear()
+    for number in range(2):
+        for value in held.values():
+            value.grad = torch.ones_like(value)
+        rounded.number = number
+        clip_in_fp32(list(held.values()), 1.0)
+        rounded.step()
+        ema.update(number)
+    assert len(rounded.state) == len(held)
+    assert {(value.dtype, value.device) for value in held.values()} == {(torch.bfloat16, gpu.device)}
+    assert dict(gpu.copies) == {}
+    assert dict(gpu.reads) == {}
+
+
+class Mixed(One):
+    """Half of the samples are of everything else."""
+
+    def micro(self, step: int, index: int) -> Batch:
+        batch = super().micro(step, index)
+        return replace(batch, roles=["photo", "other"] * (len(batch) // 2))
+
+
+def test_many_prompts_and_a_teacher_make_no_step_wait(
+    tiny_bases: dict[str, Path],
+    tmp_path: Path,
+    gpu: FakeDevice,
+    accelerator: Accelerator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More prompts than the device's memory is given for come with the step's other inputs, in one copy."""
+    monkeypatch.setattr("finetune.data.cache.IN_MEMORY", 0)
+    family = load_family(str(tiny_bases["sdxl"]))
+    family.parts.to(gpu.device)
+    prompts = PromptCache(family, "hash", tmp_path / "cache")
+    prompts.fill(["a mug", "", "a photo of a zwx mug"])
+    family.parts.place(["denoiser"])
+    method = LoRA(rank=2)
+    trained = method.attach(family, 0)
+    context = PriorContext(family, method, trained, prompts, "a mug")
+    options = StepOptions(0.3, teacher=NoPrior(others=Others(target="base")).teacher(context))
+    trainer = Trainer(
+        Step(family, parts_of(trained), build_objective(ObjectiveSettings(), family.schedule), prompts, options),
+        Trainable(trained),
+        AdamW(),
+        Run(steps=2, batch_size=2, log_every=2),
+        accelerator,
+        Checkpoints(tmp_path),
+    )
+    with pytest.raises(Enough):
+        trainer.fit(Mixed(gpu, family))
     assert dict(gpu.copies) == COPIES
     assert dict(gpu.reads) == {}
 

@@ -26,8 +26,8 @@ from finetune.optim.adamw8bit import AdamW8bit
 from finetune.training import readings
 from finetune.training.ahead import Ahead
 from finetune.training.checkpoint import Checkpoints, State
-from finetune.training.graphs import Graphs
-from finetune.training.parcel import ALIGNED, Parcel
+from finetune.training.graphs import Graphs, captured
+from finetune.training.parcel import ALIGNED, RECORDING, Parcel
 from finetune.training.settings import Run
 from finetune.training.speed import apply_choices, compile_regions, tf32, why_not_graphs
 from finetune.training.step import Step, StepInputs, StepOptions
@@ -302,6 +302,49 @@ def test_each_shape_has_a_recording_of_its_own(tiny_bases: dict[str, Path]) -> N
         cond = family.encode_prompts(inputs.batch.prompts)
         assert torch.equal(graphs(inputs, cond), step.loss(inputs, cond))
     assert asked == [(2, 4, 16, 16), (4, 4, 16, 16)]
+
+
+def test_weights_that_were_moved_are_recorded_anew(tiny_bases: dict[str, Path]) -> None:
+    """A preview on a small GPU sends the denoiser to the CPU and back. A recording would go on with the old memory."""
+    family = load_family(str(tiny_bases["sd1"]))
+    LoRA(rank=2).attach(family, 0)
+    step = Step(family, ["denoiser"], build_objective(ObjectiveSettings(), family.schedule), family.encode_prompts)
+    asked: list[nn.Module] = []
+
+    def capture(loss: nn.Module, example: tuple[Tensor, ...], pool: Any) -> Callable[..., Tensor]:
+        asked.append(loss)
+        return loss
+
+    graphs = Graphs(step, accumulates=False, capture=capture)
+    inputs = step.inputs(Memory(2).micro(0, 0))
+    cond = family.encode_prompts(inputs.batch.prompts)
+    for moves in (False, False, True, False):
+        if moves:
+            last = list(family.parts["denoiser"].parameters())[-1]
+            last.data = last.data.clone()
+        graphs(inputs, cond)
+    assert len(asked) == 2
+
+
+def test_no_other_thread_asks_for_memory_during_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA ends a recording with an error if one does: the next step's pinned buffer waits for its end."""
+    held: dict[str, bool] = {}
+    empty = torch.empty
+
+    def noted(*size: int, **options: Any) -> Tensor:
+        held["buffer"] = RECORDING.locked()
+        return empty(*size, **options)
+
+    def recording(loss: nn.Module, *example: Any, **options: Any) -> nn.Module:
+        held["recording"] = RECORDING.locked()
+        return loss
+
+    monkeypatch.setattr(torch, "empty", noted)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recording)
+    Parcel.of(torch.ones(3), pinned=False)
+    captured(nn.Identity(), (torch.ones(3),), None)
+    assert held == {"buffer": True, "recording": True}
+    assert not RECORDING.locked()
 
 
 def test_what_cannot_be_compiled_is_said_and_trained_without(

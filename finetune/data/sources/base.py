@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The recipe's settings of data sets (`data:`). A folder has none of them."""
+    """The recipe's settings of data sets (`data:`). A folder has none of them.
+
+    further: the columns of other captions that `data.caption_mix` names.
+    """
 
     split: str | None = None
     image_column: str | None = None
     caption_column: str | None = None
     streaming: bool = False
     workers: int = 1
+    further: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

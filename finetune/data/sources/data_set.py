@@ -56,7 +56,7 @@ class DataSet(Source):
         files = sorted(named.splits.get(split, ()))
         facts = TableFacts(path.name, _digests(files, path), named.revision, split)
         rows = self.rows(path, named, split)
-        wanted = Wanted(options.image_column, options.caption_column)
+        wanted = Wanted(options.image_column, options.caption_column, options.further)
         return Opened(path, table=open_table(path, rows, facts, wanted, options.workers))
 
     def rows(self, path: Path, named: NamedDataSet, split: str) -> DatasetRows:
@@ -96,12 +96,20 @@ def chosen_split(splits: Sequence[str], wanted: str | None, name: str) -> str:
 def load_split(loader: str, name: str, **arguments: Any) -> Any:
     """Calls `datasets.load_dataset`. Its bars are not shown.
 
+    A streamed parquet file on this disk is read without Arrow's read-ahead, which keeps the whole file in memory.
+
     Raises:
         BadInput: it can't be loaded, for example because the network or a file is missing.
     """
+    if loader == "parquet" and arguments.get("streaming"):
+        from pyarrow.dataset import ParquetFragmentScanOptions
+
+        arguments["fragment_scan_options"] = ParquetFragmentScanOptions(pre_buffer=False)
     with without_bars() as datasets:
         try:
             return datasets.load_dataset(loader, **arguments)
+        except MemoryError:
+            raise
         except Exception as error:  # of the network, of Arrow, of tar files, of JSON: whatever reads the files
             raise BadInput(
                 f"the data set {name} can't be read ({reason_of(error)}): check its name and its files"

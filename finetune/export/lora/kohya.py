@@ -11,6 +11,7 @@ Zeros fill its rank up to a doubling of the lowest rank: the difference is then 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,10 @@ from finetune.families.registry import FAMILIES, denoiser_config, family_of, wei
 
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 Pair = tuple[Tensor, Tensor]
+ATTENTION = re.compile(r".*\.self_attn\.(q|k|v|out)_proj")
+NEEDS_OUT_PROJ = (
+    "it takes a text encoder's attention from kohya's keys only if an out_proj is among them: use the diffusers format"
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,12 @@ class Kohya(AdapterExport):
         return folder / (f"{name}.safetensors" if main else f"{name}-kohya.safetensors")
 
     def readers(self, adapter: Adapter) -> tuple[str, ...]:
-        return FAMILIES[adapter.family].naming.known_readers.of(_form(adapter))
+        found = FAMILIES[adapter.family].naming.known_readers.of(_form(adapter))
+        return tuple(name for name in found if name != "diffusers") if lacks_out_proj(adapter) else found
 
     def limits(self, adapter: Adapter) -> list[str]:
-        return FAMILIES[adapter.family].naming.known_readers.limits(_form(adapter))
+        found = FAMILIES[adapter.family].naming.known_readers.limits(_form(adapter))
+        return [*found, f"diffusers: refused or partly, {NEEDS_OUT_PROJ}"] if lacks_out_proj(adapter) else found
 
     def write(self, adapter: Adapter, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
         known = key_table(adapter.base_folder)
@@ -100,6 +107,17 @@ class Kohya(AdapterExport):
             for module, pair in split(a.float(), b.float() * (alpha / len(a) / scale), place).items():
                 layers.setdefault(place.part, {})[module] = pair
         return Adapter(family, base_folder, layers, scale)
+
+
+def lacks_out_proj(adapter: Adapter) -> bool:
+    """Whether a text encoder has attention modules but no out_proj: by that alone diffusers (0.42,
+    `convert_state_dict_to_diffusers`) knows the keys that it makes of kohya's."""
+    held = [
+        {match[1] for module in modules if (match := ATTENTION.fullmatch(module))}
+        for part, modules in adapter.layers.items()
+        if part.startswith("text_encoder")
+    ]
+    return any(matrices and "out" not in matrices for matrices in held)
 
 
 def _form(adapter: Adapter) -> str:

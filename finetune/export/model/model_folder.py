@@ -14,7 +14,7 @@ from finetune.core.files import copy_plain, load_tensors, replacing_folder, save
 from finetune.core.reading import read_json
 from finetune.core.records import Check
 from finetune.export.base import Exported, ModelExport, Request, unchecked
-from finetune.export.decompose import loaded, unloaded
+from finetune.export.decompose import loaded_part, unloaded
 from finetune.export.settings import Verify
 from finetune.families.base import Family
 from finetune.families.configs import read_config
@@ -104,7 +104,7 @@ def _compare(family: Family, path: Path, dtype: torch.dtype, verify: Verify) -> 
 def _other_weights(family: Family, again: Family | None, path: Path, part: str, dtype: torch.dtype) -> str:
     """What is wrong with one part of the folder; "" if nothing."""
     wanted = {strip_text_model(name): value for name, value in family.parts[part].named_parameters()}
-    with loaded(again, part) if again else nullcontext() as module:
+    with loaded_part(again, part) if again else nullcontext() as module:
         held = module.named_parameters() if module is not None else _stored(path, family, part).items()
         found = {strip_text_model(name): value for name, value in held}
         if wanted.keys() != found.keys():

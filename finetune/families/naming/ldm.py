@@ -100,16 +100,17 @@ def unet_name(path: str, config: dict[str, Any]) -> str:
         kind, number, *inside = rest.split(".", 2)
         return _join("middle_block", MIDDLE[f"{kind}.{number}"], _inside(kind, inside))
     block, kind, number, *inside = rest.split(".", 3)
-    layers = int(config.get("layers_per_block", 2))
+    layers = _layers(config)
     if head == "down_blocks":
-        first = 1 + int(block) * (layers + 1)
+        first = 1 + sum(count + 1 for count in layers[: int(block)])
         if kind == "downsamplers":
-            return _join("input_blocks", str(first + layers), "0", "op")
+            return _join("input_blocks", str(first + layers[int(block)]), "0", "op")
         return _join("input_blocks", str(first + int(number)), "01"[kind == "attentions"], _inside(kind, inside))
-    first = int(block) * (layers + 1)
+    layers = layers[::-1]
+    first = sum(count + 1 for count in layers[: int(block)])
     if kind == "upsamplers":
         attends = "CrossAttn" in config.get("up_block_types", UP_BLOCKS)[int(block)]
-        return _join("output_blocks", str(first + layers), "12"[attends], *inside)
+        return _join("output_blocks", str(first + layers[int(block)]), "12"[attends], *inside)
     return _join("output_blocks", str(first + int(number)), "01"[kind == "attentions"], _inside(kind, inside))
 
 
@@ -126,14 +127,33 @@ def diffusers_name(name: str, config: dict[str, Any]) -> str:
         kind = FROM_MIDDLE[number]
         return _join("mid_block", kind, _back(kind, rest))
     slot, *inside = rest
-    layers = int(config.get("layers_per_block", 2)) + 1
-    block, layer = divmod(int(number) - (head == "input_blocks"), layers)
-    if head == "input_blocks" and layer == layers - 1:
+    layers = _layers(config) if head == "input_blocks" else _layers(config)[::-1]
+    block, layer = _place(int(number) - (head == "input_blocks"), layers)
+    if head == "input_blocks" and layer == layers[block]:
         return f"down_blocks.{block}.downsamplers.0.conv"
     side = {"input_blocks": "down_blocks", "output_blocks": "up_blocks"}[head]
     attends = "CrossAttn" in config.get("up_block_types", UP_BLOCKS)[block] or side == "down_blocks"
     kind = "resnets" if slot == "0" else "attentions" if slot == "1" and attends else "upsamplers"
     return _join(f"{side}.{block}", f"{kind}.{0 if kind == 'upsamplers' else layer}", _back(kind, inside))
+
+
+def _layers(config: dict[str, Any]) -> list[int]:
+    """The number of layers of each down block; a config may have one number for all."""
+    given = config.get("layers_per_block", 2)
+    return (
+        list(given)
+        if isinstance(given, list | tuple)
+        else [int(given)] * len(config.get("block_out_channels", UP_BLOCKS))
+    )
+
+
+def _place(number: int, layers: list[int]) -> tuple[int, int]:
+    """(block, layer) of a numbered module; each block has one more than its layers."""
+    for block, count in enumerate(layers):
+        if number <= count:
+            return block, number
+        number -= count + 1
+    raise KeyError(number)
 
 
 def _back(kind: str, inside: list[str]) -> str:
