@@ -78,6 +78,11 @@ LEVERS = (
     _lora("others, 12 steps each, with dropout", *QUICKER),
     _lora("others, half as many images, 12 steps each", *FEWER, "prior.caption_dropout=0"),
     _lora("others, half as many images, 12 steps each, 300 steps", *FEWER, "prior.caption_dropout=0", "run.steps=300"),
+    _lora("12 steps, no flips", "data.flip=false"),
+    _lora("12 steps, no weighting", "objective.weighting=none"),
+    _lora("12 steps, 800 steps", "run.steps=800"),
+    _lora("12 steps, masks", "data.masks=auto", masked=True),
+    _lora("12 steps, a batch of 4", "run.batch_size=4"),
 )
 FAULTS = (
     _lora("too short", "run.steps=60"),
