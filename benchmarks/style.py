@@ -44,7 +44,7 @@ from evaluate import right as drawn_right  # isort: skip
 from world import PIXELS  # isort: skip
 
 ROOT = Path(__file__).parents[1]
-PRIORS = ("none", "class_images", "frozen_base")
+PRIORS = ("none", "class_images", "frozen_base", "class_images_and_others")
 KINDS = (*SHOWN, *NEVER_SHOWN)
 PICTURED = "blue lines"
 EACH = 4  # scenes of each kind of thing
@@ -117,11 +117,13 @@ def one_run(work: Path, style: str, prior: str, overrides: Sequence[str]) -> Row
     folder = work / f"{style.replace(' ', '-')}-{prior}{tag}"
     photos = write_drawings(style, work / "drawings" / style.replace(" ", "-"))
     began = time.process_time()
+    images = ("prior.guidance=3.0", "prior.count=40", "prior.steps=12")
     own = {
-        "class_images": ("prior.guidance=3.0", "prior.count=40", "prior.steps=12"),
+        "class_images": images,
+        "class_images_and_others": (*images, "prior.others={guidance: 3.0, steps: 12}", "prior.caption_dropout=0"),
         "frozen_base": ("prior.prompt='{caption}'",),
     }.get(prior, ())
-    settings = [f"data.photos={photos}", *TINY, f"prior.kind={prior}", *own, *overrides]
+    settings = [f"data.photos={photos}", *TINY, f"prior.kind={prior.removesuffix('_and_others')}", *own, *overrides]
     run = train(load_recipe("style-lora", settings), folder)
     seconds = time.process_time() - began
     family, info = open_result(run)
