@@ -15,10 +15,8 @@ from typing import Any
 from finetune.config.recipe import Recipe
 
 RECIPES = Path(__file__).with_name("claims_recipes.json")
-APART: dict[str, Any] = {
-    "profile": True,
-    "data": {"photos"},
-}  # what differs by subject, or only names where values come from
+# what differs by subject, or only names where values come from
+APART: dict[str, Any] = {"profile": True, "data": {"photos"}}
 Settings = dict[str, Any]
 
 
