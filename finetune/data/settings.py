@@ -132,6 +132,11 @@ class Data(SubjectSettings):
         return value.strip()
 
     @property
+    def thing(self) -> str:
+        """What the photos teach: "style" where words call it that name no class, or "subject"."""
+        return "style" if self.trigger and self.class_noun is None else "subject"
+
+    @property
     def all_subjects(self) -> list[SubjectSettings]:
         """The main subject, followed by the further ones."""
         return [self, *self.subjects]

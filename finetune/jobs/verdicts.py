@@ -113,7 +113,8 @@ class Watch:
 def finish_verdicts(job: Prepared, folder: RunFolder) -> list[str]:
     """Writes RUN/verdict.json of a finished run, and returns what it says; nothing for a run that was not measured."""
     rows = read_rows(folder.path / FILE)
-    means = means_of(job.recipe.prior, job.family.inputs, folder.checkpoints.named_steps())
+    thing = job.recipe.data.thing
+    means = means_of(job.recipe.prior, job.family.inputs, folder.checkpoints.named_steps(), thing)
     verdict = judged(rows, means=means)
     if not verdict.found:
         return []

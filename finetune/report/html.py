@@ -85,10 +85,11 @@ def write_report(path: Path, with_captions: bool = False, *, step: int | None = 
 def _means(folder: RunFolder, info: RunRecord) -> Means:
     """What the run has against drift; nothing where its recipe can't be read."""
     try:
-        prior = folder.recipe.prior
+        recipe = folder.recipe
     except BadInput:
         return Means()
-    return means_of(prior, info.planned.inputs if info.planned else None, folder.checkpoints.named_steps())
+    inputs = info.planned.inputs if info.planned else None
+    return means_of(recipe.prior, inputs, folder.checkpoints.named_steps(), recipe.data.thing)
 
 
 def _standing(step: int | None, folder: RunFolder) -> str:

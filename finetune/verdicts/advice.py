@@ -26,7 +26,7 @@ class Means:
 
     `holds_class` and `holds_others`: it has a prior of the class, and one of everything else. `dropout`: the share of
     class captions that are replaced by empty ones. `barred`: its base reads inputs that drawn images do not have.
-    `kept`: the steps whose checkpoints are there.
+    `kept`: the steps whose checkpoints are there. `thing`: what is learned, a "subject" or a "style".
     """
 
     holds_class: bool = False
@@ -34,13 +34,14 @@ class Means:
     dropout: float = 0.0
     barred: bool = False
     kept: Sequence[int] = ()
+    thing: str = "subject"
 
 
-def means_of(prior: PriorSettings, inputs: str | None, kept: Sequence[int]) -> Means:
+def means_of(prior: PriorSettings, inputs: str | None, kept: Sequence[int], thing: str = "subject") -> Means:
     """The means of a run by its prior, by the further inputs of its base, and by its checkpoints."""
     barred = inputs is not None and not INPUTS[inputs].any_image
     dropout = float(getattr(prior, "caption_dropout", 0.0))
-    return Means(prior.kind != "none", prior.others is not None, dropout, barred, tuple(kept))
+    return Means(prior.kind != "none", prior.others is not None, dropout, barred, tuple(kept), thing)
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,10 @@ def judged(rows: Sequence[Row], limits: Limits = LIMITS, means: Means | None = N
     found = _found(measured, limits)
     until = [row for row in measured if row.step <= best.step]
     other = None if best is last else Best(best.step, not _found(until, limits))
-    told = advice(found, other, means or Means())
+    means = means or Means()
+    told = advice(found, other, means)
     word = found[0] if found else GOOD
-    return RunVerdict(word, found or (GOOD,), _sentence(found, last.values, limits), told, best.step)
+    return RunVerdict(word, found or (GOOD,), _sentence(found, last.values, limits, means.thing), told, best.step)
 
 
 def _found(rows: Sequence[Row], limits: Limits) -> tuple[str, ...]:
@@ -158,34 +159,35 @@ def in_short(values: Mapping[str, float]) -> str:
     return ", ".join(f"{text} {values[name]:.2f}" for name, text in names.items() if name in values)
 
 
-def _sentence(found: Sequence[str], values: Mapping[str, float], limits: Limits) -> str:
+def _sentence(found: Sequence[str], values: Mapping[str, float], limits: Limits, thing: str) -> str:
     if _broken(values):
         return "The model predicts no numbers any more, or far too large ones: it draws nothing."
-    said = [text for word in (found or (GOOD,)) for text in [_said(word, values, limits)] if text]
+    said = [text for word in (found or (GOOD,)) for text in [_said(word, values, limits, thing)] if text]
     return "; ".join(said).capitalize() + "."
 
 
-def _said(word: str, values: Mapping[str, float], limits: Limits) -> str:
+def _said(word: str, values: Mapping[str, float], limits: Limits, thing: str) -> str:
     """What a word stands on, with its numbers."""
     learned = values.get("held_out", values.get("learned", 0.0))
+    plain = "the class without the token" if thing == "subject" else "what prompts without the style's words draw"
     return {
-        UNDERTRAINED: f"little of the subject was learned ({learned:.2f} of the prompt's own effect)"
+        UNDERTRAINED: f"little of the {thing} was learned ({learned:.2f} of the prompt's own effect)"
         if learned >= 0
-        else "nothing of the subject was learned: its photos are predicted worse than by the base",
+        else f"nothing of the {thing} was learned: its photos are predicted worse than by the base",
         OVERTRAINED: f"the photos were learned by heart ({values.get('learned', 0.0):.2f} on them, {learned:.2f} on "
         "unseen views)",
-        DRIFTED: f"the class without the token changed too (drift {values.get('class_drift', 0.0):.2f}, "
-        f"{100 * max(0.0, values.get('takeover', 0.0)):.0f} % of the way to the subject)",
-        DAMAGED: _damage(values, limits),
-        GOOD: f"the subject was learned ({learned:.2f} on unseen views), and little else changed (drift "
+        DRIFTED: f"{plain} changed too (drift {values.get('class_drift', 0.0):.2f}, "
+        f"{100 * max(0.0, values.get('takeover', 0.0)):.0f} % of the way to the {thing})",
+        DAMAGED: _damage(values, limits, thing),
+        GOOD: f"the {thing} was learned ({learned:.2f} on unseen views), and little else changed (drift "
         f"{values.get('elsewhere', 0.0):.2f})",
     }[word]
 
 
-def _damage(values: Mapping[str, float], limits: Limits) -> str:
+def _damage(values: Mapping[str, float], limits: Limits, thing: str) -> str:
     """Of the measures of damage those that are beyond their limits."""
     other, of_class, empty = (values.get(name, 0.0) for name in ("elsewhere", "empty_class", "empty_prompt"))
     said = [f"prompts about other things changed (drift {other:.2f})"] * (other > limits.elsewhere)
     said += [f"the empty prompt went {100 * of_class:.0f} % of the way to the class"] * (of_class > limits.empty_class)
-    said += [f"the empty prompt went {100 * empty:.0f} % of the way to the subject"] * (empty > limits.empty_prompt)
+    said += [f"the empty prompt went {100 * empty:.0f} % of the way to the {thing}"] * (empty > limits.empty_prompt)
     return ", and ".join(said)

@@ -204,3 +204,12 @@ def test_samples_in_a_step_are_those_of_all_streams() -> None:
     assert samples("prior.kind=none") == 4
     assert samples("prior.kind=class_images") == 8
     assert samples("prior.kind=none", "prior.others.share=0.25") == 5
+
+
+def test_a_style_is_called_a_style() -> None:
+    rows = [Row(10, {"learned": 4.0, "held_out": 3.0, "takeover": 0.9, "empty_prompt": 0.9})]
+    said = judged(rows, means=Means(thing="style")).sentence
+    assert "the empty prompt went 90 % of the way to the style" in said.lower()
+    assert "what prompts without the style's words draw changed too" in said
+    assert "subject" not in said
+    assert judged([Row(10, {"learned": 4.0})], means=Means(thing="style")).sentence.startswith("The style was learned")
