@@ -292,7 +292,7 @@ def test_without_onnxruntime_it_is_one_sentence(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert main(["caption", str(photos), str(tmp_path / "out"), "--tagger", str(tagger)]) == 2
-    assert "pip install 'finetune[tagger]'" in capsys.readouterr().err
+    assert "pip install 'finetune-diffusion[tagger]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
