@@ -32,7 +32,7 @@ class Faces:
 
     def __init__(self, cv2: Any) -> None:
         if not hasattr(cv2, "CascadeClassifier"):
-            raise OSError(f"OpenCV {cv2.__version__} has no cascades")
+            raise OSError(f"OpenCV {getattr(cv2, '__version__', '')} has no cascades")
         folder = cv2.data.haarcascades
         files = [os.path.join(folder, f"haarcascade_frontalface_{name}.xml") for name in NAMES]
         self.cascades = [cv2.CascadeClassifier(file) for file in files]
