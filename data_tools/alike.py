@@ -57,7 +57,7 @@ def same_mark(thumbs: Sequence[np.ndarray]) -> list[str]:
     left, end = np.percentile(columns, (5, 95))
     if (bottom - top + 1) * (end - left + 1) > LARGEST_MARK * SIDE**2:
         return []
-    place = _place(float(top + bottom) / 2 / SIDE, float(left + end) / 2 / SIDE)
+    place = place_of(float(top + bottom) / 2 / SIDE, float(left + end) / 2 / SIDE)
     if place == "middle":  # a subject is there, perhaps always in the same pose
         return []
     return [f"most photos have the same mark at the {place}, such as a watermark or a date: crop it away, or mask it"]
@@ -71,7 +71,8 @@ def _shared_steps(steps: np.ndarray) -> np.ndarray:
     return shared
 
 
-def _place(down: float, right: float) -> str:
+def place_of(down: float, right: float) -> str:
+    """The words for a place in a photo, by its middle as shares of the sides: middle, top left, bottom, ..."""
     vertical = "top" if down < 1 / 3 else "bottom" if down > 2 / 3 else "middle"
     across = " left" if right < 1 / 3 else " right" if right > 2 / 3 else ""
     return f"{vertical}{across}"

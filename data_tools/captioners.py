@@ -292,6 +292,8 @@ class Tagger(Captioner):
         self.tags = read_tags(folder / "selected_tags.csv")
         try:
             self.session = runtime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+        except MemoryError:
+            raise
         except Exception as error:  # of onnxruntime, which has classes of its own for each fault
             raise BadInput(f"{folder / 'model.onnx'} can't be loaded ({first_line(error)}): copy it again") from error
         put = self.session.get_inputs()[0]
@@ -308,7 +310,7 @@ def _onnxruntime() -> Any:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise BadInput(
-            "a tagger needs the package onnxruntime, which is not installed: pip install 'finetune[tagger]'"
+            "a tagger needs the package onnxruntime, which is not installed: pip install 'finetune-diffusion[tagger]'"
         ) from error
 
 

@@ -13,10 +13,12 @@ import numpy as np
 from PIL import Image
 
 from data_tools import alike
+from data_tools.faces import load_faces
 from data_tools.for_base import USUAL, add_base, add_detector, base_and_resolution, detector_of
-from data_tools.framing import framing
+from data_tools.framing import Sought, framing
 from data_tools.hashes import NEAR, Look, difference_hash, look_of, near_pairs
-from data_tools.photo_set import further_captions
+from data_tools.lettering import told_of_lines
+from data_tools.photo_set import further_captions, name_rank
 from data_tools.quality import Quality, faults, measure
 from data_tools.show import say_json
 from data_tools.wording import Wanted, check_caption, read_wanted
@@ -131,7 +133,7 @@ def check(
     """Checks every image of a folder for training at `resolution` pixels, and returns the findings.
 
     `folder` may be anything that `data.photos` of a recipe names. `wanted` says what captions are checked against.
-    What a `detector` finds, such as faces, must not be cut at the edges.
+    What a `detector` finds must not be cut at the edges. Without one faces are looked for, if OpenCV is installed.
 
     Raises:
         BadInput: there is no such folder, or no image in it.
@@ -141,25 +143,26 @@ def check(
     paths = image_files(place)
     if not paths:
         raise no_images(folder, place)
-    files = look_at(paths, resolution, detector)
+    faces, why_not = load_faces() if detector is None else (None, "")
+    files = look_at(paths, resolution, Sought(detector, faces))
     _compare(files)
     findings = Findings(place, files, _of_the_set(files), _other_files(place, paths))
-    findings.notes += [opened_source.unused] if opened_source.unused else []
+    findings.notes += [text for text in (opened_source.unused, why_not) if text]
     _captions(findings, wanted or Wanted())
     return findings
 
 
-def look_at(paths: Sequence[Path], resolution: int, detector: Detector | None = None) -> list[File]:
+def look_at(paths: Sequence[Path], resolution: int, sought: Sought | None = None) -> list[File]:
     """Opens every image once and returns what there is to say of each alone."""
     files = []
     with phase("Looking", len(paths), "photos") as advance:
         for number, path in enumerate(paths):
-            files.append(_look(path, resolution, number < alike.MOST, detector))
+            files.append(_look(path, resolution, number < alike.MOST, sought or Sought()))
             advance(1, "")
     return files
 
 
-def _look(path: Path, resolution: int, with_thumb: bool, detector: Detector | None) -> File:
+def _look(path: Path, resolution: int, with_thumb: bool, sought: Sought) -> File:
     file = File(path)
     try:
         photo, upright = read_image(path)
@@ -179,9 +182,9 @@ def _look(path: Path, resolution: int, with_thumb: bool, detector: Detector | No
         file.problems.append(f"extreme shape: a square crop keeps {1 / longer:.0%} of it")
     file.quality = measure(upright, resolution)
     file.problems += faults(file.quality) if file.quality is not None else []
-    cut_off, notes = _framing(path, upright, detector)
-    file.problems += cut_off
-    file.notes += notes
+    for problems, notes in (told_of_lines(upright), _framing(path, upright, sought)):
+        file.problems += problems
+        file.notes += notes
     if _is_grey(upright):
         file.notes.append("grey")
     if with_thumb:
@@ -189,9 +192,9 @@ def _look(path: Path, resolution: int, with_thumb: bool, detector: Detector | No
     return file
 
 
-def _framing(path: Path, upright: Image.Image, detector: Detector | None) -> tuple[list[str], list[str]]:
+def _framing(path: Path, upright: Image.Image, sought: Sought) -> tuple[list[str], list[str]]:
     try:
-        return framing(path, upright, detector)
+        return framing(path, upright, sought)
     except BadImage as fault:
         return [f"its mask can't be used: {fault.reason}"], []
 
@@ -234,7 +237,7 @@ def _frames(image: Image.Image) -> int:
 def _compare(files: list[File]) -> None:
     """Finds files that equal an earlier one, byte for byte or nearly so to the eye."""
     first: dict[str, File] = {}
-    for file in files:
+    for file in sorted(files, key=lambda each: name_rank(each.name)):
         other = first.setdefault(file.digest, file) if file.digest else file
         if other is not file:
             file.copy_of = other.name
@@ -249,9 +252,9 @@ def _compare(files: list[File]) -> None:
         one.problems.append(f"nearly the same as {other.name} ({pair.bits} of 64 bits differ)")
 
 
-def _rank(file: File) -> tuple[int, str]:
+def _rank(file: File) -> tuple[int, tuple[bool, str, str]]:
     width, height = file.size or (0, 0)
-    return -width * height, file.name
+    return -width * height, name_rank(file.name)
 
 
 def _of_the_set(files: list[File]) -> list[str]:

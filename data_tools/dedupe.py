@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.hashes import NEAR, Look, Pair, look_of, near_pairs
-from data_tools.photo_set import Entry, PhotoSet, read_set
+from data_tools.photo_set import Entry, PhotoSet, name_rank, read_set
 from data_tools.show import add_folders, say_prepared, whole_number
 from data_tools.work import Plan, Prepared, Step, carry_out, kept, refuse_place, with_caption
 from finetune.core.events import phase
@@ -25,9 +25,9 @@ class Seen:
     size: int
 
     @property
-    def rank(self) -> tuple[int, int, bool, str]:
+    def rank(self) -> tuple[int, int, bool, tuple[bool, str, str]]:
         """Sorts the best first."""
-        return (-self.pixels, -self.size, self.entry.caption is None, self.entry.name)
+        return (-self.pixels, -self.size, self.entry.caption is None, name_rank(self.entry.name))
 
 
 def dedupe(source: Path, out: Path, near: int = NEAR, dry_run: bool = False) -> Prepared:

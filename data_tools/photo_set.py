@@ -5,6 +5,7 @@ A set is read from whatever `data.photos` of a recipe may name. Nothing here wri
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from finetune.data.settings import MIX_NAME
 from finetune.data.sources.registry import open_source
 
 MASKS = "masks"  # the folder masks/NAME.png
+COPIED = re.compile(r"^copy of |( |-|_)(copy|kopie|copie|copia)( ?\(?\d+\)?)?$| ?\(\d+\)$", re.IGNORECASE)  # of a stem
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,12 @@ def read_set(source: Path) -> PhotoSet:
     ]
     listed = any((folder / name).is_file() for name in LISTS)
     return PhotoSet(folder, entries, listed, (opened.unused,) if opened.unused else ())
+
+
+def name_rank(name: str) -> tuple[bool, str, str]:
+    """Sorts names of photos that are alike: "IMG.JPG" before "IMG copy.JPG", "IMG (1).JPG" and "Copy of IMG.JPG"."""
+    stem = Path(name).stem
+    return COPIED.search(stem) is not None, stem, name
 
 
 def is_mask(file: Path) -> bool:

@@ -24,9 +24,14 @@ def share_in_square(box: Box, size: tuple[int, int]) -> float:
 
     Boxes are rough: what sticks out by less than three percent of a side does not count.
     """
+    left, top = ((1 - min(size) / length) / 2 for length in size)
+    return share_in(box, (left, top, 1 - left, 1 - top))
+
+
+def share_in(box: Box, window: Box) -> float:
+    """The share of a box that a window keeps, 1 for a box that sticks out of it no further than it is certain."""
     kept = 1.0
-    for low, high, length in zip(box[:2], box[2:], size, strict=True):
-        start, end = (1 - min(size) / length) / 2, (1 + min(size) / length) / 2
+    for low, high, start, end in zip(box[:2], box[2:], window[:2], window[2:], strict=True):
         if low < start - ROUGH or high > end + ROUGH:
             kept *= max(0.0, min(high, end) - max(low, start)) / (high - low)
     return kept
@@ -78,21 +83,18 @@ def connected(inside: np.ndarray) -> np.ndarray:
     """Numbers the connected parts (four neighbours) of a bool array from 1 on; 0 is outside, [height, width] int."""
     starts = inside & ~np.pad(inside, ((0, 0), (1, 0)))[:, :-1]
     runs = np.where(inside, np.cumsum(starts.ravel()).reshape(inside.shape), 0)
-    parents = np.arange(int(runs.max()) + 1)
     both = inside[1:] & inside[:-1]
-    for pair in np.unique(runs[1:][both] * len(parents) + runs[:-1][both]).tolist():
-        _join(parents, *divmod(pair, len(parents)))
-    roots = np.array([_root(parents, number) for number in range(len(parents))])
+    roots = _roots(int(runs.max()) + 1, runs[1:][both], runs[:-1][both])
     return np.unique(roots, return_inverse=True)[1][runs]
 
 
-def _root(parents: np.ndarray, number: int) -> int:
-    while parents[number] != number:
-        parents[number] = parents[parents[number]]
-        number = int(parents[number])
-    return number
-
-
-def _join(parents: np.ndarray, one: int, other: int) -> None:
-    first, second = sorted((_root(parents, one), _root(parents, other)))
-    parents[second] = first
+def _roots(count: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """For each of `count` parts the least number of a part that it hangs together with, by pairs that touch."""
+    roots = np.arange(count)
+    while (roots[one] != roots[other]).any():
+        least = np.minimum(roots[one], roots[other])
+        np.minimum.at(roots, roots[one], least)
+        np.minimum.at(roots, roots[other], least)
+        while (roots != roots[roots]).any():
+            roots = roots[roots]
+    return roots

@@ -287,12 +287,28 @@ def test_a_tagger_runs_through_onnxruntime(
     assert texts == {"0.png": "red thing, reddish", "1.png": "sonic, greenish", "2.png": "bluish"}
 
 
+def test_a_tagger_that_does_not_fit_into_memory_is_not_called_damaged(
+    tagger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    (tagger / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(BadInput, match="copy it again"):
+        captioners.Tagger(str(tagger), 0.3)
+
+    def full(*given: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(runtime, "InferenceSession", full)
+    with pytest.raises(MemoryError):
+        captioners.Tagger(str(tagger), 0.3)
+
+
 def test_without_onnxruntime_it_is_one_sentence(
     tagger: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert main(["caption", str(photos), str(tmp_path / "out"), "--tagger", str(tagger)]) == 2
-    assert "pip install 'finetune[tagger]'" in capsys.readouterr().err
+    assert "pip install 'finetune-diffusion[tagger]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,20 @@ def test_of_two_alike_check_keeps_the_one_that_dedupe_keeps(tmp_path: Path) -> N
     assert "nearly the same as b large.png" in small
     assert "nearly" not in large
     assert [step.action for step in dedupe(photos, tmp_path / "out").plan.steps] == ["left out", "copied"]
+
+
+@pytest.mark.parametrize(
+    "copy", ["IMG copy.png", "IMG (1).png", "IMG - Copy.png", "Copy of IMG.png", "IMG-Kopie 2.png"]
+)
+def test_of_two_same_files_the_copy_goes(copy: str, photos: Path, tmp_path: Path) -> None:
+    shutil.copy(photos / "0.png", photos / "IMG.png")
+    shutil.copy(photos / "0.png", photos / copy)
+    (photos / "0.png").unlink()
+    dedupe(photos, tmp_path / "out")
+    assert (tmp_path / "out" / "IMG.png").is_file()
+    assert not (tmp_path / "out" / copy).exists()
+    found = {file.name: file.copy_of for file in check(photos, 16).files}
+    assert (found["IMG.png"], found[copy]) == ("", "IMG.png")
 
 
 def test_undo_does_not_remove_the_only_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,3 +77,27 @@ def test_bad_input_is_one_sentence(
     assert error.startswith("error: ")
     assert word in error
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_a_whole_image_are_named_and_left_out(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = sorted(photos.iterdir())[0].read_bytes()
+    contents = [whole, whole[: len(whole) // 2], b"no image", None]
+    rows = [{"bytes": content, "path": None} if content else None for content in contents]
+    file, out = tmp_path / "set.parquet", tmp_path / "out"
+    data = datasets.Dataset.from_dict({"image": rows, "text": list("abcd")})
+    data.cast_column("image", datasets.Image()).to_parquet(str(file))
+    told = {"row 1": "truncated", "row 2": "not an image, or its beginning is damaged", "row 3": "no image"}
+    assert main(["unpack", str(file), str(out), "--dry-run"]) == 0
+    assert "would hold 1 images" in capsys.readouterr().out
+    assert main(["unpack", str(file), str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "left out" in line] == [f"{row}: left out ({why})" for row, why in told.items()]
+    assert caption_rows(out) == {"00000.png": "a"}
+    steps = json.loads((out / MANIFEST).read_text())["photos"]
+    assert {step["source"]: step["why"] for step in steps if step["action"] == "left out"} == told
+    data.select([1, 2, 3]).cast_column("image", datasets.Image()).to_parquet(str(file))
+    assert main(["unpack", str(file), str(tmp_path / "none")]) == 2
+    assert "no row of" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
