@@ -20,7 +20,7 @@ export async function newRun(set) {
   }
   const told = await ask("/api/home");
   const { draft } = await ask(`/api/sets/${set}`);
-  const form = { kind: "thing", noun: "", base: "tiny", like: "", more: "sample.every=100", file: "", fileName: "", ...draft, set };
+  const form = { kind: "thing", noun: "", base: "tiny", like: "", more: "sample.every=100\nrun.keep_best=true", file: "", fileName: "", ...draft, set };
   const sideOf = (base) => base === "tiny" ? told.tiny_side : 512;  // of another base, "What is this base?" tells
   const state = { found: null, out: [], resolution: sideOf(form.base) };
   const view = newRunView(form, state, told.bases, sideOf);

@@ -96,7 +96,7 @@ function drawSides(images, prompts, path) {
     return [h("p.prompt", {}, prompt), h("div.pair", {}, ["before", "after"].map((name, side) => h("div", {}, h("h3", {}, name), h("div.sides", {}, all[side].map((_, index) => picture(all[side], index))))))];
   })));
 }
-const STROKES = ["", "7 4", "2 4", "11 3 2 3"], TINTS = ["var(--mark)", "var(--good)", "var(--bad)", "var(--soft)"];
+const STROKES = ["", "7 4", "2 4", "11 3 2 3", "1 2"], TINTS = ["var(--mark)", "var(--good)", "var(--bad)", "var(--soft)", "var(--ink)"];  // as in the report
 const W = 1000, H = 190;
 function chart(title, lines, band, note) {
   const all = lines.flatMap((line) => line.points.map((point) => point[1])).concat(band ? band.flatMap((row) => [row[2], row[3]]) : []);
@@ -106,8 +106,8 @@ function chart(title, lines, band, note) {
   const drawing = svg("svg", { viewBox: `0 0 ${W} ${H}`, preserveAspectRatio: "none", class: "plot", role: "img", "aria-label": title },
     svg("line", { x1: 0, x2: W, y1: y(0), y2: y(0), stroke: "var(--line)", "vector-effect": "non-scaling-stroke" }));
   if (band) drawing.append(svg("path", { d: "M" + band.map((row) => `${x(row[0])},${y(row[3])}`).join("L") + "L" + [...band].reverse().map((row) => `${x(row[0])},${y(row[2])}`).join("L") + "Z", fill: "var(--mark)", opacity: ".14" }));
-  lines.forEach((line, index) => drawing.append(svg("polyline", { points: line.points.map(([step, value]) => `${x(step)},${y(value)}`).join(" "), fill: "none", stroke: TINTS[index % 4], "stroke-width": 2, "stroke-dasharray": STROKES[index % 4], "vector-effect": "non-scaling-stroke" })));
-  const key = lines.length > 1 ? lines.map((line, index) => h("span.key", {}, svg("svg", { width: 26, height: 8, "aria-hidden": "true" }, svg("line", { x1: 0, x2: 26, y1: 4, y2: 4, stroke: TINTS[index % 4], "stroke-width": 2, "stroke-dasharray": STROKES[index % 4] })), `${line.title} ${line.points.at(-1)[1].toFixed(2)}`)) : [];
+  lines.forEach((line, index) => drawing.append(svg("polyline", { points: line.points.map(([step, value]) => `${x(step)},${y(value)}`).join(" "), fill: "none", stroke: TINTS[index % 5], "stroke-width": 2, "stroke-dasharray": STROKES[index % 5], "vector-effect": "non-scaling-stroke" })));
+  const key = lines.length > 1 ? lines.map((line, index) => h("span.key", {}, svg("svg", { width: 26, height: 8, "aria-hidden": "true" }, svg("line", { x1: 0, x2: 26, y1: 4, y2: 4, stroke: TINTS[index % 5], "stroke-width": 2, "stroke-dasharray": STROKES[index % 5] })), `${line.title} ${line.points.at(-1)[1].toFixed(2)}`)) : [];
   return h("figure.chart", {}, h("figcaption", {}, h("b", {}, title), key, note ? h("span", {}, note) : null), h("div.ends", {}, h("span", {}, high.toPrecision(2))), drawing, h("div.ends", {}, h("span", {}, "0"), h("span", {}, `step ${last}`)));
 }
 function smoothed(points) {
@@ -136,10 +136,11 @@ function drawMeasured(verdicts) {
   const groups = [["What it learned", drawn.filter((line) => LEARNED.includes(line.name)), "higher is better, but for overfit"], ["What else it changed", drawn.filter((line) => !LEARNED.includes(line.name)), "lower is better"]];
   return h("section", {}, h("h2", {}, "Measured against the base"), h("p.soft", {}, "In the model's own space, in units of the base's own effect of prompts."), groups.filter(([, lines]) => lines.length).map(([title, lines, note]) => h("div.card", {}, chart(title, lines, null, note))));
 }
+const checkedWords = (checks) => !checks.length ? "Not checked" : !checks.every((check) => check.passed) ? "A check failed" : checks.length === 1 ? "Its check passed" : `${checks.length} checks passed`;
 function drawFiles(list, path) {
   if (!list?.length) return [];
-  return h("section", {}, h("h2", {}, "Your files"), h("p.soft", {}, "Each was opened again and compared with what was trained."), h("div.card", {}, list.map((file) => h("div.file", {},
+  return h("section", {}, h("h2", {}, "Your files"), h("p.soft", {}, list.every((file) => file.checks.length) ? "Each was opened again and compared with what was trained." : "What was checked after writing stands under each."), h("div.card", {}, list.map((file) => h("div.file", {},
     h("div.top", {}, h("div", {}, h("b", {}, file.step ? `${file.format}, step ${file.step}` : file.format), " ", h("span.soft", {}, `${file.path.split("/").pop()}, ${megabytes(file.size)}`)), h("a.button", { href: `/runs/${path}/files/${file.path.split("/").map(encodeURIComponent).join("/")}`, download: "" }, "Download")),
     h("dl.places", {}, Object.entries(file.places).map(([program, place]) => [h("dt", {}, program), h("dd", {}, "put it here: ", h("code", {}, place))])),
-    h("details", {}, h("summary", {}, file.checks.every((check) => check.passed) ? file.checks.length === 1 ? "Its check passed" : `${file.checks.length} checks passed` : "A check failed"), h("ul", {}, file.checks.map((check) => h(check.passed ? "li" : "li.bad-text", {}, check.line)), file.limits.map((text) => h("li.soft", {}, text))))))));
+    h("details", {}, h("summary", {}, checkedWords(file.checks)), h("ul", {}, file.checks.map((check) => h(check.passed ? "li" : "li.bad-text", {}, check.line)), file.limits.map((text) => h("li.soft", {}, text))))))));
 }
