@@ -323,7 +323,7 @@ def _next_steps_of(path: Path, info: RunRecord, step: int) -> str:
         "# go on to the end",
         f"finetune resume {run}",
     )
-    return f"<h2>Go on</h2><pre>{escape(chr(10).join(commands))}</pre>"
+    return f"<h2>Go on</h2><pre tabindex=0>{escape(chr(10).join(commands))}</pre>"
 
 
 def _next_steps(path: Path, info: RunRecord) -> str:
@@ -345,4 +345,4 @@ def _next_steps(path: Path, info: RunRecord) -> str:
         else "The embedding goes to <code>ComfyUI/models/embeddings</code> or <code>stable-diffusion-webui/embeddings</code> "
         "(A1111, Forge). Use the file's name as the word in prompts (<code>embedding:NAME</code> in ComfyUI)."
     )
-    return f"<h2>Next steps</h2><pre>{escape(commands)}</pre><p class=soft>{places}</p>"
+    return f"<h2>Next steps</h2><pre tabindex=0>{escape(commands)}</pre><p class=soft>{places}</p>"

@@ -332,6 +332,7 @@ def test_the_page_of_100_000_steps_stays_light(
     """What an update costs the server and the whole browser together, and what the page and its server hold."""
     run = a_run(server.folder, "running", "long")
     status = {"state": "running", "step": MANY, "steps": 2 * MANY, "phase": "Training", "time": time.time() + 1e6}
+    status |= {"done": MANY, "total": 2 * MANY}
     (run / "status.json").write_text(json.dumps(status))
     (run / "metrics.jsonl").write_text("".join(f"{row(step)}\n" for step in range(1, MANY + 1)))
     asked: list[str] = []
