@@ -85,7 +85,7 @@ export function drawSection(run) {
     const images = each.sides.map((_, number) => seeds.map((value) => ({ src: `/drawn/${each.name}/${number}/00-${value}.png`, alt: `${each.prompt}, ${named[number]}, seed ${value}` })));
     const all = seeds.flatMap((_, index) => images.map((row) => row[index]));  // seed by seed, so that the arrow keys compare
     return h("div.card.drawing", {}, h("div.top", {}, h("p.prompt", {}, each.prompt), h("div.foot", {},
-      h("button.quiet", { type: "button", "aria-label": `Use these settings: ${each.prompt}`, onclick: () => again(each) }, "Again"),
+      h("button.quiet", { type: "button", "aria-label": `Again, with these settings: ${each.prompt}`, onclick: () => again(each) }, "Again"),
       h("button.quiet", { type: "button", "aria-label": `Remove: ${each.prompt}`, onclick: async () => { try { await post(`/api/drawn/${each.name}/remove`); await look(); } catch (error) { fault.textContent = error.message; } } }, "Remove"))),
       named.map((name, side) => [h("p.hint", {}, name), h("div.seeds", {}, seeds.map((_, index) => picture(all, index * each.sides.length + side)))]),
       h("p.hint", {}, `Seed${seeds.length > 1 ? "s" : ""} ${seeds[0]}${seeds.length > 1 ? ` to ${seeds.at(-1)}` : ""}${each.negative ? `; not: ${each.negative}` : ""}`), (each.notes ?? []).map((text) => h("p.hint", {}, text)));

@@ -16,7 +16,7 @@ export function runView(name) {
   const drawing = drawSection(name), hub = hubSection(name);
   const fault = h("p.fault", { role: "alert" });
   const now = part("div.now", {}, drawNow);
-  const verdict = part("div", {}, (found, words, state, kept) => drawVerdict(found, words, state, kept, path));
+  const verdict = part("div", {}, (found, words, state, kept, now) => drawVerdict(found, words, state, kept, now, path));
   const film = part("div", {}, (images, prompts) => drawFilm(images, prompts, path));
   const sides = part("div", {}, (images, prompts) => drawSides(images, prompts, path));
   const loss = part("div", {}, drawLoss);
@@ -42,7 +42,7 @@ export function runView(name) {
     drawing.show({ ...about, finished: told.state === "finished" }, told.state === "finished" || about.checkpoints.length > 0);
     title.show({ trigger: about.trigger, base: about.base, family: about.family, resolution: about.resolution, photos: about.photos });
     now.show(told.state, told.phase, told.done, told.total, told.step, told.steps, told.eta, told.loss, told.seconds_per_step, told.error);
-    verdict.show(about.verdict, told.verdict_words, told.state, about.checkpoints.includes(about.verdict.step) && about.verdict.step !== told.steps);
+    verdict.show(about.verdict, told.verdict_words, told.state, about.checkpoints.includes(about.verdict.step) && about.verdict.step !== told.steps, told.verdict);
     const after = told.images.some((column) => column.folder === "after") && told.images.some((column) => column.folder === "before");
     sides.show(after && told.state === "finished" ? told.images : [], about.prompts);
     film.show(told.images.some((column) => column.step !== null) || !after ? told.images : [], about.prompts);
@@ -61,17 +61,17 @@ function drawNow(state, phase, done, total, step, steps, eta, loss, pace, error)
     state === "ended" ? h("p.soft", {}, "Its process ended without a word, as when the machine is switched off. Nothing is lost: Go on continues from the last checkpoint.") : null,
     steps ? h("dl.figures", {}, figures.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))) : null];
 }
-/** `kept`: the recommended checkpoint is another than the last, and there to be exported. */
-function drawVerdict(found, words, state, kept, path) {
+/** `kept`: the recommended checkpoint is another than the last, and there to be exported. `now`: the word so far. */
+function drawVerdict(found, words, state, kept, now, path) {
   const final = found?.word && state === "finished";
   if (!final && !words) return [];
-  const good = final ? found.word === "good" : false;
+  const good = (final ? found.word : now) === "good";
   const out = h("p.hint", { role: "status" });
   const step = final && kept ? h("div.actions", {}, h("button", { type: "button", onclick: async (event) => {
     event.target.disabled = true; out.textContent = "Writing and checking the files…";
     try { const { chore: number } = await post(`/api/runs/${path}/export`, { step: found.step }); const told = await chore(number); out.textContent = `${told.map((file) => file.format).join(", ")} of step ${found.step} are written and checked: see Your files.`; } catch (error) { out.textContent = error.message; event.target.disabled = false; }
   } }, `Export step ${found.step}, the recommended one`)) : null;
-  return h(`section.card.verdict${good ? ".good" : ""}`, { "aria-label": "Verdict" }, h("p.soft", {}, final ? "The verdict" : "The verdict so far"),
+  return h(`section.card.verdict${good ? ".good" : final ? "" : ".open"}`, { "aria-label": "Verdict" }, h("p.soft", {}, final ? "The verdict" : "The verdict so far"),
     h("p.big", {}, final ? upper(found.word) : words), final ? [h("p", {}, found.sentence), found.advice ? h("p", {}, found.advice) : null, found.copies ? h("p.soft", {}, found.copies) : null, step, out] : null);
 }
 const sampleSource = (path, column, file) => `/runs/${path}/samples/${column.folder}/${file}`;
