@@ -38,6 +38,9 @@ OTHERS = (*WITHOUT_CLASS_IMAGES, "prior.steps=20")
 QUICKER = ("prior.others={guidance: 3.0, steps: 12}", "prior.steps=12", "prior.caption_dropout=0.25")
 FEWER = ("prior.count=64", "prior.steps=12", "prior.others={guidance: 3.0, count: 128, steps: 12}")
 TEACHER = (*OTHERS, "prior.others.target=base")
+UNWEIGHTED = "objective.weighting=none"
+LOWER = "objective.density={kind: logit_normal, mean: -0.5}"
+HALF = ("prior.count=64", "prior.others={guidance: 3.0, count: 128, steps: 12}")
 OUR_PACE = ("optim.lr=2e-3", "optim.schedule=cosine", "run.steps=500")
 
 DEFAULT = "lora"
@@ -70,8 +73,8 @@ LEVERS = (
     _lora("others, 800 steps", *OTHERS, "run.steps=800"),
     _lora("others, attention alone", *OTHERS, "method.targets=attention"),
     _lora("others, EMA", *OTHERS, "run.ema=0.99"),
-    _lora("others, no weighting", *OTHERS, "objective.weighting=none"),
-    _lora("others, less of the high noise", *OTHERS, "objective.density={kind: logit_normal, mean: -0.5}"),
+    _lora("others, no weighting", *OTHERS, UNWEIGHTED),
+    _lora("others, less of the high noise", *OTHERS, LOWER),
     _lora("others, the text encoder too", *OTHERS, "method.parts=[denoiser,text_encoders]", "optim.text_lr=2e-4"),
     _lora("others, strength .8", *OTHERS, weight=0.8),
     _lora("others, masks", *OTHERS, "data.masks=auto", masked=True),
@@ -79,10 +82,13 @@ LEVERS = (
     _lora("others, half as many images, 12 steps each", *FEWER, "prior.caption_dropout=0"),
     _lora("others, half as many images, 12 steps each, 300 steps", *FEWER, "prior.caption_dropout=0", "run.steps=300"),
     _lora("12 steps, no flips", "data.flip=false"),
-    _lora("12 steps, no weighting", "objective.weighting=none"),
+    _lora("12 steps, no weighting", UNWEIGHTED),
     _lora("12 steps, 800 steps", "run.steps=800"),
     _lora("12 steps, masks", "data.masks=auto", masked=True),
     _lora("12 steps, a batch of 4", "run.batch_size=4"),
+    _lora("12 steps, no weighting, half as many images", UNWEIGHTED, *HALF),
+    _lora("12 steps, no weighting, less of the high noise", UNWEIGHTED, LOWER),
+    _lora("12 steps, no weighting, 800 steps", UNWEIGHTED, "run.steps=800"),
 )
 FAULTS = (
     _lora("too short", "run.steps=60"),

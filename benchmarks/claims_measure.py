@@ -175,15 +175,33 @@ def _encoded(family: Family, image: Image.Image) -> Tensor:
     return family.codec.encode(pixels).mean[0]
 
 
-def real_figures(subject: str) -> Figures:
-    """The same ratings of renders of the subject itself: what can be reached."""
+def real_figures(subject: str, family: Family) -> Figures:
+    """The same ratings of renders of the subject itself: what can be reached. Those of a place, and "kept", are read
+    after the base's VAE: no training brings back what it loses."""
     model, look, limit = judge.load_judge(), SUBJECTS[subject], judge.threshold()
-    seen = judge.look_at(model, [subject_picture(subject, 500 + number) for number in range(40)])
-    return {
+    real = [subject_picture(subject, 500 + number) for number in range(40)]
+    seen = judge.look_at(model, real)
+
+    def kept(images: Pictures) -> float:
+        after = judge.look_at(model, [_through(family, image) for image in images])
+        return _mean([judge.distance(look, one) <= limit for one in after])
+
+    figures = {
         "real_likeness": _mean([judge.closeness(look, one, limit) for one in seen]),
         "real_details": _mean([off <= limit for one in seen for off in judge.details(look, one).values()]),
         "real_is_subject": _mean([judge.distance(look, one) <= limit for one in seen]),
+        "kept_is_subject": kept(real),
     }
+    for place in UNSEEN:
+        figures[f"kept_at_{place}"] = kept([subject_picture(subject, 600 + number, place) for number in range(24)])
+    return figures
+
+
+@torch.no_grad()
+def _through(family: Family, image: Image.Image) -> Image.Image:
+    """The image after the VAE, encoded and decoded."""
+    pixels = family.codec.decode(_encoded(family, image)[None])[0]
+    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 # the columns of the table, and those of the short one
@@ -213,6 +231,8 @@ def derive(row: dict[str, Any], base: dict[str, Any]) -> Figures:
     for place in UNSEEN:
         found |= {f"{place}: drawn": row[f"at_{place}"], f"{place}: the subject": row[f"subject_at_{place}"]}
     found["there"] = _mean([row[f"subject_at_{place}"] for place in UNSEEN])
+    for place in UNSEEN:
+        found[f"{place}: the subject, real"] = base[f"kept_at_{place}"]
     return found | {
         "“a noun” is the subject": row["class_is_subject"],
         "own class": _ratio(row["own_right"], base["own_right"]),

@@ -121,14 +121,15 @@ def _cell(found: Runs, column: str) -> str:
 
 
 def _bounds(found: Runs) -> list[str]:
-    lines = ["| | measured | 95 % interval | wanted | |", "|---|---|---|---|---|"]
+    lines = ["| | measured | 95 % interval | wanted | | real images |", "|---|---|---|---|---|---|"]
     for column, sign, bound in BOUNDS:
         value, (low, high) = mean(found, column), interval(found, column)
         held = value >= bound if sign == "≥" else value <= bound
-        lines.append(_bound(column, f"{sign} {bound}", held, (value, low, high)))
+        real = f"{mean(found, f'{column}, real'):.2f}" if column.endswith(": the subject") else ""
+        lines.append(_bound(column, f"{sign} {bound}", held, (value, low, high)) + f" {real} |")
     column = "“” own class, more than the base"
     value, (low, high) = mean(found, column), interval(found, column)
-    lines.append(_bound(column, "an interval around 0", low <= 0 <= high, (value, low, high)))
+    lines.append(_bound(column, "an interval around 0", low <= 0 <= high, (value, low, high)) + " |")
     return lines
 
 

@@ -16,7 +16,6 @@ a trial: they have rows of their own, and the page is not written.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -39,6 +38,7 @@ import claims_page
 import torch
 from claims_cases import CASES, FAULTS, LEVERS, METHODS, PEERS, PRIORS, Case
 from claims_measure import SUBJECTS, Drawn, copies, kind_of, load, masked, measure, photos_of, real_figures, save
+from claims_settings import Settings, digest, keep, known, still_holds
 
 from finetune import load_recipe, train
 from finetune.config.recipe import Recipe
@@ -91,15 +91,15 @@ def stamp() -> dict[str, str]:
 
 
 @cache
+def recipe_of(case: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """A case's recipe, with what its subjects and seeds have in common."""
+    return load_recipe(CASES[case].recipe, [*_of(Path("photos"), "mug", 0), *CASES[case].settings, *overrides])
+
+
+@cache
 def settings_of(case: str, overrides: tuple[str, ...] = ()) -> str:
-    """A hash of a case's whole recipe: all that its subjects and seeds have in common."""
-    if case == "base":
-        return ""
-    same = _of(Path("photos"), "mug", 0)
-    recipe = load_recipe(CASES[case].recipe, [*same, *CASES[case].settings, *overrides])
-    same_everywhere = recipe.model_dump_json(exclude={"profile": True, "data": {"photos"}})
-    digest = hashlib.sha256(same_everywhere.encode()).hexdigest()[:12]
-    return f"{digest}-{CASES[case].weight:g}"
+    """A hash of a case's recipe, and the strength of its adapter."""
+    return "" if case == "base" else f"{digest(recipe_of(case, overrides))}-{CASES[case].weight:g}"
 
 
 def stored() -> dict[Key, Row]:
@@ -108,14 +108,23 @@ def stored() -> dict[Key, Row]:
         return {}
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row["case"] in {"base", *CASES} and stamp().items() <= row.items()]
-    return {key_of(row): row for row in rows if row["settings"] == _settings_now(row)}
+    recipes = known()
+    return {key_of(row): row for row in rows if _of_today(row, recipes)}
 
 
-def _settings_now(row: Row) -> str:
-    return settings_of(row["case"], tuple(shlex.split(row["overrides"])))
+def _of_today(row: Row, recipes: dict[str, Settings]) -> bool:
+    case, overrides = row["case"], tuple(shlex.split(row["overrides"]))
+    if row["settings"] == settings_of(case, overrides):
+        return True
+    name, _, weight = row["settings"].partition("-")
+    if case == "base" or weight != f"{CASES[case].weight:g}" or name not in recipes:
+        return False
+    return still_holds(recipes[name], recipe_of(case, overrides))
 
 
 def store(row: Row) -> None:
+    if row["case"] != "base":
+        keep(recipe_of(row["case"], tuple(shlex.split(row["overrides"]))))
     with ROWS.open("a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(row, sort_keys=True) + "\n")
 
@@ -179,15 +188,14 @@ def of_base(work: Path, kind: str, seed: int) -> list[Row]:
     """The same measurements of the untouched base for all subjects of a class, and of renders of each."""
     quiet()
     torch.set_num_threads(1)
-    drawn = work / stamp()["base"][:8] / f"base-{kind}-{seed}"
+    drawn, family = work / stamp()["base"][:8] / f"base-{kind}-{seed}", load_family("tiny")
     if not (drawn / DONE).is_file():
-        family = load_family("tiny")
         save(Drawn(kind, f"{tokens.suggest(family, 1, kind)[0].text} {kind}", seed, family).sets(), drawn)
         (drawn / DONE).write_text("", encoding="utf-8", newline="\n")
     rows = []
     for subject in (name for name in SUBJECTS if kind_of(name) == kind):
         row = {"subject": subject, "seed": seed, "case": "base", "overrides": "", "cpu_seconds": 0.0, "steps": 0}
-        figures = measure(load(drawn, kind), subject) | real_figures(subject)
+        figures = measure(load(drawn, kind), subject) | real_figures(subject, family)
         rows.append(row | {name: round(value, 4) for name, value in figures.items()} | stamp() | {"settings": ""})
     return rows
 

@@ -35,7 +35,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsand
 CPU_PATIENCE = 6  # factor for the time limits of a GPU
 NAMES = (
     "device", "demo", "numbers", "resume", "jobs", "stops", "waits", "speed-sd1-lora", "speed-sdxl-lora", "tests",
-    "start", "speed-flux-lora", "speed-sd1-full", "speed-sdxl-full", "speed-sd3-lora", "speed-sd3-full",
+    "start", "speed-flux-lora", "speed-sd1-full", "speed-sdxl-full", "speed-sdxl-full-bf16", "speed-sd3-lora",
+    "speed-sd3-full",
 )  # fmt: skip
 
 

@@ -73,6 +73,7 @@ class Case:
     prompts: Any
     optim: Any
     dtype: torch.dtype
+    weights: str = "fp32"  # of what is trained: `run.weights`
     side: int = 0
     batch: int = 0
     saving: list[float] = field(default_factory=list)
@@ -80,7 +81,7 @@ class Case:
 
     @property
     def autocast(self) -> Any:
-        full = not self.method.is_adapter and self.dtype != torch.float32
+        full = not self.method.is_adapter and self.dtype != torch.float32 and self.weights == "fp32"
         dtype = self.dtype if full else torch.bfloat16
         return torch.autocast(self.where.device.type, dtype, enabled=full, cache_enabled=False)
 
@@ -125,7 +126,7 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
 
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[case.dtype]
     plain = Run(steps=WARM + STEPS + 1, batch_size=case.batch, checkpoint_every=10**6, keep=1, precision=precision)
-    run = plain.model_copy(update=case.settings)
+    run = plain.model_copy(update={"weights": case.weights, **case.settings})
     if case.where.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     objective = build_objective(ObjectiveSettings(), case.family.schedule, case.family.shift(case.side))

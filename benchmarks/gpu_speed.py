@@ -18,6 +18,7 @@ from gpu_loops import GIB, STEPS, WARM, Case, bare_step, counted, graphed, our_l
 BASES = {"SD 1.5": "sd1", "SDXL": "sdxl", "SD3.5 medium": "sd3", "Flux.1 dev": "flux"}
 SIDES, BATCHES = (512, 1024), (1, 8)
 RANK = 16
+HELD = "-bf16"  # of a kind: its trained weights are bf16 too (`run.weights`)
 
 
 def device(where: Where) -> Iterator[Row]:
@@ -46,10 +47,11 @@ def prepared(where: Where, base: str, kind: str) -> Case:
     from finetune.testing import published
     from finetune.testing.random_base import make_parts, random_family
 
-    method = METHODS[kind](**({"rank": RANK} if kind == "lora" else {}))
-    dtype = torch.float32 if where.tiny else torch.bfloat16
+    method = METHODS[kind.removesuffix(HELD)](**({"rank": RANK} if kind == "lora" else {}))
+    weights = "bf16" if kind.endswith(HELD) else "fp32"
+    dtype = torch.float32 if where.tiny and weights == "fp32" else torch.bfloat16
     if where.tiny:
-        family = load_family(str(tiny_base(where, BASES[base])))
+        family = load_family(str(tiny_base(where, BASES[base])), dtype)
         family.parts.to(where.device)
     else:
         folder = published.write(base, where.work / "base")
@@ -58,12 +60,14 @@ def prepared(where: Where, base: str, kind: str) -> Case:
     prompts = PromptCache(family, base, where.work / "cache", dtype)
     prompts.fill(["a photo of zwx mug"])
     family.parts.release([part for part in family.parts if part != "denoiser"])
+    if weights == "bf16":
+        family.trained_dtype = torch.bfloat16
     if not where.tiny:
-        make_parts(family, method.weight_dtype(dtype), ["denoiser"])
+        make_parts(family, dtype if weights == "bf16" else method.weight_dtype(dtype), ["denoiser"])
     family.parts.place(["denoiser"])
     trained = method.attach(family, 0)
     optim = AdamW() if kind == "lora" else AdamW8bit()
-    return Case(where, family, method, trained, prompts, optim, dtype)
+    return Case(where, family, method, trained, prompts, optim, dtype, weights)
 
 
 def speed(base: str, kind: str, where: Where) -> Iterator[Row]:
@@ -110,9 +114,13 @@ def plan_of(case: Case, base: str, kind: str) -> tuple[float, bool]:
         {
             "base": str(case.family.folder),
             "data": {"photos": "photos", "class_noun": "mug", "resolution": case.side},
-            "method": {"kind": kind} | ({"rank": RANK} if kind == "lora" else {}),
+            "method": {"kind": kind.removesuffix(HELD)} | ({"rank": RANK} if kind == "lora" else {}),
             "optim": {"kind": case.optim.kind},
-            "run": {"batch_size": case.batch, "precision": "fp32" if case.where.tiny else "bf16"},
+            "run": {
+                "batch_size": case.batch,
+                "precision": "fp32" if case.dtype == torch.float32 else "bf16",
+                "weights": case.weights,
+            },
         }
     )
     checkpointed = bool(getattr(case.family.parts["denoiser"], "is_gradient_checkpointing", False))
@@ -162,5 +170,6 @@ SPEED = [
     for base, kind, seconds in (
         ("SD 1.5", "lora", 50), ("SDXL", "lora", 70), ("Flux.1 dev", "lora", 80), ("SD3.5 medium", "lora", 60),
         ("SD 1.5", "full", 45), ("SDXL", "full", 70), ("SD3.5 medium", "full", 60),
+        ("SDXL", "full-bf16", 70),
     )
 ]  # fmt: skip

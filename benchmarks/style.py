@@ -5,7 +5,8 @@
 
 Each run trains the recipe `style-lora` on 40 drawings (style_drawings.py) with TINY, which this base needs, and draws
 the same scenes with and without the style's words, at the same seeds. Rows are added to style.jsonl beside this file;
-finished ones are not repeated. Overrides are a trial: they have rows of their own, and the page is not written.
+finished ones are not repeated. A row names its base and its judge; rows of others (and those of version 1 of the base,
+which name none) are not shown. Overrides are a trial: they have rows of their own, and the page is not written.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from style_drawings import DEVELOPMENT, NEVER_SHOWN, SHOWN, STYLES, caption_of, 
 
 from finetune import load_recipe, train
 from finetune.core.logging import quiet
-from finetune.families.source import load_family
+from finetune.families.digests import base_hash
+from finetune.families.source import load_family, resolve_base
 from finetune.jobs.open import open_result
 from finetune.report.style_distance import share_of_style
 from finetune.sampling.draw import draw
@@ -137,8 +139,16 @@ def bounds(work: Path, style: str) -> Row:
     return {"name": style, "prior": "bounds", "overrides": [], **found, "cpu_seconds": 0.0}
 
 
+@cache
+def stamp() -> dict[str, str]:
+    """The base and the judge that a row belongs to."""
+    return {"base": base_hash(resolve_base("tiny")), "judge": judge.fingerprint()}
+
+
 def read_rows(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    """The rows of this base and this judge."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [row for row in map(json.loads, lines) if stamp().items() <= row.items()]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -160,13 +170,13 @@ def picture(work: Path, style: str) -> None:
     without a prior; the same with class images; the prompt with the style's words; a drawing of that scene."""
     none, kept = (Image.open(work / f"{style.replace(' ', '-')}-{prior}" / "looked.png") for prior in PRIORS[:2])
     rows = [(none, 0), (none, 1), (kept, 1), (kept, 2), (kept, 3)]  # in the order of the grids of `one_run`
-    side = 64
+    side = PIXELS
     page = Image.new("RGB", (side * len(KINDS), side * len(rows)))
     for (source, line), row in zip(rows, range(len(rows)), strict=True):
         for column in range(len(KINDS)):
             left, top = (column * EACH + 1) * side, line * side
             page.paste(source.crop((left, top, left + side, top + side)), (column * side, row * side))
-    page.resize((page.width * 2, page.height * 2), Image.Resampling.NEAREST).save(ROOT / "docs" / "style.png")
+    page.save(ROOT / "docs" / "style.png")
 
 
 def write_results(text: str) -> None:
@@ -197,7 +207,7 @@ def main() -> None:
             continue
         row = bounds(work, style) if prior == "bounds" else one_run(work, style, prior, overrides)
         with file.open("a", encoding="utf-8", newline="\n") as out:
-            out.write(json.dumps(row) + "\n")
+            out.write(json.dumps(row | stamp()) + "\n")
         print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     wanted = [row for row in read_rows(file) if row["overrides"] in ([], arguments.overrides)]
     trained = {row["name"] for row in wanted if row["prior"] != "bounds"}
