@@ -15,7 +15,7 @@ from typing import Any
 from finetune.config.recipe import Recipe
 
 RECIPES = Path(__file__).with_name("claims_recipes.json")
-APART = {"profile": True, "data": {"photos"}}  # what differs by subject, or only names where values come from
+APART: dict[str, Any] = {"profile": True, "data": {"photos"}}  # what differs by subject, or only names where values come from
 Settings = dict[str, Any]
 
 

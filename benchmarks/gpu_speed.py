@@ -51,7 +51,7 @@ def prepared(where: Where, base: str, kind: str) -> Case:
     weights = "bf16" if kind.endswith(HELD) else "fp32"
     dtype = torch.float32 if where.tiny and weights == "fp32" else torch.bfloat16
     if where.tiny:
-        family = load_family(str(tiny_base(where, BASES[base])), dtype)
+        family = load_family(str(tiny_base(where, BASES[base])), dtype=dtype)
         family.parts.to(where.device)
     else:
         folder = published.write(base, where.work / "base")

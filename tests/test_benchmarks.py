@@ -138,6 +138,37 @@ def test_drawings_have_their_style_and_other_images_have_not(monkeypatch: pytest
     assert found["right"] > 0.8
 
 
+# peers.py
+
+
+def test_a_step_of_a_peer_is_the_difference_of_two_runs_by_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = program("peers")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"")
+    job = peers.Job("base", tmp_path / "photos")
+    script = tmp_path / "train_network.py"
+    trainers = {"ours": peers.ours(job), "diffusers": peers.diffusers(job, script, sys.executable)}
+    trainers["kohya"] = peers.kohya(job, tmp_path, sys.executable)
+
+    def cost_of(command: list[str], log: Path) -> Any:
+        steps = next(
+            int(word.split("=")[1]) for word in command if word.startswith(("--max_train_steps", "run.steps"))
+        )
+        own = 1 if "finetune" in command else 2
+        return peers.Cost(own * (3 + 0.5 * steps), 7e6)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peers, "cost_of", cost_of)
+        found = peers.measure(trainers, (4, 24), 3, tmp_path)
+    assert found == {"ours": [0.5, 5.0, 7.0], "diffusers": [1.0, 10.0, 7.0], "kohya": [1.0, 10.0, 7.0]}
+    assert "| kohya | 1.000 | 0.50 | 10.0 | 0.50 | 7 |" in peers.table(found, 4)
+    script.write_text("raise SystemExit('no such flag')", encoding="utf-8", newline="\n")
+    with pytest.raises(SystemExit, match="no such flag"):
+        peers.measure({"kohya": trainers["kohya"]}, (4, 24), 1, tmp_path)
+
+
 # job.py, step.py, growth.py
 
 
