@@ -59,11 +59,11 @@ def write_report(path: Path, with_captions: bool = False, *, step: int | None = 
         _head(info),
         _standing(step, folder),
         _accepted(path),
+        verdict_section(path, step, _means(folder, info)),
         _subject(path, info, with_captions),
         _before_after(folder, info, step, linked),
         pictures_of_why(path, info, _after(path, step), finished=step is None),
         over_the_steps(path, info, step, linked),
-        verdict_section(path, step, _means(folder, info)),
         _plan(info),
         with_and_without(path, info, _after(path, step)),
         _curves([row for row in metrics if step is None or row["step"] <= step]),
@@ -324,7 +324,7 @@ def _next_steps_of(path: Path, info: RunRecord, step: int) -> str:
         "# go on to the end",
         f"finetune resume {run}",
     )
-    return f"<h2>Go on</h2><pre>{escape(chr(10).join(commands))}</pre>"
+    return f"<h2>Go on</h2><pre tabindex=0>{escape(chr(10).join(commands))}</pre>"
 
 
 def _next_steps(path: Path, info: RunRecord) -> str:
@@ -346,4 +346,4 @@ def _next_steps(path: Path, info: RunRecord) -> str:
         else "The embedding goes to <code>ComfyUI/models/embeddings</code> or <code>stable-diffusion-webui/embeddings</code> "
         "(A1111, Forge). Use the file's name as the word in prompts (<code>embedding:NAME</code> in ComfyUI)."
     )
-    return f"<h2>Next steps</h2><pre>{escape(commands)}</pre><p class=soft>{places}</p>"
+    return f"<h2>Next steps</h2><pre tabindex=0>{escape(commands)}</pre><p class=soft>{places}</p>"

@@ -1,7 +1,7 @@
 """How pages look: one set of colours and sizes for the report and for the web page of `finetune ui`."""
 
 STYLE = """
-:root{--ink:#1d1d1f;--soft:#6b6b70;--line:#e3e3e6;--page:#fbfbfc;--card:#fff;--mark:#2f6fde;--good:#1f8a4c;--bad:#c23b2e}
+:root{--ink:#1d1d1f;--soft:#6b6b70;--line:#e3e3e6;--page:#fbfbfc;--card:#fff;--mark:#2f6fde;--good:#1a7a41;--bad:#c23b2e}
 @media(prefers-color-scheme:dark){:root{--ink:#ececef;--soft:#9a9aa2;--line:#33343a;--page:#17181b;--card:#1f2024;--mark:#7aa7ff;
 --good:#5cc689;--bad:#ff8d80}}
 *{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,sans-serif}

@@ -43,15 +43,18 @@ class StatusFile:
 
     def __init__(self, run: Path, steps: int) -> None:
         self.file, self.status = run / "status.json", Status(steps=steps)
-        self._written, self._pace = 0.0, Pace(0)
+        self._written = 0.0
+        self._open: list[tuple[str, Pace]] = []  # phases, the outermost first: previews are drawn within the training
 
     def __call__(self, event: Event) -> None:
         status = self.status
         if isinstance(event, PhaseStarted):
-            status.phase, status.done, status.total, status.eta = event.title, 0, event.total, None
-            self._pace = Pace(event.total)
+            self._open.append((event.title, Pace(event.total)))
+            self._show(*self._open[-1])
         elif isinstance(event, PhaseAdvanced):
-            self._advance(event.amount)
+            self._advance(event)
+        elif isinstance(event, PhaseEnded):
+            self._end(event.title)
         elif isinstance(event, StepDone):
             status.step, status.loss = event.step, event.loss
         elif isinstance(event, Measured):
@@ -64,11 +67,24 @@ class StatusFile:
         if isinstance(event, PhaseStarted | PhaseEnded | RunEnded) or time.monotonic() - self._written > EVERY:
             self.write()
 
-    def _advance(self, amount: int) -> None:
-        self._pace.advance(amount)
-        left = self._pace.left
-        self.status.done = self._pace.done
-        self.status.eta = self.status.eta if left is None else round(left, 1)
+    def _advance(self, event: PhaseAdvanced) -> None:
+        pace = next((pace for title, pace in reversed(self._open) if title == event.title), None)
+        if pace is not None:
+            pace.advance(event.amount)
+            self._show(*self._open[-1])
+
+    def _end(self, title: str) -> None:
+        """The phase around the one that ended is shown again; the last one stays."""
+        at = next((at for at in reversed(range(len(self._open))) if self._open[at][0] == title), None)
+        if at is not None:
+            del self._open[at:]
+        if self._open:
+            self._show(*self._open[-1])
+
+    def _show(self, title: str, pace: Pace) -> None:
+        status, left = self.status, pace.left
+        status.phase, status.done, status.total = title, pace.done, pace.total
+        status.eta = None if left is None else round(left, 1)
 
     def write(self) -> None:
         """Writes the file now."""

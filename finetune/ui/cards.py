@@ -26,13 +26,14 @@ def card_page(run: Path) -> str:
     if not file.is_file() or leads_out(file, run):
         raise BadInput("the run has no model card yet: it is written with the files, at the end")
     text = without_places(read_utf8(file, LARGEST_CARD))
-    front, body = _parts(text)
-    shown = MarkdownIt("commonmark", {"html": False}).enable("table").render(body.replace("<Gallery />", ""))
+    front, rest = _parts(text)
+    shown = MarkdownIt("commonmark", {"html": False}).enable("table").render(rest.replace("<Gallery />", ""))
     facts = f"<details><summary>What the hub reads</summary><pre>{html.escape(front)}</pre></details>" if front else ""
+    body = f"{shown}{facts}".replace("<pre>", "<pre tabindex=0>")  # keys must reach what is wider than a phone
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Model card</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" '
-        f'content="light dark"><style>{STYLE}</style><main>{shown}{facts}</main></html>'
+        f'content="light dark"><style>{STYLE}</style><main>{body}</main></html>'
     )
 
 

@@ -103,6 +103,7 @@ def plan_run(given: Mapping[str, Any]) -> Any:
     rows = [[name, ", ".join(map(str, value))] for name, value in listed.items() if value not in ([None], [""], [])]
     return {
         "words": _in_words(found, recipe),
+        "warnings": toy_words(found),
         "rows": rows,
         "fits": _fitting(recipe),
         "steps": found.steps,
@@ -131,6 +132,19 @@ def _in_words(plan: Any, recipe: Any) -> list[str]:
             f"Every {recipe.sample.every} steps it draws the same prompts at the same seeds, for you to compare."
         )
     return words
+
+
+def toy_words(plan: Any) -> list[str]:
+    """What a person must know who teaches the built-in base a thing of a kind that it has never seen."""
+    from finetune.families.toy import KINDS, unknown_to
+
+    unknown = unknown_to(plan.base, [subject.noun for subject in plan.subjects])
+    known = f"{', '.join(KINDS[:-1])} and {KINDS[-1]}"
+    return [
+        f"The built-in toy has only seen {known}. It has never seen a {noun}, so nothing that it draws will look like "
+        "your photos: choose another base for them."
+        for noun in unknown
+    ]
 
 
 def _fitting(recipe: Any) -> dict[str, Any]:

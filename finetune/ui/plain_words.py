@@ -47,6 +47,15 @@ VERDICTS_IN_WORDS = {
 }
 
 
+BY_COMMAND = re.compile(r"\(it is kept: finetune export RUN --step \d+\)")
+AGAIN = "train again with run.keep_best=true"
+
+
+def advice_for_the_page(advice: str) -> str:
+    """The advice of a verdict, where a page has a button or a field in place of a command."""
+    return BY_COMMAND.sub("(it is kept)", advice).replace(AGAIN, "in a new run, write run.keep_best=true in Settings")
+
+
 def without_places(text: str) -> str:
     """Returns a text in which paths inside this folder are relative, and other ones are only their last part."""
     here = str(Path.cwd())

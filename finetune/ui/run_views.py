@@ -13,7 +13,14 @@ from finetune.core.errors import BadInput
 from finetune.core.files import leads_out
 from finetune.core.reading import numbers_in, read_json
 from finetune.runs.at_work import is_at_work
-from finetune.ui.plain_words import MEASURE_TITLES, PLACES, VERDICTS_IN_WORDS, WITH_STRENGTH, without_places
+from finetune.ui.plain_words import (
+    MEASURE_TITLES,
+    PLACES,
+    VERDICTS_IN_WORDS,
+    WITH_STRENGTH,
+    advice_for_the_page,
+    without_places,
+)
 from finetune.ui.started import NAME, Starter
 from finetune.ui.thinning import GrowingMetrics
 from finetune.verdicts.rows import BROKEN, read_rows
@@ -288,7 +295,8 @@ def _verdict(folder: Path) -> dict[str, Any]:
     except BadInput:
         return {}
     copies = held.get("memorisation")
-    said = {key: held.get(key) for key in ("word", "sentence", "advice", "step")}
+    said = {key: held.get(key) for key in ("word", "sentence", "step")}
+    said["advice"] = advice_for_the_page(str(held.get("advice") or ""))
     return said | {"copies": copies.get("sentence") if isinstance(copies, dict) else None} if held else {}
 
 

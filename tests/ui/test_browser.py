@@ -10,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -22,7 +24,7 @@ pytest.importorskip("starlette", reason="the extra ui is not installed: pip inst
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-from test_pages import end_runs  # noqa: E402
+from test_pages import a_run, end_runs  # noqa: E402
 
 from finetune.jobs.demo import demo_images  # noqa: E402
 from finetune.ui.drafts import TINY_SIDE  # noqa: E402
@@ -80,7 +82,11 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as play:
-        found = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        try:
+            found = play.chromium.launch(executable_path=CHROMIUM, args=options)
+        except playwright.Error as error:
+            pytest.skip(f"{CHROMIUM} does not start here: {str(error).splitlines()[0]}")
         yield found
         found.close()
 
@@ -167,17 +173,39 @@ def stop_and_go_on(page: Any, server: Server) -> None:
     assert [json.loads(line)["step"] for line in metrics] == list(range(1, STEPS + 1))
 
 
-def draw_beside_the_base(page: Any) -> None:
-    """Draws one prompt with the result, and the same seed with the base alone."""
-    page.select_option("#compare-with", "base")
+def compared(page: Any, run: str, step: str = "", strength: str = "1") -> None:
+    """Draws one prompt with the result and, at the same seed, with a step of a run: side by side, and not the same."""
+    there = page.locator(".drawing").count()
+    page.select_option("#compare-with", run)
+    page.select_option("#compare-with-step", step)
+    page.fill("#compare-with-strength", strength)
+    page.click(".try button:has-text('Draw')")
+    until(page, lambda: page.locator(".drawing").count() > there)
+    newest = page.locator(".drawing").first
+    newest.scroll_into_view_if_needed()  # images load when they are seen
+    images = newest.locator(".seeds img")
+    until(page, lambda: images.evaluate_all("(all) => all.map((one) => one.naturalWidth)") == [TINY_SIDE, TINY_SIDE])
+    one, other = (
+        page.request.get(source).body() for source in images.evaluate_all("(all) => all.map((one) => one.src)")
+    )
+    assert one.startswith(b"\x89PNG")
+    assert one != other
+
+
+def compare(page: Any, server: Server) -> None:
+    """The result beside an earlier checkpoint, and beside a copy of this run at half strength."""
+    runs = server.folder / "runs"
+    earlier = min(int(each.name[5:]) for each in (runs / "mug" / "checkpoints").glob("step-*"))
+    assert earlier < STEPS
+    until(page, lambda: page.locator(f"#with-step option[value='{earlier}']").count() == 1)  # it was open all the time
+    assert page.locator("#with-step option").first.text_content() == "all steps: the result"
+    shutil.copytree(runs / "mug", runs / "other")
+    page.reload()
     page.click("summary:has-text('Seeds and more')")
     page.fill("#draw-count", "1")
     page.fill("#draw-steps", "1")
-    page.click(".try button:has-text('Draw')")
-    page.wait_for_selector(".drawing .seeds >> nth=1")
-    page.locator(".drawing").first.scroll_into_view_if_needed()  # images load when they are seen
-    widths = "[...document.querySelectorAll('.drawing img')].map((one) => one.naturalWidth)"
-    until(page, lambda: page.evaluate(widths) == [TINY_SIDE, TINY_SIDE])
+    compared(page, "mug", step=str(earlier))
+    compared(page, "other", strength="0.5")
 
 
 def download_and_check(page: Any, server: Server) -> None:
@@ -219,7 +247,7 @@ def test_the_way_of_a_person_in_two_tabs(server: Server, page: Any) -> None:
     stop_and_go_on(page, server)
     page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    draw_beside_the_base(page)
+    compare(page, server)
     assert str(server.folder) not in page.content()
     download_and_check(page, server)
     other.click("text=Make the plan")  # the server that made its first plan was killed
@@ -284,3 +312,48 @@ def test_200_photos_and_hostile_ones(server: Server, page: Any) -> None:
     assert not harm
     assert page.title() == "New run · finetune"
     assert not [file for file in server.folder.parent.rglob("*") if file.name in ("evil.png", "pwned", "run.sh")]
+
+
+MANY, UPDATES = 100_000, 5
+MOST_SECONDS, MOST_BYTES = 0.2, 300e6
+
+
+def row(step: int) -> str:
+    return json.dumps({"step": step, "loss": 1 / step + step % 7 / 10, "lr": 1e-4, "grad_norm": 0.1, "seconds": 0.25})
+
+
+def cpu_seconds(processes: list[psutil.Process]) -> float:
+    return sum(sum(each.cpu_times()[:2]) for each in processes)
+
+
+def test_the_page_of_100_000_steps_stays_light(
+    server: Server, page: Any, record_property: Callable[[str, object], None]
+) -> None:
+    """What an update costs the server and the whole browser together, and what the page and its server hold."""
+    run = a_run(server.folder, "running", "long")
+    status = {"state": "running", "step": MANY, "steps": 2 * MANY, "phase": "Training", "time": time.time() + 1e6}
+    status |= {"done": MANY, "total": 2 * MANY}
+    (run / "status.json").write_text(json.dumps(status))
+    (run / "metrics.jsonl").write_text("".join(f"{row(step)}\n" for step in range(1, MANY + 1)))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if request.url.endswith("/live") else None)
+    page.goto(f"{server.address}#/run/long")
+    page.wait_for_selector(f".chart >> text=step {MANY}")
+    assert server.process is not None
+    working = [psutil.Process(server.process.pid)]
+    working += [each for each in psutil.Process().children(recursive=True) if "chrom" in each.name()]
+    spent, before = cpu_seconds(working), len(asked)
+    with (run / "metrics.jsonl").open("a") as more:
+        for number in range(1, UPDATES + 1):
+            more.write(f"{row(MANY + number)}\n")
+            more.flush()
+            until(page, lambda number=number: len(asked) > before + number)  # asks the page nothing: that costs, too
+    seconds = (cpu_seconds(working) - spent) / (len(asked) - before)
+    page.wait_for_selector(f".chart >> text=step {MANY + UPDATES}")
+    pages = [each for each in working[1:] if "--type=renderer" in each.cmdline()]
+    held = working[0].memory_full_info().uss
+    held += max(each.memory_full_info().uss for each in pages)
+    record_property("CPU seconds of an update", seconds)
+    record_property("bytes of page and server", held)
+    assert seconds < MOST_SECONDS
+    assert held < MOST_BYTES

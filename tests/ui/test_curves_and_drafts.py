@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,11 +15,13 @@ from finetune.core.events import Measured, Restored
 from finetune.families.facts import facts
 from finetune.families.source import resolve_base
 from finetune.ui import run_views
+from finetune.ui.chores import toy_words
 from finetune.ui.drafts import TINY_SIDE, Draft, base_of, bases_in, draft_of
-from finetune.ui.plain_words import MEASURE_TITLES, without_places
+from finetune.ui.plain_words import MEASURE_TITLES, advice_for_the_page, without_places
 from finetune.ui.run_views import VerdictCurves
 from finetune.ui.serve import Opening, serve
 from finetune.ui.thinning import CHUNK, POINTS, GrowingMetrics
+from finetune.verdicts.advice import Best, Means, advice
 from finetune.verdicts.rows import VerdictsFile, read_rows
 
 
@@ -204,3 +207,18 @@ def test_measures_are_called_as_in_the_report() -> None:
     from finetune.verdicts.registry import MEASURES
 
     assert {name: kind.title for name, kind in MEASURES.items()} == MEASURE_TITLES
+
+
+def test_the_advice_of_a_page_names_no_command() -> None:
+    kept, lost = (advice([], Best(16, good=True), Means(kept=steps)) for steps in ((16,), ()))
+    assert "finetune export" in kept
+    assert advice_for_the_page(kept) == "Step 16 was a little better (it is kept)."
+    said = "(it was not kept: in a new run, write run.keep_best=true in Settings)"
+    assert said in advice_for_the_page(lost)
+
+
+@pytest.mark.parametrize(("base", "noun", "said"), [("tiny", "dog", 1), ("tiny", "red car", 0), ("a/base", "dog", 0)])
+def test_the_plan_says_what_the_built_in_base_has_never_seen(base: str, noun: str, said: int) -> None:
+    warnings = toy_words(SimpleNamespace(base=base, subjects=[SimpleNamespace(noun=noun)]))
+    assert len(warnings) == said
+    assert all("never seen a dog" in text for text in warnings)

@@ -449,6 +449,7 @@ def test_a_run_lives_on_without_its_server_stops_and_goes_on(here: Path, monkeyp
         planned = await browser.chore(plan)
         assert planned["state"] == "done", planned
         assert "2000 steps" in planned["result"]["words"][1]
+        assert planned["result"]["warnings"] == []  # the toy knows mugs
         names["run"] = (await browser.post("/api/start", {"plan": plan})).told["run"]
         await until(browser, lambda live: live["step"] and live["step"] > 1)
 

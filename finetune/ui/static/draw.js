@@ -17,8 +17,10 @@ function sidePicker(title, options, first, abouts) {
     stepAsked.hidden = strengthAsked.hidden = !run;
     if (!run) return;
     const about = abouts[chosen] ??= await ask(`/api/runs/${encodeURIComponent(chosen)}`);
-    const best = about.verdict?.step;
+    const best = about.verdict?.step, before = step.value;
     fill(step, h("option", { value: "" }, about.finished ? "all steps: the result" : "the newest step"), [...about.checkpoints].reverse().map((number) => h("option", { value: number }, number === best ? `step ${number}, the recommended one` : `step ${number}`)));
+    step.value = before;
+    if (step.selectedIndex < 0) step.value = "";
     strengthAsked.hidden = !about.has_strength;
   }
   return { node, look, set(side) {
@@ -44,7 +46,7 @@ export function drawSection(run) {
   const [guidance, guidanceAsked] = field("draw-guidance", "number", "Guidance: how closely the prompt is followed", "", { min: 0, max: 50, step: "any", placeholder: "as in the run" });
   const [negative, negativeAsked] = field("draw-negative", "text", "What it should not show", "");
   const mine = h("div"), other = h("div");
-  let one = null, two = null;
+  let one = null, two = null, begun = null, seen = "";
   const go = h("button.first", { type: "submit", disabled: true }, "Draw");
   const list = part("div", {}, (drawn) => drawn.map((each) => drawing(each)));
   const form = h("form.card.try", { onsubmit: (event) => { event.preventDefault(); draw(); } },
@@ -54,7 +56,6 @@ export function drawSection(run) {
   const node = h("section", { hidden: true }, h("h2", {}, "Draw with it"), h("p.soft", {}, "Any prompt, by any kept step, at any strength. Compared ones get the same prompt and the same seeds."), form, list.node);
 
   async function begin(about) {
-    abouts[run] = about;
     prompt.value ||= about.prompts[0] ?? about.trigger;
     const others = (await ask("/api/home")).runs.map((each) => each.name).filter((name) => name !== run);
     one = sidePicker("With", [[run, "this run"]], run, abouts);
@@ -84,7 +85,7 @@ export function drawSection(run) {
     const images = each.sides.map((_, number) => seeds.map((value) => ({ src: `/drawn/${each.name}/${number}/00-${value}.png`, alt: `${each.prompt}, ${named[number]}, seed ${value}` })));
     const all = seeds.flatMap((_, index) => images.map((row) => row[index]));  // seed by seed, so that the arrow keys compare
     return h("div.card.drawing", {}, h("div.top", {}, h("p.prompt", {}, each.prompt), h("div.foot", {},
-      h("button.quiet", { type: "button", "aria-label": `Use these settings: ${each.prompt}`, onclick: () => again(each) }, "Again"),
+      h("button.quiet", { type: "button", "aria-label": `Again, with these settings: ${each.prompt}`, onclick: () => again(each) }, "Again"),
       h("button.quiet", { type: "button", "aria-label": `Remove: ${each.prompt}`, onclick: async () => { try { await post(`/api/drawn/${each.name}/remove`); await look(); } catch (error) { fault.textContent = error.message; } } }, "Remove"))),
       named.map((name, side) => [h("p.hint", {}, name), h("div.seeds", {}, seeds.map((_, index) => picture(all, index * each.sides.length + side)))]),
       h("p.hint", {}, `Seed${seeds.length > 1 ? "s" : ""} ${seeds[0]}${seeds.length > 1 ? ` to ${seeds.at(-1)}` : ""}${each.negative ? `; not: ${each.negative}` : ""}`), (each.notes ?? []).map((text) => h("p.hint", {}, text)));
@@ -95,5 +96,12 @@ export function drawSection(run) {
     await two.set(each.sides[1]);
     prompt.focus();
   }
-  return { node, show(about, drawable) { if (!drawable || one) return; one = {}; begin(about).catch((error) => { fault.textContent = error.message; node.hidden = false; }); } };
+  /** Of a run that works, there are other checkpoints each time. */
+  function show(about, drawable) {
+    const now = JSON.stringify([about.finished, about.checkpoints, about.verdict?.step]);
+    if (!drawable || now === seen) return;
+    seen = now; abouts[run] = about;
+    begun = (begun ? begun.then(() => Promise.all([one.look(), two.look()])) : begin(about)).catch((error) => { fault.textContent = error.message; node.hidden = false; });
+  }
+  return { node, show };
 }

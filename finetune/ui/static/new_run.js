@@ -20,7 +20,7 @@ export async function newRun(set) {
   }
   const told = await ask("/api/home");
   const { draft } = await ask(`/api/sets/${set}`);
-  const form = { kind: "thing", noun: "", base: "tiny", like: "", more: "sample.every=100", file: "", fileName: "", ...draft, set };
+  const form = { kind: "thing", noun: "", base: "tiny", like: "", more: "sample.every=100\nrun.keep_best=true", file: "", fileName: "", ...draft, set };
   const sideOf = (base) => base === "tiny" ? told.tiny_side : 512;  // of another base, "What is this base?" tells
   const state = { found: null, out: [], resolution: sideOf(form.base) };
   const view = newRunView(form, state, told.bases, sideOf);
@@ -139,5 +139,5 @@ function planWords(found, pace) {
   const time = pace ? `About ${duration(pace * found.batch_size * found.steps)} of training on this machine, as your earlier runs with this base took, and some more for drawing.` : "How long it takes shows after the first steps: no earlier run with this base is here to tell.";
   const { needed, there, fits, lever } = found.fits;
   const memory = there === null ? `A step needs about ${megabytes(needed)} of memory. There is no NVIDIA GPU here: it trains on the processor.` : fits ? `A step needs about ${megabytes(needed)} of the GPU's ${megabytes(there)}: it fits.` : `A step needs about ${megabytes(needed)}, and the GPU has ${megabytes(there)}: it will not fit. In Settings, write ${lever}.`;
-  return h("ul.words", {}, found.words.map((text) => h("li", {}, text)), h("li", {}, time), h(fits === false ? "li.warn" : "li", {}, memory));
+  return h("ul.words", {}, found.warnings.map((text) => h("li.warn", {}, text)), found.words.map((text) => h("li", {}, text)), h("li", {}, time), h(fits === false ? "li.warn" : "li", {}, memory));
 }

@@ -16,7 +16,7 @@ export function runView(name) {
   const drawing = drawSection(name), hub = hubSection(name);
   const fault = h("p.fault", { role: "alert" });
   const now = part("div.now", {}, drawNow);
-  const verdict = part("div", {}, (found, words, state, kept) => drawVerdict(found, words, state, kept, path));
+  const verdict = part("div", {}, (found, words, state, kept, now) => drawVerdict(found, words, state, kept, now, path));
   const film = part("div", {}, (images, prompts) => drawFilm(images, prompts, path));
   const sides = part("div", {}, (images, prompts) => drawSides(images, prompts, path));
   const loss = part("div", {}, drawLoss);
@@ -42,7 +42,7 @@ export function runView(name) {
     drawing.show({ ...about, finished: told.state === "finished" }, told.state === "finished" || about.checkpoints.length > 0);
     title.show({ trigger: about.trigger, base: about.base, family: about.family, resolution: about.resolution, photos: about.photos });
     now.show(told.state, told.phase, told.done, told.total, told.step, told.steps, told.eta, told.loss, told.seconds_per_step, told.error);
-    verdict.show(about.verdict, told.verdict_words, told.state, about.checkpoints.includes(about.verdict.step) && about.verdict.step !== told.steps);
+    verdict.show(about.verdict, told.verdict_words, told.state, about.checkpoints.includes(about.verdict.step) && about.verdict.step !== told.steps, told.verdict);
     const after = told.images.some((column) => column.folder === "after") && told.images.some((column) => column.folder === "before");
     sides.show(after && told.state === "finished" ? told.images : [], about.prompts);
     film.show(told.images.some((column) => column.step !== null) || !after ? told.images : [], about.prompts);
@@ -61,17 +61,17 @@ function drawNow(state, phase, done, total, step, steps, eta, loss, pace, error)
     state === "ended" ? h("p.soft", {}, "Its process ended without a word, as when the machine is switched off. Nothing is lost: Go on continues from the last checkpoint.") : null,
     steps ? h("dl.figures", {}, figures.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))) : null];
 }
-/** `kept`: the recommended checkpoint is another than the last, and there to be exported. */
-function drawVerdict(found, words, state, kept, path) {
+/** `kept`: the recommended checkpoint is another than the last, and there to be exported. `now`: the word so far. */
+function drawVerdict(found, words, state, kept, now, path) {
   const final = found?.word && state === "finished";
   if (!final && !words) return [];
-  const good = final ? found.word === "good" : false;
+  const good = (final ? found.word : now) === "good";
   const out = h("p.hint", { role: "status" });
   const step = final && kept ? h("div.actions", {}, h("button", { type: "button", onclick: async (event) => {
     event.target.disabled = true; out.textContent = "Writing and checking the files…";
     try { const { chore: number } = await post(`/api/runs/${path}/export`, { step: found.step }); const told = await chore(number); out.textContent = `${told.map((file) => file.format).join(", ")} of step ${found.step} are written and checked: see Your files.`; } catch (error) { out.textContent = error.message; event.target.disabled = false; }
   } }, `Export step ${found.step}, the recommended one`)) : null;
-  return h(`section.card.verdict${good ? ".good" : ""}`, { "aria-label": "Verdict" }, h("p.soft", {}, final ? "The verdict" : "The verdict so far"),
+  return h(`section.card.verdict${good ? ".good" : final ? "" : ".open"}`, { "aria-label": "Verdict" }, h("p.soft", {}, final ? "The verdict" : "The verdict so far"),
     h("p.big", {}, final ? upper(found.word) : words), final ? [h("p", {}, found.sentence), found.advice ? h("p", {}, found.advice) : null, found.copies ? h("p.soft", {}, found.copies) : null, step, out] : null);
 }
 const sampleSource = (path, column, file) => `/runs/${path}/samples/${column.folder}/${file}`;
@@ -96,7 +96,7 @@ function drawSides(images, prompts, path) {
     return [h("p.prompt", {}, prompt), h("div.pair", {}, ["before", "after"].map((name, side) => h("div", {}, h("h3", {}, name), h("div.sides", {}, all[side].map((_, index) => picture(all[side], index))))))];
   })));
 }
-const STROKES = ["", "7 4", "2 4", "11 3 2 3"], TINTS = ["var(--mark)", "var(--good)", "var(--bad)", "var(--soft)"];
+const STROKES = ["", "7 4", "2 4", "11 3 2 3", "1 2"], TINTS = ["var(--mark)", "var(--good)", "var(--bad)", "var(--soft)", "var(--ink)"];  // as in the report
 const W = 1000, H = 190;
 function chart(title, lines, band, note) {
   const all = lines.flatMap((line) => line.points.map((point) => point[1])).concat(band ? band.flatMap((row) => [row[2], row[3]]) : []);
@@ -106,8 +106,8 @@ function chart(title, lines, band, note) {
   const drawing = svg("svg", { viewBox: `0 0 ${W} ${H}`, preserveAspectRatio: "none", class: "plot", role: "img", "aria-label": title },
     svg("line", { x1: 0, x2: W, y1: y(0), y2: y(0), stroke: "var(--line)", "vector-effect": "non-scaling-stroke" }));
   if (band) drawing.append(svg("path", { d: "M" + band.map((row) => `${x(row[0])},${y(row[3])}`).join("L") + "L" + [...band].reverse().map((row) => `${x(row[0])},${y(row[2])}`).join("L") + "Z", fill: "var(--mark)", opacity: ".14" }));
-  lines.forEach((line, index) => drawing.append(svg("polyline", { points: line.points.map(([step, value]) => `${x(step)},${y(value)}`).join(" "), fill: "none", stroke: TINTS[index % 4], "stroke-width": 2, "stroke-dasharray": STROKES[index % 4], "vector-effect": "non-scaling-stroke" })));
-  const key = lines.length > 1 ? lines.map((line, index) => h("span.key", {}, svg("svg", { width: 26, height: 8, "aria-hidden": "true" }, svg("line", { x1: 0, x2: 26, y1: 4, y2: 4, stroke: TINTS[index % 4], "stroke-width": 2, "stroke-dasharray": STROKES[index % 4] })), `${line.title} ${line.points.at(-1)[1].toFixed(2)}`)) : [];
+  lines.forEach((line, index) => drawing.append(svg("polyline", { points: line.points.map(([step, value]) => `${x(step)},${y(value)}`).join(" "), fill: "none", stroke: TINTS[index % 5], "stroke-width": 2, "stroke-dasharray": STROKES[index % 5], "vector-effect": "non-scaling-stroke" })));
+  const key = lines.length > 1 ? lines.map((line, index) => h("span.key", {}, svg("svg", { width: 26, height: 8, "aria-hidden": "true" }, svg("line", { x1: 0, x2: 26, y1: 4, y2: 4, stroke: TINTS[index % 5], "stroke-width": 2, "stroke-dasharray": STROKES[index % 5] })), `${line.title} ${line.points.at(-1)[1].toFixed(2)}`)) : [];
   return h("figure.chart", {}, h("figcaption", {}, h("b", {}, title), key, note ? h("span", {}, note) : null), h("div.ends", {}, h("span", {}, high.toPrecision(2))), drawing, h("div.ends", {}, h("span", {}, "0"), h("span", {}, `step ${last}`)));
 }
 function smoothed(points) {
@@ -136,10 +136,11 @@ function drawMeasured(verdicts) {
   const groups = [["What it learned", drawn.filter((line) => LEARNED.includes(line.name)), "higher is better, but for overfit"], ["What else it changed", drawn.filter((line) => !LEARNED.includes(line.name)), "lower is better"]];
   return h("section", {}, h("h2", {}, "Measured against the base"), h("p.soft", {}, "In the model's own space, in units of the base's own effect of prompts."), groups.filter(([, lines]) => lines.length).map(([title, lines, note]) => h("div.card", {}, chart(title, lines, null, note))));
 }
+const checkedWords = (checks) => !checks.length ? "Not checked" : !checks.every((check) => check.passed) ? "A check failed" : checks.length === 1 ? "Its check passed" : `${checks.length} checks passed`;
 function drawFiles(list, path) {
   if (!list?.length) return [];
-  return h("section", {}, h("h2", {}, "Your files"), h("p.soft", {}, "Each was opened again and compared with what was trained."), h("div.card", {}, list.map((file) => h("div.file", {},
+  return h("section", {}, h("h2", {}, "Your files"), h("p.soft", {}, list.every((file) => file.checks.length) ? "Each was opened again and compared with what was trained." : "What was checked after writing stands under each."), h("div.card", {}, list.map((file) => h("div.file", {},
     h("div.top", {}, h("div", {}, h("b", {}, file.step ? `${file.format}, step ${file.step}` : file.format), " ", h("span.soft", {}, `${file.path.split("/").pop()}, ${megabytes(file.size)}`)), h("a.button", { href: `/runs/${path}/files/${file.path.split("/").map(encodeURIComponent).join("/")}`, download: "" }, "Download")),
     h("dl.places", {}, Object.entries(file.places).map(([program, place]) => [h("dt", {}, program), h("dd", {}, "put it here: ", h("code", {}, place))])),
-    h("details", {}, h("summary", {}, file.checks.every((check) => check.passed) ? file.checks.length === 1 ? "Its check passed" : `${file.checks.length} checks passed` : "A check failed"), h("ul", {}, file.checks.map((check) => h(check.passed ? "li" : "li.bad-text", {}, check.line)), file.limits.map((text) => h("li.soft", {}, text))))))));
+    h("details", {}, h("summary", {}, checkedWords(file.checks)), h("ul", {}, file.checks.map((check) => h(check.passed ? "li" : "li.bad-text", {}, check.line)), file.limits.map((text) => h("li.soft", {}, text))))))));
 }

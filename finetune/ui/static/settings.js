@@ -2,7 +2,7 @@
 import { h, fill, part, ask, post, upper, dropZone } from "./parts.js";
 
 const SECTIONS = { data: "Photos and captions", prior: "What the base keeps", method: "What is trained", objective: "Noise and loss", optim: "Learning", run: "The run", sample: "Images it draws", export: "Files" };
-const NAMES = { "prior.others": "everything else", "prior.count": "number of class images", "prior.guidance": "guidance of class images", "prior.caption_dropout": "class images with an empty prompt", "sample.guidance": "guidance", "run.batch_size": "photos a step", lr: "learning rate", text_lr: "learning rate of text encoders", eps: "epsilon", ema: "moving average of the weights", every: "draw previews every … steps" };
+const NAMES = { "prior.others": "everything else", "prior.count": "number of class images", "prior.steps": "steps of drawing class images", "prior.guidance": "guidance of class images", "prior.caption_dropout": "class images with an empty prompt", "sample.guidance": "guidance", "run.batch_size": "photos a step", lr: "learning rate", text_lr: "learning rate of text encoders", eps: "epsilon", ema: "moving average of the weights", every: "draw previews every … steps" };
 const words = (text) => text.split("`").map((piece, index) => index % 2 ? h("code", {}, piece) : piece);
 const PART = { "{}": "on", null: "off" };  // a part of a section that can be left out as a whole
 const ON = { true: "on", false: "off" };
