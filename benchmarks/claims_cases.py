@@ -86,6 +86,8 @@ LEVERS = (
     _lora("12 steps, 800 steps", "run.steps=800"),
     _lora("12 steps, masks", "data.masks=auto", masked=True),
     _lora("12 steps, a batch of 4", "run.batch_size=4"),
+    _lora("12 steps, rank 64", "method.rank=64"),
+    _lora("12 steps, the text encoder too", "method.parts=[denoiser,text_encoders]", "optim.text_lr=2e-4"),
     _lora("12 steps, no weighting, half as many images", UNWEIGHTED, *HALF),
     _lora("12 steps, no weighting, less of the high noise", UNWEIGHTED, LOWER),
     _lora("12 steps, no weighting, 800 steps", UNWEIGHTED, "run.steps=800"),
