@@ -87,6 +87,7 @@ def test_renders_of_the_subject_itself_have_the_best_figures() -> None:
     sets |= {"own": [looks.subject_picture(name, k) for k in range(6)]}
     sets |= {key: [looks.subject_picture(other, k) for k in range(4)] for key in ("plain", "empty")}
     row = claims.measure(sets, name) | {"subject": name, "cpu_seconds": 1.0, "real_likeness": 1.0}
+    row |= {f"kept_at_{place}": 1.0 for place in claims.UNSEEN}
     found = claims.derive(row, row | {"class_likeness": 0.2})
     assert found["is the subject"] >= 0.8
     assert found["gain"] >= 0.9

@@ -18,7 +18,7 @@ GROUPS = {
     "resume": ["resume", "demo", "start"],
     "speed": [
         "speed-sd1-lora", "speed-sdxl-lora", "speed-flux-lora", "speed-sd3-lora", "speed-sd1-full", "speed-sdxl-full",
-        "speed-sd3-full",
+        "speed-sd3-full", "speed-sdxl-full-bf16",
     ],
 }  # fmt: skip
 

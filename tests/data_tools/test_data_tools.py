@@ -120,7 +120,7 @@ def test_captions_that_fit_nothing(photos: Path) -> None:
         "no caption for 1.png, 2.png, while the others have one: training uses a template for these",
         "captions for images that are not there: other.png",
     ]
-    assert findings.notes == ["not read: 0.png.txt, film.mov"]
+    assert [note for note in findings.notes if "OpenCV" not in note] == ["not read: 0.png.txt, film.mov"]
     (photos / "metadata.jsonl").write_text("{")
     assert "line 1" in check(photos, 40).problems[0]
 

@@ -893,7 +893,8 @@ def test_a_command_on_the_page_is_words_for_a_shell(received: Path) -> None:
     evil = "x\"; touch mine; $(touch mine) `touch mine` '; touch mine #"
     spoil(received / "run.json", token=evil)
     run = received.rename(received.with_name("a; touch mine; #"))
-    commands = html.unescape(write_report(run).read_text().split("<pre>")[1].split("</pre>")[0]).splitlines()
+    shown = re.findall(r"<pre[^>]*>(.*?)</pre>", write_report(run).read_text(), re.DOTALL)
+    commands = html.unescape(shown[0]).splitlines()
     words = [shlex.split(line, comments=True) for line in commands]
     assert [line[:2] for line in words if line] == [["finetune", name] for name in ("sample", "export", "train")]
     assert words[1][4] == f"a photo of {evil} mug in the city"
