@@ -55,7 +55,7 @@ class Detector:
         from transformers import AutoImageProcessor, AutoProcessor
         from transformers.models.auto import modeling_auto as known
 
-        self.folder, kind = _opened(source, "--detector", DETECTORS)
+        self.folder, kind = model_type_of(source, "--detector", DETECTORS)
         self.reads_text = kind in known.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
         if not self.reads_text and kind not in known.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
             raise BadInput(f"{source} is no detector (its model_type is {kind!r}): give one such as {DETECTORS}")
@@ -112,7 +112,7 @@ class Segmenter:
     """
 
     def __init__(self, source: str, names: Sequence[str] = (), code: bool = False) -> None:
-        self.folder, kind = _opened(source, "--model", SEGMENTERS, code)
+        self.folder, kind = model_type_of(source, "--model", SEGMENTERS, code)
         self.names = list(names)
         self.form = _form(kind, self.folder)
         if self.form == "code":
@@ -172,8 +172,17 @@ class Segmenter:
         return None if best is None else (places == best["id"]).astype(np.float32)
 
 
-def _opened(source: str, option: str, examples: str, code: bool = False) -> tuple[Path, str]:
-    """The folder of a network and its model_type."""
+def model_type_of(source: str, option: str, examples: str, code: bool = False) -> tuple[Path, str]:
+    """The folder of a network, and the model_type of its config.
+
+    Args:
+        source: a folder or a hub id.
+        option: the option that names it, and `examples` of what to give, for messages.
+        code: fetch Python files too.
+
+    Raises:
+        BadInput: it is neither, can't be fetched, or has no config.
+    """
     place = Path(source).expanduser()
     if not place.is_dir():
         place = _fetched(source, option, examples, code)

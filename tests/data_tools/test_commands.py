@@ -13,7 +13,7 @@ from test_findings_of_a_set import texture
 from data_tools.__main__ import main
 from data_tools.check import check
 from data_tools.dedupe import Seen, _best, dedupe
-from data_tools.hashes import Look, Pair
+from data_tools.hashes import Look
 from data_tools.photo_set import Entry
 from data_tools.resize import resize, smaller
 from data_tools.sheet import grid, page, sheet
@@ -55,7 +55,7 @@ def test_of_a_chain_both_ends_stay() -> None:
     """A photo goes only for one that it looks like itself: 2 looks like 1, which goes for 0."""
     look = Look(0, np.zeros((16, 16, 3), dtype=np.uint8))
     seen = [Seen(Entry(Path(f"{n}.png")), look, pixels=100 - n, size=1) for n in range(4)]
-    assert _best([look] * 4, [Pair(0, 1, 3), Pair(1, 2, 3)], seen) == [0, 0, 2, 3]
+    assert _best([(0, 1), (1, 2)], seen) == [0, 0, 2, 3]
 
 
 def test_split_holds_out_by_content_and_never_a_copy(doubled: Path, tmp_path: Path) -> None:
