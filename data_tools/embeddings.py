@@ -25,7 +25,7 @@ NETWORKS: tuple[type[HubBackbone], ...] = (DinoNetwork, DinoV2Network, DinoV3Net
 # cosines: SSCD's authors name .75 for a precision of .9; of DINO, which knows things and not copies, this is a rule
 COPY_ALIKE, DINO_ALIKE = 0.75, 0.95
 TOGETHER = 64  # photos between two reports
-BLOCK = 4096  # photos that are compared with all at once
+BLOCK = 512  # photos that are compared with all at once: 200 MB for 100,000
 
 
 class Embedder:
@@ -67,7 +67,7 @@ class Embedder:
 def alike_pairs(values: Vectors, least: float) -> list[tuple[int, int, float]]:
     """The pairs (first, second, cosine) of rows [n, width] of length 1 whose cosine is at least `least`.
 
-    All are compared: 100,000 rows of 384 are 4 * 10^12 multiplications, a minute or two, in little memory.
+    All are compared, which takes 7 s for 30,000 rows of 384 on one core, and grows with the square.
     """
     rows, found = values.astype(np.float32), []
     for start in range(0, len(rows), BLOCK):
