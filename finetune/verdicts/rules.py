@@ -12,6 +12,7 @@ from finetune.verdicts.rows import BROKEN, Row
 UNDERTRAINED, GOOD, OVERTRAINED, DRIFTED, DAMAGED = (word.value for word in Word)
 WORDS = (UNDERTRAINED, GOOD, OVERTRAINED, DRIFTED, DAMAGED)
 NOTHING = "not measured"
+CLOSE = 0.1  # of two scores
 
 
 @dataclass(frozen=True)
@@ -105,24 +106,33 @@ def _found(rows: Sequence[Row], limits: Limits) -> tuple[str, ...]:
 
 
 def best_row(rows: Sequence[Row], limits: Limits = LIMITS) -> Row | None:
-    """The row to recommend: the first with the highest `score`, so that a later row never changes which of the earlier
-    ones is the best. None if nothing was measured after step 0."""
-    measured = [row for row in rows if row.step]
-    return max(measured, key=lambda row: score(row, limits), default=None)
+    """The row to recommend: the last one whose `score` is within `CLOSE` of the highest. A little more or less of what
+    was learned is noise, and late steps have the schedule's smallest rates.
+
+    A later row never makes an earlier one the best again, so that `run.keep_best` may remove its checkpoint. None if
+    nothing was measured after step 0.
+    """
+    scores = [(score(row, limits), row) for row in rows if row.step]
+    highest = max((value for value, _ in scores), default=0.0)
+    return next((row for value, row in reversed(scores) if value >= highest - CLOSE), None)
 
 
 def score(row: Row, limits: Limits = LIMITS) -> float:
-    """What was learned, up to twice what a good run needs, less what lies beyond the limits of what it changed.
+    """How good a step is to recommend.
 
-    Learning counts in units of `limits.learned`, and what is missing to 1 counts twice, because a step at which
-    nothing was changed and nothing learned is of no use. Each drift costs what it is above its limit, in units of it.
+    Learning counts in units of `limits.learned`; what is missing to 1 counts twice, because a step at which nothing
+    was changed and nothing learned is of no use. Within all limits the step that learned most is the best. Beyond one,
+    learning counts up to twice what a good run needs, and each drift costs what it is above its limit, in units of it.
     """
     values = row.values
     if _broken(values):
         return -math.inf
-    learned = values.get("held_out", values.get("learned", 0.0)) / limits.learned
-    costs = [values.get(name, 0.0) / limit - 1 for name, limit in _drift_limits(limits).items()]
-    return min(learned, 2.0) - max(0.0, 1 - learned) - sum(max(0.0, cost) for cost in costs)
+    unseen = values.get("held_out", values.get("learned", 0.0))
+    learned = unseen / limits.learned
+    costs = sum(max(0.0, values.get(name, 0.0) / limit - 1) for name, limit in _drift_limits(limits).items())
+    by_heart = values.get("learned", 0.0) - unseen > limits.overfit * values.get("learned", 0.0)
+    more = max(0.0, 1 - 2 / max(learned, 2.0)) if not costs and not by_heart else 0.0  # grows with learning, below 1
+    return min(learned, 2.0) + more - max(0.0, 1 - learned) - costs
 
 
 def _drift_limits(limits: Limits) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,33 @@ def test_the_best_step_is_before_the_damage_and_the_advice_names_it() -> None:
     assert "checkpoint of step 100" in judged(rows).advice
     ahead = [best_row(rows[: number + 1]) for number in range(1, len(rows))]
     assert [item.step for item in ahead if item] == [50, 100, 100, 100]  # each is known when its step is done
+
+
+def test_within_the_limits_more_learning_is_better_and_the_last_of_like_steps_is_taken() -> None:
+    """Step 50 has learned far more than a good run needs, and step 300 twice of that: its details are better."""
+    rows = [BEGIN, row(50, 3, 3), row(300, 6, 6), row(500, 5.8, 5.8)]
+    best = best_row(rows)
+    assert best is not None
+    assert best.step == 500
+    assert judged(rows).advice == ""
+    beyond = best_row([*rows, row(550, 9, 9, elsewhere=1.05)])
+    assert beyond is not None
+    assert beyond.step == 500
+    by_heart = best_row([*rows, row(550, 20, 4)])
+    assert by_heart is not None
+    assert by_heart.step == 500
+
+
+def test_no_later_row_brings_an_earlier_one_back() -> None:
+    """Its checkpoint may be gone by then."""
+    numbers = random.Random(0)
+    for _ in range(200):
+        rows = [BEGIN]
+        for step in range(1, 12):
+            learned = numbers.uniform(0, 4)
+            rows.append(row(step, learned, learned * numbers.random(), elsewhere=numbers.uniform(0, 1.5)))
+        best = [item.step for number in range(2, 13) if (item := best_row(rows[:number])) is not None]
+        assert best == sorted(best)
 
 
 def test_score_rises_with_learning_and_falls_with_each_drift() -> None:
