@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -247,9 +248,12 @@ def _refuse_changed(folder: Path, recorded: dict[str, Any]) -> None:
 
 
 def _draw_chunks(family: Family, wanted: ClassSet, files: list[Path], chunks: list[range]) -> None:
+    """Another run may draw the same set now. So each begins at a place of its own, and looks again before each chunk."""
+    first = os.getpid() % len(chunks)
     with phase(wanted.title, sum(len(chunk) for chunk in chunks), "images") as advance:
-        for chunk in chunks:
-            _draw_chunk(family, wanted, [files[index] for index in chunk], chunk)
+        for chunk in [*chunks[first:], *chunks[:first]]:
+            if not all(files[index].is_file() for index in chunk):
+                _draw_chunk(family, wanted, [files[index] for index in chunk], chunk)
             advance(len(chunk), "")
 
 

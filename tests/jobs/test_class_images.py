@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from finetune.core.files import sha256
 from finetune.core.processes import ALONE, Processes
 from finetune.data.photos import scan
 from finetune.families.source import load_family
+from finetune.jobs import class_sets
 from finetune.jobs.class_sets import ClassSet, check_set, class_images, seed_of
 from finetune.training.priors.class_images import ClassImages
 
@@ -47,6 +49,26 @@ def test_an_interrupted_set_continues_to_the_same_files(tiny_bases: dict[str, Pa
     kept = (tmp_path / "cut" / "00002.png").stat().st_mtime_ns
     assert make(tiny_bases["sd1"], tmp_path / "cut") == whole
     assert (tmp_path / "cut" / "00002.png").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("begun", range(3))
+def test_what_another_run_draws_meanwhile_is_not_drawn_again(
+    begun: int, tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run finishes the set while this one draws its first chunk, wherever it begins."""
+    whole, drawn = make(tiny_bases["sd1"], tmp_path / "whole"), []
+    real = class_sets.draw
+
+    def one(*given: Any, **more: Any) -> Any:
+        drawn.append(given)
+        for file in (tmp_path / "whole").glob("*.png"):
+            shutil.copy(file, tmp_path / "set")
+        return real(*given, **more)
+
+    monkeypatch.setattr(class_sets, "draw", one)
+    monkeypatch.setattr(class_sets.os, "getpid", lambda: begun)
+    assert make(tiny_bases["sd1"], tmp_path / "set") == whole
+    assert len(drawn) == 1
 
 
 @pytest.mark.parametrize("late", [0, 1])
