@@ -120,10 +120,10 @@ def _check_shard(recipe: Recipe) -> None:
             f"run.shard can't cut the state of optim.kind {optim.kind}: use adamw, adamw8bit, lion8bit or "
             "schedule_free"
         )
-    if prior.others is not None and prior.keeps_base:
+    if prior.taught or (prior.others is not None and prior.keeps_base):
         raise ValueError(
-            "run.shard can't ask the frozen base about a part of a batch, as prior.others does here: leave it out, or "
-            "use its images as targets with prior.kind=none"
+            "run.shard can't ask the frozen base about a part of a batch, as the prior does here: give prior.target "
+            "and prior.others.target the value images, and leave prior.others out beside prior.kind=frozen_base"
         )
     if prior.needs_distance or (prior.keeps_base and not method.is_adapter):
         raise ValueError(

@@ -144,12 +144,13 @@ def _class_images(job: Prepared) -> PlannedClassImages | None:
     images = job.recipe.prior.class_images
     if images is None:
         return None
+    taught = images.target == "base"
     if job.class_captions:
         triggers = list(dict.fromkeys(subject.trigger for subject in job.subjects))
         several, times = len(job.class_captions), _seen(job) / images.count
-        return PlannedClassImages(prompts=triggers, count=images.count, times=times, captions=several)
+        return PlannedClassImages(prompts=triggers, count=images.count, times=times, captions=several, taught=taught)
     times = _seen(job) / images.count / len(job.class_nouns)
-    return PlannedClassImages(prompts=list(job.class_nouns), count=images.count, times=times)
+    return PlannedClassImages(prompts=list(job.class_nouns), count=images.count, times=times, taught=taught)
 
 
 def _others(job: Prepared) -> PlannedOthers | None:

@@ -68,12 +68,14 @@ class PlannedClassImages(Record):
     """`count` images for each prompt in `prompts`; training sees each image `times` times.
 
     With `captions`, there are `count` images for that many captions, which are without the words in `prompts`.
+    `taught`: the frozen base's predictions are the targets.
     """
 
     prompts: list[str]
     count: int
     times: float
     captions: int = 0
+    taught: bool = False
 
     @property
     def sets(self) -> str:
@@ -333,7 +335,8 @@ def _data_rows(plan: Plan) -> PlanRows:
         found["enlarged"] = plan.enlarged
     if plan.class_images is not None:
         images = plan.class_images
-        found["class images"] = f"{images.sets}, each seen {images.times:.1f} times"
+        taught = ", which the frozen base teaches" if images.taught else ""
+        found["class images"] = f"{images.sets}, each seen {images.times:.1f} times{taught}"
     if plan.others is not None:
         found["everything else"] = plan.others.line
     return found

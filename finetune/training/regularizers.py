@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from finetune.core.batch import Batch, picked
+from finetune.core.batch import Batch, Role, picked
 from finetune.core.rng import uniform
 from finetune.families.base import Family
 from finetune.methods.base import Method
@@ -134,20 +134,21 @@ class KeepPrediction:
 
 
 class BaseAsTeacher:
-    """The targets of `Others` with `target: base`: the frozen base's own predictions, for their own captions.
+    """The targets of `Others` and `ClassImages` with `target: base`: the frozen base's own predictions, for their own
+    captions.
 
     The loss of these samples is lambda w_t |pred(z_t, t, c) - stop_grad(pred_base(z_t, t, c))|^2. It is the loss of
     `objective.loss` otherwise, and needs no second prediction of the trained model.
     """
 
-    def __init__(self, attached: PriorContext) -> None:
-        self.family, self.encode = attached.family, attached.encode_prompts
+    def __init__(self, attached: PriorContext, taught: Sequence[Role]) -> None:
+        self.family, self.encode, self.taught = attached.family, attached.encode_prompts, taught
         self.base = attached.base
         self.texts_train = attached.method.trains_texts(attached.family)
 
     @torch.no_grad()
     def __call__(self, at: NoisedBatch, target: Tensor) -> Tensor:
-        rows = at.batch.rows_of("other")
+        rows = sorted(row for role in self.taught for row in at.batch.rows_of(role))
         if not rows:
             return target
         own = at.part(rows)

@@ -251,6 +251,17 @@ def test_the_plan_says_what_it_costs(
     assert ("frozen base teaches" in line) == ("target" in others)
 
 
+@pytest.mark.parametrize(("target", "slower"), [("images", "50%"), ("base", "43%")])
+def test_class_images_that_the_base_teaches(
+    target: str, slower: str, tiny_bases: dict[str, Path], photos: Path
+) -> None:
+    """2 passes of a step become 2 1/3, which others then make 1 / (2 1/3) slower."""
+    looked = looked_at(tiny_bases["sd1"], photos, {}, prior={"kind": "class_images", "target": target})
+    rows = plan_rows(plan(looked))
+    assert rows["class images"].endswith(", which the frozen base teaches") == (target == "base")
+    assert rows["everything else"].endswith(f"about {slower} more time per step")
+
+
 def test_the_estimate_counts_it(tiny_bases: dict[str, Path], photos: Path) -> None:
     """The samples' activations, and the copy of the base that teaches a full training."""
     full = settings(tiny_bases["sd1"], photos, {"kind": "full"}, prior={"kind": "none"}, run=SHORT | {"batch_size": 4})
@@ -269,7 +280,7 @@ def test_a_run_that_goes_on_its_page_and_its_pins(tiny_bases: dict[str, Path], p
         tiny_bases["sd1"],
         photos,
         {"share": 0.75, "target": "base"},
-        prior={"kind": "class_images", "count": 2, "steps": 1},
+        prior={"kind": "class_images", "count": 2, "steps": 1, "target": "base"},
         run={"steps": 4, "batch_size": 2, "accumulate": 2, "checkpoint_every": 1},
     )
     recipe, lines = parse_recipe(values), []

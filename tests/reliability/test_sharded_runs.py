@@ -200,6 +200,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "prior.kind distance": ("prior.kind=distance",),
     "prior.kind frozen_base": ("prior.kind=frozen_base", "method.kind=full"),
     "a part of a batch": ("prior.others={count: 5, target: base}",),
+    "about a part of a batch": ("prior={kind: class_images, target: base}",),
     "precision fp16": ("run.precision=fp16",),
     "sample.every": ("sample.every=5",),
     "run.verdicts ": ("run.verdicts=on",),

@@ -10,7 +10,7 @@ import torch
 from test_regularizers import METHODS, move
 from test_trainer import Memory
 
-from finetune.core.batch import Batch
+from finetune.core.batch import Batch, Role
 from finetune.core.rng import normal, uniform
 from finetune.families.base import Family
 from finetune.families.source import load_family
@@ -18,6 +18,7 @@ from finetune.methods.base import Method
 from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.training.priors.base import PriorSettings
+from finetune.training.priors.class_images import ClassImages
 from finetune.training.priors.frozen_base import FrozenBase
 from finetune.training.priors.none import NoPrior
 from finetune.training.priors.others import Others
@@ -25,6 +26,10 @@ from finetune.training.regularizers import PriorContext
 from finetune.training.step import Step, StepOptions
 
 TAUGHT = NoPrior(others=Others(target="base"))
+CLASS_TAUGHT = ClassImages(target="base")
+BOTH = ClassImages(target="base", others=Others(target="base"))
+WHO = [(TAUGHT, "other"), (CLASS_TAUGHT, "class"), (BOTH, "other"), (BOTH, "class")]
+every_kind = pytest.mark.parametrize(("prior", "role"), WHO, ids=["others", "class", "both: others", "both: class"])
 every_method = pytest.mark.parametrize("kind", list(METHODS))
 
 
@@ -38,10 +43,10 @@ def step_of(family: Family, method: Method, prior: PriorSettings, weighting: str
     return step
 
 
-def mixed(family: Family, *rows: int) -> Batch:
-    """Four samples, of which these are of everything else."""
+def mixed(family: Family, *rows: int, role: Role = "other") -> Batch:
+    """Four samples, of which these are of everything else, or class images."""
     batch = Memory(channels=family.codec.channels).micro(3, 0)
-    return replace(batch, roles=["other" if row in rows else "photo" for row in range(4)])
+    return replace(batch, roles=[role if row in rows else "photo" for row in range(4)])
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux"])
@@ -59,14 +64,15 @@ def test_it_is_zero_at_the_start(name: str, kind: str, tiny_bases: dict[str, Pat
 
 
 @every_method
-def test_it_is_the_formula(kind: str, tiny_bases: dict[str, Path]) -> None:
+@every_kind
+def test_it_is_the_formula(kind: str, prior: PriorSettings, role: Role, tiny_bases: dict[str, Path]) -> None:
     """lambda w(t) |pred(z, t, c) - pred_base(z, t, c)|^2 for two of four samples, with their own captions, the base
     read from disk; the usual loss for the others."""
     family, clean = (load_family(str(tiny_bases["sd1"])) for _ in range(2))
     method = METHODS[kind].model_copy(update={"dropout": 0.0} if kind == "lora" else {})
-    step = step_of(family, method, TAUGHT, "min_snr")
+    step = step_of(family, method, prior, "min_snr")
     move(step.start)  # type: ignore[arg-type]
-    batch, total = mixed(family, 1, 2), 0.0
+    batch, total = mixed(family, 1, 2, role=role), 0.0
     with torch.no_grad():
         measured = float(step(batch))
         for k, draw in enumerate(batch.keys):
@@ -95,6 +101,18 @@ def test_its_gradient_goes_through_the_trained_model_alone(tiny_bases: dict[str,
     assert all(p.grad is not None for p in step.start.values())  # type: ignore[union-attr, operator]
     with step.options.teacher.base() as base:  # type: ignore[union-attr]
         assert all(p.grad is None for p in base.parts["denoiser"].parameters())
+
+
+@pytest.mark.parametrize(("prior", "role"), [(TAUGHT, "class"), (CLASS_TAUGHT, "other"), (CLASS_TAUGHT, "photo")])
+def test_nobody_else_is_taught(prior: PriorSettings, role: Role, tiny_bases: dict[str, Path]) -> None:
+    """Samples of another kind have the usual target."""
+    family = load_family(str(tiny_bases["sd1"]))
+    taught = step_of(family, METHODS["lora"].model_copy(update={"dropout": 0.0}), prior)
+    move(taught.start)  # type: ignore[arg-type]
+    with torch.no_grad():
+        found = float(taught(mixed(family, 1, 2, role=role)))
+        taught.options = StepOptions()
+        assert found == float(taught(mixed(family, 1, 2, role=role)))
 
 
 @every_method

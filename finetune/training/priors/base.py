@@ -12,6 +12,7 @@ from finetune.core.settings import Settings
 from finetune.training.priors.others import Others
 
 if TYPE_CHECKING:
+    from finetune.core.batch import Role
     from finetune.families.base import Family
     from finetune.methods.base import Method
     from finetune.training.priors.class_images import ClassImages
@@ -64,17 +65,22 @@ class PriorSettings(Settings, ABC):
         return float(self.predictions)
 
     @property
+    def taught(self) -> tuple[Role, ...]:
+        """The samples of a batch whose targets are the frozen base's predictions."""
+        return ("other",) if self.others is not None and self.others.target == "base" else ()
+
+    @property
     def keeps_base(self) -> bool:
         """Whether the base is needed beside the trained model, or a copy of the weights at the start."""
-        return self.holds_reference or (self.others is not None and self.others.target == "base")
+        return self.holds_reference or bool(self.taught)
 
     def teacher(self, attached: PriorContext) -> Teacher | None:
-        """Gives the targets of `others` that are not their images; None for none."""
-        if self.others is None or self.others.target != "base":
+        """Gives the targets of the samples in `taught`; None for none."""
+        if not self.taught:
             return None
         from finetune.training.regularizers import BaseAsTeacher
 
-        return BaseAsTeacher(attached)
+        return BaseAsTeacher(attached, self.taught)
 
     def cost(self, method: Method, family: Family, class_prompt: str) -> str:
         """A line about the prior's cost for the plan; "" for none."""

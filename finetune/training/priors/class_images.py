@@ -9,8 +9,10 @@ from pydantic import Field
 from finetune.core.settings import AnyPath, BatchSize
 from finetune.sampling.settings import Sampler
 from finetune.training.priors.base import PriorSettings
+from finetune.training.priors.others import FORWARD, Target
 
 if TYPE_CHECKING:
+    from finetune.core.batch import Role
     from finetune.training.regularizers import PriorContext, Regularizer
 
 
@@ -23,6 +25,9 @@ class ClassImages(PriorSettings):
     `folder`: None stores the images in the cache, under a hash of all settings that determine them. A folder with the
     user's own images (without a manifest) is used unchanged. `caption_dropout` replaces some class captions by empty
     ones, so that the empty prompt does not learn the subject and guidance keeps the class unchanged.
+
+    With `target: images` class images are trained as photos are. With `target: base` the trained model must keep the
+    frozen base's prediction for them: as long as it does, their gradient is exactly 0, where that of images is noise.
     """
 
     predictions: ClassVar[int] = 2
@@ -38,6 +43,7 @@ class ClassImages(PriorSettings):
     guidance: float = 4.0
     batch_size: BatchSize = 8
     caption_dropout: float = Field(default=0.25, ge=0, le=1)
+    target: Target = "images"
     flip: bool = True
 
     @property
@@ -47,6 +53,16 @@ class ClassImages(PriorSettings):
     @property
     def class_images(self) -> ClassImages:
         return self
+
+    @property
+    def taught(self) -> tuple[Role, ...]:
+        """The samples of a batch whose targets are the frozen base's predictions."""
+        return (("class",) if self.target == "base" else ()) + super().taught
+
+    @property
+    def passes(self) -> float:
+        """The cost of a step for each photo, in training passes, without `others`."""
+        return self.predictions + FORWARD * (self.target == "base")
 
     def regularizers(self, attached: PriorContext) -> list[Regularizer]:
         """Empty: the class images are part of the batch, with their own weight."""
