@@ -9,7 +9,7 @@ from pydantic import Field
 from finetune.core.settings import AnyPath, BatchSize
 from finetune.sampling.settings import Sampler
 from finetune.training.priors.base import PriorSettings
-from finetune.training.priors.others import FORWARD, Target
+from finetune.training.priors.others import FORWARD, ComparedWith
 
 if TYPE_CHECKING:
     from finetune.core.batch import Role
@@ -43,7 +43,7 @@ class ClassImages(PriorSettings):
     guidance: float = 4.0
     batch_size: BatchSize = 8
     caption_dropout: float = Field(default=0.25, ge=0, le=1)
-    target: Target = "images"
+    target: ComparedWith = "images"
     flip: bool = True
 
     @property

@@ -12,7 +12,7 @@ from finetune.sampling.settings import Sampler
 if TYPE_CHECKING:
     from finetune.training.priors.class_images import ClassImages
 
-Target = Literal["images", "base"]  # what a sample is compared with: its image, or the frozen base's prediction
+ComparedWith = Literal["images", "base"]  # what a sample is compared with: its image, or the frozen base's prediction
 FORWARD = 1 / 3  # of the time of a training pass: a backward pass takes about twice the time of a forward pass
 
 
@@ -34,7 +34,7 @@ class Others(Settings):
     empty: float = Field(default=0.15, ge=0, le=1)
     prompts: AnyPath | tuple[str, ...] | None = None
     share: float = Field(default=1.0, gt=0, le=1)
-    target: Target = "images"
+    target: ComparedWith = "images"
     sampler: Sampler = "dpm++"
     steps: int = Field(default=20, ge=1)
     guidance: float = 4.0
