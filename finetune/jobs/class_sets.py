@@ -248,7 +248,7 @@ def _refuse_changed(folder: Path, recorded: dict[str, Any]) -> None:
 
 
 def _draw_chunks(family: Family, wanted: ClassSet, files: list[Path], chunks: list[range]) -> None:
-    """Another run may draw the same set now. So each begins at a place of its own, and looks again before each chunk."""
+    """Another run may draw the same set now. So each begins at its own place, and looks again before each chunk."""
     first = os.getpid() % len(chunks)
     with phase(wanted.title, sum(len(chunk) for chunk in chunks), "images") as advance:
         for chunk in [*chunks[first:], *chunks[:first]]:

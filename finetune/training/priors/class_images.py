@@ -57,7 +57,8 @@ class ClassImages(PriorSettings):
     @property
     def taught(self) -> tuple[Role, ...]:
         """The samples of a batch whose targets are the frozen base's predictions."""
-        return (("class",) if self.target == "base" else ()) + super().taught
+        others = super().taught
+        return ("class", *others) if self.target == "base" else others
 
     @property
     def passes(self) -> float:
