@@ -33,17 +33,33 @@ def _peer(file: str, *settings: str) -> Case:
 
 
 NO_OTHERS = "prior.others=null"
+FULL = "prior.weight=1"  # what the default had until its prior's weights were lowered
+IMAGES = (FULL, "prior.others={guidance: 3.0, steps: 12}", "prior.caption_dropout=0")
 WITHOUT_CLASS_IMAGES = ("prior.others={guidance: 3.0}", "prior.caption_dropout=0")
-OTHERS = (*WITHOUT_CLASS_IMAGES, "prior.steps=20")
-QUICKER = ("prior.others={guidance: 3.0, steps: 12}", "prior.steps=12", "prior.caption_dropout=0.25")
-FEWER = ("prior.count=64", "prior.steps=12", "prior.others={guidance: 3.0, count: 128, steps: 12}")
+OTHERS = (FULL, *WITHOUT_CLASS_IMAGES, "prior.steps=20")
+QUICKER = (FULL, "prior.others={guidance: 3.0, steps: 12}", "prior.steps=12", "prior.caption_dropout=0.25")
+FEWER = (FULL, "prior.count=64", "prior.steps=12", "prior.others={guidance: 3.0, count: 128, steps: 12}")
 TEACHER = (*OTHERS, "prior.others.target=base")
 UNWEIGHTED = "objective.weighting=none"
 LOWER = "objective.density={kind: logit_normal, mean: -0.5}"
-HALF = ("prior.count=64", "prior.others={guidance: 3.0, count: 128, steps: 12}")
+HALF = (FULL, "prior.count=64", "prior.others={guidance: 3.0, count: 128, steps: 12}")
 OUR_PACE = ("optim.lr=2e-3", "optim.schedule=cosine", "run.steps=500")
 
 DEFAULT = "lora"
+
+
+def _before(name: str, *settings: str, masked: bool = False) -> Case:
+    """A case beside the earlier default."""
+    return _lora(name, *IMAGES, *settings, masked=masked)
+
+
+def _weights(own: float, others: float, taught: bool = False) -> tuple[str, ...]:
+    """The weights of class images and of everything else."""
+    target = ", target: base" if taught else ""
+    other = f"prior.others={{guidance: 3.0, steps: 12, weight: {others:g}{target}}}"
+    return f"prior.weight={own:g}", other, "prior.caption_dropout=0"
+
+
 METHODS = (
     _lora(DEFAULT),
     Case("full", "dreambooth-full"),
@@ -52,16 +68,17 @@ METHODS = (
 )
 PRIORS = (
     _lora("lora, no prior", "prior.kind=none", NO_OTHERS),
-    _lora("lora, class images", "prior.kind=class_images", NO_OTHERS),
+    _lora("lora, class images", "prior.kind=class_images", FULL, NO_OTHERS),
     _lora("lora, frozen base", "prior.kind=frozen_base", NO_OTHERS),
-    _lora("lora, everything else by the base", "prior.kind=class_images", *TEACHER),
+    _before("lora, full weights"),
+    _lora("lora, taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
     Case("full, no prior", "dreambooth-full", ("prior.kind=none", NO_OTHERS)),
     Case("full, class images", "dreambooth-full", ("prior.kind=class_images", NO_OTHERS)),
 )
 PEERS = (_peer("diffusers"), _peer("diffusers", *OUR_PACE), _peer("kohya"), _peer("kohya", *OUR_PACE))
 LEVERS = (
-    _lora("class images alone", "prior.kind=class_images", NO_OTHERS, "prior.steps=20"),
-    _lora("class images without dropout", "prior.kind=class_images", NO_OTHERS, "prior.caption_dropout=0"),
+    _lora("class images alone", "prior.kind=class_images", FULL, NO_OTHERS, "prior.steps=20"),
+    _lora("class images without dropout", "prior.kind=class_images", FULL, NO_OTHERS, "prior.caption_dropout=0"),
     _lora("others", *OTHERS),
     _lora("others by the base", *TEACHER),
     _lora("others, half", *OTHERS, "prior.others.share=0.5"),
@@ -81,21 +98,26 @@ LEVERS = (
     _lora("others, 12 steps each, with dropout", *QUICKER),
     _lora("others, half as many images, 12 steps each", *FEWER, "prior.caption_dropout=0"),
     _lora("others, half as many images, 12 steps each, 300 steps", *FEWER, "prior.caption_dropout=0", "run.steps=300"),
-    _lora("12 steps, no flips", "data.flip=false"),
-    _lora("12 steps, no weighting", UNWEIGHTED),
-    _lora("12 steps, 800 steps", "run.steps=800"),
-    _lora("12 steps, masks", "data.masks=auto", masked=True),
-    _lora("12 steps, a batch of 4", "run.batch_size=4"),
-    _lora("12 steps, rank 64", "method.rank=64"),
-    _lora("12 steps, the text encoder too", "method.parts=[denoiser,text_encoders]", "optim.text_lr=2e-4"),
+    _before("12 steps, no flips", "data.flip=false"),
+    _before("12 steps, no weighting", UNWEIGHTED),
+    _before("12 steps, 800 steps", "run.steps=800"),
+    _before("12 steps, masks", "data.masks=auto", masked=True),
+    _before("12 steps, a batch of 4", "run.batch_size=4"),
+    _before("12 steps, rank 64", "method.rank=64"),
+    _before("12 steps, the text encoder too", "method.parts=[denoiser,text_encoders]", "optim.text_lr=2e-4"),
     _lora("12 steps, no weighting, half as many images", UNWEIGHTED, *HALF),
-    _lora("12 steps, no weighting, less of the high noise", UNWEIGHTED, LOWER),
-    _lora("12 steps, no weighting, 800 steps", UNWEIGHTED, "run.steps=800"),
+    _before("12 steps, no weighting, less of the high noise", UNWEIGHTED, LOWER),
+    _before("12 steps, no weighting, 800 steps", UNWEIGHTED, "run.steps=800"),
+    _lora("weights .5 and .5", *_weights(0.5, 0.5)),
+    _lora("weights .5 and .5, 750 steps", *_weights(0.5, 0.5), "run.steps=750"),
+    _lora("weights .15 and .25", *_weights(0.15, 0.25)),
+    _lora("weights .5 and .5, taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
+    _lora("weights .3 and .3, taught by the base", "prior.target=base", *_weights(0.3, 0.3, taught=True)),
 )
 FAULTS = (
-    _lora("too short", "run.steps=60"),
-    _lora("too faint", "optim.lr=1e-4", "run.steps=250"),
-    _lora("too hot", "optim.lr=6e-3"),
+    _before("too short", "run.steps=60"),
+    _before("too faint", "optim.lr=1e-4", "run.steps=250"),
+    _before("too hot", "optim.lr=6e-3"),
     _lora("too hot, no prior", "optim.lr=6e-3", "prior.kind=none", NO_OTHERS, "optim.schedule=constant"),
     _lora("too long, no prior", "run.steps=1000", "prior.kind=none", NO_OTHERS),
 )
