@@ -45,8 +45,6 @@ LOWER = "objective.density={kind: logit_normal, mean: -0.5}"
 HALF = (FULL, "prior.count=64", "prior.others={guidance: 3.0, count: 128, steps: 12}")
 OUR_PACE = ("optim.lr=2e-3", "optim.schedule=cosine", "run.steps=500")
 
-DEFAULT = "lora"
-
 
 def _before(name: str, *settings: str, masked: bool = False) -> Case:
     """A case beside the earlier default."""
@@ -60,6 +58,8 @@ def _weights(own: float, others: float, taught: bool = False) -> tuple[str, ...]
     return f"prior.weight={own:g}", other, "prior.caption_dropout=0"
 
 
+DEFAULT = "lora"
+FULL_WEIGHTS = _before("lora, full weights")
 METHODS = (
     _lora(DEFAULT),
     Case("full", "dreambooth-full"),
@@ -70,13 +70,14 @@ PRIORS = (
     _lora("lora, no prior", "prior.kind=none", NO_OTHERS),
     _lora("lora, class images", "prior.kind=class_images", FULL, NO_OTHERS),
     _lora("lora, frozen base", "prior.kind=frozen_base", NO_OTHERS),
-    _before("lora, full weights"),
+    FULL_WEIGHTS,
     _lora("lora, taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
     Case("full, no prior", "dreambooth-full", ("prior.kind=none", NO_OTHERS)),
     Case("full, class images", "dreambooth-full", ("prior.kind=class_images", NO_OTHERS)),
 )
 PEERS = (_peer("diffusers"), _peer("diffusers", *OUR_PACE), _peer("kohya"), _peer("kohya", *OUR_PACE))
 LEVERS = (
+    FULL_WEIGHTS,
     _lora("class images alone", "prior.kind=class_images", FULL, NO_OTHERS, "prior.steps=20"),
     _lora("class images without dropout", "prior.kind=class_images", FULL, NO_OTHERS, "prior.caption_dropout=0"),
     _lora("others", *OTHERS),

@@ -15,8 +15,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- claims -->", "<!-- end of claims -->"
 BESIDE = {
     "Methods": METHODS[1:],
-    "The LoRA's priors": PRIORS[:4],
-    "Full fine-tuning's priors": (METHODS[1], *PRIORS[4:]),
+    "The LoRA's priors": tuple(case for case in PRIORS if case.recipe == METHODS[0].recipe),
+    "Full fine-tuning's priors": (METHODS[1], *(case for case in PRIORS if case.recipe == METHODS[1].recipe)),
     "Peers' settings": PEERS,
 }
 Row = dict[str, Any]
