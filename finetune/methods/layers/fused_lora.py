@@ -70,15 +70,18 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {Linear: FusedLinear, Conv2d: Fu
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x [..., in], A [r, in], B [out, r] -> [..., out], for x in the base's dtype and factors in fp32.
+    """x [..., in], A [r, in], B [out, r] -> [..., out], for x in the base's dtype.
 
-    As PEFT does, the update is computed in the dtype of the factors and rounded once, with the sum.
+    The update is computed in that dtype too, also where the factors are fp32 and the base is bf16, as mixed precision
+    does. PEFT computes it in fp32, which costs a copy of x and products in fp32. Gradients have the factors' dtype.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: FrozenLinear, scale: float) -> Tensor:
+        ctx.dtype = a.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)
         result = base.product(x)
-        low = linear(x.to(a.dtype), a)
+        low = linear(x, a)
         _add_product(result.view(-1, len(b)), low.view(-1, len(a)), b.t(), scale)
         ctx.save_for_backward(x, low, a, b)
         ctx.base, ctx.scale = base, scale
@@ -88,15 +91,15 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, low, a, b = ctx.saved_tensors
-        flat = gradient.reshape(-1, len(b)).to(b.dtype)
+        flat = gradient.reshape(-1, len(b))
         through = product(flat, b.t()).mul_(ctx.scale)  # [N, r]
-        of_a = through.t() @ x.reshape(-1, x.shape[-1]).to(a.dtype)
+        of_a = through.t() @ x.reshape(-1, x.shape[-1])
         of_b = (flat.t() @ low.view(-1, len(a))).mul_(ctx.scale)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = ctx.base.input_gradient(gradient, x.shape)
             _add_product(of_x.view(-1, x.shape[-1]), through, a, 1.0)
-        return of_x, of_a, of_b, None, None
+        return of_x, of_a.to(ctx.dtype), of_b.to(ctx.dtype), None, None
 
 
 class _LoraConv(torch.autograd.Function):
@@ -104,8 +107,10 @@ class _LoraConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: FrozenConv2d, scale: float) -> Tensor:
+        ctx.dtype = a.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)
         result = base.product(x).contiguous()
-        low = conv2d(x.to(a.dtype), a, None, base.stride, base.padding).flatten(2)  # [B, r, pixels]
+        low = conv2d(x, a, None, base.stride, base.padding).flatten(2)  # [B, r, pixels]
         _add_products(result.flatten(2), b.flatten(1), low, scale)
         ctx.save_for_backward(x, low, a, b)
         ctx.base, ctx.scale = base, scale
@@ -115,31 +120,25 @@ class _LoraConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, low, a, b = ctx.saved_tensors
-        flat = gradient.flatten(2).to(b.dtype)
+        flat = gradient.flatten(2)
         through = torch.matmul(b.flatten(1).t(), flat).mul_(ctx.scale)
         of_b = torch.einsum("bop,brp->or", flat, low).mul_(ctx.scale).view(b.shape)
         base = ctx.base
         shape = (len(through), len(a), *gradient.shape[2:])
         sizes = base.stride, base.padding, [1, 1], False, [0, 0], 1
         of_low, of_a, _ = torch.ops.aten.convolution_backward(
-            through.view(shape), x.to(a.dtype), a, None, *sizes, [ctx.needs_input_grad[0], True, False]
+            through.view(shape), x, a, None, *sizes, [ctx.needs_input_grad[0], True, False]
         )
         if not ctx.needs_input_grad[0]:
-            return None, of_a, of_b, None, None
-        return base.input_gradient(gradient, x.shape) + of_low.to(x.dtype), of_a, of_b, None, None
+            return None, of_a.to(ctx.dtype), of_b.to(ctx.dtype), None, None
+        return base.input_gradient(gradient, x.shape) + of_low, of_a.to(ctx.dtype), of_b.to(ctx.dtype), None, None
 
 
 def _add_product(result: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """result [N, out] += scale left [N, r] right [r, out]."""
-    if result.dtype == left.dtype:
-        result.addmm_(left, right, alpha=scale)
-    else:
-        result.add_(left @ right, alpha=scale)
+    result.addmm_(left, right, alpha=scale)
 
 
 def _add_products(result: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """result [B, out, pixels] += scale left [out, r] right [B, r, pixels]."""
-    if result.dtype == left.dtype:
-        result.baddbmm_(left.expand(len(result), *left.shape), right, alpha=scale)
-    else:
-        result.add_(torch.matmul(left, right), alpha=scale)
+    result.baddbmm_(left.expand(len(result), *left.shape), right, alpha=scale)
