@@ -248,8 +248,12 @@ def rows(filled: Mapping[str, str], values: PlainData) -> list[str]:
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping) and "kind" in value:
         value = value["kind"]
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_shown(inside)}' for key, inside in value.items())}}}"
     if isinstance(value, list):
         return f"[{', '.join(map(_shown, value))}]"
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

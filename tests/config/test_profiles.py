@@ -324,3 +324,10 @@ def test_the_plan_and_the_page_show_where_defaults_come_from(tiny_bases: dict[st
         assert shown["defaults"] == recipe.defaults
     assert "method.targets conv, method.rank 16, prior.kind class_images" in recipe.defaults
     assert "run.steps" not in recipe.defaults
+
+
+def test_a_default_that_has_settings_of_its_own_is_shown_as_it_is_typed() -> None:
+    recipe = load_recipe("dreambooth-lora", [*NEEDED, "base=tiny"])
+    shown = next(text for text in recipe.defaults.split("prior.others ")[1:]).partition("}")[0] + "}"
+    again = load_recipe("dreambooth-lora", [*NEEDED, "base=tiny", f"prior.others={shown}"])
+    assert again.prior.others == recipe.prior.others is not None
