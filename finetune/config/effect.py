@@ -56,6 +56,11 @@ def without_effect(recipe: Recipe) -> list[str]:
             f"data.repeats is {repeats[0]} for every photo, which only makes epochs longer: leave it out (run.steps "
             "says how long a run is), or repeat one of several subjects or some photos (data.repeats={'close-*': 3})"
         )
+    if recipe.prior.kind != "none" and recipe.method.artifacts == ("embedding",):
+        found.append(
+            f"prior.kind is {recipe.prior.kind} but a {recipe.method.kind} trains only a new word, which changes no "
+            "prompt without it, so it has no effect: set prior.kind=none"
+        )
     max_error, warmup, steps = recipe.export.max_error, recipe.optim.warmup, recipe.run.steps
     if not at_default(recipe, "export.max_error") and recipe.leaves_as_trained:
         found.append(

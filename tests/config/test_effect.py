@@ -95,9 +95,19 @@ def test_what_had_no_effect_before_does_not_stand_in_the_way_of_a_change() -> No
 
 @pytest.mark.parametrize("kind", ["lora", "textual_inversion"])
 def test_an_error_is_bounded_only_where_a_lora_is_made(kind: str) -> None:
-    said = refusal(f"method.kind={kind}", "export.max_error=0.1", "prior.others=null")
+    said = refusal(f"method.kind={kind}", "export.max_error=0.1", "prior.kind=none", "prior.others=null")
     assert f"export.max_error is 0.1 but a {kind} is exported exactly as it was trained" in said
     load_recipe("demo", [*NEEDED, "method.kind=dora", "export.max_error=0.1"])
+
+
+@pytest.mark.parametrize("prior", ["class_images", "frozen_base"])
+def test_a_word_alone_needs_no_prior(prior: str) -> None:
+    """The gradient of its class prompts is 0: they don't have the word. A run that has one is opened all the same."""
+    said = refusal("method.kind=textual_inversion", f"prior.kind={prior}", "prior.others=null")
+    assert f"prior.kind is {prior} but a textual_inversion trains only a new word" in said
+    plain = load_recipe("demo", [*NEEDED, "method.kind=pivotal", "prior.others=null"]).model_dump(mode="json")
+    plain["method"] = {"kind": "textual_inversion"}
+    assert Recipe.model_validate(plain).prior.kind == "class_images"
 
 
 def test_what_the_base_decides_is_not_guessed() -> None:

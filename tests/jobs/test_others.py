@@ -227,7 +227,9 @@ def test_off_by_default_and_kept_when_the_kind_changes() -> None:
         load_recipe("dreambooth-lora", {**subject, "base": "stable-diffusion-v1-5/stable-diffusion-v1-5"}).prior.others
         is None
     )
-    assert load_recipe("dreambooth-lora", {**subject, "base": "tiny"}).prior.others == Others(guidance=3.0, steps=12)
+    assert load_recipe("dreambooth-lora", {**subject, "base": "tiny"}).prior.others == Others(
+        guidance=3.0, steps=12, weight=0.5
+    )
     assert "others: null" in dump_recipe(recipe)
 
 
