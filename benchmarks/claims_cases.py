@@ -65,7 +65,7 @@ METHODS = (
     Case("full", "dreambooth-full"),
     Case("textual inversion", "textual-inversion"),
     Case("pivotal", "pivotal"),
-    Case("pivotal, no prior", "pivotal", ("prior.kind=none", NO_OTHERS)),
+    Case("pivotal, no prior", "pivotal", (NO_OTHERS,)),
 )
 PRIORS = (
     _lora("lora, no prior", "prior.kind=none", NO_OTHERS),
