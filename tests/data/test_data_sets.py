@@ -30,6 +30,7 @@ from finetune.data.captions import Words
 from finetune.data.photos import scan
 from finetune.data.settings import Data, hub_id
 from finetune.data.sources.data_set import chosen_split, split_of
+from finetune.data.sources.hub_data_set import Hub
 from finetune.jobs.subjects import Scanned, _captioned, scan_subjects
 from finetune.runs.inputs import read_inputs
 
@@ -356,3 +357,12 @@ def test_the_run_is_the_folders(tiny_bases: dict[str, Path], photos: Path, tmp_p
     one, other = (train(made(tiny_bases["sd1"], each), tmp_path / f"run-{each.stem}") for each in (photos, file))
     ours, theirs = (load_file(run / "adapter" / "trained.safetensors") for run in (one, other))
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+
+
+def test_too_little_memory_is_not_told_as_a_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any, **more: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", full)
+    with pytest.raises(MemoryError):
+        Hub().named(Path("hf:owner/name"))

@@ -41,6 +41,8 @@ class Hub(DataSet):
         with without_bars() as datasets:
             try:
                 return datasets.load_dataset_builder(name, revision=revision)
+            except MemoryError:
+                raise
             except Exception as error:  # of the network, of the hub, of its files
                 raise BadInput(
                     f"the data set {name!r} can't be fetched from the hub, and there is no copy of it on this disk "
