@@ -46,7 +46,10 @@ HALF = (FULL, "prior.count=64", "prior.others={guidance: 3.0, count: 128, steps:
 OUR_PACE = ("optim.lr=2e-3", "optim.schedule=cosine", "run.steps=500")
 
 
-BEFORE = ("data.flip=true", "run.batch_size=2")  # what the default had until a mirrored logo was seen to be another one
+BEFORE = (
+    "data.flip=true",
+    "run.batch_size=2",
+)  # what the default had until a mirrored logo was seen to be another one
 
 
 def _mirrored(name: str, *settings: str, weight: float = 1.0, masked: bool = False) -> Case:
@@ -109,7 +112,9 @@ LEVERS = (
     _mirrored("others, masks", *OTHERS, "data.masks=auto", masked=True),
     _mirrored("others, 12 steps each, with dropout", *QUICKER),
     _mirrored("others, half as many images, 12 steps each", *FEWER, "prior.caption_dropout=0"),
-    _mirrored("others, half as many images, 12 steps each, 300 steps", *FEWER, "prior.caption_dropout=0", "run.steps=300"),
+    _mirrored(
+        "others, half as many images, 12 steps each, 300 steps", *FEWER, "prior.caption_dropout=0", "run.steps=300"
+    ),
     _before("12 steps, no flips", "data.flip=false"),
     _before("12 steps, no weighting", UNWEIGHTED),
     _before("12 steps, 800 steps", "run.steps=800"),
@@ -126,6 +131,15 @@ LEVERS = (
     _mirrored("weights .5 and .5, taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
     _mirrored("weights .3 and .3, taught by the base", "prior.target=base", *_weights(0.3, 0.3, taught=True)),
 )
+SMALL_LOGOS = (  # on cars with a moon
+    _lora(DEFAULT),
+    _mirrored("lora, mirrored photos"),
+    _mirrored("mirrored photos, no weighting", UNWEIGHTED),
+    _lora("two photos a step", "run.batch_size=2"),
+    _lora("two photos a step, no weighting", "run.batch_size=2", UNWEIGHTED),
+    _lora("two photos a step, 800 steps", "run.batch_size=2", "run.steps=800"),
+    _lora("350 steps", "run.steps=350"),
+)
 FAULTS = (
     _before("too short", "run.steps=60"),
     _before("too faint", "optim.lr=1e-4", "run.steps=250"),
@@ -134,4 +148,4 @@ FAULTS = (
     _mirrored("too long, no prior", "run.steps=1000", "prior.kind=none", NO_OTHERS),
 )
 ON_ALL = (*METHODS, *PRIORS, *PEERS)
-CASES = {case.name: case for case in (*ON_ALL, *LEVERS, *FAULTS)}
+CASES = {case.name: case for case in (*ON_ALL, *LEVERS, *SMALL_LOGOS, *FAULTS)}
