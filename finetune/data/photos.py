@@ -77,8 +77,12 @@ class Photo:
 
         Raises:
             BadImage: it can't be read or decoded.
+            BadInput: it is not what `digest` says any more. What is made of it is kept by that, for every later run.
         """
-        return open_image(self.path) if self.stored is None else image_of(self.path, self.stored.read())
+        content = _content(self.path) if self.stored is None else self.stored.read()
+        if hashlib.sha256(content).hexdigest() != self.digest:
+            raise BadInput(f"{shown(self.path)} changed since it was first read: start the run again", path=self.path)
+        return image_of(self.path, content)
 
 
 @dataclass(frozen=True)
