@@ -76,13 +76,21 @@ class Photo:
         """Returns the photo as `open_image` does.
 
         Raises:
-            BadImage: it can't be read or decoded.
+            BadImage, BadInput: as `content`; or it can't be decoded.
+        """
+        return image_of(self.path, self.content())
+
+    def content(self) -> bytes:
+        """Returns its bytes, as they are in a file.
+
+        Raises:
+            BadImage: it can't be read.
             BadInput: it is not what `digest` says any more. What is made of it is kept by that, for every later run.
         """
-        content = _content(self.path) if self.stored is None else self.stored.read()
-        if hashlib.sha256(content).hexdigest() != self.digest:
+        found = _content(self.path) if self.stored is None else self.stored.read()
+        if hashlib.sha256(found).hexdigest() != self.digest:
             raise BadInput(f"{shown(self.path)} changed since it was first read: start the run again", path=self.path)
-        return image_of(self.path, content)
+        return found
 
 
 @dataclass(frozen=True)
@@ -308,8 +316,13 @@ def open_values(file: Path) -> np.ndarray:
     Raises:
         BadImage: it can't be read or decoded.
     """
-    upright = _decode(file, _content(file))
-    grey = upright if upright.mode.startswith(("I", "F")) else open_image(file).convert("L")
+    return values_of(file, _content(file))
+
+
+def values_of(file: Path, content: bytes) -> np.ndarray:
+    """The same for the bytes of an image. `file` names it in messages."""
+    upright = _decode(file, content)
+    grey = upright if upright.mode.startswith(("I", "F")) else image_of(file, content).convert("L")
     return np.asarray(grey, dtype=np.float32)
 
 
