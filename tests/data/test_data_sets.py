@@ -373,6 +373,7 @@ def test_rows_are_read_again_once_their_format_can_be(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until pillow-heif is installed, as the message says; the scan from before is not taken for it."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     file = write_parquet(photos, tmp_path / "set.parquet")
 
     def unread(path: Path, content: bytes) -> Any:
