@@ -255,6 +255,8 @@ def test_drawings_of_a_new_word_are_not_those_of_another_initialiser(
         "base": str(tiny_bases["sd1"]),
         "data": {"photos": str(photos), "token": "zwx", "templates": ["a {token}"]},
         "prior": {"kind": "none"},
+        "optim": {"kind": "adamw"},
+        "run": {"steps": 4},
     }
     made_by = [
         _bank(prepare(parse_recipe({**sections, "method": {"kind": kind, "init": word}})), lambda points: []).made_by
