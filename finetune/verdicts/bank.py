@@ -92,7 +92,7 @@ class Bank:
         for pair, latents in zip(missing, draw(missing) if missing else [], strict=True):
             stored[pair] = latents
             save_entry(self.folder, self._source(pair, way), {"latents": latents})
-        return [latents for pair in wanted if (latents := stored[pair]) is not None]
+        return [held for pair in wanted if (held := stored[pair]) is not None]
 
     def _source(self, pair: Pair, way: Way) -> str:
         parts = (VERSION, self.made_by, self.canvas.shape, self.canvas.side, *way, GUIDANCE, pair[1], pair[0])
