@@ -25,6 +25,7 @@ from finetune.families.base import Family
 from finetune.jobs.dataset import held_out_photos, make_batches
 from finetune.jobs.neutral import base_prompts
 from finetune.jobs.prepare import Prepared
+from finetune.methods.textual_inversion import Inversion
 from finetune.objectives.base import Objective
 from finetune.objectives.densities import Uniform
 from finetune.objectives.registry import build_objective
@@ -270,8 +271,17 @@ def _bank(job: Prepared, predict: Predictor) -> Bank:
     family, side = job.family, job.resolution
     latents = side // family.codec.factor
     canvas = Canvas((family.codec.channels, latents, latents), side, _objective(job), family.timestep_fraction)
+    return Bank(predict, canvas, _drawn_by(job), cache_dir())
+
+
+def _drawn_by(job: Prepared) -> str:
+    """Names the base and what else its drawings depend on, beside their prompts."""
+    family, method = job.family, job.recipe.method
     dtype = family.autocast or family.parts.dtype("denoiser")
-    return Bank(predict, canvas, f"{job.base_hash}:{dtype}:{family.inputs}", cache_dir())
+    left_out = f":without {', '.join(family.left_out)}" if family.left_out else ""
+    # without a class, the new word itself is drawn, with the start values that it has
+    words = f":{method.init}:{method.vectors}:{method.norm}" if isinstance(method, Inversion) and not job.noun else ""
+    return f"{job.base_hash}:{dtype}:{family.inputs}{left_out}{words}"
 
 
 def _objective(job: Prepared) -> Objective:

@@ -28,9 +28,9 @@ WHOLE = 10  # steps of a drawing whose image is kept
 VERSION = 1  # of what a stored drawing depends on, beside its key
 
 
-Pair = tuple[str, int]  # a prompt, and how often it came before
+NumberedPrompt = tuple[str, int]  # a prompt, and how often it came before
 Way = tuple[int, int | str]  # the steps of a drawing, and what is kept of it
-Draw = Callable[[Sequence[Pair]], list[Tensor]]
+Draw = Callable[[Sequence[NumberedPrompt]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ class Bank:
         for pair, latents in zip(missing, draw(missing) if missing else [], strict=True):
             stored[pair] = latents
             save_entry(self.folder, self._source(pair, way), {"latents": latents})
-        return [latents for pair in wanted if (latents := stored[pair]) is not None]
+        return [held for pair in wanted if (held := stored[pair]) is not None]
 
-    def _source(self, pair: Pair, way: Way) -> str:
+    def _source(self, pair: NumberedPrompt, way: Way) -> str:
         parts = (VERSION, self.made_by, self.canvas.shape, self.canvas.side, *way, GUIDANCE, pair[1], pair[0])
         return "\n".join(map(str, parts))
 
-    def _stored(self, pair: Pair, way: Way) -> Tensor | None:
+    def _stored(self, pair: NumberedPrompt, way: Way) -> Tensor | None:
         tensors = load_entry(self.folder, self._source(pair, way))
         count = way[1] if isinstance(way[1], int) else 1
         return tensors["latents"] if tensors and tensors["latents"].shape == (count, *self.canvas.shape) else None
@@ -109,7 +109,7 @@ class Bank:
             for noisy, t in zip(latents, self.canvas.timesteps, strict=True)
         ]
 
-    def _begin(self, pairs: Sequence[Pair]) -> list[Tensor]:
+    def _begin(self, pairs: Sequence[NumberedPrompt]) -> list[Tensor]:
         """[LEVELS, C, h, w] for each (prompt, number)."""
         times = self.canvas.timesteps
         noisy = self._start(pairs, times[0])
@@ -119,7 +119,7 @@ class Bank:
             kept.append(noisy)
         return list(torch.stack(kept, dim=1))
 
-    def _whole(self, pairs: Sequence[Pair]) -> list[Tensor]:
+    def _whole(self, pairs: Sequence[NumberedPrompt]) -> list[Tensor]:
         """[1, C, h, w] for each (prompt, number)."""
         times, prompts = self.canvas.times(WHOLE), [prompt for prompt, _ in pairs]
         noisy = self._start(pairs, times[0])
@@ -127,7 +127,7 @@ class Bank:
             noisy = self._noised(*self._parts(prompts, noisy, now), after)
         return list(self._parts(prompts, noisy, times[-1])[0][:, None])
 
-    def _start(self, pairs: Sequence[Pair], first: Tensor) -> Tensor:
+    def _start(self, pairs: Sequence[NumberedPrompt], first: Tensor) -> Tensor:
         """[B, C, h, w]: the latents that drawings begin with."""
         noise = torch.stack([_noise(prompt, number, self.canvas.shape) for prompt, number in pairs])
         return self._noised(torch.zeros_like(noise), noise, first)
