@@ -83,7 +83,8 @@ def tables(rows: Rows, overrides: str = "") -> str:
     for title, cases in BESIDE.items():
         parts += _side_by_side(rows, title, cases, overrides)
     for title, cases, subjects in LISTS:
-        lines = _listed(rows, cases, subjects, overrides)
+        shown = subjects if cases is not SMALL_LOGOS else _in_all(rows, cases, subjects, overrides)
+        lines = _listed(rows, cases, shown, overrides)
         parts += [f"**{title}**", "\n".join(lines)] if lines else []
     return "\n\n".join(parts)
 
@@ -113,6 +114,12 @@ def _listed(rows: Rows, cases: Sequence[Case], subjects: Sequence[str], override
             cells = " | ".join(_plain(found, column) for column in SHORT)
             lines.append(f"| {name} | {', '.join(sorted(found))} | {cells} |")
     return lines if len(lines) > 4 else []
+
+
+def _in_all(rows: Rows, cases: Sequence[Case], subjects: Sequence[str], overrides: str) -> list[str]:
+    """The subjects on which every case was run, for a table that is read from row to row."""
+    run = [{subject for subject, _ in pairs_of(rows, case.name, overrides)} for case in cases]
+    return [subject for subject in subjects if all(subject in each for each in run)]
 
 
 def _plain(found: Runs, column: str) -> str:
