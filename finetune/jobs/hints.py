@@ -52,9 +52,7 @@ def _subject_hints(recipe: Recipe) -> list[str]:
     for subject in recipe.data.all_subjects:
         article = ARTICLE.match(subject.class_noun or "")
         if article:
-            said.append(
-                f"data.class_noun is {subject.class_noun!r}: leave {article[1]!r} out, since prompts say 'a' themselves"
-            )
+            said.append(f"data.class_noun is {subject.class_noun!r}: leave {article[1]!r} out, prompts have an 'a'")
         count = len(_files(subject.photos)) if recipe.data.thing == "subject" else FEWEST
         if 0 < count < FEWEST:
             said.append(

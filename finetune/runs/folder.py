@@ -329,6 +329,10 @@ def _curve(recipe: Recipe) -> dict[str, Any]:
 
 
 def _advice(old: Recipe, changed: list[str]) -> str:
+    if changed == ["run.steps"]:
+        return (
+            f"a run can only become longer: give at least {old.run.steps}, or choose another folder with run.dir=PATH"
+        )
     if changed != ["optim.schedule_steps"]:
         return "undo the change, or choose another folder with run.dir=PATH"
     span = _curve(old)["optim.schedule_steps"]

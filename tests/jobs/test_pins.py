@@ -125,7 +125,7 @@ def test_a_refused_start_leaves_recipe_and_status_of_the_run(place: Path) -> Non
     edit(place / "others")
     kept = {file: (run / file).read_bytes() for file in ("recipe.yaml", "status.json", "inputs.json")}
     overrides = [f"run.dir={run}", "run.steps=6", f"data.photos={place / 'others' / 'photos'}"]
-    with pytest.raises(BadInput, match="the photo 1.png is not the same image"):
+    with pytest.raises(BadInput, match=r"the photo 1\.png is not the same image"):
         job.train(load_recipe(str(run / "recipe.yaml"), overrides))
     assert {file: (run / file).read_bytes() for file in kept} == kept
     job.resume(run)
