@@ -46,9 +46,20 @@ HALF = (FULL, "prior.count=64", "prior.others={guidance: 3.0, count: 128, steps:
 OUR_PACE = ("optim.lr=2e-3", "optim.schedule=cosine", "run.steps=500")
 
 
+BEFORE = (
+    "data.flip=true",
+    "run.batch_size=2",
+)  # what the default had until a mirrored logo was seen to be another one
+
+
+def _mirrored(name: str, *settings: str, weight: float = 1.0, masked: bool = False) -> Case:
+    """A case with the default's earlier photos."""
+    return _lora(name, *BEFORE, *settings, weight=weight, masked=masked)
+
+
 def _before(name: str, *settings: str, masked: bool = False) -> Case:
     """A case beside the earlier default."""
-    return _lora(name, *IMAGES, *settings, masked=masked)
+    return _mirrored(name, *IMAGES, *settings, masked=masked)
 
 
 def _weights(own: float, others: float, taught: bool = False) -> tuple[str, ...]:
@@ -68,38 +79,42 @@ METHODS = (
     Case("pivotal, no prior", "pivotal", (NO_OTHERS,)),
 )
 PRIORS = (
-    _lora("lora, no prior", "prior.kind=none", NO_OTHERS),
-    _lora("lora, class images", "prior.kind=class_images", FULL, NO_OTHERS),
-    _lora("lora, frozen base", "prior.kind=frozen_base", NO_OTHERS),
+    _mirrored("lora, mirrored photos"),
+    _mirrored("lora, no prior", "prior.kind=none", NO_OTHERS),
+    _mirrored("lora, class images", "prior.kind=class_images", FULL, NO_OTHERS),
+    _mirrored("lora, frozen base", "prior.kind=frozen_base", NO_OTHERS),
     FULL_WEIGHTS,
-    _lora("lora, taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
+    _mirrored("lora, taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
+    Case("full, mirrored photos", "dreambooth-full", ("data.flip=true",)),
     Case("full, no prior", "dreambooth-full", ("prior.kind=none", NO_OTHERS)),
     Case("full, class images", "dreambooth-full", ("prior.kind=class_images", NO_OTHERS)),
 )
 PEERS = (_peer("diffusers"), _peer("diffusers", *OUR_PACE), _peer("kohya"), _peer("kohya", *OUR_PACE))
 LEVERS = (
     FULL_WEIGHTS,
-    _lora("class images alone", "prior.kind=class_images", FULL, NO_OTHERS, "prior.steps=20"),
-    _lora("class images without dropout", "prior.kind=class_images", FULL, NO_OTHERS, "prior.caption_dropout=0"),
-    _lora("others", *OTHERS),
-    _lora("others by the base", *TEACHER),
-    _lora("others, half", *OTHERS, "prior.others.share=0.5"),
-    _lora("others, frozen base", "prior.kind=frozen_base", *WITHOUT_CLASS_IMAGES, "prior.others.target=base"),
-    _lora("others, rank 4", *OTHERS, "method.rank=4"),
-    _lora("others, rank 32", *OTHERS, "method.rank=32"),
-    _lora("others, half the rate", *OTHERS, "optim.lr=1e-3"),
-    _lora("others, 300 steps", *OTHERS, "run.steps=300"),
-    _lora("others, 800 steps", *OTHERS, "run.steps=800"),
-    _lora("others, attention alone", *OTHERS, "method.targets=attention"),
-    _lora("others, EMA", *OTHERS, "run.ema=0.99"),
-    _lora("others, no weighting", *OTHERS, UNWEIGHTED),
-    _lora("others, less of the high noise", *OTHERS, LOWER),
-    _lora("others, the text encoder too", *OTHERS, "method.parts=[denoiser,text_encoders]", "optim.text_lr=2e-4"),
-    _lora("others, strength .8", *OTHERS, weight=0.8),
-    _lora("others, masks", *OTHERS, "data.masks=auto", masked=True),
-    _lora("others, 12 steps each, with dropout", *QUICKER),
-    _lora("others, half as many images, 12 steps each", *FEWER, "prior.caption_dropout=0"),
-    _lora("others, half as many images, 12 steps each, 300 steps", *FEWER, "prior.caption_dropout=0", "run.steps=300"),
+    _mirrored("class images alone", "prior.kind=class_images", FULL, NO_OTHERS, "prior.steps=20"),
+    _mirrored("class images without dropout", "prior.kind=class_images", FULL, NO_OTHERS, "prior.caption_dropout=0"),
+    _mirrored("others", *OTHERS),
+    _mirrored("others by the base", *TEACHER),
+    _mirrored("others, half", *OTHERS, "prior.others.share=0.5"),
+    _mirrored("others, frozen base", "prior.kind=frozen_base", *WITHOUT_CLASS_IMAGES, "prior.others.target=base"),
+    _mirrored("others, rank 4", *OTHERS, "method.rank=4"),
+    _mirrored("others, rank 32", *OTHERS, "method.rank=32"),
+    _mirrored("others, half the rate", *OTHERS, "optim.lr=1e-3"),
+    _mirrored("others, 300 steps", *OTHERS, "run.steps=300"),
+    _mirrored("others, 800 steps", *OTHERS, "run.steps=800"),
+    _mirrored("others, attention alone", *OTHERS, "method.targets=attention"),
+    _mirrored("others, EMA", *OTHERS, "run.ema=0.99"),
+    _mirrored("others, no weighting", *OTHERS, UNWEIGHTED),
+    _mirrored("others, less of the high noise", *OTHERS, LOWER),
+    _mirrored("others, the text encoder too", *OTHERS, "method.parts=[denoiser,text_encoders]", "optim.text_lr=2e-4"),
+    _mirrored("others, strength .8", *OTHERS, weight=0.8),
+    _mirrored("others, masks", *OTHERS, "data.masks=auto", masked=True),
+    _mirrored("others, 12 steps each, with dropout", *QUICKER),
+    _mirrored("others, half as many images, 12 steps each", *FEWER, "prior.caption_dropout=0"),
+    _mirrored(
+        "others, half as many images, 12 steps each, 300 steps", *FEWER, "prior.caption_dropout=0", "run.steps=300"
+    ),
     _before("12 steps, no flips", "data.flip=false"),
     _before("12 steps, no weighting", UNWEIGHTED),
     _before("12 steps, 800 steps", "run.steps=800"),
@@ -107,21 +122,30 @@ LEVERS = (
     _before("12 steps, a batch of 4", "run.batch_size=4"),
     _before("12 steps, rank 64", "method.rank=64"),
     _before("12 steps, the text encoder too", "method.parts=[denoiser,text_encoders]", "optim.text_lr=2e-4"),
-    _lora("12 steps, no weighting, half as many images", UNWEIGHTED, *HALF),
+    _mirrored("12 steps, no weighting, half as many images", UNWEIGHTED, *HALF),
     _before("12 steps, no weighting, less of the high noise", UNWEIGHTED, LOWER),
     _before("12 steps, no weighting, 800 steps", UNWEIGHTED, "run.steps=800"),
-    _lora("weights .5 and .5", *_weights(0.5, 0.5)),
-    _lora("weights .5 and .5, 750 steps", *_weights(0.5, 0.5), "run.steps=750"),
-    _lora("weights .15 and .25", *_weights(0.15, 0.25)),
-    _lora("weights .5 and .5, taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
-    _lora("weights .3 and .3, taught by the base", "prior.target=base", *_weights(0.3, 0.3, taught=True)),
+    _mirrored("weights .5 and .5", *_weights(0.5, 0.5)),
+    _mirrored("weights .5 and .5, 750 steps", *_weights(0.5, 0.5), "run.steps=750"),
+    _mirrored("weights .15 and .25", *_weights(0.15, 0.25)),
+    _mirrored("weights .5 and .5, taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
+    _mirrored("weights .3 and .3, taught by the base", "prior.target=base", *_weights(0.3, 0.3, taught=True)),
+)
+SMALL_LOGOS = (  # on cars with a moon
+    _lora(DEFAULT),
+    _mirrored("lora, mirrored photos"),
+    _mirrored("mirrored photos, no weighting", UNWEIGHTED),
+    _lora("two photos a step", "run.batch_size=2"),
+    _lora("two photos a step, no weighting", "run.batch_size=2", UNWEIGHTED),
+    _lora("two photos a step, 800 steps", "run.batch_size=2", "run.steps=800"),
+    _lora("350 steps", "run.steps=350"),
 )
 FAULTS = (
     _before("too short", "run.steps=60"),
     _before("too faint", "optim.lr=1e-4", "run.steps=250"),
     _before("too hot", "optim.lr=6e-3"),
-    _lora("too hot, no prior", "optim.lr=6e-3", "prior.kind=none", NO_OTHERS, "optim.schedule=constant"),
-    _lora("too long, no prior", "run.steps=1000", "prior.kind=none", NO_OTHERS),
+    _mirrored("too hot, no prior", "optim.lr=6e-3", "prior.kind=none", NO_OTHERS, "optim.schedule=constant"),
+    _mirrored("too long, no prior", "run.steps=1000", "prior.kind=none", NO_OTHERS),
 )
 ON_ALL = (*METHODS, *PRIORS, *PEERS)
-CASES = {case.name: case for case in (*ON_ALL, *LEVERS, *FAULTS)}
+CASES = {case.name: case for case in (*ON_ALL, *LEVERS, *SMALL_LOGOS, *FAULTS)}

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "examples" / "tiny_base"))
 import judge  # noqa: E402
 from captions import PLACE_PHRASES, full_caption  # noqa: E402
 from evaluate import right  # noqa: E402
-from looks import PHOTO_PLACES, SUBJECTS, Facts, random_facts, subject_photos, subject_picture  # noqa: E402
+from looks import EVERY, PHOTO_PLACES, Facts, random_facts, subject_photos, subject_picture  # noqa: E402
 from places import PLACES  # noqa: E402
 from shapes import CLASSES  # noqa: E402
 
@@ -45,7 +45,7 @@ Figures = dict[str, float]
 
 
 def kind_of(subject: str) -> str:
-    return SUBJECTS[subject].kind
+    return EVERY[subject].kind
 
 
 def photos_of(subject: str, work: Path) -> Path:
@@ -130,7 +130,7 @@ def load(folder: Path, kind: str) -> Sets:
 
 def measure(sets: Sets, subject: str) -> Figures:
     """The judge's ratings of one model's images. Shares are of images; `likeness` is a mean, see judge.closeness."""
-    model, look, limit = judge.load_judge(), SUBJECTS[subject], judge.threshold()
+    model, look, limit = judge.load_judge(), EVERY[subject], judge.threshold()
     seen = {name: judge.look_at(model, images) for name, images in sets.items()}
 
     def likeness(name: str) -> float:
@@ -178,7 +178,7 @@ def _encoded(family: Family, image: Image.Image) -> Tensor:
 def real_figures(subject: str, family: Family) -> Figures:
     """The same ratings of renders of the subject itself: what can be reached. Those of a place, and "kept", are read
     after the base's VAE: no training brings back what it loses."""
-    model, look, limit = judge.load_judge(), SUBJECTS[subject], judge.threshold()
+    model, look, limit = judge.load_judge(), EVERY[subject], judge.threshold()
     real = [subject_picture(subject, 500 + number) for number in range(40)]
     seen = judge.look_at(model, real)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claims_cases import DEFAULT, FAULTS, LEVERS, METHODS, PEERS, PRIORS, Case
+from claims_cases import DEFAULT, FAULTS, LEVERS, METHODS, PEERS, PRIORS, SMALL_LOGOS, Case
 from claims_measure import COLUMNS, SHORT, UNSEEN, derive
-from looks import DEVELOPMENT, HELD_OUT
+from looks import DEVELOPMENT, HELD_OUT, MOONS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- claims -->", "<!-- end of claims -->"
@@ -19,6 +19,11 @@ BESIDE = {
     "Full fine-tuning's priors": (METHODS[1], *(case for case in PRIORS if case.recipe == METHODS[1].recipe)),
     "Peers' settings": PEERS,
 }
+LISTS = (
+    ("What each lever gave, on development subjects", LEVERS, tuple(DEVELOPMENT)),
+    ("Small logos whose left and right are not alike, on cars made for development", SMALL_LOGOS, tuple(MOONS)),
+    ("Runs made to be bad", FAULTS, tuple(DEVELOPMENT)),
+)
 Row = dict[str, Any]
 Rows = dict[tuple[str, int, str, str], Row]
 Pairs = set[tuple[str, int]]  # (subject, seed)
@@ -77,8 +82,9 @@ def tables(rows: Rows, overrides: str = "") -> str:
         parts += ["**Each held-out subject, default recipe**", "\n".join(_each(default))]
     for title, cases in BESIDE.items():
         parts += _side_by_side(rows, title, cases, overrides)
-    for title, cases in (("What each lever gave, on development subjects", LEVERS), ("Runs made to be bad", FAULTS)):
-        lines = _listed(rows, cases, overrides)
+    for title, cases, subjects in LISTS:
+        shown = subjects if cases is not SMALL_LOGOS else _in_all(rows, cases, subjects, overrides)
+        lines = _listed(rows, cases, shown, overrides)
         parts += [f"**{title}**", "\n".join(lines)] if lines else []
     return "\n\n".join(parts)
 
@@ -97,17 +103,23 @@ def _side_by_side(rows: Rows, title: str, cases: Sequence[Case], overrides: str)
     return [f"**{title}** ({len(common)} held-out runs of each: {subjects})", "\n".join(lines)]
 
 
-def _listed(rows: Rows, cases: Sequence[Case], overrides: str) -> list[str]:
+def _listed(rows: Rows, cases: Sequence[Case], subjects: Sequence[str], overrides: str) -> list[str]:
     """A row for each case on development subjects, with the columns that matter most."""
     lines = [f"| case | subjects | {' | '.join(SHORT)} |", "|---" * (len(SHORT) + 2) + "|"]
-    for name in ("base", DEFAULT, *(case.name for case in cases)):
+    for name in dict.fromkeys(("base", DEFAULT, *(case.name for case in cases))):
         changed = "" if name == "base" else overrides
-        pairs = {pair for pair in pairs_of(rows, name, changed) if pair[0] in DEVELOPMENT}
+        pairs = {pair for pair in pairs_of(rows, name, changed) if pair[0] in subjects}
         found = derived(rows, name, pairs, changed)
         if found:
             cells = " | ".join(_plain(found, column) for column in SHORT)
             lines.append(f"| {name} | {', '.join(sorted(found))} | {cells} |")
     return lines if len(lines) > 4 else []
+
+
+def _in_all(rows: Rows, cases: Sequence[Case], subjects: Sequence[str], overrides: str) -> list[str]:
+    """The subjects on which every case was run, for a table that is read from row to row."""
+    run = [{subject for subject, _ in pairs_of(rows, case.name, overrides)} for case in cases]
+    return [subject for subject in subjects if all(subject in each for each in run)]
 
 
 def _plain(found: Runs, column: str) -> str:

@@ -36,8 +36,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import claims_page
 import torch
-from claims_cases import CASES, FAULTS, LEVERS, METHODS, PEERS, PRIORS, Case
-from claims_measure import SUBJECTS, Drawn, copies, kind_of, load, masked, measure, photos_of, real_figures, save
+from claims_cases import CASES, FAULTS, LEVERS, METHODS, PEERS, PRIORS, SMALL_LOGOS, Case
+from claims_measure import Drawn, copies, kind_of, load, masked, measure, photos_of, real_figures, save
 from claims_settings import Settings, digest, keep, known, still_holds
 
 from finetune import load_recipe, train
@@ -50,7 +50,7 @@ from finetune.jobs.open import open_result
 from finetune.verdicts.rows import FILE, read_rows
 
 import judge  # isort: skip - examples/tiny_base, which claims_measure has put on the path
-from looks import DEVELOPMENT, HELD_OUT  # isort: skip
+from looks import DEVELOPMENT, EVERY, HELD_OUT, MOONS, SUBJECTS  # isort: skip
 
 DONE = "done.json"  # in a folder of images: all of them are there; the share of copies
 ROWS = Path(__file__).with_name("claims.jsonl")
@@ -76,6 +76,7 @@ GROUPS = {
     "priors": Group(PRIORS, FIRST_SUBJECTS),
     "peers": Group(PEERS, FIRST_SUBJECTS),
     "levers": Group(LEVERS, tuple(DEVELOPMENT)),
+    "logos": Group(SMALL_LOGOS, tuple(MOONS)),
     "faults": Group(FAULTS),
 }
 
@@ -193,7 +194,7 @@ def of_base(work: Path, kind: str, seed: int) -> list[Row]:
         save(Drawn(kind, f"{tokens.suggest(family, 1, kind)[0].text} {kind}", seed, family).sets(), drawn)
         (drawn / DONE).write_text("", encoding="utf-8", newline="\n")
     rows = []
-    for subject in (name for name in SUBJECTS if kind_of(name) == kind):
+    for subject in (name for name in EVERY if kind_of(name) == kind):
         row = {"subject": subject, "seed": seed, "case": "base", "overrides": "", "cpu_seconds": 0.0, "steps": 0}
         figures = measure(load(drawn, kind), subject) | real_figures(subject, family)
         rows.append(row | {name: round(value, 4) for name, value in figures.items()} | stamp() | {"settings": ""})
@@ -246,7 +247,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value: a trial")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "dreambooth-claims")
     parser.add_argument("--only", nargs="+", default=list(GROUPS), choices=GROUPS, help="groups of cases")
-    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS)
+    parser.add_argument("--subjects", nargs="+", choices=EVERY)
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--cases", nargs="+", choices=CASES, help="instead of groups")
     parser.add_argument("--table", action="store_true", help="measure nothing")

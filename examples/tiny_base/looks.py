@@ -173,6 +173,24 @@ HELD_OUT = {
     for k, look in enumerate(_distinct(2026, 2 * len(CLASSES), [*DEVELOPMENT.values(), *NAMED.values()]))
 }
 SUBJECTS = DEVELOPMENT | HELD_OUT
+
+
+def _moons(seed: int, count: int, others: list[Look]) -> list[Look]:
+    """Cars with a moon, whose left and right are not alike, as the logos of DEVELOPMENT are."""
+    rng, looks = np.random.default_rng(seed), list(others)
+    while len(looks) < count + len(others):
+        look = clear_look(rng, "car")
+        if look.logo == "moon" and all(differs(look, other) for other in looks):
+            looks.append(look)
+    return looks[len(others) :]
+
+
+# for development too: made after the held-out cars had lost their moons, which no subject of DEVELOPMENT shows
+MOONS = {
+    f"moon-{1 + k}": look
+    for k, look in enumerate(_moons(41, 4, [*DEVELOPMENT.values(), *NAMED.values(), *HELD_OUT.values()]))
+}
+EVERY = SUBJECTS | MOONS
 PHOTO_PLACES = ("table", "grass", "table", "grass", "table")
 DEMO = next(iter(HELD_OUT))  # the subject of `finetune demo`: the first one that the seed gave
 
@@ -206,8 +224,8 @@ def wild_picture(seed: int, index: int, pixels: int = PIXELS) -> Image.Image:
 
 def subject_picture(name: str, index: int, place: str | None = None, pixels: int = PIXELS) -> Image.Image:
     """A photo of one of the subjects, which are never in the base's training data. Its stripes always run one way."""
-    rng = np.random.default_rng((77, list(SUBJECTS).index(name), index))
-    scene = pose(SUBJECTS[name], place or PLACES[index % len(PLACES)], rng)
+    rng = np.random.default_rng((77, list(EVERY).index(name), index))
+    scene = pose(EVERY[name], place or PLACES[index % len(PLACES)], rng)
     return render(replace(scene, stripe_angle=90.0), pixels)
 
 

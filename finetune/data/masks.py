@@ -5,6 +5,7 @@ A mask is a file (NAME.mask.png or masks/NAME.png beside the photo) or the photo
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,10 +19,9 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from finetune.core.errors import BadInput
-from finetune.core.files import sha256
 from finetune.data.buckets import Size
 from finetune.data.crops import Crop
-from finetune.data.photos import MASK, Photo, alpha_channel, image_files, open_image, shown
+from finetune.data.photos import MASK, Photo, alpha_channel, image_bytes, image_files, image_of, shown
 
 FAINT = 10  # of 255: a mask that is nowhere brighter than this marks nothing, for example one with the values 0 and 1
 SHAPE = 0.02  # allowed relative difference from the photo's aspect ratio: resizing rounds
@@ -29,9 +29,10 @@ SHAPE = 0.02  # allowed relative difference from the photo's aspect ratio: resiz
 
 @dataclass(frozen=True)
 class Mask:
-    """A photo's mask: an image file, or the alpha channel of the photo itself."""
+    """A photo's mask: an image file, or the alpha channel of the photo itself. `digest` is the file's SHA-256."""
 
     file: Path
+    digest: str
     alpha: bool = False
 
     def open(self) -> Image.Image:
@@ -39,10 +40,12 @@ class Mask:
 
         Raises:
             BadImage: the file can't be read.
+            BadInput: it is not what `digest` says any more.
         """
+        content = Photo(self.file, (0, 0), self.digest).content()
         if not self.alpha:
-            return open_image(self.file, "black").convert("L")
-        channel = alpha_channel(self.file)
+            return image_of(self.file, content, "black").convert("L")
+        channel = alpha_channel(self.file, content)
         assert channel is not None
         return channel
 
@@ -62,7 +65,7 @@ def find_masks(folder: Path, photos: Sequence[Photo], source: MaskSource) -> dic
     _refuse_orphans(folder, next_to | files)
     if source == "none":
         return {}
-    found = {photo.path: mask for photo in photos if (mask := _mask_of(photo.path, files, source)) is not None}
+    found = {photo.path: mask for photo in photos if (mask := _mask_of(photo, files, source)) is not None}
     missing = [photo.path.name for photo in photos if photo.path not in found]
     if missing and source == "files":
         raise BadInput(
@@ -80,10 +83,12 @@ def find_masks(folder: Path, photos: Sequence[Photo], source: MaskSource) -> dic
     return found
 
 
-def _mask_of(photo: Path, files: dict[str, Path], source: MaskSource) -> Mask | None:
-    if photo.stem in files:
-        return Mask(files[photo.stem])
-    return Mask(photo, alpha=True) if source != "files" and alpha_channel(photo) is not None else None
+def _mask_of(photo: Photo, files: dict[str, Path], source: MaskSource) -> Mask | None:
+    file = files.get(photo.path.stem)
+    if file is not None:
+        return Mask(file, hashlib.sha256(image_bytes(file)).hexdigest())
+    seen = source != "files" and alpha_channel(photo.path) is not None
+    return Mask(photo.path, photo.digest, alpha=True) if seen else None
 
 
 def _masks_next_to(folder: Path) -> dict[str, Path]:
@@ -153,13 +158,12 @@ class Masks:
         return torch.ones(1, crop.size[1] // self.factor, crop.size[0] // self.factor)
 
     def _make(self, crop: Crop, mask: Mask) -> Tensor:
-        values = np.asarray(crop.cut(_resized(mask, crop.resized, sha256(mask.file))), dtype=np.float32) / 255
+        values = np.asarray(crop.cut(_resized(mask, crop.resized)), dtype=np.float32) / 255
         share = avg_pool2d(torch.from_numpy(values)[None], self.factor)
         return self.floor + (1 - self.floor) * share
 
 
 @lru_cache(maxsize=1)
-def _resized(mask: Mask, size: Size, digest: str) -> Image.Image:
-    """Resized like the photo, but with a filter that does not overshoot at edges. `digest` is the file's: a later run
-    in this process has the mask as it is then."""
+def _resized(mask: Mask, size: Size) -> Image.Image:
+    """Resized like the photo, but with a filter that does not overshoot at edges."""
     return mask.open().resize(size, Image.Resampling.BILINEAR)

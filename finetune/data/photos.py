@@ -76,9 +76,21 @@ class Photo:
         """Returns the photo as `open_image` does.
 
         Raises:
-            BadImage: it can't be read or decoded.
+            BadImage, BadInput: as `content`; or it can't be decoded.
         """
-        return open_image(self.path) if self.stored is None else image_of(self.path, self.stored.read())
+        return image_of(self.path, self.content())
+
+    def content(self) -> bytes:
+        """Returns its bytes, as they are in a file.
+
+        Raises:
+            BadImage: it can't be read.
+            BadInput: it is not what `digest` says any more. What is made of it is kept by that, for every later run.
+        """
+        found = image_bytes(self.path) if self.stored is None else self.stored.read()
+        if hashlib.sha256(found).hexdigest() != self.digest:
+            raise BadInput(f"{shown(self.path)} changed since it was first read: start the run again", path=self.path)
+        return found
 
 
 @dataclass(frozen=True)
@@ -230,7 +242,7 @@ def read_photo(file: Path) -> Photo:
         BadImage: it can't be used as a photo.
     """
     _check_name(file)
-    return photo_of(file, _content(file))
+    return photo_of(file, image_bytes(file))
 
 
 def read_image(file: Path) -> tuple[Photo, Image.Image]:
@@ -240,7 +252,7 @@ def read_image(file: Path) -> tuple[Photo, Image.Image]:
         BadImage: it can't be used as a photo.
     """
     _check_name(file)
-    content = _content(file)
+    content = image_bytes(file)
     decoded = _decode(file, content)
     return _sound(file, content, decoded), flat_rgb(decoded, "white")
 
@@ -278,7 +290,7 @@ def open_image(file: Path, ground: str = "white", formats: Sequence[str] = FORMA
     Raises:
         BadImage: it can't be read or decoded.
     """
-    return image_of(file, _content(file), ground, formats)
+    return image_of(file, image_bytes(file), ground, formats)
 
 
 def image_of(file: Path, content: bytes, ground: str = "white", formats: Sequence[str] = FORMATS) -> Image.Image:
@@ -290,13 +302,13 @@ def image_of(file: Path, content: bytes, ground: str = "white", formats: Sequenc
     return flat_rgb(_decode(file, content, formats), ground)
 
 
-def alpha_channel(file: Path) -> Image.Image | None:
-    """Returns a file's opacity as an upright 8-bit grey image, or None if it has no transparency.
+def alpha_channel(file: Path, content: bytes | None = None) -> Image.Image | None:
+    """Returns the opacity of a file, of these bytes, as an upright 8-bit grey image; None if it has no transparency.
 
     Raises:
         BadImage: it can't be read or decoded.
     """
-    upright = _decode(file, _content(file))
+    upright = _decode(file, image_bytes(file) if content is None else content)
     return upright.convert("RGBA").getchannel("A") if has_alpha(upright) else None
 
 
@@ -306,12 +318,18 @@ def open_values(file: Path) -> np.ndarray:
     Raises:
         BadImage: it can't be read or decoded.
     """
-    upright = _decode(file, _content(file))
-    grey = upright if upright.mode.startswith(("I", "F")) else open_image(file).convert("L")
+    return values_of(file, image_bytes(file))
+
+
+def values_of(file: Path, content: bytes) -> np.ndarray:
+    """The same for the bytes of an image. `file` names it in messages."""
+    upright = _decode(file, content)
+    grey = upright if upright.mode.startswith(("I", "F")) else image_of(file, content).convert("L")
     return np.asarray(grey, dtype=np.float32)
 
 
-def _content(file: Path) -> bytes:
+def image_bytes(file: Path) -> bytes:
+    """Returns the content of a file. Raises: BadImage: it is no file, too large or empty, or can't be read."""
     try:
         size = file.stat().st_size
         if not file.is_file():  # reading a pipe or a device might never end

@@ -10,10 +10,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 
 from finetune.core.errors import BadInput
@@ -26,7 +28,7 @@ from finetune.data.entries import load_entry, save_entry
 from finetune.data.photos import BadImage, Photo, photo_of
 from finetune.data.set_rows import DatasetRow, DatasetRows, to_the_end
 
-VERSION = 1  # of the scan: another one is scanned again
+VERSION = 2  # of the scan: another one is scanned again
 IMAGES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")  # names of columns, the best first
 CAPTIONS = ("text", "caption", "prompt", "captions", "txt", "description")
 SHOWN = 5  # bad rows that a message names
@@ -104,7 +106,7 @@ def open_table(path: Path, rows: DatasetRows, facts: TableFacts, wanted: Wanted,
     Raises:
         BadInput: a column is missing or holds something else, or there is no row, or none that can be used.
     """
-    told = [VERSION, facts.files, facts.revision, facts.split, wanted.image, wanted.caption]
+    told = [VERSION, _readers(), facts.files, facts.revision, facts.split, wanted.image, wanted.caption]
     source = json.dumps([*told, *([list(wanted.further)] if wanted.further else [])])
     folder = cache_dir() / "tables"
     scan = _restored(load_entry(folder, source))
@@ -113,6 +115,15 @@ def open_table(path: Path, rows: DatasetRows, facts: TableFacts, wanted: Wanted,
         save_entry(folder, source, _tensors(scan))
     rows.image = scan.columns["image"]
     return _table(path, rows, facts, scan)
+
+
+def _readers() -> list[str]:
+    """What decodes images: with another one, rows that could not be read may be."""
+    try:
+        heic = metadata.version("pillow-heif")
+    except metadata.PackageNotFoundError:
+        heic = "none"
+    return [PIL.__version__, heic]
 
 
 def _table(path: Path, rows: DatasetRows, facts: TableFacts, scan: _Scan) -> Table:

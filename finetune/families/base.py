@@ -104,6 +104,11 @@ class Family(ABC):
         return skeletons(cls.sources, folder, cls.trainable_parts())
 
     @property
+    def left_out(self) -> list[str]:
+        """The parts that its folder has and that it was loaded without."""
+        return [name for name, source in self.sources.items() if name not in self.parts and source.is_in(self.folder)]
+
+    @property
     def device(self) -> torch.device:
         """The device on which the parts compute."""
         return self.parts.device

@@ -36,6 +36,7 @@ from finetune.sampling.settings import Sampling
 from finetune.training.priors.class_images import ClassImages
 
 MANIFEST = "manifest.json"
+PRECISION = "precision"  # in a manifest; older versions did not write it
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class ClassSet:
     """The class images of one noun: what to draw, at `resolution` pixels a side, with the base of this hash.
 
     `captions`: if there are any, image n is drawn for number n % len(captions) of them instead of the class prompt.
+    `precision`: what the base computes in.
     """
 
     title: ClassVar[str] = "Class images"  # of the phase that draws them
@@ -53,6 +55,7 @@ class ClassSet:
     base_hash: str
     particulars: Mapping[str, Any] = field(default_factory=dict)  # `Drawing.particulars` of the base
     captions: tuple[str, ...] = ()
+    precision: str = "fp32"
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -86,6 +89,7 @@ class ClassSet:
             "guidance": self.prior.guidance,
             "resolution": self.resolution,
             "chunk": self.prior.batch_size,
+            PRECISION: self.precision,
             "seeds": "finetune.prior.seed_of(number)",
             **({"drawing": dict(self.particulars)} if self.particulars else {}),
         }
@@ -93,7 +97,10 @@ class ClassSet:
     @cached_property
     def folder(self) -> Path:
         """The user's folder, or one in the cache with a hash of `made_of` in its name."""
-        key = hashlib.sha256(json.dumps(self.made_of, sort_keys=True).encode()).hexdigest()[:12]
+        made_of = dict(self.made_of)
+        if self.precision == "fp32":  # as versions named it that knew of no other, so that their sets are found
+            del made_of[PRECISION]
+        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
         return self.prior.folder or cache_dir() / "class-images" / f"{self.name}-{key}"
 
     @property
@@ -167,6 +174,7 @@ def class_images(family: Family, wanted: ClassSet, processes: Processes = ALONE)
     photos = [Photo(file, (wanted.resolution, wanted.resolution), found) for file, found in file_hashes(files).items()]
     if processes.rank == 0:
         made = {photo.path.name: {"sha256": photo.digest, "seed": seed_of(n)} for n, photo in enumerate(photos)}
+        manifest = _manifest(wanted)  # again: another run may have drawn more of the set meanwhile
         write_json(folder / MANIFEST, manifest | {"pictures": manifest["pictures"] | made})
     return photos
 
@@ -226,8 +234,9 @@ def _manifest(wanted: ClassSet) -> dict[str, Any]:
         ) from error
     if not sound:
         raise BadInput(f"{file} names images outside its folder: remove {folder}, and the set is drawn again")
+    known = {key: value for key, value in settings.items() if key != PRECISION or key in made}
     changed = [
-        f"{key} ({made.get(key)!r} there, {value!r} now)" for key, value in settings.items() if made.get(key) != value
+        f"{key} ({made.get(key)!r} there, {value!r} now)" for key, value in known.items() if made.get(key) != value
     ]
     if changed:
         raise BadInput(

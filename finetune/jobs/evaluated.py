@@ -194,9 +194,13 @@ def photos_trained_on(source: Trained, digests: Sequence[str]) -> int:
     record = read_inputs(source.path) if source.is_run else None
     if record is None:
         return 0
-    planned = RunFolder(source.path).info.planned
-    held_out = planned.verdicts.held_out if planned and planned.verdicts else []
-    own = {photo.sha256 for photo in record.inputs.photos if photo.name not in held_out}
+    info, photos = RunFolder(source.path).info, record.inputs.photos
+    held_out = info.planned.verdicts.held_out if info.planned and info.planned.verdicts else []
+    tokens = [subject.token for subject in info.subjects for _ in range(subject.photos)]
+    names = [photo.name for photo in photos]
+    if len(tokens) == len(names):  # of several subjects, as the plan tells their photos apart
+        names = [f"{name} of {token}" for name, token in zip(names, tokens, strict=True)]
+    own = {photo.sha256 for photo, name in zip(photos, names, strict=True) if name not in held_out}
     return sum(digest in own for digest in digests)
 
 

@@ -60,11 +60,21 @@ def other_prompts(settings: Others, folder: Path) -> OtherPrompts:
     given = given_prompts(settings)
     if given is not None:
         return given
-    own = folder / NEUTRAL_PROMPTS
-    if own.is_file():
-        return OtherPrompts(_checked(list_items(read_utf8(own, MAX_BYTES)), str(own)), "of the base's own list")
+    own = base_prompts(folder)
+    if own:
+        return OtherPrompts(own, "of the base's own list")
     text = files("finetune.training.priors").joinpath(INCLUDED).read_text(encoding="utf-8")
     return OtherPrompts(_checked(list_items(text), INCLUDED), "of the included list")
+
+
+def base_prompts(folder: Path) -> tuple[str, ...]:
+    """The list beside a base's model_index.json; empty if it has none.
+
+    Raises:
+        BadInput: it can't be used.
+    """
+    own = folder / NEUTRAL_PROMPTS
+    return _checked(list_items(read_utf8(own, MAX_BYTES)), str(own)) if own.is_file() else ()
 
 
 def _checked(texts: Iterable[str], where: str) -> tuple[str, ...]:

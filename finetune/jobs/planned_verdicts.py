@@ -9,12 +9,16 @@ from finetune.runs.plan import PlannedVerdicts
 from finetune.verdicts.bank import LEVELS
 from finetune.verdicts.due import (
     CLASS_DRAWINGS,
+    DRAWINGS,
+    DRAWN,
     DRAWN_ONCE,
     FIRST,
     OTHERS,
     PHOTO_POINTS,
     POINTS,
     TRAINED,
+    WHOLE_ONCE,
+    asks_drawings,
     due_steps,
     samples_in_step,
 )
@@ -28,10 +32,13 @@ def planned_verdicts(recipe: Recipe, held_out: Sequence[str] = ()) -> PlannedVer
         held_out: the names of the photos that are not trained on, where they are known.
     """
     run, prior, subjects = recipe.run, recipe.prior, recipe.data.all_subjects
-    steps = due_steps(run, samples_in_step(run, prior))
+    samples = samples_in_step(run, prior)
+    steps, drawings = due_steps(run, samples), asks_drawings(run, samples)
     others = neutral_prompts([subject.class_noun for subject in subjects])
     classes = bool(recipe.data.trigger) or any(subject.class_noun is not None for subject in subjects)
-    each = POINTS - (0 if classes else LEVELS * CLASS_DRAWINGS) - 2 * LEVELS * (OTHERS - len(others))
+    each = (
+        POINTS + DRAWN * drawings - (0 if classes else LEVELS * CLASS_DRAWINGS) - 2 * LEVELS * (OTHERS - len(others))
+    )
     predictions = (FIRST - POINTS + each * (len(steps) + 1)) if steps else 0
     passes = prior.passes + (prior.others.passes if prior.others is not None else 0)
     return PlannedVerdicts(
@@ -39,10 +46,11 @@ def planned_verdicts(recipe: Recipe, held_out: Sequence[str] = ()) -> PlannedVer
         off=run.verdicts == "off",
         sharded=run.shard,
         predictions=predictions,
-        drawn_once=DRAWN_ONCE if steps else 0,
+        drawn_once=DRAWN_ONCE + WHOLE_ONCE * drawings if steps else 0,
         share=predictions / (TRAINED * run.batch_size * passes * run.steps),
         points=PHOTO_POINTS,
         others=len(others),
+        drawings=DRAWINGS if drawings else 0,
         classes=classes,
         hold_out=recipe.data.hold_out * len(subjects),
         held_out=list(held_out),

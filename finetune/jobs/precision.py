@@ -21,3 +21,9 @@ def set_precision(family: Family, recipe: Recipe) -> None:
     held = recipe.run.weights == "bf16"
     family.trained_dtype = torch.bfloat16 if held else torch.float32
     family.autocast = None if held else recipe.method.autocast_dtype(DTYPES[resolve_precision(recipe.run)])
+
+
+def computes_in(family: Family) -> str:
+    """The precision in which a family predicts: "fp32", "bf16" or "fp16"."""
+    dtype = family.autocast or family.parts.dtype("denoiser")
+    return next(name for name, own in DTYPES.items() if own == dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from finetune.families.base import Family
 from finetune.families.digests import base_hash as base_hash_of
 from finetune.jobs.class_sets import ClassSet, OtherSet, check_set
 from finetune.jobs.neutral import given_prompts, other_prompts
-from finetune.jobs.precision import base_dtype, set_precision
+from finetune.jobs.precision import base_dtype, computes_in, set_precision
 from finetune.jobs.refusals import (
     check_drawn,
     check_resolution,
@@ -261,11 +262,18 @@ def class_sets(job: Prepared) -> list[ClassSet]:
     images = job.recipe.prior.class_images
     if images is None:
         return []
-    particulars = job.family.drawing.particulars(images.negative)
-    common = (job.resolution, job.base_hash, particulars)
+    common = (job.resolution, job.base_hash, _particulars(job.family, images.negative))
+    precision = computes_in(job.family)
     if job.class_captions:
-        return [ClassSet(images, "", *common, job.class_captions)]
-    return [ClassSet(images, noun or "", *common) for noun in job.class_nouns.values()]
+        return [ClassSet(images, "", *common, job.class_captions, precision)]
+    return [ClassSet(images, noun or "", *common, precision=precision) for noun in job.class_nouns.values()]
+
+
+def _particulars(family: Family, negative: str) -> dict[str, Any]:
+    """How this base is drawn in another way than most, and what of its files is not what draws."""
+    left_out = {"without": family.left_out} if family.left_out else {}
+    inputs = {"inputs": family.inputs} if family.widened else {}
+    return family.drawing.particulars(negative) | left_out | inputs
 
 
 def other_set(job: Prepared) -> OtherSet | None:
@@ -283,8 +291,9 @@ def other_set(job: Prepared) -> OtherSet | None:
         noun="",
         resolution=job.resolution,
         base_hash=job.base_hash,
-        particulars=job.family.drawing.particulars(""),
+        particulars=_particulars(job.family, ""),
         captions=prompts.texts,
+        precision=computes_in(job.family),
         empty=others.empty,
     )
 

@@ -23,7 +23,9 @@ from finetune.data.photos import open_image
 from finetune.data.samplers import Sample
 from finetune.families.base import Family
 from finetune.jobs.dataset import held_out_photos, make_batches
+from finetune.jobs.neutral import base_prompts
 from finetune.jobs.prepare import Prepared
+from finetune.methods.textual_inversion import Inversion
 from finetune.objectives.base import Objective
 from finetune.objectives.densities import Uniform
 from finetune.objectives.registry import build_objective
@@ -35,10 +37,10 @@ from finetune.training.step import PromptEncoder
 from finetune.training.trainer import Trainer
 from finetune.verdicts.advice import means_of
 from finetune.verdicts.bank import Bank, Canvas
-from finetune.verdicts.due import CLASS_DRAWINGS, PHOTO_POINTS, due_steps, samples_in_step
+from finetune.verdicts.due import CLASS_DRAWINGS, PHOTO_POINTS, asks_drawings, due_steps, samples_in_step
 from finetune.verdicts.memorisation import Memorisation, memorised, photo_latents
 from finetune.verdicts.points import Point, Predictor, of_batch
-from finetune.verdicts.probe import BaseProbe, Material, make_sets, neutral_prompts
+from finetune.verdicts.probe import BaseProbe, Material, known_prompts, make_sets, neutral_prompts
 from finetune.verdicts.rows import FILE, Row, read_rows, up_to, writable
 from finetune.verdicts.rules import best_row, judged
 from finetune.verdicts.verdict_file import missing, write_verdict
@@ -186,7 +188,8 @@ def make_watch(
     job: Prepared, streams: list[list[Sample]], cache: LatentCache, encode_prompts: PromptEncoder, is_main: bool
 ) -> Watch:
     """To be called while the VAE and the text encoders are in memory. Fills the caches with what is measured."""
-    due = due_steps(job.recipe.run, samples_in_step(job.recipe.run, job.recipe.prior))
+    samples = samples_in_step(job.recipe.run, job.recipe.prior)
+    due = due_steps(job.recipe.run, samples)
     if not due or not is_main:
         return Watch(job, due)
     trained, unseen = _samples(job, streams)
@@ -198,7 +201,8 @@ def make_watch(
     cache.fill(job.family, images)
     photos, others = (_points(job, samples, make_batches(job, [samples], cache)) for samples in (trained, held))
     nouns = [subject.noun for subject in job.subjects]
-    material = Material(photos, others, _classes(job), neutral_prompts(nouns))
+    known = known_prompts(nouns, base_prompts(job.family.folder)) if asks_drawings(job.recipe.run, samples) else []
+    material = Material(photos, others, _classes(job), neutral_prompts(nouns), known)
     if isinstance(encode_prompts, PromptCache):
         encode_prompts.fill(material.prompts)
     return Watch(job, due, material)
@@ -267,8 +271,17 @@ def _bank(job: Prepared, predict: Predictor) -> Bank:
     family, side = job.family, job.resolution
     latents = side // family.codec.factor
     canvas = Canvas((family.codec.channels, latents, latents), side, _objective(job), family.timestep_fraction)
+    return Bank(predict, canvas, _drawn_by(job), cache_dir())
+
+
+def _drawn_by(job: Prepared) -> str:
+    """Names the base and what else its drawings depend on, beside their prompts."""
+    family, method = job.family, job.recipe.method
     dtype = family.autocast or family.parts.dtype("denoiser")
-    return Bank(predict, canvas, f"{job.base_hash}:{dtype}:{family.inputs}", cache_dir())
+    left_out = f":without {', '.join(family.left_out)}" if family.left_out else ""
+    # without a class, the new word itself is drawn, with the start values that it has
+    words = f":{method.init}:{method.vectors}:{method.norm}" if isinstance(method, Inversion) and not job.noun else ""
+    return f"{job.base_hash}:{dtype}:{family.inputs}{left_out}{words}"
 
 
 def _objective(job: Prepared) -> Objective:

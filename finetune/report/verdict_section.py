@@ -19,6 +19,7 @@ CHARTS = {  # title -> (measures, the unit in words)
         ("class_drift", "takeover", "elsewhere", "empty_class", "empty_prompt"),
         "distance from the base, in effects of the prompt",
     ),
+    "what other prompts lost": (("forgotten",), "the share of what they say of the base's own drawings"),
 }
 STROKES = ("", "7 4", "2 4", "11 3 2 3", "1 2")  # so that lines differ without colours too
 TINTS = ("var(--mark)", "var(--good)", "var(--bad)", "var(--soft)", "var(--ink)")

@@ -124,8 +124,9 @@ class PlannedVerdicts(Record):
     `steps`: after which, besides the beginning; empty for a run that is not measured, because it is `off`, `sharded`
     or too short. `predictions` without a gradient in all, which are `share` of the run's work; `drawn_once` more where
     no run with this base was measured before. `points`: photos that are asked about, and `others` prompts about other
-    things; `classes`: whether there is a class. `hold_out` photos are not trained on; `held_out` are their names,
-    which are private. With `keep_best`, the recommended checkpoint stays beside the newest `keep`.
+    things, and `drawings` by the base itself; `classes`: whether there is a class. `hold_out` photos are not trained
+    on; `held_out` are their names, which are private. With `keep_best`, the recommended checkpoint stays beside the
+    newest `keep`.
     """
 
     steps: list[int] = []
@@ -136,6 +137,7 @@ class PlannedVerdicts(Record):
     share: float = 0.0
     points: int = 0
     others: int = 0
+    drawings: int = 0
     classes: bool = True
     hold_out: int = 0
     held_out: list[str] = []
@@ -151,11 +153,13 @@ class PlannedVerdicts(Record):
             return f"none: {'run.verdicts is off' if self.off else short}"
         unseen = "what is held out" if self.hold_out else "closer views of them"
         parts = ["the class"] * self.classes + ["the empty prompt", f"{self.others} everyday prompts"]
+        whole = f" and on {self.drawings} of the base's own drawings" if self.drawings else ""
+        once = "the everyday prompts" + " and those" * bool(whole)
         return (
             f"after {_listed_steps(self.steps)}: what it learned, on {self.points} photos and on {unseen}; what else "
-            f"it changed, on {', '.join(parts)} (finetune/verdicts/neutral.txt); {self.predictions} predictions "
-            f"without a gradient, {self.share:.1%} of the run's work, and {self.drawn_once} more for the base's own "
-            "drawings of the everyday prompts, which are made once for all runs with it"
+            f"it changed, on {', '.join(parts)} (finetune/verdicts/neutral.txt){whole}; {self.predictions} "
+            f"predictions without a gradient, {self.share:.1%} of the run's work, and {self.drawn_once} more for the "
+            f"base's own drawings of {once}, which are made once for all runs with it"
         )
 
     @property

@@ -216,7 +216,7 @@ def _beside(photos: dict[str, Photo], crop: Crop) -> Tensor | None:
 
 def _mask(photo: Photo, crop: Crop) -> Tensor:
     """[1, H, W] float32 in [0, 1]."""
-    mask = Mask(photo.path)
+    mask = Mask(photo.path, photo.digest)
     image = crop.cut(mask.open().resize(crop.resized, Image.Resampling.LANCZOS))
     values = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]
     if float(values.max()) < PAINTED:

@@ -7,6 +7,7 @@ are read at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 
 LOSS, NORM, WHOLE, ASKED, BAD_STEP, BAD_LOSS, BAD_NORM = range(7)  # columns of a row
 ProcessRows = Tensor  # [processes, 7] float32
+# of a loss scaler: a gradient that overflows fp16 even then is broken, and all steps to the end would be skipped
+LEAST_SCALE = 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,22 @@ class Readings:
         """The rows of all processes after the backward of `step` (from 1), on the device: one collective operation.
 
         `asked`: the signal by which this process was asked to stop; 0 for none. With fp16, an infinite gradient is
-        not a bad step: the loss scaler skips it.
+        not a bad step: the loss scaler skips it, and lowers its scale, until that can't be the reason (`LEAST_SCALE`).
         """
         device = self.accelerator.device
         now = torch.stack([loss.float(), torch.zeros_like(loss).float() if norm is None else norm.float()])
-        counted = now if self.accelerator.scaler is None else now[:1]
-        bad = ~counted.isfinite().all() & (self._bad[0] == 0)
+        bad = ~(now.isfinite() | self._scales_down(device)).all() & (self._bad[0] == 0)
         first = torch.cat([torch.full((1,), float(step), device=device), now])
         self._bad = torch.where(bad, first, self._bad)
         told = torch.full((1,), float(asked), device=device)
         row = torch.cat([now, (self._bad[:1] == 0).float(), told, self._bad])[None]
         return row if self.accelerator.num_processes == 1 else self.accelerator.gather(row)
+
+    def _scales_down(self, device: torch.device) -> Tensor:
+        """[loss, norm]: whether the loss scaler may still have an answer to what is not finite."""
+        scale = getattr(self.accelerator.scaler, "_scale", None)
+        left = torch.zeros((), dtype=torch.bool, device=device) if scale is None else scale.squeeze() >= LEAST_SCALE
+        return torch.stack([torch.zeros_like(left), left])
 
     def skips_bad(self, optimizer: object) -> bool:
         """Whether no bad step is applied: it is seen before the update, or a fused optimiser leaves its update out."""
@@ -90,7 +98,8 @@ class Readings:
         here = torch.tensor([row for row in found if row[BAD_STEP] == step])
         faulty = ~here[:, BAD_LOSS].isfinite()
         row = here[int(faulty.int().argmax())]
-        return BadStep(int(step), float(row[BAD_LOSS]), None if self.accelerator.scaler else float(row[BAD_NORM]))
+        loss, norm = float(row[BAD_LOSS]), float(row[BAD_NORM])
+        return BadStep(int(step), loss, None if self.accelerator.scaler and not math.isfinite(loss) else norm)
 
 
 def fetched(rows: ProcessRows) -> Callable[[], ProcessRows]:

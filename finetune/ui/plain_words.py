@@ -34,6 +34,7 @@ MEASURE_TITLES = {
     "class_drift": "class drift",
     "takeover": "class became the subject",
     "elsewhere": "drift elsewhere",
+    "forgotten": "other prompts forgotten",
     "empty_class": "empty prompt became the class",
     "empty_prompt": "empty prompt became the subject",
 }

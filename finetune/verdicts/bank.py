@@ -1,13 +1,14 @@
-"""Noisy latents on the way of a base's own drawing: where its predictions are asked again during training.
+"""Latents of a base's own drawings: where its predictions are asked again during training.
 
-For each prompt the base begins to draw, in DDIM steps (arXiv:2010.02502 eq. 12 without noise; for flows, Euler's
-method), and the latents before the first steps are kept. There an image's content is decided; later, prompts do
-little, and a change of the grain hides all others.
+For each prompt the base draws in DDIM steps (arXiv:2010.02502 eq. 12 without noise; for flows, Euler's method). Of a
+drawing's beginning the latents before the first steps are kept: there an image's content is decided; later, a change
+of the grain hides all others. Of a whole drawing the image is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,13 @@ from finetune.verdicts.points import Point, Predict
 STEPS = 5  # of a whole drawing
 LEVELS = 2  # of these, the latents before the first ones are kept: pure noise, and what is .8 of the way to it
 GUIDANCE = 3.0  # below what images are drawn with, so that few steps do not overshoot
+WHOLE = 10  # steps of a drawing whose image is kept
 VERSION = 1  # of what a stored drawing depends on, beside its key
+
+
+NumberedPrompt = tuple[str, int]  # a prompt, and how often it came before
+Way = tuple[int, int | str]  # the steps of a drawing, and what is kept of it
+Draw = Callable[[Sequence[NumberedPrompt]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,11 @@ class Canvas:
     @property
     def timesteps(self) -> Tensor:
         """[LEVELS], from the most noise to the least."""
-        return self.objective.timesteps((1 - torch.arange(LEVELS) / STEPS) * self.share)
+        return self.times(STEPS)[:LEVELS]
+
+    def times(self, steps: int) -> Tensor:
+        """[steps] timesteps before the steps of a drawing."""
+        return self.objective.timesteps((1 - torch.arange(steps) / steps) * self.share)
 
 
 class Bank:
@@ -65,47 +76,67 @@ class Bank:
     def drawings(self, prompts: Sequence[str]) -> list[list[Point]]:
         """The points of one drawing for each prompt, from the most noise to the least. A prompt that comes again is
         drawn with other noise."""
+        kept = self._kept(prompts, (STEPS, LEVELS), self._begin)
+        return [self._points(prompt, latents) for prompt, latents in zip(prompts, kept, strict=True)]
+
+    def images(self, prompts: Sequence[str]) -> list[Tensor]:
+        """The image of a whole drawing for each prompt: clean latents [C, h, w]."""
+        return [latents[0] for latents in self._kept(prompts, (WHOLE, "image"), self._whole)]
+
+    def _kept(self, prompts: Sequence[str], way: Way, draw: Draw) -> list[Tensor]:
+        """What is stored of each drawing; what is missing is drawn and stored first."""
         numbers = [list(prompts[:index]).count(prompt) for index, prompt in enumerate(prompts)]
         wanted = list(zip(prompts, numbers, strict=True))
-        stored = {pair: self._stored(*pair) for pair in wanted}
+        stored = {pair: self._stored(pair, way) for pair in wanted}
         missing = [pair for pair, latents in stored.items() if latents is None]
-        for pair, latents in zip(missing, self._draw(missing), strict=True):
+        for pair, latents in zip(missing, draw(missing) if missing else [], strict=True):
             stored[pair] = latents
-            save_entry(self.folder, self._source(*pair), {"latents": latents})
-        return [self._points(pair[0], stored[pair]) for pair in wanted]
+            save_entry(self.folder, self._source(pair, way), {"latents": latents})
+        return [held for pair in wanted if (held := stored[pair]) is not None]
 
-    def _source(self, prompt: str, number: int) -> str:
-        parts = (VERSION, self.made_by, self.canvas.shape, self.canvas.side, STEPS, LEVELS, GUIDANCE, number, prompt)
+    def _source(self, pair: NumberedPrompt, way: Way) -> str:
+        parts = (VERSION, self.made_by, self.canvas.shape, self.canvas.side, *way, GUIDANCE, pair[1], pair[0])
         return "\n".join(map(str, parts))
 
-    def _stored(self, prompt: str, number: int) -> Tensor | None:
-        tensors = load_entry(self.folder, self._source(prompt, number))
-        wanted = (LEVELS, *self.canvas.shape)
-        return tensors["latents"] if tensors and tensors["latents"].shape == wanted else None
+    def _stored(self, pair: NumberedPrompt, way: Way) -> Tensor | None:
+        tensors = load_entry(self.folder, self._source(pair, way))
+        count = way[1] if isinstance(way[1], int) else 1
+        return tensors["latents"] if tensors and tensors["latents"].shape == (count, *self.canvas.shape) else None
 
-    def _points(self, prompt: str, latents: Tensor | None) -> list[Point]:
-        assert latents is not None
+    def _points(self, prompt: str, latents: Tensor) -> list[Point]:
         return [
             Point(noisy, t, prompt, self.canvas.geometry)
             for noisy, t in zip(latents, self.canvas.timesteps, strict=True)
         ]
 
-    def _draw(self, pairs: Sequence[tuple[str, int]]) -> list[Tensor]:
+    def _begin(self, pairs: Sequence[NumberedPrompt]) -> list[Tensor]:
         """[LEVELS, C, h, w] for each (prompt, number)."""
-        if not pairs:
-            return []
-        canvas, times = self.canvas, self.canvas.timesteps
-        noise = torch.stack([_noise(prompt, number, canvas.shape) for prompt, number in pairs])
-        t = times[:1].expand(len(pairs))
-        noisy = canvas.objective.add_noise(torch.zeros_like(noise), noise, t)
+        times = self.canvas.timesteps
+        noisy = self._start(pairs, times[0])
         kept = [noisy]
-        for level in range(LEVELS - 1):
-            noisy = self._next([prompt for prompt, _ in pairs], noisy, times[level], times[level + 1])
+        for now, after in itertools.pairwise(times):
+            noisy = self._noised(*self._parts([prompt for prompt, _ in pairs], noisy, now), after)
             kept.append(noisy)
         return list(torch.stack(kept, dim=1))
 
-    def _next(self, prompts: Sequence[str], noisy: Tensor, now: Tensor, after: Tensor) -> Tensor:
-        """One DDIM step of guided drawing (arXiv:2207.12598 eq. 6), from timestep `now` to `after`."""
+    def _whole(self, pairs: Sequence[NumberedPrompt]) -> list[Tensor]:
+        """[1, C, h, w] for each (prompt, number)."""
+        times, prompts = self.canvas.times(WHOLE), [prompt for prompt, _ in pairs]
+        noisy = self._start(pairs, times[0])
+        for now, after in itertools.pairwise(times):
+            noisy = self._noised(*self._parts(prompts, noisy, now), after)
+        return list(self._parts(prompts, noisy, times[-1])[0][:, None])
+
+    def _start(self, pairs: Sequence[NumberedPrompt], first: Tensor) -> Tensor:
+        """[B, C, h, w]: the latents that drawings begin with."""
+        noise = torch.stack([_noise(prompt, number, self.canvas.shape) for prompt, number in pairs])
+        return self._noised(torch.zeros_like(noise), noise, first)
+
+    def _noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self.canvas.objective.add_noise(x0, noise, t.expand(len(x0)))
+
+    def _parts(self, prompts: Sequence[str], noisy: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
+        """The image and the noise that guided prediction (arXiv:2207.12598 eq. 6) takes the latents for."""
         objective, count, place = self.canvas.objective, len(prompts), self.canvas.geometry
         each = [*prompts, *[""] * count]
         outputs = self.predict([Point(noisy[n % count], now, text, place) for n, text in enumerate(each)])
@@ -114,8 +145,7 @@ class Bank:
         t = now.expand(count)
         x0 = objective.clean(noisy, output, t)
         none = torch.zeros_like(x0)
-        noise = (noisy - objective.add_noise(x0, none, t)) / objective.add_noise(none, torch.ones_like(x0), t)
-        return objective.add_noise(x0, noise, after.expand(count))
+        return x0, (noisy - objective.add_noise(x0, none, t)) / objective.add_noise(none, torch.ones_like(x0), t)
 
 
 def _noise(prompt: str, number: int, shape: Sequence[int]) -> Tensor:

@@ -23,10 +23,12 @@ from torch import Tensor
 from finetune.verdicts.points import Point, squared_distance
 
 # The sets of points. "class", "subject" and "empty" are the same points with the prompt of the class, the same with
-# the token, and without a prompt. The two of "elsewhere" and of "photos" are the same points with and without one.
+# the token, and without a prompt. The two of "elsewhere", of "photos" and of "drawn" are the same points with and
+# without one; "drawn" are images by the base itself.
 PHOTOS, PHOTOS_PLAIN, HELD_OUT = "photos", "photos without a prompt", "held_out"
 CLASS, SUBJECT, EMPTY = "class", "subject", "empty"
 ELSEWHERE, ELSEWHERE_PLAIN = "elsewhere", "elsewhere without a prompt"
+DRAWN, DRAWN_PLAIN = "drawn", "drawn without a prompt"
 
 # A base on which prompts have next to no effect has no unit; below this share of the prediction's own size, the share
 # is the unit. The tiny base's smallest effect at points of high noise is 50 times as large.

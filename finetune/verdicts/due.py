@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from finetune.training.priors.base import PriorSettings
 from finetune.training.settings import Run
-from finetune.verdicts.bank import LEVELS
+from finetune.verdicts.bank import LEVELS, WHOLE
 
 SHARE = 0.05  # of the run's time
 TRAINED = 3  # predictions that training on one sample costs: forward, and twice that backward (arXiv:2001.08361 2.1)
@@ -14,10 +14,12 @@ OFTEN = 10  # times in a run, if that is within the share
 SELDOM = 3  # fewer show no curve, so that a short run is not measured
 
 # How many points each set has; all are compared with the base's at the same points, so few are enough.
-PHOTO_POINTS, CLASS_DRAWINGS, OTHERS = 4, 2, 8
+PHOTO_POINTS, CLASS_DRAWINGS, OTHERS, DRAWINGS = 4, 2, 8, 8
 POINTS = 2 * PHOTO_POINTS + LEVELS * (3 * CLASS_DRAWINGS + 2 * OTHERS)  # the class's with three prompts each
 FIRST = POINTS + PHOTO_POINTS + 2 * (LEVELS - 1) * CLASS_DRAWINGS  # and the drawings
-DRAWN_ONCE = 2 * (LEVELS - 1) * OTHERS  # for a base: the drawings for prompts about other things
+DRAWN = 2 * DRAWINGS  # the base's own drawings, in a run whose time pays for them too
+DRAWN_ONCE = 2 * (LEVELS - 1) * OTHERS  # for a base: the beginnings of drawings for everyday prompts
+WHOLE_ONCE = 2 * WHOLE * DRAWINGS  # and whole drawings
 
 
 def samples_in_step(run: Run, prior: PriorSettings) -> float:
@@ -40,8 +42,21 @@ def due_steps(run: Run, samples: float) -> Sequence[int]:
         return []
     if run.verdicts_every is not None:
         return sorted({*range(run.verdicts_every, run.steps + 1, run.verdicts_every), run.steps})
-    affordable = int((SHARE * TRAINED * samples * run.steps - FIRST) / POINTS)
-    count = OFTEN if run.verdicts == "on" or run.keep_best else min(OFTEN, affordable)
+    count = OFTEN if _often(run) else min(OFTEN, _affordable(run, samples, DRAWN * asks_drawings(run, samples)))
     if count < SELDOM:
         return []
     return sorted({-(-run.steps * number // count) for number in range(1, count + 1)})
+
+
+def asks_drawings(run: Run, samples: float) -> bool:
+    """Whether the base's own drawings are among the points: not where they would leave less than SELDOM times."""
+    return run.verdicts_every is not None or _often(run) or _affordable(run, samples, DRAWN) >= SELDOM
+
+
+def _often(run: Run) -> bool:
+    return run.verdicts == "on" or run.keep_best
+
+
+def _affordable(run: Run, samples: float, more: int) -> int:
+    """How many times a run's share pays for, with so many more points each time and at the beginning."""
+    return int((SHARE * TRAINED * samples * run.steps - FIRST - more) / (POINTS + more))

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from finetune.core.rng import generator
 from finetune.verdicts.bank import LEVELS, Bank
 from finetune.verdicts.base import (
     CLASS,
+    DRAWN,
+    DRAWN_PLAIN,
     ELSEWHERE,
     ELSEWHERE_PLAIN,
     EMPTY,
@@ -24,10 +28,11 @@ from finetune.verdicts.base import (
     Measure,
     Sets,
 )
-from finetune.verdicts.due import CLASS_DRAWINGS, OTHERS
+from finetune.verdicts.due import CLASS_DRAWINGS, DRAWINGS, OTHERS
 from finetune.verdicts.points import Point, Predict, asked
 from finetune.verdicts.registry import MEASURES
 
+SEEN = 0.4  # the share of the noise levels at which the base's images are shown
 SMALL = {"an", "and", "at", "by", "for", "in", "of", "on", "the", "to", "with", "photo"}  # which name nothing
 
 
@@ -36,21 +41,22 @@ class Material:
     """What a run is measured with.
 
     `photos` and `held_out`: points of crops that are trained on, and of crops that are not. `classes`: pairs (prompt
-    of the class without the token, or None if there is no class; the same with it). `others`: prompts about other
-    things.
+    of the class without the token, or None if there is no class; the same with it). `others`: everyday prompts about
+    other things; `known`: prompts about other things that the base surely knows.
     """
 
     photos: Sequence[Point]
     held_out: Sequence[Point]
     classes: Sequence[tuple[str | None, str]]
     others: Sequence[str]
+    known: Sequence[str] = ()
 
     @property
     def prompts(self) -> list[str]:
         """Every prompt that is asked."""
         crops = [point.prompt for point in (*self.photos, *self.held_out)]
         pairs = [prompt for pair in self.classes for prompt in pair if prompt is not None]
-        return list(dict.fromkeys(["", *crops, *pairs, *self.others]))
+        return list(dict.fromkeys(["", *crops, *pairs, *self.others, *self.known]))
 
 
 class BaseProbe:
@@ -95,6 +101,7 @@ def make_sets(material: Material, bank: Bank) -> dict[str, Sequence[Point]]:
     pairs = [material.classes[number % len(material.classes)] for number in range(CLASS_DRAWINGS)]
     ways = bank.drawings([plain if plain is not None else named for plain, named in pairs])
     points = [point for way in ways for point in way]
+    drawn = _drawn(bank, material.known)
     classes, named = ([pair[side] for pair in pairs for _ in range(LEVELS)] for side in (0, 1))
     return {
         PHOTOS: material.photos,
@@ -105,7 +112,21 @@ def make_sets(material: Material, bank: Bank) -> dict[str, Sequence[Point]]:
         EMPTY: asked(points, [""]),
         ELSEWHERE: others,
         ELSEWHERE_PLAIN: asked(others, [""]),
+        DRAWN: drawn,
+        DRAWN_PLAIN: asked(drawn, [""]),
     }
+
+
+def _drawn(bank: Bank, prompts: Sequence[str]) -> list[Point]:
+    """A point of each prompt's image, with little enough noise to show what the image is."""
+    canvas, points = bank.canvas, []
+    for number, (prompt, x0) in enumerate(zip(prompts, bank.images(prompts), strict=True)):
+        t = canvas.objective.timesteps(torch.tensor([SEEN * canvas.share]))
+        noise = torch.randn(x0.shape, generator=generator(0, "verdict image", number))
+        noisy = canvas.objective.add_noise(x0[None], noise[None], t)[0]
+        target = canvas.objective.target(x0[None], noise[None], t)[0]
+        points.append(Point(noisy, t[0], prompt, canvas.geometry, target=target))
+    return points
 
 
 @lru_cache(maxsize=1)
@@ -116,8 +137,17 @@ def _neutral() -> tuple[str, ...]:
 
 def neutral_prompts(nouns: Sequence[str | None], count: int = OTHERS) -> list[str]:
     """The first `count` prompts of the shipped list that name none of a run's nouns."""
+    return _without(nouns, _neutral())[:count]
+
+
+def known_prompts(nouns: Sequence[str | None], listed: Sequence[str]) -> list[str]:
+    """Prompts that name none of a run's nouns, from a base's own list, or else of the shipped one."""
+    return (_without(nouns, listed) or neutral_prompts(nouns))[:DRAWINGS]
+
+
+def _without(nouns: Sequence[str | None], prompts: Sequence[str]) -> list[str]:
     words = {word for noun in nouns if noun for word in _words(noun)}
-    return [prompt for prompt in _neutral() if not words & _words(prompt)][:count]
+    return [prompt for prompt in prompts if not words & _words(prompt)]
 
 
 def _words(text: str) -> set[str]:

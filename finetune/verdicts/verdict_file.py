@@ -57,6 +57,7 @@ def missing(rows: Sequence[Row]) -> list[str]:
         "class_drift": classless,
         "takeover": classless,
         "empty_class": f"{classless}, or an older version measured it",
+        "forgotten": "the run is too short for its time to pay for it, or an older version measured it",
     }
     return [
         f"“{kind.title}” was not measured: {reasons.get(name, 'the run has nothing to measure it with')}."

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -227,3 +228,20 @@ def test_entries_that_were_read_hold_no_map_and_no_file(family: Family, photos: 
     assert str(tmp_path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
     opened = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     assert not [file for file in opened if file.startswith(str(tmp_path))]
+
+
+def test_a_photo_that_changes_before_it_is_encoded_does_not_take_its_old_entry(
+    family: Family, photos: Path, tmp_path: Path
+) -> None:
+    """Between scan and cache a run draws class images, for an hour. An entry of other content under the photo's hash
+    would be read by every later run with that photo."""
+    wanted = all_views(photos)[:1]
+    file = wanted[0].photo.path
+    before = file.read_bytes()
+    Image.new("RGB", wanted[0].photo.size, "red").save(file)
+    with pytest.raises(BadInput, match=f"{file.name} changed since it was first read"):
+        LatentCache(tmp_path, "base").fill(family, wanted)
+    file.write_bytes(before)
+    cache = LatentCache(tmp_path, "base")
+    cache.fill(family, wanted)
+    assert torch.equal(cache.latents(wanted[0]).mean, family.codec.encode(wanted[0].pixels()[None]).mean[0])

@@ -7,6 +7,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from finetune.core.events import Event, StepDone
 from finetune.core.files import cache_dir, sha256
 from finetune.core.parallel import mapped
 from finetune.core.signals import Stop
-from finetune.data import set_rows
+from finetune.data import set_rows, tables
 from finetune.data.captions import Words
-from finetune.data.photos import scan
+from finetune.data.photos import BadImage, photo_of, scan
 from finetune.data.settings import Data, hub_id
 from finetune.data.sources.data_set import chosen_split, split_of
 from finetune.data.sources.hub_data_set import Hub
@@ -366,3 +367,23 @@ def test_too_little_memory_is_not_told_as_a_set_that_is_not_there(monkeypatch: p
     monkeypatch.setattr(datasets, "load_dataset_builder", full)
     with pytest.raises(MemoryError):
         Hub().named(Path("hf:owner/name"))
+
+
+def test_rows_are_read_again_once_their_format_can_be(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until pillow-heif is installed, as the message says; the scan from before is not taken for it."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    file = write_parquet(photos, tmp_path / "set.parquet")
+
+    def unread(path: Path, content: bytes) -> Any:
+        if path.name == "row 1":
+            raise BadImage(path, "HEIC, which needs a package: `pip install pillow-heif`")
+        return photo_of(path, content)
+
+    monkeypatch.setattr(tables, "photo_of", unread)
+    assert len(scanned(photos=file, skip_bad=True).photos) == 2
+    monkeypatch.setattr(tables, "photo_of", photo_of)
+    assert len(scanned(photos=file, skip_bad=True).photos) == 2
+    monkeypatch.setattr(metadata, "version", lambda package: "9.9")
+    assert len(scanned(photos=file).photos) == 3

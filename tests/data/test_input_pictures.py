@@ -235,3 +235,21 @@ def test_batches_carry_extra_inputs_and_lose_both_together(
     noisy = torch.randn(12, 4, 16, 16)
     assert torch.equal(whole.concat_conditioning(noisy), torch.cat([noisy, whole.extra], 1))
     assert Batches(sampler, cache).micro(0, 0).extra is None
+
+
+def test_photos_of_one_content_keep_their_own_depth(companions: Path, tiny_bases: dict[str, Path]) -> None:
+    """Two copies of a photo with different maps: the second one had the first one's."""
+    (companions / "0-copy.png").write_bytes((companions / "0.png").read_bytes())
+    upside = Image.fromarray(np.flipud(open_values(companions / "0.depth.png")).astype(np.uint16))
+    upside.save(companions / "0-copy.depth.png")
+    _, inputs, seen = made("depth", companions, tiny_bases)
+    pair = {view.photo.path.name: inputs.extra(view, SampleKey(0, 0, 0), None) for view in seen if not view.flip}  # type: ignore[arg-type]
+    assert not torch.equal(pair["0.png"], pair["0-copy.png"])
+
+
+def test_a_depth_map_that_changed_is_not_taken_for_the_first(companions: Path, tiny_bases: dict[str, Path]) -> None:
+    _, inputs, seen = made("depth", companions, tiny_bases)
+    file = companions / f"{seen[0].photo.path.stem}.depth.png"
+    Image.fromarray(np.flipud(open_values(file)).astype(np.uint16)).save(file)
+    with pytest.raises(BadInput, match=r"depth\.png changed since it was first read"):
+        inputs.extra(seen[0], SampleKey(0, 0, 0), None)  # type: ignore[arg-type]

@@ -19,14 +19,14 @@ from finetune.data.photos import Photo, scan, scan_lenient
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are read, in a cache of the test, where files may be as young as they are."""
     names: list[str] = []
-    content = photos._content
+    content = photos.image_bytes
 
     def noted(file: Path) -> bytes:
         names.append(file.name)
         return content(file)
 
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(photos, "_content", noted)
+    monkeypatch.setattr(photos, "image_bytes", noted)
     monkeypatch.setattr(known_photos, "YOUNG", 0.0)
     return names
 

@@ -315,3 +315,18 @@ def test_a_later_run_in_this_process_has_the_mask_as_it_is_then(photos: Path) ->
         (crop,) = make_crops(found[0], (40, 40), "center", 1, False, 0)
         held.append(Masks(find_masks(photos, found, "auto"), 8, 0.0).fill([crop]).mask(crop))
     assert torch.allclose(held[0] + held[1], torch.ones(1, 5, 5), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["0.mask.png", "0.png"])
+def test_a_mask_that_changes_during_a_run_is_refused(photos: Path, name: str) -> None:
+    """The run's record says what it was when the run began; class images are drawn before it is read again."""
+    photo = Image.new("RGB", (48, 40), "red")
+    photo.putalpha(half((48, 40)))
+    (photo if name == "0.png" else half((48, 40))).save(photos / name)
+    found = scan(photos)
+    (crop,) = make_crops(found[0], (40, 40), "center", 1, False, 0)
+    masks = Masks(find_masks(photos, found, "auto"), 8, 0.0)
+    changed = Image.new("RGBA" if name == "0.png" else "L", (48, 40), "white")
+    changed.save(photos / name)
+    with pytest.raises(BadInput, match=rf"{name} changed since it was first read"):
+        masks.fill([crop])

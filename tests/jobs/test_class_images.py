@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from finetune.config.load import parse_recipe
 from finetune.core.errors import BadInput
 from finetune.core.files import sha256
 from finetune.core.processes import ALONE, Processes
@@ -20,6 +22,9 @@ from finetune.data.photos import scan
 from finetune.families.source import load_family
 from finetune.jobs import class_sets
 from finetune.jobs.class_sets import ClassSet, check_set, class_images, seed_of
+from finetune.jobs.prepare import Prepared, other_set, prepare
+from finetune.jobs.prepare import class_sets as made_sets
+from finetune.jobs.verdicts import _drawn_by
 from finetune.training.priors.class_images import ClassImages
 
 SMALL = ClassImages(count=5, batch_size=2, steps=2, guidance=2.0)
@@ -195,3 +200,64 @@ def test_the_bases_that_are_drawn_otherwise_say_so(tiny_bases: dict[str, Path]) 
     assert said["sd1"].particulars("") == said["flux"].particulars("") == {}
     assert said["sdxl"].particulars("") == {"empty_negative": "zeros"}
     assert said["sdxl"].particulars("ugly") == {}
+
+
+def sets_of(base: Path, photos: Path, without: Sequence[str] = (), **run: Any) -> Prepared:
+    prior = {"kind": "class_images", "count": 1, "others": {"count": 1, "prompts": ["a car"]}}
+    chosen = {"source": str(base), "without": list(without)}
+    values = {"base": chosen, "prior": prior, "run": {"steps": 1} | run}
+    method, optim = {"kind": "lora", "rank": 2}, {"kind": "adamw", "lr": 1e-3}
+    data = {"photos": str(photos), "class_noun": "mug", "token": "zwx"}
+    return prepare(parse_recipe(values | {"data": data, "method": method, "optim": optim}))
+
+
+def folders_of(job: Prepared) -> list[Path]:
+    others = other_set(job)
+    assert others is not None
+    return [wanted.folder for wanted in (*made_sets(job), others)]
+
+
+def test_what_another_precision_draws_is_another_set(tiny_bases: dict[str, Path], photos: Path) -> None:
+    """A run in fp32 took what a run in bf16 had drawn: its result told which of them was first."""
+    fp32, bf16 = (sets_of(tiny_bases["sd1"], photos, precision=name) for name in ("fp32", "bf16"))
+    assert not set(folders_of(fp32)) & set(folders_of(bf16))
+    assert made_sets(bf16)[0].made_of["precision"] == "bf16"
+
+
+def test_what_a_base_without_a_part_draws_is_another_set(tiny_bases: dict[str, Path], photos: Path) -> None:
+    """SD3 without T5 reads other prompts, and is measured at other points."""
+    whole = sets_of(tiny_bases["sd3"], photos)
+    less = sets_of(tiny_bases["sd3"], photos, ["text_encoder_3"])
+    assert (whole.family.left_out, less.family.left_out) == ([], ["text_encoder_3"])
+    assert not set(folders_of(whole)) & set(folders_of(less))
+    assert _drawn_by(whole) != _drawn_by(less)
+
+
+def test_a_manifest_of_a_version_without_precisions_is_taken(tmp_path: Path) -> None:
+    """Such a set may have been drawn in any."""
+    own = SMALL.model_copy(update={"folder": tmp_path})
+    wanted = [ClassSet(own, "mug", 32, "hash", precision=name) for name in ("fp32", "bf16")]
+    older = {key: value for key, value in wanted[0].made_of.items() if key != "precision"} | {"pictures": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(older), encoding="utf-8")
+    for one in wanted:
+        check_set(one)
+    (tmp_path / "manifest.json").write_text(json.dumps(wanted[0].made_of | {"pictures": {}}), encoding="utf-8")
+    check_set(wanted[0])
+    with pytest.raises(BadInput, match=r"another precision \('fp32' there, 'bf16' now\)"):
+        check_set(wanted[1])
+
+
+def test_the_manifest_keeps_what_another_run_drew_meanwhile(
+    tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the larger set's hashes, nobody would see that its images were changed."""
+    folder, real = tmp_path / "set", class_sets.draw
+
+    def meanwhile(*given: Any, **more: Any) -> Any:
+        monkeypatch.setattr(class_sets, "draw", real)
+        make(tiny_bases["sd1"], folder)
+        return real(*given, **more)
+
+    monkeypatch.setattr(class_sets, "draw", meanwhile)
+    make(tiny_bases["sd1"], folder, SMALL.model_copy(update={"count": 1}))
+    assert len(json.loads((folder / "manifest.json").read_text())["pictures"]) == 5

@@ -22,15 +22,18 @@ from finetune.data.batches import Batches
 from finetune.data.crops import make_crops
 from finetune.data.photos import scan
 from finetune.data.samplers import Sample, ShuffleSampler
+from finetune.evaluation.prompts_file import Called
 from finetune.jobs import train as job
 from finetune.jobs.class_sets import ClassSet, class_images
+from finetune.jobs.dataset import held_out_photos
+from finetune.jobs.evaluated import Trained, photos_trained_on
 from finetune.jobs.fit import fit_job
 from finetune.jobs.pins import in_order, inputs_of
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import Prepared, prepare
 from finetune.jobs.run_record import record_of
 from finetune.runs.folder import RunFolder
-from finetune.runs.inputs import changes
+from finetune.runs.inputs import InputsRecord, changes, write_inputs
 from finetune.runs.plan import plan_rows
 from finetune.training.accelerate import make_accelerator
 from finetune.training.priors.class_images import ClassImages
@@ -288,3 +291,20 @@ def test_a_photo_of_two_subjects_keeps_its_place_in_each(
     renamed = prepare(parse_recipe(two(tiny_bases["sd1"], photos, balls)))
     found = inputs_of(in_order(renamed, recorded))
     assert changes(recorded, found) == []
+
+
+def test_photos_that_are_held_out_of_one_subject_were_not_trained_on(
+    tiny_bases: dict[str, Path], photos: Path, balls: Path, tmp_path: Path
+) -> None:
+    """Both have a photo 0.png: `finetune evaluate` tells them apart by their subject."""
+    held_out, run = {"hold_out": 1}, {"steps": 2, "verdicts": "on"}
+    looked = prepare(parse_recipe(two(tiny_bases["sd1"], photos, balls, data=held_out, run=run)))
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    (folder.path / "recipe.yaml").touch()
+    folder.write_info(record_of(looked))
+    write_inputs(folder.path, InputsRecord(inputs=inputs_of(looked)))
+    source = Trained(folder.path, "run", Called("zwx", "mug"), "")
+    unseen = held_out_photos(looked)
+    for number, photo in enumerate(looked.photos):
+        assert photos_trained_on(source, [photo.digest]) == (number not in unseen)

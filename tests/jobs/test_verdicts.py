@@ -20,7 +20,7 @@ from finetune.jobs.export import export_result
 from finetune.jobs.fit import fit_job
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import prepare
-from finetune.jobs.verdicts import best_step, make_watch
+from finetune.jobs.verdicts import _bank, best_step, make_watch
 from finetune.runs.folder import RunFolder
 from finetune.runs.plan import plan_rows, shared_rows
 from finetune.testing.kill import killed_at
@@ -245,3 +245,21 @@ def test_the_plan_says_that_nothing_is_measured(tiny_bases: dict[str, Path], pho
     short, off = (plan(prepare(recipe_of(tiny_bases["sd1"], photos, run=own))) for own in ({}, {"verdicts": "off"}))
     assert "too short" in plan_rows(short)["verdicts"]
     assert plan_rows(off)["verdicts"] == "none: run.verdicts is off"
+
+
+def test_drawings_of_a_new_word_are_not_those_of_another_initialiser(
+    tiny_bases: dict[str, Path], photos: Path
+) -> None:
+    """Without a class noun the word itself is drawn. `<zwx>` that begins as a mug is another word than as a car."""
+    sections = {
+        "base": str(tiny_bases["sd1"]),
+        "data": {"photos": str(photos), "token": "zwx", "templates": ["a {token}"]},
+        "prior": {"kind": "none"},
+        "optim": {"kind": "adamw"},
+        "run": {"steps": 4},
+    }
+    made_by = [
+        _bank(prepare(parse_recipe({**sections, "method": {"kind": kind, "init": word}})), lambda points: []).made_by
+        for kind, word in (("textual_inversion", "mug"), ("textual_inversion", "car"), ("pivotal", "mug"))
+    ]
+    assert made_by[0] == made_by[2] != made_by[1]

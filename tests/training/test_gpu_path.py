@@ -3,10 +3,12 @@ a thread, recordings of a step. What they count on a device is in `fake_device_s
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +54,28 @@ def folders(path: Path, *names: str) -> list[Path]:
     for folder in made:
         folder.mkdir()
     return made
+
+
+# --- readings
+
+
+def test_a_gradient_that_no_loss_scale_mends_is_a_bad_step() -> None:
+    """With fp16 each such step is skipped: without an end, the run would change no weight to its last step."""
+    accelerator: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=1, scaler=None)
+    accelerator.scaler = scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(1))
+    held, loss, broken = readings.Readings(accelerator), torch.tensor(0.5), torch.tensor(float("nan"))
+    for step in range(1, 100):
+        found = held.bad(held.rows(step, loss, broken, 0))
+        if found is not None:
+            break
+        scaler.update(scaler.get_scale() / 2)
+    assert found is not None
+    assert (found.step, found.loss, math.isnan(found.norm or 0)) == (28, 0.5, True)
+    assert held.bad(readings.Readings(accelerator).rows(1, loss, torch.tensor(1.0), 0)) is None
+    lost = held.bad(readings.Readings(accelerator).rows(1, broken, torch.tensor(1.0), 0))
+    assert lost is not None
+    assert lost.norm is None
 
 
 # --- ahead

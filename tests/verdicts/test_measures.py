@@ -20,9 +20,9 @@ from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.testing.contract import attached, train_a_little
 from finetune.verdicts.bank import Bank, Canvas
-from finetune.verdicts.base import CLASS, ELSEWHERE, PHOTOS, SUBJECT, Look, share_of_way
+from finetune.verdicts.base import CLASS, DRAWN, ELSEWHERE, PHOTOS, SUBJECT, Look, share_of_way
 from finetune.verdicts.points import Point, Predictor, of_batch
-from finetune.verdicts.probe import BaseProbe, Material, make_sets, neutral_prompts
+from finetune.verdicts.probe import BaseProbe, Material, known_prompts, make_sets, neutral_prompts
 from finetune.verdicts.registry import MEASURES
 
 SIDE = 32
@@ -54,7 +54,8 @@ def probe_of(family: Family, cache: Path, word: str = "zwx", classes: bool = Tru
     bank = Bank(predict, Canvas(shape, SIDE, objective, family.timestep_fraction), "tiny", cache)
     pairs: Sequence[tuple[str | None, str]] = [("a mug" if classes else None, f"a {word} mug")]
     photos = [photo_points(family, seed, word) for seed in (0, 1)]
-    material = Material(photos[0], photos[1], pairs, ["a red car", "a blue fish"])
+    others = ["a red car", "a blue fish"]
+    material = Material(photos[0], photos[1], pairs, others, others)
     return BaseProbe(predict, make_sets(material, bank))
 
 
@@ -73,7 +74,7 @@ def test_nothing_has_moved_before_training_and_the_right_things_after(
     moved = {measure for measure, value in probe.values().items() if value != 0}
     assert {"learned", "held_out", "overfit"} <= moved
     only_the_word = kind == "textual_inversion"  # no other prompt has it, so nothing else can move
-    drifts = {"class_drift", "elsewhere", "empty_class", "empty_prompt", "takeover"}
+    drifts = {"class_drift", "elsewhere", "empty_class", "empty_prompt", "forgotten", "takeover"}
     assert bool(moved & drifts) != only_the_word
 
 
@@ -102,8 +103,8 @@ def test_the_measures_are_their_formulas(tiny_bases: dict[str, Path], tmp_path: 
     def effect(name: str) -> torch.Tensor:
         return does(name, True).square().mean()
 
-    def close(name: str, value: torch.Tensor) -> None:
-        assert found[name] == pytest.approx(float(value), rel=2e-3, abs=1e-6)
+    def close(name: str, value: torch.Tensor, off: float = 1e-6) -> None:
+        assert found[name] == pytest.approx(float(value), rel=2e-3, abs=off)
 
     changed = {name: does(name, False) - does(name, True) for name in (CLASS, ELSEWHERE)}
     for measure, name in (("class_drift", CLASS), ("elsewhere", ELSEWHERE)):
@@ -118,6 +119,14 @@ def test_the_measures_are_their_formulas(tiny_bases: dict[str, Path], tmp_path: 
     target = torch.stack([point.target for point in probe.sets[PHOTOS]])  # type: ignore[misc]
     better = [(outputs(PHOTOS, base) - target).square().mean() for base in (True, False)]
     close("learned", (better[0] - better[1]) / effect(PHOTOS))
+    images = torch.stack([point.target for point in probe.sets[DRAWN]])  # type: ignore[misc]
+    told = []
+    for base in (True, False):
+        wrong = [(outputs(DRAWN, base, prompt) - images).double() for prompt in ("", None)]
+        told.append((wrong[0].square() - wrong[1].square()).mean())
+    least = 1e-3 * (outputs(DRAWN, True, "") - images).square().mean()
+    # a base with random weights has no use of prompts, so the unit is a thousandth of its loss
+    close("forgotten", (told[0] - told[1]) / max(told[0], least), off=1e-5)
     assert found["overfit"] == pytest.approx(found["learned"] - found["held_out"])
 
 
@@ -139,6 +148,12 @@ def test_neutral_prompts_name_no_noun_of_the_run() -> None:
     assert not any("man's" in prompt for prompt in neutral_prompts(["man"], 100))
     assert not any("mountains" in prompt for prompt in neutral_prompts(["mountain"], 100))
     assert neutral_prompts(["toy in a box on the shelf of a shop"], 100) == every
+
+
+def test_a_base_is_asked_with_prompts_of_its_own_list() -> None:
+    listed = ["a red mug", "a blue fish", *(f"a green car {number}" for number in range(20))]
+    assert known_prompts(["mug"], listed) == listed[1:9]
+    assert known_prompts(["fish", "car"], ["a blue fish"]) == neutral_prompts(["fish", "car"])  # nothing is left of it
 
 
 def test_a_share_of_the_way() -> None:

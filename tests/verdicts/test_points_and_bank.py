@@ -18,7 +18,7 @@ from finetune.objectives.densities import Uniform
 from finetune.objectives.registry import build_objective
 from finetune.objectives.schedule import FlowSchedule, Schedule
 from finetune.objectives.settings import ObjectiveSettings
-from finetune.verdicts.bank import LEVELS, Bank, Canvas
+from finetune.verdicts.bank import LEVELS, WHOLE, Bank, Canvas
 from finetune.verdicts.points import Point, Predictor, asked, loss, squared_distance
 
 PLACE = Geometry((16, 16), (0, 0), (16, 16))
@@ -114,6 +114,21 @@ def test_a_drawing_is_the_way_to_the_image(prediction: str, tmp_path: Path) -> N
         start = first.noisy / objective.add_noise(none, torch.ones_like(none), first.t[None])[0]
         assert torch.nn.functional.cosine_similarity(start.flatten(), noise.flatten(), dim=0) > 0.99
     assert not torch.equal(points[0][0].noisy, points[2][0].noisy)  # the same prompt again has other noise
+
+
+@pytest.mark.parametrize("prediction", SCHEDULES)
+def test_a_whole_drawing_is_the_image(prediction: str, tmp_path: Path) -> None:
+    objective = build_objective(UNIFORM, SCHEDULES[prediction])
+    image = torch.rand(4, 4, 4, generator=torch.Generator().manual_seed(2))
+    model = Exact(objective, image)
+    bank = Bank(model, Canvas((4, 4, 4), 32, objective), "base", tmp_path)
+    (found,) = bank.images(["a cat"])
+    assert torch.allclose(found, image, atol=1e-4)
+    assert model.calls == WHOLE
+    assert torch.equal(bank.images(["a cat"])[0], found)
+    assert model.calls == WHOLE  # the stored one
+    bank.drawings(["a cat"])
+    assert model.calls == WHOLE + LEVELS - 1  # another entry than the beginning of a drawing
 
 
 def test_drawings_are_stored_and_made_again_when_damaged(tmp_path: Path) -> None:

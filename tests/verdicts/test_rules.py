@@ -14,7 +14,17 @@ from finetune.config.load import load_recipe
 from finetune.core.events import Measured
 from finetune.training.settings import Run
 from finetune.verdicts.advice import Means, means_of
-from finetune.verdicts.due import FIRST, OFTEN, POINTS, SHARE, TRAINED, due_steps, samples_in_step
+from finetune.verdicts.due import (
+    DRAWN,
+    FIRST,
+    OFTEN,
+    POINTS,
+    SHARE,
+    TRAINED,
+    asks_drawings,
+    due_steps,
+    samples_in_step,
+)
 from finetune.verdicts.rows import Row, VerdictsFile, read_rows, writable
 from finetune.verdicts.rules import (
     DAMAGED,
@@ -30,7 +40,7 @@ from finetune.verdicts.rules import (
     score,
 )  # fmt: skip
 
-NONE = dict.fromkeys(("class_drift", "takeover", "elsewhere", "empty_class", "empty_prompt"), 0.0)
+NONE = dict.fromkeys(("class_drift", "takeover", "elsewhere", "forgotten", "empty_class", "empty_prompt"), 0.0)
 
 
 def row(step: int, learned: float, held_out: float, **drifts: float) -> Row:
@@ -53,6 +63,7 @@ BEGIN = row(0, 0, 0)
         ([row(50, 1.6, 1.5, class_drift=1.5)], DRIFTED),
         ([row(50, 1.6, 1.5, takeover=1.5)], DRIFTED),
         ([row(50, 1.6, 1.5, elsewhere=1.5)], DAMAGED),
+        ([row(50, 1.6, 1.5, forgotten=1.1)], DAMAGED),
         ([row(50, 1.6, 1.5, empty_class=1.1)], DAMAGED),
         ([row(50, 1.6, 1.5, empty_prompt=1.1, class_drift=2.0)], DAMAGED),
     ],
@@ -129,10 +140,13 @@ def test_a_run_without_a_class_is_judged_by_the_rest() -> None:
 def test_measuring_costs_at_most_its_share() -> None:
     for steps, samples in ((500, 4), (800, 2), (3000, 1), (100_000, 8)):
         due = due_steps(Run(steps=steps), samples)
-        assert len(due) * POINTS + FIRST <= SHARE * TRAINED * steps * samples
+        more = DRAWN * asks_drawings(Run(steps=steps), samples)
+        assert len(due) * (POINTS + more) + FIRST + more <= SHARE * TRAINED * steps * samples
         assert 3 <= len(due) <= OFTEN
         assert due[-1] == steps
     assert due_steps(Run(steps=4), 4) == []  # too short
+    assert [asks_drawings(Run(steps=steps), 2) for steps in (800, 1000)] == [False, True]
+    assert asks_drawings(Run(steps=30, keep_best=True), 1)
     assert len(due_steps(Run(steps=30, verdicts="on"), 1)) == OFTEN
     assert len(due_steps(Run(steps=30, keep_best=True), 1)) == OFTEN
     assert due_steps(Run(steps=7, verdicts_every=3), 1) == [3, 6, 7]

@@ -21,7 +21,7 @@ from finetune.core.rng import SampleKey
 from finetune.data.cache import Cache
 from finetune.data.conditioning.base import Choices, Inputs, companions, unit
 from finetune.data.crops import Crop
-from finetune.data.photos import Photo, open_values
+from finetune.data.photos import Photo, open_values, values_of
 from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
 
@@ -36,13 +36,13 @@ class Depth(Inputs):
         self.maps = companions(photos, self.kind, "depth")
         for found in self.maps.values():
             check_depth(found.path)
-        self.entries: dict[str, Tensor] = {}
+        self.entries: dict[Crop, Tensor] = {}  # not by key: photos of one content may have different maps
 
     def extra(self, crop: Crop, key: SampleKey, cache: Cache) -> Tensor:
         """Returns the depth of the crop, [1, h, w] float32 in [-1, 1]."""
-        if crop.key not in self.entries:
-            self.entries[crop.key] = scaled(self._cut(crop), self.factor)
-        return self.entries[crop.key]
+        if crop not in self.entries:
+            self.entries[crop] = scaled(self._cut(crop), self.factor)
+        return self.entries[crop]
 
     def files(self, photo: Photo) -> dict[str, Path]:
         return {"depth map": self.maps[photo.path].path}
@@ -95,4 +95,4 @@ def scaled(depth: Tensor, factor: int) -> Tensor:
 @lru_cache(maxsize=1)
 def _resized(photo: Photo, size: tuple[int, int]) -> Image.Image:
     """Resized as floats, because depth can have 16 bits, with a filter that does not overshoot at edges."""
-    return Image.fromarray(open_values(photo.path)).resize(size, Image.Resampling.BILINEAR)
+    return Image.fromarray(values_of(photo.path, photo.content())).resize(size, Image.Resampling.BILINEAR)
