@@ -41,7 +41,7 @@ def inspect_adapter(path: Path, base: str | None = None) -> Inspection:
     if path.is_dir():
         return inspect_folder(path, base)
     if not path.is_file():
-        raise BadInput(f"there is no file {path}: give a .safetensors file or a PEFT folder")
+        raise BadInput(f"there is no file or folder {path}: give a .safetensors file or a PEFT folder")
     if path.suffix != ".safetensors":
         raise BadInput(f"{path} is not a .safetensors file: other kinds are refused because they can run code")
     keys = keys_of(path)

@@ -11,6 +11,7 @@ from finetune.cli.adapters import BaseOption
 from finetune.cli.output import loud
 from finetune.core.errors import BadInput, CheckFailed
 from finetune.core.reading import read_utf8
+from finetune.families.toy import TINY
 
 recipes_app = typer.Typer(
     name="recipes",
@@ -77,7 +78,9 @@ def tokens_suggest(
     from finetune.data import meanings, tokens
     from finetune.families.source import load_family
 
-    for token in tokens.suggest(load_family(base), count, class_noun):
+    found = tokens.suggest(load_family(base), count, class_noun)
+    _say_base(base)
+    for token in found:
         measured = f"prior strength {token.strength:.3f}  embedding moved by {token.distance:.2f}"
         ends = meanings.pieces().get(token.text)
         typer.echo(f"{token.text:<6} rank {token.rank:.3f}  {measured}{f'  (the end of: {ends})' if ends else ''}")
@@ -93,6 +96,7 @@ def tokens_check(
     from finetune.families.source import load_family
 
     found = tokens.check(load_family(base), token, class_noun)
+    _say_base(base)
     measured = (
         f"; prior strength {found.strength:.3f}, embedding moved by {found.distance:.2f}" if found.single else ""
     )
@@ -101,3 +105,9 @@ def tokens_check(
         raise CheckFailed(
             f"{token!r} is not a good rare token: `finetune tokens suggest --base {base}` finds better ones"
         )
+
+
+def _say_base(base: str) -> None:
+    """To stderr, as notes are. Nobody who left --base out means the toy: another base reads other words."""
+    own = ", the toy of this package: give the base that you train on with --base" if base == TINY else ""
+    typer.echo(f"for the base {base}{own}", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 from pathlib import Path
 
 LONGEST = 300  # characters of another program's message inside ours
@@ -47,7 +48,7 @@ class Stopped(BaseException):  # not a KeyboardInterrupt: typer would handle tha
     """A signal (SIGINT or SIGTERM) with this `number` stopped the run in folder `path`. The run can be resumed."""
 
     def __init__(self, path: Path, number: int) -> None:
-        super().__init__(f"stopped; go on with: finetune resume {path}")
+        super().__init__(f"stopped; go on with: finetune resume {shlex.quote(str(path))}")
         self.number = number
 
 

@@ -154,7 +154,18 @@ def summarise(captioned: Sequence[Captioned], words: Words) -> str:
             "from them, and what they show becomes part of every prompt: write {token} into the caption files, or set "
             "data.trigger to words that are added to them, such as data.trigger='in {token} style'"
         )
-    return summary + _without_token(captioned, words)
+    return summary + _without_token(captioned, words) + _without_trigger(captioned, words)
+
+
+def _without_trigger(captioned: Sequence[Captioned], words: Words) -> str:
+    """A warning of a trigger that is in no caption: the run would learn nothing by it."""
+    trigger = words.fill(words.trigger).strip(" ,;:")
+    if not trigger or any(trigger in text for item in captioned for text in item.captions):
+        return ""
+    return (
+        f"; WARNING: data.trigger adds {trigger!r} to no caption, since all have the token already: leave {{token}} "
+        "out of data.templates and of the caption files"
+    )
 
 
 def _some(names: Sequence[str]) -> str:

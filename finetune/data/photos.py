@@ -115,8 +115,10 @@ def image_files(folder: Path) -> list[Path]:
     """Returns the image files of a folder, sorted by name, without hidden files, masks and companions.
 
     Raises:
-        BadInput: there is no such folder.
+        BadInput: there is no such folder, or it is a file.
     """
+    if folder.is_file():
+        raise BadInput(f"{folder} is a file: give the folder that holds the photos", path=folder)
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}: give the folder that holds the photos", path=folder)
     entries = (file for file in folder.iterdir() if not file.name.startswith("."))

@@ -5,6 +5,7 @@ They come from mask files, or from small copies of the photos (`finetune.data.sa
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +21,19 @@ MOST = 24  # photos: of more none is looked at
 SMALL = 0.06  # of a photo's area: training at 512 pixels shows such a subject with about 125
 WHITE = 127  # of 255: from here on a mask says subject
 NAMED = 5  # photos
+FEWEST = 3  # photos of a subject
+ARTICLE = re.compile(r"(an?|the|my)\s", re.IGNORECASE)
 
 
 def photo_hints(recipe: Recipe) -> list[str]:
-    """A line about each photo that `finetune data crop` or `finetune data mask` would help; [] if none is known.
+    """What a first run often gets wrong, and a line about each photo that `finetune data crop` or `finetune data mask`
+    would help; [] if none is known.
 
     Nothing is said of photos that are not in a folder of their own, or of more than 24.
     """
-    found = []
     square = recipe.data.shape == "square" and recipe.data.crop == "center"
     try:
+        found = _subject_hints(recipe)
         files = [file for subject in recipe.data.all_subjects for file in _files(subject.photos)]
     except (BadInput, OSError):  # the run itself says what is wrong with them
         return []
@@ -40,6 +44,21 @@ def photo_hints(recipe: Recipe) -> list[str]:
             found += _said(file.name, box, _size(file), square, masked=marked is not None)
     more = [f"and {len(found) - NAMED} more"] if len(found) > NAMED else []
     return found[:NAMED] + more
+
+
+def _subject_hints(recipe: Recipe) -> list[str]:
+    """What a first run often gets wrong: an article in the class noun, and one or two photos."""
+    said = []
+    for subject in recipe.data.all_subjects:
+        article = ARTICLE.match(subject.class_noun or "")
+        if article:
+            said.append(f"data.class_noun is {subject.class_noun!r}: leave {article[1]!r} out, prompts have an 'a'")
+        count = len(_files(subject.photos)) if recipe.data.thing == "subject" else FEWEST
+        if 0 < count < FEWEST:
+            said.append(
+                f"{count} photo{'s' * (count > 1)} of {subject.photos.name}: take three to ten, in other places"
+            )
+    return said
 
 
 def _files(photos: Path) -> list[Path]:

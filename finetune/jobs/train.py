@@ -132,9 +132,19 @@ def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Pat
         folder = RunFolder(path)
         job = in_first_order(job, path, joined())
         refuse_other_inputs(job, joined())
-        held = folder.held(recipe) if main else nullcontext()
+        pins = Pins(path, hooks.accept_changes)
+        held = _held(recipe, job, folder, pins) if main else nullcontext()
         with Signals(hooks.stop), held, followed(folder, accelerator, recipe, hooks):
-            return _stages(job, folder, accelerator, hooks)
+            return _stages(job, folder, accelerator, hooks, pins)
+
+
+@contextmanager
+def _held(recipe: Recipe, job: Prepared, folder: RunFolder, pins: Pins) -> Iterator[None]:
+    """Locks the folder. A run that is refused because of its inputs keeps its recipe and its status."""
+    with folder.held(recipe):
+        pins.check(job, folder.checkpoints.newest_step())
+        folder.write_recipe(recipe)
+        yield
 
 
 def _check_machine(recipe: Recipe, accelerator: Accelerator, run_dir: Path | None) -> None:
@@ -175,11 +185,9 @@ def _begun(run_dir: Path | None) -> bool:
     return run_dir is not None and is_run(run_dir)
 
 
-def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks) -> Path:
+def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Hooks, pins: Pins) -> Path:
     recipe = job.recipe
-    pins = Pins(folder.path, hooks.accept_changes)
     if accelerator.is_main_process:
-        pins.check(job, folder.checkpoints.newest_step())
         info = record_of(job).model_copy(update={"started": started(folder)})
         folder.write_info(info)
         keep_photos(folder.path, info, [job.photos[index] for index in listed_photos(job)])

@@ -62,7 +62,7 @@ def _meanings(rows: Sequence[Row]) -> str:
 
 def _meaning(name: str, values: Mapping[str, float]) -> str:
     value = values.get(name)
-    number = "" if value is None else f"{value:.2f}" if abs(value) < BROKEN else "no number"
+    number = "" if value is None else f"{value:z.2f}" if abs(value) < BROKEN else "no number"
     limit = limit_of(name)
     beyond = limit is not None and value is not None and limit.broken_by(name, values)
     said = "" if limit is None else f"{'at least' if limit.least else 'at most'} {limit.value:g}"

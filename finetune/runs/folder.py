@@ -139,6 +139,7 @@ class RunFolder:
     def held(self, recipe: Recipe) -> Iterator[None]:
         """Creates the folder, or uses an existing one of the same recipe, and locks it inside the block.
 
+        A run that was begun keeps its own recipe until `write_recipe`: its inputs may still be refused.
         The operating system releases the lock when the process ends, even if it is killed.
 
         Raises:
@@ -156,8 +157,12 @@ class RunFolder:
             name = f"process {os.getpid()} on {platform.node()}\n"
             write_text(self.path / HOLDER, name)
             sweep(self.path)
-            write_text(self.path / "recipe.yaml", f"{SCHEMA_LINE}{SCHEMA}\n{dump_recipe(recipe)}")
+            if not (self.path / "recipe.yaml").is_file():
+                self.write_recipe(recipe)
             yield
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        write_text(self.path / "recipe.yaml", f"{SCHEMA_LINE}{SCHEMA}\n{dump_recipe(recipe)}")
 
     def _lock(self) -> AbstractContextManager[object]:
         lock = FileLock(self.path / "run.lock", fallback_to_soft=False, preserve_lock_file=True)
@@ -324,6 +329,10 @@ def _curve(recipe: Recipe) -> dict[str, Any]:
 
 
 def _advice(old: Recipe, changed: list[str]) -> str:
+    if changed == ["run.steps"]:
+        return (
+            f"a run can only become longer: give at least {old.run.steps}, or choose another folder with run.dir=PATH"
+        )
     if changed != ["optim.schedule_steps"]:
         return "undo the change, or choose another folder with run.dir=PATH"
     span = _curve(old)["optim.schedule_steps"]

@@ -174,7 +174,7 @@ def in_short(values: Mapping[str, float]) -> str:
         "empty_class": "empty as class",
         "empty_prompt": "empty as subject",
     }
-    return ", ".join(f"{text} {values[name]:.2f}" for name, text in names.items() if name in values)
+    return ", ".join(f"{text} {values[name]:z.2f}" for name, text in names.items() if name in values)
 
 
 def _sentence(found: Sequence[str], values: Mapping[str, float], limits: Limits, thing: str) -> str:

@@ -135,6 +135,7 @@ def test_tokens_are_suggested_and_checked(finetune: Command) -> None:
     found = finetune("tokens", "suggest", "-n", "2")
     assert found.returncode == 0, found.stderr
     assert len(found.stdout.splitlines()) == 2
+    assert "for the base tiny, the toy" in found.stderr  # which nobody named
     best = found.stdout.split()[0]
     assert finetune("tokens", "check", best).returncode == 0
     bad = finetune("tokens", "check", "mug")

@@ -79,6 +79,8 @@ def test_the_short_way_trains_the_folder_that_was_named(
     ("typed", "said"),
     [
         ("run.step=10", "there is no setting 'run.step'; did you mean 'run.steps'?"),
+        ("lr=0.01", "there is no setting 'lr'; did you mean 'optim.lr'?"),
+        ("steps=30", "there is no setting 'steps'; did you mean 'run.steps' or 'prior.steps' or 'sample.steps'?"),
         ("run.steps=0", "run.steps is 0: give at least 1"),
     ],
 )

@@ -68,6 +68,17 @@ def test_captions_in_another_encoding_are_named(photos: Path, name: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("template", "warned"),
+    [("a photo of {token} {noun}", True), ("a {noun}", False), ("a {token}, in {token} style", False)],
+)
+def test_a_trigger_that_no_caption_takes_is_a_warning(photos: Path, template: str, warned: bool) -> None:
+    """The plan of such a run said to write "in sks style" in prompts, which it had never seen."""
+    words = Words("sks", "mug", "in {token} style")
+    found = caption_photos(scan(photos), captions="templates", templates=[template], words=words)
+    assert ("'in sks style' to no caption" in summarise(found, words)) is warned
+
+
+@pytest.mark.parametrize(
     ("text", "trained", "plain"),
     [
         ("two desks", "two desks sks", "two desks"),

@@ -44,6 +44,18 @@ def test_each_photo_concerned_gets_a_line(folder: Path) -> None:
     assert [line.split(":")[0] for line in hints(folder, "data.shape=buckets")] == ["c.png"]
 
 
+def test_an_article_and_too_few_photos_are_named(folder: Path) -> None:
+    """One photo was trained on a thousand times, and "a dog" was drawn as "a photo of a a dog", without a word."""
+    for name in ("b.jpg", "c.png", "d.png"):
+        (folder / name).unlink()
+    assert hints(folder) == ["2 photos of set: take three to ten, in other places"]
+    article, few = hints(folder, "data.class_noun=a dog")
+    assert article.startswith("data.class_noun is 'a dog': leave 'a' out")
+    assert few.startswith("2 photos")
+    (folder / "e.jpg").unlink()
+    assert hints(folder, "data.class_noun=ant") == ["1 photo of set: take three to ten, in other places"]
+
+
 def test_a_mask_decides(folder: Path) -> None:
     Image.new("L", (360, 240), 255).save(folder / "b.mask.png")
     (folder / "masks").mkdir()

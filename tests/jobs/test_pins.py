@@ -13,12 +13,13 @@ from PIL import Image
 from test_train import LORA, settings
 
 from finetune.cli.main import run as command
-from finetune.config.load import parse_recipe
+from finetune.config.load import load_recipe, parse_recipe
 from finetune.core.errors import BadInput
 from finetune.families.digests import base_files, forget_hashes
 from finetune.jobs import pins
 from finetune.jobs import train as job
 from finetune.runs import inputs
+from finetune.runs.folder import RunFolder
 from finetune.runs.inputs import read_inputs
 from finetune.testing.kill import killed_at
 
@@ -115,6 +116,20 @@ def test_a_change_is_refused_by_name_and_nothing_is_written_over(name: str, plac
     assert "--accept-changes" in str(refused.value)
     assert (run / "inputs.json").read_bytes() == kept["inputs.json"]
     assert (run / "metrics.jsonl").read_bytes() == kept["metrics.jsonl"]
+
+
+def test_a_refused_start_leaves_recipe_and_status_of_the_run(place: Path) -> None:
+    """A mistyped folder stayed in RUN/recipe.yaml: the run could not be resumed any more, and was called failed."""
+    run = place / "stopped"
+    shutil.copytree(place / "photos", place / "others" / "photos")
+    edit(place / "others")
+    kept = {file: (run / file).read_bytes() for file in ("recipe.yaml", "status.json", "inputs.json")}
+    overrides = [f"run.dir={run}", "run.steps=6", f"data.photos={place / 'others' / 'photos'}"]
+    with pytest.raises(BadInput, match=r"the photo 1\.png is not the same image"):
+        job.train(load_recipe(str(run / "recipe.yaml"), overrides))
+    assert {file: (run / file).read_bytes() for file in kept} == kept
+    job.resume(run)
+    assert RunFolder(run).recipe.run.steps == 4
 
 
 def test_another_package_is_refused_by_name(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

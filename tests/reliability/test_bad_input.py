@@ -33,7 +33,7 @@ def photos_folder_missing(place: Place) -> list[str]:
     return place.train("data.photos=/nowhere")
 
 
-@case("there is no folder", "0.png")
+@case("0.png is a file", "give the folder that holds the photos")
 def photos_folder_is_a_file(place: Place) -> list[str]:
     return place.train(f"data.photos={place.photos / '0.png'}")
 

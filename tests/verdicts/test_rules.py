@@ -35,6 +35,7 @@ from finetune.verdicts.rules import (
     OVERTRAINED,
     UNDERTRAINED,
     best_row,
+    in_short,
     judged,
     score,
 )  # fmt: skip
@@ -255,3 +256,7 @@ def test_a_style_is_called_a_style() -> None:
     assert "what prompts without the style's words draw changed too" in said
     assert "subject" not in said
     assert judged([Row(10, {"learned": 4.0})], means=Means(thing="style")).sentence.startswith("The style was learned")
+
+
+def test_nothing_is_not_written_as_minus_nothing() -> None:
+    assert in_short({"learned": -0.001, "elsewhere": -0.1}) == "learned 0.00, elsewhere -0.10"
