@@ -18,16 +18,26 @@ TABLE = "prompts.csv"
 COLUMNS = ("file", "prompt", "group")
 CLASS_PROMPT = "a photo of a {noun}"
 PLACEHOLDER = re.compile(r"\{\s*[\w-]*\s*\}")
+BOTH = "{token} {noun}"
 MOST = 10_000  # prompts in a file, rows in a table: more is a slip
 
 
 @dataclass(frozen=True)
 class Called:
-    """The words of one subject: its token and class noun, or the words that call a style."""
+    """The words of one subject: its token and class noun, or the words that call a style.
+
+    `alone`: it was trained with the token in place of the noun, as new words are, so prompts have no noun behind it.
+    """
 
     token: str = ""
     noun: str = ""
     style: str = ""
+    alone: bool = False
+
+    @property
+    def words(self) -> str:
+        """What calls it in a prompt."""
+        return self.style or (self.token if self.alone else f"{self.token} {self.noun}".strip())
 
     def prompt(self, template: str) -> Prompt:
         """A template with its words, and the same without the token or the style's words.
@@ -39,7 +49,7 @@ class Called:
         for name, word in words.items():
             if name in template and not word:
                 raise BadInput(f"the prompt {template!r} has {name}, which is not known here: write the word itself")
-        text = template
+        text = template.replace(BOTH, "{token}") if self.alone else template
         for name, word in words.items():
             text = text.replace(name, word)
         left = PLACEHOLDER.search(text)
@@ -48,7 +58,9 @@ class Called:
         return Prompt(text, self.plain(text))
 
     def plain(self, text: str) -> str:
-        """A prompt without the style's words or the token."""
+        """A prompt without the style's words or the token. The noun stands in place of a token without one."""
+        if self.alone and self.noun:
+            return text.replace(f"{self.token} {self.noun}", self.noun).replace(self.token, self.noun)
         shorter = without_trigger(text, self.style) if self.style else None
         shorter = (without_trigger(text, self.token) if self.token else None) if shorter is None else shorter
         return text if shorter is None else shorter

@@ -17,7 +17,6 @@ from finetune.families.registry import FAMILIES
 from finetune.families.source import resolve_base
 from finetune.runs.exports import read_exports
 from finetune.runs.folder import RunFolder
-from finetune.runs.record import RunRecord
 
 
 def write_companions(folder: RunFolder) -> None:
@@ -61,7 +60,7 @@ def _card(folder: RunFolder) -> Card:
     return Card(
         title=recipe.run.name if whole or recipe.method.is_adapter else f"{recipe.run.name}-lora",
         trigger=info.trigger,
-        activation=(_called(info, Path(word).stem) if words else info).trigger,
+        activation=info.trigger.replace(info.token, Path(word).stem) if words else info.trigger,
         loading=loading,
         family=info.family,
         base=public_name(recipe.base.source),
@@ -72,11 +71,6 @@ def _card(folder: RunFolder) -> Card:
         files=[_line(item) for item in listed],
         lora=_for_diffusers(listed, info.family),
     )
-
-
-def _called(info: RunRecord, token: str) -> RunRecord:
-    """The record with another token."""
-    return info.model_copy(update={"token": token, "style": info.style.replace(info.token, token)})
 
 
 def _line(item: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from finetune.jobs.images import name_cut_prompts
 from finetune.jobs.open import base_to_draw, open_result
 from finetune.runs.folder import RunFolder, is_run
 from finetune.runs.inputs import read_inputs
-from finetune.runs.record import RunRecord
+from finetune.runs.record import RecordedSubject, RunRecord
 from finetune.sampling.draw import check_sampling, draw
 from finetune.sampling.images import parameters, save_image
 from finetune.sampling.settings import Sampling
@@ -92,17 +92,20 @@ def find_source(path: Path, words: ToldWords, base: str | None, step: int | None
 def _called_by(info: RunRecord, words: ToldWords, path: Path) -> Called:
     """By a run's record; the token chooses one of several subjects."""
     _refuse_inputs(path, info.reads)
-    known = [(item.token, item.class_noun or "", item.style) for item in info.subjects]
-    known = known or [(info.token, info.class_noun or "", info.style)]
+    subjects: list[RunRecord | RecordedSubject] = [*info.subjects] or [info]
+    known = [
+        (item.token, item.class_noun or "", item.style, trained == item.token)
+        for item, trained in zip(subjects, info.names, strict=True)
+    ]
     if len(known) > 1:
         known = [item for item in known if item[0] == words.token]
         if not known:
             tokens = ", ".join(item.token for item in info.subjects)
             raise BadInput(f"{path} learned several subjects: choose one with --token ({tokens})")
-    token, noun, style = known[0]
+    token, noun, style, alone = known[0]
     if not token:
         raise BadInput(f"{path} does not say its token (run.json is missing or older): restore the run's own run.json")
-    return Called(token, noun, style.lstrip(" ,;:"))
+    return Called(token, noun, style.lstrip(" ,;:"), alone and bool(noun))
 
 
 def _called_in(path: Path, metadata: dict[str, str], words: ToldWords) -> Called:
@@ -124,7 +127,7 @@ def _called_in(path: Path, metadata: dict[str, str], words: ToldWords) -> Called
         missing = " and ".join(["--token"] * (not token) + ["--class-noun"] * (not noun))
         said = f"says only {phrase!r}" if phrase else "has no trigger phrase"
         raise BadInput(f"the header of {path} {said}: say what its subject is called with {missing}")
-    return Called(token, noun)
+    return Called(token, noun, alone=phrase == token)
 
 
 def _digest_of(folder: RunFolder, step: int | None) -> str:
@@ -232,6 +235,7 @@ def _about(source: Trained, family: Family, info: RunRecord, sampling: Sampling,
         "token": source.called.token,
         "class_noun": source.called.noun,
         "style": source.called.style,
+        "words": source.called.words,
         "dtype": dtype,
         "sampling": settings,
     }

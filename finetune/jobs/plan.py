@@ -90,6 +90,7 @@ def _subjects(job: Prepared) -> list[PlannedSubject]:
             photos=len(found.photos),
             captions=found.summary,
             style=found.trigger,
+            words=found.words,
             warning="" if own_word or settings.token == "auto" else _known(job, found.token),
         )
         for found, settings in named

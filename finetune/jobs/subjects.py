@@ -20,6 +20,7 @@ from finetune.data.settings import Data, SubjectSettings
 from finetune.data.sources.base import SourceOptions
 from finetune.data.sources.registry import open_source
 from finetune.data.tables import Table, TableFacts
+from finetune.data.trained_words import trained_words
 from finetune.families.base import Family
 from finetune.jobs.stored_tokens import suggested
 
@@ -64,6 +65,11 @@ class Subject:
     def photos(self) -> list[Photo]:
         """The photos, in the order of their captions."""
         return [item.photo for item in self.captioned]
+
+    @property
+    def words(self) -> str:
+        """What calls it in its captions, such as "zwx mug" or "<zwx>"."""
+        return trained_words(self.token, self.noun, (text for item in self.captioned for text in item.captions))
 
     def fill(self, prompt: str) -> str:
         """Returns a prompt with {token} and {noun} filled in."""

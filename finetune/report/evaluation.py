@@ -177,7 +177,7 @@ def _told(source: Mapping[str, Any]) -> str:
     if source["kind"] == "images":
         return f"{images}, as they were in the folder"
     sampling = source["sampling"]
-    words = source["style"] or f"{source['token']} {source['class_noun']}"
+    words = source.get("words") or source["style"] or f"{source['token']} {source['class_noun']}"  # older: no words
     step = "" if source["step"] is None else f", step {source['step']}"
     base, trained = source["base_hash"][:16], source["digest"][:16]
     return (

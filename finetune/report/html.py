@@ -31,10 +31,11 @@ POLICY = (
     "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
 )
 
-CHECK = {  # whether it is a style -> what to look at
-    False: "Check three things: the subject looks like the photos; it is where the prompt puts it; the class without "
-    "the token still looks as before.",
-    True: "Check three things: with the style's words, images look like the drawings; they still show what the prompt "
+CHECK = {  # what was learned -> what to look at
+    "word": "Check two things: the subject looks like the photos; it is where the prompt puts it.",
+    "subject": "Check three things: the subject looks like the photos; it is where the prompt puts it; the class "
+    "without the token still looks as before.",
+    "style": "Check three things: with the style's words, images look like the drawings; they still show what the prompt "
     "says; prompts without these words look as before.",
 }
 
@@ -248,9 +249,16 @@ def _before_after(folder: RunFolder, info: RunRecord, step: int | None, linked: 
     click = " Click an image for its full size." if linked else ""
     return (
         f"<h2>Before and after</h2><p class=soft>The same prompts at the same seeds. {escape(_how_drawn(folder))}{click} "
-        f"{CHECK[info.is_style]}</p>"
+        f"{_check(info)}</p>"
         f"<div class=card>{''.join(rows)}</div>"
     )
+
+
+def _check(info: RunRecord) -> str:
+    """What to look at in the images: the class without the token only where a prompt has none."""
+    tokens = [subject.token for subject in info.subjects] or [info.token]
+    plain = any(not any(token and token in prompt for token in tokens) for prompt in info.prompts)
+    return CHECK["style" if info.is_style else "subject" if plain else "word"]
 
 
 def _drawn_from(folder: Path, run: Path) -> str:

@@ -23,8 +23,9 @@ class Record(BaseModel):
 class PlannedSubject(Record):
     """One subject of the plan. `captions` is a sentence about where its captions come from.
 
-    `style`: the words that call a style, such as "in zwx style"; empty for other subjects. `warning`: what the base
-    may know by a token that the user chose; empty if nothing.
+    `style`: the words that call a style, such as "in zwx style"; empty for other subjects. `words`: those that call
+    it in its captions, such as "zwx mug"; empty in an older record. `warning`: what the base may know by a token that
+    the user chose; empty if nothing.
     """
 
     token: str
@@ -32,6 +33,7 @@ class PlannedSubject(Record):
     photos: int
     captions: str
     style: str = ""
+    words: str = ""
     warning: str = ""
 
     @property
@@ -41,7 +43,8 @@ class PlannedSubject(Record):
             return (
                 f"{self.token} (a style: write {self.style!r} in prompts, as {with_trigger('a house', self.style)!r})"
             )
-        return f"{self.token} (class noun: {self.noun or 'none'})"
+        alone = f"; write {self.words!r} alone in prompts" if self.noun and self.words == self.token else ""
+        return f"{self.token} (class noun: {self.noun or 'none'}{alone})"
 
 
 class Cut(Record):

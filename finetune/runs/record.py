@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from finetune.core.files import public_name, write_json
 from finetune.core.reading import BadText, read_json
 from finetune.core.records import Values, migrated
 from finetune.data.captions import with_trigger, without_trigger
+from finetune.data.trained_words import trained_words
 from finetune.runs.plan import Plan, PlanRows, Record, shared_rows
 
 SCHEMA = 1
@@ -67,10 +69,19 @@ class RunRecord(Record):
 
     @property
     def names(self) -> list[str]:
-        """The words for each subject in a prompt, such as "zwx mug", or "in zwx style"."""
-        called = [(subject.style, subject.token, subject.class_noun) for subject in self.subjects]
-        called = called or [(self.style, self.token, self.class_noun)]
-        return [style.lstrip(" ,;:") or " ".join(text for text in pair if text) for style, *pair in called]
+        """The words for each subject in a prompt, as its captions have them: "zwx mug", "<zwx>", or "in zwx style"."""
+        called: list[RunRecord | RecordedSubject] = [*self.subjects] or [self]
+        return [
+            each.style.lstrip(" ,;:") or trained_words(each.token, each.class_noun, captions)
+            for each, captions in zip(called, self._captions_by_subject(), strict=True)
+        ]
+
+    def _captions_by_subject(self) -> list[list[str]]:
+        """The captions of each subject's photos, as far as they are listed."""
+        counts = [each.photos if each.listed is None else each.listed for each in self.subjects]
+        ends = [*accumulate(counts)] or [len(self.captions)]
+        parts = (self.captions[start:end] for start, end in zip([0, *ends], ends, strict=False))
+        return [[text for texts in part for text in texts] for part in parts]
 
     @property
     def count(self) -> int:

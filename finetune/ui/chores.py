@@ -114,9 +114,7 @@ def plan_run(given: Mapping[str, Any]) -> Any:
 def _in_words(plan: Any, recipe: Any) -> list[str]:
     """The plan as sentences."""
     photos = sum(subject.photos for subject in plan.subjects)
-    called = " and ".join(
-        subject.style or f"{subject.token} {subject.noun or ''}".strip() for subject in plan.subjects
-    )
+    called = " and ".join(subject.style or subject.words for subject in plan.subjects)
     kind = "drawings" if plan.subjects[0].style else "photos"
     words = [f"It learns “{called}” from {photos} {kind}. Write these words in a prompt to get it."]
     words.append(

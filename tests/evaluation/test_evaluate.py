@@ -307,6 +307,18 @@ def test_the_prompts_are_25_of_each_kind_and_fill_in() -> None:
     assert prompts_for(Called(style="in zwx style")) == "style"
 
 
+def test_a_word_that_was_trained_in_place_of_the_noun_is_asked_for_so() -> None:
+    called = Called("<zwx>", "dog", alone=True)
+    for text in templates(None, "live"):
+        prompt = called.prompt(text)
+        assert "<zwx>" in prompt.text
+        assert "<zwx> dog" not in prompt.text
+        assert prompt.plain == Called("zwx", "dog").prompt(text).plain
+    own = called.prompt("a photo of {token} in snow")
+    assert (own.text, own.plain) == ("a photo of <zwx> in snow", "a photo of dog in snow")
+    assert (called.words, Called("zwx", "dog").words) == ("<zwx>", "zwx dog")
+
+
 def test_one_photo_is_enough_and_has_no_number_among_photos(place: Path, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     shutil.copy(place / "photos" / "0.png", tmp_path / "one")

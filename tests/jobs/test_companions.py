@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from finetune import load_recipe, train
 from finetune.cli.main import run as command
 from finetune.export.card import Card, licence_of, model_card
 from finetune.families.source import load_family
+from finetune.jobs.evaluated import ToldWords, find_source
 from finetune.jobs.open import open_result
 from finetune.jobs.previews import from_file
 from finetune.runs.folder import RunFolder
@@ -218,3 +220,21 @@ def test_an_older_run_still_opens_and_is_exported_under_the_new_names(
     assert command(["export", str(run), "--to", "kohya", "--verify", "off"])[0] == 0
     now = {item["format"]: item["path"] for item in json.loads((run / "exports.json").read_text())}
     assert now == {"kohya": "exports/mine.safetensors", "peft": "exports/mine-peft"}
+
+
+def test_a_new_word_in_place_of_the_noun_is_called_by_that_word_alone(runs: Callable[[str], Path]) -> None:
+    """The captions of these recipes have the token and no noun, though the run knows the noun."""
+    run = runs("pivotal")
+    info = RunFolder(run).info
+    word = info.token
+    assert (info.class_noun, info.trigger) == ("mug", word)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert f"<h1>“{escape(word)}”</h1>" in page
+    assert f"Write <b>{escape(word)}</b> in a prompt" in page
+    assert f"{escape(word)} mug" not in page.split("Before and after")[0]
+    card = (run / "exports" / "README.md").read_text(encoding="utf-8")
+    assert f"Write `{word}` in a prompt" in card
+    with safe_open(run / "exports" / "mine.safetensors", "pt") as opened:
+        assert opened.metadata()["modelspec.trigger_phrase"] == word
+    called = find_source(run, ToldWords(None, None), None, None, 1.0).called
+    assert called.prompt("a {token} {noun} in snow").text == f"a {word} in snow"

@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Path:
             Image.new("RGB", (16, 16), (prompt * 90, 10, 10)).save(file)
     info = {
         "token": "zwx", "class_noun": "<b>mug</b>", "family": "sd1", "base": "tiny", "resolution": 64,
-        "prompts": ["a photo of zwx mug", "a & b"], "captions": [["a photo of zwx mug"]], "photos": [],
+        "prompts": ["a photo of zwx mug", "a & b"], "captions": [["a photo of zwx <b>mug</b>"]], "photos": [],
         "plan": {"steps": "2 of 1"},
     }  # fmt: skip
     (tmp_path / "run.json").write_text(json.dumps(info))
@@ -163,3 +163,12 @@ def test_the_verdict_is_a_sentence_and_curves(run: Path) -> None:
 def test_a_damaged_verdicts_file_leaves_the_section_out(run: Path) -> None:
     (run / "verdicts.jsonl").write_bytes(b"\x00\xff\n{\n")
     assert "The verdict" not in write_report(run).read_text(encoding="utf-8")
+
+
+def test_the_page_asks_to_look_at_the_class_where_a_prompt_shows_it(run: Path) -> None:
+    assert "Check three things" in write_report(run).read_text(encoding="utf-8")
+    info = json.loads((run / "run.json").read_text()) | {"prompts": ["a photo of zwx", "zwx on the beach"]}
+    (run / "run.json").write_text(json.dumps(info))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "Check two things" in page
+    assert "the class without the token" not in page

@@ -140,3 +140,23 @@ def test_what_is_no_record_is_refused_by_name(text: str, fault: str, tmp_path: P
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(BadInput, match=fault):
         write_report(tmp_path)
+
+
+def test_a_runs_words_are_those_of_its_captions_and_older_records_have_theirs() -> None:
+    assert record().trigger == "zwx mug"
+    assert record(captions=[]).trigger == "zwx mug"
+    assert record(token="<zwx>", captions=[["a photo of <zwx>", "a picture of <zwx>"]]).trigger == "<zwx>"
+    assert record(captions=[["zwx mug"]], style=", in zwx style").trigger == "in zwx style"
+    two = [
+        RecordedSubject(token="vtx", class_noun="dog", photos=1),
+        RecordedSubject(token="zwx", class_noun="mug", photos=9, listed=2),
+    ]
+    captions = [["vtx dog"], ["zwx in snow"], ["zwx, a mug"]]
+    assert record(subjects=two, captions=captions).names == ["vtx dog", "zwx"]
+    assert PlannedSubject(token="zwx", noun="mug", photos=1, captions="", words="zwx mug").called == (
+        "zwx (class noun: mug)"
+    )
+    assert (
+        "write '<zwx>' alone in prompts"
+        in PlannedSubject(token="<zwx>", noun="mug", photos=1, captions="", words="<zwx>").called
+    )
