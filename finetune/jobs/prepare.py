@@ -33,7 +33,7 @@ from finetune.jobs.refusals import (
     refuse_useless,
 )
 from finetune.jobs.subjects import Subject, caption_subjects, emphasis, refuse_unclear, scan_subjects
-from finetune.jobs.words import refuse_words
+from finetune.jobs.words import refuse_given_words, refuse_words
 from finetune.objectives.registry import build_objective
 from finetune.sampling.draw import check_sampling
 from finetune.sampling.given import DrawnFrom, Given, open_given
@@ -196,6 +196,8 @@ def prepare(recipe: Recipe, device: torch.device | str = "cpu", begun: bool = Fa
     Raises:
         BadInput: the photos, captions, base or token can't be used, or a setting has no effect with this base.
     """
+    if not begun:
+        refuse_given_words(recipe)
     scanned = scan_subjects(recipe.data)
     images = recipe.prior.class_images
     refuse_hold_out(recipe, scanned, begun)

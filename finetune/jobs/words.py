@@ -22,12 +22,19 @@ def refuse_words(recipe: Recipe, family: Family, subjects: Sequence[Subject]) ->
     """Raises: BadInput: a token, a class noun, a template or a prompt that would not say what was meant."""
     own_word = "embedding" in recipe.method.artifacts
     for subject in subjects:
-        _refuse_names(subject)
+        _refuse_names(subject.token, subject.noun or "")
         if not own_word:
             _refuse_special(family, subject.token)
     if own_word:
         _refuse_templates_without_token(recipe, subjects)
     _refuse_unknown(recipe, subjects)
+
+
+def refuse_given_words(recipe: Recipe) -> None:
+    """Raises: BadInput: a token that was given can't be used, whatever the base is: known before the base is read."""
+    if "embedding" not in recipe.method.artifacts:
+        for subject in recipe.data.all_subjects:
+            _refuse_names("" if subject.token == "auto" else subject.token, subject.class_noun or "")
 
 
 def filled_prompts(prompts: Sequence[str], record: RunRecord) -> list[str]:
@@ -51,12 +58,11 @@ def _filled(prompt: str, token: str, noun: str | None) -> str:
     return prompt
 
 
-def _refuse_names(subject: Subject) -> None:
-    token, noun = subject.token, subject.noun or ""
+def _refuse_names(token: str, noun: str) -> None:
     for key, word in (("token", token), ("class_noun", noun)):
         if PLACEHOLDER.search(word):
             raise BadInput(f"data.{key} is {word!r}: write the word itself, without braces")
-    if token.lower() == noun.lower():
+    if noun and token.lower() == noun.lower():
         raise BadInput(
             f"data.token and data.class_noun are both {noun!r}, so that the class would become the subject: give "
             "another token, or leave it out (auto)"

@@ -116,3 +116,14 @@ def test_a_run_fills_in_its_words() -> None:
 def test_a_prompt_with_nothing_to_fill_in(prompt: str, record: RunRecord, said: str) -> None:
     with pytest.raises(BadInput, match=said):
         filled_prompts([prompt], record)
+
+
+def test_a_token_that_is_the_noun_is_refused_before_the_base_is_read(photos: Path) -> None:
+    nowhere = Path("/nowhere/base")
+    with pytest.raises(BadInput, match="both 'mug'"):
+        job(nowhere, photos, data={"token": "Mug"})
+    for data in ({"class_noun": "auto"}, {"token": "zwx"}):
+        with pytest.raises(BadInput, match="/nowhere/base"):
+            job(nowhere, photos, data=data)
+    with pytest.raises(BadInput, match="/nowhere/base"):  # <mug> is a word of its own
+        job(nowhere, photos, INVERSION, data={"token": "mug"})
