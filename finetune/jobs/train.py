@@ -5,6 +5,7 @@ The stages are here; what lies between plan and trained weights is in `jobs/fit.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import threading
 from collections.abc import Iterator
@@ -49,6 +50,8 @@ from finetune.runs.plan import plan_lines
 from finetune.training.accelerate import make_accelerator
 from finetune.training.peers import joined, together
 
+FINISHED = "nothing is left to train, all {steps} steps are done: exports and page are written and checked again"
+LONGER = "; for more steps: finetune train {run}/recipe.yaml run.dir={run} run.steps=N"
 _RUNNING = threading.Lock()
 
 
@@ -196,6 +199,7 @@ def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: H
     for line in plan_lines(plan(job)):
         hooks.say(line)
     if joined().from_first(accelerator.is_main_process and folder.finished(recipe.run.steps)):
+        hooks.say(f"{'note':>16}  {_finished(folder, recipe.run.steps)}")
         if accelerator.is_main_process:
             _load_result(job, folder)
     else:
@@ -204,6 +208,11 @@ def _stages(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: H
         _finish(job, folder, accelerator.device, hooks.say)
     joined().wait()
     return folder.path
+
+
+def _finished(folder: RunFolder, steps: int) -> str:
+    longer = LONGER.format(run=shlex.quote(str(folder.path))) if folder.can_be_longer else ""
+    return FINISHED.format(steps=steps) + longer
 
 
 def resume(

@@ -95,6 +95,17 @@ def test_a_finished_run_draws_again_what_it_drew(tiny_bases: dict[str, Path], ph
             assert held.tobytes() == image.tobytes()
 
 
+def test_resuming_a_finished_run_says_that_nothing_is_left(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    run = job.train(parse_recipe(settings(tiny_bases["sd1"], photos, LORA)), tmp_path / "run", said.append)
+    assert not any("nothing is left to train" in line for line in said)
+    job.resume(run, said.append)
+    (line,) = [line for line in said if "nothing is left to train" in line]
+    assert line.endswith(f"finetune train {run}/recipe.yaml run.dir={run} run.steps=N")
+
+
 def test_a_kill_while_pictures_are_drawn_leaves_no_short_set(
     tiny_bases: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
