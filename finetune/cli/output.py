@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,8 +36,15 @@ class Progress:
             self._show(event)
 
 
+TYPED = "finetune.typed"
+
+
 class PlainGroup(TyperGroup):
-    """Says in plain words what is wrong with an option: typer repeats pydantic's."""
+    """Says in plain words what is wrong with an option: typer repeats pydantic's, and knows no settings."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta.setdefault(TYPED, list(args))
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -46,6 +54,33 @@ class PlainGroup(TyperGroup):
                 fault = error.__cause__.errors(include_url=False)[0]
                 error.message = f"{str(fault['input'])[:80]!r}: {what_to_do(fault)}"
             raise
+        except Exception as error:
+            if type(error).__name__ == "NoSuchOption":  # click's, or that of typer's own copy of click
+                _name_settings(error, ctx.meta.get(TYPED, []))
+            raise
+
+
+def _name_settings(error: Any, typed: list[str]) -> None:
+    """Adds what to write to the refusal of an option whose name is that of a setting, as --steps for run.steps."""
+    params = error.ctx.command.params if error.ctx else []
+    if not any(param.name == "overrides" for param in params):
+        return
+    from finetune.config.wrong_values import settings_named
+
+    option = error.option_name
+    found = settings_named(option.lstrip("-").replace("-", "_"))
+    if found:
+        written = " or ".join(f"{name}={_value_of(option, typed)}" for name in found)
+        error.message, error.possibilities = f"there is no option {option}: write the setting, {written}", None
+
+
+def _value_of(option: str, typed: list[str]) -> str:
+    """What was typed for an option, quoted for a shell; VALUE where nothing was."""
+    for number, text in enumerate(typed):
+        following = [text[len(option) + 1 :]] if text.startswith(f"{option}=") else typed[number + 1 : number + 2]
+        if text.partition("=")[0] == option and following and not following[0].startswith("-"):
+            return shlex.quote(following[0])
+    return "VALUE"
 
 
 class ProgressBars:

@@ -82,17 +82,17 @@ def _instead(location: list[str], known: list[str], shown: list[str]) -> str:
         section = ".".join(shown)
         belongs = f"it belongs to {' and '.join(kinds)}. Leave it out, or give {section}.kind={kinds[0]}"
         return f" for {section}.kind={location[-2]}: {belongs}"
-    elsewhere = [] if shown else _sections_with(location[-1])
+    elsewhere = [] if shown else [repr(name) for name in settings_named(location[-1])]
     return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else f"; known are {', '.join(known)}"
 
 
-def _sections_with(name: str) -> list[str]:
-    """The settings of this name, each with its section: of `steps` run.steps and others, the run's first."""
+def settings_named(name: str) -> list[str]:
+    """Returns the settings of this name, each with its section: of `steps` run.steps and others, the run's first."""
     sections = ["run", *(section for section in Recipe.model_fields if section not in ("run", "profile"))]
     having = [
         section for section in sections if any(name in form.model_fields for form in sections_at(Recipe, section))
     ]
-    return [repr(f"{section}.{name}") for section in having]
+    return [f"{section}.{name}" for section in having]
 
 
 def _kinds_with(location: list[str]) -> list[str]:
