@@ -65,12 +65,14 @@ def plan(
     from finetune.config.load import load_recipe
 
     checked = load_recipe(recipe, overrides or [])  # reports a mistake at once, before the heavy imports
+    from finetune.config.placeholders import borrowed_words
     from finetune.jobs.estimate import report
     from finetune.jobs.hints import photo_hints
 
     for name, value in report(checked).items():
         typer.echo(f"{name:>16}  {plain(str(value))}")
-    for hint in photo_hints(checked):
+    borrowed = borrowed_words(recipe, checked, overrides or []) if checked.data.photos.exists() else []
+    for hint in [*borrowed, *photo_hints(checked)]:
         typer.echo(f"{'hint':>16}  {plain(hint)}")
 
 

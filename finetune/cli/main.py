@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,19 +98,25 @@ def train(
 ) -> None:
     """Train a recipe from start to end. With run.dir=RUN, an interrupted run of the same recipe continues."""
     from finetune.config.load import load_recipe
+    from finetune.config.placeholders import borrowed_words, refuse_placeholder
 
     asked = load_recipe(recipe, [*(overrides or []), *_skipping(skip_bad)])
-    _train(asked, dry_run, processes, accept_changes=accept_changes)
+    refuse_placeholder(recipe, asked, overrides or [])
+    borrowed = borrowed_words(recipe, asked, overrides or [])
+    _train(asked, dry_run, processes, accept_changes=accept_changes, notes=borrowed)
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 def resume(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="a run folder")],
     photos: Annotated[Path | None, typer.Option(help="where the run's photos are now, if they moved")] = None,
     accept_changes: AcceptChanges = False,
     processes: ProcessCount = None,
 ) -> None:
     """Continue an interrupted run. The result is the same as without the interruption."""
+    if context.args:
+        raise BadInput(_no_other_settings(run, context.args))
     from finetune.jobs.nodes import recipe_to_resume
 
     recipe = recipe_to_resume(run, photos)
@@ -233,7 +241,12 @@ def doctor(
 
 
 def _train(
-    recipe: Recipe, dry_run: bool, processes: int | None, run: Path | None = None, accept_changes: bool = False
+    recipe: Recipe,
+    dry_run: bool,
+    processes: int | None,
+    run: Path | None = None,
+    accept_changes: bool = False,
+    notes: Sequence[str] = (),
 ) -> None:
     if processes:
         _launch_or_check(processes, dry_run)
@@ -241,21 +254,31 @@ def _train(
     loud()
     from finetune.families.toy import expectation
     from finetune.jobs import train as job
-    from finetune.jobs.hints import photo_hints
+    from finetune.jobs.hints import photo_hints, subject_hints
     from finetune.jobs.plan import plan
     from finetune.runs.plan import plan_lines
 
     if dry_run:
-        hints = [f"{'hint':>16}  {hint}" for hint in photo_hints(recipe)]
+        hints = [f"{'hint':>16}  {hint}" for hint in [*notes, *photo_hints(recipe)]]
         for line in plan_lines(plan(job.check_run(recipe, processes))) + hints:
             say(line)
         return
     tell = say if is_main_process() else _silent
+    for hint in [*notes, *subject_hints(recipe)] if run is None else []:
+        tell(f"{'hint':>16}  {hint}")
     path = job.train(recipe, run, tell, accept_changes=accept_changes)
     tell(f"done: look at {path}/report.html")
     expected = expectation(recipe.base.source, [subject.class_noun for subject in recipe.data.all_subjects])
     if expected:
         tell(f"note: {expected}")
+
+
+def _no_other_settings(run: Path, more: list[str]) -> str:
+    """Why `resume` takes nothing but the run's folder, and the command that does."""
+    if not all("=" in text for text in more):
+        return f"resume takes one run folder, and {more[0]!r:.200} is one too many: resume one run at a time"
+    words = shlex.join([f"{run}/recipe.yaml", f"run.dir={run}", *more])
+    return f"resume takes no settings, since it goes on with the run's own: use `finetune train {words}`"
 
 
 def _chosen_step(run: Path, text: str | None) -> int | None:

@@ -33,7 +33,7 @@ def photo_hints(recipe: Recipe) -> list[str]:
     """
     square = recipe.data.shape == "square" and recipe.data.crop == "center"
     try:
-        found = _subject_hints(recipe)
+        found = subject_hints(recipe)
         files = [file for subject in recipe.data.all_subjects for file in _files(subject.photos)]
     except (BadInput, OSError):  # the run itself says what is wrong with them
         return []
@@ -46,19 +46,26 @@ def photo_hints(recipe: Recipe) -> list[str]:
     return found[:NAMED] + more
 
 
-def _subject_hints(recipe: Recipe) -> list[str]:
-    """What a first run often gets wrong: an article in the class noun, and one or two photos."""
+def subject_hints(recipe: Recipe) -> list[str]:
+    """What a first run often gets wrong: an article in the class noun, and one or two photos. Opens no photo."""
     said = []
     for subject in recipe.data.all_subjects:
         article = ARTICLE.match(subject.class_noun or "")
         if article:
             said.append(f"data.class_noun is {subject.class_noun!r}: leave {article[1]!r} out, prompts have an 'a'")
-        count = len(_files(subject.photos)) if recipe.data.thing == "subject" else FEWEST
+        count = _count(subject.photos) if recipe.data.thing == "subject" else FEWEST
         if 0 < count < FEWEST:
             said.append(
                 f"{count} photo{'s' * (count > 1)} of {subject.photos.name}: take three to ten, in other places"
             )
     return said
+
+
+def _count(photos: Path) -> int:
+    try:
+        return len(_files(photos))
+    except (BadInput, OSError):  # the run itself says what is wrong with them
+        return 0
 
 
 def _files(photos: Path) -> list[Path]:

@@ -23,6 +23,7 @@ SHORT = (
 )  # fmt: skip
 PHASES = ("photos", "base", "before", "class images", "latents", "prompts", "training", "preview", "export kohya",
           "check kohya", "after")  # fmt: skip
+HINT = f"{'hint':>16}"
 NOISE = re.compile(r"LoRA keys|open an issue|it/s|Loading|Warning|gemm_4bit|peft_config", re.IGNORECASE)
 
 
@@ -126,3 +127,33 @@ def test_the_shell_completes_commands(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.stdout.split() == ["dreambooth"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (("dreambooth", "p", "--class-noun", "dog", "--steps", "30"), "write the setting, run.steps=30 or "),
+        (("train", "demo", "--lr=1e-3"), "write the setting, optim.lr=1e-3"),
+        (("train", "demo", "--batch-size", "--dry-run"), "run.batch_size=VALUE"),
+        (("train", "demo", "--dry"), "--dry-run"),
+        (("resume", "x", "--steps", "3"), "No such option: --steps"),
+    ],
+)
+def test_an_option_that_is_a_setting_is_told_as_one(
+    typed: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*typed])[0] == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_start_says_what_a_first_run_often_gets_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the base is read, so that the run can be stopped: here there is none."""
+    photos = write_photos(tmp_path / "photos")
+    for file in sorted(photos.iterdir())[1:]:
+        file.unlink()
+    typed = ["train", "dreambooth-lora", f"data.photos={photos}", "base=/nowhere/none"]
+    assert run([*typed, "data.class_noun=a mug"])[0] == 2
+    hints = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith(HINT)]
+    assert [hint.split(":")[0] for hint in hints] == ["data.class_noun is 'a mug'", "1 photo of photos"]
+    assert run(typed)[0] == 2
+    assert "data.class_noun is 'dog', which is the recipe's own example" in capsys.readouterr().out
