@@ -207,7 +207,7 @@ command("train_a_run_folder", "train", "{run}", words=("is a folder and no recip
 command("train_a_device", "train", "/dev/zero", words=("/dev/zero", "recipe"))
 command("train_on_no_processes", "train", "demo", "--processes", "-2", words=("--processes",))
 command("train_with_an_unknown_option", "train", "demo", "--dry", words=("--dry",))
-command("train_without_photos", "train", "dreambooth-lora", words=("data.photos is missing", "data.photos=FOLDER"))
+command("train_without_photos", "train", "style-lora", words=("data.photos is missing", "data.photos=FOLDER"))
 command(
     "train_the_noun_as_token_on_no_base", "train", "dreambooth-lora", "data.photos={photos}", "data.class_noun=dog",
     "data.token=Dog", "base=/nowhere", words=("data.token and data.class_noun are both 'dog'",),
@@ -216,7 +216,7 @@ command(
     "resume_with_a_setting", "resume", "{run}", "run.steps=16",
     words=("resume takes no settings", "finetune train", "recipe.yaml run.dir=", "run.steps=16"),
 )  # fmt: skip
-command("resume_two_runs", "resume", "{run}", "{path}", words=("resume takes one run folder", "one at a time"))
+command("resume_two_runs", "resume", "{run}", "{path}", words=("resume takes one run folder", "one run at a time"))
 command("dreambooth_nothing", "dreambooth", "", "--class-noun", "dog", words=("data.photos", "give a path"))
 command("dreambooth_nowhere", "dreambooth", "/nowhere", "--class-noun", "dog", words=("there is no folder /nowhere",))
 command("dreambooth_a_photo", "dreambooth", "{photos}/0.png", "--class-noun", "dog", words=("0.png",))
