@@ -76,7 +76,8 @@ def captioned(kinds: Sequence[str], each: int) -> list[Facts]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What is drawn of one model. `thing`: the words that call the subject, such as "zwx mug"."""
+    """What is drawn of one model. `thing`: the words that call the subject, as its captions have them:
+    "zwx mug", or a new word alone."""
 
     kind: str
     thing: str

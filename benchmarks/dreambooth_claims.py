@@ -144,7 +144,7 @@ def one_run(work: Path, of: tuple[str, int], case: Case, overrides: tuple[str, .
     drawn = folder / f"drawn-{case.weight:g}"
     if not (drawn / DONE).is_file():
         family, info = open_result(folder, weight=case.weight)
-        sets = Drawn(kind_of(subject), f"{info.token} {kind_of(subject)}", seed, family).sets()
+        sets = Drawn(kind_of(subject), info.names[0], seed, family).sets()
         save(sets, drawn)
         (drawn / DONE).write_text(json.dumps(copies(sets["own"], photos, family)), encoding="utf-8", newline="\n")
     row: Row = {"subject": subject, "seed": seed, "case": case.name, "overrides": shlex.join(overrides)}
