@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import platform
 import threading
-import time
 from typing import Any
 
 from finetune.core.launcher import LAST_WORDS, end_now
 
 BEAT = 2.0  # seconds between two signs of life
 GRACE = 15  # seconds for a process to end by itself once the run has failed elsewhere
+LEAVE = 5.0  # seconds for the store to answer what it was asked before the process ended
 
 
 def silence_allowed() -> float:
@@ -34,12 +35,25 @@ class Heartbeat:
         self._silent = [0.0] * world  # seconds
         self._beats = [b""] * world
         self._failing = 0.0
+        self._left = threading.Event()
 
     def start(self) -> None:
-        """Starts both threads, once all processes have given a sign; they end with the process."""
-        for work in (self._talk, self._guard):
-            threading.Thread(target=work, name="heartbeat", daemon=True).start()
+        """Starts both threads, once all processes have given a sign; they end with the process.
+
+        The one that talks is waited for: Python ends a thread that comes back from C++ code while the interpreter goes
+        down, and the store's code then aborts the process (SIGABRT at the end of a run that succeeded).
+        """
+        talking, guarding = (
+            threading.Thread(target=work, name="heartbeat", daemon=True) for work in (self._talk, self._guard)
+        )
+        talking.start()
+        guarding.start()
+        atexit.register(self._leave, talking)
         LAST_WORDS.append(self._say_why)
+
+    def _leave(self, talking: threading.Thread) -> None:
+        self._left.set()
+        talking.join(LEAVE)
 
     def begin(self, prefix: str) -> None:
         """A run begins: from now on the others must live."""
@@ -61,7 +75,7 @@ class Heartbeat:
 
     def _talk(self) -> None:
         number = 0
-        while True:
+        while not self._left.is_set():
             number += 1
             try:
                 self.sign(number)
@@ -69,7 +83,7 @@ class Heartbeat:
             except RuntimeError:  # the store is gone, with the process or the agent that held it
                 self.failure = self.failure or json.dumps(["lost", ""])
                 return
-            time.sleep(BEAT)
+            self._left.wait(BEAT)
 
     def _listen(self) -> None:
         beats = self.store.multi_get([f"finetune/beat/{other}" for other in range(self.world)])
@@ -81,8 +95,7 @@ class Heartbeat:
             self.failure = self.store.get(f"{prefix}/failed").decode()
 
     def _guard(self) -> None:
-        while True:
-            time.sleep(1)
+        while not self._left.wait(1):
             if self.prefix is None:
                 continue
             self._silent = [seconds + 1 for seconds in self._silent]

@@ -84,6 +84,6 @@ def test_a_sideways_photo_is_upright_when_it_is_small(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_plan_shows_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["plan", "dreambooth-lora", f"data.photos={folder}"])[0] == 0
+    assert run(["plan", "dreambooth-lora", f"data.photos={folder}", "data.class_noun=mug"])[0] == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("hint")]
     assert [line.split()[1] for line in lines] == ["b.jpg:", "c.png:"]

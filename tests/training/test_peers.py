@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -160,3 +162,24 @@ def test_a_process_alone_never_joins(left: dict[str, str], monkeypatch: pytest.M
         monkeypatch.setenv(name, value)
     assert joined().world == 1
     assert is_main_process()  # it says what it does
+
+
+ENDS_WHILE_IT_TALKS = """
+import time
+from datetime import timedelta
+from torch.distributed import TCPStore
+from finetune.training import heartbeat
+heartbeat.BEAT = 0
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+beats = heartbeat.Heartbeat(store, 0, 1)
+beats.sign()
+beats.start()
+while store.get("finetune/beat/0") == b"0":
+    time.sleep(0.01)
+"""
+
+
+def test_a_process_that_talks_while_it_ends_ends_without_an_error() -> None:
+    """Python ends a thread that is in C++ code when the interpreter goes down: the process was aborted by SIGABRT."""
+    done = subprocess.run([sys.executable, "-c", ENDS_WHILE_IT_TALKS], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
