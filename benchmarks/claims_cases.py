@@ -140,6 +140,8 @@ SMALL_LOGOS = (  # on cars with a moon
     _lora("two photos a step, 800 steps", "run.batch_size=2", "run.steps=800"),
     _lora("350 steps", "run.steps=350"),
     _lora("taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
+    _lora("taught by the base, weights .3 and .3", "prior.target=base", *_weights(0.3, 0.3, taught=True)),
+    _lora("taught by the base, a rate of 4e-3", "prior.target=base", *_weights(0.5, 0.5, taught=True), "optim.lr=4e-3"),
     _lora("masks, a floor of .2", "data.masks=auto", "data.mask_floor=0.2", masked=True),
 )
 FAULTS = (
