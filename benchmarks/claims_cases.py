@@ -147,7 +147,9 @@ SMALL_LOGOS = (  # on cars with a moon
     _lora("350 steps", "run.steps=350"),
     _lora("taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
     _lora("taught by the base, weights .3 and .3", "prior.target=base", *_weights(0.3, 0.3, taught=True)),
-    _lora("taught by the base, a rate of 4e-3", "prior.target=base", *_weights(0.5, 0.5, taught=True), "optim.lr=4e-3"),
+    _lora(
+        "taught by the base, a rate of 4e-3", "prior.target=base", *_weights(0.5, 0.5, taught=True), "optim.lr=4e-3"
+    ),
     _lora("six photos, half as many of the prior", "run.batch_size=6", *_half(0.6, 1.0)),
     _lora("half as many of the prior", *_half(0.6, 1.0)),
     _lora("masks, a floor of .2", "data.masks=auto", "data.mask_floor=0.2", masked=True),

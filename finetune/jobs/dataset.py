@@ -188,10 +188,12 @@ def make_batches(job: Prepared, streams: list[list[Sample]], cache: LatentCache)
 
 
 def _stream_shares(prior: PriorSettings, count: int) -> dict[int, float]:
-    """Stream -> its samples in a step for each photo. Class images come after the photos, everything else is last."""
+    """Stream -> its samples in a step for each photo. Class images come after the photos, everything else is last.
+    Empty for photos alone."""
     classes, others = prior.class_images, prior.others
-    shares = {1: classes.share} if classes is not None else {}
-    return shares | ({count - 1: others.share} if others is not None else {})
+    own = [] if classes is None else [classes.share]
+    own += [] if others is None else [others.share]
+    return dict(enumerate(own, 1)) if count > 1 else {}
 
 
 def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]]) -> PromptEncoder:

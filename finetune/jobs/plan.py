@@ -149,7 +149,9 @@ def _class_images(job: Prepared) -> PlannedClassImages | None:
     if job.class_captions:
         triggers = list(dict.fromkeys(subject.trigger for subject in job.subjects))
         several, times = len(job.class_captions), seen / images.count
-        return PlannedClassImages(prompts=triggers, count=images.count, times=times, captions=several, taught=taught, share=images.share)
+        return PlannedClassImages(
+            prompts=triggers, count=images.count, times=times, captions=several, taught=taught, share=images.share
+        )
     times = seen / images.count / len(job.class_nouns)
     return PlannedClassImages(
         prompts=list(job.class_nouns), count=images.count, times=times, taught=taught, share=images.share
