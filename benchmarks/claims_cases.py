@@ -69,10 +69,10 @@ def _weights(own: float, others: float, taught: bool = False) -> tuple[str, ...]
     return f"prior.weight={own:g}", other, "prior.caption_dropout=0"
 
 
-def _half(own: float, others: float) -> tuple[str, ...]:
-    """Half as many images of the prior in a step."""
-    other = f"prior.others={{guidance: 3.0, steps: 12, weight: {others:g}, share: 0.5}}"
-    return f"prior.weight={own:g}", "prior.share=0.5", other, "prior.caption_dropout=0"
+def _fewer(share: float) -> tuple[str, ...]:
+    """Fewer images of the prior in a step, which pull as much together."""
+    other = f"prior.others={{guidance: 3.0, steps: 12, weight: {0.5 / share:g}, share: {share:g}}}"
+    return f"prior.weight={0.3 / share:g}", f"prior.share={share:g}", other, "prior.caption_dropout=0"
 
 
 DEFAULT = "lora"
@@ -150,8 +150,9 @@ SMALL_LOGOS = (  # on cars with a moon
     _lora(
         "taught by the base, a rate of 4e-3", "prior.target=base", *_weights(0.5, 0.5, taught=True), "optim.lr=4e-3"
     ),
-    _lora("six photos, half as many of the prior", "run.batch_size=6", *_half(0.6, 1.0)),
-    _lora("half as many of the prior", *_half(0.6, 1.0)),
+    _lora("six photos, half as many of the prior", "run.batch_size=6", *_fewer(0.5)),
+    _lora("half as many of the prior", *_fewer(0.5)),
+    _lora("a quarter of the prior", *_fewer(0.25)),
     _lora("masks, a floor of .2", "data.masks=auto", "data.mask_floor=0.2", masked=True),
 )
 FAULTS = (
