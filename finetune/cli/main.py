@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from finetune.cli import lists
 from finetune.cli.adapters import BaseOption, register, say_exported
 from finetune.cli.evaluate import evaluate
 from finetune.cli.help import HELP, Sections
-from finetune.cli.output import loud, progress_shown, say
+from finetune.cli.output import loud, progress_shown, say, train_instead
 from finetune.cli.page import ui
 from finetune.cli.sample import StepOption, sample
 from finetune.core.allocator import keep_freed_memory
@@ -277,8 +276,7 @@ def _no_other_settings(run: Path, more: list[str]) -> str:
     """Why `resume` takes nothing but the run's folder, and the command that does."""
     if not all("=" in text for text in more):
         return f"resume takes one run folder, and {more[0]!r:.200} is one too many: resume one run at a time"
-    words = shlex.join([f"{run}/recipe.yaml", f"run.dir={run}", *more])
-    return f"resume takes no settings, since it goes on with the run's own: use `finetune train {words}`"
+    return train_instead(str(run), more)
 
 
 def _chosen_step(run: Path, text: str | None) -> int | None:

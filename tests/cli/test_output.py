@@ -24,6 +24,7 @@ SHORT = (
 PHASES = ("photos", "base", "before", "class images", "latents", "prompts", "training", "preview", "export kohya",
           "check kohya", "after")  # fmt: skip
 HINT = f"{'hint':>16}"
+NONE = "resume takes no settings, since it goes on with the run's own: use `finetune train"
 NOISE = re.compile(r"LoRA keys|open an issue|it/s|Loading|Warning|gemm_4bit|peft_config", re.IGNORECASE)
 
 
@@ -136,7 +137,14 @@ def test_the_shell_completes_commands(tmp_path: Path) -> None:
         (("train", "demo", "--lr=1e-3"), "write the setting, optim.lr=1e-3"),
         (("train", "demo", "--batch-size", "--dry-run"), "run.batch_size=VALUE"),
         (("train", "demo", "--dry"), "--dry-run"),
-        (("resume", "x", "--steps", "3"), "No such option: --steps"),
+        (("resume", "x", "--steps", "3"), f"{NONE} x/recipe.yaml run.dir=x run.steps=3`"),
+        (("resume", "--steps=3", "my runs/x"), f"{NONE} 'my runs/x/recipe.yaml' 'run.dir=my runs/x' run.steps=3`"),
+        (("resume", "--processes", "2", "x", "--lr", "3"), f"{NONE} x/recipe.yaml run.dir=x optim.lr=3`"),
+        (("resume", "--accept-changes", "x", "--lr"), f"{NONE} x/recipe.yaml run.dir=x optim.lr=VALUE`"),
+        (("resume", "x", "run.steps=30", "--lr=3"), f"{NONE} x/recipe.yaml run.dir=x run.steps=30 optim.lr=3`"),
+        (("resume", "--lr", "3"), f"{NONE} RUN/recipe.yaml run.dir=RUN optim.lr=3`"),
+        (("resume", "x", "--dry-run"), f"{NONE} x/recipe.yaml run.dir=x --dry-run`"),
+        (("resume", "x", "--photo", "p"), "--photos"),
     ],
 )
 def test_an_option_that_is_a_setting_is_told_as_one(
