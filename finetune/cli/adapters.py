@@ -65,13 +65,12 @@ def plan(
     from finetune.config.load import load_recipe
 
     checked = load_recipe(recipe, overrides or [])  # reports a mistake at once, before the heavy imports
-    from finetune.config.placeholders import borrowed_words
     from finetune.jobs.estimate import report
     from finetune.jobs.hints import photo_hints
 
     for name, value in report(checked).items():
         typer.echo(f"{name:>16}  {plain(str(value))}")
-    borrowed = borrowed_words(recipe, checked, overrides or []) if checked.data.photos.exists() else []
+    borrowed = checked.borrowed if checked.data.photos.exists() else ()
     for hint in [*borrowed, *photo_hints(checked)]:
         typer.echo(f"{'hint':>16}  {plain(hint)}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,12 +96,11 @@ def train(
 ) -> None:
     """Train a recipe from start to end. With run.dir=RUN, an interrupted run of the same recipe continues."""
     from finetune.config.load import load_recipe
-    from finetune.config.placeholders import borrowed_words, refuse_placeholder
+    from finetune.config.placeholders import refuse_placeholder
 
     asked = load_recipe(recipe, [*(overrides or []), *_skipping(skip_bad)])
     refuse_placeholder(recipe, asked, overrides or [])
-    borrowed = borrowed_words(recipe, asked, overrides or [])
-    _train(asked, dry_run, processes, accept_changes=accept_changes, notes=borrowed)
+    _train(asked, dry_run, processes, accept_changes=accept_changes)
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -245,7 +243,6 @@ def _train(
     processes: int | None,
     run: Path | None = None,
     accept_changes: bool = False,
-    notes: Sequence[str] = (),
 ) -> None:
     if processes:
         _launch_or_check(processes, dry_run)
@@ -253,18 +250,16 @@ def _train(
     loud()
     from finetune.families.toy import expectation
     from finetune.jobs import train as job
-    from finetune.jobs.hints import photo_hints, subject_hints
+    from finetune.jobs.hints import photo_hints
     from finetune.jobs.plan import plan
     from finetune.runs.plan import plan_lines
 
     if dry_run:
-        hints = [f"{'hint':>16}  {hint}" for hint in [*notes, *photo_hints(recipe)]]
+        hints = [f"{'hint':>16}  {hint}" for hint in [*recipe.borrowed, *photo_hints(recipe)]]
         for line in plan_lines(plan(job.check_run(recipe, processes))) + hints:
             say(line)
         return
     tell = say if is_main_process() else _silent
-    for hint in [*notes, *subject_hints(recipe)] if run is None else []:
-        tell(f"{'hint':>16}  {hint}")
     path = job.train(recipe, run, tell, accept_changes=accept_changes)
     tell(f"done: look at {path}/report.html")
     expected = expectation(recipe.base.source, [subject.class_noun for subject in recipe.data.all_subjects])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import write_photos
 
-from finetune import __version__
+from finetune import BadInput, __version__, load_recipe, train
 from finetune.cli.help import SECTIONS
 from finetune.cli.main import run
 
@@ -164,4 +164,9 @@ def test_a_start_says_what_a_first_run_often_gets_wrong(tmp_path: Path, capsys: 
     hints = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith(HINT)]
     assert [hint.split(":")[0] for hint in hints] == ["data.class_noun is 'a mug'", "1 photo of photos"]
     assert run(typed)[0] == 2
-    assert "data.class_noun is 'dog', which is the recipe's own example" in capsys.readouterr().out
+    own = "data.class_noun is 'dog', which is the recipe's own example"
+    assert capsys.readouterr().out.count(own) == 1
+    lines: list[str] = []
+    with pytest.raises(BadInput, match="/nowhere/none"):
+        train(load_recipe("dreambooth-lora", {"data.photos": photos, "base": "/nowhere/none"}), say=lines.append)
+    assert [line.split(":")[0].split(maxsplit=1)[1] for line in lines] == [own, "1 photo of photos"]
