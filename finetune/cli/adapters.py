@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetune.cli.output import say_row
 from finetune.core.errors import BadInput, CheckFailed
 from finetune.core.logging import plain
 from finetune.export.settings import UNCHECKED
@@ -69,10 +70,10 @@ def plan(
     from finetune.jobs.hints import photo_hints
 
     for name, value in report(checked).items():
-        typer.echo(f"{name:>16}  {plain(str(value))}")
+        say_row(f"{name:>16}  {value}")
     borrowed = checked.borrowed if checked.data.photos.exists() else ()
     for hint in [*borrowed, *photo_hints(checked)]:
-        typer.echo(f"{'hint':>16}  {plain(hint)}")
+        say_row(f"{'hint':>16}  {hint}")
 
 
 def verify(file: File, base: Against = None) -> None:

@@ -15,7 +15,7 @@ from finetune.cli import lists
 from finetune.cli.adapters import BaseOption, register, say_exported
 from finetune.cli.evaluate import evaluate
 from finetune.cli.help import HELP, Sections
-from finetune.cli.output import loud, progress_shown, say, train_instead
+from finetune.cli.output import loud, progress_shown, say, say_row, train_instead
 from finetune.cli.page import ui
 from finetune.cli.sample import StepOption, sample
 from finetune.core.allocator import keep_freed_memory
@@ -257,7 +257,7 @@ def _train(
     if dry_run:
         hints = [f"{'hint':>16}  {hint}" for hint in [*recipe.borrowed, *photo_hints(recipe)]]
         for line in plan_lines(plan(job.check_run(recipe, processes))) + hints:
-            say(line)
+            say_row(line)
         return
     tell = say if is_main_process() else _silent
     path = job.train(recipe, run, tell, accept_changes=accept_changes)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
+from textwrap import wrap
 from typing import Any
 
 import typer
@@ -39,6 +41,8 @@ class Progress:
 
 TYPED = "finetune.typed"
 RESUME = "resume"  # which goes on with the run's own settings
+COLUMN = 18  # where the values of rows begin
+WIDTH = 100  # of a terminal that does not tell
 TRAIN_ONLY = ("--dry-run", "--skip-bad")
 
 
@@ -168,6 +172,16 @@ def in_terminal() -> bool:
 def say(line: str) -> None:
     """Prints a line without terminal control codes, which file names and captions can contain."""
     typer.echo(plain(line))
+
+
+def say_row(line: str) -> None:
+    """Prints a row of two columns. In a terminal a long one goes on under its value; elsewhere it is one line."""
+    rows = [plain(line)]
+    if in_terminal():
+        width = max(shutil.get_terminal_size((WIDTH, 24)).columns, 2 * COLUMN)
+        rows = wrap(rows[0], width, subsequent_indent=" " * COLUMN, break_long_words=False, break_on_hyphens=False)
+    for row in rows:
+        typer.echo(row)
 
 
 def _bar() -> Any:

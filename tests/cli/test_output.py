@@ -12,6 +12,7 @@ import pytest
 from conftest import write_photos
 
 from finetune import BadInput, __version__, load_recipe, train
+from finetune.cli import output
 from finetune.cli.help import SECTIONS
 from finetune.cli.main import run
 
@@ -170,3 +171,40 @@ def test_a_start_says_what_a_first_run_often_gets_wrong(tmp_path: Path, capsys: 
     with pytest.raises(BadInput, match="/nowhere/none"):
         train(load_recipe("dreambooth-lora", {"data.photos": photos, "base": "/nowhere/none"}), say=lines.append)
     assert [line.split(":")[0].split(maxsplit=1)[1] for line in lines] == [own, "1 photo of photos"]
+
+
+@pytest.mark.parametrize("command", [["plan"], ["train", "--dry-run"]], ids=["plan", "dry run"])
+def test_a_plan_is_wrapped_in_a_terminal_alone(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipe gets each row as one line, whatever COLUMNS says; in a terminal, values have a column of their own."""
+    photos = write_photos(tmp_path / "photos")
+    for photo in photos.glob("*.png"):
+        photo.with_suffix(".txt").write_text("a {token} {noun} " + "on a green table " * 5, encoding="utf-8")
+    monkeypatch.setattr(output.Progress, "enable", lambda self: None)
+    monkeypatch.setenv("COLUMNS", "70")
+    words = [*command, "dreambooth-lora", f"data.photos={photos}", "data.captions=files"]
+    assert run(words) == (0, "")
+    rows = capsys.readouterr().out.splitlines()
+    assert all(line[:16].strip() and line[16:18] == "  " for line in rows)
+    assert max(map(len, rows)) > 160
+    monkeypatch.setattr(output, "in_terminal", lambda: True)
+    assert run(words) == (0, "")
+    wrapped = capsys.readouterr().out.splitlines()
+    assert max(map(len, wrapped)) <= 70
+    assert [line[:16] for line in wrapped if line[:18].strip()] == [line[:16] for line in rows]
+    assert " ".join(wrapped).split() == " ".join(rows).split()
+
+
+@pytest.mark.parametrize("columns", ["10", "0", "many"])
+def test_a_narrow_terminal_still_gets_words(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Words are not cut, as paths are among them."""
+    monkeypatch.setattr(output, "in_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", columns)
+    value = f"{'/a-long-folder' * 9} {'word ' * 30}end"
+    output.say_row(f"{'photos':>16}  {value}")
+    printed = capsys.readouterr().out
+    assert printed.split() == ["photos", *value.split()]
+    assert printed.count("\n") > 1
