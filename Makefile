@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(ENV) $(VENV)/bin/finetune demo
 
 test: $(VENV)/installed
-	$(ENV) $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	$(ENV) $(VENV)/bin/python -m pytest -n 2 --dist worksteal --durations=30 --durations-min=10
 
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .

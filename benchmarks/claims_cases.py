@@ -46,15 +46,29 @@ HALF = (FULL, "prior.count=64", "prior.others={guidance: 3.0, count: 128, steps:
 OUR_PACE = ("optim.lr=2e-3", "optim.schedule=cosine", "run.steps=500")
 
 
+def _fewer(share: float) -> tuple[str, ...]:
+    """Fewer images of the prior in a step, which pull as much together."""
+    other = f"prior.others={{guidance: 3.0, steps: 12, weight: {0.5 / share:g}, share: {share:g}}}"
+    return f"prior.weight={0.3 / share:g}", f"prior.share={share:g}", other, "prior.caption_dropout=0"
+
+
 BEFORE = (
     "data.flip=true",
     "run.batch_size=2",
 )  # what the default had until a mirrored logo was seen to be another one
 
 
+def _whole(name: str, *settings: str, weight: float = 1.0, masked: bool = False) -> Case:
+    """A case with as many images of the prior as photos in a step, as the default had them before."""
+    kinds = [setting for setting in settings if setting.startswith("prior.kind=")]
+    others = any(setting.startswith("prior.others=") for setting in settings)
+    prior = _fewer(1.0)[: 2 if others else None] if kinds in ([], ["prior.kind=class_images"]) else ()
+    return _lora(name, *prior, *settings, weight=weight, masked=masked)
+
+
 def _mirrored(name: str, *settings: str, weight: float = 1.0, masked: bool = False) -> Case:
     """A case with the default's earlier photos."""
-    return _lora(name, *BEFORE, *settings, weight=weight, masked=masked)
+    return _whole(name, *BEFORE, *settings, weight=weight, masked=masked)
 
 
 def _before(name: str, *settings: str, masked: bool = False) -> Case:
@@ -70,6 +84,7 @@ def _weights(own: float, others: float, taught: bool = False) -> tuple[str, ...]
 
 
 DEFAULT = "lora"
+WHOLE_PRIOR = _whole("lora, whole prior")
 FULL_WEIGHTS = _before("lora, full weights")
 METHODS = (
     _lora(DEFAULT),
@@ -79,6 +94,7 @@ METHODS = (
     Case("pivotal, no prior", "pivotal", (NO_OTHERS,)),
 )
 PRIORS = (
+    WHOLE_PRIOR,
     _mirrored("lora, mirrored photos"),
     _mirrored("lora, no prior", "prior.kind=none", NO_OTHERS),
     _mirrored("lora, class images", "prior.kind=class_images", FULL, NO_OTHERS),
@@ -133,12 +149,21 @@ LEVERS = (
 )
 SMALL_LOGOS = (  # on cars with a moon
     _lora(DEFAULT),
+    WHOLE_PRIOR,
     _mirrored("lora, mirrored photos"),
     _mirrored("mirrored photos, no weighting", UNWEIGHTED),
-    _lora("two photos a step", "run.batch_size=2"),
-    _lora("two photos a step, no weighting", "run.batch_size=2", UNWEIGHTED),
-    _lora("two photos a step, 800 steps", "run.batch_size=2", "run.steps=800"),
-    _lora("350 steps", "run.steps=350"),
+    _whole("two photos a step", "run.batch_size=2"),
+    _whole("two photos a step, no weighting", "run.batch_size=2", UNWEIGHTED),
+    _whole("two photos a step, 800 steps", "run.batch_size=2", "run.steps=800"),
+    _whole("350 steps", "run.steps=350"),
+    _whole("taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
+    _whole("taught by the base, weights .3 and .3", "prior.target=base", *_weights(0.3, 0.3, taught=True)),
+    _whole(
+        "taught by the base, a rate of 4e-3", "prior.target=base", *_weights(0.5, 0.5, taught=True), "optim.lr=4e-3"
+    ),
+    _lora("six photos, half as many of the prior", "run.batch_size=6", *_fewer(0.5)),
+    _lora("a quarter of the prior", *_fewer(0.25)),
+    _whole("masks, a floor of .2", "data.masks=auto", "data.mask_floor=0.2", masked=True),
 )
 FAULTS = (
     _before("too short", "run.steps=60"),

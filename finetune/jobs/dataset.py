@@ -22,6 +22,7 @@ from finetune.jobs.class_sets import ClassSet, class_images
 from finetune.jobs.prepare import Prepared, class_sets, other_set, used_others
 from finetune.jobs.subjects import workers_of
 from finetune.training.peers import joined
+from finetune.training.priors.base import PriorSettings
 from finetune.training.step import PromptEncoder
 
 
@@ -180,11 +181,19 @@ def make_batches(job: Prepared, streams: list[list[Sample]], cache: LatentCache)
     """
     run = job.recipe.run
     kind = BucketSampler if job.recipe.data.shape == "buckets" else ShuffleSampler
-    others = job.recipe.prior.others
-    sampler = kind(streams, run.seed, run.batch_size, {len(streams) - 1: others.share} if others else None)
+    sampler = kind(streams, run.seed, run.batch_size, _stream_shares(job.recipe.prior, len(streams)))
     masks = load_masks(job, streams)
     processes = Processes(joined().rank, joined().world, joined().wait)
     return Batches(sampler, cache, run.accumulate, processes, masks=masks, inputs=job.inputs)
+
+
+def _stream_shares(prior: PriorSettings, count: int) -> dict[int, float]:
+    """Stream -> its samples in a step for each photo. Class images come after the photos, everything else is last.
+    Empty for photos alone."""
+    classes, others = prior.class_images, prior.others
+    own = [] if classes is None else [classes.share]
+    own += [] if others is None else [others.share]
+    return dict(enumerate(own, 1)) if count > 1 else {}
 
 
 def make_prompt_encoder(job: Prepared, streams: Sequence[Sequence[Sample]]) -> PromptEncoder:

@@ -214,9 +214,10 @@ def _side(recipe: Recipe, family: Family | type[Family]) -> int:
 def _samples(recipe: Recipe) -> int:
     """The predictions with a gradient in one micro-batch: photos, class images or class prompts, and everything
     else."""
-    run, others = recipe.run, recipe.prior.others
+    run, prior = recipe.run, recipe.prior
     photos = max(1, run.batch_size // (run.accumulate * (run.processes or 1)))
-    return photos * recipe.prior.predictions + (math.ceil(photos * others.share) if others else 0)
+    own = photos * prior.predictions if prior.class_images is None else photos + photos * prior.class_images.share
+    return math.ceil(own) + (math.ceil(photos * prior.others.share) if prior.others else 0)
 
 
 def _trained_things(own: Estimate) -> str:

@@ -145,13 +145,17 @@ def _class_images(job: Prepared) -> PlannedClassImages | None:
     images = job.recipe.prior.class_images
     if images is None:
         return None
-    taught = images.target == "base"
+    taught, seen = images.target == "base", _seen(job) * images.share
     if job.class_captions:
         triggers = list(dict.fromkeys(subject.trigger for subject in job.subjects))
-        several, times = len(job.class_captions), _seen(job) / images.count
-        return PlannedClassImages(prompts=triggers, count=images.count, times=times, captions=several, taught=taught)
-    times = _seen(job) / images.count / len(job.class_nouns)
-    return PlannedClassImages(prompts=list(job.class_nouns), count=images.count, times=times, taught=taught)
+        several, times = len(job.class_captions), seen / images.count
+        return PlannedClassImages(
+            prompts=triggers, count=images.count, times=times, captions=several, taught=taught, share=images.share
+        )
+    times = seen / images.count / len(job.class_nouns)
+    return PlannedClassImages(
+        prompts=list(job.class_nouns), count=images.count, times=times, taught=taught, share=images.share
+    )
 
 
 def _others(job: Prepared) -> PlannedOthers | None:

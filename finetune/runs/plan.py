@@ -71,7 +71,7 @@ class PlannedClassImages(Record):
     """`count` images for each prompt in `prompts`; training sees each image `times` times.
 
     With `captions`, there are `count` images for that many captions, which are without the words in `prompts`.
-    `taught`: the frozen base's predictions are the targets.
+    `taught`: the frozen base's predictions are the targets. `share`: samples in a step for each photo.
     """
 
     prompts: list[str]
@@ -79,6 +79,7 @@ class PlannedClassImages(Record):
     times: float
     captions: int = 0
     taught: bool = False
+    share: float = 1.0
 
     @property
     def sets(self) -> str:
@@ -342,8 +343,9 @@ def _data_rows(plan: Plan) -> PlanRows:
         found["enlarged"] = plan.enlarged
     if plan.class_images is not None:
         images = plan.class_images
+        each = "" if images.share == 1 else f", {images.share:g} for each photo of a step"
         taught = ", which the frozen base teaches" if images.taught else ""
-        found["class images"] = f"{images.sets}, each seen {images.times:.1f} times{taught}"
+        found["class images"] = f"{images.sets}, each seen {images.times:.1f} times{each}{taught}"
     if plan.others is not None:
         found["everything else"] = plan.others.line
     return found

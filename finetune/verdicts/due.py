@@ -24,8 +24,9 @@ WHOLE_ONCE = 2 * WHOLE * DRAWINGS  # and whole drawings
 
 def samples_in_step(run: Run, prior: PriorSettings) -> float:
     """The samples in a step, over all processes: photos, class images, and everything else."""
+    classes = prior.class_images.share if prior.class_images is not None else 0.0
     others = prior.others.share if prior.others is not None else 0.0
-    return run.batch_size * (1 + (prior.class_images is not None) + others)
+    return run.batch_size * (1 + classes + others)
 
 
 def due_steps(run: Run, samples: float) -> Sequence[int]:

@@ -22,8 +22,10 @@ def three(weight: float = 0.5) -> list[list[Sample]]:
     return [stream(9, 0), classes, others]
 
 
-def parts_of(step: int, share: float, size: int = 4, accumulate: int = 1, world: int = 1) -> list[Batch]:
-    sampler = ShuffleSampler(three(), 4, size, {2: share})
+def parts_of(
+    step: int, share: float, size: int = 4, accumulate: int = 1, world: int = 1, classes: float = 1
+) -> list[Batch]:
+    sampler = ShuffleSampler(three(), 4, size, {1: classes, 2: share})
     made = [Batches(sampler, InMemory(), accumulate, Processes(rank, world)) for rank in range(world)]
     return [batches.micro(step, index) for index in range(accumulate) for batches in made]
 
@@ -57,18 +59,21 @@ def test_every_image_once_an_epoch(share: float) -> None:
         assert Counter(seen[start : start + 7]) == Counter(range(30, 37))
 
 
+@pytest.mark.parametrize("classes", [1, 0.5])
 @pytest.mark.parametrize("share", [1, 0.75, 0.5, 0.25, 0.1])
 @pytest.mark.parametrize(("accumulate", "world"), [(2, 1), (1, 2), (2, 2)])
-def test_any_split_is_the_same_step(share: float, accumulate: int, world: int) -> None:
+def test_any_split_is_the_same_step(classes: float, share: float, accumulate: int, world: int) -> None:
     """The same samples with the same draws, and by their weights the mean error of each stream, times lambda."""
     errors = torch.rand(40, generator=torch.Generator().manual_seed(1))
     for step in range(6):
-        (whole,), parts = parts_of(step, share), parts_of(step, share, 4, accumulate, world)
+        (whole,) = parts_of(step, share, classes=classes)
+        parts = parts_of(step, share, 4, accumulate, world, classes)
+        assert len(numbers([whole], "class")) == 4 * classes
         for field in ("prompts", "keys", "names", "roles"):
             assert [value for part in parts for value in getattr(part, field)] == getattr(whole, field)
         means = [(errors[[int(text) for text in part.prompts]] * part.weight).mean() for part in parts]
-        photos, classes, others = (errors[numbers(parts, role)].sum() / 4 for role in ("photo", "class", "other"))
-        torch.testing.assert_close(torch.stack(means).mean(), photos + 0.3 * classes + 0.5 * others)
+        photos, kept, others = (errors[numbers(parts, role)].sum() / 4 for role in ("photo", "class", "other"))
+        torch.testing.assert_close(torch.stack(means).mean(), photos + 0.3 * kept + 0.5 * others)
 
 
 def test_without_such_a_stream_all_is_as_it_was() -> None:

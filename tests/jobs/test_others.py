@@ -18,11 +18,12 @@ from finetune.config.load import changed_recipe, dump_recipe, load_recipe, parse
 from finetune.core.errors import BadInput
 from finetune.core.events import sent_to
 from finetune.core.files import sha256
+from finetune.data.cache import LatentCache
 from finetune.families.digests import base_hash
 from finetune.families.source import load_family, resolve_base
 from finetune.jobs import train as job
 from finetune.jobs.class_sets import OtherSet, class_images
-from finetune.jobs.dataset import make_streams
+from finetune.jobs.dataset import make_batches, make_streams
 from finetune.jobs.estimate import estimate
 from finetune.jobs.fit import fit_job
 from finetune.jobs.neutral import other_prompts
@@ -37,6 +38,7 @@ from finetune.training.accelerate import make_accelerator
 from finetune.training.priors.class_images import ClassImages
 from finetune.training.priors.others import Others
 from finetune.training.priors.registry import PRIORS
+from finetune.verdicts.due import samples_in_step
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "tiny_base"
 FEW = {"count": 5, "steps": 1, "batch_size": 2, "empty": 0.4, "prompts": ["a red car", "two dogs", "the sea"]}
@@ -264,13 +266,40 @@ def test_class_images_that_the_base_teaches(
     assert rows["everything else"].endswith(f"about {slower} more time per step")
 
 
+@pytest.mark.parametrize("others", [None, {"share": 0.25}])
+def test_class_images_may_be_fewer_than_photos(
+    others: dict[str, Any] | None, tiny_bases: dict[str, Path], photos: Path
+) -> None:
+    """Which stream has which share; the plan and the cost of a step say it."""
+    prior = {"kind": "class_images", "count": 4, "steps": 1, "batch_size": 2, "share": 0.5}
+    values = recipe_values(tiny_bases["sd1"], photos, others, prior=prior, run=SHORT | {"batch_size": 4})
+    if others is None:
+        del values["prior"]["others"]
+    looked = prepare(parse_recipe(values))
+    streams = make_streams(looked)
+    sampler = make_batches(looked, streams, LatentCache.__new__(LatentCache)).sampler
+    roles = {stream[0].role: number for number, stream in enumerate(streams)}
+    counts = {role: sum(sampler.has(number, 0, pair) for pair in range(4)) for role, number in roles.items()}
+    assert counts == {"photo": 4, "class": 2} | ({"other": 1} if others else {})
+    assert "each seen 1.0 times, 0.5 for each photo of a step" in plan_rows(plan(looked))["class images"]
+    assert looked.recipe.prior.passes == 1.5
+    assert samples_in_step(looked.recipe.run, looked.recipe.prior) == sum(counts.values())
+
+
 def test_the_estimate_counts_it(tiny_bases: dict[str, Path], photos: Path) -> None:
     """The samples' activations, and the copy of the base that teaches a full training."""
     full = settings(tiny_bases["sd1"], photos, {"kind": "full"}, prior={"kind": "none"}, run=SHORT | {"batch_size": 4})
-    plain, half, whole, taught = (
+    plain, half, whole, taught, classes = (
         estimate(parse_recipe(full, more))
-        for more in ([], ["prior.others.share=0.5"], ["prior.others={}"], ["prior.others.target=base"])
+        for more in (
+            [],
+            ["prior.others.share=0.5"],
+            ["prior.others={}"],
+            ["prior.others.target=base"],
+            ["prior.kind=class_images", "prior.share=0.5"],
+        )
     )
+    assert classes.activations == pytest.approx(1.5 * plain.activations, rel=0.05)
     assert whole.activations == pytest.approx(2 * plain.activations, rel=0.05)
     assert half.activations == pytest.approx(1.5 * plain.activations, rel=0.05)
     assert plain.held == whole.held < taught.held

@@ -247,6 +247,7 @@ def test_samples_in_a_step_are_those_of_all_streams() -> None:
     assert samples("prior.kind=none") == 4
     assert samples("prior.kind=class_images") == 8
     assert samples("prior.kind=none", "prior.others.share=0.25") == 5
+    assert samples("prior.kind=class_images", "prior.share=0.5", "prior.others.share=0.25") == 7
 
 
 def test_a_style_is_called_a_style() -> None:

@@ -26,6 +26,9 @@ class ClassImages(PriorSettings):
     user's own images (without a manifest) is used unchanged. `caption_dropout` replaces some class captions by empty
     ones, so that the empty prompt does not learn the subject and guidance keeps the class unchanged.
 
+    `share` is the number of class images in a step, relative to `run.batch_size`. Fewer make a step cheaper; `weight`
+    is that of each, so that half as many need twice of it to pull as much.
+
     With `target: images` class images are trained as photos are. With `target: base` the trained model must keep the
     frozen base's prediction for them: as long as it does, their gradient is exactly 0, where that of images is noise.
     """
@@ -45,6 +48,7 @@ class ClassImages(PriorSettings):
     caption_dropout: float = Field(default=0.25, ge=0, le=1)
     target: ComparedWith = "images"
     flip: bool = True
+    share: float = Field(default=1.0, gt=0, le=1)
 
     @property
     def prompts(self) -> list[str]:
@@ -63,7 +67,7 @@ class ClassImages(PriorSettings):
     @property
     def passes(self) -> float:
         """The cost of a step for each photo, in training passes, without `others`."""
-        return self.predictions + FORWARD * (self.target == "base")
+        return 1 + self.share * (1 + FORWARD * (self.target == "base"))
 
     def regularizers(self, attached: PriorContext) -> list[Regularizer]:
         """Empty: the class images are part of the batch, with their own weight."""
