@@ -163,6 +163,7 @@ SMALL_LOGOS = (  # on cars with a moon
     ),
     _lora("six photos, half as many of the prior", "run.batch_size=6", *_fewer(0.5)),
     _lora("a quarter of the prior", *_fewer(0.25)),
+    _lora("700 steps, fewer of the prior", *_fewer(0.5), "run.steps=700"),
     _whole("masks, a floor of .2", "data.masks=auto", "data.mask_floor=0.2", masked=True),
 )
 FAULTS = (
