@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetune.cli.output import say_row
 from finetune.core.errors import BadInput, CheckFailed
 from finetune.core.logging import plain
 from finetune.export.settings import UNCHECKED
@@ -65,15 +66,14 @@ def plan(
     from finetune.config.load import load_recipe
 
     checked = load_recipe(recipe, overrides or [])  # reports a mistake at once, before the heavy imports
-    from finetune.config.placeholders import borrowed_words
     from finetune.jobs.estimate import report
     from finetune.jobs.hints import photo_hints
 
     for name, value in report(checked).items():
-        typer.echo(f"{name:>16}  {plain(str(value))}")
-    borrowed = borrowed_words(recipe, checked, overrides or []) if checked.data.photos.exists() else []
+        say_row(f"{name:>16}  {value}")
+    borrowed = checked.borrowed if checked.data.photos.exists() else ()
     for hint in [*borrowed, *photo_hints(checked)]:
-        typer.echo(f"{'hint':>16}  {plain(hint)}")
+        say_row(f"{'hint':>16}  {hint}")
 
 
 def verify(file: File, base: Against = None) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +15,7 @@ from finetune.cli import lists
 from finetune.cli.adapters import BaseOption, register, say_exported
 from finetune.cli.evaluate import evaluate
 from finetune.cli.help import HELP, Sections
-from finetune.cli.output import loud, progress_shown, say
+from finetune.cli.output import loud, progress_shown, say, say_row, train_instead
 from finetune.cli.page import ui
 from finetune.cli.sample import StepOption, sample
 from finetune.core.allocator import keep_freed_memory
@@ -98,12 +96,11 @@ def train(
 ) -> None:
     """Train a recipe from start to end. With run.dir=RUN, an interrupted run of the same recipe continues."""
     from finetune.config.load import load_recipe
-    from finetune.config.placeholders import borrowed_words, refuse_placeholder
+    from finetune.config.placeholders import refuse_placeholder
 
     asked = load_recipe(recipe, [*(overrides or []), *_skipping(skip_bad)])
     refuse_placeholder(recipe, asked, overrides or [])
-    borrowed = borrowed_words(recipe, asked, overrides or [])
-    _train(asked, dry_run, processes, accept_changes=accept_changes, notes=borrowed)
+    _train(asked, dry_run, processes, accept_changes=accept_changes)
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -246,7 +243,6 @@ def _train(
     processes: int | None,
     run: Path | None = None,
     accept_changes: bool = False,
-    notes: Sequence[str] = (),
 ) -> None:
     if processes:
         _launch_or_check(processes, dry_run)
@@ -254,18 +250,16 @@ def _train(
     loud()
     from finetune.families.toy import expectation
     from finetune.jobs import train as job
-    from finetune.jobs.hints import photo_hints, subject_hints
+    from finetune.jobs.hints import photo_hints
     from finetune.jobs.plan import plan
     from finetune.runs.plan import plan_lines
 
     if dry_run:
-        hints = [f"{'hint':>16}  {hint}" for hint in [*notes, *photo_hints(recipe)]]
+        hints = [f"{'hint':>16}  {hint}" for hint in [*recipe.borrowed, *photo_hints(recipe)]]
         for line in plan_lines(plan(job.check_run(recipe, processes))) + hints:
-            say(line)
+            say_row(line)
         return
     tell = say if is_main_process() else _silent
-    for hint in [*notes, *subject_hints(recipe)] if run is None else []:
-        tell(f"{'hint':>16}  {hint}")
     path = job.train(recipe, run, tell, accept_changes=accept_changes)
     tell(f"done: look at {path}/report.html")
     expected = expectation(recipe.base.source, [subject.class_noun for subject in recipe.data.all_subjects])
@@ -277,8 +271,7 @@ def _no_other_settings(run: Path, more: list[str]) -> str:
     """Why `resume` takes nothing but the run's folder, and the command that does."""
     if not all("=" in text for text in more):
         return f"resume takes one run folder, and {more[0]!r:.200} is one too many: resume one run at a time"
-    words = shlex.join([f"{run}/recipe.yaml", f"run.dir={run}", *more])
-    return f"resume takes no settings, since it goes on with the run's own: use `finetune train {words}`"
+    return train_instead(str(run), more)
 
 
 def _chosen_step(run: Path, text: str | None) -> int | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
+from textwrap import wrap
 from typing import Any
 
 import typer
@@ -37,6 +40,10 @@ class Progress:
 
 
 TYPED = "finetune.typed"
+RESUME = "resume"  # which goes on with the run's own settings
+COLUMN = 18  # where the values of rows begin
+WIDTH = 100  # of a terminal that does not tell
+TRAIN_ONLY = ("--dry-run", "--skip-bad")
 
 
 class PlainGroup(TyperGroup):
@@ -62,25 +69,54 @@ class PlainGroup(TyperGroup):
 
 def _name_settings(error: Any, typed: list[str]) -> None:
     """Adds what to write to the refusal of an option whose name is that of a setting, as --steps for run.steps."""
-    params = error.ctx.command.params if error.ctx else []
-    if not any(param.name == "overrides" for param in params):
+    params, name = (error.ctx.command.params, error.ctx.info_name) if error.ctx else ([], "")
+    takes_settings = any(param.name == "overrides" for param in params)
+    if not takes_settings and name != RESUME:
         return
     from finetune.config.wrong_values import settings_named
 
     option = error.option_name
     found = settings_named(option.lstrip("-").replace("-", "_"))
-    if found:
-        written = " or ".join(f"{name}={_value_of(option, typed)}" for name in found)
-        error.message, error.possibilities = f"there is no option {option}: write the setting, {written}", None
+    settings = [f"{name}={_value_of(option, typed)}" for name in found]
+    if takes_settings and settings:
+        said = f"there is no option {option}: write the setting, {' or '.join(map(_quoted_value, settings))}"
+        error.message, error.possibilities = said, None
+    elif option in TRAIN_ONLY or (settings and not takes_settings):
+        words = _words(typed, [flag for param in params if getattr(param, "is_flag", False) for flag in param.opts])
+        run = next((word for word in words if "=" not in word), "RUN")
+        more = [option] if option in TRAIN_ONLY else settings[:1]
+        error.message = train_instead(run, [*(word for word in words if "=" in word), *more])
+        error.possibilities = None
+
+
+def train_instead(run: str, more: list[str]) -> str:
+    """Why `resume` takes nothing but the run's folder, and the command that does."""
+    words = shlex.join([f"{run}/recipe.yaml", f"run.dir={run}", *more])
+    return f"resume takes no settings, since it goes on with the run's own: use `finetune train {words}`"
+
+
+def _words(typed: list[str], flags: list[str]) -> list[str]:
+    """What was typed for a command that is neither an option nor an option's value."""
+    return [
+        text
+        for before, text in pairwise(typed)
+        if not text.startswith("-") and (not before.startswith("-") or "=" in before or before in flags)
+    ]
 
 
 def _value_of(option: str, typed: list[str]) -> str:
-    """What was typed for an option, quoted for a shell; VALUE where nothing was."""
+    """What was typed for an option; VALUE where nothing was."""
     for number, text in enumerate(typed):
         following = [text[len(option) + 1 :]] if text.startswith(f"{option}=") else typed[number + 1 : number + 2]
         if text.partition("=")[0] == option and following and not following[0].startswith("-"):
-            return shlex.quote(following[0])
+            return following[0]
     return "VALUE"
+
+
+def _quoted_value(setting: str) -> str:
+    """A setting with its value quoted for a shell."""
+    name, _, value = setting.partition("=")
+    return f"{name}={shlex.quote(value)}"
 
 
 class ProgressBars:
@@ -136,6 +172,16 @@ def in_terminal() -> bool:
 def say(line: str) -> None:
     """Prints a line without terminal control codes, which file names and captions can contain."""
     typer.echo(plain(line))
+
+
+def say_row(line: str) -> None:
+    """Prints a row of two columns. In a terminal a long one goes on under its value; elsewhere it is one line."""
+    rows = [plain(line)]
+    if in_terminal():
+        width = max(shutil.get_terminal_size((WIDTH, 24)).columns, 2 * COLUMN)
+        rows = wrap(rows[0], width, subsequent_indent=" " * COLUMN, break_long_words=False, break_on_hyphens=False)
+    for row in rows:
+        typer.echo(row)
 
 
 def _bar() -> Any:

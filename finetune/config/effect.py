@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune.optim.base import WHOLE
+
 if TYPE_CHECKING:
     from finetune.config.recipe import Recipe
 
@@ -61,7 +63,7 @@ def without_effect(recipe: Recipe) -> list[str]:
             f"prior.kind is {recipe.prior.kind} but a {recipe.method.kind} trains only a new word, which changes no "
             "prompt without it, so it has no effect: set prior.kind=none"
         )
-    max_error, warmup, steps = recipe.export.max_error, recipe.optim.warmup, recipe.run.steps
+    max_error = recipe.export.max_error
     if not at_default(recipe, "export.max_error") and recipe.leaves_as_trained:
         found.append(
             f"export.max_error is {max_error} but a {recipe.method.kind} is exported exactly as it was trained: "
@@ -73,12 +75,35 @@ def without_effect(recipe: Recipe) -> list[str]:
             f"optim.schedule_steps is {span} but optim.schedule is constant, so it has no effect: leave it out, or "
             "set optim.schedule=cosine"
         )
-    if warmup > steps:
-        found.append(
-            f"optim.warmup is {warmup} but run.steps is {steps}, so the learning rate never reaches optim.lr: set "
-            f"optim.warmup to at most {steps}, or 0"
-        )
+    return found + _never_at_full_rate(recipe)
+
+
+def _never_at_full_rate(recipe: Recipe) -> list[str]:
+    """A warm-up that outlasts its run, schedule or share of the run; and a share of the run that has no step."""
+    optim, steps = recipe.optim, recipe.run.steps
+    warmup, most = optim.warmup, optim.steps_within(WHOLE, steps)
+    if warmup > most:
+        key, why = "run.steps", "so the learning rate never reaches optim.lr"
+        if most < steps:
+            key, why = "optim.schedule_steps", "so the schedule ends before the learning rate reaches optim.lr"
+        return [f"optim.warmup is {warmup} but {key} is {most}, {why}: set optim.warmup to at most {most}, or 0"]
+    found = []
+    for what, window in recipe.method.named_windows.items():
+        own = optim.steps_within(window, steps)
+        if own == 0:
+            found.append(f"{what} trains in none of the {steps} steps{_remedy(optim.schedule_steps, steps)}")
+        elif warmup > own:
+            found.append(
+                f"optim.warmup is {warmup} but {what} trains in {own} of the {steps} steps, so its learning rate "
+                f"never becomes the full one: set optim.warmup to at most {own}, or 0"
+            )
     return found
+
+
+def _remedy(span: int | None, steps: int) -> str:
+    if span is not None and span > steps:
+        return f", as optim.schedule_steps is {span}: give more run.steps, or fewer optim.schedule_steps"
+    return ": give more run.steps, or another share"
 
 
 def at_default(recipe: Recipe, key: str) -> bool:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from finetune.config.effect import without_effect
 from finetune.config.overrides import Overrides, overridden, pairs, typed_override
+from finetune.config.placeholders import borrowed_words
 from finetune.config.profiles import (
     NO_PROFILE,
     WARMUP,
@@ -56,8 +57,11 @@ def load_recipe(source: str | Path, overrides: Overrides = ()) -> Recipe:
     if not isinstance(source, str | Path):
         raise BadInput(f"{reprlib.repr(source)} is no recipe: give the name of a shipped one, or a YAML file's path")
     path = find(str(source))
-    raw = _read(path)
-    return parse_recipe(_with_examples(raw) if path.parent == folder() else raw, overrides, where=str(path))
+    raw, shipped = _read(path), path.parent == folder()
+    given = pairs(overrides)
+    recipe = parse_recipe(_with_examples(raw) if shipped else raw, given, where=str(path))
+    names = [override.partition("=")[0] if isinstance(override, str) else override[0] for override in given]
+    return recipe.read_with(borrowed_words(recipe, names)) if shipped else recipe
 
 
 def _with_examples(raw: dict[str, Any]) -> dict[str, Any]:

@@ -18,29 +18,32 @@ def refuse_placeholder(source: str, recipe: Recipe, typed: Sequence[str]) -> Non
     Raises:
         BadInput: data.photos must be given.
     """
-    if _is_own("data.photos", source, typed) and not recipe.data.photos.exists():
+    named = [text.partition("=")[0] for text in typed]
+    shipped = find(source).parent == folder()
+    if shipped and not _is_given("data.photos", named) and not recipe.data.photos.exists():
         raise BadInput(
             f"data.photos is missing: the recipe {source!r} trains on your photos, so give their folder, as "
             f"data.photos=FOLDER (the recipe's own {recipe.data.photos.name!r} is not here)"
         )
 
 
-def borrowed_words(source: str, recipe: Recipe, typed: Sequence[str]) -> list[str]:
-    """Lines about words for the subject that stand in a shipped recipe, while the photos are somebody's own."""
+def borrowed_words(recipe: Recipe, given: Sequence[str]) -> list[str]:
+    """Lines about words for the subject that stand in a shipped recipe, while the photos are somebody's own.
+
+    given: the keys of the settings that replace the recipe's own.
+    """
     values = {"data.class_noun": recipe.data.class_noun}
     if "embedding" in recipe.method.artifacts:  # a LoRA has another `init`
         values["method.init"] = getattr(recipe.method, "init", None)
-    if _is_own("data.photos", source, typed) and recipe.data.photos.is_relative_to(examples()):
+    if not _is_given("data.photos", given) and recipe.data.photos.is_relative_to(examples()):
         return []
     return [
         f"{key} is {value!r}, which is the recipe's own example: give {key}={WORDS[key]} if your photos show another "
         "thing"
         for key, value in values.items()
-        if value is not None and _is_own(key, source, typed)
+        if value is not None and not _is_given(key, given)
     ]
 
 
-def _is_own(key: str, source: str, typed: Sequence[str]) -> bool:
-    """Whether a value is that of a shipped recipe's file: not typed."""
-    names = [text.partition("=")[0] for text in typed]
-    return find(source).parent == folder() and not any(is_in(key, name) for name in names)
+def _is_given(key: str, given: Sequence[str]) -> bool:
+    return any(is_in(key, name) for name in given)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter, model_validator
+from pydantic import PrivateAttr, TypeAdapter, model_validator
 
 from finetune.config.profiles import ProfileSettings, rows
 from finetune.core.settings import Settings
@@ -20,8 +22,20 @@ from finetune.training.priors.registry import Prior
 from finetune.training.settings import Run
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What is known of how a recipe was read. It is no setting, so any two are equal.
+
+    borrowed: lines about words for the subject that nobody gave (`finetune.config.placeholders`).
+    """
+
+    borrowed: tuple[str, ...] = field(default=(), compare=False)
+
+
 class Recipe(Settings):
     """Everything that a run depends on. `RUN/recipe.yaml` holds it with every default filled in."""
+
+    _origin: Origin = PrivateAttr(default=Origin())
 
     base: Base = Base()
     data: Data
@@ -33,6 +47,17 @@ class Recipe(Settings):
     sample: SampleSettings = SampleSettings()
     export: ExportTo = ExportTo()
     profile: ProfileSettings = ProfileSettings()
+
+    @property
+    def borrowed(self) -> tuple[str, ...]:
+        """Lines about words for the subject that are a shipped recipe's example, while the photos are not."""
+        return self._origin.borrowed
+
+    def read_with(self, borrowed: Sequence[str]) -> Recipe:
+        """The same recipe, which knows that it has these `borrowed` words."""
+        copy = self.model_copy()
+        copy._origin = Origin(tuple(borrowed))
+        return copy
 
     @property
     def leaves_as_trained(self) -> bool:

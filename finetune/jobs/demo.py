@@ -32,7 +32,7 @@ def run_demo(out: Path | None, say: Callable[[str], None]) -> Path:
 
     `say` gets lines of text for the user. Raises as `finetune.jobs.train.train`.
     """
-    recipe = load_recipe("demo", [f"data.photos={demo_images()}"])
+    recipe = load_recipe("demo", [f"data.photos={demo_images()}", "data.class_noun=mug"])
     with threads_at_most(2):  # with so small a base, more threads only wait for each other
         run = train(recipe, out, say)
     info = RunFolder(run).info

@@ -159,11 +159,13 @@ def _free(name: str, taken: Sequence[str]) -> str:
     return candidate
 
 
-def _seen_before(pictures: Pictures, count: int, photos: int) -> Pictures:
-    """With a note where the source was trained on the photos that it is compared with."""
-    if not count:
+def _seen_before(pictures: Pictures, count: int | None, photos: int) -> Pictures:
+    """With a note where the source was trained on the photos that it is compared with, or may have been."""
+    if count == 0:
         return pictures
     note = f"{count} of the {photos} photos were trained on, so that a copy of one counts as likeness"
+    if count is None:
+        note = "its record does not say whether the photos were trained on; if so, a copy of one counts as likeness"
     return replace(pictures, notes=[note, *pictures.notes])
 
 

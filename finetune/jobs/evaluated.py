@@ -24,7 +24,7 @@ from finetune.families.digests import base_hash
 from finetune.jobs.images import name_cut_prompts
 from finetune.jobs.open import base_to_draw, open_result
 from finetune.runs.folder import RunFolder, is_run
-from finetune.runs.inputs import read_inputs
+from finetune.runs.inputs import DIGITS, read_inputs, trained_images
 from finetune.runs.record import RecordedSubject, RunRecord
 from finetune.sampling.draw import check_sampling, draw
 from finetune.sampling.images import parameters, save_image
@@ -188,8 +188,10 @@ def _of_run(source: Trained) -> list[str]:
     return [] if step is None else [f"the run has not finished: measured is its checkpoint of step {step}"]
 
 
-def photos_trained_on(source: Trained, digests: Sequence[str]) -> int:
+def photos_trained_on(source: Trained, digests: Sequence[str]) -> int | None:
     """How many of the photos with these SHA-256 a run was trained on; 0 for a file, which does not tell.
+
+    None: the run's record does not list the images of its data set.
 
     Raises:
         BadInput: the run's record of its photos is damaged.
@@ -197,14 +199,15 @@ def photos_trained_on(source: Trained, digests: Sequence[str]) -> int:
     record = read_inputs(source.path) if source.is_run else None
     if record is None:
         return 0
-    info, photos = RunFolder(source.path).info, record.inputs.photos
+    info, inputs = RunFolder(source.path).info, record.inputs
     held_out = info.planned.verdicts.held_out if info.planned and info.planned.verdicts else []
-    tokens = [subject.token for subject in info.subjects for _ in range(subject.photos)]
-    names = [photo.name for photo in photos]
+    rows = {table.token for table in inputs.tables}
+    tokens = [each.token for each in info.subjects for _ in range(each.photos) if each.token not in rows]
+    names = [photo.name for photo in inputs.photos]
     if len(tokens) == len(names):  # of several subjects, as the plan tells their photos apart
         names = [f"{name} of {token}" for name, token in zip(names, tokens, strict=True)]
-    own = {photo.sha256 for photo, name in zip(photos, names, strict=True) if name not in held_out}
-    return sum(digest in own for digest in digests)
+    own = trained_images(inputs, names, held_out)
+    return None if own is None else sum(digest[:DIGITS] in own for digest in digests)
 
 
 def _some(lines: list[str]) -> list[str]:

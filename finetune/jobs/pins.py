@@ -14,8 +14,8 @@ from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
 from finetune.data.samplers import Sample
 from finetune.data.settings import hub_id
-from finetune.data.tables import TableFacts
 from finetune.families.digests import base_files, file_hashes
+from finetune.jobs.dataset import held_out_photos
 from finetune.jobs.prepare import Prepared
 from finetune.jobs.run_record import LISTED
 from finetune.jobs.subjects import Subject
@@ -30,6 +30,7 @@ from finetune.runs.inputs import (
     in_recorded_order,
     read_inputs,
     refusal,
+    told_images,
     write_inputs,
 )
 from finetune.training.accelerate import resolve_precision
@@ -93,7 +94,7 @@ def inputs_of(job: Prepared) -> RunInputs:
     packages = (*PACKAGES, *job.recipe.optim.packages)
     return RunInputs(
         photos=_pinned_photos(job),
-        tables=[_pinned_table(subject, subject.table) for subject in job.subjects if subject.table is not None],
+        tables=_pinned_tables(job),
         base=base_files(job.family.folder),
         packages={name: version(name) for name in packages} | {"python": platform.python_version()},
         tokens=[subject.token for subject in job.subjects],
@@ -145,9 +146,17 @@ def _pinned_photos(job: Prepared) -> list[PinnedPhoto]:
     ]
 
 
-def _pinned_table(subject: Subject, facts: TableFacts) -> PinnedTable:
-    told = json.dumps([item.captions for item in subject.captioned]).encode()
-    return PinnedTable(**asdict(facts), captions=hashlib.sha256(told).hexdigest())
+def _pinned_tables(job: Prepared) -> list[PinnedTable]:
+    unseen, first = held_out_photos(job), 0
+    found = []
+    for subject in job.subjects:
+        trained = [photo.digest for number, photo in enumerate(subject.photos, first) if number not in unseen]
+        first += len(subject.photos)
+        if subject.table is not None:
+            told = json.dumps([item.captions for item in subject.captioned]).encode()
+            pinned = {"captions": hashlib.sha256(told).hexdigest(), "images": told_images(trained)}
+            found.append(PinnedTable(**asdict(subject.table), token=subject.token, **pinned))
+    return found
 
 
 def with_photos(recipe: Recipe, run: Path, photos: Path | None) -> Recipe:

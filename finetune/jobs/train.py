@@ -31,6 +31,7 @@ from finetune.jobs.companions import write_companions
 from finetune.jobs.export import export_run
 from finetune.jobs.fit import fit_job
 from finetune.jobs.followed import Hooks, Say, followed
+from finetune.jobs.hints import subject_hints
 from finetune.jobs.images import draw_samples
 from finetune.jobs.nodes import FolderChoice, in_first_order, recipe_of, refuse_other_inputs
 from finetune.jobs.open import open_exported
@@ -119,6 +120,9 @@ def _alone_in_this_process() -> Iterator[None]:
 
 
 def _train_here(recipe: Recipe, run_dir: Path | str | None, hooks: Hooks) -> Path:
+    if not _begun(Path(run_dir) if run_dir else recipe.run.dir):
+        for hint in (*recipe.borrowed, *subject_hints(recipe)):
+            hooks.say(f"{'hint':>16}  {hint}")
     recipe = settled(recipe, download=True)
     accelerator = make_accelerator(recipe.run, recipe.method.is_adapter)
     main = accelerator.is_main_process

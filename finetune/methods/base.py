@@ -72,6 +72,11 @@ class Method(Settings, ABC):
         """Whether some of what it trains rests for a share of the run."""
         return type(self).windows is not Method.windows
 
+    @property
+    def named_windows(self) -> dict[str, Window]:
+        """What it trains, in words, -> the window of its training; empty if all is trained throughout."""
+        return {}
+
     def windows(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Window]:
         """Parameter name -> (start, end) of its training, as shares of the run (0 to 1), for the parameters that are
         not trained throughout."""

@@ -67,9 +67,15 @@ class Pivotal(Inversion):
     def adapted_modules(self, family: Family) -> int:
         return self.adapter.adapted_modules(family)
 
-    def windows(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Window]:
+    @property
+    def named_windows(self) -> dict[str, Window]:
         token = WHOLE if self.keep_training_token else (0.0, self.pivot)
-        return {name: token if name.endswith(".new.rows") else (self.pivot, 1.0) for name in trained}
+        split = f"(method.pivot {self.pivot:g})"
+        return {f"the new word {split}": token, f"the LoRA {split}": (self.pivot, 1.0)}
+
+    def windows(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Window]:
+        token, adapter = self.named_windows.values()
+        return {name: token if name.endswith(".new.rows") else adapter for name in trained}
 
     def state_dict(self, family: Family) -> dict[str, Tensor]:
         rows = {name: parameter.detach().clone() for name, parameter in self.rows(family).items()}

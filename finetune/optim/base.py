@@ -123,10 +123,16 @@ class Optimiser(Settings):
             return max(0.0, 1 - progress)
         return 1.0
 
+    def steps_within(self, window: Window, steps: int) -> int:
+        """How many of a run's `steps` train weights in `window`, up to the end of their schedule if that is 0."""
+        first, last = _ends(window, self.schedule_steps or steps)
+        goes_on = window[1] == 1 and self.schedule == "constant"
+        return max(0, (steps if goes_on else min(steps, last)) - first)
+
     def factor_within(self, window: Window, step: int, steps: int) -> float:
         """`factor` over the steps of a window (shares of the run), and 0 outside of it. At a rate of 0, AdamW leaves
         weights bit-identical."""
-        first, last = (round(share * steps) for share in window)
+        first, last = _ends(window, steps)
         inside = first <= step < last or (step >= last and window[1] == 1)  # a run that goes on after its schedule
         return self.factor(step - first, last - first) if inside else 0.0
 
@@ -161,6 +167,12 @@ class Optimiser(Settings):
             {"params": params, "lr": rate, "base_lr": rate, "window": window}
             for (_, rate, window), params in found.items()
         ]
+
+
+def _ends(window: Window, steps: int) -> tuple[int, int]:
+    """The first step of a window of `steps`, from 0, and the one after its last."""
+    first, last = (round(share * steps) for share in window)
+    return first, last
 
 
 class Adam(Optimiser):

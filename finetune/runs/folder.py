@@ -338,8 +338,8 @@ def _advice(old: Recipe, changed: list[str]) -> str:
     span = _curve(old)["optim.schedule_steps"]
     return (
         f"another optim.schedule_steps, which is run.steps if left out, bends the learning rate's curve in the "
-        f"middle; keep it with optim.schedule_steps={span} (a schedule's rate after its end is that of its end), or "
-        "choose another folder with run.dir=PATH"
+        f"middle; keep it with optim.schedule_steps={span} (a schedule's rate after its end is that of its end, "
+        "0 under cosine and linear), or choose another folder with run.dir=PATH"
     )
 
 

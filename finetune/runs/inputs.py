@@ -22,6 +22,8 @@ from finetune.runs.plan import Record
 
 SCHEMA = 1
 FILE = "inputs.json"
+DIGITS = 16  # of an image's SHA-256: enough to find it again
+MOST_IMAGES = 1_000_000  # of a data set: a JSON file has a limit
 SHOWN = 5  # changes that a message names; the rest is counted
 
 
@@ -41,7 +43,8 @@ class PinnedPhoto(Record):
 class PinnedTable(Record):
     """A data set. `name`: for messages. `files`: its file -> SHA-256. `revision`: of one from the hub, its id and
     commit. `columns`: which are read. `content`: SHA-256 over all of its images and captions; `captions`: over those
-    that are trained."""
+    that are trained. `token`: of its subject. `images`: `told_images` of those that are trained on; empty in older
+    records and for more than `MOST_IMAGES`."""
 
     name: str
     files: dict[str, str] = {}
@@ -51,6 +54,8 @@ class PinnedTable(Record):
     rows: int = 0
     content: str = ""
     captions: str = ""
+    token: str = ""
+    images: str = ""
 
 
 class RunInputs(Record):
@@ -124,6 +129,25 @@ def in_recorded_order(digests: Sequence[str], recorded: RunInputs) -> list[int]:
         places[digest].append(index)
     order = [left.popleft() for photo in recorded.photos if (left := places.get(photo.sha256))]
     return order + sorted(index for left in places.values() for index in left)
+
+
+def told_images(digests: Sequence[str]) -> str:
+    """The beginning of each image's SHA-256 in one text; "" for too many."""
+    return "".join(digest[:DIGITS] for digest in digests) if len(digests) <= MOST_IMAGES else ""
+
+
+def trained_images(inputs: RunInputs, names: Sequence[str], held_out: Collection[str]) -> set[str] | None:
+    """The beginning of the SHA-256 of each image that was trained on; None if the record does not tell.
+
+    names: of `inputs.photos`, as `held_out` names them.
+    """
+    if not all(table.images for table in inputs.tables):
+        return None
+    pairs = zip(inputs.photos, names, strict=True)
+    found = {photo.sha256[:DIGITS] for photo, name in pairs if name not in held_out}
+    for table in inputs.tables:
+        found |= {table.images[start : start + DIGITS] for start in range(0, len(table.images), DIGITS)}
+    return found
 
 
 def caption_pin(captions: list[str]) -> list[str]:

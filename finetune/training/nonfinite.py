@@ -66,3 +66,12 @@ def sentence(samples: Samples, bundle: Path, bad: BadStep, skipped: bool) -> str
         f"step {bad.step} is not finite ({what}) on {where}; {kept} and the last checkpoint is intact: "
         f"lower optim.lr, or check these images (the batch is in {bundle})"
     )
+
+
+def none_taken(steps: int) -> str:
+    """What the user is told of a run whose steps were all skipped by the loss scaler."""
+    what = "the only step changed no weight" if steps == 1 else f"none of the {steps} steps changed a weight"
+    return (
+        f"{what}, because with fp16 no gradient was finite: raise run.steps, as each skipped step lowers the loss "
+        "scale, or start a new run with run.precision=fp32"
+    )

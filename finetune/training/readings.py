@@ -57,6 +57,7 @@ class Readings:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator, self.late = accelerator, reads_late(accelerator.device)
         self._bad = torch.zeros(3, device=accelerator.device)  # step, loss and norm of this process's first bad step
+        self._first_scale = accelerator.scaler.get_scale() if accelerator.scaler else 0.0  # before a state is loaded
 
     def rows(self, step: int, loss: Tensor, norm: Tensor | None, asked: int) -> ProcessRows:
         """The rows of all processes after the backward of `step` (from 1), on the device: one collective operation.
@@ -78,6 +79,12 @@ class Readings:
         scale = getattr(self.accelerator.scaler, "_scale", None)
         left = torch.zeros((), dtype=torch.bool, device=device) if scale is None else scale.squeeze() >= LEAST_SCALE
         return torch.stack([torch.zeros_like(left), left])
+
+    def took_none(self, steps: int) -> bool:
+        """Whether the loss scaler skipped all of a run's `steps`: then its scale fell at each. One step that was taken
+        leaves it higher, in this process or in the one that wrote the checkpoint."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() <= self._first_scale * scaler.get_backoff_factor() ** steps
 
     def skips_bad(self, optimizer: object) -> bool:
         """Whether no bad step is applied: it is seen before the update, or a fused optimiser leaves its update out."""

@@ -109,7 +109,8 @@ class Trainer:
         Raises:
             BadInput: the disk has no space for the checkpoints.
             CheckFailed: a loss or gradient is not finite. The weights are not updated. On a GPU it is noticed when
-                the step is logged (`run.log_every`), and one step late; no such state is saved.
+                the step is logged (`run.log_every`), and one step late; no such state is saved. Or fp16's loss scaler
+                skipped every step, so that nothing was trained.
             Interrupted: `stop` was requested. The step was completed and its checkpoint written.
         """
         self.stop = stop = stop or Stop()
@@ -132,6 +133,8 @@ class Trainer:
                     raise Interrupted(asked)
                 after_step(n + 1)
         self.peers.wait()
+        if self.readings.took_none(self.run.steps):
+            raise CheckFailed(nonfinite.none_taken(self.run.steps))
         self.optim.to_result(self.optimizer)
         self.ema.copy_to_weights()
         self.accelerator.free_memory()  # it keeps references to the model and the optimiser

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import write_photos
 
-from finetune import __version__
+from finetune import BadInput, __version__, load_recipe, train
+from finetune.cli import output
 from finetune.cli.help import SECTIONS
 from finetune.cli.main import run
 
@@ -24,6 +25,7 @@ SHORT = (
 PHASES = ("photos", "base", "before", "class images", "latents", "prompts", "training", "preview", "export kohya",
           "check kohya", "after")  # fmt: skip
 HINT = f"{'hint':>16}"
+NONE = "resume takes no settings, since it goes on with the run's own: use `finetune train"
 NOISE = re.compile(r"LoRA keys|open an issue|it/s|Loading|Warning|gemm_4bit|peft_config", re.IGNORECASE)
 
 
@@ -136,7 +138,14 @@ def test_the_shell_completes_commands(tmp_path: Path) -> None:
         (("train", "demo", "--lr=1e-3"), "write the setting, optim.lr=1e-3"),
         (("train", "demo", "--batch-size", "--dry-run"), "run.batch_size=VALUE"),
         (("train", "demo", "--dry"), "--dry-run"),
-        (("resume", "x", "--steps", "3"), "No such option: --steps"),
+        (("resume", "x", "--steps", "3"), f"{NONE} x/recipe.yaml run.dir=x run.steps=3`"),
+        (("resume", "--steps=3", "my runs/x"), f"{NONE} 'my runs/x/recipe.yaml' 'run.dir=my runs/x' run.steps=3`"),
+        (("resume", "--processes", "2", "x", "--lr", "3"), f"{NONE} x/recipe.yaml run.dir=x optim.lr=3`"),
+        (("resume", "--accept-changes", "x", "--lr"), f"{NONE} x/recipe.yaml run.dir=x optim.lr=VALUE`"),
+        (("resume", "x", "run.steps=30", "--lr=3"), f"{NONE} x/recipe.yaml run.dir=x run.steps=30 optim.lr=3`"),
+        (("resume", "--lr", "3"), f"{NONE} RUN/recipe.yaml run.dir=RUN optim.lr=3`"),
+        (("resume", "x", "--dry-run"), f"{NONE} x/recipe.yaml run.dir=x --dry-run`"),
+        (("resume", "x", "--photo", "p"), "--photos"),
     ],
 )
 def test_an_option_that_is_a_setting_is_told_as_one(
@@ -156,4 +165,46 @@ def test_a_start_says_what_a_first_run_often_gets_wrong(tmp_path: Path, capsys: 
     hints = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith(HINT)]
     assert [hint.split(":")[0] for hint in hints] == ["data.class_noun is 'a mug'", "1 photo of photos"]
     assert run(typed)[0] == 2
-    assert "data.class_noun is 'dog', which is the recipe's own example" in capsys.readouterr().out
+    own = "data.class_noun is 'dog', which is the recipe's own example"
+    assert capsys.readouterr().out.count(own) == 1
+    lines: list[str] = []
+    with pytest.raises(BadInput, match="/nowhere/none"):
+        train(load_recipe("dreambooth-lora", {"data.photos": photos, "base": "/nowhere/none"}), say=lines.append)
+    assert [line.split(":")[0].split(maxsplit=1)[1] for line in lines] == [own, "1 photo of photos"]
+
+
+@pytest.mark.parametrize("command", [["plan"], ["train", "--dry-run"]], ids=["plan", "dry run"])
+def test_a_plan_is_wrapped_in_a_terminal_alone(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipe gets each row as one line, whatever COLUMNS says; in a terminal, values have a column of their own."""
+    photos = write_photos(tmp_path / "photos")
+    for photo in photos.glob("*.png"):
+        photo.with_suffix(".txt").write_text("a {token} {noun} " + "on a green table " * 5, encoding="utf-8")
+    monkeypatch.setattr(output.Progress, "enable", lambda self: None)
+    monkeypatch.setenv("COLUMNS", "70")
+    words = [*command, "dreambooth-lora", f"data.photos={photos}", "data.captions=files"]
+    assert run(words) == (0, "")
+    rows = capsys.readouterr().out.splitlines()
+    assert all(line[:16].strip() and line[16:18] == "  " for line in rows)
+    assert max(map(len, rows)) > 160
+    monkeypatch.setattr(output, "in_terminal", lambda: True)
+    assert run(words) == (0, "")
+    wrapped = capsys.readouterr().out.splitlines()
+    assert max(map(len, wrapped)) <= 70
+    assert [line[:16] for line in wrapped if line[:18].strip()] == [line[:16] for line in rows]
+    assert " ".join(wrapped).split() == " ".join(rows).split()
+
+
+@pytest.mark.parametrize("columns", ["10", "0", "many"])
+def test_a_narrow_terminal_still_gets_words(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Words are not cut, as paths are among them."""
+    monkeypatch.setattr(output, "in_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", columns)
+    value = f"{'/a-long-folder' * 9} {'word ' * 30}end"
+    output.say_row(f"{'photos':>16}  {value}")
+    printed = capsys.readouterr().out
+    assert printed.split() == ["photos", *value.split()]
+    assert printed.count("\n") > 1

@@ -77,6 +77,62 @@ def test_a_warm_up_fits_into_the_run() -> None:
     assert fits.factor(19, 20) == 1.0  # in the last step; a warm-up of 21 would end at 20 / 21
 
 
+PIVOTAL = ("method.kind=pivotal", "optim.lr=0.002", "run.steps=100")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (
+            ["optim.warmup=51"],
+            "optim.warmup is 51 but the new word (method.pivot 0.5) trains in 50 of the 100 steps, so its learning "
+            "rate never becomes the full one: set optim.warmup to at most 50, or 0",
+        ),
+        (["optim.warmup=31", "method.pivot=0.7"], "the LoRA (method.pivot 0.7) trains in 30 of the 100 steps"),
+        (["optim.warmup=101"], "optim.warmup is 101 but run.steps is 100, so the learning rate never reaches optim"),
+        (
+            ["optim.warmup=26", "optim.schedule=cosine", "optim.schedule_steps=50"],
+            "the new word (method.pivot 0.5) trains in 25 of the 100 steps, so",
+        ),
+        (
+            ["method.pivot=0.001"],
+            "the new word (method.pivot 0.001) trains in none of the 100 steps: give more run.steps, or another share",
+        ),
+        (["method.pivot=0.999"], "the LoRA (method.pivot 0.999) trains in none of the 100 steps"),
+        (
+            ["optim.schedule_steps=300"],
+            "the LoRA (method.pivot 0.5) trains in none of the 100 steps, as optim.schedule_steps is 300: give more "
+            "run.steps, or fewer optim.schedule_steps",
+        ),
+    ],
+)  # fmt: skip
+def test_each_half_of_pivotal_tuning_trains_at_its_full_rate(typed: list[str], said: str) -> None:
+    assert said in refusal(*PIVOTAL, *typed)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["optim.warmup=50"],
+        ["optim.warmup=70", "method.pivot=0.3", "method.keep_training_token=true"],
+        ["optim.warmup=20", "optim.schedule_steps=40"],
+    ],
+)
+def test_a_warm_up_that_fits_both_halves_reaches_the_full_rate(typed: list[str]) -> None:
+    """As the loop sets it, step by step."""
+    recipe = load_recipe("demo", [*NEEDED, *PIVOTAL, *typed])
+    optim, steps = recipe.optim, recipe.run.steps
+    for window in recipe.method.named_windows.values():
+        rates = [optim.factor_within(window, step, optim.schedule_steps or steps) for step in range(steps)]
+        assert max(rates) == 1.0
+
+
+def test_a_warm_up_ends_before_its_schedule() -> None:
+    shaped = ("run.steps=100", "optim.schedule=linear", "optim.schedule_steps=50")
+    assert "optim.warmup is 51 but optim.schedule_steps is 50, so the" in refusal(*shaped, "optim.warmup=51")
+    load_recipe("demo", [*NEEDED, *shaped, "optim.warmup=50"])
+
+
 def test_plain_data_is_checked_as_a_file_is() -> None:
     plain = load_recipe("demo", NEEDED).model_dump(mode="json")
     plain["data"]["crops"] = 8

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config.load import load_recipe
-from finetune.config.placeholders import borrowed_words, refuse_placeholder
+from finetune.config.load import dump_recipe, load_recipe
+from finetune.config.placeholders import refuse_placeholder
 from finetune.config.recipes import folder
 from finetune.core.errors import BadInput
 
@@ -27,15 +27,28 @@ from finetune.core.errors import BadInput
     ],
 )
 def test_words_that_nobody_typed_are_named(source: str, typed: list[str], keys: list[str]) -> None:
-    found = borrowed_words(source, load_recipe(source, typed), typed)
-    assert [line.split(" is ")[0] for line in found] == keys
+    found = load_recipe(source, typed)
+    assert [line.split(" is ")[0] for line in found.borrowed] == keys
+    given = dict(text.split("=", 1) for text in typed)
+    if "data" not in given:
+        assert load_recipe(source, given).borrowed == load_recipe(source, [*given.items()]).borrowed == found.borrowed
+
+
+def test_recipes_are_compared_by_their_settings_alone(tmp_path: Path) -> None:
+    """What nobody typed is not a setting: it is in no file, and a copy keeps it."""
+    recipe = load_recipe("dreambooth-lora", ["data.photos=cat"])
+    written = tmp_path / "mine.yaml"
+    written.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(written) == recipe
+    assert recipe.borrowed == recipe.model_copy(update={"sample": recipe.sample}).borrowed != ()
+    assert load_recipe(written).borrowed == ()
 
 
 def test_a_recipe_of_ones_own_is_taken_at_its_word(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     shutil.copyfile(folder() / "dreambooth-lora.yaml", mine)
     recipe = load_recipe(mine)
-    assert borrowed_words(str(mine), recipe, []) == []
+    assert recipe.borrowed == ()
     refuse_placeholder(str(mine), recipe, [])
 
 

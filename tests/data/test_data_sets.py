@@ -32,8 +32,15 @@ from finetune.data.photos import BadImage, photo_of, scan
 from finetune.data.settings import Data, hub_id
 from finetune.data.sources.data_set import chosen_split, split_of
 from finetune.data.sources.hub_data_set import Hub
+from finetune.evaluation.prompts_file import Called
+from finetune.jobs.dataset import held_out_photos
+from finetune.jobs.evaluated import Trained, photos_trained_on
+from finetune.jobs.pins import inputs_of
+from finetune.jobs.prepare import prepare
+from finetune.jobs.run_record import record_of
 from finetune.jobs.subjects import Scanned, _captioned, scan_subjects
-from finetune.runs.inputs import read_inputs
+from finetune.runs.folder import RunFolder
+from finetune.runs.inputs import InputsRecord, changes, read_inputs, write_inputs
 
 TEXTS = ["a {token} {noun} on a table", "the {token} {noun}", None]
 
@@ -387,3 +394,32 @@ def test_rows_are_read_again_once_their_format_can_be(
     assert len(scanned(photos=file, skip_bad=True).photos) == 2
     monkeypatch.setattr(metadata, "version", lambda package: "9.9")
     assert len(scanned(photos=file).photos) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+def test_an_evaluation_knows_what_of_a_data_set_was_trained_on(
+    streaming: bool, tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """Beside a folder of another subject: both hold one image out. A record without the images says nothing."""
+    balls, file = tmp_path / "balls", write_parquet(photos, tmp_path / "set.parquet")
+    shutil.copytree(photos, balls)
+    for number, drawing in enumerate(sorted(balls.glob("*.png"))):
+        Image.new("RGB", (40, 40), (90 * number, 30, 60)).save(drawing)
+    values = settings(tiny_bases["sd1"], file, LORA, run={"steps": 2, "verdicts": "on"}, prior={"kind": "none"})
+    values["data"] |= {"streaming": streaming, "hold_out": 1, "token": "zwx"}
+    values["data"] |= {"subjects": [{"photos": str(balls), "class_noun": "ball", "token": "vtx"}]}
+    looked = prepare(parse_recipe(values))
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    (folder.path / "recipe.yaml").touch()
+    folder.write_info(record_of(looked))
+    recorded = inputs_of(looked)
+    write_inputs(folder.path, InputsRecord(inputs=recorded))
+    source, unseen = Trained(folder.path, "run", Called("zwx", "mug"), ""), held_out_photos(looked)
+    found = [photos_trained_on(source, [photo.digest]) for photo in looked.photos]
+    assert found == [number not in unseen for number in range(6)]
+    assert [sum(found[:3]), sum(found[3:])] == [2, 2]
+    older = recorded.model_copy(update={"tables": [recorded.tables[0].model_copy(update={"images": ""})]})
+    assert changes(older, recorded) == []
+    write_inputs(folder.path, InputsRecord(inputs=older))
+    assert photos_trained_on(source, [looked.photos[0].digest]) is None

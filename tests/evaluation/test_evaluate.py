@@ -375,6 +375,15 @@ def test_the_photos_of_the_training_are_named_as_such(place: Path, tmp_path: Pat
     assert [note for note in notes(moved) if "trained on" in note] == [said.format(1, 2)]
     (moved / "first.png").unlink()
     assert not [note for note in notes(moved) if "trained on" in note]
+    pins = place / "dog" / "inputs.json"
+    whole = pins.read_text(encoding="utf-8")
+    values = json.loads(whole)
+    values["inputs"] |= {"photos": [], "tables": [{"name": "set.parquet"}]}  # as an earlier version wrote it
+    pins.write_text(json.dumps(values), encoding="utf-8")
+    unknown = [note for note in notes(moved) if "trained on" in note]
+    pins.write_text(whole, encoding="utf-8")
+    said = "dog: its record does not say whether the photos were trained on; if so, a copy of one counts as likeness"
+    assert unknown == [said]
 
 
 @pytest.mark.slow

@@ -255,16 +255,18 @@ def _own_precision() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def with_scaler(run: Run, adapter: bool) -> Accelerator:
+    """Its first steps overflow, as their losses are scaled by 2^127 and 2^87."""
+    accelerator = Accelerator(mixed_precision="fp16", gradient_accumulation_steps=run.accumulate, cpu=True)
+    accelerator.native_amp = True  # as on a GPU: autocast, and gradients unscaled before they are clipped
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-40)
+    return accelerator
+
+
 @pytest.mark.usefixtures("_own_precision")
 def test_under_fp16_an_overflow_is_the_scalers_to_handle(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     """torch's own scaler, on the CPU, begun far too high: the first steps overflow, are skipped, and are no error; its
     state is in the checkpoint, so that the resumed run is the unbroken one."""
-
-    def with_scaler(run: Run, adapter: bool) -> Accelerator:
-        accelerator = Accelerator(mixed_precision="fp16", gradient_accumulation_steps=run.accumulate, cpu=True)
-        accelerator.native_amp = True  # as on a GPU: autocast, and gradients unscaled before they are clipped
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-40)
-        return accelerator
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
@@ -280,6 +282,21 @@ def test_under_fp16_an_overflow_is_the_scalers_to_handle(tiny_bases: dict[str, P
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
     start = LoRA(rank=2).attach(load_family(str(tiny_bases["sd1"])), 0)
     assert any(not torch.equal(start[name], unbroken[name]) for name in unbroken)
+
+
+@pytest.mark.usefixtures("_own_precision")
+@pytest.mark.parametrize("optim", [AdamW(lr=1e-3), AdamW8bit(lr=1e-3)], ids=["fused", "not fused"])
+def test_a_run_that_took_no_step_is_no_success(optim: Optim, tiny_bases: dict[str, Path], folder: Path) -> None:
+    """Both of its steps overflow. It says so again when it is resumed, and ends well with enough steps."""
+    start = LoRA(rank=2).attach(load_family(str(tiny_bases["sd1"])), 0)
+    for _ in range(2):
+        with pytest.raises(CheckFailed, match=r"^none of the 2 steps changed a weight, .*run\.precision=fp32"):
+            run_fit(tiny_bases["sd1"], folder, LoRA(rank=2), make=with_scaler, optim=optim, steps=2)
+    state = Checkpoints(folder).latest()
+    assert state is not None
+    assert all(torch.equal(start[name], state.trained[name]) for name in start)
+    longer = run_fit(tiny_bases["sd1"], folder, LoRA(rank=2), make=with_scaler, optim=optim, steps=6)
+    assert any(not torch.equal(start[name], longer[name]) for name in longer)
 
 
 @pytest.mark.parametrize(
