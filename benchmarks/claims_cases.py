@@ -148,7 +148,6 @@ LEVERS = (
     _mirrored("weights .3 and .3, taught by the base", "prior.target=base", *_weights(0.3, 0.3, taught=True)),
 )
 SMALL_LOGOS = (  # on cars with a moon
-    _lora(DEFAULT),
     WHOLE_PRIOR,
     _mirrored("lora, mirrored photos"),
     _mirrored("mirrored photos, no weighting", UNWEIGHTED),
@@ -156,6 +155,11 @@ SMALL_LOGOS = (  # on cars with a moon
     _whole("two photos a step, no weighting", "run.batch_size=2", UNWEIGHTED),
     _whole("two photos a step, 800 steps", "run.batch_size=2", "run.steps=800"),
     _whole("350 steps", "run.steps=350"),
+)
+FAINT_LOGOS = ("car", "moon-1")  # subjects for development that lose their logos most
+PRIOR_IMAGES = (  # on them: how many there are in a step, and what they aim at
+    _lora(DEFAULT),
+    WHOLE_PRIOR,
     _whole("taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
     _whole("taught by the base, weights .3 and .3", "prior.target=base", *_weights(0.3, 0.3, taught=True)),
     _whole(
@@ -175,4 +179,4 @@ FAULTS = (
     _mirrored("too long, no prior", "run.steps=1000", "prior.kind=none", NO_OTHERS),
 )
 ON_ALL = (*METHODS, *PRIORS, *PEERS)
-CASES = {case.name: case for case in (*ON_ALL, *LEVERS, *SMALL_LOGOS, *FAULTS)}
+CASES = {case.name: case for case in (*ON_ALL, *LEVERS, *SMALL_LOGOS, *PRIOR_IMAGES, *FAULTS)}

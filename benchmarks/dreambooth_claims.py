@@ -36,7 +36,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import claims_page
 import torch
-from claims_cases import CASES, FAULTS, LEVERS, METHODS, PEERS, PRIORS, SMALL_LOGOS, Case
+from claims_cases import CASES, FAINT_LOGOS, FAULTS, LEVERS, METHODS, PEERS, PRIOR_IMAGES, PRIORS, SMALL_LOGOS, Case
 from claims_measure import Drawn, copies, kind_of, load, masked, measure, photos_of, real_figures, save
 from claims_settings import Settings, digest, keep, known, still_holds
 
@@ -77,6 +77,7 @@ GROUPS = {
     "peers": Group(PEERS, FIRST_SUBJECTS),
     "levers": Group(LEVERS, tuple(DEVELOPMENT)),
     "logos": Group(SMALL_LOGOS, tuple(MOONS)),
+    "prior images": Group(PRIOR_IMAGES, FAINT_LOGOS),
     "faults": Group(FAULTS),
 }
 
