@@ -24,8 +24,8 @@ class Limits:
 
     Attributes:
         learned: less was learned, on photos and unseen views: "undertrained" (.74: a gain of .07; .86: .73).
-        overfit: a larger share of what was learned holds for the photos alone: "overtrained" (.67: all places are
-            drawn, and in one run with .88; .91: none of the images of one place).
+        overfit: a larger share of what was learned holds for the photos alone: "overtrained" (.88: all places are
+            drawn, and in four runs with .95 to .98; .91: none of the images of one place, and in others .95 and .98).
         fall: the unseen views lost more than this share of their best value: "overtrained" (.70: all places, and in
             one run with .81; .74: a third of the images of one place).
         class_drift: what the class's prompt does moved farther: "class drifted". No run was seen that this limit
@@ -42,7 +42,7 @@ class Limits:
     """
 
     learned: float = 0.8
-    overfit: float = 0.8
+    overfit: float = 0.9
     fall: float = 0.72
     class_drift: float = 1.4
     takeover: float = 0.6

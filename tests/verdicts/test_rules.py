@@ -58,7 +58,7 @@ BEGIN = row(0, 0, 0)
     [
         ([row(50, 0.4, 0.3)], UNDERTRAINED),
         ([row(50, 1.0, 0.9), row(100, 1.6, 1.5)], GOOD),
-        ([row(50, 1.6, 1.5), row(100, 6.0, 1.0)], OVERTRAINED),
+        ([row(50, 1.6, 1.5), row(100, 12.0, 1.0)], OVERTRAINED),
         ([row(50, 2.0, 2.0), row(100, 2.2, 0.5)], OVERTRAINED),
         ([row(50, 1.6, 1.5, class_drift=1.5)], DRIFTED),
         ([row(50, 1.6, 1.5, takeover=1.5)], DRIFTED),
@@ -82,7 +82,7 @@ def test_nothing_measured_says_nothing() -> None:
 
 
 def test_every_word_that_holds_is_found_and_the_gravest_first() -> None:
-    verdict = judged([BEGIN, row(50, 6, 1, elsewhere=2, class_drift=2)])
+    verdict = judged([BEGIN, row(50, 12, 1, elsewhere=2, class_drift=2)])
     assert verdict.found == (DAMAGED, DRIFTED, OVERTRAINED)
     assert judged([BEGIN, row(50, 0.2, 0.2, elsewhere=2)]).found == (DAMAGED, UNDERTRAINED)
 
@@ -245,7 +245,7 @@ def test_samples_in_a_step_are_those_of_all_streams() -> None:
         return samples_in_step(recipe.run, recipe.prior)
 
     assert samples("prior.kind=none") == 4
-    assert samples("prior.kind=class_images") == 8
+    assert samples("prior.kind=class_images", "prior.share=1") == 8
     assert samples("prior.kind=none", "prior.others.share=0.25") == 5
     assert samples("prior.kind=class_images", "prior.share=0.5", "prior.others.share=0.25") == 7
 
