@@ -230,7 +230,7 @@ def test_off_by_default_and_kept_when_the_kind_changes() -> None:
         is None
     )
     assert load_recipe("dreambooth-lora", {**subject, "base": "tiny"}).prior.others == Others(
-        guidance=3.0, steps=12, weight=0.5
+        guidance=3.0, steps=12, share=0.5
     )
     assert "others: null" in dump_recipe(recipe)
 

@@ -292,7 +292,7 @@ def test_200_photos_and_hostile_ones(server: Server, page: Any) -> None:
         sent("<img src=x onerror=alert(1)>.png", image(201)),
         sent(ODD, image(202)),
         packed("out.zip", {"../../../evil.png": image(203)}),
-        packed("mixed.zip", {"a/good.png": image(204), "a/run.sh": b"touch pwned"}),
+        packed("mixed.zip", {"a/good.png": image(204), "a/pwn.sh": b"touch pwned"}),
         sent("cut.zip", b"PK\x03\x04", "application/zip"),
     ]
     page.set_input_files(".drop input", photos + odd)
@@ -300,7 +300,7 @@ def test_200_photos_and_hostile_ones(server: Server, page: Any) -> None:
     assert page.locator(".photo").count() == 202
     page.wait_for_selector(".step .fault:has-text('cut.zip')")
     said = page.inner_text(".step .fault >> nth=0")
-    for words in ("has one of", "out.zip holds no photos", "left out: run.sh", "cut.zip is not a complete zip file"):
+    for words in ("has one of", "out.zip holds no photos", "left out: pwn.sh", "cut.zip is not a complete zip file"):
         assert words in said
     caption = page.get_by_label(f"Caption of {ODD}")
     caption.fill(SCRIPT)
@@ -311,7 +311,7 @@ def test_200_photos_and_hostile_ones(server: Server, page: Any) -> None:
     assert page.get_by_label(f"Caption of {ODD}").input_value() == SCRIPT
     assert not harm
     assert page.title() == "New run · finetune"
-    assert not [file for file in server.folder.parent.rglob("*") if file.name in ("evil.png", "pwned", "run.sh")]
+    assert not [file for file in server.folder.parent.rglob("*") if file.name in ("evil.png", "pwned", "pwn.sh")]
 
 
 MANY, UPDATES = 100_000, 5
