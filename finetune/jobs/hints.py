@@ -1,6 +1,7 @@
-"""Hints before a run: photos whose subject the training crop would cut, or whose subject is small.
+"""Hints before a run: photos whose subject the training crop would cut, or whose subject is small, and what first runs
+often get wrong.
 
-They come from mask files, or from small copies of the photos (`finetune.data.saliency`), so that they take moments.
+Those of photos come from mask files, or from small copies (`finetune.data.saliency`), so that they take moments.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from finetune.core.errors import BadInput
 from finetune.data.blobs import Box, box_of, share_in_square
 from finetune.data.photos import BadImage, image_files, mask_beside, open_image, opened
 from finetune.data.saliency import QUICK, salient_box, shrunk
+from finetune.optim.base import WHOLE
 
 MOST = 24  # photos: of more none is looked at
 SMALL = 0.06  # of a photo's area: training at 512 pixels shows such a subject with about 125
@@ -47,8 +49,9 @@ def photo_hints(recipe: Recipe) -> list[str]:
 
 
 def subject_hints(recipe: Recipe) -> list[str]:
-    """What a first run often gets wrong: an article in the class noun, and one or two photos. Opens no photo."""
-    said = []
+    """What a first run often gets wrong: an article in the class noun, one or two photos, steps at a learning rate of
+    0. Opens no photo."""
+    said = _idle_steps(recipe)
     for subject in recipe.data.all_subjects:
         article = ARTICLE.match(subject.class_noun or "")
         if article:
@@ -59,6 +62,17 @@ def subject_hints(recipe: Recipe) -> list[str]:
                 f"{count} photo{'s' * (count > 1)} of {subject.photos.name}: take three to ten, in other places"
             )
     return said
+
+
+def _idle_steps(recipe: Recipe) -> list[str]:
+    """A run that goes on after its schedule has come to 0."""
+    steps, moving = recipe.run.steps, recipe.optim.steps_within(WHOLE, recipe.run.steps)
+    if moving == steps:
+        return []
+    return [
+        f"steps {moving + 1} to {steps} have a learning rate of 0, as optim.schedule_steps is {moving}: leave it out, "
+        f"or set run.steps={moving}"
+    ]
 
 
 def _count(photos: Path) -> int:

@@ -56,6 +56,16 @@ def test_an_article_and_too_few_photos_are_named(folder: Path) -> None:
     assert hints(folder, "data.class_noun=ant") == ["1 photo of set: take three to ten, in other places"]
 
 
+def test_steps_after_the_end_of_the_schedule_are_named(folder: Path) -> None:
+    """A cosine over a tenth of the steps left the rest to a rate of 0, without a word."""
+    for name in ("b.jpg", "c.png"):
+        (folder / name).unlink()
+    shape = ("run.steps=500", "optim.schedule=cosine")
+    assert hints(folder, *shape) == hints(folder, *shape, "optim.schedule_steps=900") == []
+    (idle,) = hints(folder, *shape, "optim.schedule_steps=50")
+    assert idle.startswith("steps 51 to 500 have a learning rate of 0, as optim.schedule_steps is 50")
+
+
 def test_a_mask_decides(folder: Path) -> None:
     Image.new("L", (360, 240), 255).save(folder / "b.mask.png")
     (folder / "masks").mkdir()
