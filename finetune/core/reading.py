@@ -71,14 +71,15 @@ def list_items(text: str) -> list[str]:
     return [line for line in stripped if line and not line.startswith("#")]
 
 
-def read_json(file: Path, kind: type[T], advice: str = "give the right file") -> T:
-    """Returns the content of a JSON file, which must be an object (`kind` is `dict`) or a list (`list`).
+def read_json(file: Path, kind: type[T], advice: str = "give the right file", limit: int = MAX_BYTES) -> T:
+    """Returns the content of a JSON file of at most `limit` bytes, which must be an object (`kind` is `dict`) or a list
+    (`list`).
 
     Raises:
         BadInput: it is damaged, exceeds a limit, or holds something else. The message ends with `advice`.
         OSError: it can't be read.
     """
-    return parse_json(read_utf8(file), str(file), kind, advice)
+    return parse_json(read_utf8(file, limit), str(file), kind, advice)
 
 
 def parse_json(text: str, where: str, kind: type[T], advice: str = "give the right file", finite: bool = True) -> T:

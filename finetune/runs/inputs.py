@@ -24,6 +24,7 @@ SCHEMA = 1
 FILE = "inputs.json"
 DIGITS = 16  # of an image's SHA-256: enough to find it again
 MOST_IMAGES = 1_000_000  # of a data set: a JSON file has a limit
+MAX_BYTES = 1_000_000_000  # of the file: a photo takes about 250, and what was written must be read again
 SHOWN = 5  # changes that a message names; the rest is counted
 
 
@@ -104,7 +105,7 @@ def read_inputs(run: Path) -> InputsRecord | None:
     if not file.is_file():
         return None
     try:
-        values = read_json(file, dict)
+        values = read_json(file, dict, limit=MAX_BYTES)
         return InputsRecord.model_validate(migrated(values, file, SCHEMA, []))
     except LaterVersion:
         raise

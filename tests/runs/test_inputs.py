@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.core.errors import BadInput
+from finetune.core.reading import MAX_BYTES
 from finetune.core.records import LaterVersion
 from finetune.runs.inputs import (
     FILE,
@@ -116,6 +117,13 @@ def test_the_record_comes_back_and_a_damaged_one_is_refused(tmp_path: Path) -> N
         (tmp_path / FILE).write_text(broken, encoding="utf-8")
         with pytest.raises(BadInput, match=FILE):
             read_inputs(tmp_path)
+
+
+def test_a_record_of_many_photos_comes_back(tmp_path: Path) -> None:
+    """About 270,000 photos make a file that is larger than other JSON files may be: such a run could not go on."""
+    record = InputsRecord(inputs=RunInputs(photos=[photo("a.png", caption="x" * MAX_BYTES)]))
+    write_inputs(tmp_path, record)
+    assert read_inputs(tmp_path) == record
 
 
 def test_a_record_of_a_later_version_is_no_damage(tmp_path: Path) -> None:
