@@ -259,7 +259,7 @@ def _train(
         for line in plan_lines(plan(job.check_run(recipe, processes))) + hints:
             say_row(line)
         return
-    tell = say if is_main_process() else _silent
+    tell = say_row if is_main_process() else _silent
     path = job.train(recipe, run, tell, accept_changes=accept_changes)
     tell(f"done: look at {path}/report.html")
     expected = expectation(recipe.base.source, [subject.class_noun for subject in recipe.data.all_subjects])

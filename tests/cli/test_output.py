@@ -208,3 +208,19 @@ def test_a_narrow_terminal_still_gets_words(
     printed = capsys.readouterr().out
     assert printed.split() == ["photos", *value.split()]
     assert printed.count("\n") > 1
+
+
+def test_a_runs_own_rows_are_wrapped_as_a_plans_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And other text is not: a path that was broken could not be copied."""
+    monkeypatch.setattr(output.Progress, "enable", lambda self: None)
+    monkeypatch.setattr(output, "in_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    words = ["train", "dreambooth-lora", f"data.photos={write_photos(tmp_path / 'photos')}", "data.class_noun=a mug"]
+    assert run([*words, "base=/nowhere/none"])[0] == 2
+    hints = capsys.readouterr().out.splitlines()
+    assert "leave 'a' out" in " ".join(" ".join(hints).split())
+    assert max(map(len, hints)) <= 60
+    output.say_row(f"done: look at {'/a folder' * 20}")
+    assert capsys.readouterr().out.count("\n") == 1
