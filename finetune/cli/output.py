@@ -175,8 +175,8 @@ def say(line: str) -> None:
 
 
 def say_row(line: str) -> None:
-    """Prints a row of two columns. In a terminal a long one goes on under its value; elsewhere, and for any other text,
-    it is as `say`."""
+    """Prints a row of two columns. In a terminal a long one goes on under its value; elsewhere it is one line, as any
+    other text is."""
     rows = [plain(line)]
     if in_terminal() and rows[0][COLUMN - 2 : COLUMN] == "  " and rows[0][:COLUMN].strip():
         width = max(shutil.get_terminal_size((WIDTH, 24)).columns, 2 * COLUMN)

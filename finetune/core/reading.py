@@ -72,11 +72,11 @@ def list_items(text: str) -> list[str]:
 
 
 def read_json(file: Path, kind: type[T], advice: str = "give the right file", limit: int = MAX_BYTES) -> T:
-    """Returns the content of a JSON file of at most `limit` bytes, which must be an object (`kind` is `dict`) or a list
-    (`list`).
+    """Returns the content of a JSON file, which must be an object (`kind` is `dict`) or a list (`list`).
 
     Raises:
-        BadInput: it is damaged, exceeds a limit, or holds something else. The message ends with `advice`.
+        BadInput: it is damaged, exceeds a limit (`limit`: of bytes), or holds something else. The message ends with
+            `advice`.
         OSError: it can't be read.
     """
     return parse_json(read_utf8(file, limit), str(file), kind, advice)
