@@ -13,7 +13,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,13 +77,34 @@ class Shard:
         return found if digest.digest() == self.digests[row].tobytes() else None
 
 
-@dataclass
 class _Open:
-    """Entries of one form that are not yet on the disk."""
+    """Entries of one form that are not yet on the disk, as rows of one tensor for each name.
 
-    since: float = field(default_factory=time.monotonic)
-    size: int = 0
-    entries: dict[bytes, StoredEntry] = field(default_factory=dict)
+    They are copied into it: thousands of small tensors that stay between the freed activations of an encoder would
+    hold many times their own size of memory.
+    """
+
+    def __init__(self, first: StoredEntry) -> None:
+        """`first` has the form of all entries."""
+        self.since = time.monotonic()
+        self.most = max(1, min(MOST_ENTRIES, -(-MOST_BYTES // max(1, _size(first)))))
+        self.rows = {name: torch.empty(self.most, *value.shape, dtype=value.dtype) for name, value in first.items()}
+        self.places: dict[bytes, int] = {}
+
+    @property
+    def full(self) -> bool:
+        return len(self.places) == self.most or time.monotonic() - self.since > MOST_SECONDS
+
+    def add(self, key: bytes, entry: StoredEntry) -> None:
+        row = self.places.setdefault(key, len(self.places))
+        for name, value in entry.items():
+            self.rows[name][row] = value
+
+    def sorted(self) -> tuple[list[bytes], StoredEntry]:
+        """The keys, in order, and the entries in rows of that order."""
+        keys = sorted(self.places)
+        order = torch.tensor([self.places[key] for key in keys])
+        return keys, {name: rows[order] for name, rows in self.rows.items()}
 
 
 class Shards:
@@ -136,11 +157,9 @@ class Shards:
         """
         entry = self._stored(tensors)
         form = tuple((name, value.dtype, tuple(value.shape)) for name, value in entry.items())
-        held = self._open.setdefault(form, _Open())
-        held.entries[_short(key)] = entry
-        held.size += _size(entry)
-        full = len(held.entries) >= MOST_ENTRIES or held.size >= MOST_BYTES
-        if full or time.monotonic() - held.since > MOST_SECONDS:
+        held = self._open.get(form) or self._open.setdefault(form, _Open(entry))
+        held.add(_short(key), entry)
+        if held.full:
             self._write(self._open.pop(form))
 
     def flush(self) -> None:
@@ -190,11 +209,9 @@ class Shards:
         return found
 
     def _write(self, held: _Open) -> None:
-        entries = dict(sorted(held.entries.items()))
-        names = list(next(iter(entries.values())))
-        tensors = {name: torch.stack([entry[name] for entry in entries.values()]) for name in names}
-        digests = b"".join(_digest(entry) for entry in entries.values())
-        tensors[KEYS] = torch.frombuffer(bytearray(b"".join(entries)), dtype=torch.uint8).reshape(-1, 32)
+        keys, tensors = held.sorted()
+        digests = b"".join(_digest({name: rows[row] for name, rows in tensors.items()}) for row in range(len(keys)))
+        tensors[KEYS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, 32)
         tensors[DIGESTS] = torch.frombuffer(bytearray(digests), dtype=torch.uint8).reshape(-1, 32)
         content = save(tensors, {SOURCE: self.source})
         file = self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,21 @@ def test_memory_holds_a_fixed_number_of_bytes(tmp_path: Path, monkeypatch: pytes
         assert float(written.read(str(number))["mean"].mean()) == number
         assert sum(value.nbytes for entry in written._recent.values() for value in entry.values()) <= IN_MEMORY // 1000
     assert 10 < len(written._recent) < 20
+
+
+def test_an_entry_that_waits_to_be_written_keeps_no_memory_of_its_maker(tmp_path: Path) -> None:
+    """Small tensors that lie between an encoder's freed activations, or are views of them, held gigabytes."""
+    written = Shards(tmp_path, "base")
+    made = torch.arange(8.0).reshape(2, 4)
+    owners = [weakref.ref(made.untyped_storage()), weakref.ref(made)]
+    written.add("a", {"x": made[0]})
+    del made
+    assert [owner() for owner in owners] == [None, None]
+    written.add("b", {"x": torch.zeros(4)})
+    written.add("b", {"x": torch.ones(4)})  # the last one counts
+    written.flush()
+    assert written.read("a")["x"].tolist() == [0, 1, 2, 3]
+    assert written.read("b")["x"].tolist() == [1, 1, 1, 1]
 
 
 def test_processes_that_share_a_folder_find_what_the_others_made(tmp_path: Path) -> None:
