@@ -192,9 +192,9 @@ class PromptCache:
             finally:
                 self.shards.flush()
         for prompt in prompts:
-            if self._size >= IN_MEMORY:
-                break
-            self._row(prompt)
+            row = self._row(prompt)
+            if self._size + _size(row) > IN_MEMORY:
+                break  # another would take the place of one of these
 
     def __call__(self, prompts: Sequence[str], keep_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Returns the conditions of the prompts, as `Family.encode_prompts` does. Raises KeyError for a new prompt."""

@@ -143,11 +143,11 @@ class Shards:
         return [key for short, key in wanted.items() if short not in self._places]
 
     def warm(self, keys: Iterable[str]) -> None:
-        """Reads entries, until as many are in memory as may stay there: a small set needs no disk from then on."""
+        """Reads entries, until no other like the last would stay in memory: a small set needs no disk from then on."""
         for key in keys:
-            if self._size >= IN_MEMORY:
+            entry = self.read(key)
+            if self._size + _size(entry) > IN_MEMORY:
                 return
-            self.read(key)
 
     def add(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Takes an entry. It is on the disk after `flush`, or earlier.

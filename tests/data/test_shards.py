@@ -49,6 +49,20 @@ def test_memory_holds_a_fixed_number_of_bytes(tmp_path: Path, monkeypatch: pytes
     assert 10 < len(written._recent) < 20
 
 
+def test_no_more_is_read_ahead_than_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each start the whole cache was read, however large, since what came in last threw out what came first."""
+    from finetune.data import shards
+
+    monkeypatch.setattr(shards, "IN_MEMORY", 10 * 4096)
+    written = Shards(tmp_path, "base")
+    keys = [str(number) for number in range(40)]
+    for key in keys:
+        written.add(key, {"mean": torch.full((1, 32, 32), float(key))})
+    written.flush()
+    written.warm(keys)
+    assert [float(entry["mean"].mean()) for entry in written._recent.values()] == list(range(10))
+
+
 def test_an_entry_that_waits_to_be_written_keeps_no_memory_of_its_maker(tmp_path: Path) -> None:
     """Small tensors that lie between an encoder's freed activations, or are views of them, held gigabytes."""
     written = Shards(tmp_path, "base")
