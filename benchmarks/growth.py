@@ -1,7 +1,9 @@
 """How a run grows with its pictures: seconds and peak memory of scan, cold cache, warm start and steps.
 
     OMP_NUM_THREADS=1 python benchmarks/growth.py                      # 1,000 and 10,000 made pictures, tiny base
+    OMP_NUM_THREADS=1 python benchmarks/growth.py --counts 1000 10000 100000           # a quarter of an hour
     OMP_NUM_THREADS=1 python benchmarks/growth.py --counts 100000 --cached-only
+    python benchmarks/growth.py --table                                # the newest rows of growth.jsonl
 
 The pictures are JPEGs in parquet files, with 1,000 different captions. Each part runs in a process of its own, so that
 its peak is its own; "growth" is what is above the peak after the imports and the base. `--cached-only` makes the
@@ -231,6 +233,16 @@ PARTS: dict[str, Callable[[Path, int | None], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+TITLES = {
+    "scan": "scan",
+    "before": "latents as in version 0.1, from the first hundred: one after another, a file each",
+    "cold": "latents, in two threads and shards",
+    "warm": "start with full caches, to the first batch",
+    "steps": "40 steps of two pictures",
+    "make_up": "made-up latents",
+}
+
+
 def measured(part: str, count: int, work: Path, workers: int | None) -> dict[str, Any]:
     """The result of one part, in its own process."""
     command = [sys.executable, __file__, "--part", part, "--counts", str(count), "--work", str(work)]
@@ -271,6 +283,23 @@ def run_part(part: str, count: int, work: Path, workers: int | None) -> None:
     print(json.dumps(found))
 
 
+def table(rows_file: Path) -> str:
+    """The newest row of each part and number of pictures."""
+    rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()]
+    newest = {(row["pictures"], row["part"]): row for row in rows}
+    lines = ["| pictures | part | seconds | CPU-seconds | growth |", "|---|---|---|---|---|"]
+    for (count, part), row in sorted(newest.items(), key=lambda item: (list(PARTS).index(item[0][1]), item[0][0])):
+        seconds, cpu = (row.get(name, row[short]) for name, short in (("latents_s", "s"), ("latents_cpu_s", "cpu_s")))
+        if part == "before":
+            seconds, cpu = (row[name] * count / 1000 for name in ("s_of_1000", "cpu_s_of_1000"))
+        if part == "steps":
+            cpu = f"{row['step_cpu_ms'] / 1000:.4f} a step, its data {row['data_cpu_ms'] / 1000:.4f}"
+        told = [seconds if part != "steps" else "", cpu, "" if part == "before" else row["growth_mb"]]
+        cells = [f"{value:,.{2 * (value < 10)}f}" if isinstance(value, float) else value for value in told]
+        lines.append(f"| {count:,} | {TITLES[part]} | {cells[0]} | {cells[1]} | {cells[2]}{' MB' * bool(cells[2])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000])
@@ -278,8 +307,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--cached-only", action="store_true")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--part")
     asked = parser.parse_args()
+    if asked.table:
+        print(table(asked.out))
+        return
     if asked.part:
         run_part(asked.part, asked.counts[0], asked.work, asked.workers)
         return

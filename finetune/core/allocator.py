@@ -22,9 +22,28 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it was done; False with another C library.
     """
-    if "CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}):
+    if not _is_glibc():
         return False
     library = ctypes.CDLL(None)
     thresholds = {M_MMAP_THRESHOLD: LARGEST_MMAP_THRESHOLD, M_TRIM_THRESHOLD: KEPT}
     taken = [library.mallopt(name, size) for name, size in thresholds.items()]  # 1: it was accepted
     return all(taken)
+
+
+def give_back_freed_memory() -> bool:
+    """Gives all pages that are free back to the system, also between pieces that are in use.
+
+    Threads that decode and encode pictures, each with a heap of its own, leave such pages behind: 40 MB for 1,000
+    pictures of 64 pixels. Values that are computed stay the same.
+
+    Returns:
+        Whether it was done; False with another C library.
+    """
+    if not _is_glibc():
+        return False
+    ctypes.CDLL(None).malloc_trim(0)
+    return True
+
+
+def _is_glibc() -> bool:
+    return "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {})

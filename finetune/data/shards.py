@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from finetune.core.allocator import give_back_freed_memory
 from finetune.core.errors import BadInput
 from finetune.core.files import replacing, sha256
 from finetune.core.parallel import mapped
@@ -219,6 +220,8 @@ class Shards:
             temporary.write_bytes(content)
         self._checked.add(file)
         self._add(file, open_shard(file, self.source))
+        del tensors, content
+        give_back_freed_memory()  # what made the entries leaves memory behind, as much as they have themselves
 
     def _add(self, file: Path, found: tuple[Shard, list[bytes]] | None) -> None:
         self._shards[file] = found[0] if found else None

@@ -78,6 +78,21 @@ def test_an_entry_that_waits_to_be_written_keeps_no_memory_of_its_maker(tmp_path
     assert written.read("b")["x"].tolist() == [1, 1, 1, 1]
 
 
+def test_with_each_shard_freed_memory_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caching 100,000 pictures grew by as much as all of their latents."""
+    from finetune.data import shards
+
+    given: list[int] = []
+    monkeypatch.setattr(shards, "MOST_ENTRIES", 10)
+    monkeypatch.setattr(shards, "give_back_freed_memory", lambda: given.append(1))
+    written = Shards(tmp_path, "base")
+    for number in range(25):
+        written.add(str(number), {"x": torch.zeros(4)})
+    assert len(given) == 2
+    written.flush()
+    assert len(given) == len(list(tmp_path.rglob("*.safetensors"))) == 3
+
+
 def test_processes_that_share_a_folder_find_what_the_others_made(tmp_path: Path) -> None:
     keys = [str(number) for number in range(10)]
     processes = [Shards(tmp_path, "base"), Shards(tmp_path, "base")]

@@ -107,3 +107,20 @@ def test_freed_memory_is_kept() -> None:
         pytest.skip("another C library")
     once = 6 * 8_000_000 // resource.getpagesize()
     assert int(found["keep_freed_memory()"][0]) < 1.5 * once < 10 * once < int(found["False"][0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_between_pieces_in_use_goes_back() -> None:
+    """200 MB of which every twentieth piece is still in use; counted by the kernel."""
+    program = (
+        "import pathlib\nfrom finetune.core.allocator import give_back_freed_memory\n"
+        "def pages(): return int(pathlib.Path('/proc/self/statm').read_text().split()[1])\n"
+        "pieces = [bytearray(20_000) for _ in range(10_000)]\nkept = pieces[::20]\ndel pieces\n"
+        "before = pages()\nprint(give_back_freed_memory(), before - pages())"
+    )
+    done, given = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout.split()
+    if done == "False":
+        pytest.skip("another C library")
+    assert int(given) * os.sysconf("SC_PAGE_SIZE") > 100_000_000
