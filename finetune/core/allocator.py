@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 LARGEST_MMAP_THRESHOLD = 2**25  # bytes; glibc takes no larger one (HEAP_MAX_SIZE / 2)
@@ -22,11 +23,11 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it was done; False with another C library.
     """
-    if not _is_glibc():
+    mallopt = _of_glibc("mallopt")
+    if mallopt is None:
         return False
-    library = ctypes.CDLL(None)
     thresholds = {M_MMAP_THRESHOLD: LARGEST_MMAP_THRESHOLD, M_TRIM_THRESHOLD: KEPT}
-    taken = [library.mallopt(name, size) for name, size in thresholds.items()]  # 1: it was accepted
+    taken = [mallopt(name, size) for name, size in thresholds.items()]  # 1: it was accepted
     return all(taken)
 
 
@@ -39,11 +40,14 @@ def give_back_freed_memory() -> bool:
     Returns:
         Whether it was done; False with another C library.
     """
-    if not _is_glibc():
-        return False
-    ctypes.CDLL(None).malloc_trim(0)
-    return True
+    malloc_trim = _of_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(ctypes.c_size_t(0))
+    return malloc_trim is not None
 
 
-def _is_glibc() -> bool:
-    return "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {})
+def _of_glibc(name: str) -> Any:
+    """A function of glibc; None with another C library, also one that has glibc's constants, as musl does."""
+    if "CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}):
+        return None
+    return getattr(ctypes.CDLL(None), name, None)
