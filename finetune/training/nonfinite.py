@@ -75,3 +75,11 @@ def none_taken(steps: int) -> str:
         f"{what}, because with fp16 no gradient was finite: raise run.steps, as each skipped step lowers the loss "
         "scale, or start a new run with run.precision=fp32"
     )
+
+
+def many_skipped(skipped: int, steps: int) -> str:
+    """What the user is told of a run of which the loss scaler skipped more than it needs to find its scale."""
+    return (
+        f"{skipped} of the {steps} steps changed no weight, because with fp16 their gradients were not finite: give "
+        f"{skipped} more run.steps, or start a new run with run.precision=fp32"
+    )

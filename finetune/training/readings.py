@@ -57,6 +57,7 @@ class Readings:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator, self.late = accelerator, reads_late(accelerator.device)
         self._bad = torch.zeros(3, device=accelerator.device)  # step, loss and norm of this process's first bad step
+        self._skipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self._first_scale = accelerator.scaler.get_scale() if accelerator.scaler else 0.0  # before a state is loaded
 
     def rows(self, step: int, loss: Tensor, norm: Tensor | None, asked: int) -> ProcessRows:
@@ -67,7 +68,9 @@ class Readings:
         """
         device = self.accelerator.device
         now = torch.stack([loss.float(), torch.zeros_like(loss).float() if norm is None else norm.float()])
-        bad = ~(now.isfinite() | self._scales_down(device)).all() & (self._bad[0] == 0)
+        spared = ~now.isfinite() & self._scales_down(device)
+        bad = ~(now.isfinite() | spared).all() & (self._bad[0] == 0)
+        self._skipped += spared.any()
         first = torch.cat([torch.full((1,), float(step), device=device), now])
         self._bad = torch.where(bad, first, self._bad)
         told = torch.full((1,), float(asked), device=device)
@@ -85,6 +88,12 @@ class Readings:
         leaves it higher, in this process or in the one that wrote the checkpoint."""
         scaler = self.accelerator.scaler
         return scaler is not None and scaler.get_scale() <= self._first_scale * scaler.get_backoff_factor() ** steps
+
+    @property
+    def skipped(self) -> int:
+        """The steps that the loss scaler skipped, since this process began or went on with the run. Waits for the
+        device."""
+        return int(self._skipped)
 
     def skips_bad(self, optimizer: object) -> bool:
         """Whether no bad step is applied: it is seen before the update, or a fused optimiser leaves its update out."""

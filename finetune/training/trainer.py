@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from finetune.training.speed import apply_choices, tf32
 from finetune.training.step import MicroBatches, Step, StepInputs
 from finetune.training.writing import Writing
 
+MANY_SKIPPED = 0.1  # of a run's steps: a loss scaler needs some to find its scale
 MicroInputs = Iterable[Parcel[StepInputs] | StepInputs]  # of one step
 
 
@@ -135,9 +137,16 @@ class Trainer:
         self.peers.wait()
         if self.readings.took_none(self.run.steps):
             raise CheckFailed(nonfinite.none_taken(self.run.steps))
+        self._warn_of_skipped(self.run.steps - first)
         self.optim.to_result(self.optimizer)
         self.ema.copy_to_weights()
         self.accelerator.free_memory()  # it keeps references to the model and the optimiser
+
+    def _warn_of_skipped(self, steps: int) -> None:
+        """If the loss scaler skipped many of the `steps` that were just made."""
+        skipped = self.readings.skipped
+        if skipped > MANY_SKIPPED * steps and self.accelerator.is_main_process:
+            warnings.warn(nonfinite.many_skipped(skipped, steps), stacklevel=2)
 
     @contextmanager
     def _loop(self, batches: MicroBatches) -> Iterator[tuple[Callable[[int, str], None], Ahead[MicroInputs]]]:

@@ -271,9 +271,11 @@ def test_under_fp16_an_overflow_is_the_scalers_to_handle(tiny_bases: dict[str, P
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-    unbroken = run_fit(tiny_bases["sd1"], whole, LoRA(rank=2), make=with_scaler, steps=6)
+    with pytest.warns(UserWarning, match=r"^\d of the 6 steps changed no weight, .* more run\.steps") as told:
+        unbroken = run_fit(tiny_bases["sd1"], whole, LoRA(rank=2), make=with_scaler, steps=6)
     norms = [row["grad_norm"] for row in metrics(whole)]
-    assert not all(map(math.isfinite, norms))
+    skipped = sum(not math.isfinite(norm) for norm in norms)
+    assert f"{skipped} of the 6" in str([str(each.message) for each in told])
     assert math.isfinite(norms[-1])
     run_fit(tiny_bases["sd1"], broken, LoRA(rank=2), make=with_scaler, steps=6, checkpoint_every=3)
     for late in (broken / "checkpoints").glob("step-000006"):
