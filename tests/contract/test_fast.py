@@ -33,6 +33,8 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small layers count as large ones, so that all of them take the other path."""
     monkeypatch.setattr(products, "LEAST_WORK", 1)
     monkeypatch.setattr(products, "LEAST_CONVOLUTION", 1)
+    monkeypatch.setattr(products, "LEAST_WINOGRAD", 1)
+    monkeypatch.setattr(products, "LEAST_CHANNELS", 1)
     monkeypatch.setattr(products, "MOST_PIXELS", 10**9)
     monkeypatch.setattr(products, "has_faster_products", lambda: True)
 
@@ -79,14 +81,68 @@ def test_loss_and_gradients_are_the_plain_paths(name: str, kind: str, tiny_bases
 
 
 @pytest.mark.parametrize("targets", ["attention", "conv"])
+@pytest.mark.parametrize("least_winograd", [1, 10**12])
 @pytest.mark.usefixtures("every_size")
-def test_convolutions_have_their_lora_too(targets: str, tiny_bases: dict[str, Path]) -> None:
+def test_convolutions_have_their_lora_too(
+    targets: str, least_winograd: int, tiny_bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that are packed for oneDNN, since Winograd would not pay."""
+    monkeypatch.setattr(products, "LEAST_WINOGRAD", least_winograd)
     family = load_family(str(tiny_bases["sd1"]))
     trained = moved(LoRA(rank=3, alpha=1, targets=targets).attach(family, 0))
     plain, fast = both_ways(family, trained)
     is_equal_but_for_rounding(plain, fast)
     kinds = {type(module).__name__ for _, module in tuner_layers(family.parts["denoiser"])}
     assert ("Conv2d" in kinds) == (targets == "conv")
+
+
+def both_convolutions(fast: products.FrozenConv2d, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The output and the gradient of the input, of torch's convolution in fp64 and of the faster one."""
+    plain = nn.Conv2d(*fast.weight.shape[1::-1], fast.kernel_size, fast.stride, fast.padding, dtype=torch.float64)
+    plain.load_state_dict(fast.state_dict())
+    found = []
+    for module, values in ((plain, x.double()), (fast, x.float())):
+        values = values.requires_grad_()
+        output = module(values)
+        output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape).sin())
+        found.append((output.detach().double(), values.grad.double()))
+    return found
+
+
+def frozen_convolution(channels: int, filters: int, size: int = 3, stride: int = 1) -> products.FrozenConv2d:
+    torch.manual_seed(1)
+    module = nn.Conv2d(channels, filters, size, stride, size // 2).requires_grad_(False)
+    module.__class__ = products.FrozenConv2d
+    return module
+
+
+@pytest.mark.parametrize("sides", [(8, 8), (5, 7), (1, 1), (2, 3), (64, 32)])
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 1)])
+@pytest.mark.usefixtures("every_size")
+def test_a_convolution_is_as_exact_as_torchs(sides: tuple[int, int], size: int, stride: int) -> None:
+    """Winograd's (arXiv:1509.09308), also of odd sizes, of images that it takes one by one, and with a stride."""
+    x = torch.randn(3, 5, *sides, generator=torch.Generator().manual_seed(2))
+    plain, fast = both_convolutions(frozen_convolution(5, 7, size, stride), x)
+    for wanted, found in zip(plain, fast, strict=True):
+        assert found.shape == wanted.shape
+        assert (found - wanted).norm() <= 3e-7 * wanted.norm()
+
+
+def test_wide_convolutions_take_less_multiplications(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SD1.5's convolutions at 256 pixels do; small ones, where the operations around it cost more, do not."""
+    taken = []
+    original = products.convolve
+    monkeypatch.setattr(products, "convolve", lambda *values: taken.append(1) or original(*values))
+    for channels, side, counts in [(320, 32, 2), (640, 16, 2), (64, 16, 0), (160, 4, 0)]:
+        taken.clear()
+        both_convolutions(frozen_convolution(channels, channels), torch.zeros(2, channels, side, side))
+        assert len(taken) == counts, (channels, side)
+
+
+def test_both_ways_share_one_form_of_the_weights() -> None:
+    module = frozen_convolution(320, 320)
+    both_convolutions(module, torch.zeros(2, 320, 32, 32))
+    assert list(module.__dict__["_packs"]) == ["transformed"]
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""Products with frozen weights on a CPU: oneDNN's kernels, convolution weights packed once, and no weight gradients.
+"""Products with frozen weights on a CPU: oneDNN's kernels, convolutions by Winograd, and no weight gradients.
 
 Which kernel computes a product depends on its shape and on the processor alone, so a run repeats itself bit for bit.
 The results differ from torch's own by rounding (1e-6 of the largest value): all arithmetic stays in the input's dtype.
@@ -6,6 +6,8 @@ The results differ from torch's own by rounding (1e-6 of the largest value): all
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import Enum, auto
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from finetune.methods.layers.winograd import Weights, convolve, transformed, turned
+
 LEAST_WORK = 8_000_000  # multiplications of a product; below it the call of oneDNN costs more than it saves
-LEAST_CONVOLUTION = 30_000_000  # the same for a convolution
+LEAST_CONVOLUTION = 30_000_000  # the same for a packed convolution
 MOST_PIXELS = 1024  # of all images of a batch; above it packing a 3x3 weight no longer pays
+LEAST_WINOGRAD = 200_000_000  # the same for Winograd's: the many small operations around its products have to pay
+LEAST_CHANNELS = 128  # below it these operations are more than the products
 MEMORY_SHARE = 4  # packed weights take at most this part of the machine's memory: a quarter
-ONES = [1, 1]
+ONE, TWO = (1, 1), (2, 2)
 NONE: tuple[str, list[float], str] = ("none", [], "")  # no activation after the product
 
 
@@ -75,44 +81,57 @@ class FrozenLinear(nn.Linear):
         return product(gradient, self.weight.t()).view(shape)
 
 
+class Kernel(Enum):
+    """What computes a convolution."""
+
+    PLAIN = auto()  # as `nn.Conv2d` does
+    MATRIX = auto()  # a matrix product for each image
+    WINOGRAD = auto()  # fewer multiplications, with transformed weights
+    PACKED = auto()  # oneDNN, with weights in the order that it wants
+
+
 class FrozenConv2d(nn.Conv2d):
-    """`nn.Conv2d` whose weight is not trained, packed for oneDNN at its first use: once as it is, and once mirrored
-    for the gradient of the input, which is then a plain convolution too."""
+    """`nn.Conv2d` whose weight is not trained, and is stored in another form at its first use. Its input's gradient
+    is a convolution too, with mirrored weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, in, height, width] -> [B, out, height', width']."""
-        if x.dim() != 4 or not self.pays(x) or not is_plain(x, self.weight):
+        if x.dim() != 4 or self._kernel(x.dtype, x.shape, self.stride) is Kernel.PLAIN or not is_plain(x, self.weight):
             return super().forward(x)
         return through_frozen(x, self)
 
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it multiplies the channels of each pixel by a matrix, and does no more."""
-        return self.kernel_size == (1, 1) and self.stride == (1, 1)
-
-    def pays(self, x: Tensor) -> bool:
-        """Whether an input is computed faster than by `nn.Conv2d`."""
-        size = x.shape[2] * x.shape[3]
-        if self.is_matrix:
-            return x.dtype == torch.float32 and has_faster_products() and self.weight.numel() * size >= LEAST_WORK
-        pixels = len(x) * size
-        return pixels <= MOST_PIXELS and pixels * self.weight.numel() >= LEAST_CONVOLUTION
-
     def product(self, x: Tensor) -> Tensor:
-        if not self.pays(x):
-            found: Tensor = self._conv_forward(x, self.weight, self.bias)
-            return found
-        if not self.is_matrix:
+        kernel = self._kernel(x.dtype, x.shape, self.stride)
+        if kernel is Kernel.WINOGRAD:
+            return convolve(x, self._transformed(), self.bias, product)
+        if kernel is Kernel.PACKED:
             return _packed(x, self._pack("forward"), self.bias, self.padding, self.stride)
-        mixed = _each_image(self.weight.flatten(1), x)
-        return mixed if self.bias is None else mixed.add_(self.bias[:, None, None])
+        if kernel is Kernel.MATRIX:
+            mixed = _each_image(self.weight.flatten(1), x)
+            return mixed if self.bias is None else mixed.add_(self.bias[:, None, None])
+        found: Tensor = self._conv_forward(x, self.weight, self.bias)
+        return found
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of the output -> the gradient of the input, which has this shape."""
-        if self.is_matrix and self.pays(gradient):
-            return _each_image(self.weight.flatten(1).t(), gradient)
-        if self.stride == (1, 1) and self.pays(gradient) and not self.is_matrix:
-            return _packed(gradient, self._pack("backward"), None, self._mirrored_padding(), ONES)
+        kernel = self._kernel(gradient.dtype, shape, ONE)
+        if (
+            self.stride == TWO
+            and kernel is not Kernel.PLAIN
+            and self._is_same
+            and not shape[2] % 2
+            and not shape[3] % 2
+        ):
+            gradient = _spread(gradient, shape)
+        elif self.stride != ONE:
+            kernel = Kernel.PLAIN
+        if kernel is Kernel.WINOGRAD:
+            return convolve(gradient, turned(self._transformed()), None, product)
+        if kernel is Kernel.PACKED:
+            return _packed(gradient, self._pack("backward"), None, self._mirrored_padding(), ONE)
+        if kernel is Kernel.MATRIX:
+            weight: Tensor = self._stored("matrix", lambda: self.weight.detach().flatten(1).t().contiguous())
+            return _each_image(weight, gradient)
         empty = gradient.new_empty(1).expand(shape)
         sizes = self.stride, self.padding, self.dilation, False, [0, 0], self.groups
         found: Tensor = torch.ops.aten.convolution_backward(
@@ -120,21 +139,51 @@ class FrozenConv2d(nn.Conv2d):
         )[0]
         return found
 
+    @property
+    def _is_same(self) -> bool:
+        """Whether its filters have 3x3 weights and keep the size of an image, but for the stride."""
+        return self.kernel_size == (3, 3) and self.padding == (1, 1)
+
+    def _kernel(self, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...]) -> Kernel:
+        """The fastest for inputs of this shape [B, in, height, width]."""
+        size, exact = shape[2] * shape[3], dtype == torch.float32
+        if stride == ONE and self.kernel_size == (1, 1):
+            pays = exact and has_faster_products() and self.weight.numel() * size >= LEAST_WORK
+            return Kernel.MATRIX if pays else Kernel.PLAIN
+        pixels = shape[0] * size
+        work = pixels * self.weight.numel()
+        winograd = exact and stride == ONE and self._is_same and min(self.weight.shape[:2]) >= LEAST_CHANNELS
+        if winograd and work >= LEAST_WINOGRAD:
+            return Kernel.WINOGRAD
+        return Kernel.PACKED if pixels <= MOST_PIXELS and work >= LEAST_CONVOLUTION else Kernel.PLAIN
+
+    def _transformed(self) -> Weights:
+        found: Weights = self._stored("transformed", lambda: transformed(self.weight.detach()))
+        return found
+
     def _pack(self, way: str) -> Tensor:
+        found: Tensor = self._stored(way, lambda: self._packed_weight(way))
+        return found
+
+    def _stored(self, name: str, make: Callable[[], Any]) -> Any:
         version = self.weight._version, self.weight.data_ptr()
         if self.__dict__.get("_version") != version:
             self.__dict__["_packs"], self.__dict__["_version"] = {}, version
-        packs: dict[str, Tensor] = self.__dict__["_packs"]
-        if way not in packs:
-            weight, stride = self.weight.detach(), list(self.stride)
-            padding = [int(number) for number in self.padding]
-            if way == "backward":
-                weight, stride = weight.flip(2, 3).transpose(0, 1).contiguous(), ONES
-                padding = self._mirrored_padding()
-            # always packed for images of the same size, so that the order of the batches changes nothing
-            size = [2, weight.shape[1], 8, 8]
-            packs[way] = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, ONES, 1, size)
-        return packs[way]
+        packs: dict[str, Any] = self.__dict__["_packs"]
+        if name not in packs:
+            packs[name] = make()
+        return packs[name]
+
+    def _packed_weight(self, way: str) -> Tensor:
+        weight, stride = self.weight.detach(), list(self.stride)
+        padding = [int(number) for number in self.padding]
+        if way == "backward":
+            weight, stride = weight.flip(2, 3).transpose(0, 1).contiguous(), ONE
+            padding = self._mirrored_padding()
+        # always packed for images of the same size, so that the order of the batches changes nothing
+        size = [2, weight.shape[1], 8, 8]
+        found: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, ONE, 1, size)
+        return found
 
     def _mirrored_padding(self) -> list[int]:
         own = [int(number) for number in self.padding]
@@ -165,8 +214,15 @@ def _each_image(weight: Tensor, x: Tensor) -> Tensor:
     return torch.stack([product(weight, image.flatten(1).t()) for image in x]).view(len(x), -1, *x.shape[2:])
 
 
+def _spread(gradient: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of a convolution with a stride of 2 -> that of the same one without, with zeros in between."""
+    spread = gradient.new_zeros(*gradient.shape[:2], *shape[2:])
+    spread[:, :, ::2, ::2] = gradient
+    return spread
+
+
 def _packed(x: Tensor, pack: Tensor, bias: Tensor | None, padding: Any, stride: Any) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._convolution_pointwise(x, pack, bias, *(padding, stride, ONES, 1), *NONE)
+    found: Tensor = torch.ops.mkldnn._convolution_pointwise(x, pack, bias, *(padding, stride, ONE, 1), *NONE)
     return found
 
 

@@ -1,0 +1,88 @@
+"""3x3 convolutions in fewer multiplications: Winograd's minimal filtering F(2x2, 3x3).
+
+Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308, section 4.1: each tile of 4x4
+inputs and the 3x3 weights are transformed, multiplied pixel by pixel, and transformed back to 2x2 outputs. So four
+outputs take 16 multiplications instead of 36. All arithmetic stays in the input's dtype; in fp32 the result is as
+close to the true one as a plain convolution's.
+
+The 16 products over channels are plain matrix products, which the caller gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""x [N, in], weight [out, in] -> x weight^T [N, out]"""
+Weights = Sequence[Sequence[Tensor]]  # 4 x 4 of [out, in]
+
+MOST_TILES = 512  # together: with more of them the transformed inputs leave the processor's cache
+MIRRORED = (3, 1, 2, 0)  # the transform of weights that are turned round has its rows and columns in this order
+
+
+def transformed(weight: Tensor) -> Weights:
+    """G w G^T of each filter: weight [out, in, 3, 3] -> 4 x 4 of [out, in]."""
+    rows = _filtered(*weight.unbind(2))  # each [out, in, 3]
+    return [_filtered(*(taps.contiguous() for taps in row.unbind(2))) for row in rows]
+
+
+def turned(weights: Weights) -> Weights:
+    """4 x 4 transformed weights [out, in] of a convolution -> 4 x 4 of [in, out], those of its input's gradient."""
+    return [[weights[row][column].t() for column in MIRRORED] for row in MIRRORED]
+
+
+def convolve(x: Tensor, weights: Weights, bias: Tensor | None, multiply: Multiply) -> Tensor:
+    """x [B, in, height, width], 4 x 4 weights [out, in] -> [B, out, height, width], with a padding of 1."""
+    result = x.new_empty(len(x), len(weights[0][0]), *x.shape[2:])
+    tall, wide = x.shape[2] + x.shape[2] % 2, x.shape[3] + x.shape[3] % 2
+    together = max(1, MOST_TILES * 4 // (tall * wide))  # images
+    for first in range(0, len(x), together):
+        images = x[first : first + together]
+        padded = x.new_zeros(len(images), tall + 2, wide + 2, x.shape[1])
+        padded[:, 1 : 1 + x.shape[2], 1 : 1 + x.shape[3]] = images.permute(0, 2, 3, 1)
+        result[first : first + together] = _convolved(padded, weights, bias, multiply)[..., : x.shape[2], : x.shape[3]]
+    return result
+
+
+def _convolved(padded: Tensor, weights: Weights, bias: Tensor | None, multiply: Multiply) -> Tensor:
+    """padded [B, height + 2, width + 2, in] of even sizes -> [B, out, height, width]."""
+    batch, high, wide, channels = len(padded), padded.shape[1] // 2 - 1, padded.shape[2] // 2 - 1, padded.shape[3]
+    rows = padded.new_empty(4, batch, high, 2 * wide + 2, channels)
+    _split(padded, 1, rows.unbind(0))
+    tiles = padded.new_empty(4, 4, batch, high, wide, channels)
+    _split(rows, 3, tiles.unbind(1))
+    flat = tiles.view(4, 4, -1, channels)
+    products = [[multiply(flat[row, column], weights[row][column]) for column in range(4)] for row in range(4)]
+    columns = [_joined(*(products[row][column] for row in range(4))) for column in range(4)]
+    result = padded.new_empty(batch, high, 2, wide, 2, len(weights[0][0]))
+    for row in range(2):
+        for column, values in enumerate(_joined(*(columns[number][row] for number in range(4)))):
+            found = values if bias is None else values.add_(bias)
+            result[:, :, row, :, column] = found.view(batch, high, wide, -1)
+    return result.view(batch, 2 * high, 2 * wide, -1).permute(0, 3, 1, 2)
+
+
+def _split(x: Tensor, dim: int, out: tuple[Tensor, ...]) -> None:
+    """B^T d along one dimension, of which every second place begins a tile of 4. The four results go to `out`."""
+    count = x.shape[dim] // 2 - 1
+    places = [x.narrow(dim, start, 2 * count).unfold(dim, 1, 2).squeeze(-1) for start in range(3)]
+    places.append(x.narrow(dim, 3, 2 * count - 1).unfold(dim, 1, 2).squeeze(-1))
+    torch.sub(places[0], places[2], out=out[0])
+    torch.add(places[1], places[2], out=out[1])
+    torch.sub(places[2], places[1], out=out[2])
+    torch.sub(places[1], places[3], out=out[3])
+
+
+def _joined(first: Tensor, second: Tensor, third: Tensor, fourth: Tensor) -> tuple[Tensor, Tensor]:
+    """A^T m along one dimension. It writes into `second`."""
+    top = (second + third).add_(first)
+    return top, second.sub_(third).sub_(fourth)
+
+
+def _filtered(first: Tensor, second: Tensor, third: Tensor) -> list[Tensor]:
+    """G w along one dimension."""
+    ends = (first + third) / 2
+    return [first, ends + second / 2, ends - second / 2, third]
