@@ -15,8 +15,8 @@ from typing import Any
 from finetune.config.recipe import Recipe
 
 RECIPES = Path(__file__).with_name("claims_recipes.json")
-# what differs by subject, or only names where values come from
-APART: dict[str, Any] = {"profile": True, "data": {"photos"}}
+# what differs by subject, only names where values come from, or changes the rounding alone
+APART: dict[str, Any] = {"profile": True, "data": {"photos"}, "run": {"fast"}}
 Settings = dict[str, Any]
 
 
@@ -39,6 +39,7 @@ def keep(recipe: Recipe) -> None:
 
 def still_holds(old: Settings, recipe: Recipe) -> bool:
     """Whether settings of a row are those of `recipe`."""
+    old = {**old, "run": {name: value for name, value in old["run"].items() if name not in APART["run"]}}
     now = recipe.model_dump(mode="json", exclude=APART)
     return _agree(old, now, recipe.model_dump(mode="json", exclude=APART, exclude_defaults=True))
 

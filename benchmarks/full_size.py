@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "finetune-full-size")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--steps-only", action="store_true")
+    parser.add_argument("--fast", choices=["auto", "off"], default="auto", help="off: slower steps, in less memory")
     arguments = parser.parse_args()
     base = arguments.work / "sd15"
     if not (base / "model_index.json").is_file():
@@ -105,6 +106,7 @@ def main() -> None:
         f"data.photos={demo_images()}", "data.class_noun=mug", f"base={base}", "data.resolution=256",
         f"run.steps={arguments.steps}", "run.precision=fp32", "run.gradient_checkpointing=true", "sample.steps=2",
         "sample.count=1", "sample.prompts=['a photo of {token} {noun}']", "optim.lr=1e-3", "run.name=full-size",
+        f"run.fast={arguments.fast}",
     ]  # fmt: skip
     began = time.perf_counter()
     if arguments.steps_only:

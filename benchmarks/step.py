@@ -1,7 +1,7 @@
 """Compares our training step with a bare loop, the floor, in one run: CPU-seconds per step, start-up, memory.
 
     OMP_WAIT_POLICY=passive python benchmarks/step.py            # the tiny base and a 34M UNet at 256 pixels
-    python benchmarks/step.py --sizes 34M --fast auto off --precision fp32 bf16 --out benchmarks/step.jsonl
+    python benchmarks/step.py --sizes 34M --fast on off --precision fp32 bf16 --out benchmarks/step.jsonl
     python benchmarks/step.py --table                            # the rows of benchmarks/step.jsonl
 
 The floor uses the same model with the same adapter, and all inputs are tensors in memory. It runs forward, loss,
@@ -234,7 +234,7 @@ def side_by_side(size: str, work: Path, steps: int, fast: str, precision: str) -
     from finetune.core.allocator import keep_freed_memory
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if fast == "auto":
+    if fast == "on":
         keep_freed_memory()  # as the command does
     source = source_of(size, work)
     floor = Floor(size, work)
@@ -332,7 +332,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["tiny", "34M"], choices=list(SIZES))
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--fast", nargs="+", default=["off", "auto"], choices=["off", "auto"])
+    parser.add_argument("--fast", nargs="+", default=["off", "on"], choices=["off", "on"])
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path, help="a file to which each row is added, as a line of JSON")

@@ -155,7 +155,7 @@ def _check_shard(recipe: Recipe) -> None:
             f"run.shard can't cut the weights that prior.kind {prior.kind} compares with: use prior.kind="
             "class_images, or frozen_base with method.kind=lora"
         )
-    kernels = {"fast": run.fast != "off", "compile": run.compile != "off", "channels_last": run.channels_last}
+    kernels = {"fast": run.fast == "on", "compile": run.compile != "off", "channels_last": run.channels_last}
     untried = next((name for name, given in kernels.items() if given), None)
     if untried is not None:
         raise ValueError(f"run.{untried} was not tried on weights that run.shard cuts: leave it out")

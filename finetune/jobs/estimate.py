@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from finetune.config.load import settled
 from finetune.config.recipe import Recipe
 from finetune.core.batch import Geometry
-from finetune.core.devices import DTYPES, gib
+from finetune.core.devices import DTYPES, best_device, gib
 from finetune.core.errors import BadInput
 from finetune.export.registry import adapter_exports, embedding_exports, formats_for, model_exports, native_exports
 from finetune.export.settings import UNCHECKED
@@ -29,6 +29,7 @@ from finetune.jobs.precision import base_dtype, set_precision
 from finetune.runs.plan import verdict_rows
 from finetune.training.accelerate import resolve_precision
 from finetune.training.blocks import block_weights
+from finetune.training.fast import is_worthwhile, most_bytes
 from finetune.training.rounding import scratch_bytes
 
 SHOWN = 4  # numbers of processes
@@ -41,7 +42,7 @@ class Estimate:
     Numbers: `parameters` of each part of the base, `trained_parameters`, adapted `modules`, and `vectors` (embeddings
     of new words). Bytes: `held` are frozen weights that stay in memory; `trained` are the trained weights with their
     gradients and optimiser state; `activations` are those of one micro-batch; `clean` is a whole unchanged base in the
-    run's precision.
+    run's precision. `kernels` are frozen weights in the second form that `run.fast` gives them on a CPU.
 
     For `run.shard` (bytes): `cut` of `held` and `trained` are shared out among the processes; a process has `gathered`
     in one piece at a time. `processes` share the activations that are given.
@@ -58,11 +59,12 @@ class Estimate:
     cut: float = 0.0
     gathered: float = 0.0
     processes: int = 1
+    kernels: float = 0.0
 
     @property
     def total(self) -> float:
         """The bytes that a training step needs."""
-        return self.held + self.trained + self.activations
+        return self.held + self.trained + self.activations + self.kernels
 
     def of_each(self, processes: int) -> float:
         """The bytes that a step needs on each of so many processes with `run.shard`, of the same whole batch."""
@@ -118,7 +120,14 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
         cut=count * each + sum(_frozen_bytes(family.parts[part]) for part in method.part_names(family)),
         gathered=max(_gathered(family.parts[part]) for part in method.part_names(family)),
         processes=recipe.run.processes or 1,
+        kernels=_kernels(recipe, family),
     )
+
+
+def _kernels(recipe: Recipe, family: Family) -> float:
+    """The bytes of what `run.fast` makes of frozen weights on this machine."""
+    wanted = not recipe.run.shard and is_worthwhile(recipe.run.fast, best_device(), family.parts["denoiser"])
+    return most_bytes(family.parts.values()) if wanted else 0
 
 
 def _gathered(part: nn.Module) -> float:
@@ -159,7 +168,10 @@ def report(recipe: Recipe) -> dict[str, str]:
         "checkpoint": f"{_size(own.trained_parameters * kept)}, of which {recipe.run.keep} are kept"
         f"{', and the best' if recipe.run.keep_best else ''}",
         "memory": f"{gib(own.total)}: frozen weights {gib(own.held)}, trained weights with gradients and moments "
-        f"{gib(own.trained)}, activations of {_samples(recipe)} sample(s) {gib(own.activations)}",
+        f"{gib(own.trained)}, activations of {_samples(recipe)} sample(s) {gib(own.activations)}"
+        + (
+            f", frozen weights in the form that fast kernels take {gib(own.kernels)} (run.fast)" if own.kernels else ""
+        ),
         "checkpointing": f"{gib(plain.total)} without run.gradient_checkpointing, {gib(light.total)} with it",
         **({"sharded": _sharded(recipe, own)} if recipe.run.shard else {}),
         "checks": _checks(recipe, own, family),

@@ -21,7 +21,7 @@ from finetune.jobs.verdicts import make_watch
 from finetune.objectives.registry import build_objective
 from finetune.report.pictures import CLASS_IMAGES, OTHER_IMAGES, keep_class_images
 from finetune.runs.folder import RunFolder
-from finetune.training.fast import quickened
+from finetune.training.fast import is_worthwhile, quickened
 from finetune.training.peers import joined
 from finetune.training.regularizers import PriorContext
 from finetune.training.step import PromptEncoder, Step, StepOptions, parts_of
@@ -73,7 +73,8 @@ def fit_job(
         previews.after_restore(step)
         watch.after_restore(step)
 
-    wanted = recipe.run.fast == "auto" and accelerator.device.type == "cpu"
+    denoiser = family.parts["denoiser"]
+    wanted = not is_cut(recipe.run) and is_worthwhile(recipe.run.fast, accelerator.device, denoiser)
     with quickened(family.parts.values(), wanted):
         if watch.due:
             watch.begin(folder, trainer, encode_prompts)

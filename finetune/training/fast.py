@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
+import torch
 from torch import nn
 
 from finetune.methods.layers.products import (
@@ -18,6 +20,21 @@ from finetune.methods.layers.products import (
     has_packed_convolutions,
     memory_of_machine,
 )
+
+LEAST_PARAMETERS = 100_000_000  # of the denoiser; below it there is little to gain (docs/speed.md)
+
+
+def is_worthwhile(setting: str, device: torch.device, denoiser: nn.Module) -> bool:
+    """Whether `run.fast` (`on`, `off`, or `auto`: by its size) wants other kernels for this base. GPUs have none."""
+    large = sum(parameter.numel() for parameter in denoiser.parameters()) >= LEAST_PARAMETERS
+    return device.type == "cpu" and (setting == "on" or (setting == "auto" and large))
+
+
+def most_bytes(parts: Iterable[nn.Module]) -> int:
+    """At most so many bytes are held by the second form of the weights of frozen convolutions (0: it is not made)."""
+    modules = [module for part in parts for module in part.modules()]
+    size = 2 * sum(module.weight.nbytes for module in modules if _is_convolution(module))
+    return size if has_packed_convolutions() and size <= memory_of_machine() / MEMORY_SHARE else 0
 
 
 @contextmanager
@@ -43,10 +60,15 @@ def _choices(parts: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, type[nn.Mo
     """(module, its faster class). Whatever has a class of its own, or is trained, stays as it is."""
     from finetune.methods.layers.fused_lora import FUSED  # imports PEFT
 
+    parts = list(parts)
     modules = list(dict.fromkeys(module for part in parts for module in part.modules()))
     frozen = [m for m in modules if not any(p.requires_grad for p in m.parameters(recurse=False))]
     yield from ((m, FUSED[type(m)]) for m in modules if type(m) in FUSED)
     yield from ((m, FrozenLinear) for m in frozen if type(m) is nn.Linear)
-    convolutions = [m for m in frozen if type(m) is nn.Conv2d and can_pack(m)]
-    if 2 * sum(m.weight.nbytes for m in convolutions) <= memory_of_machine() / MEMORY_SHARE:
-        yield from ((m, FrozenConv2d) for m in convolutions)
+    if most_bytes(parts):
+        yield from ((m, FrozenConv2d) for m in frozen if _is_convolution(m))
+
+
+def _is_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a frozen convolution that `FrozenConv2d` can compute."""
+    return type(module) is nn.Conv2d and not module.weight.requires_grad and can_pack(module)

@@ -23,8 +23,8 @@ class Run(Settings):
     `verdicts_every` says after how many steps. The results are the same with and without. `keep_best`: the checkpoint
     that the verdicts recommend is kept too. `released`: what happens to frozen parts whose outputs are cached: they
     are dropped and loaded again for images, or kept in the CPU's memory (`cpu`: faster previews, but more main
-    memory). `fast`: on a CPU, frozen and LoRA layers are computed by other kernels (`auto`; see
-    `finetune.training.fast`).
+    memory). `fast`: on a CPU, frozen and LoRA layers are computed by other kernels (`on`), if the base is
+    large enough (`auto`), or not (`off`); see `finetune.training.fast`.
     `weights`: what full training holds its weights in; bf16 needs half of the memory or less, and rounds each update
     stochastically (see `finetune.training.rounding`).
     `compile`: on a GPU, run compiled blocks (`regional`) or record each step as a CUDA graph (`graphs`). `tf32`: round
@@ -45,7 +45,7 @@ class Run(Settings):
     gradient_checkpointing: bool = False
     shard: bool = False  # each of several processes holds a part of the model, its gradients and the optimiser's state
     released: Literal["reread", "cpu"] = "reread"
-    fast: Literal["auto", "off"] = "off"  # off: existing recipes give the same bytes
+    fast: Literal["auto", "on", "off"] = "auto"
     compile: Literal["off", "regional", "graphs"] = "off"
     tf32: bool = False
     channels_last: bool = False

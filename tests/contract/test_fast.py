@@ -8,17 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import Linear
+from PIL import Image
 from torch import Tensor, nn
 
+from finetune.config.load import parse_recipe
 from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
+from finetune.jobs.train import train
 from finetune.methods.layers import products
+from finetune.methods.layers.fused_lora import FusedLinear
 from finetune.methods.lora import LoRA
 from finetune.methods.registry import METHODS
 from finetune.methods.start import tuner_layers
 from finetune.testing import contract
 from finetune.testing.contract import attached, predict
-from finetune.training.fast import quickened
+from finetune.training.fast import is_worthwhile, most_bytes, quickened
 
 pytestmark = pytest.mark.skipif(not products.has_packed_convolutions(), reason="no AVX-512: fast is the plain path")
 CASES = [
@@ -169,6 +174,33 @@ def test_afterwards_every_module_is_what_it_was(tiny_bases: dict[str, Path]) -> 
     assert all(parameter.requires_grad for parameter in trained.values())
 
 
+@pytest.mark.parametrize(
+    ("setting", "device", "width", "wanted"),
+    [
+        ("auto", "cpu", 10_000, True),
+        ("auto", "cpu", 9_999, False),
+        ("auto", "cuda", 10_000, False),
+        ("on", "cpu", 1, True),
+        ("on", "mps", 10_000, False),
+        ("off", "cpu", 10_000, False),
+    ],
+)
+def test_large_bases_on_a_cpu_take_faster_kernels_by_themselves(
+    setting: str, device: str, width: int, wanted: bool
+) -> None:
+    """100 million parameters are large, as the denoiser of every published base is."""
+    denoiser = nn.Linear(width, 10_000, bias=False, device="meta")
+    assert is_worthwhile(setting, torch.device(device), denoiser) == wanted
+
+
+def test_what_convolutions_would_hold_is_counted_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Conv2d(64, 32, 3).requires_grad_(False)
+    assert most_bytes([module]) == 2 * 64 * 32 * 9 * 4
+    assert most_bytes([nn.Conv2d(64, 32, 3)]) == 0  # it is trained
+    monkeypatch.setattr("finetune.training.fast.memory_of_machine", lambda: 4 * 2 * 64 * 32 * 9 * 4 - 1)
+    assert most_bytes([module]) == 0
+
+
 def predict_with(denoiser: nn.Module, family) -> Tensor:
     own, family.parts["denoiser"] = family.parts["denoiser"], denoiser
     try:
@@ -251,3 +283,29 @@ def test_a_small_machine_packs_no_weights(tiny_bases: dict[str, Path], monkeypat
         kinds = {type(module).__name__ for module in family.parts["denoiser"].modules()}
     assert "FusedLinear" in kinds
     assert "FrozenConv2d" not in kinds
+
+
+@pytest.mark.parametrize(("setting", "least", "wanted"), [("on", 10**9, True), ("auto", 1, True), ("off", 1, False)])
+def test_a_run_takes_what_its_recipe_says(
+    setting: str,
+    least: int,
+    wanted: bool,
+    tiny_bases: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds: list[bool] = []
+    monkeypatch.setattr("finetune.training.fast.LEAST_PARAMETERS", least)
+    monkeypatch.setattr(FusedLinear, "forward", lambda *given, **named: kinds.append(True) or Linear.forward(*given))
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "0.png")
+    recipe = {
+        "base": str(tiny_bases["sd1"]),
+        "data": {"photos": str(tmp_path), "class_noun": "mug"},
+        "method": {"kind": "lora", "rank": 2},
+        "optim": {"kind": "adamw"},
+        "run": {"steps": 1, "fast": setting},
+        "sample": {"prompts": [], "steps": 1},
+        "export": {"formats": ["kohya"], "verify": "off"},
+    }
+    train(parse_recipe(recipe), tmp_path / "run")
+    assert bool(kinds) == wanted

@@ -175,7 +175,7 @@ class FrozenConv2d(nn.Conv2d):
         return packs[name]
 
     def _packed_weight(self, way: str) -> Tensor:
-        weight, stride = self.weight.detach(), list(self.stride)
+        weight, stride = self.weight.detach(), self.stride
         padding = [int(number) for number in self.padding]
         if way == "backward":
             weight, stride = weight.flip(2, 3).transpose(0, 1).contiguous(), ONE
