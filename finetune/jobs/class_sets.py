@@ -31,6 +31,7 @@ from finetune.core.rng import generator
 from finetune.data.photos import Photo, image_files, scan
 from finetune.families.base import Family
 from finetune.families.digests import file_hashes
+from finetune.jobs.ready_made import unpack_images
 from finetune.sampling.draw import draw
 from finetune.sampling.settings import Sampling
 from finetune.training.priors.class_images import ClassImages
@@ -44,7 +45,7 @@ class ClassSet:
     """The class images of one noun: what to draw, at `resolution` pixels a side, with the base of this hash.
 
     `captions`: if there are any, image n is drawn for number n % len(captions) of them instead of the class prompt.
-    `precision`: what the base computes in.
+    `precision`: what the base computes in. `ready_made`: a file with some of the images (`finetune.jobs.ready_made`).
     """
 
     title: ClassVar[str] = "Class images"  # of the phase that draws them
@@ -56,6 +57,7 @@ class ClassSet:
     particulars: Mapping[str, Any] = field(default_factory=dict)  # `Drawing.particulars` of the base
     captions: tuple[str, ...] = ()
     precision: str = "fp32"
+    ready_made: Path | None = None
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -162,6 +164,10 @@ def class_images(family: Family, wanted: ClassSet, processes: Processes = ALONE)
     manifest = _manifest(wanted)
     _refuse_changed(folder, manifest["pictures"])
     files = [folder / f"{index:05d}.png" for index in range(count)]
+    if wanted.ready_made is not None:
+        if processes.rank == 0:
+            unpack_images(wanted.ready_made, folder, wanted.made_of, [file.name for file in files])
+        processes.wait()
     chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
     mine = chunks[processes.rank :: processes.world]
     mine = [chunk for chunk in mine if not all(files[index].is_file() for index in chunk)]

@@ -20,9 +20,11 @@ from finetune.data.photos import Photo
 from finetune.export.registry import check_formats
 from finetune.families.base import Family
 from finetune.families.digests import base_hash as base_hash_of
+from finetune.families.toy import TINY
 from finetune.jobs.class_sets import ClassSet, OtherSet, check_set
 from finetune.jobs.neutral import given_prompts, other_prompts
 from finetune.jobs.precision import base_dtype, computes_in, set_precision
+from finetune.jobs.ready_made import READY_MADE
 from finetune.jobs.refusals import (
     check_drawn,
     check_resolution,
@@ -297,6 +299,7 @@ def other_set(job: Prepared) -> OtherSet | None:
         captions=prompts.texts,
         precision=computes_in(job.family),
         empty=others.empty,
+        ready_made=job.family.folder / READY_MADE if job.recipe.base.source == TINY else None,
     )
 
 

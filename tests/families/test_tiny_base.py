@@ -8,6 +8,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ import looks  # noqa: E402
 import train_judge  # noqa: E402
 from fast_norm import quicken  # noqa: E402
 from tokenizer import RARE  # noqa: E402
+
+from finetune.jobs.ready_made import READY_MADE  # noqa: E402
 
 BASE = ROOT / "finetune" / "tiny_base"
 
@@ -123,7 +126,10 @@ def test_rare_tokens_are_one_piece_each_with_the_highest_ids() -> None:
 def test_the_folder_is_small_and_holds_data_only() -> None:
     files = [file for file in BASE.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 40_000_000
-    assert {file.suffix for file in files} <= {".safetensors", ".json", ".txt", ".md", ".png"}
+    data = {".safetensors", ".json", ".txt", ".md", ".png"}
+    assert {file.suffix for file in files if file.name != READY_MADE} <= data
+    with ZipFile(BASE / READY_MADE) as opened:
+        assert {Path(name).suffix for name in opened.namelist()} == {".json", ".png"}
     assert json.loads((BASE / "model_index.json").read_text())["requires_safety_checker"] is False
 
 
