@@ -212,6 +212,12 @@ def test_latents_that_are_made_up_are_found_by_the_run(tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.safetensors")} == made
 
 
+def test_the_page_shows_the_rows_of_steps() -> None:
+    step = program("step")
+    rows = [json.loads(line) for line in step.ROWS.read_text(encoding="utf-8").splitlines()]
+    assert step.table(rows) in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+
+
 def test_the_page_shows_the_newest_rows_of_growth() -> None:
     growth = program("growth")
     page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
