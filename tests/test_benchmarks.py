@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import mmap
 import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -216,6 +218,27 @@ def test_the_page_shows_the_rows_of_steps() -> None:
     step = program("step")
     rows = [json.loads(line) for line in step.ROWS.read_text(encoding="utf-8").splitlines()]
     assert step.table(rows) in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system tells mapped files apart on Linux")
+def test_own_memory_leaves_mapped_files_out(tmp_path: Path) -> None:
+    memory, size = program("memory"), 64 * 2**20
+    file = tmp_path / "mapped"
+    file.write_bytes(bytes(size))
+    before = memory.own_memory()
+    with (
+        memory.OwnPeak() as mapping,
+        file.open("rb") as opened,
+        mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as at,
+    ):
+        assert sum(at[::4096]) == 0  # every page is in memory
+        time.sleep(3 * memory.EVERY)
+    with memory.OwnPeak() as taking:
+        taken = bytearray(size)
+        time.sleep(3 * memory.EVERY)
+        del taken
+    assert mapping.peak - before < size / 2
+    assert taking.peak - before > size / 2
 
 
 def test_the_page_shows_the_newest_rows_of_growth() -> None:
