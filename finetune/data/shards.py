@@ -28,7 +28,7 @@ from finetune.core.files import replacing, sha256
 from finetune.core.parallel import mapped
 from finetune.core.reading import MAX_BYTES, parse_json
 
-MOST_ENTRIES, MOST_BYTES, MOST_SECONDS = 4096, 64_000_000, 60.0  # of a shard: what it holds, what a kill can cost
+MOST_ENTRIES, MOST_BYTES, MOST_SECONDS = 4096, 32_000_000, 60.0  # of a shard: what it holds, what a kill can cost
 IN_MEMORY = 64_000_000  # bytes of entries that stay in memory after they were read
 KEYS, DIGESTS, SOURCE = "keys", "digests", "made_from"
 NARROWED = "fp16."  # before the name of a tensor that was fp32 and is stored as fp16
@@ -101,11 +101,12 @@ class _Open:
         for name, value in entry.items():
             self.rows[name][row] = value
 
-    def sorted(self) -> tuple[list[bytes], StoredEntry]:
-        """The keys, in order, and the entries in rows of that order."""
+    def taken(self) -> tuple[list[bytes], StoredEntry]:
+        """The keys, in order, and the entries in rows of that order. They are in here no longer: two copies of a name's
+        rows are in memory at a time, and no more."""
         keys = sorted(self.places)
         order = torch.tensor([self.places[key] for key in keys])
-        return keys, {name: rows[order] for name, rows in self.rows.items()}
+        return keys, {name: self.rows.pop(name)[order] for name in list(self.rows)}
 
 
 class Shards:
@@ -210,7 +211,7 @@ class Shards:
         return found
 
     def _write(self, held: _Open) -> None:
-        keys, tensors = held.sorted()
+        keys, tensors = held.taken()
         digests = b"".join(_digest({name: rows[row] for name, rows in tensors.items()}) for row in range(len(keys)))
         tensors[KEYS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, 32)
         tensors[DIGESTS] = torch.frombuffer(bytearray(digests), dtype=torch.uint8).reshape(-1, 32)

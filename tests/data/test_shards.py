@@ -140,3 +140,15 @@ def test_an_epoch_of_100_000_has_each_picture_once() -> None:
     assert all(sorted(order) == list(range(100_000)) for order in orders)
     assert sum(one == other for one, other in zip(*orders, strict=True)) < 20
     assert orders[0] != list(permutation(8, "order", 0, 0, 100_000))
+
+
+def test_what_is_written_is_let_go_name_by_name() -> None:
+    """A shard that is written was in memory three times: as it was gathered, sorted, and as a file's content."""
+    first = {"a": torch.zeros(3), "b": torch.zeros(2)}
+    held = shards._Open(first)
+    for number in (2, 1):
+        held.add(bytes([number]) * 32, {name: value + number for name, value in first.items()})
+    keys, entries = held.taken()
+    assert keys == [bytes([1]) * 32, bytes([2]) * 32]
+    assert {name: rows[:, 0].tolist() for name, rows in entries.items()} == {"a": [1, 2], "b": [1, 2]}
+    assert held.rows == {}
