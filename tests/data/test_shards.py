@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from finetune.data import shards
 from finetune.data.samplers import permutation
 from finetune.data.shards import IN_MEMORY, MOST_ENTRIES, Shards
 
