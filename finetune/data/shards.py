@@ -102,8 +102,8 @@ class _Open:
             self.rows[name][row] = value
 
     def taken(self) -> tuple[list[bytes], StoredEntry]:
-        """The keys, in order, and the entries in rows of that order. They are in here no longer: two copies of a name's
-        rows are in memory at a time, and no more."""
+        """The keys, in order, and the entries in rows of that order. They are in here no longer, so that two copies of
+        one name's rows are in memory at a time."""
         keys = sorted(self.places)
         order = torch.tensor([self.places[key] for key in keys])
         return keys, {name: self.rows.pop(name)[order] for name in list(self.rows)}

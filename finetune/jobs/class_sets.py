@@ -165,8 +165,10 @@ def class_images(family: Family, wanted: ClassSet, processes: Processes = ALONE)
     _refuse_changed(folder, manifest["pictures"])
     files = [folder / f"{index:05d}.png" for index in range(count)]
     if wanted.ready_made is not None:
-        if processes.rank == 0:
-            unpack_images(wanted.ready_made, folder, wanted.made_of, [file.name for file in files])
+        processes.wait()
+        if processes.rank == 0:  # what was drawn here once has the hash of that, and is drawn again
+            names = [file.name for file in files if file.name not in manifest["pictures"]]
+            unpack_images(wanted.ready_made, folder, wanted.made_of, names)
         processes.wait()
     chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
     mine = chunks[processes.rank :: processes.world]

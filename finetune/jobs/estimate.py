@@ -120,14 +120,14 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
         cut=count * each + sum(_frozen_bytes(family.parts[part]) for part in method.part_names(family)),
         gathered=max(_gathered(family.parts[part]) for part in method.part_names(family)),
         processes=recipe.run.processes or 1,
-        kernels=_kernels(recipe, family),
+        kernels=_kernels(recipe, family, busy),
     )
 
 
-def _kernels(recipe: Recipe, family: Family) -> float:
-    """The bytes of what `run.fast` makes of frozen weights on this machine."""
+def _kernels(recipe: Recipe, family: Family, busy: Sequence[str]) -> float:
+    """The bytes of what `run.fast` makes of the frozen weights of the parts in the loop, on this machine."""
     wanted = not recipe.run.shard and is_worthwhile(recipe.run.fast, best_device(), family.parts["denoiser"])
-    return most_bytes(family.parts.values()) if wanted else 0
+    return most_bytes(family.parts[part] for part in busy) if wanted else 0
 
 
 def _gathered(part: nn.Module) -> float:

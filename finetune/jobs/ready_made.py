@@ -7,6 +7,7 @@ images whose bytes are not those of the manifest.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,19 @@ from finetune.core.reading import parse_json
 
 READY_MADE = "neutral_images.zip"  # beside the tiny base's model_index.json
 MANIFEST = "manifest.json"
+# what zipfile raises for a damaged file, and what a manifest of another form causes
+DAMAGE = (
+    BadZipFile,
+    RuntimeError,
+    EOFError,
+    zlib.error,
+    OSError,
+    BadInput,
+    KeyError,
+    AttributeError,
+    TypeError,
+    ValueError,
+)
 
 
 def unpack_images(file: Path, folder: Path, settings: dict[str, Any], names: list[str]) -> None:
@@ -42,7 +56,7 @@ def _images(file: Path, settings: dict[str, Any], names: list[str]) -> Iterator[
                 content = opened.read(name) if name in hashes else b""
                 if hashlib.sha256(content).hexdigest() == hashes.get(name):
                     yield name, content
-    except (BadZipFile, BadInput, KeyError, AttributeError, TypeError, UnicodeDecodeError, OSError):
+    except DAMAGE:
         return  # they are drawn
 
 

@@ -16,7 +16,7 @@ from finetune.config.load import parse_recipe
 from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
 from finetune.jobs.train import train
-from finetune.methods.layers import products
+from finetune.methods.layers import products, winograd
 from finetune.methods.layers.fused_lora import FusedLinear
 from finetune.methods.lora import LoRA
 from finetune.methods.registry import METHODS
@@ -121,7 +121,7 @@ def frozen_convolution(channels: int, filters: int, size: int = 3, stride: int =
     return module
 
 
-@pytest.mark.parametrize("sides", [(8, 8), (5, 7), (1, 1), (2, 3), (64, 32)])
+@pytest.mark.parametrize("sides", [(8, 8), (5, 7), (1, 1), (2, 3), (64, 32), (70, 61)])
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 1)])
 @pytest.mark.usefixtures("every_size")
 def test_a_convolution_is_as_exact_as_torchs(sides: tuple[int, int], size: int, stride: int) -> None:
@@ -131,6 +131,60 @@ def test_a_convolution_is_as_exact_as_torchs(sides: tuple[int, int], size: int, 
     for wanted, found in zip(plain, fast, strict=True):
         assert found.shape == wanted.shape
         assert (found - wanted).norm() <= 3e-7 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "dtype"),
+    [
+        ((1, 1), 1, (0, 1), torch.float32),
+        ((3, 1), 1, (1, 1), torch.float32),
+        ((3, 3), 1, (1, 1), torch.float64),
+        ((1, 1), 1, (0, 0), torch.float64),
+    ],
+)
+@pytest.mark.usefixtures("every_size")
+def test_what_the_kernels_do_not_know_is_torchs(
+    size: tuple[int, int], stride: int, padding: tuple[int, int], dtype: torch.dtype
+) -> None:
+    module = nn.Conv2d(5, 7, size, stride, padding, dtype=dtype).requires_grad_(False)
+    x = torch.randn(2, 5, 8, 8, dtype=dtype)
+    wanted = module(x)
+    with quickened([module], True):
+        assert torch.equal(module(x), wanted)
+        assert module(x[:0]).shape == wanted[:0].shape
+
+
+@pytest.mark.usefixtures("every_size")
+def test_a_large_image_is_taken_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its transformed inputs would be four times as large as itself, all at once."""
+    tiles: list[int] = []
+    monkeypatch.setattr(products, "product", lambda x, weight, bias=None: tiles.append(len(x)) or x @ weight.t())
+    both_convolutions(frozen_convolution(5, 7), torch.randn(1, 5, 128, 128))
+    assert max(tiles) <= winograd.MOST_TILES < sum(tiles) / 16
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.usefixtures("every_size")
+def test_merged_convolutions_are_computed_with_their_new_weights(safe: bool, tiny_bases: dict[str, Path]) -> None:
+    family = load_family(str(tiny_bases["sd1"]))
+    moved(LoRA(rank=2, targets="conv").attach(family, 0))
+    layers = [layer for _, layer in tuner_layers(family.parts["denoiser"])]
+    with torch.no_grad(), quickened(family.parts.values(), True):
+        tuned = predict(family)
+        for act in (lambda layer: layer.merge(safe_merge=safe), lambda layer: layer.unmerge()):
+            for layer in layers:
+                act(layer)
+            assert torch.allclose(predict(family), tuned, atol=1e-5)
+
+
+@pytest.mark.usefixtures("every_size")
+def test_another_weight_is_never_taken_for_the_first() -> None:
+    """Also where it lies at the address that the first one had."""
+    module, x = frozen_convolution(5, 7), torch.randn(1, 5, 8, 8)
+    for number in range(20):
+        module.weight.data = torch.empty(0)
+        module.weight.data = torch.full((7, 5, 3, 3), float(number))
+        assert torch.allclose(module(x), nn.functional.conv2d(x, module.weight, module.bias, padding=1), atol=1e-3)
 
 
 def test_wide_convolutions_take_less_multiplications(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +201,7 @@ def test_wide_convolutions_take_less_multiplications(monkeypatch: pytest.MonkeyP
 def test_both_ways_share_one_form_of_the_weights() -> None:
     module = frozen_convolution(320, 320)
     both_convolutions(module, torch.zeros(2, 320, 32, 32))
-    assert list(module.__dict__["_packs"]) == ["transformed"]
+    assert list(module.__dict__["_packs"]) == ["weight", "transformed"]
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])

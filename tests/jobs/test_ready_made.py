@@ -87,6 +87,38 @@ def test_what_is_damaged_is_drawn(drawn: list[int], tmp_path: Path) -> None:
     assert drawn == [8, 8]
 
 
+def test_no_damage_of_the_file_ends_a_run(tmp_path: Path) -> None:
+    """Any bit of its headers: the images are drawn, or read as they were."""
+    wanted, names = demo_set(), [f"{number:05d}.png" for number in range(2)]
+    with ZipFile(resolve_base("tiny") / READY_MADE) as opened:
+        opened.extractall(tmp_path / "set", [MANIFEST, *names])
+    pack_images(tmp_path / "set", tmp_path / "whole.zip", names)
+    content, sound = (
+        (tmp_path / "whole.zip").read_bytes(),
+        {name: (tmp_path / "set" / name).read_bytes() for name in names},
+    )
+    places = [*range(30), *range(len(content) - 200, len(content))]
+    for number, place in enumerate(places):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << number % 8
+        (tmp_path / "damaged.zip").write_bytes(damaged)
+        unpack_images(tmp_path / "damaged.zip", tmp_path / "out", wanted.made_of, names)
+        assert all(file.read_bytes() == sound[file.name] for file in (tmp_path / "out").glob("*"))
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def test_what_was_drawn_here_once_is_drawn_again(drawn: list[int]) -> None:
+    """Its manifest may hold other last bits than the file has: each rank, and the next start, would refuse them."""
+    wanted = demo_set()
+    class_images(load_family("tiny"), wanted)
+    manifest = json.loads((wanted.folder / MANIFEST).read_text())
+    manifest["pictures"]["00003.png"]["sha256"] = "0" * 64
+    (wanted.folder / MANIFEST).write_text(json.dumps(manifest))
+    (wanted.folder / "00003.png").unlink()
+    assert len(class_images(load_family("tiny"), wanted)) == 256
+    assert drawn == [8]
+
+
 @pytest.mark.slow
 def test_they_are_what_the_base_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A chunk of them, to one grey level: other processors round differently."""

@@ -65,6 +65,21 @@ class FusedConv2d(Conv2d):
         whole: Tensor = super().forward(x, *args, **kwargs) if found is None else found
         return whole
 
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT writes into the weight's `.data`, which leaves no trace: its stored forms are dropped."""
+        self._drop_packs()
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        """As `merge`."""
+        self._drop_packs()
+        super().unmerge()
+
+    def _drop_packs(self) -> None:
+        base: Any = self.base_layer
+        if isinstance(base, FrozenConv2d):
+            base.drop_packs()
+
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {Linear: FusedLinear, Conv2d: FusedConv2d}
 

@@ -24,7 +24,7 @@ LEAST_WORK = 8_000_000  # multiplications of a product; below it the call of one
 LEAST_CONVOLUTION = 30_000_000  # the same for a packed convolution
 MOST_PIXELS = 1024  # of all images of a batch; above it packing a 3x3 weight no longer pays
 LEAST_WINOGRAD = 200_000_000  # the same for Winograd's: the many small operations around its products have to pay
-LEAST_CHANNELS = 128  # below it these operations are more than the products
+LEAST_CHANNELS = 256  # below it these operations are more than the products
 MEMORY_SHARE = 4  # packed weights take at most this part of the machine's memory: a quarter
 ONE, TWO = (1, 1), (2, 2)
 NONE: tuple[str, list[float], str] = ("none", [], "")  # no activation after the product
@@ -147,7 +147,9 @@ class FrozenConv2d(nn.Conv2d):
     def _kernel(self, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...]) -> Kernel:
         """The fastest for inputs of this shape [B, in, height, width]."""
         size, exact = shape[2] * shape[3], dtype == torch.float32
-        if stride == ONE and self.kernel_size == (1, 1):
+        if shape[0] == 0 or dtype not in (torch.float32, torch.bfloat16):
+            return Kernel.PLAIN
+        if stride == ONE and self.kernel_size == (1, 1) and self.padding == (0, 0):
             pays = exact and has_faster_products() and self.weight.numel() * size >= LEAST_WORK
             return Kernel.MATRIX if pays else Kernel.PLAIN
         pixels = shape[0] * size
@@ -168,7 +170,8 @@ class FrozenConv2d(nn.Conv2d):
     def _stored(self, name: str, make: Callable[[], Any]) -> Any:
         version = self.weight._version, self.weight.data_ptr()
         if self.__dict__.get("_version") != version:
-            self.__dict__["_packs"], self.__dict__["_version"] = {}, version
+            # the weight is held too: another one at its freed address would have the same version
+            self.__dict__["_packs"], self.__dict__["_version"] = {"weight": self.weight.detach()}, version
         packs: dict[str, Any] = self.__dict__["_packs"]
         if name not in packs:
             packs[name] = make()
@@ -200,8 +203,11 @@ class FrozenConv2d(nn.Conv2d):
 
 def can_pack(module: nn.Conv2d) -> bool:
     """Whether `FrozenConv2d` knows this kind of convolution."""
-    simple = module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
-    return simple and not isinstance(module.padding, str) and module.padding[0] < module.kernel_size[0]
+    if module.groups != 1 or module.dilation != (1, 1) or module.padding_mode != "zeros":
+        return False
+    if isinstance(module.padding, str):
+        return False
+    return all(border < size for border, size in zip(module.padding, module.kernel_size, strict=True))
 
 
 def is_plain(x: Tensor, weight: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
 Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308, section 4.1: each tile of 4x4
 inputs and the 3x3 weights are transformed, multiplied pixel by pixel, and transformed back to 2x2 outputs. So four
-outputs take 16 multiplications instead of 36. All arithmetic stays in the input's dtype; in fp32 the result is as
-close to the true one as a plain convolution's.
+outputs take 16 multiplications instead of 36. All arithmetic stays in the input's dtype; in fp32 the result is about
+twice as far from the true one as a plain convolution's, and nearer than oneDNN's with packed weights.
 
 The 16 products over channels are plain matrix products, which the caller gives.
 """
@@ -38,14 +38,27 @@ def turned(weights: Weights) -> Weights:
 def convolve(x: Tensor, weights: Weights, bias: Tensor | None, multiply: Multiply) -> Tensor:
     """x [B, in, height, width], 4 x 4 weights [out, in] -> [B, out, height, width], with a padding of 1."""
     result = x.new_empty(len(x), len(weights[0][0]), *x.shape[2:])
-    tall, wide = x.shape[2] + x.shape[2] % 2, x.shape[3] + x.shape[3] % 2
-    together = max(1, MOST_TILES * 4 // (tall * wide))  # images
-    for first in range(0, len(x), together):
-        images = x[first : first + together]
-        padded = x.new_zeros(len(images), tall + 2, wide + 2, x.shape[1])
-        padded[:, 1 : 1 + x.shape[2], 1 : 1 + x.shape[3]] = images.permute(0, 2, 3, 1)
-        result[first : first + together] = _convolved(padded, weights, bias, multiply)[..., : x.shape[2], : x.shape[3]]
+    height, width = x.shape[2:]
+    wide = width + width % 2
+    images = max(1, MOST_TILES * 4 // ((height + height % 2) * wide))  # together
+    strip = 2 * max(1, MOST_TILES * 2 // wide)  # rows of a large image
+    for first in range(0, len(x), images):
+        some = slice(first, first + images)
+        for top in range(0, height, strip):
+            rows = min(strip, height - top)
+            found = _convolved(_padded(x[some], top, rows), weights, bias, multiply)
+            result[some, :, top : top + rows] = found[:, :, :rows, :width]
     return result
+
+
+def _padded(x: Tensor, top: int, rows: int) -> Tensor:
+    """x [B, in, height, width] -> some of its rows with a border of 1, of even sizes: [B, rows + 2, width + 2, in]."""
+    batch, channels, height, width = x.shape
+    padded = x.new_zeros(batch, rows + rows % 2 + 2, width + width % 2 + 2, channels)
+    above, end = max(top - 1, 0), min(top + rows + 1, height)
+    start = above - top + 1
+    padded[:, start : start + end - above, 1 : 1 + width] = x[:, :, above:end].permute(0, 2, 3, 1)
+    return padded
 
 
 def _convolved(padded: Tensor, weights: Weights, bias: Tensor | None, multiply: Multiply) -> Tensor:
