@@ -42,7 +42,7 @@ class Estimate:
     Numbers: `parameters` of each part of the base, `trained_parameters`, adapted `modules`, and `vectors` (embeddings
     of new words). Bytes: `held` are frozen weights that stay in memory; `trained` are the trained weights with their
     gradients and optimiser state; `activations` are those of one micro-batch; `clean` is a whole unchanged base in the
-    run's precision. `kernels` are frozen weights in the second form that `run.fast` gives them on a CPU.
+    run's precision. `kernels` come on top on this machine's CPU: frozen weights in the form that `run.fast` makes.
 
     For `run.shard` (bytes): `cut` of `held` and `trained` are shared out among the processes; a process has `gathered`
     in one piece at a time. `processes` share the activations that are given.
@@ -64,7 +64,7 @@ class Estimate:
     @property
     def total(self) -> float:
         """The bytes that a training step needs."""
-        return self.held + self.trained + self.activations + self.kernels
+        return self.held + self.trained + self.activations
 
     def of_each(self, processes: int) -> float:
         """The bytes that a step needs on each of so many processes with `run.shard`, of the same whole batch."""
@@ -168,10 +168,8 @@ def report(recipe: Recipe) -> dict[str, str]:
         "checkpoint": f"{_size(own.trained_parameters * kept)}, of which {recipe.run.keep} are kept"
         f"{', and the best' if recipe.run.keep_best else ''}",
         "memory": f"{gib(own.total)}: frozen weights {gib(own.held)}, trained weights with gradients and moments "
-        f"{gib(own.trained)}, activations of {_samples(recipe)} sample(s) {gib(own.activations)}"
-        + (
-            f", frozen weights in the form that fast kernels take {gib(own.kernels)} (run.fast)" if own.kernels else ""
-        ),
+        f"{gib(own.trained)}, activations of {_samples(recipe)} sample(s) {gib(own.activations)}",
+        **({"on a CPU": f"up to {gib(own.kernels)} more, for faster steps (run.fast)"} if own.kernels else {}),
         "checkpointing": f"{gib(plain.total)} without run.gradient_checkpointing, {gib(light.total)} with it",
         **({"sharded": _sharded(recipe, own)} if recipe.run.shard else {}),
         "checks": _checks(recipe, own, family),

@@ -18,9 +18,11 @@ from finetune.cli.main import run
 from finetune.config.load import parse_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.batch import Geometry
+from finetune.core.devices import gib
 from finetune.families.registry import FAMILIES, family_of
 from finetune.families.source import load_family
 from finetune.jobs.estimate import Estimate, _activations, _counting, estimate, report
+from finetune.methods.layers.products import has_packed_convolutions
 from finetune.methods.registry import METHODS
 from finetune.testing.published import PUBLISHED
 from finetune.testing.published import write as write_published
@@ -72,6 +74,24 @@ def test_sd15s_lora_has_the_known_size(published: Callable[[str], Path]) -> None
     counted = estimate(recipe(folder, method=method))
     assert counted.trained_parameters == 797_184
     assert report(recipe(folder, method=method, export={"dtype": "fp32"}))["export"] == "3.2 MB in fp32"
+
+
+@pytest.mark.skipif(not has_packed_convolutions(), reason="no AVX-512: there are no faster kernels")
+def test_what_faster_kernels_take_on_a_cpu_stands_beside_the_memory(
+    published: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the parts in the loop alone: the VAE's convolutions are not in it, and full training has no frozen ones."""
+    monkeypatch.setattr("finetune.training.fast.memory_of_machine", lambda: 2**40)
+    monkeypatch.setattr("finetune.jobs.estimate.best_device", lambda: torch.device("cpu"))
+    folder = published("SD 1.5")
+    own = estimate(recipe(folder))
+    family = family_of(folder).on_meta(folder, torch.float32, ())
+    convolutions = [m for m in family.parts["denoiser"].modules() if isinstance(m, nn.Conv2d)]
+    assert own.kernels == 2 * sum(m.weight.nbytes for m in convolutions)
+    assert own.total == own.held + own.trained + own.activations
+    assert report(recipe(folder))["on a CPU"] == f"up to {gib(own.kernels)} more, for faster steps (run.fast)"
+    assert "on a CPU" not in report(recipe(folder, run={"fast": "off"}))
+    assert estimate(recipe(folder, method={"kind": "full"})).kernels == 0
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
