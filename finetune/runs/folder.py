@@ -46,6 +46,7 @@ FILES = (
     *("adapter/trained.safetensors", "adapter/manifest.json"),
 )
 ORIGINS = "profile."  # where a recipe's values come from, which changes none of them
+LONGEST_TOLD = 60  # characters of a setting in a message
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -200,9 +201,9 @@ class RunFolder:
             both = [_placeless(one) if pinned else one for one in (self.recipe, recipe)]
             changed = _changed_keys(*both)
             if changed:
+                told = ", ".join(_told(both[0], name) for name in changed)
                 raise BadInput(
-                    f"{self.path} holds a run with another recipe (changed: {', '.join(changed)}): "
-                    f"{_advice(both[0], changed)}"
+                    f"{self.path} holds a run with another recipe (changed: {told}): {_advice(both[0], changed)}"
                 )
         elif self.path.is_file() or (self.path.is_dir() and any(x.name not in LOCKS for x in self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is not a run folder: choose another with run.dir=PATH")
@@ -320,6 +321,13 @@ def _changed_keys(old: Recipe, new: Recipe) -> list[str]:
         free.add("run.steps")
     names = sorted(name for name in before.keys() | after.keys() if not name.startswith(ORIGINS))
     return [name for name in names if name not in free and before.get(name) != after.get(name)]
+
+
+def _told(old: Recipe, name: str) -> str:
+    """A changed key, with what the run has if that is short: a default may have changed, and not the user's recipe."""
+    value = _flat(old.model_dump(mode="json")).get(name)
+    short = isinstance(value, str | int | float) and len(str(value)) <= LONGEST_TOLD
+    return f"{name}, which was {str(value).lower() if isinstance(value, bool) else value}" if short else name
 
 
 def _curve(recipe: Recipe) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def test_a_run_that_slips_in_before_the_lock_is_not_written_over(
         return lock(self)
 
     monkeypatch.setattr(RunFolder, "_lock", late)
-    with pytest.raises(BadInput, match=r"another recipe \(changed: run.seed\)"), folder.held(recipe):
+    with pytest.raises(BadInput, match=r"another recipe \(changed: run.seed, which was 7\)"), folder.held(recipe):
         pytest.fail("both hold it")
     assert folder.recipe.run.seed == 7
 
