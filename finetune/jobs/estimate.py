@@ -127,7 +127,8 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
 def _kernels(recipe: Recipe, family: Family, busy: Sequence[str]) -> float:
     """The bytes of what `run.fast` makes of the frozen weights of the parts in the loop, on this machine."""
     wanted = not recipe.run.shard and is_worthwhile(recipe.run.fast, best_device(), family.parts["denoiser"])
-    return most_bytes(family.parts[part] for part in busy) if wanted else 0
+    parts = [family.parts[part] for part in busy]
+    return most_bytes(parts, recipe.run.processes or 1) if wanted else 0
 
 
 def _gathered(part: nn.Module) -> float:

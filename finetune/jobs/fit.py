@@ -75,7 +75,8 @@ def fit_job(
 
     denoiser = family.parts["denoiser"]
     wanted = not is_cut(recipe.run) and is_worthwhile(recipe.run.fast, accelerator.device, denoiser)
-    with quickened([part for name, part in family.parts.items() if name not in idle], wanted):
+    busy = [part for name, part in family.parts.items() if name not in idle]
+    with quickened(busy, wanted, accelerator.num_processes):
         if watch.due:
             watch.begin(folder, trainer, encode_prompts)
         trainer.fit(batches, after_step, stop, after_restore)

@@ -5,7 +5,7 @@ Modules become faster ones by their class, for as long as the loop runs; paramet
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeGuard
 
@@ -30,20 +30,22 @@ def is_worthwhile(setting: str, device: torch.device, denoiser: nn.Module) -> bo
     return device.type == "cpu" and (setting == "on" or (setting == "auto" and large))
 
 
-def most_bytes(parts: Iterable[nn.Module]) -> int:
-    """At most so many bytes are held by the second form of the weights of frozen convolutions (0: it is not made)."""
+def most_bytes(parts: Iterable[nn.Module], processes: int = 1) -> int:
+    """At most so many bytes are held by the second form of the weights of frozen convolutions (0: it is not made), in
+    each of so many processes on this machine."""
     modules = [module for part in parts for module in part.modules()]
     size = 2 * sum(module.weight.nbytes for module in modules if _is_convolution(module))
-    return size if has_packed_convolutions() and size <= memory_of_machine() / MEMORY_SHARE else 0
+    return size if has_packed_convolutions() and size * processes <= memory_of_machine() / MEMORY_SHARE else 0
 
 
 @contextmanager
-def quickened(parts: Iterable[nn.Module], wanted: bool) -> Iterator[None]:
+def quickened(parts: Iterable[nn.Module], wanted: bool, processes: int = 1) -> Iterator[None]:
     """Inside the block, the frozen linear layers, convolutions and LoRA layers of `parts` compute faster on a CPU.
 
-    Nothing happens unless `wanted`, and on processors without AVX-512, where this was not measured.
+    `processes` share the machine's memory. Nothing happens unless `wanted`, nor on processors without AVX-512, where
+    this was not measured.
     """
-    changed = dict(_choices(parts)) if wanted and has_packed_convolutions() else {}
+    changed = dict(_choices(list(parts), processes)) if wanted and has_packed_convolutions() else {}
     before = {module: type(module) for module in changed}
     for module, faster in changed.items():
         module.__class__ = faster
@@ -56,16 +58,15 @@ def quickened(parts: Iterable[nn.Module], wanted: bool) -> Iterator[None]:
             module.__class__ = own
 
 
-def _choices(parts: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+def _choices(parts: Sequence[nn.Module], processes: int) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
     """(module, its faster class). Whatever has a class of its own, or is trained, stays as it is."""
     from finetune.methods.layers.fused_lora import FUSED  # imports PEFT
 
-    parts = list(parts)
     modules = list(dict.fromkeys(module for part in parts for module in part.modules()))
     frozen = [m for m in modules if not any(p.requires_grad for p in m.parameters(recurse=False))]
     yield from ((m, FUSED[type(m)]) for m in modules if type(m) in FUSED)
     yield from ((m, FrozenLinear) for m in frozen if type(m) is nn.Linear)
-    if most_bytes(parts):
+    if most_bytes(parts, processes):
         yield from ((m, FrozenConv2d) for m in frozen if _is_convolution(m))
 
 

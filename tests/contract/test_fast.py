@@ -251,6 +251,9 @@ def test_what_convolutions_would_hold_is_counted_and_bounded(monkeypatch: pytest
     module = nn.Conv2d(64, 32, 3).requires_grad_(False)
     assert most_bytes([module]) == 2 * 64 * 32 * 9 * 4
     assert most_bytes([nn.Conv2d(64, 32, 3)]) == 0  # it is trained
+    monkeypatch.setattr("finetune.training.fast.memory_of_machine", lambda: 4 * 2 * 64 * 32 * 9 * 4)
+    assert most_bytes([module]) > 0
+    assert most_bytes([module], processes=2) == 0  # each holds its own
     monkeypatch.setattr("finetune.training.fast.memory_of_machine", lambda: 4 * 2 * 64 * 32 * 9 * 4 - 1)
     assert most_bytes([module]) == 0
 

@@ -109,9 +109,8 @@ class _LoraLinear(torch.autograd.Function):
         flat = gradient.reshape(-1, len(b))
         through = product(flat, b.t().contiguous()).mul_(ctx.scale)  # [N, r]
         of_a = through.t() @ x.reshape(-1, x.shape[-1])
-        of_b = (
-            (low.view(-1, len(a)).t() @ flat).mul_(ctx.scale).t()
-        )  # the same as flat^T low, and up to nine times as fast
+        # flat^T low, but up to nine times as fast: its long side is not transposed
+        of_b = (low.view(-1, len(a)).t() @ flat).mul_(ctx.scale).t()
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = ctx.base.input_gradient(gradient, x.shape)

@@ -1,6 +1,6 @@
 """Products with frozen weights on a CPU: oneDNN's kernels, convolutions by Winograd, and no weight gradients.
 
-Which kernel computes a product depends on its shape and on the processor alone, so a run repeats itself bit for bit.
+Which kernel computes a product depends on its shape and the machine alone, so a run repeats itself bit for bit there.
 The results differ from torch's own by rounding (1e-6 of the largest value): all arithmetic stays in the input's dtype.
 """
 
@@ -23,8 +23,10 @@ from finetune.methods.layers.winograd import Weights, convolve, transformed, tur
 LEAST_WORK = 8_000_000  # multiplications of a product; below it the call of oneDNN costs more than it saves
 LEAST_CONVOLUTION = 30_000_000  # the same for a packed convolution
 MOST_PIXELS = 1024  # of all images of a batch; above it packing a 3x3 weight no longer pays
-LEAST_WINOGRAD = 200_000_000  # the same for Winograd's: the many small operations around its products have to pay
-LEAST_CHANNELS = 256  # below it these operations are more than the products
+LEAST_WINOGRAD = (
+    200_000_000  # multiplications of a convolution by Winograd; below it the operations around them cost more
+)
+LEAST_CHANNELS = 256  # of such a convolution, for the same reason
 MEMORY_SHARE = 4  # packed weights take at most this part of the machine's memory: a quarter
 ONE, TWO = (1, 1), (2, 2)
 NONE: tuple[str, list[float], str] = ("none", [], "")  # no activation after the product
@@ -115,13 +117,7 @@ class FrozenConv2d(nn.Conv2d):
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of the output -> the gradient of the input, which has this shape."""
         kernel = self._kernel(gradient.dtype, shape, ONE)
-        if (
-            self.stride == TWO
-            and kernel is not Kernel.PLAIN
-            and self._is_same
-            and not shape[2] % 2
-            and not shape[3] % 2
-        ):
+        if kernel is not Kernel.PLAIN and self._halves(shape):
             gradient = _spread(gradient, shape)
         elif self.stride != ONE:
             kernel = Kernel.PLAIN
@@ -143,6 +139,10 @@ class FrozenConv2d(nn.Conv2d):
     def _is_same(self) -> bool:
         """Whether its filters have 3x3 weights and keep the size of an image, but for the stride."""
         return self.kernel_size == (3, 3) and self.padding == (1, 1)
+
+    def _halves(self, shape: torch.Size) -> bool:
+        """Whether it makes images of this shape [B, in, height, width] half as large, exactly."""
+        return self.stride == TWO and self._is_same and shape[2] % 2 == shape[3] % 2 == 0
 
     def _kernel(self, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...]) -> Kernel:
         """The fastest for inputs of this shape [B, in, height, width]."""
