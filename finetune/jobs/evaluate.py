@@ -98,7 +98,10 @@ def evaluate(asked: Evaluation, tell: Callable[[str], None] = lambda line: None)
     eyes = _Eyes.opened(metrics, asked.backbones, photos)
     measured = [eyes.score(pictures, metrics) for pictures in given]
     fresh = [drawn(source, wish, asked.out / "images") for source, wish in zip(sources, wishes, strict=True)]
-    fresh = [_seen_before(item, count, len(photos)) for item, count in zip(fresh, trained_on, strict=True)]
+    fresh = [
+        _seen_before(item, count, len(photos), source.is_run)
+        for item, count, source in zip(fresh, trained_on, sources, strict=True)
+    ]
     measured = [eyes.score(pictures, metrics) for pictures in fresh] + measured
     pictures = _named([*fresh, *given])
     values = _result(asked, (kind, photos), eyes, metrics, pictures, measured)
@@ -159,13 +162,14 @@ def _free(name: str, taken: Sequence[str]) -> str:
     return candidate
 
 
-def _seen_before(pictures: Pictures, count: int | None, photos: int) -> Pictures:
+def _seen_before(pictures: Pictures, count: int | None, photos: int, is_run: bool) -> Pictures:
     """With a note where the source was trained on the photos that it is compared with, or may have been."""
     if count == 0:
         return pictures
     note = f"{count} of the {photos} photos were trained on, so that a copy of one counts as likeness"
     if count is None:
-        note = "its record does not say whether the photos were trained on; if so, a copy of one counts as likeness"
+        who = "its record" if is_run else "a file"
+        note = f"{who} does not say whether the photos were trained on; if so, a copy of one counts as likeness"
     return replace(pictures, notes=[note, *pictures.notes])
 
 

@@ -131,7 +131,11 @@ def test_the_result_names_what_decided_it_and_no_folders(result: Path, place: Pa
         assert words in page
     assert page.count("<img") == 3 + 3 * 7
     assert "http" not in page.replace("http-equiv", "")
-    assert values["notes"] == ["dog: 3 of the 3 photos were trained on, so that a copy of one counts as likeness"]
+    assert values["notes"] == [
+        "dog: 3 of the 3 photos were trained on, so that a copy of one counts as likeness",
+        "dog.safetensors, dog-peft: a file does not say whether the photos were trained on; if so, a copy of one "
+        "counts as likeness",
+    ]
 
 
 def test_a_run_and_its_file_draw_almost_the_same(result: Path) -> None:
@@ -358,7 +362,11 @@ def test_a_run_that_has_not_finished_is_measured_so_far_and_it_is_said(
     refused(arguments(place, half), "has no checkpoint yet", out=tmp_path / "no")
 
 
-def test_the_photos_of_the_training_are_named_as_such(place: Path, tmp_path: Path) -> None:
+def test_the_photos_of_the_training_are_named_as_such(
+    place: Path, tmp_path: Path, tiny_bases: dict[str, Path]
+) -> None:
+    base = tiny_bases["sd1"]
+
     def notes(on: Path) -> list[str]:
         words = arguments(place, place / "dog", "--metrics", "dino", "--out", tmp_path / "out")
         words[words.index("--on") + 1] = str(on)
@@ -375,6 +383,10 @@ def test_the_photos_of_the_training_are_named_as_such(place: Path, tmp_path: Pat
     assert [note for note in notes(moved) if "trained on" in note] == [said.format(1, 2)]
     (moved / "first.png").unlink()
     assert not [note for note in notes(moved) if "trained on" in note]
+    words = arguments(place, place / "dog" / "exports" / "dog.safetensors", "--base", base, "--metrics", "dino")
+    assert run([*words, "--out", str(tmp_path / "file")]) == (0, "")
+    of_file = json.loads((tmp_path / "file" / "evaluation.json").read_text())["notes"]
+    assert "dog.safetensors: a file does not say whether the photos were trained on" in " ".join(of_file)
     pins = place / "dog" / "inputs.json"
     whole = pins.read_text(encoding="utf-8")
     values = json.loads(whole)
