@@ -81,8 +81,8 @@ class Bases(Settings):
 class ProfileEntry(Settings):
     """`settings`: "section.key" -> (value, name of its source), for some purposes and methods.
 
-    `needs`: setting -> another one. The first is filled in only while the other is what the profile says, or is on with
-    settings of its own.
+    `needs`: setting -> another one. The first is filled in only while the other is what the profile says, or is on
+    with settings of its own.
     """
 
     purposes: list[Purpose]

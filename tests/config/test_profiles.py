@@ -169,7 +169,10 @@ def test_a_rate_of_text_encoders_is_not_filled_in_without_them() -> None:
     recipe = load_recipe("dreambooth-full", [*NEEDED, "method.parts=[denoiser]"])
     assert recipe.optim.text_lr is None  # it would be refused: there are no text encoders to train
     assert load_recipe("dreambooth-full", NEEDED).optim.text_lr == 3e-5
-    assert load_recipe("dreambooth-full", [*NEEDED, "optim.text_lr=1e-5"]).method.parts == ["denoiser", "text_encoders"]
+    assert load_recipe("dreambooth-full", [*NEEDED, "optim.text_lr=1e-5"]).method.parts == [
+        "denoiser",
+        "text_encoders",
+    ]
 
 
 @pytest.mark.parametrize(
