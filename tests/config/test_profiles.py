@@ -24,7 +24,8 @@ from finetune.runs.plan import plan_rows, shared_rows
 ROOT = Path(__file__).parents[2]
 BEFORE: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "before_profiles.yaml").read_text(encoding="utf-8"))
 NEEDED = ["data.photos=photos", "data.class_noun=mug"]
-FOR_ANY = sorted(name for name in recipes.names() if "profile" in yaml.safe_load(recipes.find(name).read_text()))
+WRITTEN = {name: yaml.safe_load(recipes.find(name).read_text(encoding="utf-8")) for name in recipes.names()}
+FOR_ANY = sorted(name for name, raw in WRITTEN.items() if "profile" in raw and "base" not in raw)
 HUB = "owner/never-fetched"
 TINY_MEASURED = "tiny: measured, docs/results.md"
 
