@@ -39,6 +39,7 @@ LISTS = (
     ("The same on balls alone", CLASS_TEACHER, tuple(BALLS)),
     ("Runs made to be bad", FAULTS, tuple(DEVELOPMENT)),
 )
+LIKE_WITH_LIKE = (SMALL_LOGOS, PRIOR_IMAGES, CLASS_TEACHER)  # of the subjects that all of their cases have
 Row = dict[str, Any]
 Rows = dict[tuple[str, int, str, str], Row]
 Pairs = set[tuple[str, int]]  # (subject, seed)
