@@ -102,12 +102,19 @@ METHODS = (
 PRIORS = (
     CLASS_BY_BASE,
     WHOLE_PRIOR,
+    _lora("lora, no prior", "prior.kind=none", NO_OTHERS),
+    _lora("lora, class images", NO_OTHERS),
+    _lora("lora, frozen base", "prior.kind=frozen_base", NO_OTHERS),
+)
+EARLIER_PRIORS = (  # beside the default that mirrored half of two photos a step
     _mirrored("lora, mirrored photos"),
-    _mirrored("lora, no prior", "prior.kind=none", NO_OTHERS),
-    _mirrored("lora, class images", "prior.kind=class_images", FULL, NO_OTHERS),
-    _mirrored("lora, frozen base", "prior.kind=frozen_base", NO_OTHERS),
+    _mirrored("mirrored photos, no prior", "prior.kind=none", NO_OTHERS),
+    _mirrored("mirrored photos, class images", "prior.kind=class_images", FULL, NO_OTHERS),
+    _mirrored("mirrored photos, frozen base", "prior.kind=frozen_base", NO_OTHERS),
     FULL_WEIGHTS,
-    _mirrored("lora, taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
+    _mirrored("mirrored photos, taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
+)
+FULL_PRIORS = (
     Case("full, mirrored photos", "dreambooth-full", ("data.flip=true",)),
     Case("full, no prior", "dreambooth-full", ("prior.kind=none", NO_OTHERS)),
     Case("full, class images", "dreambooth-full", ("prior.kind=class_images", NO_OTHERS)),
@@ -186,5 +193,5 @@ FAULTS = (
     _mirrored("too hot, no prior", "optim.lr=6e-3", "prior.kind=none", NO_OTHERS, "optim.schedule=constant"),
     _mirrored("too long, no prior", "run.steps=1000", "prior.kind=none", NO_OTHERS),
 )
-ON_ALL = (*METHODS, *PRIORS, *PEERS)
+ON_ALL = (*METHODS, *PRIORS, *EARLIER_PRIORS, *FULL_PRIORS, *PEERS)
 CASES = {case.name: case for case in (*ON_ALL, *LEVERS, *SMALL_LOGOS, *PRIOR_IMAGES, *FAULTS)}

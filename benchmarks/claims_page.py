@@ -10,8 +10,10 @@ import numpy as np
 from claims_cases import (
     CLASS_TEACHER,
     DEFAULT,
+    EARLIER_PRIORS,
     FAINT_LOGOS,
     FAULTS,
+    FULL_PRIORS,
     LEVERS,
     METHODS,
     PEERS,
@@ -27,8 +29,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- claims -->", "<!-- end of claims -->"
 BESIDE = {
     "Methods": METHODS[1:],
-    "The LoRA's priors": tuple(case for case in PRIORS if case.recipe == METHODS[0].recipe),
-    "Full fine-tuning's priors": (METHODS[1], *(case for case in PRIORS if case.recipe == METHODS[1].recipe)),
+    "The LoRA's priors": PRIORS,
+    "The LoRA's priors with mirrored photos": EARLIER_PRIORS,
+    "Full fine-tuning's priors": (METHODS[1], *FULL_PRIORS),
     "Peers' settings": PEERS,
 }
 LISTS = (

@@ -39,8 +39,10 @@ import torch
 from claims_cases import (
     CASES,
     CLASS_TEACHER,
+    EARLIER_PRIORS,
     FAINT_LOGOS,
     FAULTS,
+    FULL_PRIORS,
     LEVERS,
     METHODS,
     PEERS,
@@ -85,7 +87,8 @@ class Group:
 GROUPS = {
     "default": Group(METHODS[:1], seeds=SEEDS),
     "methods": Group(METHODS[1:], FIRST_SUBJECTS),
-    "priors": Group(PRIORS, FIRST_SUBJECTS),
+    "priors": Group((*PRIORS, *FULL_PRIORS), FIRST_SUBJECTS),
+    "earlier priors": Group(EARLIER_PRIORS, FIRST_SUBJECTS),
     "peers": Group(PEERS, FIRST_SUBJECTS),
     "levers": Group(LEVERS, tuple(DEVELOPMENT)),
     "logos": Group(SMALL_LOGOS, tuple(MOONS)),
