@@ -17,6 +17,7 @@ from finetune.core.logging import quieted
 from finetune.data.photos import Photo, scan
 from finetune.evaluation.backbones.base import Backbone
 from finetune.evaluation.base import KINDS, Kind, Metric, Pictures, Score, Seen
+from finetune.evaluation.comparable import uneven
 from finetune.evaluation.prompts_file import Called, prompts_for, table_of, templates
 from finetune.evaluation.registry import BACKBONES, chosen_metrics
 from finetune.evaluation.statistics import Vectors
@@ -312,7 +313,7 @@ def _result(
         "backbones": {name: {"name": eye.name, "sha256": eye.hash} for name, eye in eyes.backbones.items()},
         "sources": [_source(item, asked.out) for item in pictures],
         "metrics": [_measured(metric, eyes, pictures, measured) for metric in metrics],
-        "notes": [*_told(pictures), *eyes.notes(pictures), *_uneven(pictures)],
+        "notes": [*_told(pictures), *eyes.notes(pictures), *uneven(pictures)],
     }
 
 
@@ -323,20 +324,6 @@ def _told(pictures: Sequence[Pictures]) -> list[str]:
         for note in item.notes:
             by_note.setdefault(note, []).append(item.name)
     return [f"{', '.join(names)}: {note}" for note, names in by_note.items()]
-
-
-def _uneven(pictures: Sequence[Pictures]) -> list[str]:
-    """Sources that can't be compared plainly with the first one."""
-    first = _counts(pictures[0])
-    others = [item.name for item in pictures[1:] if _counts(item) != first]
-    if not others:
-        return []
-    return [f"{', '.join(others)}: other prompts or numbers of images than {pictures[0].name}: compare with care"]
-
-
-def _counts(pictures: Pictures) -> dict[tuple[str, str], int]:
-    pairs = zip(pictures.prompts, pictures.files, strict=True)
-    return {(prompt.plain, prompt.group): len(files) for prompt, files in pairs}
 
 
 def _source(pictures: Pictures, out: Path) -> dict[str, Any]:

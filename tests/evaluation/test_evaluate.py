@@ -227,6 +227,7 @@ def test_what_can_not_be_evaluated_is_refused_before_anything_is_written(place: 
     broken = shutil.copytree(tmp_path / "cut", tmp_path / "broken")
     write_table(broken, [("0.png", "a zwx dog")])
     write_table(tmp_path / "odd", [("1.png", "a zwx dog")])
+    outside = write_table(shutil.copytree(tmp_path / "odd", tmp_path / "outside"), [("../odd/0.png", "a zwx dog")])
     wrong = write_table(shutil.copytree(tmp_path / "odd", tmp_path / "wrong"), [("0.png", "a")], ("name", "text"))
     (tmp_path / "none.txt").write_text("# nothing\n")
     (tmp_path / "brace.txt").write_text("a {tokn} dog\n")
@@ -259,6 +260,7 @@ def test_what_can_not_be_evaluated_is_refused_before_anything_is_written(place: 
         (["--images", tmp_path / "untold"], ("prompts.csv", "file,prompt")),
         (["--images", tmp_path / "odd"], ("line 2", "'1.png'")),
         (["--images", wrong], ("columns", "file,prompt")),
+        (["--images", outside], ("line 2", "leads out of")),
         (["--images", broken], ("0.png", "truncated")),
         (["--images", place / "prompts.txt"], ("no folder",)),
     ]
@@ -318,6 +320,9 @@ def test_a_word_that_was_trained_in_place_of_the_noun_is_asked_for_so() -> None:
         assert "<zwx>" in prompt.text
         assert "<zwx> dog" not in prompt.text
         assert prompt.plain == Called("zwx", "dog").prompt(text).plain
+    assert called.plain("a <ZWX> in snow") == "a dog in snow"
+    assert Called("zwx", "dog").plain("a ZWX dog, and no zwxs") == "a dog, and no zwxs", "as CLIP reads it"
+    assert Called(style="in zwx style").plain("A cat, in ZWX style") == "A cat"
     own = called.prompt("a photo of {token} in snow")
     assert (own.text, own.plain) == ("a photo of <zwx> in snow", "a photo of dog in snow")
     assert (called.words, Called("zwx", "dog").words) == ("<zwx>", "zwx dog")
