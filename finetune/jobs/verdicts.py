@@ -44,7 +44,7 @@ from finetune.verdicts.points import Point, Predictor, of_batch
 from finetune.verdicts.probe import BaseProbe, Material, known_prompts, make_sets, neutral_prompts
 from finetune.verdicts.rows import FILE, Row, read_rows, up_to, writable
 from finetune.verdicts.rules import best_row, judged
-from finetune.verdicts.verdict_file import Pictures, missing, write_verdict
+from finetune.verdicts.verdict_file import SaidByImages, missing, write_verdict
 
 COMPARED = 2_000  # photos that drawn images are compared with, in memory; of more, the first ones
 NOISY = 0.85  # the share of the noise levels above which photos are measured
@@ -124,7 +124,7 @@ def finish_verdicts(job: Prepared, folder: RunFolder) -> list[str]:
     if not verdict.found:
         return []
     samples = folder.path / "samples"
-    drawn = Pictures(_memorised(job, samples / "after"), _changed(job, folder.info.prompts, samples))
+    drawn = SaidByImages(_memorised(job, samples / "after"), _changed(job, folder.info.prompts, samples))
     write_verdict(folder.path, verdict, rows[-1], drawn, missing(rows))
     emit(Judged(rows[-1].step, rows[-1].values, verdict.word))
     last, steps = rows[-1].step, job.recipe.run.steps

@@ -16,7 +16,7 @@ SIDE = 32  # pixels: what an image shows, and not its grain
 # and whose loss said otherwise, are at .24 and .25.
 LITTLE = 0.35
 
-Values = NDArray[np.float64]
+Pixels = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ def said_of_pictures(held: Mapping[str, Any]) -> list[str]:
     return [text for text in said if isinstance(text, str) and text]
 
 
-def _values(image: Image.Image) -> Values:
+def _values(image: Image.Image) -> Pixels:
     """[SIDE, SIDE, 3]"""
     return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64)
 
 
-def _distance(one: Values, other: Values) -> float:
+def _distance(one: Pixels, other: Pixels) -> float:
     return float(np.abs(one - other).mean())

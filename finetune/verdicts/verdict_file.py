@@ -22,7 +22,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Pictures:
+class SaidByImages:
     """What the drawn images say: copies of photos, and how much they changed; None where there is nothing to say."""
 
     copies: Memorisation | None
@@ -34,7 +34,7 @@ class Pictures:
         return [sentence for sentence in said if sentence]
 
 
-def write_verdict(run: Path, verdict: RunVerdict, last: Row, drawn: Pictures, left_out: Sequence[str]) -> None:
+def write_verdict(run: Path, verdict: RunVerdict, last: Row, drawn: SaidByImages, left_out: Sequence[str]) -> None:
     """`last`: the row that it is about; `left_out`: sentences about what could not be measured."""
     memorisation, changed = drawn.copies, drawn.changed
     copies = {} if memorisation is None else {"sentence": memorisation.sentence, **asdict(memorisation)}
