@@ -91,6 +91,7 @@ def _weights(own: float, others: float, taught: bool = False) -> tuple[str, ...]
 DEFAULT = "lora"
 WHOLE_PRIOR = _whole("lora, whole prior")
 CLASS_BY_BASE = _lora("lora, class by the base", "prior.target=base")
+FIRMLY_BY_BASE = _lora("lora, class firmly by the base", "prior.target=base", "prior.weight=3")
 FULL_WEIGHTS = _before("lora, full weights")
 METHODS = (
     _lora(DEFAULT),
@@ -101,6 +102,7 @@ METHODS = (
 )
 PRIORS = (
     CLASS_BY_BASE,
+    FIRMLY_BY_BASE,
     WHOLE_PRIOR,
     _lora("lora, no prior", "prior.kind=none", NO_OTHERS),
     _lora("lora, class images", NO_OTHERS),
@@ -185,7 +187,7 @@ PRIOR_IMAGES = (  # on them: how many there are in a step, and what they aim at
     _lora("700 steps, fewer of the prior", *_fewer(0.5), "run.steps=700"),
     _whole("masks, a floor of .2", "data.masks=auto", "data.mask_floor=0.2", masked=True),
 )
-CLASS_TEACHER = (_lora(DEFAULT), CLASS_BY_BASE)
+CLASS_TEACHER = (_lora(DEFAULT), CLASS_BY_BASE, FIRMLY_BY_BASE)
 FAULTS = (
     _before("too short", "run.steps=60"),
     _before("too faint", "optim.lr=1e-4", "run.steps=250"),
