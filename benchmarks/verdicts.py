@@ -85,16 +85,26 @@ def listed(runs: Sequence[Compared]) -> str:
 
 
 def agreement(runs: Sequence[Compared]) -> str:
-    """How often they agree: on each word, and on good or not; and how many runs the judge calls so."""
+    """How often they agree: on each word, and on good or not; how many runs the judge calls so, how many of those the
+    verdict calls so too, and how many others. Where few runs are bad, agreement alone says little: whoever never says
+    the word agrees most of the time."""
     lines = ["| | development | of these, by the judge | held out | of these, by the judge |", "|---|---|---|---|---|"]
     for what in (*AXES, GOOD_OR_NOT):
         cells = []
         for tuned_on in (True, False):
             part = [run for run in runs if (run.row["subject"] in FOR_DEVELOPMENT) == tuned_on]
             name = GOOD if what == GOOD_OR_NOT else what
-            cells += [_share([run.agrees(what) for run in part]), f"{sum(name in run.wanted for run in part)} {name}"]
+            cells += [_share([run.agrees(what) for run in part]), _seen(part, name)]
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _seen(runs: Sequence[Compared], name: str) -> str:
+    """How many runs the judge calls so, how many of them the verdict sees, and how many others it calls so."""
+    true = [run for run in runs if name in run.wanted]
+    seen, others = (sum(name in run.said.found for run in part) for part in (true, runs))
+    more = f"{others - seen} other{'s' * (others - seen != 1)}"
+    return f"{len(true)} {name}, {seen} called so; and {more}"
 
 
 def _share(agreed: list[bool]) -> str:

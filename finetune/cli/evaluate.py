@@ -138,4 +138,5 @@ def table(values: Mapping[str, Any]) -> list[str]:
 
 def _cell(item: Mapping[str, Any], number: Any) -> str:
     span = f" ({number(item['low'])} to {number(item['high'])})" if item["low"] is not None else ""
-    return f"{number(item['value'])}{span}"
+    why = f" ({item['note']})" if item["value"] is None and item["note"] else ""
+    return f"{number(item['value'])}{span}{why}"

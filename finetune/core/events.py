@@ -92,6 +92,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What was measured last, at `step`, and the word for it: where a run goes on, and at its end."""
+
+    step: int
+    values: Mapping[str, float]
+    verdict: str
+
+
+@dataclass(frozen=True)
 class RunEnded:
     """The run ended. `outcome` is "finished", "stopped" (it can be resumed) or "failed"."""
 
@@ -109,6 +118,7 @@ Event = (
     | CheckpointSaved
     | ImagesDrawn
     | Measured
+    | Judged
     | RunEnded
 )
 Consumer = Callable[[Event], None]

@@ -198,18 +198,21 @@ def with_trigger(text: str, trigger: str) -> str:
     return f"{text.rstrip(' .,;:')}{joint}{trigger}".strip()
 
 
-def without_trigger(text: str, trigger: str) -> str | None:
-    """Returns a caption without the trigger's words, as it would be without the style; None if they are not in it."""
-    words = _as_words(trigger)
+def without_trigger(text: str, trigger: str, any_case: bool = False) -> str | None:
+    """Returns a caption without the trigger's words, as it would be without the style; None if they are not in it.
+
+    `any_case`: as text encoders read them, which make zwx of ZWX.
+    """
+    words = _as_words(trigger, re.IGNORECASE if any_case else 0)
     if not words.search(text):
         return None
     return " ".join(words.sub(" ", text).split()).strip(" ,;:")
 
 
-def _as_words(text: str) -> re.Pattern[str]:
+def _as_words(text: str, flags: int = 0) -> re.Pattern[str]:
     """Finds a text, but not inside of longer words: "sks" is not in "two desks"."""
     begin, end = (r"(?<!\w)" if re.match(r"\w", text) else "", r"(?!\w)" if re.search(r"\w$", text) else "")
-    return re.compile(f"{begin}{re.escape(text)}{end}")
+    return re.compile(f"{begin}{re.escape(text)}{end}", flags)
 
 
 def fill(text: str, token: str, noun: str | None) -> str:

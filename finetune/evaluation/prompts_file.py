@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from finetune.core.errors import BadInput
+from finetune.core.files import leads_out
 from finetune.core.reading import list_items, read_utf8
 from finetune.data.captions import without_trigger
 from finetune.evaluation.base import GROUPS, Kind, Prompt
@@ -60,10 +61,13 @@ class Called:
     def plain(self, text: str) -> str:
         """A prompt without the style's words or the token. The noun stands in place of a token without one."""
         if self.alone and self.noun:
-            return text.replace(f"{self.token} {self.noun}", self.noun).replace(self.token, self.noun)
-        shorter = without_trigger(text, self.style) if self.style else None
-        shorter = (without_trigger(text, self.token) if self.token else None) if shorter is None else shorter
-        return text if shorter is None else shorter
+            token, noun = re.escape(self.token), re.escape(self.noun)
+            return re.sub(f"{token}( {noun})?", lambda _: self.noun, text, flags=re.IGNORECASE)
+        for words in filter(None, (self.style, self.token)):
+            shorter = without_trigger(text, words, any_case=True)
+            if shorter is not None:
+                return shorter
+        return text
 
     @property
     def of_class(self) -> list[Prompt]:
@@ -121,6 +125,8 @@ def table_of(folder: Path, called: Called | None) -> tuple[list[Prompt], list[li
         file = folder / name
         if not file.is_file():
             raise BadInput(f"{folder / TABLE} line {number}: there is no file {name!r} in {folder}: correct the row")
+        if leads_out(file, folder):  # the page shows the images, and is passed on
+            raise BadInput(f"{folder / TABLE} line {number}: {name!r} leads out of {folder}: copy the image into it")
         found.setdefault((text, group), []).append(file)
     prompts = [_of_table(text, group, called) for text, group in found]
     return prompts, list(found.values())

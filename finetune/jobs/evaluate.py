@@ -17,6 +17,7 @@ from finetune.core.logging import quieted
 from finetune.data.photos import Photo, scan
 from finetune.evaluation.backbones.base import Backbone
 from finetune.evaluation.base import KINDS, Kind, Metric, Pictures, Score, Seen
+from finetune.evaluation.comparable import uneven
 from finetune.evaluation.prompts_file import Called, prompts_for, table_of, templates
 from finetune.evaluation.registry import BACKBONES, chosen_metrics
 from finetune.evaluation.statistics import Vectors
@@ -98,7 +99,10 @@ def evaluate(asked: Evaluation, tell: Callable[[str], None] = lambda line: None)
     eyes = _Eyes.opened(metrics, asked.backbones, photos)
     measured = [eyes.score(pictures, metrics) for pictures in given]
     fresh = [drawn(source, wish, asked.out / "images") for source, wish in zip(sources, wishes, strict=True)]
-    fresh = [_seen_before(item, count, len(photos)) for item, count in zip(fresh, trained_on, strict=True)]
+    fresh = [
+        _seen_before(item, count, len(photos), source.is_run)
+        for item, count, source in zip(fresh, trained_on, sources, strict=True)
+    ]
     measured = [eyes.score(pictures, metrics) for pictures in fresh] + measured
     pictures = _named([*fresh, *given])
     values = _result(asked, (kind, photos), eyes, metrics, pictures, measured)
@@ -159,13 +163,14 @@ def _free(name: str, taken: Sequence[str]) -> str:
     return candidate
 
 
-def _seen_before(pictures: Pictures, count: int | None, photos: int) -> Pictures:
+def _seen_before(pictures: Pictures, count: int | None, photos: int, is_run: bool) -> Pictures:
     """With a note where the source was trained on the photos that it is compared with, or may have been."""
     if count == 0:
         return pictures
     note = f"{count} of the {photos} photos were trained on, so that a copy of one counts as likeness"
     if count is None:
-        note = "its record does not say whether the photos were trained on; if so, a copy of one counts as likeness"
+        who = "its record" if is_run else "a file"
+        note = f"{who} does not say whether the photos were trained on; if so, a copy of one counts as likeness"
     return replace(pictures, notes=[note, *pictures.notes])
 
 
@@ -308,7 +313,7 @@ def _result(
         "backbones": {name: {"name": eye.name, "sha256": eye.hash} for name, eye in eyes.backbones.items()},
         "sources": [_source(item, asked.out) for item in pictures],
         "metrics": [_measured(metric, eyes, pictures, measured) for metric in metrics],
-        "notes": [*_told(pictures), *eyes.notes(pictures), *_uneven(pictures)],
+        "notes": [*_told(pictures), *eyes.notes(pictures), *uneven(pictures)],
     }
 
 
@@ -319,20 +324,6 @@ def _told(pictures: Sequence[Pictures]) -> list[str]:
         for note in item.notes:
             by_note.setdefault(note, []).append(item.name)
     return [f"{', '.join(names)}: {note}" for note, names in by_note.items()]
-
-
-def _uneven(pictures: Sequence[Pictures]) -> list[str]:
-    """Sources that can't be compared plainly with the first one."""
-    first = _counts(pictures[0])
-    others = [item.name for item in pictures[1:] if _counts(item) != first]
-    if not others:
-        return []
-    return [f"{', '.join(others)}: other prompts or numbers of images than {pictures[0].name}: compare with care"]
-
-
-def _counts(pictures: Pictures) -> dict[tuple[str, str], int]:
-    pairs = zip(pictures.prompts, pictures.files, strict=True)
-    return {(prompt.plain, prompt.group): len(files) for prompt, files in pairs}
 
 
 def _source(pictures: Pictures, out: Path) -> dict[str, Any]:

@@ -189,16 +189,16 @@ def _of_run(source: Trained) -> list[str]:
 
 
 def photos_trained_on(source: Trained, digests: Sequence[str]) -> int | None:
-    """How many of the photos with these SHA-256 a run was trained on; 0 for a file, which does not tell.
+    """How many of the photos with these SHA-256 a source was trained on.
 
-    None: the run's record does not list the images of its data set.
+    None: it does not tell, as a file, a run without a record, or one whose record does not list its data set's images.
 
     Raises:
         BadInput: the run's record of its photos is damaged.
     """
     record = read_inputs(source.path) if source.is_run else None
     if record is None:
-        return 0
+        return None
     info, inputs = RunFolder(source.path).info, record.inputs
     held_out = info.planned.verdicts.held_out if info.planned and info.planned.verdicts else []
     rows = {table.token for table in inputs.tables}

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.core.errors import BadInput
-from finetune.core.events import Measured, emit, one_step
+from finetune.core.events import Judged, Measured, emit, one_step
 from finetune.core.files import cache_dir
 from finetune.core.rng import SampleKey, generator
 from finetune.data.batches import Batches, Drawn
@@ -37,13 +37,14 @@ from finetune.training.step import PromptEncoder
 from finetune.training.trainer import Trainer
 from finetune.verdicts.advice import means_of
 from finetune.verdicts.bank import Bank, Canvas
+from finetune.verdicts.changed import Change, change
 from finetune.verdicts.due import CLASS_DRAWINGS, PHOTO_POINTS, asks_drawings, due_steps, samples_in_step
 from finetune.verdicts.memorisation import Memorisation, memorised, photo_latents
 from finetune.verdicts.points import Point, Predictor, of_batch
 from finetune.verdicts.probe import BaseProbe, Material, known_prompts, make_sets, neutral_prompts
 from finetune.verdicts.rows import FILE, Row, read_rows, up_to, writable
 from finetune.verdicts.rules import best_row, judged
-from finetune.verdicts.verdict_file import missing, write_verdict
+from finetune.verdicts.verdict_file import SaidByImages, missing, write_verdict
 
 COMPARED = 2_000  # photos that drawn images are compared with, in memory; of more, the first ones
 NOISY = 0.85  # the share of the noise levels above which photos are measured
@@ -89,6 +90,8 @@ class Watch:
         """Goes on from the rows up to the restored step; what a kill left out is measured now."""
         if self.material is not None:
             self.rows = up_to(read_rows(self.folder.path / FILE), step) or self.rows
+            last = self.rows[-1]
+            emit(Judged(last.step, last.values, judged(self.rows).word if last.step else ""))
         if step in self.due and joined().from_first(step not in {row.step for row in self.rows}):
             self.after_step(step)
 
@@ -120,12 +123,24 @@ def finish_verdicts(job: Prepared, folder: RunFolder) -> list[str]:
     verdict = judged(rows, means=means)
     if not verdict.found:
         return []
-    copies = _memorised(job, folder.path / "samples" / "after")
-    write_verdict(folder.path, verdict, rows[-1], copies, missing(rows))
+    samples = folder.path / "samples"
+    drawn = SaidByImages(_memorised(job, samples / "after"), _changed(job, folder.info.prompts, samples))
+    write_verdict(folder.path, verdict, rows[-1], drawn, missing(rows))
+    emit(Judged(rows[-1].step, rows[-1].values, verdict.word))
     last, steps = rows[-1].step, job.recipe.run.steps
     when = "" if last == steps else f"after step {last} of {steps}, the last that was measured: "
     first = f"{when}{', '.join(verdict.found)}: {verdict.sentence} {verdict.advice}".rstrip()
-    return [first, *([copies.sentence] if copies is not None else [])]
+    return [first, *drawn.sentences]
+
+
+def _changed(job: Prepared, prompts: Sequence[str], samples: Path) -> Change | None:
+    """Of the images of prompts with a token; None where there are too few, before or after training."""
+    tokens, pairs = [subject.token for subject in job.subjects], []
+    for file in sorted((samples / "after").glob("[0-9]*-*.png")):
+        number, before = int(file.stem.split("-", 1)[0]), samples / "before" / file.name
+        if number < len(prompts) and any(token in prompts[number] for token in tokens) and before.is_file():
+            pairs.append((open_image(before), open_image(file)))
+    return change(pairs, job.recipe.data.thing)
 
 
 def _memorised(job: Prepared, folder: Path) -> Memorisation | None:

@@ -116,9 +116,15 @@ def image_tag(image: Image.Image, alt: str) -> str:
 
 
 def row(folder: Path, number: int, run: Path, linked: bool = False, most: int = 4) -> str:
-    """Returns the first `most` images of prompt `number` as HTML."""
-    files: Sequence[Path] = sorted(folder.glob(f"{number:02d}-*.png"))[:most]
+    """Returns the first `most` images of prompt `number` as HTML, from the smallest seed on."""
+    files: Sequence[Path] = sorted(folder.glob(f"{number:02d}-*.png"), key=seed_in)[:most]
     return "".join(tag(file, run, f"seed {file.stem.split('-', 1)[1]}", linked) for file in files)
+
+
+def seed_in(file: Path) -> int:
+    """Returns the seed in the name of an image; -1 for a file of another name."""
+    seed = file.stem.split("-", 1)[-1]
+    return int(seed) if seed.removeprefix("-").isdecimal() else -1
 
 
 def keep_class_images(run: Path, files: Sequence[Path], name: str = CLASS_IMAGES) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from finetune.data.photos import BadImage
 from finetune.report.bars import pairs_of_bars
-from finetune.report.pictures import image_tag, readable
+from finetune.report.pictures import image_tag, readable, seed_in
 from finetune.runs.attention import FOLDER, SEEDS, file_of, words_of_run
 from finetune.runs.record import RunRecord
 from finetune.runs.timesteps import read_timestep_loss
@@ -55,12 +55,12 @@ def pictures_of_why(path: Path, info: RunRecord, after: Path, finished: bool) ->
 
 def _rows(path: Path, info: RunRecord, start: Path, finished: bool) -> Iterator[str]:
     """A row of figures for each of the first seeds of a prompt; `start`: of the names of its images after training."""
-    for file in sorted(start.parent.glob(f"{start.name}*.png"), key=_seed)[:SEEDS]:
+    for file in sorted(start.parent.glob(f"{start.name}*.png"), key=seed_in)[:SEEDS]:
         before = _read(path / "samples" / "before" / file.name, path)
         after = _read(file, path)
         if before is None or after is None or before.size != after.size:
             continue
-        seed, changed = _seed(file), difference(before, after)
+        seed, changed = seed_in(file), difference(before, after)
         share = changed.mean() / 255
         figures = [
             _figure(before, "before", seed),
@@ -76,15 +76,9 @@ def _maps(path: Path, info: RunRecord, file: Path, image: Image.Image) -> Iterat
     subjects = [(each.token, each.class_noun) for each in info.subjects] or [(info.token, info.class_noun)]
     number = int(file.stem.split("-", 1)[0])
     for index, word in enumerate(words_of_run(subjects)):
-        found = _read(path / FOLDER / file_of(number, _seed(file), index), path)
+        found = _read(path / FOLDER / file_of(number, seed_in(file), index), path)
         if found is not None:
-            yield _figure(overlaid(image, found), f"reads “{word}”", _seed(file))
-
-
-def _seed(file: Path) -> int:
-    """The seed in the name of an image; -1 for a file of another name."""
-    seed = file.stem.split("-", 1)[-1]
-    return int(seed) if seed.lstrip("-").isdecimal() else -1
+            yield _figure(overlaid(image, found), f"reads “{word}”", seed_in(file))
 
 
 def _figure(image: Image.Image, caption: str, seed: int) -> str:

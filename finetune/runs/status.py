@@ -8,7 +8,17 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from finetune.core.events import Event, Measured, PhaseAdvanced, PhaseEnded, PhaseStarted, Restored, RunEnded, StepDone
+from finetune.core.events import (
+    Event,
+    Judged,
+    Measured,
+    PhaseAdvanced,
+    PhaseEnded,
+    PhaseStarted,
+    Restored,
+    RunEnded,
+    StepDone,
+)
 from finetune.core.files import write_json
 from finetune.core.progress import Pace
 
@@ -57,7 +67,7 @@ class StatusFile:
             self._end(event.title)
         elif isinstance(event, StepDone):
             status.step, status.loss = event.step, event.loss
-        elif isinstance(event, Measured):
+        elif isinstance(event, Measured | Judged):
             status.verdict, status.measures = event.verdict, {key: round(v, 4) for key, v in event.values.items()}
         elif isinstance(event, Restored):
             status.step = event.step

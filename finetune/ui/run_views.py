@@ -23,6 +23,7 @@ from finetune.ui.plain_words import (
 )
 from finetune.ui.started import NAME, Starter
 from finetune.ui.thinning import GrowingMetrics
+from finetune.verdicts.changed import said_of_pictures
 from finetune.verdicts.rows import BROKEN, read_rows
 from finetune.verdicts.rows import FILE as VERDICTS
 
@@ -294,10 +295,9 @@ def _verdict(folder: Path) -> dict[str, Any]:
         held = read_json(folder / "verdict.json", dict) if (folder / "verdict.json").is_file() else {}
     except BadInput:
         return {}
-    copies = held.get("memorisation")
     said = {key: held.get(key) for key in ("word", "sentence", "step")}
     said["advice"] = advice_for_the_page(str(held.get("advice") or ""))
-    return said | {"copies": copies.get("sentence") if isinstance(copies, dict) else None} if held else {}
+    return said | {"copies": " ".join(said_of_pictures(held)) or None} if held else {}
 
 
 def _checkpoints(folder: Path) -> list[int]:

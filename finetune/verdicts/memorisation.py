@@ -81,11 +81,12 @@ def memorised(names: Sequence[str], drawn: PhotoLatents, photos: PhotoLatents) -
         names: of the drawn images.
         photos: the training photos, cropped as the images are.
     """
-    spread = float(photos.latents.std()) or 1.0
+    different = _different(photos)
+    spread = float(different.latents.std()) or 1.0
     hashes = np.minimum(*(_hash_distances(drawn.hashes, each) for each in (photos.hashes, photos.mirrored)))
     sides = (photos.latents, photos.latents.flip(-1))
     spaces = np.minimum(*(_latent_distances(drawn.latents, each) / spread for each in sides))
-    own_hash, own_latents = _between(photos, spread)
+    own_hash, own_latents = _between(different, spread)
     nearest = []
     for number, name in enumerate(names):
         photo = int((hashes[number] / own_hash + spaces[number] / own_latents).argmin())
@@ -120,6 +121,21 @@ def _latent_distances(one: Tensor, other: Tensor) -> Distances:
         squares += a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * (a @ b.T)
     found: Distances = (squares.clamp(min=0) / flat[0].shape[1]).sqrt().numpy()
     return found
+
+
+def _different(photos: PhotoLatents) -> PhotoLatents:
+    """Without near-duplicates, such as the shots of a burst: of these the first stays.
+
+    Half of the distance between two shots is less than what a VAE changes: no image would be a copy of them.
+    """
+    spread = float(photos.latents.std()) or 1.0
+    bits = _hash_distances(photos.hashes, photos.hashes) <= ALIKE
+    alike = bits & (_latent_distances(photos.latents, photos.latents) / spread <= ALIKE_LATENTS)
+    kept: list[int] = []
+    for number in range(len(alike)):
+        if not alike[number, kept].any():
+            kept.append(number)
+    return PhotoLatents(photos.hashes[kept], photos.mirrored[kept], photos.latents[kept])
 
 
 def _between(photos: PhotoLatents, spread: float) -> tuple[float, float]:

@@ -187,6 +187,7 @@ def _sentence(found: Sequence[str], values: Mapping[str, float], limits: Limits,
 def _said(word: str, values: Mapping[str, float], limits: Limits, thing: str) -> str:
     """What a word stands on, with its numbers."""
     learned = values.get("held_out", values.get("learned", 0.0))
+    shown = "photos" if thing == "subject" else "drawings"
     plain = "the class without the token" if thing == "subject" else "what prompts without the style's words draw"
     return {
         UNDERTRAINED: f"little of the {thing} was learned ({learned:.2f} of the prompt's own effect)"
@@ -197,8 +198,8 @@ def _said(word: str, values: Mapping[str, float], limits: Limits, thing: str) ->
         DRIFTED: f"{plain} changed too (drift {values.get('class_drift', 0.0):.2f}, "
         f"{100 * max(0.0, values.get('takeover', 0.0)):.0f} % of the way to the {thing})",
         DAMAGED: _damage(values, limits, thing),
-        GOOD: f"the {thing} was learned ({learned:.2f} on unseen views), and little else changed (drift "
-        f"{values.get('elsewhere', 0.0):.2f})",
+        GOOD: f"the {shown} are predicted better than by the base ({learned:.2f} on unseen views), and little else "
+        f"changed (drift {values.get('elsewhere', 0.0):.2f})",
     }[word]
 
 

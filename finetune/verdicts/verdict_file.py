@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from finetune.core.errors import BadInput
 from finetune.core.files import write_json
 from finetune.core.reading import read_json
 from finetune.core.records import check_schema
+from finetune.verdicts.changed import Change, said_of_pictures
 from finetune.verdicts.memorisation import Memorisation
 from finetune.verdicts.registry import MEASURES
 from finetune.verdicts.rows import Row
@@ -20,13 +21,27 @@ FILE = "verdict.json"
 SCHEMA = 1
 
 
-def write_verdict(
-    run: Path, verdict: RunVerdict, last: Row, memorisation: Memorisation | None, left_out: Sequence[str]
-) -> None:
+@dataclass(frozen=True)
+class SaidByImages:
+    """What the drawn images say: copies of photos, and how much they changed; None where there is nothing to say."""
+
+    copies: Memorisation | None
+    changed: Change | None
+
+    @property
+    def sentences(self) -> list[str]:
+        said = [each.sentence for each in (self.changed, self.copies) if each is not None]
+        return [sentence for sentence in said if sentence]
+
+
+def write_verdict(run: Path, verdict: RunVerdict, last: Row, drawn: SaidByImages, left_out: Sequence[str]) -> None:
     """`last`: the row that it is about; `left_out`: sentences about what could not be measured."""
-    drawn = {} if memorisation is None else {"sentence": memorisation.sentence, **asdict(memorisation)}
+    memorisation, changed = drawn.copies, drawn.changed
+    copies = {} if memorisation is None else {"sentence": memorisation.sentence, **asdict(memorisation)}
     values: dict[str, Any] = {"schema": SCHEMA, **asdict(verdict), "measures": dict(last.values)}
-    write_json(run / FILE, values | {"memorisation": drawn, "left_out": list(left_out)})
+    if changed is not None:
+        values["changed"] = {"sentence": changed.sentence, "share": changed.share}
+    write_json(run / FILE, values | {"memorisation": copies, "left_out": list(left_out)})
 
 
 def read_remarks(run: Path) -> list[str]:
@@ -43,10 +58,9 @@ def read_remarks(run: Path) -> list[str]:
     except BadInput:
         return []
     check_schema(held.get("schema", 0), file, SCHEMA)
-    copies, left_out = held.get("memorisation"), held.get("left_out")
-    said = [copies.get("sentence")] if isinstance(copies, dict) else []
-    said += left_out if isinstance(left_out, list) else []
-    return [text for text in said if isinstance(text, str)]
+    left_out = held.get("left_out")
+    missed = left_out if isinstance(left_out, list) else []
+    return [*said_of_pictures(held), *(text for text in missed if isinstance(text, str))]
 
 
 def missing(rows: Sequence[Row]) -> list[str]:

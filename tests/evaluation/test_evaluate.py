@@ -131,7 +131,11 @@ def test_the_result_names_what_decided_it_and_no_folders(result: Path, place: Pa
         assert words in page
     assert page.count("<img") == 3 + 3 * 7
     assert "http" not in page.replace("http-equiv", "")
-    assert values["notes"] == ["dog: 3 of the 3 photos were trained on, so that a copy of one counts as likeness"]
+    assert values["notes"] == [
+        "dog: 3 of the 3 photos were trained on, so that a copy of one counts as likeness",
+        "dog.safetensors, dog-peft: a file does not say whether the photos were trained on; if so, a copy of one "
+        "counts as likeness",
+    ]
 
 
 def test_a_run_and_its_file_draw_almost_the_same(result: Path) -> None:
@@ -223,6 +227,7 @@ def test_what_can_not_be_evaluated_is_refused_before_anything_is_written(place: 
     broken = shutil.copytree(tmp_path / "cut", tmp_path / "broken")
     write_table(broken, [("0.png", "a zwx dog")])
     write_table(tmp_path / "odd", [("1.png", "a zwx dog")])
+    outside = write_table(shutil.copytree(tmp_path / "odd", tmp_path / "outside"), [("../odd/0.png", "a zwx dog")])
     wrong = write_table(shutil.copytree(tmp_path / "odd", tmp_path / "wrong"), [("0.png", "a")], ("name", "text"))
     (tmp_path / "none.txt").write_text("# nothing\n")
     (tmp_path / "brace.txt").write_text("a {tokn} dog\n")
@@ -255,6 +260,7 @@ def test_what_can_not_be_evaluated_is_refused_before_anything_is_written(place: 
         (["--images", tmp_path / "untold"], ("prompts.csv", "file,prompt")),
         (["--images", tmp_path / "odd"], ("line 2", "'1.png'")),
         (["--images", wrong], ("columns", "file,prompt")),
+        (["--images", outside], ("line 2", "leads out of")),
         (["--images", broken], ("0.png", "truncated")),
         (["--images", place / "prompts.txt"], ("no folder",)),
     ]
@@ -314,6 +320,9 @@ def test_a_word_that_was_trained_in_place_of_the_noun_is_asked_for_so() -> None:
         assert "<zwx>" in prompt.text
         assert "<zwx> dog" not in prompt.text
         assert prompt.plain == Called("zwx", "dog").prompt(text).plain
+    assert called.plain("a <ZWX> in snow") == "a dog in snow"
+    assert Called("zwx", "dog").plain("a ZWX dog, and no zwxs") == "a dog, and no zwxs", "as CLIP reads it"
+    assert Called(style="in zwx style").plain("A cat, in ZWX style") == "A cat"
     own = called.prompt("a photo of {token} in snow")
     assert (own.text, own.plain) == ("a photo of <zwx> in snow", "a photo of dog in snow")
     assert (called.words, Called("zwx", "dog").words) == ("<zwx>", "zwx dog")
@@ -358,7 +367,11 @@ def test_a_run_that_has_not_finished_is_measured_so_far_and_it_is_said(
     refused(arguments(place, half), "has no checkpoint yet", out=tmp_path / "no")
 
 
-def test_the_photos_of_the_training_are_named_as_such(place: Path, tmp_path: Path) -> None:
+def test_the_photos_of_the_training_are_named_as_such(
+    place: Path, tmp_path: Path, tiny_bases: dict[str, Path]
+) -> None:
+    base = tiny_bases["sd1"]
+
     def notes(on: Path) -> list[str]:
         words = arguments(place, place / "dog", "--metrics", "dino", "--out", tmp_path / "out")
         words[words.index("--on") + 1] = str(on)
@@ -375,6 +388,10 @@ def test_the_photos_of_the_training_are_named_as_such(place: Path, tmp_path: Pat
     assert [note for note in notes(moved) if "trained on" in note] == [said.format(1, 2)]
     (moved / "first.png").unlink()
     assert not [note for note in notes(moved) if "trained on" in note]
+    words = arguments(place, place / "dog" / "exports" / "dog.safetensors", "--base", base, "--metrics", "dino")
+    assert run([*words, "--out", str(tmp_path / "file")]) == (0, "")
+    of_file = json.loads((tmp_path / "file" / "evaluation.json").read_text())["notes"]
+    assert "dog.safetensors: a file does not say whether the photos were trained on" in " ".join(of_file)
     pins = place / "dog" / "inputs.json"
     whole = pins.read_text(encoding="utf-8")
     values = json.loads(whole)

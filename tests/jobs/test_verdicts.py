@@ -72,6 +72,9 @@ def test_a_measured_run_is_the_run_bit_for_bit_and_goes_on_after_a_kill(
     assert status["verdict"] == verdict["word"]
     assert status["measures"]["learned"] == pytest.approx(rows[-1].values["learned"], abs=1e-4)
     assert "The verdict" in (run / "report.html").read_text(encoding="utf-8")
+    job.resume(run)  # writes exports and page again, and measures nothing
+    again = json.loads((run / "status.json").read_text())
+    assert (again["verdict"], again["measures"]) == (status["verdict"], status["measures"])
     best = best_step(RunFolder(run))
     assert best in Checkpoints(run).steps()
     exported = export_result(run, ["kohya"], step=best, out=tmp_path / "best")

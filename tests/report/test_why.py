@@ -50,6 +50,19 @@ def shown(html: str) -> list[tuple[str, Image.Image]]:
     return [(alt, Image.open(io.BytesIO(base64.b64decode(data)))) for alt, data in found]
 
 
+@pytest.mark.parametrize("first", [8, -2])
+def test_the_strip_shows_one_seed(run: Path, first: int) -> None:
+    """Previews have the first seed alone, and "00-10" sorts before "00-8"."""
+    image = Image.new("RGB", (32, 32))
+    for seed in range(first, first + 4):
+        save(image, run / "samples" / "before" / f"01-{seed}.png")
+    save(image, run / "samples" / "step-000010" / f"01-{first}.png")
+    info = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    (run / "run.json").write_text(json.dumps(info | {"prompts": ["none", "a mug"]}), encoding="utf-8")
+    strip = write_report(run).read_text(encoding="utf-8").split("<h2>Over the steps</h2>")[1].split("<h2>")[0]
+    assert [alt for alt, _ in shown(strip)][-2:] == [f"seed {first}"] * 2
+
+
 def test_each_seed_is_a_row_of_before_after_difference_and_maps(run: Path) -> None:
     images = shown(section(write_report(run).read_text(encoding="utf-8")))
     assert [alt for alt, _ in images] == [

@@ -31,8 +31,8 @@ def of(images: list[Image.Image]) -> PhotoLatents:
     return photo_latents(zip(images, latents(images), strict=True))
 
 
-def noisy(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(int) + np.random.default_rng(9).integers(-6, 7, (64, 64, 3))
+def noisy(image: Image.Image, seed: int = 9) -> Image.Image:
+    values = np.asarray(image).astype(int) + np.random.default_rng(seed).integers(-6, 7, (64, 64, 3))
     return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
 
 
@@ -62,6 +62,29 @@ def test_one_photo_has_no_distance_between_photos() -> None:
     assert [item.copied for item in found.nearest] == [True, False]
     others = memorised(["new"], of([picture(7)]), of(photos))
     assert others.sentence.startswith("None of 1")
+
+
+@pytest.mark.parametrize("shots", [2, 5])
+def test_shots_of_one_scene_count_as_one_photo(shots: int) -> None:
+    """A burst, or a photo that lies there twice: what is nearer than half of their distance is no more than noise."""
+    burst = [picture(0), *[noisy(picture(0), seed) for seed in range(1, shots)]]
+    drawn = {"copy": noisy(picture(0), 20), "new": picture(7)}
+    found = memorised(list(drawn), of(list(drawn.values())), of(burst))
+    assert [item.copied for item in found.nearest] == [True, False]
+    alone = memorised(list(drawn), of(list(drawn.values())), of([picture(0)]))
+    assert (found.hash, found.latents) == (alone.hash, alone.latents)
+    twice = memorised(["copy"], of([drawn["copy"]]), of([picture(0)] * shots))
+    assert twice.copies == 1
+
+
+def test_a_burst_beside_other_photos_does_not_shrink_their_distance() -> None:
+    others = [picture(seed) for seed in range(1, 4)]
+    burst = [noisy(picture(0), seed) for seed in range(6)]
+    found = memorised(["copy"], of([noisy(others[0])]), of(others + burst))
+    plain = memorised(["copy"], of([noisy(others[0])]), of([*others, burst[0]]))
+    assert found.copies == plain.copies == 1
+    assert found.hash == plain.hash
+    assert (found.hash, found.latents) == (plain.hash, plain.latents)
 
 
 def test_the_distances_are_those_of_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from finetune.core.errors import BadInput
 from finetune.core.events import Measured, Restored
+from finetune.verdicts.changed import Change
 from finetune.verdicts.memorisation import Memorisation, Nearest
 from finetune.verdicts.rows import FILE, Row, VerdictsFile, read_rows, up_to
 from finetune.verdicts.rules import judged
-from finetune.verdicts.verdict_file import read_remarks, write_verdict
+from finetune.verdicts.verdict_file import SaidByImages, read_remarks, write_verdict
 
 
 def test_rows_come_back_and_a_resumed_run_cuts_them(tmp_path: Path) -> None:
@@ -48,12 +49,17 @@ def test_lines_that_no_run_writes_are_skipped(tmp_path: Path) -> None:
 def test_the_record_says_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
     drawn = Memorisation([Nearest("00-0.png", 1, 0.01, 0.1, True)], 0.3, 1.2)
     rows = [Row(0), Row(5, {"learned": 9.0})]
-    write_verdict(tmp_path, judged(rows), rows[-1], drawn, ["No class."])
+    write_verdict(tmp_path, judged(rows), rows[-1], SaidByImages(drawn, Change(0.2, "subject")), ["No class."])
     held = json.loads((tmp_path / "verdict.json").read_text())
     assert held["word"] == "good"
     assert held["step"] == 5
     assert held["memorisation"]["nearest"][0]["photo"] == 1
-    assert read_remarks(tmp_path) == ["1 of 1 images are close to copies of a training photo.", "No class."]
+    assert held["changed"]["share"] == 0.2
+    little, *rest = read_remarks(tmp_path)
+    assert little.startswith("The images with the token changed little: by 20% of")
+    assert rest == ["1 of 1 images are close to copies of a training photo.", "No class."]
+    write_verdict(tmp_path, judged(rows), rows[-1], SaidByImages(None, Change(0.5, "subject")), [])
+    assert read_remarks(tmp_path) == []
     (tmp_path / "verdict.json").write_text('{"schema": 99}')
     with pytest.raises(BadInput, match="schema 99"):
         read_remarks(tmp_path)

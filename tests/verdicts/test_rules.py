@@ -256,7 +256,14 @@ def test_a_style_is_called_a_style() -> None:
     assert "the empty prompt went 90 % of the way to the style" in said.lower()
     assert "what prompts without the style's words draw changed too" in said
     assert "subject" not in said
-    assert judged([Row(10, {"learned": 4.0})], means=Means(thing="style")).sentence.startswith("The style was learned")
+    good = judged([Row(10, {"learned": 4.0})], means=Means(thing="style")).sentence
+    assert good.startswith("The drawings are predicted better than by the base (4.00 on unseen views)")
+
+
+def test_good_says_what_was_measured_and_not_what_images_show() -> None:
+    said = judged([Row(10, {"learned": 0.97, "held_out": 0.98, "elsewhere": 0.1})]).sentence
+    assert said.startswith("The photos are predicted better than by the base (0.98 on unseen views)")
+    assert "learned" not in said, "half-learned subjects are predicted better too"
 
 
 def test_nothing_is_not_written_as_minus_nothing() -> None:
