@@ -83,7 +83,6 @@ class Graphs:
                     parameter.grad = torch.zeros_like(parameter)
         return self.made[form](*tensors)
 
-
     def _give_up(self, error: RuntimeError) -> None:
         """Computes this step and all others as they are. A recording that failed leaves CUDA as it was."""
         self.made.clear()

@@ -310,7 +310,9 @@ def test_a_recording_of_one_step_serves_another(name: str, tiny_bases: dict[str,
     assert all(parameter.grad is not None for parameter in trained.values())  # memory of their own
 
 
-@pytest.mark.parametrize("error", [RuntimeError("CUDA error: operation not permitted"), torch.OutOfMemoryError("full")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: operation not permitted"), torch.OutOfMemoryError("full")]
+)
 def test_a_step_that_cant_be_recorded_is_computed(
     error: RuntimeError, tiny_bases: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
