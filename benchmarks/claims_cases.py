@@ -42,7 +42,12 @@ FEWER = (FULL, "prior.count=64", "prior.steps=12", "prior.others={guidance: 3.0,
 TEACHER = (*OTHERS, "prior.others.target=base")
 UNWEIGHTED = "objective.weighting=none"
 LOWER = "objective.density={kind: logit_normal, mean: -0.5}"
-HALF = (FULL, "prior.count=64", "prior.others={guidance: 3.0, count: 128, steps: 12}")
+HALF = (
+    FULL,
+    "prior.count=64",
+    "prior.others={guidance: 3.0, count: 128, steps: 12}",
+    "prior.caption_dropout=0.25",
+)
 OUR_PACE = ("optim.lr=2e-3", "optim.schedule=cosine", "run.steps=500")
 
 
@@ -85,6 +90,8 @@ def _weights(own: float, others: float, taught: bool = False) -> tuple[str, ...]
 
 DEFAULT = "lora"
 WHOLE_PRIOR = _whole("lora, whole prior")
+CLASS_BY_BASE = _lora("lora, class by the base", "prior.target=base")
+FIRMLY_BY_BASE = _lora("lora, class firmly by the base", "prior.target=base", "prior.weight=3")
 FULL_WEIGHTS = _before("lora, full weights")
 METHODS = (
     _lora(DEFAULT),
@@ -94,13 +101,22 @@ METHODS = (
     Case("pivotal, no prior", "pivotal", (NO_OTHERS,)),
 )
 PRIORS = (
+    CLASS_BY_BASE,
+    FIRMLY_BY_BASE,
     WHOLE_PRIOR,
+    _lora("lora, no prior", "prior.kind=none", NO_OTHERS),
+    _lora("lora, class images", NO_OTHERS),
+    _lora("lora, frozen base", "prior.kind=frozen_base", NO_OTHERS),
+)
+EARLIER_PRIORS = (  # beside the default that mirrored half of two photos a step
     _mirrored("lora, mirrored photos"),
-    _mirrored("lora, no prior", "prior.kind=none", NO_OTHERS),
-    _mirrored("lora, class images", "prior.kind=class_images", FULL, NO_OTHERS),
-    _mirrored("lora, frozen base", "prior.kind=frozen_base", NO_OTHERS),
+    _mirrored("mirrored photos, no prior", "prior.kind=none", NO_OTHERS),
+    _mirrored("mirrored photos, class images", "prior.kind=class_images", FULL, NO_OTHERS),
+    _mirrored("mirrored photos, frozen base", "prior.kind=frozen_base", NO_OTHERS),
     FULL_WEIGHTS,
-    _mirrored("lora, taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
+    _mirrored("mirrored photos, taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
+)
+FULL_PRIORS = (
     Case("full, mirrored photos", "dreambooth-full", ("data.flip=true",)),
     Case("full, no prior", "dreambooth-full", ("prior.kind=none", NO_OTHERS)),
     Case("full, class images", "dreambooth-full", ("prior.kind=class_images", NO_OTHERS)),
@@ -159,6 +175,7 @@ SMALL_LOGOS = (  # on cars with a moon
 FAINT_LOGOS = ("car", "moon-1")  # subjects for development that lose their logos most
 PRIOR_IMAGES = (  # on them: how many there are in a step, and what they aim at
     _lora(DEFAULT),
+    CLASS_BY_BASE,
     WHOLE_PRIOR,
     _whole("taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
     _whole("taught by the base, weights .3 and .3", "prior.target=base", *_weights(0.3, 0.3, taught=True)),
@@ -167,10 +184,10 @@ PRIOR_IMAGES = (  # on them: how many there are in a step, and what they aim at
     ),
     _lora("six photos, half as many of the prior", "run.batch_size=6", *_fewer(0.5)),
     _lora("a quarter of the prior", *_fewer(0.25)),
-    _lora("the base teaches the class", *_fewer(0.5), "prior.target=base"),
     _lora("700 steps, fewer of the prior", *_fewer(0.5), "run.steps=700"),
     _whole("masks, a floor of .2", "data.masks=auto", "data.mask_floor=0.2", masked=True),
 )
+CLASS_TEACHER = (_lora(DEFAULT), CLASS_BY_BASE, FIRMLY_BY_BASE)
 FAULTS = (
     _before("too short", "run.steps=60"),
     _before("too faint", "optim.lr=1e-4", "run.steps=250"),
@@ -178,5 +195,5 @@ FAULTS = (
     _mirrored("too hot, no prior", "optim.lr=6e-3", "prior.kind=none", NO_OTHERS, "optim.schedule=constant"),
     _mirrored("too long, no prior", "run.steps=1000", "prior.kind=none", NO_OTHERS),
 )
-ON_ALL = (*METHODS, *PRIORS, *PEERS)
+ON_ALL = (*METHODS, *PRIORS, *EARLIER_PRIORS, *FULL_PRIORS, *PEERS)
 CASES = {case.name: case for case in (*ON_ALL, *LEVERS, *SMALL_LOGOS, *PRIOR_IMAGES, *FAULTS)}

@@ -213,8 +213,8 @@ COLUMNS = (
     "copies", "CPU-s",
 )  # fmt: skip
 SHORT = (
-    "gain", "details right", "is the subject", "there", "own class", "others", "“” own class, more than the base",
-    "diversity", "CPU-s",
+    "gain", "details right", "is the subject", "there", "“a noun” is the subject", "own class", "others",
+    "“” own class, more than the base", "diversity", "CPU-s",
 )  # fmt: skip
 
 

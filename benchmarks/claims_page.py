@@ -7,24 +7,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claims_cases import DEFAULT, FAINT_LOGOS, FAULTS, LEVERS, METHODS, PEERS, PRIOR_IMAGES, PRIORS, SMALL_LOGOS, Case
+from claims_cases import (
+    CLASS_TEACHER,
+    DEFAULT,
+    EARLIER_PRIORS,
+    FAINT_LOGOS,
+    FAULTS,
+    FULL_PRIORS,
+    LEVERS,
+    METHODS,
+    PEERS,
+    PRIOR_IMAGES,
+    PRIORS,
+    SMALL_LOGOS,
+    Case,
+)
 from claims_measure import COLUMNS, SHORT, UNSEEN, derive
-from looks import DEVELOPMENT, HELD_OUT, MOONS
+from looks import BALLS, DEVELOPMENT, FOR_DEVELOPMENT, HELD_OUT, MOONS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- claims -->", "<!-- end of claims -->"
 BESIDE = {
     "Methods": METHODS[1:],
-    "The LoRA's priors": tuple(case for case in PRIORS if case.recipe == METHODS[0].recipe),
-    "Full fine-tuning's priors": (METHODS[1], *(case for case in PRIORS if case.recipe == METHODS[1].recipe)),
+    "The LoRA's priors": PRIORS,
+    "The LoRA's priors with mirrored photos": EARLIER_PRIORS,
+    "Full fine-tuning's priors": (METHODS[1], *FULL_PRIORS),
     "Peers' settings": PEERS,
 }
 LISTS = (
     ("What each lever gave, on development subjects", LEVERS, tuple(DEVELOPMENT)),
     ("Small logos whose left and right are not alike, on cars made for development", SMALL_LOGOS, tuple(MOONS)),
     ("The prior's images: how many, and what they aim at", PRIOR_IMAGES, FAINT_LOGOS),
+    ("The frozen base as the class's teacher", CLASS_TEACHER, tuple(FOR_DEVELOPMENT)),
+    ("The same on balls alone", CLASS_TEACHER, tuple(BALLS)),
     ("Runs made to be bad", FAULTS, tuple(DEVELOPMENT)),
 )
+LIKE_WITH_LIKE = (SMALL_LOGOS, PRIOR_IMAGES, CLASS_TEACHER)  # of the subjects that all of their cases have
 Row = dict[str, Any]
 Rows = dict[tuple[str, int, str, str], Row]
 Pairs = set[tuple[str, int]]  # (subject, seed)
@@ -84,7 +102,11 @@ def tables(rows: Rows, overrides: str = "") -> str:
     for title, cases in BESIDE.items():
         parts += _side_by_side(rows, title, cases, overrides)
     for title, cases, subjects in LISTS:
-        shown = subjects if cases not in (SMALL_LOGOS, PRIOR_IMAGES) else _in_all(rows, cases, subjects, overrides)
+        shown = (
+            subjects
+            if cases not in (SMALL_LOGOS, PRIOR_IMAGES, CLASS_TEACHER)
+            else _in_all(rows, cases, subjects, overrides)
+        )
         lines = _listed(rows, cases, shown, overrides)
         parts += [f"**{title}**", "\n".join(lines)] if lines else []
     return "\n\n".join(parts)

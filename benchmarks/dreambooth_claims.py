@@ -36,7 +36,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import claims_page
 import torch
-from claims_cases import CASES, FAINT_LOGOS, FAULTS, LEVERS, METHODS, PEERS, PRIOR_IMAGES, PRIORS, SMALL_LOGOS, Case
+from claims_cases import (
+    CASES,
+    CLASS_TEACHER,
+    EARLIER_PRIORS,
+    FAINT_LOGOS,
+    FAULTS,
+    FULL_PRIORS,
+    LEVERS,
+    METHODS,
+    PEERS,
+    PRIOR_IMAGES,
+    PRIORS,
+    SMALL_LOGOS,
+    Case,
+)
 from claims_measure import Drawn, copies, kind_of, load, masked, measure, photos_of, real_figures, save
 from claims_settings import Settings, digest, keep, known, still_holds
 
@@ -50,7 +64,7 @@ from finetune.jobs.open import open_result
 from finetune.verdicts.rows import FILE, read_rows
 
 import judge  # isort: skip - examples/tiny_base, which claims_measure has put on the path
-from looks import DEVELOPMENT, EVERY, HELD_OUT, MOONS, SUBJECTS  # isort: skip
+from looks import DEVELOPMENT, EVERY, FOR_DEVELOPMENT, HELD_OUT, MOONS, SUBJECTS  # isort: skip
 
 DONE = "done.json"  # in a folder of images: all of them are there; the share of copies
 ROWS = Path(__file__).with_name("claims.jsonl")
@@ -73,11 +87,13 @@ class Group:
 GROUPS = {
     "default": Group(METHODS[:1], seeds=SEEDS),
     "methods": Group(METHODS[1:], FIRST_SUBJECTS),
-    "priors": Group(PRIORS, FIRST_SUBJECTS),
+    "priors": Group((*PRIORS, *FULL_PRIORS), FIRST_SUBJECTS),
+    "earlier priors": Group(EARLIER_PRIORS, FIRST_SUBJECTS),
     "peers": Group(PEERS, FIRST_SUBJECTS),
     "levers": Group(LEVERS, tuple(DEVELOPMENT)),
     "logos": Group(SMALL_LOGOS, tuple(MOONS)),
     "prior images": Group(PRIOR_IMAGES, FAINT_LOGOS),
+    "class teacher": Group(CLASS_TEACHER, tuple(FOR_DEVELOPMENT)),
     "faults": Group(FAULTS),
 }
 

@@ -24,7 +24,7 @@ from dreambooth_claims import stored
 from finetune.verdicts.rows import Row
 from finetune.verdicts.rules import DAMAGED, DRIFTED, GOOD, OVERTRAINED, UNDERTRAINED, RunVerdict, judged
 
-from looks import DEVELOPMENT, MOONS  # isort: skip - examples/tiny_base, which claims_measure has put on the path
+from looks import FOR_DEVELOPMENT  # isort: skip - examples/tiny_base, which claims_measure has put on the path
 
 PAGE = Path(__file__).parents[1] / "docs" / "verdicts.md"
 BEGIN, END = "<!-- agreement -->", "<!-- end of agreement -->"
@@ -90,7 +90,7 @@ def agreement(runs: Sequence[Compared]) -> str:
     for what in (*AXES, GOOD_OR_NOT):
         cells = []
         for tuned_on in (True, False):
-            part = [run for run in runs if (run.row["subject"] in (*DEVELOPMENT, *MOONS)) == tuned_on]
+            part = [run for run in runs if (run.row["subject"] in FOR_DEVELOPMENT) == tuned_on]
             name = GOOD if what == GOOD_OR_NOT else what
             cells += [_share([run.agrees(what) for run in part]), f"{sum(name in run.wanted for run in part)} {name}"]
         lines.append(f"| {what} | {' | '.join(cells)} |")

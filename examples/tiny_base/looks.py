@@ -175,22 +175,23 @@ HELD_OUT = {
 SUBJECTS = DEVELOPMENT | HELD_OUT
 
 
-def _moons(seed: int, count: int, others: list[Look]) -> list[Look]:
-    """Cars with a moon, whose left and right are not alike, as the logos of DEVELOPMENT are."""
-    rng, looks = np.random.default_rng(seed), list(others)
-    while len(looks) < count + len(others):
-        look = clear_look(rng, "car")
-        if look.logo == "moon" and all(differs(look, other) for other in looks):
+def _of_kind(kind: str, seed: int, count: int, logo: str | None = None) -> list[Look]:
+    """Clear looks of a kind, with `logo` if one is given, none of which is like a look above."""
+    rng, looks = np.random.default_rng(seed), [*DEVELOPMENT.values(), *NAMED.values(), *HELD_OUT.values()]
+    others = len(looks)
+    while len(looks) < count + others:
+        look = clear_look(rng, kind)
+        if logo in (None, look.logo) and all(differs(look, other) for other in looks):
             looks.append(look)
-    return looks[len(others) :]
+    return looks[others:]
 
 
-# for development too: made after the held-out cars had lost their moons, which no subject of DEVELOPMENT shows
-MOONS = {
-    f"moon-{1 + k}": look
-    for k, look in enumerate(_moons(41, 4, [*DEVELOPMENT.values(), *NAMED.values(), *HELD_OUT.values()]))
-}
-EVERY = SUBJECTS | MOONS
+# for development too: made after the held-out cars had lost their moons, whose left and right are not alike, as the
+# logos of DEVELOPMENT are; and after "a ball" had become the held-out balls, where DEVELOPMENT has none
+MOONS = {f"moon-{1 + k}": look for k, look in enumerate(_of_kind("car", 41, 4, "moon"))}
+BALLS = {f"dev-ball-{1 + k}": look for k, look in enumerate(_of_kind("ball", 43, 2))}
+FOR_DEVELOPMENT = DEVELOPMENT | MOONS | BALLS
+EVERY = SUBJECTS | MOONS | BALLS
 PHOTO_PLACES = ("table", "grass", "table", "grass", "table")
 DEMO = next(iter(HELD_OUT))  # the subject of `finetune demo`: the first one that the seed gave
 

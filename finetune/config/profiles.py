@@ -81,13 +81,14 @@ class Bases(Settings):
 class ProfileEntry(Settings):
     """`settings`: "section.key" -> (value, name of its source), for some purposes and methods.
 
-    Of the settings `together`, those that are left are not filled in if one of them is given another value.
+    `needs`: setting -> another one. The first is filled in only while the other is what the profile says, or is on
+    with settings of its own.
     """
 
     purposes: list[Purpose]
     methods: list[str]
     settings: dict[str, tuple[Any, str]]
-    together: list[list[str]] = []
+    needs: dict[str, str] = {}
 
 
 class Profile(Settings):
@@ -119,7 +120,7 @@ class Defaults:
     """What the profiles of a base say for a purpose and a method."""
 
     values: dict[str, Default] = field(default_factory=dict)
-    together: list[list[str]] = field(default_factory=list)
+    needs: dict[str, str] = field(default_factory=dict)
 
 
 @cache
@@ -140,7 +141,7 @@ def defaults_of(purpose: str, method: str, base: KnownBase) -> Defaults:
             if purpose in entry.purposes and method in entry.methods:
                 for key, (value, source) in entry.settings.items():
                     found.values[key] = Default(value, f"{profile.name}: {profile.sources[source]}")
-                found.together += entry.together
+                found.needs |= entry.needs
     return found
 
 
@@ -159,7 +160,7 @@ def fill_defaults(raw: PlainData, final: PlainData, base: KnownBase) -> tuple[Pl
         return raw, {}
     filled, added = copy.deepcopy(raw), {}
     defaults = defaults_of(purpose, method, base)
-    left_out = set(_parted(defaults, final))
+    left_out = set(_idle(defaults, final))
     for section in dict.fromkeys(key.partition(".")[0] for key in defaults.values):
         own = {key: default for key, default in defaults.values.items() if key.partition(".")[0] == section}
         if _agrees(own.get(f"{section}.kind"), _kind(final.get(section))) and _open(filled, section, final):
@@ -190,14 +191,12 @@ def _agrees(wanted: Default | None, kind: str | None) -> bool:
     return kind in LIKE_ADAMW and wanted.value in LIKE_ADAMW
 
 
-def _parted(defaults: Defaults, final: PlainData) -> Iterator[str]:
-    """Settings that go only together with one that has another value here."""
-    for group in defaults.together:
-        for key in group:
-            missing = object()
-            given = at(final, key, missing)
-            if given is not missing and given != defaults.values[key].value:
-                yield from group
+def _idle(defaults: Defaults, final: PlainData) -> Iterator[str]:
+    """Settings whose other setting, which they need, is off or has another value here."""
+    for key, other in defaults.needs.items():
+        given = at(final, other, defaults.values[other].value)
+        if given != defaults.values[other].value and not isinstance(given, Mapping):
+            yield key
 
 
 def _open(values: PlainData, section: str, final: PlainData) -> bool:

@@ -24,7 +24,8 @@ from finetune.runs.plan import plan_rows, shared_rows
 ROOT = Path(__file__).parents[2]
 BEFORE: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "before_profiles.yaml").read_text(encoding="utf-8"))
 NEEDED = ["data.photos=photos", "data.class_noun=mug"]
-FOR_ANY = sorted(name for name in recipes.names() if "profile" in yaml.safe_load(recipes.find(name).read_text()))
+WRITTEN = {name: yaml.safe_load(recipes.find(name).read_text(encoding="utf-8")) for name in recipes.names()}
+FOR_ANY = sorted(name for name, raw in WRITTEN.items() if "profile" in raw and "base" not in raw)
 HUB = "owner/never-fetched"
 TINY_MEASURED = "tiny: measured, docs/results.md"
 
@@ -165,10 +166,35 @@ def test_what_is_typed_counts_more_than_the_profile(typed: str, key: str, value:
     assert value_of(load_recipe("dreambooth-lora", [*NEEDED, typed]), key) == value
 
 
-def test_settings_that_go_together_are_left_out_together() -> None:
+def test_a_rate_of_text_encoders_is_not_filled_in_without_them() -> None:
     recipe = load_recipe("dreambooth-full", [*NEEDED, "method.parts=[denoiser]"])
     assert recipe.optim.text_lr is None  # it would be refused: there are no text encoders to train
     assert load_recipe("dreambooth-full", NEEDED).optim.text_lr == 3e-5
+    assert load_recipe("dreambooth-full", [*NEEDED, "optim.text_lr=1e-5"]).method.parts == [
+        "denoiser",
+        "text_encoders",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "dropout", "count"),
+    [
+        ("prior.others.count=128", 0.0, 128),  # still on, so that the empty prompt is theirs to teach
+        ("prior.others={count: 128}", 0.0, 128),
+        ("prior.others={}", 0.0, 256),
+        ("prior.others=null", 0.25, None),  # without them it is the class images' part
+        ("prior.caption_dropout=0.1", 0.1, 256),
+    ],
+)
+def test_a_prior_of_everything_else_that_is_changed_stays_on(typed: str, dropout: float, count: int | None) -> None:
+    prior = load_recipe("dreambooth-lora", [*NEEDED, typed]).prior
+    assert prior.caption_dropout == dropout
+    assert (prior.others and prior.others.count) == count
+
+
+def test_own_settings_of_everything_else_keep_the_rest_of_the_profiles() -> None:
+    prior = load_recipe("dreambooth-lora", [*NEEDED, "prior.others.count=128"]).prior
+    assert (prior.others.guidance, prior.others.steps, prior.others.share) == (3.0, 12, 0.5)
 
 
 def test_a_recipe_without_a_profile_keeps_its_settings_own_defaults() -> None:
