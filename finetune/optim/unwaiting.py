@@ -12,15 +12,15 @@ def unwaiting(kind: Any) -> Any:
     their order without it, and only a paged state, which the CPU's memory holds, needs it.
     """
     import torch
-    from bitsandbytes.optim import optimizer as module
+    from bitsandbytes.optim import optimizer
 
-    class Unwaiting(kind):
-        @torch.no_grad()
-        def step(self, closure: Any = None) -> Any:
-            wait, module.sync_gpu = module.sync_gpu, lambda weight: None
-            try:
-                return super().step(closure)
-            finally:
-                module.sync_gpu = wait
+    names = vars(optimizer)
 
-    return Unwaiting
+    def step(self: Any, closure: Any = None) -> Any:
+        wait, names["sync_gpu"] = names["sync_gpu"], lambda weight: None
+        try:
+            return kind.step(self, closure)
+        finally:
+            names["sync_gpu"] = wait
+
+    return type(f"Unwaiting{kind.__name__}", (kind,), {"step": torch.no_grad()(step)})
