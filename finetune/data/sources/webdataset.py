@@ -72,7 +72,7 @@ def _columns(files: Sequence[Path]) -> Mapping[str, Any] | None:
 def _first_samples(file: Path) -> list[set[str]]:
     """The endings of each of the first samples."""
     samples: dict[str, set[str]] = {}
-    with tarfile.open(file) as held:
+    with tarfile.open(file, encoding="utf-8") as held:
         members = list(islice(held, LOOKED_AT))
     for member in members:
         folder, name = posixpath.split(member.name)
