@@ -34,9 +34,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 CPU_PATIENCE = 6  # factor for the time limits of a GPU
 NAMES = (
-    "device", "demo", "numbers", "resume", "jobs", "stops", "waits", "speed-sd1-lora", "speed-sdxl-lora", "tests",
-    "start", "speed-flux-lora", "speed-sd1-full", "speed-sdxl-full", "speed-sdxl-full-bf16", "speed-sd3-lora",
-    "speed-sd3-full",
+    "device", "demo", "numbers", "resume", "jobs", "stops", "waits", "speed-sd1-lora", "speed-sdxl-lora",
+    "speed-sdxl-full-bf16", "start", "speed-flux-lora", "speed-sd1-full", "speed-sdxl-full", "speed-sd3-lora",
+    "speed-sd3-full", "tests",
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def parts() -> dict[str, Any]:
     found = [
         Part("device", 20, fast.device), Part("demo", 120, works.demo), Part("numbers", 60, works.numbers),
         Part("resume", 90, works.resume), Part("jobs", 120, works.jobs), Part("stops", 30, works.stops),
-        Part("waits", 90, waits), Part("tests", 120, works.tests), Part("start", 60, fast.start), *fast.SPEED,
+        Part("waits", 180, waits), Part("tests", 570, works.tests), Part("start", 60, fast.start), *fast.SPEED,
     ]  # fmt: skip
     named = {part.name: part for part in found}
     assert set(named) == set(NAMES)

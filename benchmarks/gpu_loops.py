@@ -110,6 +110,7 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
     from finetune.objectives.settings import ObjectiveSettings
     from finetune.runs.metrics import MetricsFile
     from finetune.training.accelerate import make_accelerator
+    from finetune.training.fast import quickened
     from finetune.training.settings import Run
     from finetune.training.step import Step, parts_of
     from finetune.training.trainer import Trainable, Trainer
@@ -138,7 +139,8 @@ def our_loop(case: Case, on_step: Callable[[int], None] = lambda step: None) -> 
         make_accelerator(run, case.method.is_adapter),
         timed_checkpoints(case),
     )
-    with suppress(Enough), sent_to(MetricsFile(case.where.work / "run")):
+    fused = quickened([case.family.parts["denoiser"]], run.fast == "on", device=case.where.device)
+    with suppress(Enough), sent_to(MetricsFile(case.where.work / "run")), fused:
         trainer.fit(case, after)
     found: Row = {"ours_ms": statistics.median(clock.milliseconds()[WARM:])}
     if case.where.device.type == "cuda":

@@ -11,7 +11,8 @@ HEAD = """# Results on a GPU
 Made by `python benchmarks/gpu.py` from `benchmarks/rows/gpu.jsonl`; do not edit. Random weights at published sizes,
 LoRA of rank 16 with AdamW, full training with 8-bit AdamW. "Bare" is the same model, forward, loss, backward and
 optimiser, with everything on the device; "graph" is the same with forward and backward as one CUDA graph. MFU counts
-the bare step's products, convolutions and attention against what a large bf16 product reaches on the same device.
+the products, convolutions and attention of a step, without what gradient checkpointing computes twice, against what a
+large bf16 product reaches on the same device; the published peak is higher.
 """
 
 

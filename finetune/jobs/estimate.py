@@ -126,9 +126,10 @@ def estimate(recipe: Recipe, checkpointing: bool | None = None) -> Estimate:
 
 def _kernels(recipe: Recipe, family: Family, busy: Sequence[str]) -> float:
     """The bytes of what `run.fast` makes of the frozen weights of the parts in the loop, on this machine."""
-    wanted = not recipe.run.shard and is_worthwhile(recipe.run.fast, best_device(), family.parts["denoiser"])
+    device = best_device()
+    wanted = not recipe.run.shard and is_worthwhile(recipe.run.fast, device, family.parts["denoiser"])
     parts = [family.parts[part] for part in busy]
-    return most_bytes(parts, recipe.run.processes or 1) if wanted else 0
+    return most_bytes(parts, recipe.run.processes or 1) if wanted and device.type == "cpu" else 0
 
 
 def _gathered(part: nn.Module) -> float:

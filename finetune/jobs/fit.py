@@ -74,9 +74,10 @@ def fit_job(
         watch.after_restore(step)
 
     denoiser = family.parts["denoiser"]
-    wanted = not is_cut(recipe.run) and is_worthwhile(recipe.run.fast, accelerator.device, denoiser)
+    device, compiled = accelerator.device, recipe.run.compile == "regional"
+    wanted = not is_cut(recipe.run) and is_worthwhile(recipe.run.fast, device, denoiser, compiled)
     busy = [part for name, part in family.parts.items() if name not in idle]
-    with quickened(busy, wanted, accelerator.num_processes):
+    with quickened(busy, wanted, accelerator.num_processes, device):
         if watch.due:
             watch.begin(folder, trainer, encode_prompts)
         trainer.fit(batches, after_step, stop, after_restore)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from finetune.optim.base import Adam, Window
+from finetune.optim.unwaiting import unwaiting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +26,7 @@ class AdamW8bit(Adam):
     def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
         import bitsandbytes as bnb
 
-        return bnb.optim.AdamW8bit(
+        optimizer: Optimizer = unwaiting(bnb.optim.AdamW8bit)(
             self.groups(trained, windows),
             lr=self.lr,
             betas=self.betas,
@@ -33,3 +34,4 @@ class AdamW8bit(Adam):
             weight_decay=self.weight_decay,
             min_8bit_size=self.min_8bit_size,
         )
+        return optimizer

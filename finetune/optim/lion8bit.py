@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from finetune.optim.base import Beta, Optimiser, Window
+from finetune.optim.unwaiting import unwaiting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,10 +30,11 @@ class Lion8bit(Optimiser):
     def build(self, trained: Mapping[str, nn.Parameter], windows: Mapping[str, Window] | None = None) -> Optimizer:
         import bitsandbytes as bnb
 
-        return bnb.optim.Lion8bit(
+        optimizer: Optimizer = unwaiting(bnb.optim.Lion8bit)(
             self.groups(trained, windows),
             lr=self.lr,
             betas=self.betas,
             weight_decay=self.weight_decay,
             min_8bit_size=self.min_8bit_size,
         )
+        return optimizer

@@ -1,4 +1,4 @@
-"""`run.fast`: what makes a step on a CPU faster without another result than rounding.
+"""`run.fast`: what makes a step faster without another result than rounding.
 
 Modules become faster ones by their class, for as long as the loop runs; parameters, names and hooks stay the same.
 """
@@ -21,13 +21,16 @@ from finetune.methods.layers.products import (
     memory_of_machine,
 )
 
+CPU = torch.device("cpu")
 LEAST_PARAMETERS = 100_000_000  # of the denoiser; below it there is little to gain (docs/speed.md)
 
 
-def is_worthwhile(setting: str, device: torch.device, denoiser: nn.Module) -> bool:
-    """Whether `run.fast` (`on`, `off`, or `auto`: by its size) wants other kernels for this base. GPUs have none."""
+def is_worthwhile(setting: str, device: torch.device, denoiser: nn.Module, compiled: bool = False) -> bool:
+    """Whether `run.fast` (`on`, `off`, or `auto`: by its size) wants other kernels for this base. `auto` leaves GPUs
+    as they are: nothing was measured there; and a compiler (`compiled`) fuses PEFT's layers there itself."""
     large = sum(parameter.numel() for parameter in denoiser.parameters()) >= LEAST_PARAMETERS
-    return device.type == "cpu" and (setting == "on" or (setting == "auto" and large))
+    on_gpu = setting == "on" and device.type == "cuda" and not compiled
+    return on_gpu or (device.type == "cpu" and (setting == "on" or (setting == "auto" and large)))
 
 
 def most_bytes(parts: Iterable[nn.Module], processes: int = 1) -> int:
@@ -39,13 +42,20 @@ def most_bytes(parts: Iterable[nn.Module], processes: int = 1) -> int:
 
 
 @contextmanager
-def quickened(parts: Iterable[nn.Module], wanted: bool, processes: int = 1) -> Iterator[None]:
-    """Inside the block, the frozen linear layers, convolutions and LoRA layers of `parts` compute faster on a CPU.
+def quickened(
+    parts: Iterable[nn.Module], wanted: bool, processes: int = 1, device: torch.device = CPU
+) -> Iterator[None]:
+    """Inside the block, the frozen linear layers, convolutions and LoRA layers of `parts` compute faster on a CPU; on
+    another `device` LoRA's linear layers do.
 
     `processes` share the machine's memory. Nothing happens unless `wanted`, nor on processors without AVX-512, where
     this was not measured.
     """
-    changed = dict(_choices(list(parts), processes)) if wanted and has_packed_convolutions() else {}
+    changed = {}
+    if wanted and device.type != "cpu":
+        changed = dict(_fused_linear(parts))
+    elif wanted and has_packed_convolutions():
+        changed = dict(_choices(list(parts), processes))
     before = {module: type(module) for module in changed}
     for module, faster in changed.items():
         module.__class__ = faster
@@ -56,6 +66,15 @@ def quickened(parts: Iterable[nn.Module], wanted: bool, processes: int = 1) -> I
             if isinstance(module, FrozenConv2d):
                 module.drop_packs()
             module.__class__ = own
+
+
+def _fused_linear(parts: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """(module, its faster class) of the linear layers with a LoRA."""
+    from finetune.methods.layers.fused_lora import FUSED, FusedLinear  # imports PEFT
+
+    for module in (module for part in parts for module in part.modules()):
+        if FUSED.get(type(module)) is FusedLinear:
+            yield module, FusedLinear
 
 
 def _choices(parts: Sequence[nn.Module], processes: int) -> Iterator[tuple[nn.Module, type[nn.Module]]]:

@@ -78,7 +78,8 @@ class CutWeights:
         self._bind()
         for name, value in self.cut.items():
             mine, gradient = self.parameters[name], cast("DTensor | None", value.grad)
-            mine.grad = None if gradient is None else gradient.to_local()
+            # a weight with fewer rows than processes has none here: bitsandbytes' kernels can't be started for nothing
+            mine.grad = None if gradient is None or mine.numel() == 0 else gradient.to_local()
             value.grad = None
         gradients = [mine.grad for mine in self.parameters.values() if mine.grad is not None]
         square = torch.nn.utils.get_total_norm(gradients).to(self.accelerator.device).square()

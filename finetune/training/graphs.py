@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.core.errors import first_line
+from finetune.core.progress import log
 from finetune.training.parcel import RECORDING, with_tensors
 from finetune.training.step import Step, StepInputs
 
@@ -70,12 +72,25 @@ class Graphs:
         if form not in self.made:
             if self._pool is None and tensors[0].device.type == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
-            self.made[form] = self.capture(example, tuple(tensor.clone() for tensor in tensors), self._pool)
+            try:
+                self.made[form] = self.capture(example, tuple(tensor.clone() for tensor in tensors), self._pool)
+            except RuntimeError as error:  # what CUDA can't record, or has no memory for
+                self._give_up(error)
+                return self.step.loss(inputs, cond)
         if self.accumulates:
             for parameter in self.step.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         return self.made[form](*tensors)
+
+    def _give_up(self, error: RuntimeError) -> None:
+        """Computes this step and all others as they are. A recording that failed leaves CUDA as it was."""
+        self.made.clear()
+        self._pool, self.step.computed = None, self.step.loss
+        log(
+            f"run.compile is 'graphs', but a step can't be recorded ({first_line(error)}): this run goes on without "
+            "recordings"
+        )
 
 
 def captured(loss: nn.Module, example: tuple[Tensor, ...], pool: Any) -> Callable[..., Tensor]:

@@ -24,7 +24,7 @@ class Run(Settings):
     that the verdicts recommend is kept too. `released`: what happens to frozen parts whose outputs are cached: they
     are dropped and loaded again for images, or kept in the CPU's memory (`cpu`: faster previews, but more main
     memory). `fast`: on a CPU, frozen and LoRA layers are computed by other kernels (`on`), if the base is
-    large enough (`auto`), or not (`off`); see `finetune.training.fast`.
+    large enough (`auto`), or not (`off`); on an NVIDIA GPU, LoRA's linear layers (`on`). See `finetune.training.fast`.
     `weights`: what full training holds its weights in; bf16 needs half of the memory or less, and rounds each update
     stochastically (see `finetune.training.rounding`).
     `compile`: on a GPU, run compiled blocks (`regional`) or record each step as a CUDA graph (`graphs`). `tf32`: round

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 
 from finetune.core.progress import log
 from finetune.training.dropout import SampleDropout
@@ -16,6 +19,9 @@ from finetune.training.settings import Run
 from finetune.training.step import Step
 
 DROPOUT = "dropout is drawn for each sample, which can't be compiled"
+# forms of a block that are compiled: sizes of blocks x buckets x (with gradients, without). At torch's own limit of 8,
+# two buckets of SD 1.5, all others would run uncompiled without a word
+MOST_FORMS = 512
 
 
 def apply_choices(step: Step, run: Run, device: torch.device, world: int) -> None:
@@ -26,7 +32,7 @@ def apply_choices(step: Step, run: Run, device: torch.device, world: int) -> Non
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if run.compile == "off":
         return
-    why = why_not_graphs(step, device, world) if run.compile == "graphs" else why_not_regional(step)
+    why = why_not_graphs(step, device, world) if run.compile == "graphs" else why_not_regional(step, device)
     if why:
         log(f"run.compile is {run.compile!r}, but {why}: this run trains without it")
     elif run.compile == "graphs":
@@ -52,11 +58,22 @@ def why_not_graphs(step: Step, device: torch.device, world: int) -> str:
     return next((why for why, holds in reasons.items() if holds), "")
 
 
-def why_not_regional(step: Step) -> str:
-    """Why a step has no blocks to compile; "" if it has some."""
+def why_not_regional(step: Step, device: torch.device) -> str:
+    """Why the blocks of a step can't be compiled; "" if they can."""
     if _has_dropout(step):
         return DROPOUT
-    return "" if _blocks(step) else "the base has no repeated blocks that are trained"
+    if not _blocks(step):
+        return "the base has no repeated blocks that are trained"
+    return _lacks_compiler() if device.type == "cuda" else ""
+
+
+def _lacks_compiler() -> str:
+    """What torch's compiler needs for a GPU and does not find; "" if it has all."""
+    if not has_triton():
+        return "torch compiles for this GPU with Triton, which is not installed or does not know the GPU"
+    compilers = [name for name in (os.environ.get("CC"), "gcc", "clang") if name]
+    found = any(shutil.which(name) for name in compilers)
+    return "" if found else "Triton needs a C compiler, and there is no gcc or clang (or what CC names)"
 
 
 def _has_dropout(step: Step) -> bool:
@@ -66,6 +83,10 @@ def _has_dropout(step: Step) -> bool:
 def compile_regions(step: Step, **options: Any) -> None:
     """Compiles the repeated blocks of the trained denoiser in place: equal blocks share their code. They are compiled
     when they first run. `options`: those of `torch.compile`."""
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, MOST_FORMS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, MOST_FORMS)
     for block in _blocks(step):
         block.compile(**{"dynamic": False, **options})
 
@@ -81,14 +102,11 @@ def _blocks(step: Step) -> list[nn.Module]:
 
 @contextmanager
 def tf32(wanted: bool) -> Iterator[None]:
-    """In the block, fp32 products on NVIDIA GPUs from Ampere on may round their inputs to TF32 (10 bits of mantissa):
-    several times as fast. Without `wanted` nothing changes."""
-    if not wanted:
-        yield
-        return
+    """In the block, fp32 products and convolutions on NVIDIA GPUs from Ampere on round their inputs to TF32 (10 bits
+    of mantissa), which is several times as fast; or they do not, as torch's convolutions would by default."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    matmul.allow_tf32 = cudnn.allow_tf32 = wanted
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from finetune.config.load import parse_recipe
 from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
 from finetune.jobs.train import train
-from finetune.methods.layers import products, winograd
+from finetune.methods.layers import fused_lora, products, winograd
 from finetune.methods.layers.fused_lora import FusedLinear
 from finetune.methods.lora import LoRA
 from finetune.methods.registry import METHODS
@@ -235,6 +235,7 @@ def test_afterwards_every_module_is_what_it_was(tiny_bases: dict[str, Path]) -> 
         ("auto", "cpu", 9_999, False),
         ("auto", "cuda", 10_000, False),
         ("on", "cpu", 1, True),
+        ("on", "cuda", 1, True),
         ("on", "mps", 10_000, False),
         ("off", "cpu", 10_000, False),
     ],
@@ -245,6 +246,7 @@ def test_large_bases_on_a_cpu_take_faster_kernels_by_themselves(
     """100 million parameters are large, as the denoiser of every published base is."""
     denoiser = nn.Linear(width, 10_000, bias=False, device="meta")
     assert is_worthwhile(setting, torch.device(device), denoiser) == wanted
+    assert is_worthwhile(setting, torch.device(device), denoiser, compiled=True) == (wanted and device == "cpu")
 
 
 def test_what_convolutions_would_hold_is_counted_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,6 +317,59 @@ def test_on_a_bf16_base_it_is_no_farther_from_fp32_than_peft_is(targets: str, ti
     assert abs(fast[0] - loss) <= 4e-3 * loss
     assert (fast[1] - gradient).norm() <= 1.1 * (plain[1] - gradient).norm()
     assert not torch.equal(fast[1], plain[1])
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", ["sd1", "flux"])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
+def test_what_a_gpu_computes_is_the_plain_path_too(
+    name: str, dtype: torch.dtype, autocast: bool, tiny_bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The function that layers on a GPU have, on the CPU. Exact in fp32; in bf16, with autocast and without, no
+    farther from fp32 than PEFT is."""
+    monkeypatch.setattr(fused_lora, "is_on_cpu", lambda x: False)
+    asked: list[torch.dtype] = []
+    apply = fused_lora._LoraLinear.apply
+    monkeypatch.setattr(fused_lora._LoraLinear, "apply", lambda x, *rest: [asked.append(x.dtype), apply(x, *rest)][1])
+    found = []
+    for own in (torch.float32, dtype):
+        family = load_family(str(tiny_bases[name]), dtype=own)
+        trained = moved(LoRA(rank=2).attach(family, 0))
+        for wanted in (False, True):
+            mixed = torch.autocast("cpu", dtype, enabled=autocast and own == dtype)
+            with quickened(family.parts.values(), wanted, device=GPU), mixed:
+                loss = predict(family, 0, "zwx").double().square().mean()
+            found.append((float(loss.detach()), gradients(loss, trained)))
+            assert all(p.dtype == torch.float32 for p in trained.values())
+    exact, fused_exact, plain, fast = found
+    is_equal_but_for_rounding(exact, fused_exact)
+    assert set(asked) == {torch.float32, dtype}
+    if dtype == torch.bfloat16:
+        assert abs(fast[0] - exact[0]) <= 4e-3 * exact[0]
+        assert (fast[1] - exact[1]).norm() <= 1.1 * (plain[1] - exact[1]).norm()
+
+
+def test_on_a_gpu_peft_computes_what_has_another_dtype(
+    tiny_bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 layers under autocast, and layers that are trained: nothing is cast there that PEFT would not cast."""
+    monkeypatch.setattr(fused_lora, "is_on_cpu", lambda x: False)
+    layer, x = nn.Linear(4, 4).requires_grad_(False), torch.ones(1, 4)
+    assert fused_lora._read_by(layer, x) is x
+    assert fused_lora._read_by(layer, x.bfloat16()) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_lora._read_by(layer, x) is None
+    assert fused_lora._read_by(layer.requires_grad_(True), x) is None
+    family = load_family(str(tiny_bases["sd1"]))
+    LoRA(rank=2, targets="conv").attach(family, 0)
+    with quickened(family.parts.values(), True, device=GPU):
+        kinds = {type(module) for module in family.parts["denoiser"].modules()}
+    assert FusedLinear in kinds
+    assert not kinds & {products.FrozenLinear, products.FrozenConv2d, fused_lora.FusedConv2d}
 
 
 def test_without_the_wish_nothing_changes(tiny_bases: dict[str, Path]) -> None:

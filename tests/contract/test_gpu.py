@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from finetune.core.batch import Geometry
 from finetune.core.determinism import deterministic
 from finetune.core.errors import CheckFailed
 from finetune.data.cache import PromptCache
@@ -28,6 +29,7 @@ from finetune.testing import contract
 from finetune.testing.contract import ShortRun, train
 from finetune.training.accelerate import resolve_precision
 from finetune.training.checkpoint import to_cpu
+from finetune.training.fast import quickened
 from finetune.training.settings import Run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -117,3 +119,32 @@ def test_trained_weights_lie_where_the_base_does(kind: str, tiny_bases: dict[str
     method: Method = METHODS[kind]()
     method.add_subject_token(family, "zwx", "mug")
     assert all(value.device.type == "cuda" for value in method.attach(family, 0).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_fused_lora_is_pefts(dtype: torch.dtype, tiny_bases: dict[str, Path]) -> None:
+    """`run.fast=on`: loss and gradients of a step, with autocast where a run has it."""
+    found = []
+    family = load_family(str(tiny_bases["sdxl"]), dtype=dtype)
+    family.parts.to("cuda")
+    trained = METHODS["lora"](kind="lora").attach(family, 0)
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(trained.items()):
+            if ".lora_B." in name:
+                made = torch.Generator().manual_seed(number)
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=made))
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to("cuda")
+    cond, t = family.encode_prompts(["a photo of a zwx mug", "a mug"]), torch.tensor([20, 700], device="cuda")
+    geometry = [Geometry((40, 48), (0, 4), (32, 32))] * 2
+    for wanted in (False, True):
+        mixed = torch.autocast("cuda", torch.float16, enabled=dtype == torch.float16)
+        with quickened(family.parts.values(), wanted, device=torch.device("cuda")), mixed:
+            loss = family.predict(noise, t, cond, geometry).float().square().mean()
+        (1024 * loss).backward()
+        found.append((float(loss), torch.cat([p.grad.flatten() for p in trained.values() if p.grad is not None])))
+        for parameter in trained.values():
+            parameter.grad = None
+    (plain, slopes), (fast, fused) = found
+    near = 1e-4 if dtype == torch.float32 else 3e-2
+    assert abs(fast - plain) <= near * plain
+    assert (fused - slopes).norm() <= near * slopes.norm()

@@ -30,6 +30,7 @@ from finetune.data import set_rows, tables
 from finetune.data.captions import Words
 from finetune.data.photos import BadImage, photo_of, scan
 from finetune.data.settings import Data, hub_id
+from finetune.data.sources import webdataset
 from finetune.data.sources.data_set import chosen_split, split_of
 from finetune.data.sources.hub_data_set import Hub
 from finetune.evaluation.prompts_file import Called
@@ -208,6 +209,47 @@ def test_bad_data_sets_are_refused_by_name(photos: Path, tmp_path: Path) -> None
     held = contents(photos)
     parquet.write_table(pyarrow.table({"image": [held[0]] * 2}), tmp_path / "same.parquet")
     refused("all 2 rows of", "hold the same image", photos=tmp_path / "same.parquet")
+
+
+def tar(file: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(file, "w") as held:
+        for name, data in members:
+            about = tarfile.TarInfo(name)
+            about.size = len(data)
+            held.addfile(about, io.BytesIO(data))
+    return file
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+def test_samples_of_tar_shards_need_not_have_the_same_files(streaming: bool, photos: Path, tmp_path: Path) -> None:
+    """`datasets` refuses it of the first five, and takes no column that the first shard's have not."""
+    images = [(f"{number}.png", content) for number, content in enumerate(contents(photos))]
+    text, about = ("1.txt", b"the {token} {noun}"), ("2.json", b'{"width": 8}')
+    late = tmp_path / "late"
+    late.mkdir()
+    tar(late / "0.tar", images[:1])
+    tar(late / "1.tar", [images[1], text, images[2], about])
+    for place in (tar(tmp_path / "one.tar", [*images[:2], text, images[2], about]), late):
+        found = scanned(photos=place, streaming=streaming)
+        assert [photo.digest for photo in found.photos] == [photo.digest for photo in scan(photos)]
+        assert found.table is not None
+        assert found.table.captions == [[], ["the {token} {noun}"], []]
+    assert webdataset._columns([late / "0.tar"]) is None
+    many = [(f"{number}.{ending}", b"") for number in range(40) for ending in ("png", "txt", "json")]
+    assert webdataset._columns([tar(tmp_path / "many.tar", many)]) is None  # what is looked at ends within a sample
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
+def test_a_cut_tar_shard_is_refused(streaming: bool, photos: Path, tmp_path: Path) -> None:
+    """Cut between two samples, it reads as a whole one with fewer of them."""
+    shards = write_shards(photos, tmp_path / "shards")
+    file = shards / "train-00000.tar"
+    with tarfile.open(file) as held:
+        second = held.getmembers()[2].offset
+    whole = file.read_bytes()
+    for length in (second, second + 100, len(whole) - 9_000):
+        file.write_bytes(whole[:length])
+        refused("the end of", "train-00000.tar is missing", "copy it again", photos=shards, streaming=streaming)
 
 
 def test_a_streamed_parquet_file_is_not_kept_in_memory(

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes import optim as bnb_optim
+from bitsandbytes.optim import optimizer as bnb_optimizer
 from safetensors.torch import load, save
 from torch import nn
 
 from finetune.core.errors import BadInput
 from finetune.optim.adamw import AdamW
+from finetune.optim.adamw8bit import AdamW8bit
 from finetune.optim.lion8bit import Lion8bit
 from finetune.optim.paged_adamw8bit import PagedAdamW8bit, paged_class
 from finetune.optim.prodigy import Prodigy
@@ -268,3 +271,20 @@ def test_the_paged_class_loads_what_it_saved() -> None:
     """Its load makes new buffers; on a CPU they are not paged, and the values are what can be checked."""
     unbroken, again, _ = continued(lambda values: paged_class()(PagedAdamW8bit().groups(values), lr=1e-2))
     assert all(torch.equal(unbroken[name], again[name]) for name in unbroken)
+
+
+@pytest.mark.parametrize("kind", [AdamW8bit, Lion8bit])
+def test_a_step_does_not_wait_after_each_weight(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' own does, on a GPU; afterwards its module is as before, and the weights are its own's."""
+    waited: list[int] = []
+    monkeypatch.setattr(bnb_optimizer, "sync_gpu", lambda weight: waited.append(weight.numel()))
+    ours, theirs = parameters(), parameters()
+    settings = kind(lr=1e-2)
+    steps(ours, settings.build(ours), 0, 3)
+    assert waited == []
+    own = {"adamw8bit": bnb_optim.AdamW8bit, "lion8bit": bnb_optim.Lion8bit}[settings.kind]
+    extra = {"eps": settings.eps} if kind is AdamW8bit else {}
+    built = own(settings.groups(theirs), lr=1e-2, betas=settings.betas, weight_decay=settings.weight_decay, **extra)
+    steps(theirs, built, 0, 3)
+    assert len(waited) == 3 * len(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

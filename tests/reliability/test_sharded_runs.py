@@ -32,7 +32,7 @@ from finetune.training.settings import Run
 from finetune.training.shard_files import Layout, read_pieces, write_shards
 from finetune.training.step import Step, parts_of
 
-FITS = ("sd1-full", "sdxl-lora", "flux-lora", "flux-full", "sd1-adamw8bit")
+FITS = ("sd1-full", "sdxl-lora", "flux-lora", "flux-full", "sd1-adamw8bit", "sd1-narrow")
 JOBS = ("sd1-lora",)
 
 

@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "flux-lora": {"method": LoRA(**LORA)},
     "flux-full": {"method": Full()},
     "sd1-adamw8bit": {"method": Full(), "optim": AdamW8bit(lr=1e-3)},
+    "sd1-narrow": {"method": LoRA(rank=1), "optim": AdamW8bit(lr=1e-3), "ema": 0.9},  # a row for one process alone
     "sd1-lion8bit": {"method": Full(), "optim": Lion8bit(lr=1e-4)},
     "sd1-bf16": {"method": LoRA(**LORA), "precision": "bf16"},
     "sd1-schedule_free": {"method": LoRA(**LORA), "optim": ScheduleFree(lr=1e-3)},

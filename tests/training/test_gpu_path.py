@@ -25,7 +25,7 @@ from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.optim.adamw import AdamW
 from finetune.optim.adamw8bit import AdamW8bit
-from finetune.training import readings
+from finetune.training import readings, speed
 from finetune.training.ahead import Ahead
 from finetune.training.checkpoint import Checkpoints, State
 from finetune.training.graphs import Graphs, captured
@@ -310,6 +310,27 @@ def test_a_recording_of_one_step_serves_another(name: str, tiny_bases: dict[str,
     assert all(parameter.grad is not None for parameter in trained.values())  # memory of their own
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: operation not permitted"), torch.OutOfMemoryError("full")]
+)
+def test_a_step_that_cant_be_recorded_is_computed(
+    error: RuntimeError, tiny_bases: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    family = load_family(str(tiny_bases["sd1"]))
+    LoRA(rank=2).attach(family, 0)
+    step = Step(family, ["denoiser"], build_objective(ObjectiveSettings(), family.schedule), family.encode_prompts)
+
+    def capture(loss: nn.Module, example: tuple[Tensor, ...], pool: Any) -> Callable[..., Tensor]:
+        raise error
+
+    step.computed = Graphs(step, accumulates=False, capture=capture)
+    batch = Memory(2).micro(0, 0)
+    with caplog.at_level("INFO", "finetune"):
+        assert torch.equal(step(batch), step.loss(step.inputs(batch), family.encode_prompts(batch.prompts)))
+    assert f"can't be recorded ({error}): this run goes on without" in caplog.text
+    assert step.computed == step.loss
+
+
 def test_each_shape_has_a_recording_of_its_own(tiny_bases: dict[str, Path]) -> None:
     family = load_family(str(tiny_bases["sd1"]))
     LoRA(rank=2).attach(family, 0)
@@ -421,6 +442,38 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(name: str, tiny_bases:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
+@pytest.mark.slow
+def test_blocks_are_compiled_for_every_bucket(tiny_bases: dict[str, Path]) -> None:
+    """torch gives up at 8 forms of one block, without a word to the user."""
+    family = load_family(str(tiny_bases["sd1"]))
+    LoRA(rank=2).attach(family, 0)
+    step = Step(family, ["denoiser"], build_objective(ObjectiveSettings(), family.schedule), family.encode_prompts)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_regions(step.train(), backend="eager")
+    cond = family.encode_prompts(["a mug"])
+    sides = [(8 * height, 8 * width) for height in (1, 2) for width in range(1, 8)]
+    with torch.no_grad():
+        for height, width in sides:
+            family.predict(torch.zeros(1, 4, height, width), torch.zeros(1), cond, [])
+    areas = {height * width for height, width in sides}  # a block sees tokens
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(areas) > 8
+
+
+@pytest.mark.parametrize("lacking", ["Triton", "a C compiler", ""])
+def test_without_a_compiler_a_run_trains_as_it_is(
+    lacking: str, tiny_bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = load_family(str(tiny_bases["sd1"]))
+    LoRA(rank=2).attach(family, 0)
+    step = Step(family, ["denoiser"], build_objective(ObjectiveSettings(), family.schedule), family.encode_prompts)
+    monkeypatch.setattr(speed, "has_triton", lambda: lacking != "Triton")
+    monkeypatch.setattr(speed.shutil, "which", lambda name: None if lacking == "a C compiler" else f"/usr/bin/{name}")
+    why = speed.why_not_regional(step, torch.device("cuda"))
+    assert (lacking in why) if lacking else why == ""
+    assert speed.why_not_regional(step, torch.device("cpu")) == ""
+
+
 def test_channels_last_is_another_order_of_the_same_numbers(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     plain, other = folders(tmp_path, "plain", "other")
     wanted = run_fit(tiny_bases["sd1"], plain, LoRA(rank=2), steps=2)
@@ -436,11 +489,11 @@ def test_channels_last_is_another_order_of_the_same_numbers(tiny_bases: dict[str
 
 
 def test_tf32_holds_in_the_block_alone() -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    with tf32(False):
-        assert matmul.allow_tf32 == before
-    with tf32(True):
-        assert matmul.allow_tf32
-        assert torch.backends.cudnn.allow_tf32
-    assert matmul.allow_tf32 == before
+    """Without it convolutions do not round either: torch's own default lets them, and fp32 would be none."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    assert before == (False, True)
+    for wanted in (False, True):
+        with tf32(wanted):
+            assert (matmul.allow_tf32, cudnn.allow_tf32) == (wanted, wanted)
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == before

@@ -3,6 +3,9 @@
 PEFT's layers compute B A x, its scaled copy and the sum one by one, each with its part of the graph and a tensor of
 the output's size. Here the update is added to the base's output in place. Layers become these classes by their class
 alone, so that parameters, names, state dict and exports stay PEFT's.
+
+On a GPU (`run.fast=on`) the layer below is torch's own, and what is saved is PEFT's fp32: on a base in half precision
+it copies x to fp32 and multiplies that, without tensor cores.
 """
 
 from __future__ import annotations
@@ -36,14 +39,38 @@ def _fused(layer: Any, x: Tensor, extra: Any) -> Tensor | None:
     """The output of a layer, or None where PEFT has to compute it."""
     name = only_adapter(layer)
     base = layer.base_layer
-    if name is None or extra or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return None
-    if not isinstance(base, FrozenLinear | FrozenConv2d) or x.dtype != base.weight.dtype:
+    read = None if name is None or extra else _read_by(base, x)
+    if read is None:
         return None
     factors = layer.lora_A[name].weight, layer.lora_B[name].weight
-    function: Any = _LoraLinear if isinstance(base, FrozenLinear) else _LoraConv
-    found: Tensor = function.apply(x, *factors, base, layer.scaling[name])
+    function: Any = _LoraConv if isinstance(base, FrozenConv2d) else _LoraLinear
+    found: Tensor = function.apply(read, *factors, base, layer.scaling[name])
     return found
+
+
+def _read_by(base: nn.Module, x: Tensor) -> Tensor | None:
+    """What the function of a frozen layer reads: x, in autocast's dtype on a GPU. None where PEFT has to compute."""
+    weight: Any = base.weight
+    if is_on_cpu(x):
+        plain = isinstance(base, FrozenLinear | FrozenConv2d) and x.dtype == weight.dtype
+        return x if plain and not torch.is_autocast_enabled("cpu") else None
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return x.to(dtype) if type(base) is nn.Linear and weight.dtype == dtype and not weight.requires_grad else None
+
+
+def is_on_cpu(x: Tensor) -> bool:
+    """Whether the kernels of a CPU compute with x."""
+    return x.device.type == "cpu"
+
+
+def _through(base: nn.Linear, x: Tensor) -> Tensor:
+    return base.product(x) if isinstance(base, FrozenLinear) else linear(x, base.weight, base.bias)
+
+
+def _gradient_through(base: nn.Linear, gradient: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of a frozen layer's input, in memory of its own."""
+    return base.input_gradient(gradient, shape) if isinstance(base, FrozenLinear) else gradient @ base.weight
 
 
 class FusedLinear(Linear):
@@ -92,10 +119,10 @@ class _LoraLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: FrozenLinear, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scale: float) -> Tensor:
         ctx.dtype = a.dtype
         a, b = a.to(x.dtype), b.to(x.dtype)
-        result = base.product(x)
+        result = _through(base, x)
         low = linear(x, a)
         _add_product(result.view(-1, len(b)), low.view(-1, len(a)), b.t(), scale)
         ctx.save_for_backward(x, low, a, b)
@@ -113,7 +140,7 @@ class _LoraLinear(torch.autograd.Function):
         of_b = (low.view(-1, len(a)).t() @ flat).mul_(ctx.scale).t()
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = ctx.base.input_gradient(gradient, x.shape)
+            of_x = _gradient_through(ctx.base, gradient, x.shape)
             _add_product(of_x.view(-1, x.shape[-1]), through, a, 1.0)
         return of_x, of_a.to(ctx.dtype), of_b.to(ctx.dtype), None, None
 

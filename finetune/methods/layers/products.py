@@ -59,7 +59,8 @@ def memory_of_machine() -> int:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in], weight [out, in] -> x weight^T + bias [..., out]. It has no gradient of its own."""
-    if x.dtype == torch.float32 and x.numel() * len(weight) >= LEAST_WORK and has_faster_products():
+    large = x.dtype == torch.float32 and x.numel() * len(weight) >= LEAST_WORK
+    if large and x.device.type == "cpu" and has_faster_products():
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *NONE)
         return found
     return linear(x, weight, bias)
