@@ -152,8 +152,12 @@ def test_the_interval_holds_the_mean_as_often_as_it_says() -> None:
         low, high = interval(list(np.random.default_rng(seed).normal(1.0, 2.0, 25))) or (0.0, 0.0)
         inside += low <= 1.0 <= high
     assert 0.88 <= inside / 200 <= 0.99
-    assert interval([1.0]) is None
-    assert interval([2.0, 2.0]) == (2.0, 2.0)
+    assert interval([2.0] * 5) == (2.0, 2.0)
+
+
+def test_few_values_have_no_interval() -> None:
+    """That of two is the two values, and holds the true mean half of the time."""
+    assert [interval([1.0, 2.0, 4.0, 3.0, 5.0][:count]) is None for count in range(1, 6)] == [True] * 4 + [False]
 
 
 def test_pairs_of_one_are_none() -> None:
