@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import heappop, heappush
 from typing import Any, cast
 
 import torch
@@ -18,7 +17,6 @@ PROMPTS = ("a photo of {}", "a painting of {}", "a photo of {} on the beach")
 MEASURED_SIDE = 32
 TOGETHER = 16  # prompts in one pass of the text encoders
 NEIGHBOURS = 8
-DRAWS = 4  # samples of noise
 END = "</w>"  # of a whole word in CLIP's vocabulary
 
 
@@ -78,57 +76,33 @@ def _numbers(tokenizer: Any, words: Sequence[str]) -> list[int]:
     return [vocab[word + END] for word in words if word + END in vocab]
 
 
-def prior_strengths(family: Family, texts: Sequence[str], noun: str) -> list[float]:
+@torch.no_grad()
+def prior_strengths(family: Family, texts: Sequence[str], noun: str, draws: int = 4) -> list[float]:
     """Returns |eps(a photo of T N) - eps(a photo of N)| / |eps(a photo of N) - eps()| for each token T of `texts`.
 
-    eps is the frozen base's prediction for a few samples of fixed noise at fixed timesteps. Near 0, the base ignores
+    eps is the frozen base's prediction for `draws` samples of fixed noise at fixed timesteps. Near 0, the base ignores
     the token. At 1, the token changes the prediction as much as the class noun does.
     """
-    return [strength for _, strength in sorted(weakest(family, texts, noun, len(texts)))]
-
-
-@torch.no_grad()
-def weakest(family: Family, texts: Sequence[str], noun: str, count: int) -> list[tuple[int, float]]:
-    """Returns the `count` tokens of `texts` with the lowest `prior_strengths`, lowest first, as (place, strength).
-
-    The square of a strength is a sum over samples. The token with the lowest sum so far gets the next sample, so
-    none is looked at further once its sum is above those of the weakest: with SD1.5 a prediction takes a second.
-    """
-    if not texts:
-        return []
     prompts = [f"a photo of {noun}", "", *[f"a photo of {text} {noun}" for text in texts]]
     family.parts.place(family.text_encoders)
-    plain, empty, *conditions = [family.encode_prompts([prompt]) for prompt in prompts]
+    encoded = [family.encode_prompts([prompt]) for prompt in prompts]
+    conditions = [{name: value.repeat_interleave(draws, 0) for name, value in each.items()} for each in encoded]
     family.parts.place(["denoiser"])
-    nouns = [_predict(family, plain, draw) for draw in range(DRAWS)]
-    scale = sum(_square(nouns[draw], _predict(family, empty, draw)) for draw in range(DRAWS)) ** 0.5
-    waiting = [(0.0, place, 0) for place in range(len(texts))]
-    found: list[tuple[int, float]] = []
-    while waiting and len(found) < count:
-        square, place, draw = heappop(waiting)
-        if draw == DRAWS:
-            found.append((place, square**0.5 / max(scale, 1e-8)))
-        else:
-            square += _square(nouns[draw], _predict(family, conditions[place], draw))
-            heappush(waiting, (square, place, draw + 1))
-    return found
+    plain, empty = (_predict(family, cond, draws) for cond in conditions[:2])
+    scale = (plain - empty).norm().clamp(min=1e-8)
+    return [float((_predict(family, cond, draws) - plain).norm() / scale) for cond in conditions[2:]]
 
 
-def _square(one: Tensor, other: Tensor) -> float:
-    """The squared Euclidean distance."""
-    return float((one - other).square().sum())
-
-
-def _predict(family: Family, cond: dict[str, Tensor], draw: int) -> Tensor:
-    """The denoiser's output on pure noise, [1, C, h, w], at a noisy timestep, which decides what is drawn.
+def _predict(family: Family, cond: dict[str, Tensor], draws: int) -> Tensor:
+    """The denoiser's output on pure noise, [draws, C, h, w], at noisy timesteps, which decide what is drawn.
 
     Latents are at most 32x32, because the user is waiting for the result.
     """
     device = family.device
     side = min(family.resolution // family.codec.factor, MEASURED_SIDE)
-    shape = (DRAWS, family.codec.channels, side, side)
-    noise = torch.randn(shape, generator=generator(0, "prior strength"))[draw : draw + 1].to(device)
+    shape = (draws, family.codec.channels, side, side)
+    noise = torch.randn(shape, generator=generator(0, "prior strength")).to(device)
     last = family.schedule.steps - 1
-    timesteps = torch.linspace(0.6 * last, 0.95 * last, DRAWS, device=device).long()[draw : draw + 1]
+    timesteps = torch.linspace(0.6 * last, 0.95 * last, draws, device=device).long()
     square = (side * family.codec.factor, side * family.codec.factor)
-    return family.predict(noise, timesteps, cond, [Geometry(square, (0, 0), square)]).float()
+    return family.predict(noise, timesteps, cond, [Geometry(square, (0, 0), square)] * draws).float()

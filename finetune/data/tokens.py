@@ -24,7 +24,7 @@ import torch
 from finetune.core.errors import BadInput
 from finetune.data import meanings
 from finetune.data.meanings import meaning_of
-from finetune.data.strengths import END, movements, neighbourhoods, prior_strengths, weakest
+from finetune.data.strengths import END, movements, neighbourhoods, prior_strengths
 from finetune.families.base import Family
 
 VOWELS = set("aeiou")
@@ -118,10 +118,10 @@ def suggest(family: Family, count: int = 10, noun: str | None = None, measured: 
     candidates = _apart(family, candidates, others, least)
     chosen = candidates[:: max(1, len(candidates) // measured)][:measured]
     found = _measured(family, chosen, _spread(others, FEWEST), noun or "thing", least)
-    distinct = found[: -(-len(found) // 3)]
-    weak = weakest(family, [token.text for token in distinct], noun or "thing", count)
-    first = [replace(distinct[place], strength=strength) for place, strength in weak]
-    return [*first, *_with_strengths(family, found[len(distinct) : count], noun)]
+    distinct = -(-len(found) // 3)
+    found = [*_with_strengths(family, found[: max(distinct, count)], noun), *found[max(distinct, count) :]]
+    first = sorted(found[:distinct], key=lambda token: token.strength or 0.0)
+    return [*first, *found[distinct:]][:count]
 
 
 def _measured(family: Family, chosen: list[str], others: list[str], noun: str, least: int) -> list[Token]:

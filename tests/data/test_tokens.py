@@ -12,7 +12,6 @@ import torch
 import transformers
 from conftest import SHARED
 
-from finetune.core.rng import generator
 from finetune.data import meanings, strengths, tokens
 from finetune.families.registry import FAMILIES
 from finetune.families.source import load_family
@@ -130,33 +129,6 @@ def test_prior_strength_is_zero_for_a_token_that_changes_nothing(tiny_bases: dic
             if "attn2.to_out" in name:
                 parameter.zero_()
     assert strengths.prior_strengths(family, ["zwx"], "mug") == [0]
-
-
-def test_the_weakest_are_found_without_measuring_all(
-    tiny_bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Compared with the formula over one batch of all samples."""
-    family = load_family(str(tiny_bases["sd1"]))
-    texts = ["vtx", "zwx", "sks", "dog", "red", "beach", "painting", "on"]
-    prompts = ["a photo of mug", "", *[f"a photo of {text} mug" for text in texts]]
-    side = min(family.resolution // family.codec.factor, strengths.MEASURED_SIDE)
-    shape = (4, family.codec.channels, side, side)
-    noise = torch.randn(shape, generator=generator(0, "prior strength"))
-    timesteps = torch.linspace(0.6 * 999, 0.95 * 999, 4).long()
-    with torch.no_grad():
-        hidden = [family.encode_prompts([prompt])["hidden"].repeat(4, 1, 1) for prompt in prompts]
-        drawn = [family.parts["denoiser"](noise, timesteps, each).sample for each in hidden]
-    wanted = [float((each - drawn[0]).norm() / (drawn[0] - drawn[1]).norm()) for each in drawn[2:]]
-    order = sorted(range(8), key=wanted.__getitem__)
-
-    assert strengths.prior_strengths(family, texts, "mug") == pytest.approx(wanted, rel=1e-4)
-    asked: list[int] = []
-    predict = strengths._predict
-    monkeypatch.setattr(strengths, "_predict", lambda *args: asked.append(args[2]) or predict(*args))
-    found = strengths.weakest(family, texts, "mug", 2)
-    assert [place for place, _ in found] == order[:2]
-    assert [strength for _, strength in found] == pytest.approx([wanted[n] for n in order[:2]], rel=1e-4)
-    assert len(asked) < 10 * 4  # the noun, the empty prompt and eight tokens
 
 
 def test_check_measures_single_tokens_only(tiny_bases: dict[str, Path]) -> None:
