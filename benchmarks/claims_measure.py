@@ -28,7 +28,7 @@ from places import PLACES  # noqa: E402
 from shapes import CLASSES  # noqa: E402
 
 from data_tools.mask import mask  # noqa: E402
-from finetune.data.photos import open_image  # noqa: E402
+from finetune.data.decoding import open_image  # noqa: E402
 from finetune.families.base import Family  # noqa: E402
 from finetune.sampling.draw import draw  # noqa: E402
 from finetune.sampling.images import grid  # noqa: E402

@@ -112,7 +112,8 @@ def floor_job(size: str, work: Path, steps: int) -> dict[str, float]:
     from safetensors.torch import save_file
 
     from finetune.core.batch import Geometry
-    from finetune.data.photos import open_image, scan
+    from finetune.data.decoding import open_image
+    from finetune.data.photos import scan
     from finetune.families.source import load_family
     from finetune.methods.lora import LoRA
     from finetune.objectives.schedule import Schedule

@@ -22,8 +22,8 @@ from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.core.files import append_line, cache_dir, sha256
 from finetune.core.reading import json_lines
+from finetune.data.decoding import BadImage, open_image
 from finetune.data.mixes import OWN, TEMPLATES
-from finetune.data.photos import BadImage, open_image
 from finetune.data.settings import MIX_NAME
 from finetune.families.digests import file_hashes
 

@@ -25,8 +25,9 @@ from data_tools.wording import Wanted, check_caption, read_wanted
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.data.captions import BESIDE, LISTS, caption_files, caption_rows
+from finetune.data.decoding import BadImage, opened
 from finetune.data.leftovers import MANIFEST
-from finetune.data.photos import MASK, BadImage, Photo, image_files, is_companion, no_images, opened, read_image
+from finetune.data.photos import MASK, Photo, image_files, is_companion, no_images, read_image
 from finetune.data.sources.registry import open_source
 
 if TYPE_CHECKING:

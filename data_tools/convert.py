@@ -34,7 +34,7 @@ from data_tools.work import Plan, Prepared, Step, Written, carry_out, copied, re
 from finetune.config.load import SCHEMA, SCHEMA_LINE
 from finetune.core.errors import BadInput
 from finetune.core.files import write_text
-from finetune.data.photos import shown
+from finetune.data.decoding import shown
 from finetune.data.sources.kohya_folder import KohyaFolder
 
 RECIPE = "recipe"

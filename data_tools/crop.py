@@ -19,7 +19,8 @@ from data_tools.work import Plan, Prepared, Step, carry_out, kept, refuse_place,
 from finetune.core.errors import BadInput
 from finetune.data.blobs import Box
 from finetune.data.buckets import Size, bucket_table, mismatch
-from finetune.data.photos import BadImage, read_image
+from finetune.data.decoding import BadImage
+from finetune.data.photos import read_image
 
 if TYPE_CHECKING:
     from data_tools.vision import Detector

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from finetune.data.photos import BadImage, image_of
+from finetune.data.decoding import BadImage, image_of
 
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "DIB": "bmp"}  # an MPO is a phone's JPEG that holds a further picture
 LAST_BYTES = {"jpg": b"\xff\xd9", "png": b"IEND\xaeB`\x82", "gif": b";"}

@@ -12,7 +12,8 @@ from PIL import Image
 from data_tools.crop import choose
 from data_tools.subject import WHITE, Subject
 from finetune.data.blobs import Box, box_of, share_in, share_in_square
-from finetune.data.photos import mask_beside, open_image
+from finetune.data.decoding import open_image
+from finetune.data.photos import mask_beside
 from finetune.data.saliency import QUICK, salient_box, shrunk
 
 if TYPE_CHECKING:

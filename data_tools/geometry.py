@@ -12,7 +12,8 @@ from PIL import Image
 from data_tools.photo_set import Entry, PhotoSet, is_mask
 from data_tools.work import Step, Writer, Written, companion_name, in_list
 from finetune.data.buckets import Size
-from finetune.data.photos import MASK, alpha_channel, open_image, open_values
+from finetune.data.decoding import alpha_channel, open_image, open_values
+from finetune.data.photos import MASK
 
 Format = str  # "png", "jpg" or "webp"
 SAVED: dict[str, tuple[str, dict[str, object]]] = {

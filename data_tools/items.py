@@ -17,7 +17,7 @@ from data_tools.endings import damage_of, damage_of_bytes, ending_of
 from data_tools.photo_set import Entry, read_set
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
-from finetune.data.photos import BadImage, opened, shown
+from finetune.data.decoding import BadImage, opened, shown
 from finetune.data.set_rows import StreamedRows, to_the_end
 from finetune.data.sources.base import SourceOptions
 from finetune.data.sources.data_set import DataSet, chosen_split

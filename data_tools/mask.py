@@ -17,7 +17,8 @@ from data_tools.show import add_folders, say_prepared
 from data_tools.subject import marked_subject, without_bars
 from data_tools.work import Plan, Prepared, Step, Written, carry_out, kept, refuse_place, steps_of
 from finetune.core.errors import BadInput
-from finetune.data.photos import MASK, BadImage, open_image, read_image
+from finetune.data.decoding import BadImage, open_image
+from finetune.data.photos import MASK, read_image
 from finetune.data.saliency import shrunk
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from data_tools.show import add_folders, say_prepared
 from data_tools.work import Plan, Prepared, Step, carry_out, kept, refuse_place, steps_of
 from finetune.core.errors import BadInput
 from finetune.data.buckets import Size
-from finetune.data.photos import BadImage, read_photo
+from finetune.data.decoding import BadImage
+from finetune.data.photos import read_photo
 
 Side = Literal["shorter", "longer"]
 

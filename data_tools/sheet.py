@@ -14,7 +14,7 @@ from data_tools.for_base import add_base, add_detector
 from data_tools.geometry import WHOLE, Cut, save
 from data_tools.show import add_folders, say_prepared
 from data_tools.work import Plan, Prepared, Step, Writer, Written, carry_out, refuse_place
-from finetune.data.photos import open_image, shown
+from finetune.data.decoding import open_image, shown
 
 CELL, TEXT, GAP = 256, 34, 8  # pixels: a photo, the lines below it, and between two
 COLUMNS = 6

@@ -11,7 +11,8 @@ from data_tools.show import add_folders, say_prepared, whole_number
 from data_tools.work import Plan, Prepared, Step, carry_out, kept, refuse_place
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
-from finetune.data.photos import BadImage, read_image
+from finetune.data.decoding import BadImage
+from finetune.data.photos import read_image
 
 TRAIN, HELD_OUT = "train", "held_out"
 

@@ -12,7 +12,7 @@ from data_tools.photo_set import Entry, is_mask
 from data_tools.quality import find_bars
 from data_tools.segment import segment
 from finetune.data.blobs import Box, box_of
-from finetune.data.photos import alpha_channel, open_image
+from finetune.data.decoding import alpha_channel, open_image
 
 if TYPE_CHECKING:
     from data_tools.vision import Detector

@@ -16,8 +16,8 @@ from finetune import __version__
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.core.files import new_folder, sha256, write_json, write_text
+from finetune.data.decoding import BadImage, opened
 from finetune.data.leftovers import MANIFEST
-from finetune.data.photos import BadImage, opened
 
 
 @dataclass

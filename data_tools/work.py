@@ -20,8 +20,8 @@ from finetune import __version__
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.core.files import new_folder, sha256, write_json, write_text
+from finetune.data.decoding import shown
 from finetune.data.leftovers import MANIFEST
-from finetune.data.photos import shown
 
 SCHEMA = 1
 LIST = "metadata.jsonl"

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from finetune.core.errors import BadInput
 from finetune.core.reading import parse_json, read_utf8
-from finetune.data.photos import Photo, shown
+from finetune.data.decoding import shown
+from finetune.data.photos import Photo
 
 BESIDE = (".txt", ".caption")  # a photo's own caption, in any case: NAME.txt, NAME.caption
 NAMED = 5  # files that a warning names; the rest is counted

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from pathlib import Path
 
-from finetune.data.photos import shown
+from finetune.data.decoding import shown
 
 SHOWN = 5  # names in a sentence
 MANIFEST = "data-manifest.json"  # `finetune data` says there what it did: nothing that training should read

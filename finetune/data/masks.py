@@ -21,7 +21,8 @@ from torch.nn.functional import avg_pool2d
 from finetune.core.errors import BadInput
 from finetune.data.buckets import Size
 from finetune.data.crops import Crop
-from finetune.data.photos import MASK, Photo, alpha_channel, image_bytes, image_files, image_of, shown
+from finetune.data.decoding import alpha_channel, image_bytes, image_of, shown
+from finetune.data.photos import MASK, Photo, image_files
 
 FAINT = 10  # of 255: a mask that is nowhere brighter than this marks nothing, for example one with the values 0 and 1
 SHAPE = 0.02  # allowed relative difference from the photo's aspect ratio: resizing rounds

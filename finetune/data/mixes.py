@@ -17,7 +17,8 @@ from finetune.core.errors import BadInput
 from finetune.core.reading import read_utf8
 from finetune.core.rng import generator
 from finetune.data.captions import caption_files, further_columns, with_trigger
-from finetune.data.photos import Photo, shown
+from finetune.data.decoding import shown
+from finetune.data.photos import Photo
 
 OWN, TEMPLATES = "own", "templates"
 SHOWN = 5  # photos that a message names

@@ -24,8 +24,9 @@ from finetune.core.files import cache_dir
 from finetune.core.parallel import mapped
 from finetune.core.reading import parse_json
 from finetune.data.buckets import shared_pair
+from finetune.data.decoding import BadImage
 from finetune.data.entries import load_entry, save_entry
-from finetune.data.photos import BadImage, Photo, photo_of
+from finetune.data.photos import Photo, photo_of
 from finetune.data.set_rows import DatasetRow, DatasetRows, to_the_end
 
 VERSION = 2  # of the scan: another one is scanned again

@@ -8,7 +8,7 @@ from dataclasses import replace
 from finetune.core.rng import SampleKey
 from finetune.data.batches import drawn_choice
 from finetune.data.crops import Crop
-from finetune.data.photos import shown
+from finetune.data.decoding import shown
 from finetune.data.samplers import BucketSampler, Sample, ShuffleSampler
 from finetune.jobs.dataset import drawable_captions, trained_photos
 from finetune.jobs.prepare import Prepared

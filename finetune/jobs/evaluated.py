@@ -16,7 +16,7 @@ from finetune.core.devices import empty_cache, machine
 from finetune.core.errors import BadInput
 from finetune.core.events import phase
 from finetune.core.files import public_name, sha256
-from finetune.data.photos import BadImage, open_image
+from finetune.data.decoding import BadImage, open_image
 from finetune.evaluation.base import Pictures, Prompt
 from finetune.evaluation.prompts_file import Called
 from finetune.families.base import Family

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
 from finetune.data.blobs import Box, box_of, share_in_square
-from finetune.data.photos import BadImage, image_files, mask_beside, open_image, opened
+from finetune.data.decoding import BadImage, open_image, opened
+from finetune.data.photos import image_files, mask_beside
 from finetune.data.saliency import QUICK, salient_box, shrunk
 from finetune.optim.base import WHOLE
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetune.core.errors import BadInput
 from finetune.core.reading import list_items, read_utf8
-from finetune.data.photos import shown
+from finetune.data.decoding import shown
 from finetune.families.source import NEUTRAL_PROMPTS
 from finetune.jobs.words import PLACEHOLDER
 from finetune.training.priors.others import Others

@@ -19,7 +19,7 @@ from finetune.core.rng import SampleKey, generator
 from finetune.data.batches import Batches, Drawn
 from finetune.data.cache import Encodable, LatentCache, PromptCache
 from finetune.data.crops import Crop, make_crops
-from finetune.data.photos import open_image
+from finetune.data.decoding import open_image
 from finetune.data.samplers import Sample
 from finetune.families.base import Family
 from finetune.jobs.dataset import held_out_photos, make_batches

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
-from finetune.data.photos import shown
+from finetune.data.decoding import shown
 from finetune.data.tokens import special_in
 from finetune.families.base import Family
 from finetune.jobs.subjects import Subject

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.core.files import write_text
-from finetune.data.photos import BadImage, open_image
+from finetune.data.decoding import BadImage, open_image
 from finetune.evaluation.base import Pictures
 from finetune.report.html import POLICY
 from finetune.report.look import STYLE

@@ -13,7 +13,8 @@ from PIL import Image
 
 from finetune.core.errors import BadInput
 from finetune.core.files import leads_out, replacing
-from finetune.data.photos import MAX_ASPECT, BadImage, Photo, open_image
+from finetune.data.decoding import BadImage, open_image
+from finetune.data.photos import MAX_ASPECT, Photo
 from finetune.runs.record import RunRecord
 
 SIDE = 160  # pixels: the shorter side of an image in the report

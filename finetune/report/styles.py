@@ -10,7 +10,8 @@ from PIL import Image
 
 from finetune.core.errors import BadInput
 from finetune.core.files import leads_out
-from finetune.data.photos import MAX_ASPECT, BadImage, open_image
+from finetune.data.decoding import BadImage, open_image
+from finetune.data.photos import MAX_ASPECT
 from finetune.report.pictures import FORMATS, copy_of, row, shown_photos
 from finetune.report.style_distance import share_of_style
 from finetune.runs.record import RunRecord

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune.data.photos import BadImage
+from finetune.data.decoding import BadImage
 from finetune.report.bars import pairs_of_bars
 from finetune.report.pictures import image_tag, readable, seed_in
 from finetune.runs.attention import FOLDER, SEEDS, file_of, words_of_run

@@ -20,8 +20,9 @@ from finetune.core.errors import BadInput
 from finetune.data.conditioning.base import SHAPE
 from finetune.data.conditioning.depth import check_depth, cut_depth, unit_depth
 from finetune.data.crops import Crop, make_crops
+from finetune.data.decoding import BadImage, shown
 from finetune.data.masks import Mask
-from finetune.data.photos import BadImage, Photo, read_photo, shown
+from finetune.data.photos import Photo, read_photo
 from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition, Wants
 from finetune.sampling.settings import Sampling

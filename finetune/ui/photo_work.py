@@ -27,7 +27,8 @@ SAME_FORMAT = {".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp", ".png": "png"}
 def small_copies(photo: Path, folder: Path) -> int | bool:
     """Writes NAME.small.jpg and NAME.large.jpg into `folder`, without metadata; what the photo's mask leaves out is
     veiled. Returns a number that changes with them, or False where the photo can't be shown."""
-    from finetune.data.photos import BadImage, mask_beside, open_image
+    from finetune.data.decoding import BadImage, open_image
+    from finetune.data.photos import mask_beside
 
     targets = {folder / f"{photo.name}.small.jpg": SMALL, folder / f"{photo.name}.large.jpg": LARGE}
     mask = mask_beside(photo)
@@ -81,7 +82,7 @@ def try_changes(given: Mapping[str, Any]) -> Any:
 
 
 def _tried(photos: PhotoSet, entry: Entry, folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    from finetune.data.photos import BadImage
+    from finetune.data.decoding import BadImage
 
     what = given["what"]
     twin = next((each.name for each in photos.entries if each.path.stem == entry.path.stem and each != entry), "")
@@ -107,7 +108,7 @@ def _carried_out(entry: Entry, folder: Path, what: str, saved: str, resolution: 
     from data_tools.crop import CropRules, crop
     from data_tools.mask import mask
     from data_tools.work import copied
-    from finetune.data.photos import opened
+    from finetune.data.decoding import opened
 
     source, out = folder / "photo", folder / "result"
     for file in copied(entry):

@@ -22,7 +22,8 @@ from finetune.core.processes import Processes
 from finetune.data.batches import Batches
 from finetune.data.buckets import bucket_table, cut_away, nearest_bucket
 from finetune.data.crops import Crop, make_crops
-from finetune.data.photos import Photo, open_image, scan
+from finetune.data.decoding import open_image
+from finetune.data.photos import Photo, scan
 from finetune.data.samplers import BucketSampler, Sample
 from finetune.families.registry import FAMILIES
 from finetune.families.sdxl import time_ids

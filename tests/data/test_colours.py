@@ -11,7 +11,8 @@ from PIL import Image, ImageCms
 
 from finetune.data.colours import converted_to_srgb
 from finetune.data.crops import make_crops
-from finetune.data.photos import open_image, read_photo
+from finetune.data.decoding import open_image
+from finetune.data.photos import read_photo
 
 # Linear RGB -> XYZ adapted to D50, as profiles store it; from the primaries of IEC 61966-2-1 and SMPTE EG 432-1 (P3).
 SRGB = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])

@@ -15,7 +15,8 @@ from finetune.core.processes import Processes
 from finetune.data.batches import Batches
 from finetune.data.captions import Words, caption_photos
 from finetune.data.crops import Crop, make_crops
-from finetune.data.photos import open_image, read_photo, scan
+from finetune.data.decoding import open_image
+from finetune.data.photos import read_photo, scan
 from finetune.data.samplers import Sample, ShuffleSampler
 
 

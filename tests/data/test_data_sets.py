@@ -28,7 +28,8 @@ from finetune.core.parallel import mapped
 from finetune.core.signals import Stop
 from finetune.data import set_rows, tables
 from finetune.data.captions import Words
-from finetune.data.photos import BadImage, photo_of, scan
+from finetune.data.decoding import BadImage
+from finetune.data.photos import photo_of, scan
 from finetune.data.settings import Data, hub_id
 from finetune.data.sources import webdataset
 from finetune.data.sources.data_set import chosen_split, split_of

@@ -15,8 +15,9 @@ from test_train import LORA, settings
 from finetune.config.load import parse_recipe
 from finetune.core.errors import BadInput
 from finetune.data.captions import Captioned, Words, caption_photos, caption_sources
+from finetune.data.decoding import BadImage, open_image
 from finetune.data.leftovers import leftovers, listed
-from finetune.data.photos import BadImage, companion, image_files, open_image, read_photo, scan
+from finetune.data.photos import companion, image_files, read_photo, scan
 from finetune.data.settings import Data
 from finetune.data.sources.registry import open_source
 from finetune.jobs.pins import inputs_of

@@ -21,7 +21,8 @@ from finetune.data.conditioning.depth import Depth, scaled
 from finetune.data.conditioning.edit import dropped
 from finetune.data.conditioning.inpaint import Inpaint, MaskedCrop
 from finetune.data.crops import Crop, make_crops
-from finetune.data.photos import image_files, open_values, scan
+from finetune.data.decoding import open_values
+from finetune.data.photos import image_files, scan
 from finetune.data.samplers import Sample, ShuffleSampler
 from finetune.families.base import Family
 from finetune.families.source import load_family

@@ -10,7 +10,7 @@ from PIL import Image
 
 from finetune.core.errors import BadInput
 from finetune.core.files import cache_dir
-from finetune.data import known_photos, photos
+from finetune.data import decoding, known_photos, photos
 from finetune.data.known_photos import forget_scans
 from finetune.data.photos import Photo, scan, scan_lenient
 
@@ -19,14 +19,15 @@ from finetune.data.photos import Photo, scan, scan_lenient
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are read, in a cache of the test, where files may be as young as they are."""
     names: list[str] = []
-    content = photos.image_bytes
+    content = decoding.image_bytes
 
     def noted(file: Path) -> bytes:
         names.append(file.name)
         return content(file)
 
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(photos, "image_bytes", noted)
+    for module in (photos, decoding):
+        monkeypatch.setattr(module, "image_bytes", noted)
     monkeypatch.setattr(known_photos, "YOUNG", 0.0)
     return names
 

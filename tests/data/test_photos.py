@@ -12,7 +12,8 @@ from PIL import Image
 
 from finetune.core.errors import BadInput
 from finetune.data import photos
-from finetune.data.photos import BadImage, open_image, read_photo, scan
+from finetune.data.decoding import BadImage, open_image
+from finetune.data.photos import read_photo, scan
 
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 6

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_tools.__main__ import main
 from data_tools.check import NEAR, Findings, check, difference_hash
-from finetune.data.photos import open_image
+from finetune.data.decoding import open_image
 
 MUGS = Path(__file__).parents[2] / "examples" / "subject_mug"
 

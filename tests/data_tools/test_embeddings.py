@@ -20,8 +20,8 @@ from data_tools.dedupe import SameBy, dedupe
 from data_tools.embeddings import Embedder, alike_pairs
 from finetune.core.errors import BadInput
 from finetune.core.pickles import pickles_allowed
+from finetune.data.decoding import open_image
 from finetune.data.leftovers import MANIFEST
-from finetune.data.photos import open_image
 
 
 @pytest.fixture

@@ -185,7 +185,8 @@ def test_a_place_that_is_taken_is_refused_before_a_photo_is_opened(
     def never(path: Path, *rest: object) -> None:
         raise AssertionError(f"{path} was opened")
 
-    monkeypatch.setattr("finetune.data.photos.image_bytes", never)
+    for module in ("photos", "decoding"):
+        monkeypatch.setattr(f"finetune.data.{module}.image_bytes", never)
     assert main([command, str(photos), str(tmp_path), *further.get(command, [])]) == 2
     assert "already exists" in capsys.readouterr().err
     assert sorted(file.name for file in photos.iterdir()) == before

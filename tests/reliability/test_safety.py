@@ -27,7 +27,8 @@ from finetune.adapters.operations import verify_file
 from finetune.core.errors import BadInput
 from finetune.core.files import public_name, replacing, save_tensors, sha256, write_json
 from finetune.data.captions import caption_files
-from finetune.data.photos import BadImage, alpha_channel, open_image, open_values, read_photo, scan
+from finetune.data.decoding import BadImage, alpha_channel, open_image, open_values
+from finetune.data.photos import read_photo, scan
 from finetune.export.card import Card, model_card
 from finetune.export.lora.diffusers import read_header
 from finetune.export.model.model_folder import export_folder
@@ -840,7 +841,7 @@ def test_a_tokenizer_of_another_base_is_named(base: Path) -> None:
 READERS = {
     "json.load": (),
     "json.loads": ("core/reading.py", "core/files.py", "testing/random_base.py"),
-    "Image.open": ("data/photos.py",), "yaml.load": ("core/reading.py",), "yaml.safe_load": (),
+    "Image.open": ("data/decoding.py",), "yaml.load": ("core/reading.py",), "yaml.safe_load": (),
     "torch.load": ("evaluation/backbones/base.py",), "pickle.load": (), "pickle.loads": (), "shutil.copy": (),
     "shutil.copytree": (),
 }  # fmt: skip

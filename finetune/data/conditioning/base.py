@@ -15,7 +15,8 @@ from finetune.core.registry import Registry
 from finetune.core.rng import SampleKey
 from finetune.data.cache import Cache, Encodable
 from finetune.data.crops import Crop
-from finetune.data.photos import BadImage, Photo, companion, read_photo
+from finetune.data.decoding import BadImage
+from finetune.data.photos import Photo, companion, read_photo
 from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
 

@@ -21,7 +21,8 @@ from finetune.core.rng import SampleKey
 from finetune.data.cache import Cache
 from finetune.data.conditioning.base import Choices, Inputs, companions, unit
 from finetune.data.crops import Crop
-from finetune.data.photos import Photo, open_values, values_of
+from finetune.data.decoding import open_values, values_of
+from finetune.data.photos import Photo
 from finetune.families.base import Family
 from finetune.families.drawing import ImageCondition
 

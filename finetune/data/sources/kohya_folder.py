@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from finetune.core.errors import BadInput
-from finetune.data.photos import image_files, shown
+from finetune.data.decoding import shown
+from finetune.data.photos import image_files
 from finetune.data.sources.base import Opened, Source
 
 NAME = re.compile(r"(\d+)_(.+)")

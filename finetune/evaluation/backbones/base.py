@@ -22,7 +22,7 @@ from torch import Tensor
 from finetune.core.errors import BadInput
 from finetune.core.files import load_tensors, public_name, sha256
 from finetune.core.pickles import may_read_pickles
-from finetune.data.photos import open_image
+from finetune.data.decoding import open_image
 from finetune.evaluation.statistics import Vectors
 from finetune.families.digests import base_hash
 
