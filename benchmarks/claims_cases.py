@@ -51,10 +51,13 @@ HALF = (
 OUR_PACE = ("optim.lr=2e-3", "optim.schedule=cosine", "run.steps=500")
 
 
+BY_IMAGES = "prior.target=images"  # what class images aimed at before the frozen base taught them
+
+
 def _fewer(share: float) -> tuple[str, ...]:
-    """Fewer images of the prior in a step, which pull as much together."""
+    """Fewer images of the prior in a step, which pull as much together. Class images aim at themselves."""
     other = f"prior.others={{guidance: 3.0, steps: 12, weight: {0.5 / share:g}, share: {share:g}}}"
-    return f"prior.weight={0.3 / share:g}", f"prior.share={share:g}", other, "prior.caption_dropout=0"
+    return BY_IMAGES, f"prior.weight={0.3 / share:g}", f"prior.share={share:g}", other, "prior.caption_dropout=0"
 
 
 BEFORE = (
@@ -67,7 +70,7 @@ def _whole(name: str, *settings: str, weight: float = 1.0, masked: bool = False)
     """A case with as many images of the prior as photos in a step, as the default had them before."""
     kinds = [setting for setting in settings if setting.startswith("prior.kind=")]
     others = any(setting.startswith("prior.others=") for setting in settings)
-    prior = _fewer(1.0)[: 2 if others else None] if kinds in ([], ["prior.kind=class_images"]) else ()
+    prior = _fewer(1.0)[: 3 if others else None] if kinds in ([], ["prior.kind=class_images"]) else ()
     return _lora(name, *prior, *settings, weight=weight, masked=masked)
 
 
@@ -90,8 +93,8 @@ def _weights(own: float, others: float, taught: bool = False) -> tuple[str, ...]
 
 DEFAULT = "lora"
 WHOLE_PRIOR = _whole("lora, whole prior")
-CLASS_BY_BASE = _lora("lora, class by the base", "prior.target=base")
-FIRMLY_BY_BASE = _lora("lora, class firmly by the base", "prior.target=base", "prior.weight=3")
+CLASS_BY_IMAGES = _lora("lora, class by images", BY_IMAGES, "prior.weight=0.6")
+GENTLY_BY_BASE = _lora("lora, class gently by the base", "prior.weight=0.6")
 FULL_WEIGHTS = _before("lora, full weights")
 METHODS = (
     _lora(DEFAULT),
@@ -101,11 +104,11 @@ METHODS = (
     Case("pivotal, no prior", "pivotal", (NO_OTHERS,)),
 )
 PRIORS = (
-    CLASS_BY_BASE,
-    FIRMLY_BY_BASE,
+    CLASS_BY_IMAGES,
+    GENTLY_BY_BASE,
     WHOLE_PRIOR,
     _lora("lora, no prior", "prior.kind=none", NO_OTHERS),
-    _lora("lora, class images", NO_OTHERS),
+    _lora("lora, class images", NO_OTHERS, BY_IMAGES, FULL, "prior.share=1"),
     _lora("lora, frozen base", "prior.kind=frozen_base", NO_OTHERS),
 )
 EARLIER_PRIORS = (  # beside the default that mirrored half of two photos a step
@@ -174,8 +177,8 @@ SMALL_LOGOS = (  # on cars with a moon
 )
 FAINT_LOGOS = ("car", "moon-1")  # subjects for development that lose their logos most
 PRIOR_IMAGES = (  # on them: how many there are in a step, and what they aim at
-    _lora(DEFAULT),
-    CLASS_BY_BASE,
+    CLASS_BY_IMAGES,
+    GENTLY_BY_BASE,
     WHOLE_PRIOR,
     _whole("taught by the base", "prior.target=base", *_weights(0.5, 0.5, taught=True)),
     _whole("taught by the base, weights .3 and .3", "prior.target=base", *_weights(0.3, 0.3, taught=True)),
@@ -187,7 +190,7 @@ PRIOR_IMAGES = (  # on them: how many there are in a step, and what they aim at
     _lora("700 steps, fewer of the prior", *_fewer(0.5), "run.steps=700"),
     _whole("masks, a floor of .2", "data.masks=auto", "data.mask_floor=0.2", masked=True),
 )
-CLASS_TEACHER = (_lora(DEFAULT), CLASS_BY_BASE, FIRMLY_BY_BASE)
+CLASS_TEACHER = (CLASS_BY_IMAGES, GENTLY_BY_BASE, _lora(DEFAULT))
 FAULTS = (
     _before("too short", "run.steps=60"),
     _before("too faint", "optim.lr=1e-4", "run.steps=250"),

@@ -72,12 +72,15 @@ def test_the_shipped_recipes_are_all_compared() -> None:
 
 @pytest.mark.parametrize(
     ("name", "measured", "apart"),
-    [("dreambooth-lora", "demo", ["run.batch_size=4"]), ("dreambooth-full", "demo-full", [])],
+    [
+        ("dreambooth-lora", "demo", ["run.batch_size=4", "prior.target=base", "prior.weight=3"]),
+        ("dreambooth-full", "demo-full", []),
+    ],
 )
 def test_on_the_tiny_base_a_subject_has_the_settings_that_were_measured(
     name: str, measured: str, apart: list[str]
 ) -> None:
-    """The demo, which somebody waits for, takes two photos a step."""
+    """The demo, which somebody waits for, takes two photos a step, and its class images aim at themselves."""
     settings = ["base=tiny", "data.photos=photos", "data.class_noun=mug"]
     assert without_names(load_recipe(name, settings)) == without_names(load_recipe(measured, [*settings, *apart]))
 
