@@ -112,7 +112,7 @@ function planStep(form, state, changed) {
   const make = h("button", { type: "button", onclick: plan }, "Make the plan");
   const settings = settingsForm(form, changed);
   const details = h("details", { ontoggle: () => { if (details.open) settings.look(); } }, h("summary", {}, "Settings"), settings.node);
-  const node = h("section.step", {}, h("h2", {}, "The plan"), h("p.soft", {}, "What will be done, before anything is done. The settings are measured ones for this base; change them only if you like."),
+  const node = h("section.step", {}, h("h2", {}, "The plan"), h("p.soft", {}, "What will be done, before anything is done. The settings suit this base: for the built-in toy they were measured, for others they are published values or rules."),
     details,
     h("div.actions", {}, make, start), fault, out);
   let number = null, own = 0;
