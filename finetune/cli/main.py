@@ -46,8 +46,9 @@ for own in (evaluate, sample, ui):
 
 NO_MEMORY = "can't allocate memory"
 OUT_OF_MEMORY = (
-    "the memory was not enough: lower run.batch_size, method.rank, data.resolution or sample.batch_size; `finetune "
-    "plan RECIPE` estimates what a run needs"
+    "the memory was not enough: for training set run.gradient_checkpointing=true, or lower run.batch_size or "
+    "data.resolution; for drawing lower sample.batch_size and prior.batch_size; `finetune plan RECIPE` estimates what "
+    "a run needs"
 )
 
 ProcessCount = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
