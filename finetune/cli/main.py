@@ -59,7 +59,7 @@ AcceptChanges = Annotated[
 ]
 BestOption = Annotated[
     str | None,
-    typer.Option("--step", metavar="N|best", help="of a checkpoint, or the one that the verdicts recommend"),
+    typer.Option("--step", metavar="N|best", help="a checkpoint's step, or best: the one that the verdicts recommend"),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 
