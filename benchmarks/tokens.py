@@ -78,7 +78,7 @@ reacts to a token depends on its weights. So each run measures it on its own bas
 2. At most 24 of the rest are tried in three prompts. Those that move the text encoders' output, in any prompt, further
    than the median of the tokens of `known.txt` does are left out.
 3. Of the rest, the third that moves every prompt furthest stays. If the encoders hardly notice a token, the class
-   becomes the subject ([measured](results.md#what-was-tried) on the tiny base).
+   becomes the subject ([measured](results.md#what-was-tried-on-version-1-of-the-tiny-base) on the tiny base).
 4. Of these, the one that changes the denoiser's prediction least is chosen.
 
 Nobody has run this rule on real weights yet ([status](status.md)).

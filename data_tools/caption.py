@@ -123,7 +123,7 @@ def _refuse(rules: CaptionRules, captioner: Captioner | None) -> None:
 def _refuse_wording(wording: Wording) -> None:
     unknown = [word for word in re.findall(r"\{\w+\}", wording.template) if word not in PLACES]
     if unknown:
-        raise BadInput(f"--template has {unknown[0]}, which nothing fills in: known are {', '.join(PLACES)}")
+        raise BadInput(f"--template has {unknown[0]}, which is not a known placeholder: known are {', '.join(PLACES)}")
     if any(not old for old, _ in wording.replace):
         raise BadInput("--replace '' would write between all letters: give the words that are replaced")
     if wording.regex:
@@ -286,18 +286,24 @@ def options(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--model", metavar="ID", help="a model of transformers for images: folder or hub id")
     network.add_argument("--tagger", metavar="ID", help="a WD14-style tagger (model.onnx): folder or hub id")
     parser.add_argument("--prompt", help="what the model is asked; of Florence-2 a task such as '<CAPTION>'")
-    parser.add_argument("--max-tokens", type=whole_number(1, "tokens"), default=128, metavar="N")
+    parser.add_argument(
+        "--max-tokens", type=whole_number(1, "tokens"), default=128, metavar="N", help="length of a caption"
+    )
     parser.add_argument(
         "--batch-size", type=whole_number(1, "images"), metavar="N",
         help="images that the model describes together (default: 8 on a GPU, else 1)",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="for the model, such as cpu or cuda (default: the best one)")
-    parser.add_argument("--threshold", type=float, default=None, metavar="P", help="of a tag's probability (0.35)")
+    parser.add_argument(
+        "--threshold", type=float, default=None, metavar="P", help="tags of at least this probability are kept (0.35)"
+    )
     parser.add_argument("--template", default="", help="a text with {caption}, such as 'sks, {caption}'")
-    parser.add_argument("--replace", nargs=2, action="append", default=[], metavar=("OLD", "NEW"))
+    parser.add_argument("--replace", nargs=2, action="append", default=[], metavar=("OLD", "NEW"), help="change words")
     parser.add_argument("--regex", action="store_true", help="OLD is a regular expression")
-    parser.add_argument("--as", dest="called", metavar="NAME", help="write PHOTO.NAME.txt, or (own) the captions")
-    parser.add_argument("--share", type=float, default=1.0, metavar="S", help="with --as own: of this share of photos")
+    parser.add_argument("--as", dest="called", metavar="NAME", help="write PHOTO.NAME.txt; own: replace the captions")
+    parser.add_argument(
+        "--share", type=float, default=1.0, metavar="S", help="with --as own: only for this share of the photos"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -173,7 +173,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="go near to the subject, and leave this share of its sides around it; without it, as little as the shape "
         "allows is cut",
     )
-    parser.add_argument("--format", choices=tuple(SAVED), default="png", help="of the photos that are cropped")
+    parser.add_argument("--format", choices=tuple(SAVED), default="png", help="file format of the cropped photos")
     add_detector(parser)
 
 

@@ -77,7 +77,7 @@ def dedupe(source: Path, out: Path, same: SameBy = USUAL, dry_run: bool = False)
         BadInput: there are no photos, `same.alike` is no cosine above 0, or `out` can't be written.
     """
     if same.alike is not None and not 0 < same.alike <= 1:
-        raise BadInput(f"--alike {same.alike:g} is no such cosine: give a number above 0 and at most 1, such as 0.9")
+        raise BadInput(f"--alike is {same.alike:g}, not a cosine: give a number above 0 and at most 1, such as 0.9")
     refuse_place(source, out)
     photos = read_set(source)
     seen, bad = _look(photos)
@@ -154,18 +154,21 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dedupe`."""
     add_folders(parser)
     parser.add_argument(
-        "--near", type=whole_number(0, "bits"), default=NEAR, help=f"of 64 hash bits may differ (default: {NEAR})"
+        "--near",
+        type=whole_number(0, "bits"),
+        default=NEAR,
+        help=f"photos with at most this many of 64 hash bits different are near-copies (default: {NEAR})",
     )
     parser.add_argument(
         "--embedder",
         metavar="FOLDER|FILE|ID",
-        help="also by the features of this network: DINO, DINOv2 or DINOv3, or a TorchScript file of SSCD",
+        help="also compare the features of this network: DINO, DINOv2 or DINOv3, or a TorchScript file of SSCD",
     )
     parser.add_argument(
         "--alike",
         type=float,
         metavar="COSINE",
-        help="from which features are the same (default: SSCD .75, DINO .95)",
+        help="photos whose features have at least this cosine are the same (default: SSCD .75, DINO .95)",
     )
 
 

@@ -32,7 +32,9 @@ def add_base(parser: argparse.ArgumentParser, token: bool = True) -> None:
 
 def add_detector(parser: argparse.ArgumentParser) -> None:
     """Adds --detector and --find."""
-    parser.add_argument("--detector", metavar="FOLDER|ID", help="a detector that transformers reads")
+    parser.add_argument(
+        "--detector", metavar="FOLDER|ID", help="an object detector of transformers: a folder or hub id"
+    )
     parser.add_argument(
         "--find", action="append", default=[], metavar="NAME", help="what it looks for, such as face; again for more"
     )

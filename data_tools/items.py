@@ -119,7 +119,7 @@ def _kind(source: Path, options: DataSetOptions) -> type[DataSet] | None:
 def _of_folder(source: Path, options: DataSetOptions) -> Items:
     given = [name for name in ("split", "image", "caption") if getattr(options, name) is not None]
     if given:
-        raise BadInput(f"--{given[0]} is for data sets, but {source} is none: leave it out, or give --source")
+        raise BadInput(f"--{given[0]} is for data sets, but {source} is not one: leave it out, or give --source")
     photos = read_set(source)
     items = []
     with phase("Reading", len(photos.entries), "photos") as advance:

@@ -65,7 +65,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add_folders(parser)
     add_base(parser, token=False)
     parser.add_argument("--side", choices=("shorter", "longer"), default="shorter", help="which side gets that length")
-    parser.add_argument("--format", choices=tuple(SAVED), default="png", help="of the photos that are resized")
+    parser.add_argument("--format", choices=tuple(SAVED), default="png", help="file format of the resized photos")
 
 
 def run(options: argparse.Namespace) -> int:

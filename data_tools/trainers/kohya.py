@@ -80,7 +80,7 @@ SPECIAL = ("max_train_epochs", "save_every_n_epochs", "sample_prompts")  # they 
 
 OWN_CONFIG = "a base's own config says it"
 FILES = "exports and checkpoints of a run have places of their own: RUN/exports, RUN/checkpoints"
-MEMORY = "only how it is computed: `finetune plan` chooses"
+MEMORY = "it changes only how fast a run is, or its memory, which is chosen by itself here"
 REASONS = {
     "v2": OWN_CONFIG, "v_parameterization": OWN_CONFIG, "sdxl": OWN_CONFIG, "clip_skip": OWN_CONFIG,
     "max_token_length": "captions are as long as the base reads them (data.long_captions)",

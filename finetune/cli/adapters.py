@@ -24,9 +24,9 @@ Against = Annotated[
 ]
 Out = Annotated[str, typer.Option("--out", help="NEW.safetensors, FOLDER/ or a name without an ending")]
 To = Annotated[list[str] | None, typer.Option("--to", help="kohya, diffusers or peft; default: kohya")]
-Dtype = Annotated[str, typer.Option("--dtype", help="fp16, fp32 or bf16")]
+Dtype = Annotated[str, typer.Option("--dtype", help="precision of the new file: fp16, fp32 or bf16")]
 Force = Annotated[bool, typer.Option("--force", help="overwrite existing files")]
-Rank = Annotated[int | None, typer.Option("--rank", min=1)]
+Rank = Annotated[int | None, typer.Option("--rank", min=1, help="the rank of the new file")]
 
 
 def register(app: typer.Typer) -> None:
@@ -114,7 +114,8 @@ def verify(file: File, base: Against = None) -> None:
 
 def convert(
     file: File, out: Out, to: To = None, base: Against = None,
-    dtype: Annotated[str | None, typer.Option(help="default: the file's own")] = None, force: Force = False,
+    dtype: Annotated[str | None, typer.Option(help="fp16, fp32 or bf16; default: the file's own")] = None,
+    force: Force = False,
 ) -> None:  # fmt: skip
     """Write a LoRA in other formats. Every written file is read back and compared."""
     from finetune.adapters.inspection import open_adapter
@@ -133,7 +134,7 @@ def convert(
 
 def resize(
     file: File, out: Out, rank: Rank = None,
-    energy: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="share to keep, such as 0.95")] = None,
+    energy: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="share of it to keep, such as 0.95")] = None,
     to: To = None, base: Against = None, dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
     """Reduce a LoRA to a smaller rank. An SVD does it: to --rank, or to the rank that keeps --energy."""
@@ -155,7 +156,7 @@ def resize(
 
 
 def merge(
-    files: Annotated[list[str], typer.Argument(help="several of FILE or FILE:WEIGHT", metavar="FILE[:WEIGHT]...")],
+    files: Annotated[list[str], typer.Argument(help="LoRA files; WEIGHT: default 1", metavar="FILE[:WEIGHT]...")],
     out: Out, to: To = None, rank: Rank = None, base: Against = None, dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
     """Merge LoRAs into one, or into their base. --to: kohya, diffusers or peft; or folder or checkpoint."""
@@ -181,7 +182,8 @@ def merge(
 
 def extract(
     model: Annotated[str, typer.Argument(help="a fine-tuned model: a diffusers folder or a hub id", metavar="MODEL")],
-    out: Out, rank: Annotated[int, typer.Option("--rank", min=1)] = 32, to: To = None, base: Against = None,
+    out: Out, rank: Annotated[int, typer.Option("--rank", min=1, help="the rank of the new file")] = 32,
+    to: To = None, base: Against = None,
     dtype: Dtype = "fp16", force: Force = False,
 ) -> None:  # fmt: skip
     """Write what a fine-tuned model changed as a LoRA. The error of that rank is printed."""

@@ -13,6 +13,7 @@ from finetune.cli.sample import (
     BatchSizeOption,
     CountOption,
     GuidanceOption,
+    NegativeOption,
     SamplerOption,
     SizeOption,
     StepsOption,
@@ -26,7 +27,7 @@ _On = Annotated[
 ]
 _Images = Annotated[
     list[Path] | None,
-    typer.Option("--images", metavar="DIR", help="images that exist: a folder with prompts.csv (file,prompt)"),
+    typer.Option("--images", metavar="DIR", help="existing images: a folder with prompts.csv (file,prompt)"),
 ]
 _Out = Annotated[Path, typer.Option("--out", help="folder for the images, the page and the numbers")]
 _Metrics = Annotated[
@@ -34,13 +35,15 @@ _Metrics = Annotated[
     typer.Option("--metrics", help="such as dino,clip_t; default: those that fit, see docs/evaluation.md"),
 ]
 _Base = Annotated[
-    str | None, typer.Option("--base", help="of LoRA files: a folder or a hub id; default: tiny, if it fits")
+    str | None, typer.Option("--base", help="the base of LoRA files: a folder or a hub id; default: tiny, if it fits")
 ]
 _Token = Annotated[
-    str | None, typer.Option("--token", help="of LoRA files; default: from the header; or one of a run's subjects")
+    str | None,
+    typer.Option("--token", help="the token of LoRA files (default: from the header), or one of a run's subjects"),
 ]
 _ClassNoun = Annotated[
-    str | None, typer.Option("--class-noun", help="of LoRA files, such as dog; default: from the header")
+    str | None,
+    typer.Option("--class-noun", help="the class noun of LoRA files, such as dog; default: from the header"),
 ]
 _Kind = Annotated[
     str | None, typer.Option("--kind", help="object, live or style: which prompts; default: by the class noun")
@@ -59,8 +62,8 @@ _Inception = Annotated[
 _Copy = Annotated[str | None, typer.Option(metavar="FILE", help="for copies: a TorchScript descriptor, such as SSCD")]
 _Vgg = Annotated[str | None, typer.Option(metavar="FILE", help="for gram: weights of VGG-19")]
 _Csd = Annotated[str | None, typer.Option(metavar="FILE", help="for csd: its weights")]
-_Step = Annotated[int | None, typer.Option("--step", help="of a run's checkpoint; default: the result")]
-_Seed = Annotated[int, typer.Option(min=-(2**63), max=2**62, help="the first of the seeds")]
+_Step = Annotated[int | None, typer.Option("--step", help="a checkpoint's step; default: the result")]
+_Seed = Annotated[int, typer.Option(min=-(2**63), max=2**62, help="the first image's seed")]
 
 
 def evaluate(
@@ -87,7 +90,7 @@ def evaluate(
     csd: _Csd = None,
     step: _Step = None,
     weight: WeightOption = 1.0,
-    negative: str = "",
+    negative: NegativeOption = "",
     seed: _Seed = 0,
     size: SizeOption = None,
     steps: StepsOption = 25,

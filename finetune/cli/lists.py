@@ -69,11 +69,11 @@ def recipes_schema(to: Annotated[Path, typer.Argument(help="a JSON file")] = Pat
 @tokens_app.command("suggest")
 def tokens_suggest(
     base: BaseOption = "tiny",
-    count: Annotated[int, typer.Option("-n", min=1)] = 10,
-    class_noun: Annotated[str | None, typer.Option("--class-noun")] = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="how many")] = 10,
+    class_noun: Annotated[str | None, typer.Option("--class-noun", help="what the subject is, such as dog")] = None,
 ) -> None:
-    """Suggest rare tokens of a base. They are one piece, without a known meaning, clear to the text encoders, and
-    have a weak prior."""
+    """Suggest rare tokens of a base. Each is one token of its tokenizers, has no known meaning, is noticed by the text
+    encoders, and hardly changes what the base draws."""
     loud()
     from finetune.data import meanings, tokens
     from finetune.families.source import load_family
@@ -88,7 +88,9 @@ def tokens_suggest(
 
 @tokens_app.command("check")
 def tokens_check(
-    token: str, base: BaseOption = "tiny", class_noun: Annotated[str | None, typer.Option()] = None
+    token: str,
+    base: BaseOption = "tiny",
+    class_noun: Annotated[str | None, typer.Option(help="what the subject is, such as dog")] = None,
 ) -> None:
     """Check how a base reads one token. Exit 1 if it should not be used."""
     loud()

@@ -46,8 +46,9 @@ for own in (evaluate, sample, ui):
 
 NO_MEMORY = "can't allocate memory"
 OUT_OF_MEMORY = (
-    "the memory was not enough: lower run.batch_size, method.rank, data.resolution or sample.batch_size; `finetune "
-    "plan RECIPE` estimates what a run needs"
+    "the memory was not enough: for training set run.gradient_checkpointing=true, or lower run.batch_size or "
+    "data.resolution; for drawing lower sample.batch_size and prior.batch_size; `finetune plan RECIPE` estimates what "
+    "a run needs"
 )
 
 ProcessCount = Annotated[int | None, typer.Option("--processes", min=1, help="processes on this machine, one per GPU")]
@@ -58,7 +59,7 @@ AcceptChanges = Annotated[
 ]
 BestOption = Annotated[
     str | None,
-    typer.Option("--step", metavar="N|best", help="of a checkpoint, or the one that the verdicts recommend"),
+    typer.Option("--step", metavar="N|best", help="a checkpoint's step, or best: the one that the verdicts recommend"),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 

@@ -10,20 +10,26 @@ import typer
 from finetune.cli.output import loud, say
 
 StepOption = Annotated[
-    int | None, typer.Option("--step", help="of a checkpoint; default: the result, or the newest of an unfinished run")
+    int | None,
+    typer.Option("--step", help="a checkpoint's step; default: the result, or the newest of an unfinished run"),
 ]
 WeightOption = Annotated[float, typer.Option(help="the strength of the LoRA")]
 SizeOption = Annotated[int | None, typer.Option(min=1, help="side length in pixels; default: as trained")]
-StepsOption = Annotated[int, typer.Option(min=1)]
+StepsOption = Annotated[int, typer.Option(min=1, help="sampling steps for each image")]
+NegativeOption = Annotated[str, typer.Option(help="the negative prompt: what images should not show")]
 CountOption = Annotated[int, typer.Option(min=1, max=1_000, help="images for each prompt")]
-GuidanceOption = Annotated[float | None, typer.Option(help="default: the run's own, or 5")]
-SamplerOption = Annotated[str, typer.Option(help="dpm++, ddim, euler or unipc")]
+GuidanceOption = Annotated[
+    float | None, typer.Option(help="how closely images follow the prompt; default: the run's own, or 5")
+]
+SamplerOption = Annotated[str, typer.Option(help="how images are drawn: dpm++, ddim, euler or unipc")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, max=65_536, help="images drawn at once: fewer need less memory")]
 _Source = Annotated[Path, typer.Argument(help="a run folder or an adapter file", metavar="RUN_OR_ADAPTER")]
 _Prompt = Annotated[
     list[str], typer.Option("-p", "--prompt", help="may be given several times; a run fills in {token} and {noun}")
 ]
-_AnySeed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1)]
+_AnySeed = Annotated[
+    int, typer.Option(min=-(2**63), max=2**63 - 1, help="the first image's seed; the next has one more")
+]
 _Image = Annotated[Path | None, typer.Option(help="inpainting, depth, editing, refiner: the image to start from")]
 _Mask = Annotated[Path | None, typer.Option(help="inpainting: white is painted anew")]
 _Depth = Annotated[Path | None, typer.Option(help="depth: a depth map, near is bright")]
@@ -32,7 +38,9 @@ _ImageGuidance = Annotated[
 ]
 _Strength = Annotated[
     float | None,
-    typer.Option(help="with --image: share of noise it gets; default: inpainting 1, depth 0.8, refiner 0.3"),
+    typer.Option(
+        help="with --image: share of noise that is added to it; default: inpainting 1, depth 0.8, refiner 0.3"
+    ),
 ]
 _AdapterBase = Annotated[
     str | None, typer.Option("--base", help="of an adapter file: a folder or a hub id; default: tiny, if it fits")
@@ -45,7 +53,7 @@ def sample(
     prompt: _Prompt,
     step: StepOption = None,
     weight: WeightOption = 1.0,
-    negative: str = "",
+    negative: NegativeOption = "",
     seed: _AnySeed = 0,
     count: CountOption = 4,
     size: SizeOption = None,

@@ -33,7 +33,7 @@ def refuse_hold_out(recipe: Recipe, scanned: Sequence[Scanned], begun: bool) -> 
     count = recipe.data.hold_out
     if count and recipe.run.verdicts == "off":
         raise BadInput(
-            f"data.hold_out is {count} but run.verdicts is off, which nothing is held out for: remove one of them"
+            f"data.hold_out is {count} but run.verdicts is off, so nothing is measured on them: remove one of the two"
         )
     for found in scanned:
         if count >= len(found.photos):

@@ -92,7 +92,7 @@ def _refuse_options_of_data_sets(data: Data) -> None:
     given = [name for name in OF_DATA_SETS if getattr(data, name) != type(data).model_fields[name].default]
     if given:
         raise BadInput(
-            f"data.{given[0]} is {getattr(data, given[0])!r}, which is for data sets, but {data.photos} is none: "
+            f"data.{given[0]} is {getattr(data, given[0])!r}, which is for data sets, but {data.photos} is not one: "
             "leave it out, or name another data.source"
         )
 

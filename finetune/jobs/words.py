@@ -107,4 +107,4 @@ def _refuse_braces(where: str, texts: Iterable[str]) -> None:
     for text in texts:
         found = PLACEHOLDER.search(text)
         if found:
-            raise BadInput(f"{where} has {found[0]!r} ({text!r}), which nothing is put in for: {ADVICE}")
+            raise BadInput(f"{where} has {found[0]!r} ({text!r}), which is not a known placeholder: {ADVICE}")

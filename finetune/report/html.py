@@ -107,7 +107,7 @@ def _accepted(path: Path) -> str:
         return ""
     items = "".join(f"<li>after step {each.step}: {escape('; '.join(each.changes))}</li>" for each in record.accepted)
     return (
-        "<h2>Changed during the run</h2><div class=card><p><b>This run went on with other inputs than it began with"
+        "<h2>Changed during the run</h2><div class=card><p><b>This run continued with other inputs than it began with"
         f"</b> (<code>--accept-changes</code>):</p><ul>{items}</ul></div>"
     )
 

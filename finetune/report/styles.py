@@ -57,7 +57,7 @@ def _measured(path: Path, info: RunRecord, after: Path) -> str:
     return (
         f"<p>Measured by colours and strokes, from the base's own images of the prompts without the style (0%) to the "
         f"drawings (100%): with the style <b>{shares[0]}</b>, without it <b>{shares[1]}</b>.</p><p class=soft>A rough "
-        "number: what the images show counts too, so that other drawings of the artist would not reach 100%.</p>"
+        "number: what the images show counts too, so even other drawings of the same artist would be below 100%.</p>"
     )
 
 

@@ -14,12 +14,15 @@ from finetune.verdicts.rules import GOOD, judged, limit_of
 from finetune.verdicts.verdict_file import missing, read_remarks
 
 CHARTS = {  # title -> (measures, the unit in words)
-    "what it learned": (("learned", "held_out", "overfit"), "better than the base, in effects of the prompt"),
+    "what it learned": (
+        ("learned", "held_out", "overfit"),
+        "better than the base; 1 is the effect of a prompt in the base",
+    ),
     "what else it changed": (
         ("class_drift", "takeover", "elsewhere", "empty_class", "empty_prompt"),
-        "distance from the base, in effects of the prompt",
+        "distance from the base; 1 is the effect of a prompt in the base",
     ),
-    "what other prompts lost": (("forgotten",), "the share of what they say of the base's own drawings"),
+    "what other prompts lost": (("forgotten",), "how much less they help to predict the base's own images"),
 }
 STROKES = ("", "7 4", "2 4", "11 3 2 3", "1 2")  # so that lines differ without colours too
 TINTS = ("var(--mark)", "var(--good)", "var(--bad)", "var(--soft)", "var(--ink)")
@@ -41,8 +44,9 @@ def verdict_section(run: Path, step: int | None, means: Means) -> str:
     return (
         f'<h2>The verdict</h2><div class=card><p><b class="{colour}">{escape(", ".join(verdict.found).capitalize())}'
         f"</b> after step {rows[-1].step}. {said}</p>{charts}{_meanings(rows)}"
-        f"<p class=soft>{escape(' '.join(remarks))} Measured in the model's own space, against the base, in units of "
-        "the base's own effect of prompts (docs/verdicts.md). It is no judge of how an image looks.</p></div>"
+        f"<p class=soft>{escape(' '.join(remarks))} The numbers compare the model's predictions with the "
+        "base's: 1 is as much as a prompt changes the base's prediction (docs/verdicts.md). They do not judge how an "
+        "image looks.</p></div>"
     )
 
 

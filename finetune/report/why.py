@@ -41,14 +41,14 @@ def pictures_of_why(path: Path, info: RunRecord, after: Path, finished: bool) ->
         return ""
     maps = (
         " The maps show which places of the image read a word: the cross-attention to it, the mean over layers, heads "
-        "and steps (DAAM, arXiv:2210.04885). Colours go from each map's own minimum (dark) to its maximum (white): "
-        "they tell where, not how much."
+        "and steps (DAAM, arXiv:2210.04885). Colours go from each map's own minimum (dark) to its maximum (white), "
+        "so they show where, not how much."
     )
     has_maps = finished and any((path / FOLDER).glob("*.png"))
     return (
         "<h2>What changed, and why</h2><p class=soft>Each row is one seed. The difference is bright where the image "
-        f"changed, {GAIN} times as bright as it is; its number is the mean over all pixels, in percent of the largest "
-        f"possible."
+        f"changed (amplified {GAIN} times). Its number is the mean over all pixels, in percent of the largest "
+        "possible difference."
         f"{maps if has_maps else ''}</p><div class=card>{''.join(rows)}</div>"
     )
 
@@ -144,11 +144,12 @@ def loss_by_timestep(path: Path) -> str:
     names = [f"{100 * k // count}–{100 * (k + 1) // count}%" for k in range(count)]
     change = [after / max(before, 1e-12) - 1 for before, after in zip(found.base, found.trained, strict=True)]
     best = min(range(count), key=lambda k: change[k])
-    said = f"It fell most at {names[best]} noise, by {-change[best]:.0%}." if change[best] < 0 else "It fell nowhere."
+    fell = f"It fell most at {names[best]} noise, by {-change[best]:.0%}."
+    said = fell if change[best] < 0 else "It did not fall at any noise level."
     return (
         "<h2>Loss by noise level</h2><div class=card>"
         + pairs_of_bars("loss", names, found.base, found.trained)
         + f"<p class=soft>The loss on {found.images} crops of the photos, with the same noise before (grey) and after "
-        f"(blue) training, from hardly any noise (left) to noise alone (right). {said} Much noise decides layout and "
-        "large shapes, little noise the details.</p></div>"
+        f"(blue) training, from hardly any noise (left) to pure noise (right). {said} High noise levels decide layout "
+        "and large shapes, low ones the details.</p></div>"
     )

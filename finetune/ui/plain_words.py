@@ -40,9 +40,9 @@ MEASURE_TITLES = {
 }
 WITH_STRENGTH = ("lora",)  # methods whose result can be drawn with at another strength; a test compares them
 VERDICTS_IN_WORDS = {
-    "good": "It has learned the subject, and the rest of the model is whole.",
+    "good": "It has learned the subject, and the rest of the model works as before.",
     "undertrained": "It has not learned enough yet.",
-    "overtrained": "It learns the photos by heart.",
+    "overtrained": "It learns the photos by heart (overfitting).",
     "class drifted": "Other things of the same kind have changed too.",
     "base damaged": "Other things have changed too.",
 }

@@ -85,6 +85,6 @@ def _against_drift(found: Sequence[str], means: Means) -> list[str]:
         own = ["prior.others.count=256"] * (not means.holds_others) + ["prior.caption_dropout=0"] * bool(means.dropout)
         setting = " with ".join(own) or "prior.others"
         (missing if own else there).append((setting, "everything else"))
-    said = [f"{' and '.join(f'{setting} holds {what}' for setting, what in missing)}."] * bool(missing)
+    said = [f"Set {' and '.join(f'{setting} to keep {what}' for setting, what in missing)}."] * bool(missing)
     held = [f"The run has a prior of {' and one of '.join(what for _, what in there)} already."] * bool(there)
     return [*said, *held]

@@ -326,7 +326,7 @@ def test_without_onnxruntime_it_is_one_sentence(
         (["--template", "a {caption}", "--share", "0"], "--share is 0"),
         (["--replace", "nothing", "x"], "'nothing' of --replace is in none of them"),
         (["--replace", "", "x"], "would write between all letters"),
-        (["--template", "{captoin}, sks"], "{captoin}, which nothing fills in"),
+        (["--template", "{captoin}, sks"], "{captoin}, which is not a known placeholder"),
         (["--model", "/nowhere"], "there is no /nowhere"),
         (["--model", "{photos}"], "holds no config.json"),
     ],

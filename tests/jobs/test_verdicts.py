@@ -147,7 +147,7 @@ def test_without_a_noun_there_is_no_class(watch_of: Any) -> None:
 def test_all_photos_can_not_be_held_out(tiny_bases: dict[str, Path], photos: Path) -> None:
     with pytest.raises(BadInput, match="at least one must be left"):
         prepare(recipe_of(tiny_bases["sd1"], photos, data={"hold_out": 3}))
-    with pytest.raises(BadInput, match="nothing is held out for"):
+    with pytest.raises(BadInput, match="nothing is measured on them"):
         prepare(recipe_of(tiny_bases["sd1"], photos, data={"hold_out": 1}, run={"verdicts": "off"}))
 
 

@@ -141,7 +141,7 @@ def test_the_verdict_is_a_sentence_and_curves(run: Path) -> None:
     page = page.replace("<code class=whole>", "").replace("</code>", "")
     assert "Base damaged" in page
     assert "the checkpoint of step 50 (it was not kept: train again with run.keep_best=true)" in page
-    assert "prior.others.count=256 holds everything else." in page
+    assert "prior.others.count=256 to keep everything else." in page
     assert "No &lt;b&gt;class&lt;/b&gt; here." in page
     assert "<i>odd" not in page
     assert page.count("<svg class=plot") == 2

@@ -165,13 +165,16 @@ def test_off_in_yaml_and_settings_without_effect() -> None:
 @pytest.mark.parametrize(
     ("means", "advised"),
     [
-        (Means(), "prior.kind=class_images holds the class and prior.others.count=256 holds everything else."),
-        (Means(holds_class=True), "prior.others.count=256 holds everything else."),
+        (Means(), "Set prior.kind=class_images to keep the class and prior.others.count=256 to keep everything else."),
+        (Means(holds_class=True), "Set prior.others.count=256 to keep everything else."),
         (
             Means(holds_class=True, dropout=0.25),
-            "prior.others.count=256 with prior.caption_dropout=0 holds everything else.",
+            "Set prior.others.count=256 with prior.caption_dropout=0 to keep everything else.",
         ),
-        (Means(holds_class=True, holds_others=True, dropout=0.1), "prior.caption_dropout=0 holds everything else."),
+        (
+            Means(holds_class=True, holds_others=True, dropout=0.1),
+            "Set prior.caption_dropout=0 to keep everything else.",
+        ),
         (Means(holds_class=True, holds_others=True), "The run has a prior of the class and one of everything else"),
         (Means(barred=True), None),
     ],

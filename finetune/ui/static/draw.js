@@ -53,7 +53,7 @@ export function drawSection(run) {
     h("div", {}, h("label", { for: "draw-prompt" }, "What to draw"), prompt), h("div.sidesby", {}, mine, other),
     h("details", {}, h("summary", {}, "Seeds and more"), h("div.two", {}, countAsked, seedAsked, stepsAsked, guidanceAsked), negativeAsked),
     h("div.actions", {}, go), fault, doing);
-  const node = h("section", { hidden: true }, h("h2", {}, "Draw with it"), h("p.soft", {}, "Any prompt, by any kept step, at any strength. Compared ones get the same prompt and the same seeds."), form, list.node);
+  const node = h("section", { hidden: true }, h("h2", {}, "Draw with it"), h("p.soft", {}, "Draw any prompt with any kept checkpoint, at any strength. A comparison uses the same prompt and seeds."), form, list.node);
 
   async function begin(about) {
     prompt.value ||= about.prompts[0] ?? about.trigger;

@@ -64,9 +64,9 @@ export async function loraView() {
     await look();
     await verify(last);
   });
-  fill(main, h("h1", {}, "LoRA files"), h("p.lead", {}, "Does a file load in your program, whole and right? Any trainer's. Then convert it for another program, or merge several."),
+  fill(main, h("h1", {}, "LoRA files"), h("p.lead", {}, "Check whether a LoRA file of any trainer loads completely and correctly in your program. Convert it for another program, or merge several."),
     h("section", {}, dropZone({ title: "Drop .safetensors files", hint: "or click to choose", accept: ".safetensors", take }),
-      h("details", {}, h("summary", {}, "The base it was trained on"), h("p.hint", {}, "Most files tell it. Name it where a check says that it was not compared, and for a whole model."), h("div.two", {}, h("div", {}, h("label", { for: "lora-base" }, "Base"), base), hubAsked))),
+      h("details", {}, h("summary", {}, "The base it was trained on"), h("p.hint", {}, "Most files say it themselves. Give it if a check says that the file was not compared, and for a whole model."), h("div.two", {}, h("div", {}, h("label", { for: "lora-base" }, "Base"), base), hubAsked))),
     fault, out, list.node);
   await look();
 }

@@ -80,7 +80,7 @@ function baseStep(form, bases, tinySide, changed, sized) {
   const like = h("input", { type: "text", id: "like", placeholder: "stable-diffusion-v1-5/stable-diffusion-v1-5", autocomplete: "off", onchange: () => { form.like = like.value.trim(); changed(); } });
   const likeAsked = h("div", { hidden: true }, h("label", { for: "like" }, "A hub id of the same kind of model"), like, h("p.hint", {}, "A single file has no settings of its own; they are taken from there."));
   const about = h("div", { role: "status" });
-  const options = [["tiny", "The built-in toy", `For trying out, without a GPU: ${tinySide} pixels, minutes`], ...bases.map((name) => [`local:${name}`, name, name.endsWith(".safetensors") ? "a single file" : "a folder"]), ["hub", "From the hub", "Stable Diffusion 1.5, 2, XL, 3, Flux and their kin"]];
+  const options = [["tiny", "The built-in toy", `For trying out, without a GPU: ${tinySide} pixels, minutes`], ...bases.map((name) => [`local:${name}`, name, name.endsWith(".safetensors") ? "a single file" : "a folder"]), ["hub", "From the hub", "Stable Diffusion 1.5, 2, XL, 3, Flux, and models trained from them"]];
   const node = h("section.step.done", {}, h("h2", {}, "The base to train on"), radios("base", "Base", options, options.some(([value]) => value === form.base) ? form.base : "hub", (value) => {
     asked.hidden = value !== "hub"; likeAsked.hidden = !value.endsWith(".safetensors"); form.like = likeAsked.hidden ? "" : like.value.trim();
     form.base = value === "hub" ? hub.value.trim() : value;
@@ -112,7 +112,7 @@ function planStep(form, state, changed) {
   const make = h("button", { type: "button", onclick: plan }, "Make the plan");
   const settings = settingsForm(form, changed);
   const details = h("details", { ontoggle: () => { if (details.open) settings.look(); } }, h("summary", {}, "Settings"), settings.node);
-  const node = h("section.step", {}, h("h2", {}, "The plan"), h("p.soft", {}, "What will be done, before anything is done. The settings are measured ones for this base; change them only if you like."),
+  const node = h("section.step", {}, h("h2", {}, "The plan"), h("p.soft", {}, "What will be done, before anything is done. The settings suit this base: for the built-in toy they were measured, for others they are published values or rules."),
     details,
     h("div.actions", {}, make, start), fault, out);
   let number = null, own = 0;

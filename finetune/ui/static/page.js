@@ -9,7 +9,7 @@ async function home() {
   const list = part("ul.runs", {}, (runs) => runs.map((run) => h("li", {}, runCard(run))));
   const none = h("p.soft", { hidden: true }, "No runs yet. Runs that you start on the command line, in the same folder, appear here too.");
   fill(main, h("h1", {}, "Teach a model your subject"),
-    h("p.lead", {}, "A few photos in, an adapter file out: with the proof of what it learned, and of what it left alone."),
+    h("p.lead", {}, "From a few photos to an adapter file, with measurements of what it learned and what else it changed."),
     h("section", {}, dropZone({ title: "Drop photos here, or click to choose", hint: "3 to 30 photos of one thing, or drawings of one style. JPEG, PNG, HEIC, WebP, AVIF, TIFF or a zip.", accept: "image/*,.heic,.heif,.avif,.zip,.txt", take: begin })),
     h("section", { "aria-labelledby": "runs" }, h("h2", { id: "runs" }, "Runs"), none, list.node));
   const look = async () => {

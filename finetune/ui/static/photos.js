@@ -43,7 +43,7 @@ export function photoStep(form, state, changed) {
           button("Leave out", file.name, () => act("out", { name: file.name, out: true }))]));
   }
   const button = (word, name, onclick) => h("button.quiet", { type: "button", "aria-label": `${word} ${name}`, onclick }, word);
-  function trialWords(trial) { return trial.change === "crop" ? upper(trial.why) : `Training would learn from what is not veiled, ${trial.why.replace("white is ", "")}`; }
+  function trialWords(trial) { return trial.change === "crop" ? upper(trial.why) : `Training learns only from the part that is not covered, ${trial.why.replace("white is ", "")}`; }
   function outCard(name) {
     return h("li.photo.out", {}, h("div.zoom", {}, h("img", { src: source(name, "small"), alt: "" })), h("div.text", {}, h("b", { title: name }, name), "Left out"),
       h("div.foot", {}, button("Take back", name, () => act("out", { name, out: false }))));

@@ -58,7 +58,7 @@ function drawNow(state, phase, done, total, step, steps, eta, loss, pace, error)
   return [h("div.line", {}, h("b", {}, chip(state)), h("span.soft", {}, busy ? [phase, total > 1 ? `${done} of ${total}` : "", left].filter(Boolean).join(" · ") : "")),
     busy || state === "starting" ? h("progress", state === "starting" || !total ? { "aria-label": "Starting" } : { max: total, value: done, "aria-label": phase }) : null,
     error ? h("p.fault", { role: "alert" }, upper(error)) : null,
-    state === "ended" ? h("p.soft", {}, "Its process ended without a word, as when the machine is switched off. Nothing is lost: Go on continues from the last checkpoint.") : null,
+    state === "ended" ? h("p.soft", {}, "The process ended without a message, for example because the machine was switched off. Go on continues from the last checkpoint.") : null,
     steps ? h("dl.figures", {}, figures.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))) : null];
 }
 /** `kept`: the recommended checkpoint is another than the last, and there to be exported. `now`: the word so far. */
@@ -134,12 +134,12 @@ function drawMeasured(verdicts) {
   const drawn = verdicts.filter((line) => line.points.length > 1);
   if (!drawn.length) return [];
   const groups = [["What it learned", drawn.filter((line) => LEARNED.includes(line.name)), "higher is better, but for overfit"], ["What else it changed", drawn.filter((line) => !LEARNED.includes(line.name)), "lower is better"]];
-  return h("section", {}, h("h2", {}, "Measured against the base"), h("p.soft", {}, "In the model's own space, in units of the base's own effect of prompts."), groups.filter(([, lines]) => lines.length).map(([title, lines, note]) => h("div.card", {}, chart(title, lines, null, note))));
+  return h("section", {}, h("h2", {}, "Measured against the base"), h("p.soft", {}, "The model's predictions compared with the base's: 1 is as much as a prompt changes the base's prediction."), groups.filter(([, lines]) => lines.length).map(([title, lines, note]) => h("div.card", {}, chart(title, lines, null, note))));
 }
 const checkedWords = (checks) => !checks.length ? "Not checked" : !checks.every((check) => check.passed) ? "A check failed" : checks.length === 1 ? "Its check passed" : `${checks.length} checks passed`;
 function drawFiles(list, path) {
   if (!list?.length) return [];
-  return h("section", {}, h("h2", {}, "Your files"), h("p.soft", {}, list.every((file) => file.checks.length) ? "Each was opened again and compared with what was trained." : "What was checked after writing stands under each."), h("div.card", {}, list.map((file) => h("div.file", {},
+  return h("section", {}, h("h2", {}, "Your files"), h("p.soft", {}, list.every((file) => file.checks.length) ? "Each was opened again and compared with what was trained." : "Under each file you see which checks it passed."), h("div.card", {}, list.map((file) => h("div.file", {},
     h("div.top", {}, h("div", {}, h("b", {}, file.step ? `${file.format}, step ${file.step}` : file.format), " ", h("span.soft", {}, `${file.path.split("/").pop()}, ${megabytes(file.size)}`)), h("a.button", { href: `/runs/${path}/files/${file.path.split("/").map(encodeURIComponent).join("/")}`, download: "" }, "Download")),
     h("dl.places", {}, Object.entries(file.places).map(([program, place]) => [h("dt", {}, program), h("dd", {}, "put it here: ", h("code", {}, place))])),
     h("details", {}, h("summary", {}, checkedWords(file.checks)), h("ul", {}, file.checks.map((check) => h(check.passed ? "li" : "li.bad-text", {}, check.line)), file.limits.map((text) => h("li.soft", {}, text))))))));

@@ -10,7 +10,7 @@ from finetune.verdicts.base import CLASS, EMPTY, Look, Measure
 class ClassDrift(Measure):
     name: ClassVar = "class_drift"
     title: ClassVar = "class drift"
-    meaning: ClassVar = "how far what prompts of the class do, without the token, is from the base's"
+    meaning: ClassVar = "how much prompts of the class, without the token, work differently than in the base"
     reads: ClassVar = (CLASS, EMPTY)
 
     def value(self, look: Look) -> float:

@@ -10,7 +10,7 @@ from finetune.verdicts.base import ELSEWHERE, ELSEWHERE_PLAIN, Look, Measure
 class Elsewhere(Measure):
     name: ClassVar = "elsewhere"
     title: ClassVar = "drift elsewhere"
-    meaning: ClassVar = "how far what prompts about other things do is from the base's"
+    meaning: ClassVar = "how much prompts about other things work differently than in the base"
     reads: ClassVar = (ELSEWHERE, ELSEWHERE_PLAIN)
 
     def value(self, look: Look) -> float:

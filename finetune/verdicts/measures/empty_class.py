@@ -14,7 +14,7 @@ class EmptyClass(Measure):
 
     name: ClassVar = "empty_class"
     title: ClassVar = "empty prompt became the class"
-    meaning: ClassVar = "the share of the way to the class that the empty prompt went; then it draws little else"
+    meaning: ClassVar = "how far the empty prompt went on the way to the class: at 1 it draws only the class"
     reads: ClassVar = (EMPTY,)
     of_base: ClassVar = (CLASS,)
 

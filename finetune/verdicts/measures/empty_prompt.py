@@ -14,7 +14,7 @@ class EmptyPrompt(Measure):
 
     name: ClassVar = "empty_prompt"
     title: ClassVar = "empty prompt became the subject"
-    meaning: ClassVar = "the share of the way to the subject that the empty prompt went; guidance pushes away from it"
+    meaning: ClassVar = "how far the empty prompt went towards the subject; guidance pushes away from that prompt"
     reads: ClassVar = (SUBJECT, EMPTY)
 
     def value(self, look: Look) -> float:

@@ -22,7 +22,7 @@ class Forgotten(Measure):
 
     name: ClassVar = "forgotten"
     title: ClassVar = "other prompts forgotten"
-    meaning: ClassVar = "the share of what other prompts say of the base's own drawings that is lost; below 0: more"
+    meaning: ClassVar = "how much less other prompts help to predict the base's own images; below 0: they help more"
     reads: ClassVar = (DRAWN, DRAWN_PLAIN)
 
     def value(self, look: Look) -> float:

@@ -11,7 +11,7 @@ from finetune.verdicts.measures.learned import better
 class HeldOut(Measure):
     name: ClassVar = "held_out"
     title: ClassVar = "learned, on unseen views"
-    meaning: ClassVar = "the same on closer crops of the photos, or on photos, that training never sees"
+    meaning: ClassVar = "the same, on closer crops or on held-out photos, which training never sees"
     reads: ClassVar = (HELD_OUT, PHOTOS)
     of_base: ClassVar = (PHOTOS_PLAIN,)
 

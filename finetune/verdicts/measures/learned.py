@@ -17,7 +17,7 @@ def better(look: Look, name: str) -> float:
 class Learned(Measure):
     name: ClassVar = "learned"
     title: ClassVar = "learned, on the photos"
-    meaning: ClassVar = "how much better the photos are predicted than by the base, at fixed noise"
+    meaning: ClassVar = "how much better the model predicts the photos than the base does, at fixed noise"
     reads: ClassVar = (PHOTOS,)
     of_base: ClassVar = (PHOTOS_PLAIN,)
 

@@ -18,7 +18,7 @@ class Takeover(Measure):
 
     name: ClassVar = "takeover"
     title: ClassVar = "class became the subject"
-    meaning: ClassVar = "the share of the way from the class to the subject that the class itself went: 1 is all of it"
+    meaning: ClassVar = "how far the class went on the way to the subject: at 1 its prompt draws the subject"
     reads: ClassVar = (CLASS, SUBJECT, EMPTY)
 
     def value(self, look: Look) -> float:
