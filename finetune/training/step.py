@@ -174,8 +174,8 @@ class Step(nn.Module):
         return (torch.stack(each) >= self.options.encoder_dropout).float()
 
     def positions(self, keys: list[SampleKey]) -> Tensor:
-        """Uniform numbers [B] in [0, 1), one for each sample's timestep; with `stratify`, each equal part of that range
-        gets one sample of the global batch."""
+        """Uniform numbers [B] in [0, 1), one for each sample's timestep. With `stratify`, each equal part of the
+        range gets one sample of the global batch."""
         u = uniform(keys, "timestep")
         if self.options.stratify is None:
             return u

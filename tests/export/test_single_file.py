@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from finetune import load_recipe, train
 from finetune.cli.main import run
 from finetune.core.errors import BadInput
+from finetune.export.base import Request
 from finetune.export.model.checkpoint_file import export_checkpoint
+from finetune.export.registry import EXPORTS
 from finetune.families.base import Family
 from finetune.families.naming.clip import strip_text_model
 from finetune.families.registry import FAMILIES
@@ -250,3 +252,16 @@ def test_the_header_counts_where_nobody_chose_the_configs(
     monkeypatch.setattr("finetune.families.source._download", lambda *given, **more: usual)
     assert load_family(str(file)).schedule.prediction == "epsilon"
     assert load_family(str(file), like=str(usual)).schedule.prediction == "v_prediction"  # the person's own choice
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "folder"])
+def test_a_weight_that_overflows_fp16_is_told(form: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """Infinity is equal to infinity: the check said "bit for bit", and every image of the model was black."""
+    family = load_family(str(tiny_bases["sd1"]))
+    with torch.no_grad():
+        next(iter(family.parts["denoiser"].parameters())).flatten()[0] = 1e6
+    request = Request(tmp_path, "x", "fp16", ABOUT)
+    for verify in ("full", "deltas"):
+        item = EXPORTS[form]().export(family, EXPORTS[form]().path(tmp_path, "x", "sd1"), request, verify)
+        assert not item.ok
+        assert "that fp16 can't hold: export with export.dtype=fp32" in item.checks[0].line
