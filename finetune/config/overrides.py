@@ -9,11 +9,15 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+from finetune.config.profiles import at, fits_too
 from finetune.config.recipe import Recipe
-from finetune.config.sections import sections_at
+from finetune.config.sections import is_in, sections_at
 from finetune.core.errors import BadInput
 from finetune.core.reading import parse_yaml
 from finetune.objectives import older
+
+UNNAMED = {"optim": "adamw"}  # the kind that a file's settings are for which leaves it to its profile
+_MISSING = object()
 
 # "section.key=value" as a person types it; or a key and a value, which is taken as it is
 Overrides = Sequence[str | tuple[str, Any]] | Mapping[str, Any]
@@ -54,11 +58,43 @@ def typed_override(override: Any) -> tuple[str, Any, str]:
 
 
 def overridden(raw: Mapping[str, Any], typed: Iterable[tuple[str, Any, str]]) -> dict[str, Any]:
-    """A copy of a recipe's plain data with overrides (see `typed_override`) applied in order."""
-    values = copy.deepcopy(dict(raw))
-    for key, value, _ in typed:
+    """A copy of a recipe's plain data with overrides (see `typed_override`) applied in order.
+
+    What was typed before a kind is typed for that kind: `optim.lr=3e-5 optim.kind=adamw8bit` is the same in the other
+    order.
+    """
+    values, before = copy.deepcopy(dict(raw)), list[tuple[str, Any]]()
+    for key, value in (leaf for typed_key, whole, _ in typed for leaf in _leaves(typed_key, whole)):
         _set(values, key, value)
+        for earlier in _typed_for(key, before) if value is not None else []:
+            if at(values, earlier[0], _MISSING) is _MISSING:
+                _set(values, *earlier)
+        before.append((key, value))
     return values
+
+
+def _typed_for(key: str, before: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The overrides before `key` that are for the kind that it chooses: all of its section, if none of them chose."""
+    chosen = _chosen(key)
+    inside = [pair for pair in before if chosen is not None and is_in(pair[0], chosen)]
+    return [] if any(_chosen(name) == chosen for name, _ in inside) else inside
+
+
+def _leaves(key: str, value: Any) -> list[tuple[str, Any]]:
+    """The settings of a section that is given whole, its kind first; of anything else itself."""
+    if "." in key or not _is_part(key, value):
+        return [(key, value)]
+    return [(f"{key}.{name}", value[name]) for name in sorted(value, key=lambda name: name != "kind")]
+
+
+def _chosen(key: str) -> str | None:
+    """The section, or the part of one, whose kind the setting `key` chooses; None for any other setting."""
+    section, _, name = key.partition(".")
+    if name in ("", "kind") or (section, name) == ("base", "source"):
+        return section
+    part, _, rest = name.partition(".")
+    is_part = any(sections_at(option, part) for option in sections_at(Recipe, section))
+    return f"{section}.{part}" if is_part and rest in ("", "kind") else None
 
 
 def _is_text(key: str, text: str) -> bool:
@@ -82,10 +118,6 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     section, _, name = key.partition(".")
     if isinstance(value, Path):
         value = str(value)
-    if not name and _is_part(section, value):  # what was given before stays, as run.name of `finetune dreambooth`
-        for inner in sorted(value, key=lambda inner: inner != "kind"):
-            _set(values, f"{section}.{inner}", value[inner])
-        return
     if not name:
         values[section] = value
         return
@@ -95,7 +127,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     part, _, rest = name.partition(".")
     if rest and any(sections_at(option, part) for option in sections_at(Recipe, section)):
         inside, name = _opened(inside, part, "kind"), rest
-    if name == "kind" and inside.get("kind") != value:
+    if name == "kind" and not fits_too(value, inside.get("kind", UNNAMED.get(section))):
         kept = {part: own for part, own in inside.items() if _is_shared(section, part, name)}
         inside.clear()  # each kind has its own keys: those of the former kind do not carry over
         inside.update(kept)

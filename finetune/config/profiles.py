@@ -186,9 +186,12 @@ def _kind(section: Any) -> str | None:
 
 def _agrees(wanted: Default | None, kind: str | None) -> bool:
     """Whether the settings for one kind of a section fit the kind that it has."""
-    if wanted is None or kind in (None, wanted.value):
-        return True
-    return kind in LIKE_ADAMW and wanted.value in LIKE_ADAMW
+    return wanted is None or kind is None or fits_too(kind, wanted.value)
+
+
+def fits_too(kind: Any, other: Any) -> bool:
+    """Whether a section's settings for one kind are right for the other too."""
+    return kind == other or (kind in LIKE_ADAMW and other in LIKE_ADAMW)
 
 
 def _idle(defaults: Defaults, final: PlainData) -> Iterator[str]:
@@ -207,7 +210,7 @@ def _open(values: PlainData, section: str, final: PlainData) -> bool:
         inside = values[section] = {"kind": inside}
     if not isinstance(inside, dict):
         return False
-    if kind is not None and inside.get("kind", kind) != kind:
+    if kind is not None and not fits_too(kind, inside.get("kind", kind)):
         inside.clear()  # another kind was asked for, which has its own settings
     if kind is not None:
         inside["kind"] = kind

@@ -75,7 +75,7 @@ def _from_file(file: Path, like: str | None) -> Path:
             "choose a "
             f"folder of family {name}"
         )
-    return unpack(file, folder, FAMILIES[name].sources, layout)
+    return unpack(file, folder, FAMILIES[name].sources, layout, by_header=like is None)
 
 
 def family_of_file(file: Path) -> tuple[str, dict[str, torch.Size]]:

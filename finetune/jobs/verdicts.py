@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from finetune.data.crops import Crop, make_crops
 from finetune.data.decoding import open_image
 from finetune.data.samplers import Sample
 from finetune.families.base import Family
-from finetune.jobs.dataset import held_out_photos, make_batches
+from finetune.jobs.dataset import held_out_photos, make_batches, trained_photos
 from finetune.jobs.neutral import base_prompts
 from finetune.jobs.prepare import Prepared
 from finetune.methods.textual_inversion import Inversion
@@ -144,7 +144,8 @@ def _changed(job: Prepared, prompts: Sequence[str], samples: Path) -> Change | N
 
 
 def _memorised(job: Prepared, folder: Path) -> Memorisation | None:
-    """None for images that are drawn from a photo, as an edit is, and where there are none."""
+    """Compares with the photos that were trained on. None for images that are drawn from a photo, as an edit is, and
+    where there are none."""
     files = {file.name: file for file in sorted(folder.glob("[0-9]*.png"))}
     if not files or job.family.drawing.wants.needed:
         return None
@@ -152,9 +153,11 @@ def _memorised(job: Prepared, folder: Path) -> Memorisation | None:
     family.parts.restore(list(family.codec.parts))
     family.parts.place(list(family.codec.parts))
     drawn = (open_image(file).convert("RGB").resize((side, side)) for file in files.values())
-    crops = (make_crops(photo, side, "center", 1, False, 0)[0].image() for photo in job.photos[:COMPARED])
+    numbers = trained_photos(job)[:COMPARED]
+    crops = (make_crops(job.photos[number], side, "center", 1, False, 0)[0].image() for number in numbers)
     seen, photos = (photo_latents((image, _latents(family, image)) for image in each) for each in (drawn, crops))
-    return memorised(list(files), seen, photos)
+    found = memorised(list(files), seen, photos)
+    return replace(found, nearest=[replace(item, photo=numbers[item.photo]) for item in found.nearest])
 
 
 def _latents(family: Family, image: Image.Image) -> Tensor:

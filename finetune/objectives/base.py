@@ -71,8 +71,9 @@ class Objective(ABC):
         return error
 
     @abstractmethod
-    def timesteps(self, uniform: Tensor) -> Tensor:
-        """Uniform numbers [B] in [0, 1) -> timesteps [B], by the inverse distribution function."""
+    def timesteps(self, uniform: Tensor, share: float = 1.0) -> Tensor:
+        """Uniform numbers [B] in [0, 1) -> timesteps [B], by the inverse distribution function. `share`: of the noise
+        levels, from the lowest on, over which the density is spread (`Family.timestep_fraction`)."""
 
     @abstractmethod
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Notation of arXiv:2006.11239: z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -31,9 +32,10 @@ class Diffusion(Objective):
         self.alphas_cumprod = self.alphas_cumprod.to(device)
         return self
 
-    def timesteps(self, uniform: Tensor) -> Tensor:
+    def timesteps(self, uniform: Tensor, share: float = 1.0) -> Tensor:
         steps = self.schedule.steps
-        return (self.positions(uniform) * steps).long().clamp(max=steps - 1)
+        last = math.ceil(share * steps) - 1
+        return (self.positions(uniform) * share * steps).long().clamp(max=last)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps (arXiv:2006.11239 eq. 4)."""

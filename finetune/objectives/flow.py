@@ -29,8 +29,8 @@ class RectifiedFlow(Objective):
                 "weights: leave it out and choose objective.density"
             )
 
-    def timesteps(self, uniform: Tensor) -> Tensor:
-        return self.positions(uniform) * self.schedule.steps
+    def timesteps(self, uniform: Tensor, share: float = 1.0) -> Tensor:
+        return self.positions(uniform) * share * self.schedule.steps
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         part = self._part(t, x0)

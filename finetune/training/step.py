@@ -130,8 +130,7 @@ class Step(nn.Module):
     def draw(self, batch: Batch) -> Draws:
         """The random numbers of a batch."""
         noise, added = self.objective.noises(batch.keys, batch.latents.mean.shape[1:])
-        t = self.objective.timesteps(self.positions(batch.keys))
-        return Draws(batch.latent_noise(), noise, added, t, self.keep_mask(batch.keys))
+        return Draws(batch.latent_noise(), noise, added, self.timesteps(batch.keys), self.keep_mask(batch.keys))
 
     def forward(
         self, batch: Batch, draws: Draws | None = None, texts: list[dict[str, Tensor]] | None = None
@@ -175,13 +174,17 @@ class Step(nn.Module):
         return (torch.stack(each) >= self.options.encoder_dropout).float()
 
     def positions(self, keys: list[SampleKey]) -> Tensor:
-        """Uniform numbers [B] in [0, 1), one for each sample's timestep. They cover the base's range of noise levels;
-        with `stratify`, each of its equal parts gets one sample of the global batch."""
-        u, share = uniform(keys, "timestep"), self.family.timestep_fraction
+        """Uniform numbers [B] in [0, 1), one for each sample's timestep. With `stratify`, each equal part of the
+        range gets one sample of the global batch."""
+        u = uniform(keys, "timestep")
         if self.options.stratify is None:
-            return u * share
+            return u
         order = torch.randperm(self.options.stratify, generator=generator(keys[0].seed, "strata", keys[0].step))
-        return (order[[key.sample for key in keys]] + u) / self.options.stratify * share
+        return (order[[key.sample for key in keys]] + u) / self.options.stratify
+
+    def timesteps(self, keys: list[SampleKey]) -> Tensor:
+        """The timesteps [B] of samples: by the recipe's density, over the noise levels that the base knows."""
+        return self.objective.timesteps(self.positions(keys), self.family.timestep_fraction)
 
 
 def parts_of(trained: Iterable[str]) -> list[str]:

@@ -309,7 +309,7 @@ class Trainer:
     def _words_of(self, bad: BadStep) -> str:
         """Writes the samples of a bad step into the run folder, on the main process. Returns what the user is told."""
         seen = [self.batches.micro(bad.step - 1, index) for index in range(self.run.accumulate)]
-        timesteps = [self.step.objective.timesteps(self.step.positions(batch.keys)) for batch in seen]
+        timesteps = [self.step.timesteps(batch.keys) for batch in seen]
         everyone = gather_object([nonfinite.describe_samples(seen, timesteps)])
         samples = [sample for part in everyone for sample in part]
         bundle = nonfinite.bundle_folder(self.checkpoints.run, bad.step)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from finetune.cli.main import run as command
-from finetune.config.load import load_recipe
+from finetune.config.load import load_recipe, parse_recipe
 from finetune.core.errors import BadInput
 
 NAMES = [
@@ -111,3 +111,47 @@ def test_a_section_that_is_given_whole_keeps_what_was_given_before(given: object
     assert (recipe.run.dir, recipe.run.steps, recipe.run.ema) == (Path("somewhere"), 7, 0.9)
     other = load_recipe("demo", ["data.photos=x", "data.class_noun=mug", "method={rank: 3, kind: lokr}"])
     assert (other.method.kind, other.method.rank) == ("lokr", 3)  # type: ignore[attr-defined]
+
+
+MINE = {
+    "data": {"photos": "x", "class_noun": "mug"},
+    "method": {"kind": "lora", "rank": 64},
+    "optim": {"kind": "adamw", "lr": 5e-5, "schedule": "cosine"},
+    "prior": {"kind": "frozen_base"},
+}
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["optim.lr=3e-5", "optim.kind=adamw8bit"],
+        ["optim.lr=3e-5", "optim.kind=lion8bit"],
+        ["optim={lr: 3e-5}", "optim={kind: lion8bit}"],
+        ["method.rank=7", "method.kind=dora"],
+        ["objective.weighting.gamma=3", "objective.weighting=min_snr"],
+        ["objective.weighting.gamma=3", "objective.weighting.kind=min_snr"],
+        ["prior.weight=0.3", "prior=class_images"],
+        ["prior.others.count=3", "prior.others={}"],
+        ["base.revision=main", "base=owner/name"],
+    ],
+)
+def test_what_is_typed_before_a_kind_counts_as_behind_it(typed: list[str]) -> None:
+    """`optim.lr=3e-5 optim.kind=adamw8bit` trained with 1e-4 and said nothing."""
+    assert parse_recipe(MINE, typed) == parse_recipe(MINE, list(reversed(typed)))
+
+
+def test_what_is_typed_for_one_kind_is_not_for_the_next() -> None:
+    last = parse_recipe(MINE, ["optim.kind=prodigy", "optim.d0=1e-5", "optim.kind=schedule_free"])
+    assert last == parse_recipe(MINE, ["optim.kind=schedule_free"])
+    assert parse_recipe(MINE, ["prior.others.count=3", "prior.others=null"]).prior.others is None
+    with pytest.raises(BadInput, match=r"method\.rank"):
+        parse_recipe(MINE, ["method.rank=7", "method.kind=full"])
+
+
+def test_a_recipes_own_rate_stays_for_the_other_forms_of_adamw() -> None:
+    """docs/scale.md advises optim.kind=adamw8bit against too little memory: it set the rate and its schedule back."""
+    recipe = parse_recipe(MINE, ["optim.kind=adamw8bit"])
+    assert (recipe.optim.kind, recipe.optim.lr, recipe.optim.schedule) == ("adamw8bit", 5e-5, "cosine")
+    left_to_profile = MINE | {"profile": "subject", "optim": {"lr": 5e-5}}
+    assert parse_recipe(left_to_profile, ["optim.kind=paged_adamw8bit"]).optim.lr == 5e-5
+    assert parse_recipe(left_to_profile, ["optim.kind=prodigy"]).optim.lr == 1.0

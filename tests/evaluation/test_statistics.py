@@ -100,9 +100,18 @@ def test_kid_is_the_double_sum_without_the_diagonal() -> None:
     across = mean([kernel(a, b) for a, b in product(images, PHOTOS)])
     found = METRICS["kid"]().score(SEEN)
     assert found.value == pytest.approx(own + photos - 2 * across, abs=1e-10)
+    assert (found.low, found.high) == (None, None)  # of three prompts, as of every other metric
+
+
+def test_kid_has_an_interval_over_five_prompts() -> None:
+    prompts = [Prompt(f"a zwx dog {k}", f"a dog {k}") for k in range(5)]
+    found = METRICS["kid"]().score(Seen(prompts, [*SUBJECT, *SUBJECT[:2]], PHOTOS))
     assert found.low is not None
     assert found.high is not None
+    assert found.value is not None
     assert found.low < found.value < found.high
+    fewer = METRICS["kid"]().score(Seen(prompts[:4], [*SUBJECT, SUBJECT[0]], PHOTOS))
+    assert (fewer.low, fewer.high) == (None, None)
 
 
 def test_kid_of_one_distribution_is_zero_on_average() -> None:

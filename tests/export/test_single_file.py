@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from finetune import load_recipe, train
 from finetune.cli.main import run
 from finetune.core.errors import BadInput
+from finetune.export.base import Request
 from finetune.export.model.checkpoint_file import export_checkpoint
+from finetune.export.registry import EXPORTS
 from finetune.families.base import Family
 from finetune.families.naming.clip import strip_text_model
 from finetune.families.registry import FAMILIES
@@ -221,3 +223,45 @@ def test_other_families_need_no_marks(name: str, tiny_bases: dict[str, Path], tm
     assert "v_pred" not in load_file(file)
     spoilt(file, lambda tensors: tensors.__setitem__("v_pred", torch.zeros(1)))
     assert load_family(str(file), like=str(tiny_bases[name])).schedule.prediction == "v_prediction"
+
+
+def test_a_changed_folder_of_configs_is_read_again(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """The converted folder was known by the path of `like`: a corrected scheduler had no effect."""
+    like = tmp_path / "like"
+    shutil.copytree(tiny_bases["sd1"], like)
+    file = file_of(like, tmp_path / "x.safetensors")
+    first = resolve_base(str(file), like=str(like))
+    written = (first / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    assert resolve_base(str(file), like=str(like)) == first
+    assert (first / "unet" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == written
+    config = like / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
+    assert load_family(str(file), like=str(like)).schedule.prediction == "sample"
+
+
+def test_the_header_counts_where_nobody_chose_the_configs(
+    tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tuned SD2 of 512 pixels, which predicts noise, was read as the usual SD2, which predicts v."""
+    base, usual = tmp_path / "base", tiny_bases["sd2"]
+    shutil.copytree(usual, base)
+    config = base / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "epsilon"}))
+    file = file_of(base, tmp_path / "x.safetensors")
+    assert load_family(str(usual)).schedule.prediction == "v_prediction"
+    monkeypatch.setattr("finetune.families.source._download", lambda *given, **more: usual)
+    assert load_family(str(file)).schedule.prediction == "epsilon"
+    assert load_family(str(file), like=str(usual)).schedule.prediction == "v_prediction"  # the person's own choice
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "folder"])
+def test_a_weight_that_overflows_fp16_is_told(form: str, tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """Infinity is equal to infinity: the check said "bit for bit", and every image of the model was black."""
+    family = load_family(str(tiny_bases["sd1"]))
+    with torch.no_grad():
+        next(iter(family.parts["denoiser"].parameters())).flatten()[0] = 1e6
+    request = Request(tmp_path, "x", "fp16", ABOUT)
+    for verify in ("full", "deltas"):
+        item = EXPORTS[form]().export(family, EXPORTS[form]().path(tmp_path, "x", "sd1"), request, verify)
+        assert not item.ok
+        assert "that fp16 can't hold: export with export.dtype=fp32" in item.checks[0].line

@@ -25,6 +25,7 @@ from finetune.core.records import Check
 from finetune.export.adapter import export_adapter
 from finetune.export.base import Request, delta
 from finetune.export.decompose import decompose
+from finetune.export.lora.peft import Peft
 from finetune.export.registry import formats_for
 from finetune.export.svd import export_native_form, native_formats, reduced
 from finetune.export.verify import apply_adapter
@@ -243,6 +244,24 @@ def test_a_rank_stabilised_peft_folder_is_read_with_its_scale(tiny_bases: dict[s
     clean = load_family(str(tiny_bases["sd1"]))
     apply_adapter(clean, open_adapter(tmp_path, str(tiny_bases["sd1"]))[0])
     assert torch.allclose(probe_trained(clean), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("begun", "read"), [(True, True), ("gaussian", True), ("pissa_niter_4", False), ("olora", False)]
+)
+def test_a_peft_folder_that_changed_its_base_is_refused(begun: Any, read: bool, tmp_path: Path) -> None:
+    """PiSSA's matrices are the base's own largest part: as a plain LoRA on the base they would count twice."""
+    folder = tmp_path / "denoiser"
+    folder.mkdir()
+    held = {f"base_model.model.x.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(held, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "init_lora_weights": begun}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if read:
+        assert Peft().read(tmp_path, "sd1", Path()).count == 1
+    else:
+        with pytest.raises(BadInput, match=f"{begun}.*path_initial_model_for_weight_conversion"):
+            Peft().read(tmp_path, "sd1", Path())
 
 
 def test_only_adapters_that_are_no_lora_have_an_own_form() -> None:

@@ -14,13 +14,14 @@ from ends import metrics, weights
 from finetune.config.load import dump_recipe, parse_recipe
 from finetune.config.recipe import Recipe
 from finetune.core.errors import BadInput
+from finetune.data.crops import make_crops
 from finetune.jobs import train as job
 from finetune.jobs.dataset import cache_latents, held_out_photos, make_prompt_encoder, make_streams
 from finetune.jobs.export import export_result
 from finetune.jobs.fit import fit_job
 from finetune.jobs.plan import plan
 from finetune.jobs.prepare import prepare
-from finetune.jobs.verdicts import _bank, best_step, make_watch
+from finetune.jobs.verdicts import _bank, _memorised, best_step, make_watch
 from finetune.runs.folder import RunFolder
 from finetune.runs.plan import plan_rows, shared_rows
 from finetune.testing.kill import killed_at
@@ -242,6 +243,23 @@ def test_the_plan_says_what_is_measured_and_what_it_costs(
     assert rows["held out"] == f"1 of 3 photos, not trained on but used to measure what was learned: {name}"
     assert name not in shared["held out"]
     assert rows["each photo"] == "seen 2 times"
+
+
+def test_an_image_like_a_photo_that_was_held_out_is_no_copy(
+    tiny_bases: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """ "1 of 3 images are close to copies of a training photo" was said of one that no step has seen."""
+    looked = prepare(recipe_of(tiny_bases["sd1"], photos, data={"hold_out": 1}, run={"verdicts": "on"}))
+    (held,) = held_out_photos(looked)
+    for number, photo in enumerate(looked.photos):
+        make_crops(photo, looked.resolution, "center", 1, False, 0)[0].image().save(tmp_path / f"{number:02d}-0.png")
+    found = _memorised(looked, tmp_path)
+    assert found is not None
+    seen = [number for number in range(3) if number != held]
+    assert [(item.photo, item.copied) for number, item in enumerate(found.nearest) if number in seen] == [
+        (number, True) for number in seen
+    ]
+    assert not found.nearest[held].copied
 
 
 def test_the_plan_says_that_nothing_is_measured(tiny_bases: dict[str, Path], photos: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from finetune.evaluation.base import Score, SetMetric
-from finetune.evaluation.statistics import Vectors, among, bounds, cubic_kernel, draws, kernel_distances
+from finetune.evaluation.statistics import FEWEST, Vectors, among, bounds, cubic_kernel, draws, kernel_distances
 
 
 class Kid(SetMetric):
@@ -31,9 +31,9 @@ class Kid(SetMetric):
         return Score(value, low, high)
 
     def _interval(self, kernels: tuple[Vectors, Vectors, float], sizes: list[int]) -> tuple[float, float] | None:
-        """Over prompts, whose images count as often as the resample holds the prompt."""
+        """Over prompts, whose images count as often as the resample holds the prompt; None for fewer than `FEWEST`."""
         count = len(sizes)
-        if count < 2:
+        if count < FEWEST:
             return None
         counts = np.stack([np.bincount(drawn, minlength=count) for drawn in draws(count)])
         weights = np.repeat(counts, sizes, axis=1).astype(np.float64)

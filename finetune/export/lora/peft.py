@@ -17,6 +17,8 @@ from finetune.families.naming.clip import strip_text_model
 from finetune.families.registry import own_paths
 
 PREFIX = "base_model.model."
+# ways to begin A and B that leave the base as it is; PiSSA, OLoRA and CorDA take a part of it out
+BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def kind_of(config: dict[str, Any]) -> str:
@@ -61,6 +63,13 @@ class Peft(AdapterExport):
                 raise BadInput(
                     f"{path} holds a {kind_of(config)} adapter of PEFT, not a plain LoRA with one rank and alpha: use "
                     "the kohya or diffusers file, or load it with PEFT"
+                )
+            begun = config.get("init_lora_weights")
+            if isinstance(begun, str) and begun.lower() not in BEGINNINGS:
+                raise BadInput(
+                    f"{config_file.parent} was begun with init_lora_weights {begun[:40]!r}, which changes the base "
+                    "itself, so that its matrices are no change of the base: save it with PEFT's "
+                    "path_initial_model_for_weight_conversion, and give that"
                 )
             try:
                 rank, alpha = int(config["r"]), float(config["lora_alpha"])

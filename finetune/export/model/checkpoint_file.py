@@ -14,6 +14,7 @@ from finetune.core.files import save_tensors
 from finetune.core.records import Check
 from finetune.export.base import Exported, ModelExport, Request, unchecked
 from finetune.export.metadata import checkpoint_metadata
+from finetune.export.model.model_folder import unlike
 from finetune.export.settings import Verify
 from finetune.families.base import Family
 from finetune.families.naming.base import SingleFile
@@ -90,7 +91,8 @@ def _compare(family: Family, layout: SingleFile, path: Path, dtype: torch.dtype)
         except BadInput as fault:
             return count, Check("file", False, str(fault))
         for key, value in again.items():
-            if not torch.equal(value, weights[key].detach().cpu().to(dtype)):
-                return count, Check("weights", False, f"{part}.{key} differs from the weight that was written")
+            fault = unlike(weights[key], value, dtype)
+            if fault:
+                return count, Check("weights", False, f"{part}.{key} {fault}")
         count += len(again)
     return count, Check("weights", True, f"{count} weights re-read, bit for bit in the stored precision", 0.0)

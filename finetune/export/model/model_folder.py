@@ -110,8 +110,20 @@ def _other_weights(family: Family, again: Family | None, path: Path, part: str, 
         if wanted.keys() != found.keys():
             return f"{part} has other weights, such as {sorted(wanted.keys() ^ found.keys())[0]}"
         for name, value in wanted.items():
-            if not torch.equal(value.to(dtype).cpu(), found[name].to(dtype)):
-                return f"{part}.{name} differs from the trained weight"
+            fault = unlike(value, found[name], dtype)
+            if fault:
+                return f"{part}.{name} {fault}"
+    return ""
+
+
+def unlike(trained: Tensor, stored: Tensor, dtype: torch.dtype) -> str:
+    """What is wrong with a stored weight, which should be the trained one rounded to `dtype`; "" if nothing."""
+    wanted = trained.detach().to(dtype).cpu()
+    if not torch.equal(wanted, stored.to(dtype)):
+        return "differs from the trained weight"
+    if not bool(wanted.isfinite().all()):
+        name = next(name for name, own in DTYPES.items() if own == dtype)
+        return f"has values that {name} can't hold: export with export.dtype=fp32, if they are numbers at all"
     return ""
 
 

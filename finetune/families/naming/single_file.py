@@ -29,6 +29,7 @@ V, ZERO_SNR = "v_pred", "ztsnr"  # empty tensors that say what a file predicts, 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
 SCHEDULER = "scheduler/scheduler_config.json"
+SPECIFIED = {"epsilon": "epsilon", "v": "v_prediction"}  # modelspec's words -> diffusers'
 
 
 @dataclass(frozen=True)
@@ -113,26 +114,29 @@ def detect(keys: list[str], shapes: dict[str, torch.Size], layouts: Mapping[str,
     raise BadInput("it has no known text encoder: give a complete checkpoint of SD 1.x, SD 2.x or SDXL")
 
 
-def unpack(file: Path, like: Path, sources: PartSources, layout: SingleFile) -> Path:
+def unpack(file: Path, like: Path, sources: PartSources, layout: SingleFile, by_header: bool = False) -> Path:
     """Converts the checkpoint to a diffusers folder in the cache, in the file's own precision. The folder is named by
-    the file's hash and reused. What the file says by `v_pred` and `ztsnr` replaces what the scheduler of `like` says.
+    the file's hash, and reused while the configs of `like` are the same. What the file says by `v_pred` and `ztsnr`
+    replaces what the scheduler of `like` says.
+
+    by_header: so does the `modelspec.prediction_type` in its header: nobody chose `like` for this file.
 
     Raises:
         BadInput: a weight is missing, or its shape differs from the config of `like`.
     """
     with safe_open(file, "pt") as opened:
         said = _said_by({V, ZERO_SNR}.intersection(opened.keys()))
+        if by_header and not said:
+            said = _said_in(opened.metadata() or {}, like)
     name = hashlib.sha256(f"{sha256(file)}{like}{said or ''}".encode()).hexdigest()[:16]
     folder = cache_dir() / "checkpoints" / name
-    if folder.is_dir():
+    if folder.is_dir() and _has_configs_of(folder, like, said):
         return folder
     refuse_links(like)
     sweep(folder.parent, 86_400)  # keeps newer ones: another process may be writing there
-    copied = {*like.glob("*.json"), *like.glob("*/*.json"), *like.glob("tokenizer*/*")}
     with replacing_folder(folder) as temporary, safe_open(file, "pt") as opened:
-        for source in sorted(copied):
-            if not source.name.endswith(".index.json"):
-                copy_plain(source, temporary / source.relative_to(like), like)
+        for source in _configs(like):
+            copy_plain(source, temporary / source.relative_to(like), like)
         if said:
             write_json(temporary / SCHEDULER, read_config(like, SCHEDULER) | said)
         for part, skeleton in skeletons(sources, like, list(sources)).items():
@@ -140,6 +144,23 @@ def unpack(file: Path, like: Path, sources: PartSources, layout: SingleFile) -> 
             title = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
             save_tensors(temporary / sources[part].folder / f"{title}.safetensors", tensors, {"format": "pt"})
     return folder
+
+
+def _configs(folder: Path) -> list[Path]:
+    """The configs and tokenizers of a diffusers folder, without what lists the files of its weights."""
+    found = {*folder.glob("*.json"), *folder.glob("*/*.json"), *folder.glob("tokenizer*/*")}
+    return sorted(file for file in found if not file.name.endswith(".index.json"))
+
+
+def _has_configs_of(folder: Path, like: Path, said: Mapping[str, Any]) -> bool:
+    """Whether a folder of an earlier call still has the configs that `like` has now."""
+    names = [file.relative_to(like) for file in _configs(like)]
+    if names != [file.relative_to(folder) for file in _configs(folder)]:
+        return False
+    if said and read_config(folder, SCHEDULER) != read_config(like, SCHEDULER) | dict(said):
+        return False
+    same = (name for name in names if not (said and name.as_posix() == SCHEDULER))
+    return all((folder / name).read_bytes() == (like / name).read_bytes() for name in same)
 
 
 class _Lazy(Mapping[str, Tensor]):
@@ -195,3 +216,11 @@ def _said_by(found: Set[str]) -> dict[str, Any]:
     if V not in found:
         return {}
     return {"prediction_type": "v_prediction"} | ({"rescale_betas_zero_snr": True} if ZERO_SNR in found else {})
+
+
+def _said_in(header: Mapping[str, str], like: Path) -> dict[str, Any]:
+    """What a file's header says of its prediction (modelspec 1.0.1), where `like` says another. SD2's bases have the
+    same weights' names and shapes, and predict noise at 512 pixels and v at 768."""
+    told = SPECIFIED.get(header.get("modelspec.prediction_type", ""))
+    own = read_config(like, SCHEDULER).get("prediction_type", "epsilon")
+    return {"prediction_type": told} if told not in (None, own) else {}
