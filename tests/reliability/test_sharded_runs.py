@@ -77,6 +77,20 @@ def test_two_sharded_processes_end_as_one(name: str, both: Path) -> None:
 
 
 @pytest.mark.slow
+def test_four_sharded_processes_end_as_one_in_a_quarter_of_its_memory(both: Path, tiny_bases: dict[str, Path]) -> None:
+    done = processes(4, "work_shards.fits", both / "4", tiny_bases["sd1"].parent, "shard", "flux-full")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, four = both / "1" / "flux-full", both / "4" / "flux-full"
+    assert last(four).pieces == 4
+    assert losses(four) == pytest.approx(losses(one), rel=1e-5)
+    assert distance(last(one).trained, last(four).trained) < 1e-5
+    alone = json.loads((one / "memory-0.json").read_text())
+    shared = [json.loads((four / f"memory-{rank}.json").read_text()) for rank in range(4)]
+    assert max(shared) <= 0.28 * alone
+    assert sum(shared) >= alone
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1-full", "sdxl-lora", "flux-full", "flux-lora", "sd1-adamw8bit"])
 def test_each_holds_half_of_weights_gradients_state_and_averages(name: str, both: Path) -> None:
     alone, *shared = (json.loads((both / file).read_text()) for file in (
