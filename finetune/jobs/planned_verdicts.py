@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from finetune.config.recipe import Recipe
 from finetune.runs.plan import PlannedVerdicts
+from finetune.verdicts.adherence import LEAST, TOGETHER, predictions, questions
 from finetune.verdicts.bank import LEVELS
 from finetune.verdicts.due import (
     CLASS_DRAWINGS,
@@ -19,6 +20,7 @@ from finetune.verdicts.due import (
     TRAINED,
     WHOLE_ONCE,
     asks_drawings,
+    asks_images,
     due_steps,
     samples_in_step,
 )
@@ -39,15 +41,17 @@ def planned_verdicts(recipe: Recipe, held_out: Sequence[str] = ()) -> PlannedVer
     each = (
         POINTS + DRAWN * drawings - (0 if classes else LEVELS * CLASS_DRAWINGS) - 2 * LEVELS * (OTHERS - len(others))
     )
-    predictions = (FIRST - POINTS + each * (len(steps) + 1)) if steps else 0
+    answers = _answers(recipe) * asks_images(run, samples)
+    asked = (FIRST - POINTS + each * (len(steps) + 1) + answers) if steps else 0
     passes = prior.passes + (prior.others.passes if prior.others is not None else 0)
     return PlannedVerdicts(
         steps=list(steps),
         off=run.verdicts == "off",
         sharded=run.shard,
-        predictions=predictions,
+        predictions=asked,
+        answers=answers if steps else 0,
         drawn_once=DRAWN_ONCE + WHOLE_ONCE * drawings if steps else 0,
-        share=predictions / (TRAINED * run.batch_size * passes * run.steps),
+        share=asked / (TRAINED * run.batch_size * passes * run.steps),
         points=PHOTO_POINTS,
         others=len(others),
         drawings=DRAWINGS if drawings else 0,
@@ -57,3 +61,14 @@ def planned_verdicts(recipe: Recipe, held_out: Sequence[str] = ()) -> PlannedVer
         keep_best=run.keep_best,
         keep=run.keep,
     )
+
+
+def _answers(recipe: Recipe) -> int:
+    """The predictions on what the images of sample prompts show."""
+    filled = {
+        subject.class_noun: [prompt.replace("{noun}", subject.class_noun) for prompt in recipe.sample.prompts]
+        for subject in recipe.data.all_subjects
+        if subject.class_noun is not None
+    }
+    asked = [question for noun, prompts in filled.items() for question in questions(prompts, "{token}", noun)]
+    return predictions(min(len(asked), TOGETHER // LEAST), recipe.sample.count)

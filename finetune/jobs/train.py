@@ -27,6 +27,7 @@ from finetune.core.signals import Signals, Stop
 from finetune.data.batches import check_split
 from finetune.export.bench import Bench
 from finetune.export.settings import UNCHECKED
+from finetune.jobs.adherence import ask_base
 from finetune.jobs.companions import write_companions
 from finetune.jobs.export import export_run
 from finetune.jobs.fit import fit_job
@@ -249,6 +250,7 @@ def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Ho
     if accelerator.is_main_process and can_draw(job) and not (folder.path / "samples" / "before").is_dir():
         measure_base(job, folder.path)
         draw_samples(job, folder.path / "samples" / "before", "Before")
+        ask_base(job, folder.path)
     if recipe.run.trackers:
         accelerator.init_trackers("finetune", config={"recipe": recipe.model_dump_json()})
     fit_job(job, folder, accelerator, stop=hooks.stop, pins=pins)

@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from finetune.core.errors import BadInput
 from finetune.core.events import Judged, Measured, emit, one_step
@@ -21,28 +18,25 @@ from finetune.data.cache import Encodable, LatentCache, PromptCache
 from finetune.data.crops import Crop, make_crops
 from finetune.data.decoding import open_image
 from finetune.data.samplers import Sample
-from finetune.families.base import Family
+from finetune.jobs.adherence import ask_about_result, canvas_of, image_latents
 from finetune.jobs.dataset import held_out_photos, make_batches, trained_photos
 from finetune.jobs.neutral import base_prompts
 from finetune.jobs.prepare import Prepared
 from finetune.methods.textual_inversion import Inversion
-from finetune.objectives.base import Objective
-from finetune.objectives.densities import Uniform
-from finetune.objectives.registry import build_objective
-from finetune.objectives.settings import ObjectiveSettings
 from finetune.runs.folder import RunFolder
 from finetune.training.peers import joined
 from finetune.training.settings import Run
 from finetune.training.step import PromptEncoder
 from finetune.training.trainer import Trainer
 from finetune.verdicts.advice import means_of
-from finetune.verdicts.bank import Bank, Canvas
+from finetune.verdicts.bank import Bank
 from finetune.verdicts.changed import Change, change
 from finetune.verdicts.due import CLASS_DRAWINGS, PHOTO_POINTS, asks_drawings, due_steps, samples_in_step
+from finetune.verdicts.measures.prompts_lost import PromptsLost
 from finetune.verdicts.memorisation import Memorisation, memorised, photo_latents
 from finetune.verdicts.points import Point, Predictor, of_batch
 from finetune.verdicts.probe import BaseProbe, Material, known_prompts, make_sets, neutral_prompts
-from finetune.verdicts.rows import FILE, Row, read_rows, up_to, writable
+from finetune.verdicts.rows import FILE, Row, read_rows, up_to, with_images, writable
 from finetune.verdicts.rules import best_row, judged
 from finetune.verdicts.verdict_file import SaidByImages, missing, write_verdict
 
@@ -116,15 +110,18 @@ class Watch:
 
 
 def finish_verdicts(job: Prepared, folder: RunFolder) -> list[str]:
-    """Writes RUN/verdict.json of a finished run, and returns what it says; nothing for a run that was not measured."""
+    """Writes RUN/verdict.json of a finished run, and returns what it says; nothing for a run that was not measured.
+    What the images say beside their prompts is added to the last row."""
     rows = read_rows(folder.path / FILE)
+    lost = ask_about_result(job, folder.path) if rows else {}
+    rows = with_images(folder.path / FILE, {PromptsLost.name: max(lost.values())}) if lost else rows
     thing = job.recipe.data.thing
     means = means_of(job.recipe.prior, job.family.inputs, folder.checkpoints.named_steps(), thing)
     verdict = judged(rows, means=means)
     if not verdict.found:
         return []
     samples = folder.path / "samples"
-    drawn = SaidByImages(_memorised(job, samples / "after"), _changed(job, folder.info.prompts, samples))
+    drawn = SaidByImages(_memorised(job, samples / "after"), _changed(job, folder.info.prompts, samples), lost)
     write_verdict(folder.path, verdict, rows[-1], drawn, missing(rows))
     emit(Judged(rows[-1].step, rows[-1].values, verdict.word))
     last, steps = rows[-1].step, job.recipe.run.steps
@@ -155,15 +152,9 @@ def _memorised(job: Prepared, folder: Path) -> Memorisation | None:
     drawn = (open_image(file).convert("RGB").resize((side, side)) for file in files.values())
     numbers = trained_photos(job)[:COMPARED]
     crops = (make_crops(job.photos[number], side, "center", 1, False, 0)[0].image() for number in numbers)
-    seen, photos = (photo_latents((image, _latents(family, image)) for image in each) for each in (drawn, crops))
+    seen, photos = (photo_latents((image, image_latents(family, image)) for image in each) for each in (drawn, crops))
     found = memorised(list(files), seen, photos)
     return replace(found, nearest=[replace(item, photo=numbers[item.photo]) for item in found.nearest])
-
-
-def _latents(family: Family, image: Image.Image) -> Tensor:
-    """[C, h, w] on the CPU."""
-    values = torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
-    return family.codec.encode(values.to(family.device)).mean[0].cpu()
 
 
 def best_step(folder: RunFolder) -> int:
@@ -258,7 +249,7 @@ def _closer(crop: Crop, seed: int) -> Crop:
 def _points(job: Prepared, samples: Sequence[Sample], batches: Batches) -> list[Point]:
     """PHOTO_POINTS points of the samples, spread evenly over the noisier timesteps: there it is decided what an image
     shows, and not its grain."""
-    objective = _objective(job)
+    objective = canvas_of(job.family, job.resolution).objective
     points = []
     for number in range(PHOTO_POINTS):
         sample = samples[number % len(samples)]
@@ -286,10 +277,7 @@ def _classes(job: Prepared) -> list[tuple[str | None, str]]:
 
 
 def _bank(job: Prepared, predict: Predictor) -> Bank:
-    family, side = job.family, job.resolution
-    latents = side // family.codec.factor
-    canvas = Canvas((family.codec.channels, latents, latents), side, _objective(job), family.timestep_fraction)
-    return Bank(predict, canvas, _drawn_by(job), cache_dir())
+    return Bank(predict, canvas_of(job.family, job.resolution), _drawn_by(job), cache_dir())
 
 
 def _drawn_by(job: Prepared) -> str:
@@ -300,11 +288,6 @@ def _drawn_by(job: Prepared) -> str:
     # without a class, the new word itself is drawn, with the start values that it has
     words = f":{method.init}:{method.vectors}:{method.norm}" if isinstance(method, Inversion) and not job.noun else ""
     return f"{job.base_hash}:{dtype}:{family.inputs}{left_out}{words}"
-
-
-def _objective(job: Prepared) -> Objective:
-    """The base's, without the recipe's settings: what is measured does not depend on how the run draws timesteps."""
-    return build_objective(ObjectiveSettings(density=Uniform()), job.family.schedule, job.family.shift(job.resolution))
 
 
 def _batch_size(job: Prepared) -> int:

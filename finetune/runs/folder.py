@@ -40,7 +40,7 @@ LOCKS = ("run.lock", HOLDER)
 # what a run writes, in its folder
 FOLDERS = ("adapter", "attention", "checkpoints", "exports", "photos", "samples", "samples/before", "samples/after")
 FILES = (
-    "timestep_loss.json",
+    *("timestep_loss.json", "adherence.json"),
     *("run.json", "inputs.json", "status.json", "metrics.jsonl", "exports.json", "report.html", "run.lock", HOLDER),
     *("verdicts.jsonl", "verdict.json"),
     *("adapter/trained.safetensors", "adapter/manifest.json"),

@@ -126,17 +126,18 @@ class PlannedVerdicts(Record):
     """When a run is measured against its base (`finetune.verdicts`), on what, and what it costs.
 
     `steps`: after which, besides the beginning; empty for a run that is not measured, because it is `off`, `sharded`
-    or too short. `predictions` without a gradient in all, which are `share` of the run's work; `drawn_once` more where
-    no run with this base was measured before. `points`: photos that are asked about, and `others` prompts about other
-    things, and `drawings` by the base itself; `classes`: whether there is a class. `hold_out` photos are not trained
-    on; `held_out` are their names, which are private. With `keep_best`, the recommended checkpoint stays beside the
-    newest `keep`.
+    or too short. `predictions` without a gradient in all, which are `share` of the run's work; `answers` of them are
+    on what the images of sample prompts show; `drawn_once` more where no run with this base was measured before.
+    `points`: photos that are asked about, and `others` prompts about other things, and `drawings` by the base itself;
+    `classes`: whether there is a class. `hold_out` photos are not trained on; `held_out` are their names, which are
+    private. With `keep_best`, the recommended checkpoint stays beside the newest `keep`.
     """
 
     steps: list[int] = []
     off: bool = False
     sharded: bool = False
     predictions: int = 0
+    answers: int = 0
     drawn_once: int = 0
     share: float = 0.0
     points: int = 0
@@ -158,10 +159,11 @@ class PlannedVerdicts(Record):
         unseen = "what is held out" if self.hold_out else "closer views of them"
         parts = ["the class"] * self.classes + ["the empty prompt", f"{self.others} everyday prompts"]
         whole = f" and on {self.drawings} of the base's own drawings" if self.drawings else ""
+        asked = "; whether the images at the end show what the sample prompts say" if self.answers else ""
         once = "the everyday prompts" + " and those" * bool(whole)
         return (
             f"after {_listed_steps(self.steps)}: what it learned, on {self.points} photos and on {unseen}; what else "
-            f"it changed, on {', '.join(parts)} (finetune/verdicts/neutral.txt){whole}; {self.predictions} "
+            f"it changed, on {', '.join(parts)} (finetune/verdicts/neutral.txt){whole}{asked}; {self.predictions} "
             f"predictions without a gradient, {self.share:.1%} of the run's work, and {self.drawn_once} more for the "
             f"base's own drawings of {once}, which are made once for all runs with it"
         )

@@ -35,6 +35,7 @@ MEASURE_TITLES = {
     "takeover": "class became the subject",
     "elsewhere": "drift elsewhere",
     "forgotten": "other prompts forgotten",
+    "prompts_lost": "sample prompts not followed",
     "empty_class": "empty prompt became the class",
     "empty_prompt": "empty prompt became the subject",
 }
@@ -42,7 +43,7 @@ WITH_STRENGTH = ("lora",)  # methods whose result can be drawn with at another s
 VERDICTS_IN_WORDS = {
     "good": "It has learned the subject, and the rest of the model works as before.",
     "undertrained": "It has not learned enough yet.",
-    "overtrained": "It learns the photos by heart (overfitting).",
+    "overtrained": "It learned too much from the photos: by heart, or it no longer follows prompts (overfitting).",
     "class drifted": "Other things of the same kind have changed too.",
     "base damaged": "Other things have changed too.",
 }

@@ -73,20 +73,28 @@ def share_of_way(gone: Tensor, way: Tensor, least: float) -> float:
     return float((gone * way).mean()) / max(float(way.square().mean()), least)
 
 
-class Measure(ABC):
+class Number:
     """A number about a run, for one step of it.
 
     Class attributes:
         name: its key in RUN/verdicts.jsonl.
         title: for the page.
         meaning: a sentence for the page.
-        reads: the sets of points that it compares; it is left out where one of them is empty.
-        of_base: further sets, of which it reads the base's predictions alone.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     meaning: ClassVar[str]
+
+
+class Measure(Number, ABC):
+    """A number that compares predictions at points.
+
+    Class attributes:
+        reads: the sets of points that it compares; it is left out where one of them is empty.
+        of_base: further sets, of which it reads the base's predictions alone.
+    """
+
     reads: ClassVar[tuple[str, ...]]
     of_base: ClassVar[tuple[str, ...]] = ()
 

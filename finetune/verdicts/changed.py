@@ -51,7 +51,7 @@ def change(pairs: Sequence[tuple[Image.Image, Image.Image]], thing: str) -> Chan
 
 def said_of_pictures(held: Mapping[str, Any]) -> list[str]:
     """The sentences about the drawn images in a run's verdict.json."""
-    parts = (held.get("changed"), held.get("memorisation"))
+    parts = (held.get("prompts"), held.get("changed"), held.get("memorisation"))
     said = [part.get("sentence") for part in parts if isinstance(part, dict)]
     return [text for text in said if isinstance(text, str) and text]
 

@@ -70,7 +70,9 @@ class BaseProbe:
     def __init__(self, predict: Predict, sets: Sets) -> None:
         self.predict, self.sets = predict, sets
         self.measures: list[Measure] = [
-            kind() for kind in MEASURES.values() if all(sets.get(name) for name in (*kind.reads, *kind.of_base))
+            kind()
+            for kind in MEASURES.values()
+            if issubclass(kind, Measure) and all(sets.get(name) for name in (*kind.reads, *kind.of_base))
         ]
         self.read = list(dict.fromkeys(name for measure in self.measures for name in measure.reads))
         once = [name for measure in self.measures for name in measure.of_base]
@@ -78,8 +80,9 @@ class BaseProbe:
 
     @property
     def left_out(self) -> list[str]:
-        """The names of the measures that this run can't have."""
-        return [name for name in MEASURES if name not in {measure.name for measure in self.measures}]
+        """The names of the measures at points that this run can't have."""
+        there = {measure.name for measure in self.measures}
+        return [name for name, kind in MEASURES.items() if issubclass(kind, Measure) and name not in there]
 
     def values(self) -> dict[str, float]:
         """The measures of the current weights, by name."""

@@ -1,8 +1,8 @@
-"""The measures. Every module in `measures/` that defines a `Measure` is one: a new measure is one new file."""
+"""The measures. Every module in `measures/` that defines a `Number` is one: a new measure is one new file."""
 
 from __future__ import annotations
 
 from finetune.core.registry import Registry
-from finetune.verdicts.base import Measure
+from finetune.verdicts.base import Number
 
-MEASURES: Registry[Measure] = Registry(Measure, "finetune.verdicts.measures", lambda item: item.name)
+MEASURES: Registry[Number] = Registry(Number, "finetune.verdicts.measures", lambda item: item.name)

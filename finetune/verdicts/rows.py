@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune.core.events import Event, Measured, Restored
@@ -49,9 +49,7 @@ class VerdictsFile:
     def _put(self, row: Row) -> None:
         """A step that is measured again, as the first one is at every start, keeps its first line."""
         if row.step not in {old.step for old in read_rows(self.file)}:
-            append_line(
-                self.file, json.dumps({"step": row.step, **writable(row.values), "seconds": round(row.seconds, 3)})
-            )
+            append_line(self.file, _line(row).rstrip("\n"))
 
     def _rewind(self, step: int) -> None:
         if self.file.is_file():
@@ -70,9 +68,21 @@ def read_rows(file: Path) -> list[Row]:
     return [rows[step] for step in sorted(rows)]
 
 
+def with_images(file: Path, values: Mapping[str, float]) -> list[Row]:
+    """The rows with what the images after the run say added to the last one, which is written."""
+    *rows, last = read_rows(file)
+    rows.append(replace(last, values={**last.values, **writable(values)}))
+    write_text(file, "".join(_line(row) for row in rows))
+    return rows
+
+
 def up_to(rows: Sequence[Row], step: int | None) -> list[Row]:
     """The rows up to a step; None: all."""
     return [row for row in rows if step is None or row.step <= step]
+
+
+def _line(row: Row) -> str:
+    return json.dumps({"step": row.step, **writable(row.values), "seconds": round(row.seconds, 3)}) + "\n"
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Row]]:

@@ -28,6 +28,8 @@ class Limits:
             drawn, and in four runs with .95 to .98; .91: none of the images of one place, and in others .95 and .98).
         fall: the unseen views lost more than this share of their best value: "overtrained" (.70: all places, and in
             one run with .81; .74: a third of the images of one place).
+        prompts_lost: more of what a sample prompt says is missing in its images: "overtrained" (.09: all images show
+            it, and in one run three of the four, of all .67; .55: a quarter, of all .5).
         class_drift: what the class's prompt does moved farther: "class drifted". No run was seen that this limit
             tells (1.39: the class is no more the subject than before). At 1.4 the prompt may as well not be there.
         takeover: the class went more of the way to the subject: "class drifted" (.35: no image of the class shows it;
@@ -44,6 +46,7 @@ class Limits:
     learned: float = 0.8
     overfit: float = 0.9
     fall: float = 0.72
+    prompts_lost: float = 0.3
     class_drift: float = 1.4
     takeover: float = 0.6
     elsewhere: float = 0.68
@@ -73,7 +76,8 @@ def limit_of(measure: str) -> Limit | None:
     """The limit of a measure by its name; None for one that is judged together with others."""
     if measure in ("learned", "held_out"):
         return Limit(LIMITS.learned, least=True)
-    return Limit(_drift_limits(LIMITS)[measure], least=False) if measure in _drift_limits(LIMITS) else None
+    most = _drift_limits(LIMITS) | {"prompts_lost": LIMITS.prompts_lost}
+    return Limit(most[measure], least=False) if measure in most else None
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def judged(rows: Sequence[Row], limits: Limits = LIMITS, means: Means | None = N
     means = means or Means()
     told = advice(found, other, means)
     word = found[0] if found else GOOD
-    return RunVerdict(word, found or (GOOD,), _sentence(found, last.values, limits, means.thing), told, best.step)
+    return RunVerdict(word, found or (GOOD,), _sentence(found, measured, limits, means.thing), told, best.step)
 
 
 def _found(rows: Sequence[Row], limits: Limits) -> tuple[str, ...]:
@@ -160,6 +164,13 @@ def _holds(word: str, rows: Sequence[Row], limits: Limits) -> bool:
     learned, unseen = values.get("learned", 0.0), values.get("held_out", values.get("learned", 0.0))
     if word == UNDERTRAINED:
         return max(learned, unseen) < limits.learned
+    return _by_heart(rows, limits) or values.get("prompts_lost", 0.0) > limits.prompts_lost
+
+
+def _by_heart(rows: Sequence[Row], limits: Limits) -> bool:
+    """Whether much more was learned of the photos than of the unseen views, or these became worse again."""
+    values = rows[-1].values
+    learned, unseen = values.get("learned", 0.0), values.get("held_out", values.get("learned", 0.0))
     top = max(row.values.get("held_out", 0.0) for row in rows)
     enough = learned >= limits.learned
     return enough and (learned - unseen > limits.overfit * learned or unseen < (1 - limits.fall) * top)
@@ -177,15 +188,16 @@ def in_short(values: Mapping[str, float]) -> str:
     return ", ".join(f"{text} {values[name]:z.2f}" for name, text in names.items() if name in values)
 
 
-def _sentence(found: Sequence[str], values: Mapping[str, float], limits: Limits, thing: str) -> str:
-    if _broken(values):
+def _sentence(found: Sequence[str], rows: Sequence[Row], limits: Limits, thing: str) -> str:
+    if _broken(rows[-1].values):
         return "The model predicts no numbers any more, or far too large ones: it draws nothing."
-    said = [text for word in (found or (GOOD,)) for text in [_said(word, values, limits, thing)] if text]
+    said = [text for word in (found or (GOOD,)) for text in [_said(word, rows, limits, thing)] if text]
     return "; ".join(said).capitalize() + "."
 
 
-def _said(word: str, values: Mapping[str, float], limits: Limits, thing: str) -> str:
+def _said(word: str, rows: Sequence[Row], limits: Limits, thing: str) -> str:
     """What a word stands on, with its numbers."""
+    values = rows[-1].values
     learned = values.get("held_out", values.get("learned", 0.0))
     shown = "photos" if thing == "subject" else "drawings"
     plain = "the class without the token" if thing == "subject" else "what prompts without the style's words draw"
@@ -193,14 +205,25 @@ def _said(word: str, values: Mapping[str, float], limits: Limits, thing: str) ->
         UNDERTRAINED: f"little of the {thing} was learned ({learned:.2f} of the prompt's own effect)"
         if learned >= 0
         else f"nothing of the {thing} was learned: its photos are predicted worse than by the base",
-        OVERTRAINED: f"the photos were learned by heart ({values.get('learned', 0.0):.2f} on them, {learned:.2f} on "
-        "unseen views)",
+        OVERTRAINED: _overtrained(rows, limits),
         DRIFTED: f"{plain} changed too (drift {values.get('class_drift', 0.0):.2f}, "
         f"{100 * max(0.0, values.get('takeover', 0.0)):.0f} % of the way to the {thing})",
         DAMAGED: _damage(values, limits, thing),
         GOOD: f"the {shown} are predicted better than by the base ({learned:.2f} on unseen views), and little else "
         f"changed (drift {values.get('elsewhere', 0.0):.2f})",
     }[word]
+
+
+def _overtrained(rows: Sequence[Row], limits: Limits) -> str:
+    values = rows[-1].values
+    learned, unseen = values.get("learned", 0.0), values.get("held_out", values.get("learned", 0.0))
+    lost = values.get("prompts_lost", 0.0)
+    by_heart = f"the photos were learned by heart ({learned:.2f} on them, {unseen:.2f} on unseen views)"
+    said = [by_heart] * _by_heart(rows, limits)
+    said += [f"the images do not show {100 * min(1.0, lost):.0f} % of what a sample prompt says"] * (
+        lost > limits.prompts_lost
+    )
+    return ", and ".join(said)
 
 
 def _damage(values: Mapping[str, float], limits: Limits, thing: str) -> str:

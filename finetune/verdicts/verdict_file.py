@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from finetune.verdicts.changed import Change, said_of_pictures
 from finetune.verdicts.memorisation import Memorisation
 from finetune.verdicts.registry import MEASURES
 from finetune.verdicts.rows import Row
-from finetune.verdicts.rules import RunVerdict
+from finetune.verdicts.rules import LIMITS, RunVerdict
 
 FILE = "verdict.json"
 SCHEMA = 1
@@ -23,15 +23,25 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class SaidByImages:
-    """What the drawn images say: copies of photos, and how much they changed; None where there is nothing to say."""
+    """What the drawn images say: copies of photos, and how much they changed; None where there is nothing to say.
+    `lost`: the share of each prompt's words that they do not show."""
 
     copies: Memorisation | None
     changed: Change | None
+    lost: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sentences(self) -> list[str]:
         said = [each.sentence for each in (self.changed, self.copies) if each is not None]
-        return [sentence for sentence in said if sentence]
+        return [sentence for sentence in (self.of_prompts, *said) if sentence]
+
+    @property
+    def of_prompts(self) -> str:
+        """The prompts that are not followed; empty if all are."""
+        beyond = [repr(prompt) for prompt, share in self.lost.items() if share > LIMITS.prompts_lost]
+        if not beyond:
+            return ""
+        return f"Look at the images of {' and '.join(beyond)}: they hardly show what the prompt says."
 
 
 def write_verdict(run: Path, verdict: RunVerdict, last: Row, drawn: SaidByImages, left_out: Sequence[str]) -> None:
@@ -39,6 +49,8 @@ def write_verdict(run: Path, verdict: RunVerdict, last: Row, drawn: SaidByImages
     memorisation, changed = drawn.copies, drawn.changed
     copies = {} if memorisation is None else {"sentence": memorisation.sentence, **asdict(memorisation)}
     values: dict[str, Any] = {"schema": SCHEMA, **asdict(verdict), "measures": dict(last.values)}
+    if drawn.lost:
+        values["prompts"] = {"sentence": drawn.of_prompts, "lost": dict(drawn.lost)}
     if changed is not None:
         values["changed"] = {"sentence": changed.sentence, "share": changed.share}
     write_json(run / FILE, values | {"memorisation": copies, "left_out": list(left_out)})
@@ -71,6 +83,8 @@ def missing(rows: Sequence[Row]) -> list[str]:
         "class_drift": classless,
         "takeover": classless,
         "empty_class": f"{classless}, or an older version measured it",
+        "prompts_lost": "no sample prompt says more of the subject that the base draws, the run is too short for its "
+        "time to pay for it, or an older version measured it",
         "forgotten": "the run is too short for its time to pay for it, or an older version measured it",
     }
     return [

@@ -66,7 +66,7 @@ def test_a_measured_run_is_the_run_bit_for_bit_and_goes_on_after_a_kill(
     assert metrics(plain) == metrics(run)
     rows = read_rows(run / FILE)
     assert [row.step for row in rows] == [0, 1, 2, 3, 4]
-    assert all(set(row.values) == set(MEASURES) for row in rows)
+    assert all(set(row.values) == set(MEASURES) - {"prompts_lost"} for row in rows)
     assert any("step 4: learned" in line for line in lines)
     status = json.loads((run / "status.json").read_text())
     verdict = json.loads((run / "verdict.json").read_text())

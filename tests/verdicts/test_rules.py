@@ -60,6 +60,8 @@ BEGIN = row(0, 0, 0)
         ([row(50, 1.0, 0.9), row(100, 1.6, 1.5)], GOOD),
         ([row(50, 1.6, 1.5), row(100, 12.0, 1.0)], OVERTRAINED),
         ([row(50, 2.0, 2.0), row(100, 2.2, 0.5)], OVERTRAINED),
+        ([row(50, 1.6, 1.5, prompts_lost=1.1)], OVERTRAINED),
+        ([row(50, 1.6, 1.5, prompts_lost=0.9)], GOOD),
         ([row(50, 1.6, 1.5, class_drift=1.5)], DRIFTED),
         ([row(50, 1.6, 1.5, takeover=1.5)], DRIFTED),
         ([row(50, 1.6, 1.5, elsewhere=1.5)], DAMAGED),

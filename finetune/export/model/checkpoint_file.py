@@ -88,8 +88,8 @@ def _compare(family: Family, layout: SingleFile, path: Path, dtype: torch.dtype)
         weights = module.state_dict()
         try:
             again = dict(unpacked(held, layout, part, module, path))
-        except BadInput as fault:
-            return count, Check("file", False, str(fault))
+        except BadInput as error:
+            return count, Check("file", False, str(error))
         for key, value in again.items():
             fault = unlike(weights[key], value, dtype)
             if fault:
