@@ -36,6 +36,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import claims_page
 import torch
+from claims_adherence import lost_at
 from claims_cases import (
     CASES,
     CLASS_TEACHER,
@@ -61,6 +62,7 @@ from finetune.data import tokens
 from finetune.families.digests import base_hash
 from finetune.families.source import load_family, resolve_base
 from finetune.jobs.open import open_result
+from finetune.verdicts.measures.prompts_lost import PromptsLost
 from finetune.verdicts.rows import FILE, read_rows
 
 import judge  # isort: skip - examples/tiny_base, which claims_measure has put on the path
@@ -170,9 +172,13 @@ def one_run(work: Path, of: tuple[str, int], case: Case, overrides: tuple[str, .
         "cpu_seconds": seconds,
         "copies": json.loads((drawn / DONE).read_text(encoding="utf-8")),
     }
-    figures = measure(load(drawn, kind_of(subject)), subject)
-    row |= {name: round(value, 4) for name, value in figures.items()} | stamp() | {"settings": own}
-    return row | {"verdicts": [{"step": one.step, **one.values} for one in read_rows(folder / FILE)]}
+    sets = load(drawn, kind_of(subject))
+    row |= {name: round(value, 4) for name, value in measure(sets, subject).items()} | stamp() | {"settings": own}
+    verdicts = [{"step": one.step, **one.values} for one in read_rows(folder / FILE)]
+    lost = lost_at(sets, kind_of(subject), seed, folder.parent)
+    if verdicts and lost:
+        verdicts[-1][PromptsLost.name] = max(lost.values())
+    return row | {"verdicts": verdicts, "lost_at": lost}
 
 
 def _trained(recipe: Recipe, folder: Path) -> float:

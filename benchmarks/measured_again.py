@@ -1,4 +1,4 @@
-"""Adds "forgotten", a measure of verdicts that came later, to rows of claims.jsonl that do not have it.
+"""Adds measures of verdicts that came later, "forgotten" and "prompts_lost", to rows of claims.jsonl without them.
 
     python benchmarks/measured_again.py WORK     # WORK: dreambooth_claims.py's --work, with the runs of these rows
 
@@ -18,8 +18,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from claims_measure import kind_of
-from dreambooth_claims import ROWS
+from claims_adherence import lost_at
+from claims_measure import kind_of, load
+from dreambooth_claims import DONE, ROWS
 
 from finetune.core.files import write_text
 from finetune.core.logging import quiet
@@ -33,6 +34,7 @@ from finetune.objectives.settings import ObjectiveSettings
 from finetune.verdicts.bank import Bank, Canvas
 from finetune.verdicts.base import DRAWN, DRAWN_PLAIN, Look, Sets
 from finetune.verdicts.measures.forgotten import Forgotten
+from finetune.verdicts.measures.prompts_lost import PromptsLost
 from finetune.verdicts.points import Predict, Predictor
 from finetune.verdicts.probe import Material, known_prompts, make_sets
 
@@ -57,10 +59,21 @@ def asked_of(kind: str, work: Path) -> tuple[Sets, dict[str, Sequence[torch.Tens
     return sets, {name: predict(sets[name]) for name in (DRAWN, DRAWN_PLAIN)}
 
 
+def folder_of(row: dict[str, Any], work: Path) -> Path:
+    own = f"{row['subject']}-{row['seed']}-{row['settings'].partition('-')[0]}"
+    return work / str(row["base"])[:8] / own
+
+
+def lost(row: dict[str, Any], work: Path) -> dict[str, float]:
+    """What its images lost of each place; nothing if they are not there."""
+    folder, kind = folder_of(row, work), kind_of(row["subject"])
+    drawn = folder / f"drawn-{row['settings'].partition('-')[2]}"
+    return lost_at(load(drawn, kind), kind, row["seed"], folder.parent) if (drawn / DONE).is_file() else {}
+
+
 def forgotten(row: dict[str, Any], work: Path) -> float | None:
     """The measure at the end of a row's run; None if its run is not there."""
-    own = f"{row['subject']}-{row['seed']}-{row['settings'].partition('-')[0]}"
-    folder = work / row["base"][:8] / own
+    folder = folder_of(row, work)
     if not (folder / "cpu-seconds.json").is_file():
         return None
     family, _ = open_result(folder)
@@ -78,12 +91,15 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
     for row in rows:
-        if row["case"] == "base" or not row["verdicts"] or Forgotten.name in row["verdicts"][-1]:
+        if row["case"] == "base" or not row["verdicts"]:
             continue
-        value = forgotten(row, work)
-        if value is not None:
-            row["verdicts"][-1][Forgotten.name] = value
-            print(row["subject"], row["seed"], row["case"], f"{value:.2f}", flush=True)
+        last, about = row["verdicts"][-1], (row["subject"], row["seed"], row["case"])
+        if Forgotten.name not in last and (value := forgotten(row, work)) is not None:
+            last[Forgotten.name] = value
+            print(*about, f"forgotten {value:.2f}", flush=True)
+        if "lost_at" not in row and (places := lost(row, work)):
+            row["lost_at"], last[PromptsLost.name] = places, max(places.values())
+            print(*about, f"lost {places}", flush=True)
     write_text(ROWS, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
 
 
