@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from claims_measure import UNSEEN, derive, kind_of
 from dreambooth_claims import stored
 
+from finetune.verdicts.measures.prompts_lost import PromptsLost
 from finetune.verdicts.rows import Row
 from finetune.verdicts.rules import DAMAGED, DRIFTED, GOOD, OVERTRAINED, UNDERTRAINED, RunVerdict, judged
 
@@ -99,6 +100,26 @@ def agreement(runs: Sequence[Compared]) -> str:
     return "\n".join(lines)
 
 
+def by_places(rows: Sequence[Found], bases: dict[tuple[str, int], Found]) -> str:
+    """Of the runs whose images were asked about: what the verdict sees by four places, by the two that the default's
+    sample prompts name, and by none."""
+    asked = [row for row in rows if row.get("lost_at")]
+    lines = ["| sample prompts | runs | good or not | overtrained, by the judge |", "|---|---|---|---|"]
+    for title, places in (("four places", UNSEEN), ("beach and snow", ("beach", "snow")), ("none", ())):
+        part = compared([_asked_at(row, places) for row in asked], bases)
+        held = [run for run in part if run.row["subject"] not in FOR_DEVELOPMENT]
+        right = _share([run.agrees(GOOD_OR_NOT) for run in held])
+        lines.append(f"| {title} | {len(held)} held out | {right} | {_seen(held, OVERTRAINED)} |")
+    return "\n".join(lines)
+
+
+def _asked_at(row: Found, places: Sequence[str]) -> Found:
+    """The row as if its sample prompts had named these places alone."""
+    lost = [value for place, value in row["lost_at"].items() if place in places]
+    last = {name: value for name, value in row["verdicts"][-1].items() if name != PromptsLost.name}
+    return row | {"verdicts": [*row["verdicts"][:-1], last | ({PromptsLost.name: max(lost)} if lost else {})]}
+
+
 def _seen(runs: Sequence[Compared], name: str) -> str:
     """How many runs the judge calls so, how many of them the verdict sees, and how many others it calls so."""
     true = [run for run in runs if name in run.wanted]
@@ -117,10 +138,11 @@ def main() -> None:
     bases = {(subject, seed): row for (subject, seed, case, _), row in rows.items() if case == "base"}
     runs = [row for (_, _, case, overrides), row in rows.items() if case != "base" and not overrides]
     found = compared([row for row in runs if row["verdicts"] and (row["subject"], row["seed"]) in bases], bases)
-    print(f"{listed(found)}\n\n{agreement(found)}")
+    tables = f"{agreement(found)}\n\n{by_places([run.row for run in found], bases)}"
+    print(f"{listed(found)}\n\n{tables}")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n{agreement(found)}\n{END}{after}", encoding="utf-8", newline="\n")
+    PAGE.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":
