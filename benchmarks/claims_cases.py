@@ -103,10 +103,8 @@ METHODS = (
     Case("pivotal", "pivotal"),
     Case("pivotal, no prior", "pivotal", (NO_OTHERS,)),
 )
+EARLIER_DEFAULTS = (CLASS_BY_IMAGES, GENTLY_BY_BASE, WHOLE_PRIOR)
 PRIORS = (
-    CLASS_BY_IMAGES,
-    GENTLY_BY_BASE,
-    WHOLE_PRIOR,
     _lora("lora, no prior", "prior.kind=none", NO_OTHERS),
     _lora("lora, class images", NO_OTHERS, BY_IMAGES, FULL, "prior.share=1"),
     _lora("lora, frozen base", "prior.kind=frozen_base", NO_OTHERS),
@@ -198,5 +196,5 @@ FAULTS = (
     _mirrored("too hot, no prior", "optim.lr=6e-3", "prior.kind=none", NO_OTHERS, "optim.schedule=constant"),
     _mirrored("too long, no prior", "run.steps=1000", "prior.kind=none", NO_OTHERS),
 )
-ON_ALL = (*METHODS, *PRIORS, *EARLIER_PRIORS, *FULL_PRIORS, *PEERS)
+ON_ALL = (*METHODS, *EARLIER_DEFAULTS, *PRIORS, *EARLIER_PRIORS, *FULL_PRIORS, *PEERS)
 CASES = {case.name: case for case in (*ON_ALL, *LEVERS, *SMALL_LOGOS, *PRIOR_IMAGES, *FAULTS)}

@@ -10,6 +10,7 @@ import numpy as np
 from claims_cases import (
     CLASS_TEACHER,
     DEFAULT,
+    EARLIER_DEFAULTS,
     EARLIER_PRIORS,
     FAINT_LOGOS,
     FAULTS,
@@ -29,6 +30,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- claims -->", "<!-- end of claims -->"
 BESIDE = {
     "Methods": METHODS[1:],
+    "Earlier defaults": EARLIER_DEFAULTS,
     "The LoRA's priors": PRIORS,
     "The LoRA's priors with mirrored photos": EARLIER_PRIORS,
     "Full fine-tuning's priors": (METHODS[1], *FULL_PRIORS),

@@ -40,6 +40,7 @@ from claims_adherence import lost_at
 from claims_cases import (
     CASES,
     CLASS_TEACHER,
+    EARLIER_DEFAULTS,
     EARLIER_PRIORS,
     FAINT_LOGOS,
     FAULTS,
@@ -89,6 +90,7 @@ class Group:
 GROUPS = {
     "default": Group(METHODS[:1], seeds=SEEDS),
     "methods": Group(METHODS[1:], FIRST_SUBJECTS),
+    "earlier defaults": Group(EARLIER_DEFAULTS),
     "priors": Group((*PRIORS, *FULL_PRIORS), FIRST_SUBJECTS),
     "earlier priors": Group(EARLIER_PRIORS, FIRST_SUBJECTS),
     "peers": Group(PEERS, FIRST_SUBJECTS),
