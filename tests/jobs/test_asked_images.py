@@ -78,7 +78,7 @@ def test_the_base_answers_after_training_as_before(
     assert (found.step, len(found.asked)) == (2, 2)
     assert all(len(values) == 2 for each in found.asked for values in (each.own, each.others, each.after))
     for each in found.asked:  # by what drew the images too, which has the export in the base's own weights
-        assert each.after == pytest.approx(each.own, abs=1e-5)
+        assert each.after == pytest.approx(each.own, abs=1e-6)
     assert planned is not None
     assert planned.answers == sum(counted) * 2 * len(LEVELS) == 3 * 2 * 2 * 2 * len(LEVELS)
     write_adherence(run, found.model_copy(update={"step": 0}))
@@ -86,7 +86,7 @@ def test_the_base_answers_after_training_as_before(
     again = read_adherence(run)
     assert again is not None
     for each in again.asked:
-        assert each.after == pytest.approx(each.own, abs=1e-5)
+        assert each.after == pytest.approx(each.own, abs=1e-6)
 
 
 def test_what_the_images_do_not_show_is_in_the_verdict_and_the_page(
