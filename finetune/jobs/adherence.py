@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,17 @@ from torch import Tensor
 
 from finetune.core.events import one_step
 from finetune.data.decoding import open_image
+from finetune.export.bench import discard
 from finetune.families.base import Family
+from finetune.jobs.precision import base_dtype, set_precision
 from finetune.jobs.prepare import Prepared
-from finetune.methods.start import adapted_layers, adapters_disabled
 from finetune.objectives.densities import Uniform
 from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
 from finetune.runs.adherence import Adherence, Asked, read_adherence, write_adherence
 from finetune.sampling.draw import as_drawn
 from finetune.training.step import PromptEncoder
-from finetune.verdicts.adherence import LEAST, TOGETHER, Question, helped, images_of, questions
+from finetune.verdicts.adherence import LEAST, TOGETHER, Question, beside, helped, images_of, questions, with_class
 from finetune.verdicts.bank import Canvas
 from finetune.verdicts.due import asks_images, due_steps, samples_in_step
 from finetune.verdicts.points import Predictor
@@ -36,35 +38,32 @@ def asked_of(job: Prepared) -> list[Question]:
     class."""
     run = job.recipe.run
     samples = samples_in_step(run, job.recipe.prior)
-    if not due_steps(run, samples) or not asks_images(run, samples) or job.family.inputs is not None:
+    from_images = job.family.inputs is not None or job.family.drawing.wants.names
+    if not due_steps(run, samples) or not asks_images(run, samples) or from_images:
         return []
-    prompts = job.sample_prompts()
-    found = [
-        question
-        for subject in job.subjects
-        if subject.noun is not None and not subject.trigger
-        for question in questions(prompts, subject.token, subject.noun)
-    ]
-    return found[: TOGETHER // LEAST]
+    prompts, found = job.sample_prompts(), dict[str, Question]()
+    for subject in job.subjects:
+        named = subject.noun if not subject.trigger else None
+        for question in questions(prompts, subject.token, named) if named is not None else []:
+            found.setdefault(question.prompt, replace(question, said=_without_tokens(job, question.said)))
+    return list(found.values())[: TOGETHER // LEAST]
 
 
 def ask_base(job: Prepared, run: Path) -> None:
-    """Asks about the images from before training. Call it with the unchanged base."""
+    """Asks about the images from before training, unless that was done. Call it with the unchanged base."""
+    if read_adherence(run) is not None:
+        return
     asked, prompts, folder = asked_of(job), job.sample_prompts(), run / "samples" / "before"
     each = images_of(len(asked), job.recipe.sample.count)
-    images = {question: _drawn(folder, prompts.index(question.prompt), each) for question in asked}
-    every = [
-        image for number, prompt in enumerate(prompts) if _about(job, prompt) for image in _drawn(folder, number, each)
-    ]
-    own = [(image, question) for question in asked for image in images[question]]
-    others = [
-        (image, question)
-        for question in asked
-        for image in _spread([image for image in every if image not in images[question]], each)
-    ]
+    drawn = {prompt: _drawn(folder, prompts.index(prompt), each) for prompt in prompts}
+    own = [(image, question) for question in asked for image in drawn[question.prompt]]
+    rest = {question: _spread(images_of_others(job, drawn, question.prompt), each) for question in asked}
+    others = [(image, question) for question in asked for image in rest[question]]
     if not own:
         return
     told = _helped(job, job.family, [*own, *others])
+    if not all(map(math.isfinite, told)):
+        return
     found = [
         Asked(
             prompt=question.prompt,
@@ -77,33 +76,45 @@ def ask_base(job: Prepared, run: Path) -> None:
 
 
 def ask_about_result(job: Prepared, run: Path) -> dict[str, float]:
-    """Asks about the images of the trained model, unless that was done. Returns what each prompt lost.
+    """Asks about the images of the trained model, unless that was done. Returns what each prompt lost; nothing where
+    there are no images.
 
-    `job.family` is the base with what was exported, or the exported model. Its adapters are off meanwhile; in place of
-    a model that was trained whole, the base is loaded, and stays as the job's family.
+    The job's family is the base afterwards.
     """
     found, steps = read_adherence(run), job.recipe.run.steps
-    if found is None:
+    if found is None or found.step == steps:
+        return {} if found is None else found.lost
+    prompts, folder = job.sample_prompts(), run / "samples" / "after"
+    of = {question.prompt: question for question in asked_of(job)}
+    count = images_of(len(found.asked), job.recipe.sample.count)
+    sets = [_drawn(folder, prompts.index(each.prompt), count) if each.prompt in of else [] for each in found.asked]
+    pairs = [(image, of[each.prompt]) for each, images in zip(found.asked, sets, strict=True) for image in images]
+    told = _helped(job, _base(job), pairs) if pairs else []
+    if not told or not all(map(math.isfinite, told)):
         return {}
-    if found.step != steps:
-        prompts, folder = job.sample_prompts(), run / "samples" / "after"
-        of = {question.prompt: question for question in asked_of(job)}
-        count = images_of(len(found.asked), job.recipe.sample.count)
-        sets = [_drawn(folder, prompts.index(each.prompt), count) if each.prompt in of else [] for each in found.asked]
-        pairs = [(image, of[each.prompt]) for each, images in zip(found.asked, sets, strict=True) for image in images]
-        with _as_base(job) as family:
-            told = iter(_helped(job, family, pairs) if pairs else [])
-        asked = [
-            each.model_copy(update={"after": [next(told) for _ in images]})
-            for each, images in zip(found.asked, sets, strict=True)
-        ]
-        found = Adherence(step=steps, asked=asked)
-        write_adherence(run, found)
+    values = iter(told)
+    asked = [
+        each.model_copy(update={"after": [next(values) for _ in images]})
+        for each, images in zip(found.asked, sets, strict=True)
+    ]
+    found = Adherence(step=steps, asked=asked)
+    write_adherence(run, found)
     return found.lost
 
 
-def _about(job: Prepared, prompt: str) -> bool:
-    return any(subject.token in prompt for subject in job.subjects)
+def _without_tokens(job: Prepared, text: str) -> str:
+    """A text with the class in place of every subject that has one."""
+    for subject in job.subjects:
+        text = text if subject.noun is None else with_class(text, subject.token, subject.noun)
+    return text
+
+
+def images_of_others(job: Prepared, drawn: Mapping[str, Sequence[Path]], prompt: str) -> list[Path]:
+    """The images of the prompts about a subject that say something else of it than this one."""
+    named = {subject.token: subject.noun for subject in job.subjects}
+    said = beside(prompt, named)
+    found = {other: beside(other, named) for other in drawn}
+    return [image for other, text in found.items() if text not in (other, said) for image in drawn[other]]
 
 
 def _drawn(folder: Path, number: int, count: int) -> list[Path]:
@@ -116,31 +127,29 @@ def _spread(images: Sequence[Path], count: int) -> list[Path]:
     return [images[len(images) * number // count] for number in range(min(count, len(images)))]
 
 
-@contextmanager
-def _as_base(job: Prepared) -> Iterator[Family]:
-    """The base, in place of the trained model."""
-    family, method = job.family, job.recipe.method
-    parts = [part for part in family.parts if part not in family.codec.parts]
-    if method.is_adapter:
-        with adapters_disabled(family, adapted_layers(family, parts))() as base:
-            yield base
-        return
-    device, dtype = family.device, family.parts.dtype("denoiser")
-    job.family = job.recipe.base.load(dtype)
+def _base(job: Prepared) -> Family:
+    """The base, loaded again in place of the trained model: what drew the images has the export in its own weights.
+    One of them is in memory at a time."""
+    device = job.family.device
+    discard(job.family)
+    with one_step("Base"):
+        job.family = job.recipe.base.load(base_dtype(job.recipe))
     job.family.parts.device = device
-    yield job.family
+    set_precision(job.family, job.recipe)
+    return job.family
 
 
 @torch.no_grad()
 def _helped(job: Prepared, family: Family, pairs: Sequence[Pair]) -> list[float]:
     family.parts.restore()
     family.parts.place(list(family.codec.parts))
-    with one_step(TITLE), as_drawn(family):
+    with one_step(TITLE):
         side, files = job.resolution, dict.fromkeys(image for image, _ in pairs)
         latents = {file: image_latents(family, open_image(file).convert("RGB").resize((side, side))) for file in files}
         texts = dict.fromkeys(text for _, question in pairs for text in (question.plain, question.said))
-        predict = Predictor(family, _encoder(family, list(texts)), job.recipe.sample.batch_size)
-        return helped(predict, canvas_of(family, side), [(latents[image], question) for image, question in pairs])
+        with as_drawn(family):  # not the codec: SDXL's overflows under autocast in fp16
+            predict = Predictor(family, _encoder(family, list(texts)), job.recipe.sample.batch_size)
+            return helped(predict, canvas_of(family, side), [(latents[image], question) for image, question in pairs])
 
 
 def _encoder(family: Family, prompts: Sequence[str]) -> PromptEncoder:

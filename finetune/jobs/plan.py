@@ -15,6 +15,7 @@ from finetune.data.mixes import mix_files
 from finetune.data.photos import image_files
 from finetune.data.samplers import group_count
 from finetune.data.tokens import describe
+from finetune.jobs.adherence import asked_of
 from finetune.jobs.dataset import held_out_photos, trained_photos
 from finetune.jobs.drawn import drawn_captions, emphasis_lines
 from finetune.jobs.neutral import other_prompts
@@ -70,7 +71,9 @@ def plan(job: Prepared) -> Plan:
         precision=resolve_precision(recipe.run),
         repeatable=is_repeatable(family.device, recipe.run.deterministic),
         defaults=recipe.defaults,
-        verdicts=planned_verdicts(recipe, [job.names[number] for number in sorted(held_out_photos(job))]),
+        verdicts=planned_verdicts(
+            recipe, [job.names[number] for number in sorted(held_out_photos(job))], len(asked_of(job))
+        ),
     )
 
 

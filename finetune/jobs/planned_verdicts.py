@@ -27,11 +27,14 @@ from finetune.verdicts.due import (
 from finetune.verdicts.probe import neutral_prompts
 
 
-def planned_verdicts(recipe: Recipe, held_out: Sequence[str] = ()) -> PlannedVerdicts:
+def planned_verdicts(
+    recipe: Recipe, held_out: Sequence[str] = (), sample_prompts: int | None = None
+) -> PlannedVerdicts:
     """The verdicts of a recipe's run.
 
     Args:
         held_out: the names of the photos that are not trained on, where they are known.
+        sample_prompts: the number of those whose images are asked about, where it is known.
     """
     run, prior, subjects = recipe.run, recipe.prior, recipe.data.all_subjects
     samples = samples_in_step(run, prior)
@@ -41,7 +44,8 @@ def planned_verdicts(recipe: Recipe, held_out: Sequence[str] = ()) -> PlannedVer
     each = (
         POINTS + DRAWN * drawings - (0 if classes else LEVELS * CLASS_DRAWINGS) - 2 * LEVELS * (OTHERS - len(others))
     )
-    answers = _answers(recipe) * asks_images(run, samples)
+    count = _asked_about(recipe) if sample_prompts is None else sample_prompts
+    answers = predictions(count, recipe.sample.count) * asks_images(run, samples)
     asked = (FIRST - POINTS + each * (len(steps) + 1) + answers) if steps else 0
     passes = prior.passes + (prior.others.passes if prior.others is not None else 0)
     return PlannedVerdicts(
@@ -63,12 +67,9 @@ def planned_verdicts(recipe: Recipe, held_out: Sequence[str] = ()) -> PlannedVer
     )
 
 
-def _answers(recipe: Recipe) -> int:
-    """The predictions on what the images of sample prompts show."""
-    filled = {
-        subject.class_noun: [prompt.replace("{noun}", subject.class_noun) for prompt in recipe.sample.prompts]
-        for subject in recipe.data.all_subjects
-        if subject.class_noun is not None
-    }
-    asked = [question for noun, prompts in filled.items() for question in questions(prompts, "{token}", noun)]
-    return predictions(min(len(asked), TOGETHER // LEAST), recipe.sample.count)
+def _asked_about(recipe: Recipe) -> int:
+    """The sample prompts whose images are asked about, as far as a recipe alone tells."""
+    nouns = [] if recipe.data.trigger else [subject.class_noun for subject in recipe.data.all_subjects]
+    filled = [(noun, [text.replace("{noun}", noun) for text in recipe.sample.prompts]) for noun in nouns if noun]
+    count = sum(len(questions(prompts, "{token}", noun)) for noun, prompts in filled)
+    return min(count, TOGETHER // LEAST)

@@ -247,9 +247,10 @@ def _train(job: Prepared, folder: RunFolder, accelerator: Accelerator, hooks: Ho
     """Draws the images from before training, trains, and saves the trained weights in RUN/adapter."""
     recipe = job.recipe
     refuse_unshared(recipe.run, folder.path)
-    if accelerator.is_main_process and can_draw(job) and not (folder.path / "samples" / "before").is_dir():
-        measure_base(job, folder.path)
-        draw_samples(job, folder.path / "samples" / "before", "Before")
+    if accelerator.is_main_process and can_draw(job):
+        if not (folder.path / "samples" / "before").is_dir():
+            measure_base(job, folder.path)
+            draw_samples(job, folder.path / "samples" / "before", "Before")
         ask_base(job, folder.path)
     if recipe.run.trackers:
         accelerator.init_trackers("finetune", config={"recipe": recipe.model_dump_json()})

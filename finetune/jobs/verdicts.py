@@ -114,7 +114,7 @@ def finish_verdicts(job: Prepared, folder: RunFolder) -> list[str]:
     What the images say beside their prompts is added to the last row."""
     rows = read_rows(folder.path / FILE)
     lost = ask_about_result(job, folder.path) if rows else {}
-    rows = with_images(folder.path / FILE, {PromptsLost.name: max(lost.values())}) if lost else rows
+    rows = with_images(folder.path / FILE, {PromptsLost.name: max(lost.values(), default=None)}) if rows else rows
     thing = job.recipe.data.thing
     means = means_of(job.recipe.prior, job.family.inputs, folder.checkpoints.named_steps(), thing)
     verdict = judged(rows, means=means)

@@ -7,7 +7,7 @@ alone does, at the same noise, and scaled by the base's own images: 1 is an imag
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean, variance
@@ -42,7 +42,8 @@ def questions(prompts: Sequence[str], token: str, noun: str) -> list[Question]:
     plain = CLASS.format(noun=noun)
     asked = [Question(prompt, with_class(prompt, token, noun), plain) for prompt in dict.fromkeys(prompts)]
     about = [question for question in asked if question.said != question.prompt]
-    return [question for question in about if question.said != plain] if len(about) > 1 else []
+    more = [question for question in about if question.said.casefold().strip(" .") != plain.casefold()]
+    return more if len(about) > 1 else []
 
 
 def images_of(count: int, drawn: int) -> int:
@@ -59,9 +60,25 @@ def predictions(count: int, drawn: int) -> int:
 
 def with_class(prompt: str, token: str, noun: str) -> str:
     """A prompt with the class in place of the subject: "the mug" for "the zwx mug", "a mug" for "zwx mug", "zwx"."""
-    own = rf"(?<!\w){re.escape(token)}(?:\s+{re.escape(noun)})?(?!\w)"
-    article = re.compile(rf"(?<!\w)(an?|the|my|his|her|our|their|one|this|that)\s+{own}", re.IGNORECASE)
-    return re.sub(own, lambda _: f"a {noun}", article.sub(lambda found: f"{found[1]} {noun}", prompt))
+    return _with(prompt, token, noun, noun)
+
+
+def beside(prompt: str, subjects: Mapping[str, str | None]) -> str:
+    """A prompt with the same word for each of its subjects (token -> noun), so that prompts of two subjects that say
+    the same of them are equal. One without a subject stays as it is."""
+    for token, noun in subjects.items():
+        prompt = _with(prompt, token, noun, "thing")
+    return prompt
+
+
+def _with(prompt: str, token: str, noun: str | None, thing: str) -> str:
+    """In any case: CLIP's tokenizers make zwx of ZWX."""
+    named = r"\s+".join(map(re.escape, (noun or "").split()))
+    before, behind = (rf"(?:{named}\s+)?", rf"(?:\s+{named})?") if named else ("", "")
+    own = rf"(?<!\w){before}{re.escape(token)}{behind}(?!\w)"
+    article = rf"(?<!\w)(an?|the|my|his|her|our|their|one|this|that)\s+{own}"
+    with_article = re.sub(article, lambda found: f"{found[1]} {thing}", prompt, flags=re.IGNORECASE)
+    return re.sub(own, lambda _: f"a {thing}", with_article, flags=re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,15 @@ def read_rows(file: Path) -> list[Row]:
     return [rows[step] for step in sorted(rows)]
 
 
-def with_images(file: Path, values: Mapping[str, float]) -> list[Row]:
-    """The rows with what the images after the run say added to the last one, which is written."""
+def with_images(file: Path, values: Mapping[str, float | None]) -> list[Row]:
+    """The rows with what the images after the run say added to the last one, which is written. None: they say nothing
+    of it, and what was there before goes."""
     *rows, last = read_rows(file)
-    rows.append(replace(last, values={**last.values, **writable(values)}))
-    write_text(file, "".join(_line(row) for row in rows))
+    said = writable({name: value for name, value in values.items() if value is not None})
+    held = {name: value for name, value in last.values.items() if name not in values} | said
+    rows.append(replace(last, values=held))
+    if held != last.values:
+        write_text(file, "".join(_line(row) for row in rows))
     return rows
 
 

@@ -83,8 +83,8 @@ def missing(rows: Sequence[Row]) -> list[str]:
         "class_drift": classless,
         "takeover": classless,
         "empty_class": f"{classless}, or an older version measured it",
-        "prompts_lost": "no sample prompt says more of the subject that the base draws, the run is too short for its "
-        "time to pay for it, or an older version measured it",
+        "prompts_lost": "the base draws nothing that a sample prompt says beside the subject, the run is too short "
+        "for its time to pay for it, or an older version measured it",
         "forgotten": "the run is too short for its time to pay for it, or an older version measured it",
     }
     return [

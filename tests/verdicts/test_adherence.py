@@ -21,6 +21,7 @@ from finetune.verdicts.adherence import (
     LEVELS,
     Answer,
     Question,
+    beside,
     helped,
     images_of,
     predictions,
@@ -40,6 +41,8 @@ from finetune.verdicts.points import Point, Predictor
         ("a photo of zwx", "a photo of a mug"),
         ("zwxy mug and zwx mugs", "zwxy mug and a mug mugs"),
         ("a photo of a mug", "a photo of a mug"),
+        ("ZWX Mug in the snow", "a mug in the snow"),  # CLIP's tokenizers make zwx of ZWX
+        ("the mug zwx and a smug zwx", "the mug and a smug a mug"),
     ],
 )
 def test_a_question_has_the_class_in_place_of_the_subject(prompt: str, said: str) -> None:
@@ -59,6 +62,14 @@ def test_only_prompts_that_say_more_than_the_class_are_asked_about() -> None:
     ]
     assert questions(default[1:2], "zwx", "mug") == []  # no other images to compare with
     assert questions(["a mug"], "zwx", "mug") == []
+    assert questions([default[0], "A photo of ZWX mug."], "zwx", "mug") == []
+
+
+def test_prompts_of_two_subjects_that_say_the_same_of_them() -> None:
+    subjects = {"zwx": "toy mug", "sks": None}
+    same = ("a photo of zwx toy mug on the beach", "a photo of SKS on the beach")
+    assert {beside(prompt, subjects) for prompt in same} == {"a photo of a thing on the beach"}
+    assert beside("a mug on the beach", subjects) == "a mug on the beach"
 
 
 def test_how_many_images_are_asked_about() -> None:
