@@ -30,7 +30,6 @@ from finetune.verdicts.due import asks_images, due_steps, samples_in_step
 from finetune.verdicts.points import Predictor
 
 TITLE = "Prompts"
-Pair = tuple[Path, Question]  # an image, and what it is asked about
 
 
 def asked_of(job: Prepared) -> list[Question]:
@@ -140,7 +139,7 @@ def _base(job: Prepared) -> Family:
 
 
 @torch.no_grad()
-def _helped(job: Prepared, family: Family, pairs: Sequence[Pair]) -> list[float]:
+def _helped(job: Prepared, family: Family, pairs: Sequence[tuple[Path, Question]]) -> list[float]:
     family.parts.restore()
     family.parts.place(list(family.codec.parts))
     with one_step(TITLE):

@@ -16,16 +16,16 @@ from finetune.verdicts.adherence import Answer
 NAME = "adherence.json"
 SCHEMA = 1
 
-Values = list[FiniteFloat]
+Helped = list[FiniteFloat]
 
 
 class Asked(Record):
     """A prompt with the fields of `Answer`, a value for each image."""
 
     prompt: str
-    own: Values = Field(max_length=1_000)
-    others: Values = Field(max_length=1_000)
-    after: Values = Field(default=[], max_length=1_000)
+    own: Helped = Field(max_length=1_000)
+    others: Helped = Field(max_length=1_000)
+    after: Helped = Field(default=[], max_length=1_000)
 
     @property
     def answer(self) -> Answer:
