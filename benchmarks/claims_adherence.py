@@ -17,8 +17,8 @@ from PIL import Image
 from finetune.data import tokens
 from finetune.families.base import Family
 from finetune.families.source import load_family
-from finetune.jobs.adherence import canvas_of, image_latents
-from finetune.verdicts.adherence import CLASS, IMAGES, Answer, Question, helped
+from finetune.jobs.ask_images import canvas_of, image_latents
+from finetune.verdicts.adherence import CLASS, IMAGES, PromptShown, Question, helped
 from finetune.verdicts.points import Predictor
 
 from captions import PLACE_PHRASES  # isort: skip - examples/tiny_base, which claims_measure has put on the path
@@ -32,7 +32,7 @@ def lost_at(sets: Sets, kind: str, seed: int, work: Path) -> dict[str, float]:
     found = {}
     for number, place in enumerate(UNSEEN):
         after = told[IMAGES * number : IMAGES * (number + 1)]
-        lost = Answer(before[place].own, before[place].others, after).lost
+        lost = PromptShown(before[place].own, before[place].others, after).lost
         if lost is not None:
             found[place] = round(lost, 4)
     return found
@@ -43,7 +43,7 @@ def _questions(kind: str) -> dict[str, Question]:
     return {place: Question(place, f"{plain} {PLACE_PHRASES[place]}", plain) for place in UNSEEN}
 
 
-def _of_base(kind: str, seed: int, base: Family, work: Path) -> Mapping[str, Answer]:
+def _of_base(kind: str, seed: int, base: Family, work: Path) -> Mapping[str, PromptShown]:
     """What the base says of its own images, which are drawn once."""
     file = work / f"answers-{kind}-{seed}.json"
     if not file.is_file():
@@ -58,15 +58,15 @@ def _of_base(kind: str, seed: int, base: Family, work: Path) -> Mapping[str, Ans
         values = {place: asdict(answer) for place, answer in _answers(base, kind, images).items()}
         file.write_text(json.dumps(values), encoding="utf-8", newline="\n")
     held = json.loads(file.read_text(encoding="utf-8"))
-    return {place: Answer(**values) for place, values in held.items()}
+    return {place: PromptShown(**values) for place, values in held.items()}
 
 
-def _answers(base: Family, kind: str, images: Mapping[str, Pictures]) -> dict[str, Answer]:
+def _answers(base: Family, kind: str, images: Mapping[str, Pictures]) -> dict[str, PromptShown]:
     found = {}
     for place, question in _questions(kind).items():
         others = [each[0] for name, each in images.items() if name != place][:IMAGES]  # one of each other prompt
         told = _told(base, [(image, question) for image in [*images[place], *others]])
-        found[place] = Answer(told[:IMAGES], told[IMAGES:])
+        found[place] = PromptShown(told[:IMAGES], told[IMAGES:])
     return found
 
 

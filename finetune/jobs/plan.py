@@ -15,7 +15,7 @@ from finetune.data.mixes import mix_files
 from finetune.data.photos import image_files
 from finetune.data.samplers import group_count
 from finetune.data.tokens import describe
-from finetune.jobs.adherence import asked_of
+from finetune.jobs.ask_images import asked_of
 from finetune.jobs.dataset import held_out_photos, trained_photos
 from finetune.jobs.drawn import drawn_captions, emphasis_lines
 from finetune.jobs.neutral import other_prompts

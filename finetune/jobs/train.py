@@ -27,7 +27,7 @@ from finetune.core.signals import Signals, Stop
 from finetune.data.batches import check_split
 from finetune.export.bench import Bench
 from finetune.export.settings import UNCHECKED
-from finetune.jobs.adherence import ask_base
+from finetune.jobs.ask_images import ask_base
 from finetune.jobs.companions import write_companions
 from finetune.jobs.export import export_run
 from finetune.jobs.fit import fit_job

@@ -18,7 +18,7 @@ from finetune.data.cache import Encodable, LatentCache, PromptCache
 from finetune.data.crops import Crop, make_crops
 from finetune.data.decoding import open_image
 from finetune.data.samplers import Sample
-from finetune.jobs.adherence import ask_about_result, canvas_of, image_latents
+from finetune.jobs.ask_images import ask_about_result, canvas_of, image_latents
 from finetune.jobs.dataset import held_out_photos, make_batches, trained_photos
 from finetune.jobs.neutral import base_prompts
 from finetune.jobs.prepare import Prepared

@@ -22,7 +22,7 @@ from finetune.verdicts.points import Point, Predict
 LEVELS = (0.6, 0.7, 0.8, 0.9)  # of the noise: layout and surroundings are decided there, and not the grain
 IMAGES = 4  # of a prompt, at most
 TOGETHER = 4 * IMAGES  # of all prompts
-LEAST = 2  # of a prompt: one image has no spread
+LEAST = 3  # of a prompt: with fewer, chance looks like an answer
 SURE = 2.0  # standard errors by which the base's images of a prompt and of others must differ
 CLASS = "a photo of a {noun}"
 
@@ -82,7 +82,7 @@ def _with(prompt: str, token: str, noun: str | None, thing: str) -> str:
 
 
 @dataclass(frozen=True)
-class Answer:
+class PromptShown:
     """How much more a prompt's words help to predict the base's images of it (`own`), the base's images of other
     prompts (`others`), and the trained model's images of it (`after`; none before the training ended)."""
 

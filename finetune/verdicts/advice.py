@@ -60,6 +60,8 @@ def advice(found: Sequence[str], best: Best | None, means: Means) -> str:
     earlier = f", or use the checkpoint of step {best.step}{_how(best.step, means)}{but}" if best else ""
     if tuple(found) == (Word.UNDERTRAINED,):
         return "Train longer (run.steps), or raise optim.lr."
+    if tuple(found) == (Word.OVERTRAINED, Word.UNDERTRAINED):  # prompts are lost before the photos are learned
+        return f"Lower optim.lr, and train longer (run.steps){earlier}."
     if Word.DAMAGED not in found and Word.DRIFTED not in found:
         return f"Train less (run.steps) or on more photos{earlier}."
     first = "Lower optim.lr" if Word.UNDERTRAINED in found else "Lower optim.lr or run.steps"

@@ -38,10 +38,12 @@ class SaidByImages:
     @property
     def of_prompts(self) -> str:
         """The prompts that are not followed; empty if all are."""
-        beyond = [repr(prompt) for prompt, share in self.lost.items() if share > LIMITS.prompts_lost]
-        if not beyond:
-            return ""
-        return f"Look at the images of {' and '.join(beyond)}: they hardly show what the prompt says."
+        said = [
+            f"Look at the images of {prompt!r}: they show {max(0.0, 1 - share):.0%} of what it says (before: 100%)."
+            for prompt, share in self.lost.items()
+            if share > LIMITS.prompts_lost
+        ]
+        return " ".join(said)
 
 
 def write_verdict(run: Path, verdict: RunVerdict, last: Row, drawn: SaidByImages, left_out: Sequence[str]) -> None:

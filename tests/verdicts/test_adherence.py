@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finetune.families.source import load_family
-from finetune.jobs.adherence import canvas_of, image_latents
+from finetune.jobs.ask_images import canvas_of, image_latents
 from finetune.objectives.densities import Uniform
 from finetune.objectives.registry import build_objective
 from finetune.objectives.schedule import Schedule
@@ -19,7 +19,7 @@ from finetune.sampling.settings import Sampling
 from finetune.verdicts.adherence import (
     IMAGES,
     LEVELS,
-    Answer,
+    PromptShown,
     Question,
     beside,
     helped,
@@ -73,20 +73,20 @@ def test_prompts_of_two_subjects_that_say_the_same_of_them() -> None:
 
 
 def test_how_many_images_are_asked_about() -> None:
-    assert [images_of(count, 4) for count in (1, 2, 4, 5, 8, 9)] == [4, 4, 4, 3, 2, 0]
-    assert [images_of(2, drawn) for drawn in (0, 1, 2, 9)] == [0, 0, 2, IMAGES]
+    assert [images_of(count, 4) for count in (1, 2, 4, 5, 8, 9)] == [4, 4, 4, 3, 0, 0]
+    assert [images_of(2, drawn) for drawn in (0, 1, 2, 9)] == [0, 0, 0, IMAGES]
     assert predictions(2, 4) == 3 * 8 * 2 * len(LEVELS)
     assert predictions(0, 4) == 0
 
 
 def test_the_share_that_is_lost() -> None:
     own, others = [1.0, 1.1, 0.9, 1.0], [0.0, 0.1, -0.1, 0.0]
-    assert Answer(own, others, own).lost == pytest.approx(0)
-    assert Answer(own, others, others).lost == pytest.approx(1)
-    assert Answer(own, others, [1.0, 1.0, 0.0, 0.0]).lost == pytest.approx(0.5)
-    assert Answer(own, others).lost is None
-    assert Answer([0.3, -0.3, 0.2], others, own).lost is None  # the base's images do not differ by more than chance
-    assert Answer([1.0], [0.0], [1.0]).lost is None
+    assert PromptShown(own, others, own).lost == pytest.approx(0)
+    assert PromptShown(own, others, others).lost == pytest.approx(1)
+    assert PromptShown(own, others, [1.0, 1.0, 0.0, 0.0]).lost == pytest.approx(0.5)
+    assert PromptShown(own, others).lost is None
+    assert PromptShown([0.3, -0.3, 0.2], others, own).lost is None  # no more than chance
+    assert PromptShown([1.0], [0.0], [1.0]).lost is None
 
 
 def test_how_much_words_help_is_the_difference_of_the_errors() -> None:
@@ -114,7 +114,7 @@ def test_the_tiny_base_tells_where_its_images_are() -> None:
     predict, canvas = Predictor(family, family.encode_prompts, 16), canvas_of(family, images[0].width)
     beach, snow = latents[:4], latents[4:]
     own, others = (helped(predict, canvas, [(each, asked[0]) for each in group]) for group in (beach, snow))
-    assert Answer(own, others, own).sure
-    lost = Answer(own, others, [own[0], *others[1:]]).lost
+    assert PromptShown(own, others, own).sure
+    lost = PromptShown(own, others, [own[0], *others[1:]]).lost
     assert lost is not None
     assert 0.5 < lost < 1

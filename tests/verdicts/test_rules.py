@@ -89,6 +89,12 @@ def test_every_word_that_holds_is_found_and_the_gravest_first() -> None:
     assert judged([BEGIN, row(50, 0.2, 0.2, elsewhere=2)]).found == (DAMAGED, UNDERTRAINED)
 
 
+def test_prompts_that_are_lost_before_the_photos_are_learned_ask_for_a_lower_rate() -> None:
+    verdict = judged([BEGIN, row(50, 0.5, 0.4, prompts_lost=2)])
+    assert verdict.found == (OVERTRAINED, UNDERTRAINED)
+    assert verdict.advice == "Lower optim.lr, and train longer (run.steps)."
+
+
 def test_the_best_step_is_before_the_damage_and_the_advice_names_it() -> None:
     rows = [BEGIN, row(50, 0.5, 0.5), row(100, 1.5, 1.4)]
     rows += [row(150, 1.9, 1.8, elsewhere=2.5), row(200, 2, 2, elsewhere=4)]

@@ -11,7 +11,7 @@ from finetune.core.files import write_json
 from finetune.core.reading import read_json
 from finetune.core.records import check_schema
 from finetune.runs.plan import Record
-from finetune.verdicts.adherence import Answer
+from finetune.verdicts.adherence import PromptShown
 
 NAME = "adherence.json"
 SCHEMA = 1
@@ -20,7 +20,7 @@ Helped = list[FiniteFloat]
 
 
 class Asked(Record):
-    """A prompt with the fields of `Answer`, a value for each image."""
+    """A prompt with the fields of `PromptShown`, a value for each image."""
 
     prompt: str
     own: Helped = Field(max_length=1_000)
@@ -28,8 +28,8 @@ class Asked(Record):
     after: Helped = Field(default=[], max_length=1_000)
 
     @property
-    def answer(self) -> Answer:
-        return Answer(self.own, self.others, self.after)
+    def shown(self) -> PromptShown:
+        return PromptShown(self.own, self.others, self.after)
 
 
 class Adherence(Record):
@@ -41,7 +41,7 @@ class Adherence(Record):
     @property
     def lost(self) -> dict[str, float]:
         """Of each prompt that the base's images can tell: the share of its words that is lost."""
-        found = {each.prompt: each.answer.lost for each in self.asked}
+        found = {each.prompt: each.shown.lost for each in self.asked}
         return {prompt: round(lost, 4) for prompt, lost in found.items() if lost is not None}
 
 

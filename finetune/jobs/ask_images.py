@@ -21,7 +21,7 @@ from finetune.jobs.prepare import Prepared
 from finetune.objectives.densities import Uniform
 from finetune.objectives.registry import build_objective
 from finetune.objectives.settings import ObjectiveSettings
-from finetune.runs.adherence import Adherence, Asked, read_adherence, write_adherence
+from finetune.runs.prompts_shown import Adherence, Asked, read_adherence, write_adherence
 from finetune.sampling.draw import as_drawn
 from finetune.training.step import PromptEncoder
 from finetune.verdicts.adherence import LEAST, TOGETHER, Question, beside, helped, images_of, questions, with_class
