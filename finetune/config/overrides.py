@@ -90,6 +90,12 @@ def _leaves(key: str, value: Any) -> list[tuple[str, Any]]:
 def _chosen(key: str) -> str | None:
     """The section, or the part of one, whose kind the setting `key` chooses; None for any other setting."""
     section, _, name = key.partition(".")
+    if (
+        not name
+        and section != "base"
+        and not any("kind" in option.model_fields for option in sections_at(Recipe, section))
+    ):
+        return None  # data=5: it has settings, and no kind
     if name in ("", "kind") or (section, name) == ("base", "source"):
         return section
     part, _, rest = name.partition(".")

@@ -108,8 +108,8 @@ def test_what_can_not_be_compared_is_said(photos: Path, tmp_path: Path, capsys: 
         (["--embedder", str(clip)], "its model_type is 'clip'"),
         (["--embedder", str(photos)], "has no config.json"),
         (["--embedder", "nowhere"], "there is no nowhere"),
-        (["--embedder", str(write_dino(tmp_path / "dino")), "--alike", "1.5"], "--alike 1.5"),
-        (["--embedder", str(tmp_path / "dino"), "--alike", "nan"], "--alike nan"),
+        (["--embedder", str(write_dino(tmp_path / "dino")), "--alike", "1.5"], "--alike is 1.5"),
+        (["--embedder", str(tmp_path / "dino"), "--alike", "nan"], "--alike is nan"),
     ]:
         assert main(["dedupe", str(photos), out, *arguments]) == 2
         said = capsys.readouterr().err
